@@ -1,0 +1,90 @@
+# Two commands, each complete on a machine with Python 3.10 to 3.13 and make:
+#   make demo    pretrain on real photographs, evaluate, report
+#   make test    the test suite
+# They create .venv, install what they need into it, and run; repeated, they are quick.
+
+PYTHON ?= python3
+VENV ?= .venv
+# another package index for PyTorch, e.g. its CPU-only wheels (CONTRIBUTING.md); empty: pip's own configuration
+TORCH_INDEX ?=
+# more arguments for pip install and for pytest
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+# test processes
+JOBS ?= 2
+# which DALI: dali-cuda13, or dali-cuda12 for an older driver (either also reads images without a GPU)
+DALI ?= dali-cuda13
+DEMO_OUT ?= runs/demo
+
+BIN := $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") $(PIP_ARGS) -c constraints.txt
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# an installation is repeated when one of these changes
+INPUTS := setup.py pyproject.toml constraints.txt
+DEMO_READY := $(VENV)/.installed-demo
+TEST_READY := $(VENV)/.installed-test
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast test-gpu install lint format clean clean-demo
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*  ## ' Makefile | awk -F ':.*  ## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS) DALI=$(DALI) TORCH_INDEX= PIP_ARGS= PYTEST_ARGS="
+
+demo: $(DEMO_READY)  ## pretrain on photographs, evaluate, write a report (CPU: minutes)
+	@$(BIN)/python -m extrema_fast pretrain photos --out $(DEMO_OUT)
+	@$(BIN)/python -m extrema_fast evaluate $(DEMO_OUT)
+	@$(BIN)/python -m extrema_fast report $(DEMO_OUT)
+
+test: $(TEST_READY)  ## the whole test suite, JOBS processes
+	$(PYTEST) -n $(JOBS) --dist worksteal --durations=10 $(PYTEST_ARGS)
+
+test-fast: $(TEST_READY)  ## the same without tests marked slow
+	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+test-gpu: $(TEST_READY)  ## only the tests that need a CUDA device
+	$(PYTEST) -m gpu $(PYTEST_ARGS)
+
+install: $(TEST_READY)  ## everything for development, into .venv
+
+lint: $(TEST_READY)  ## ruff: check and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(TEST_READY)  ## ruff: mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:  ## remove build outputs and caches (.venv and runs stay)
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	@find extrema_fast kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-demo:  ## remove the demo's run, so that `make demo` trains again
+	@rm -rf $(DEMO_OUT)
+
+$(DEMO_READY): $(INPUTS)
+	$(make_venv)
+	@echo "installing what the demo needs into $(VENV) (first time: minutes)"
+	@$(PIP_INSTALL) -e ".[train,$(DALI)]"
+	@touch $@
+
+$(TEST_READY): $(INPUTS)
+	$(make_venv)
+	@echo "installing what the tests need into $(VENV) (first time: minutes)"
+	@$(PIP_INSTALL) -e ".[train,$(DALI),timm,dev]"
+	@touch $@ $(DEMO_READY)
+
+# a venv whose creation was interrupted, or whose Python is gone, has no working pip: it is made anew
+define make_venv
+@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	command -v $(PYTHON) >/dev/null || { \
+		echo "$(PYTHON) was not found; install it (Debian: apt-get install python3 python3-venv) or name another: make $(MAKECMDGOALS) PYTHON=..." >&2; exit 1; }; \
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+		echo "$(PYTHON) is `$(PYTHON) -V`; Python 3.10 to 3.13 is needed: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot create virtual environments (Debian: apt-get install python3-venv)" >&2; exit 1; }; \
+	echo "creating $(VENV) with `$(PYTHON) -V`"; \
+	$(PYTHON) -m venv --clear $(VENV) || exit 1; \
+fi
+endef

@@ -1,0 +1,49 @@
+"""extrema_fast: fast self-supervised ViT pretraining with extreme masking (ExtreMA, arXiv 2206.04667).
+
+Nothing heavy is imported here; names load on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .config import Config, preset
+    from .convert import import_released, load_encoder
+    from .encoder import Encoded, Encoder, create_encoder, list_models
+    from .evals import evaluate
+    from .masking import keep_from_mask, sample_views
+    from .method import ExtreMA
+    from .report import report
+    from .train import pretrain
+
+_HOME = {
+    "Config": "config",
+    "Encoded": "encoder",
+    "Encoder": "encoder",
+    "ExtreMA": "method",
+    "create_encoder": "encoder",
+    "evaluate": "evals",
+    "import_released": "convert",
+    "keep_from_mask": "masking",
+    "list_models": "encoder",
+    "load_encoder": "convert",
+    "preset": "config",
+    "pretrain": "train",
+    "report": "report",
+    "sample_views": "masking",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

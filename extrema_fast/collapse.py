@@ -1,0 +1,92 @@
+"""Sentences about a run that is collapsing, from its evaluations so far (method.md section 10)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+PARTS = {
+    "teacher": "teacher class vector",
+    "teacher_proj": "teacher projection",
+    "student": "student class vector",
+    "student_proj": "student projection",
+}
+ADVICE = (
+    "lower optim.base_lr, raise optim.momentum (a slower teacher), lengthen optim.warmup_epochs, "
+    "or use head.loss infonce"
+)
+
+
+def collapse_warnings(history: Sequence[dict[str, Any]], warmup_epochs: float = 0.0) -> list[str]:
+    """What the latest evaluation says about collapse, one sentence per rule broken.
+
+    history: results of `online_eval`, oldest first; history[0] is step 0, the random encoder, and
+             is the yardstick: a random encoder alone looks nearly collapsed (cosine .99), so an
+             absolute limit counts only where the run has not moved away from its start
+    returns  [] while healthy, and for a history of one
+    """
+    if len(history) < 2:
+        return []
+    first, last = history[0], history[-1]
+    warnings = []
+
+    def broken(key: str, rule: Any) -> str:
+        found = []
+        for part, words in PARTS.items():
+            a, b = first.get(f"{part}_{key}"), last.get(f"{part}_{key}")
+            if a is not None and b is not None and rule(a, b, part):
+                found.append(f"{words} {b:.4g} (step 0: {a:.4g})")
+        return ", ".join(found)
+
+    def rank_broken(start: float, now: float, part: str) -> bool:
+        peak = max(r.get(f"{part}_rank") or 0.0 for r in history)
+        dim = last.get("proj_dim" if part.endswith("proj") else "dim")
+        full = min(dim, last.get("images", dim)) if dim else 0
+        return now < 0.5 * peak or (now < 0.05 * full and now <= start)
+
+    found = broken("std", lambda a, b, _: b < 0.5 * a or (b < 0.2 and b < 0.9 * a))
+    if found:
+        warnings.append(f"features are contracting, deviation per dimension: {found}; {ADVICE}")
+    # passing 0.9 counts for a run that began below it; 0.998 unless the spread has doubled since
+    found = broken("cosine", lambda a, b, _: b > 0.9 > a or (b > 0.998 and 1 - b < 2 * (1 - a)))
+    if found:
+        warnings.append(f"features of different images point the same way, mean cosine: {found}; {ADVICE}")
+    found = broken("rank", rank_broken)
+    if found:
+        warnings.append(f"features use few directions, effective rank: {found}; {ADVICE}")
+    warm = last.get("epoch", math.inf) >= warmup_epochs
+    view = last.get("view_cosine")
+    if view is not None and not warm and view > 0.99 > (first.get("view_cosine") or 1.0):
+        warnings.append(
+            f"predictions of two views agree at cosine {view:.4g} before warm-up ends: the task has "
+            f"become trivial; {ADVICE}"
+        )
+    entropy = last.get("attention_entropy")
+    if entropy is not None and warm and not 0.01 < entropy < 0.9999:
+        state = "looks at one token only" if entropy < 0.5 else "is uniform: pooling learns nothing"
+        warnings.append(
+            f"attention of the class token {state} (entropy {entropy:.4g} of 1); lower optim.base_lr "
+            "or raise model.layer_scale"
+        )
+    return warnings + _knn_warnings(history, warm)
+
+
+def _knn_warnings(history: Sequence[dict[str, Any]], warm: bool) -> list[str]:
+    warnings = []
+    for key, words in (("knn_cls", "class token"), ("knn_mean", "mean of patches")):
+        curve = [r[key] for r in history if r.get(key) is not None]
+        if len(curve) < 2 or history[-1].get(key) is None:
+            continue
+        # one point of tolerance: less than that is noise on a few hundred test images
+        if warm and curve[-1] < curve[0] - 0.01:
+            warnings.append(
+                f"k-NN of the {words} is {curve[-1]:.1%}, below the random encoder's {curve[0]:.1%}; {ADVICE}"
+            )
+        tail = curve[-4:]
+        falling = len(tail) == 4 and all(b < a for a, b in itertools.pairwise(tail))
+        if falling and tail[0] - tail[-1] > 0.01:
+            path = ", ".join(f"{v:.1%}" for v in tail)
+            warnings.append(f"k-NN of the {words} fell three evaluations in a row ({path}); {ADVICE}")
+    return warnings

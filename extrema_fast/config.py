@@ -1,0 +1,632 @@
+"""The configuration: frozen dataclasses, presets as functions, and the checks between fields.
+
+Precedence when a run is configured from the command line: defaults < preset < `--config` file <
+dotted flags. Everything a later module needs that follows from the configuration alone (kept
+tokens, grid, peak learning rate) is a property or function here, so that it has one definition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from .errors import UsageError
+
+# width, depth, heads: ViT-Ti/S/B/L of the literature (head_dim 64)
+SIZES: dict[str, tuple[int, int, int]] = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """`"; did you mean 'x'?"`, or the list of what is known when nothing is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UsageError(message)
+
+
+def keep_count(num_patches: int, mask_ratio: float) -> int:
+    """Kept tokens per view, `int(N (1 - r))` in float64 as the released code truncates it.
+
+    Not always the exact floor: N = 100, r = 0.8 gives 19. Give `mask.keep` to choose directly.
+    """
+    return int(num_patches * (1 - mask_ratio))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and how a crop is made (paper section 3.3, method.md section 5)."""
+
+    train: str = "photos"
+    """`photos` (built in), `synthetic` (built in), a folder of classes, a flat folder, or a list file."""
+    test: str = ""
+    """Labelled images for k-NN and probe; empty: the built-in test half, or no evaluation."""
+    policy: Literal["spatial", "spatial+color", "centercrop"] = "spatial+color"
+    """Same crop and flip for student and teacher; `+color` jitters each independently."""
+    area: tuple[float, float] = (0.2, 1.0)
+    """Crop area as a share of the image."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Crop aspect ratio, log-uniform."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """Brightness, contrast, saturation, hue."""
+    jitter_prob: float = 0.8
+    gray_prob: float = 0.2
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    exif: bool = False
+    """Rotate by the EXIF tag (off matches the paper's pipeline)."""
+    loader: Literal["auto", "dali", "pil"] = "auto"
+    """`auto`: DALI where it is installed, else PIL."""
+    threads: int = 2
+    """Decoding threads per process."""
+    limit: int = 0
+    """Use only the first N images of a keyed shuffle of the training set (0: all)."""
+
+    def __post_init__(self) -> None:
+        lo, hi = self.area
+        _require(0 < lo <= hi <= 1, f"data.area: expected 0 < low <= high <= 1, got {self.area}")
+        lo, hi = self.ratio
+        _require(0 < lo <= hi, f"data.ratio: expected 0 < low <= high, got {self.ratio}")
+        for name in ("flip", "jitter_prob", "gray_prob"):
+            p = getattr(self, name)
+            _require(0 <= p <= 1, f"data.{name}: expected a probability in [0, 1], got {p}")
+        _require(
+            all(j >= 0 for j in self.jitter) and self.jitter[3] <= 0.5,
+            f"data.jitter: expected non-negative strengths with hue <= 0.5, got {self.jitter}",
+        )
+        _require(min(self.std) > 0, f"data.std: expected positive numbers, got {self.std}")
+        _require(self.threads >= 1, f"data.threads: expected at least 1, got {self.threads}")
+        _require(self.limit >= 0, f"data.limit: expected 0 (all) or more, got {self.limit}")
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Which tokens the student sees (paper section 3.1)."""
+
+    ratio: float = 0.8
+    """Share of tokens *dropped* in each view."""
+    views: int = 5
+    mode: Literal["disjoint", "independent"] = "disjoint"
+    keep: int = 0
+    """Kept tokens per view; 0: int(N (1 - ratio))."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.ratio < 1, f"mask.ratio: expected 0 <= ratio < 1, got {self.ratio}")
+        _require(self.views >= 1, f"mask.views: expected at least 1, got {self.views}")
+        _require(self.keep >= 0, f"mask.keep: expected 0 (from the ratio) or more, got {self.keep}")
+
+    def num_keep(self, num_patches: int) -> int:
+        """Kept tokens per view for an image of `num_patches` tokens."""
+        return self.keep or keep_count(num_patches, self.ratio)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The encoder (paper section 3.2): a ViT trunk and class-attention pooling."""
+
+    size: Literal["tiny", "small", "base", "large"] = "base"
+    img_size: tuple[int, int] = (224, 224)
+    """Height and width in pixels; multiples of the patch size."""
+    patch_size: int = 16
+    in_chans: int = 3
+    width: int = 0
+    """0: from the size; likewise depth and heads."""
+    depth: int = 0
+    heads: int = 0
+    mlp_ratio: float = 4.0
+    pool_depth: int = 2
+    """Class-attention blocks."""
+    layer_scale: float = 0.1
+    """Initial layer scale of the class-attention blocks (not 0: that silences the pooling)."""
+    drop_path: float = 0.1
+    """Rate of the last trunk block; linear from 0 (student only)."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads"):
+            v = getattr(self, name)
+            _require(v >= 0, f"model.{name}: expected 0 (from the size) or more, got {v}")
+        _require(self.patch_size >= 1, f"model.patch_size: expected at least 1, got {self.patch_size}")
+        _require(
+            self.in_chans in (1, 3),
+            f"model.in_chans: images are read as RGB or gray, expected 3 or 1, got {self.in_chans}",
+        )
+        for side, pixels in zip(("height", "width"), self.img_size, strict=True):
+            p = self.patch_size
+            if pixels < p or pixels % p:
+                low = max(p, pixels // p * p)
+                raise UsageError(
+                    f"model.img_size: {side} {pixels} is not a multiple of the patch size {p}; "
+                    f"nearest: {low} or {low + p}"
+                )
+        width, _, heads = self.shape
+        _require(
+            width % heads == 0 and width % 4 == 0,
+            f"model.width: {width} must be a multiple of heads ({heads}) and of 4 (sin-cos table)",
+        )
+        _require(0 <= self.drop_path < 1, f"model.drop_path: expected [0, 1), got {self.drop_path}")
+        _require(self.pool_depth >= 1, f"model.pool_depth: expected at least 1, got {self.pool_depth}")
+        _require(
+            self.layer_scale != 0, "model.layer_scale: 0 makes the pooled output constant; try 0.1"
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(width, depth, heads) after the size's defaults."""
+        width, depth, heads = SIZES[self.size]
+        width, depth = self.width or width, self.depth or depth
+        return width, depth, self.heads or (max(1, width // 64) if self.width else heads)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of the whole image (the teacher's sequence length)."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Projector, predictor and loss (paper section 3.4, method.md sections 1 and 4)."""
+
+    loss: Literal["byol", "infonce"] = "byol"
+    temperature: float = 0.2
+    """InfoNCE only."""
+    hidden: int = 4096
+    out: int = 256
+    predictor_hidden: int = 4096
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, f"head.temperature: expected > 0, got {self.temperature}")
+        for name in ("hidden", "out", "predictor_hidden"):
+            v = getattr(self, name)
+            _require(v >= 1, f"head.{name}: expected at least 1, got {v}")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, learning rate and teacher momentum (method.md section 6)."""
+
+    base_lr: float = 1.5e-4
+    """Peak rate for a batch of 256; the peak used is base_lr * batch_size / 256."""
+    min_lr: float = 0.0
+    warmup_epochs: float = 40
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip_grad: float = 0.0
+    """Largest gradient norm; 0: no clipping, the norm is only logged."""
+    momentum: float = 0.996
+    """Teacher momentum at step 0; rises to 1 on a cosine."""
+
+    def __post_init__(self) -> None:
+        _require(self.base_lr > 0, f"optim.base_lr: expected > 0, got {self.base_lr}")
+        _require(self.min_lr >= 0, f"optim.min_lr: expected >= 0, got {self.min_lr}")
+        _require(self.warmup_epochs >= 0, f"optim.warmup_epochs: expected >= 0, got {self.warmup_epochs}")
+        _require(self.weight_decay >= 0, f"optim.weight_decay: expected >= 0, got {self.weight_decay}")
+        _require(0 <= self.momentum <= 1, f"optim.momentum: expected [0, 1], got {self.momentum}")
+        _require(self.clip_grad >= 0, f"optim.clip_grad: expected >= 0, got {self.clip_grad}")
+        _require(self.eps > 0, f"optim.eps: expected > 0, got {self.eps}")
+        _require(
+            all(0 <= b < 1 for b in self.betas), f"optim.betas: expected [0, 1), got {self.betas}"
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and precision of the run."""
+
+    epochs: int = 300
+    batch_size: int = 2048
+    """Global: images per optimizer step over all processes and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of the matrix products; weights, statistics and loss stay fp32."""
+    compile: Literal["none", "block"] = "none"
+    """`block`: torch.compile of each transformer block."""
+    seed: int = 0
+    max_nonfinite: int = 3
+    """Steps in a row with a non-finite loss or gradient before the run stops."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, f"train.epochs: expected at least 1, got {self.epochs}")
+        _require(self.batch_size >= 1, f"train.batch_size: expected at least 1, got {self.batch_size}")
+        _require(self.accumulation >= 1, f"train.accumulation: expected at least 1, got {self.accumulation}")
+        _require(0 <= self.seed < 2**63, f"train.seed: expected 0 <= seed < 2**63, got {self.seed}")
+        _require(self.max_nonfinite >= 1, f"train.max_nonfinite: expected at least 1, got {self.max_nonfinite}")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every_epochs: int = 1
+    every_steps: int = 0
+    """Additionally every N steps (0: off)."""
+    retain: int = 2
+    """Checkpoints kept (at least 2)."""
+    milestone_epochs: int = 0
+    """Weights kept for good every N epochs (0: only the last)."""
+
+    def __post_init__(self) -> None:
+        _require(self.retain >= 2, f"ckpt.retain: expected at least 2, got {self.retain}")
+        for name in ("every_epochs", "every_steps", "milestone_epochs"):
+            v = getattr(self, name)
+            _require(v >= 0, f"ckpt.{name}: expected 0 (off) or more, got {v}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation while training, and the k-NN rule (method.md sections 7 and 10)."""
+
+    every_epochs: int = 10
+    """k-NN and collapse indicators on held-out images every N epochs, and at both ends (0: off)."""
+    k: int = 20
+    temperature: float = 0.07
+    max_train: int = 20000
+    """Images of the training set in the online k-NN bank."""
+    max_test: int = 5000
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        _require(self.every_epochs >= 0, f"eval.every_epochs: expected 0 (off) or more, got {self.every_epochs}")
+        for name in ("k", "max_train", "max_test", "batch_size"):
+            v = getattr(self, name)
+            _require(v >= 1, f"eval.{name}: expected at least 1, got {v}")
+        _require(self.temperature > 0, f"eval.temperature: expected > 0, got {self.temperature}")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written while training."""
+
+    every_steps: int = 10
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, f"log.every_steps: expected at least 1, got {self.every_steps}")
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """The machine; nothing here changes the mathematics beyond rounding."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`."""
+    threads: int = 0
+    """CPU threads of torch (0: torch's own choice)."""
+    backend: str = "auto"
+    """Implementation per op: `auto`, one name for all, or `attention=sdpa,...` (see `extrema_fast.ops`)."""
+    deterministic: bool = False
+    """torch's deterministic algorithms."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One pretraining run."""
+
+    out: str = "runs/photos"
+    """Run folder."""
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    ckpt: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    system: SystemConfig = field(default_factory=SystemConfig)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def num_keep(self) -> int:
+        """Kept tokens per view."""
+        return self.mask.num_keep(self.model.num_patches)
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate, base_lr * batch_size / 256."""
+        return self.optim.base_lr * self.train.batch_size / 256
+
+
+def validate(cfg: Config) -> None:
+    """Checks between fields; raises UsageError naming the values and the remedy."""
+    n, k, v = cfg.model.num_patches, cfg.num_keep, cfg.mask.views
+    if k < 1:
+        raise UsageError(
+            f"mask.ratio: {cfg.mask.ratio} keeps 0 of {n} tokens; "
+            f"use at most {(n - 1) / n:.4g}, or set mask.keep"
+        )
+    if k > n:
+        raise UsageError(f"mask.keep: {k} is more than the image's {n} tokens")
+    if cfg.mask.mode == "disjoint" and v * k > n:
+        raise UsageError(
+            f"mask: {v} disjoint views of {k} tokens need {v * k}, the image has {n}; "
+            f"use at most {n // k} views, mask.ratio >= {1 - n // v / n:.4g}, or mask.mode independent"
+        )
+    b, a = cfg.train.batch_size, cfg.train.accumulation
+    if b % a:
+        raise UsageError(
+            f"train.batch_size: {b} does not divide into {a} micro-batches; "
+            f"nearest: {max(a, b // a * a)} or {b // a * a + a}"
+        )
+    if cfg.optim.warmup_epochs >= cfg.train.epochs:
+        raise UsageError(
+            f"optim.warmup_epochs: {cfg.optim.warmup_epochs:g} must be shorter than "
+            f"train.epochs ({cfg.train.epochs})"
+        )
+
+
+def local_batch(cfg: Config, world: int) -> int:
+    """Images per process and micro-batch; raises UsageError where the batch does not divide."""
+    parts = world * cfg.train.accumulation
+    b = cfg.train.batch_size
+    if b % parts:
+        near = b // parts * parts
+        raise UsageError(
+            f"train.batch_size: {b} does not divide over {world} processes x "
+            f"{cfg.train.accumulation} micro-batches; nearest: {near or parts} or {near + parts}"
+        )
+    return b // parts
+
+
+# ---- to and from plain data ----------------------------------------------------------------------
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """Nested plain data (tuples become lists), as written to `config.json`."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+def from_dict(data: dict[str, Any], base: Config | None = None) -> Config:
+    """`base` (default: `photos()`) with the keys in `data` replaced; strict.
+
+    raises UsageError for an unknown key (with the nearest one) or a value of the wrong type.
+    """
+    return _replace(base if base is not None else photos(), data, "")
+
+
+def _replace(obj: Any, data: dict[str, Any], prefix: str) -> Any:
+    if not isinstance(data, dict):
+        raise UsageError(f"{prefix.rstrip('.') or 'config'}: expected a table of options, got {data!r}")
+    names = [f.name for f in dataclasses.fields(obj)]
+    hints = get_type_hints(type(obj))
+    changed = {}
+    for key, value in data.items():
+        name = key.replace("-", "_")
+        if name not in names:
+            raise UsageError(f"unknown option {prefix}{key}{did_you_mean(name, names)}")
+        old = getattr(obj, name)
+        if dataclasses.is_dataclass(old):
+            changed[name] = _replace(old, value, f"{prefix}{name}.")
+        else:
+            changed[name] = _coerce(value, old, hints[name], f"{prefix}{name}")
+    return dataclasses.replace(obj, **changed)
+
+
+def _coerce(value: Any, old: Any, hint: Any, name: str) -> Any:
+    choices = getattr(hint, "__args__", ()) if getattr(hint, "__origin__", None) is Literal else ()
+    if choices:
+        if value not in choices:
+            raise UsageError(f"{name}: got {value!r}{did_you_mean(str(value), list(choices))}")
+        return value
+    if isinstance(old, tuple):
+        if not isinstance(value, (list, tuple)) or len(value) != len(old):
+            raise UsageError(f"{name}: expected {len(old)} values, got {value!r}")
+        return tuple(_coerce(v, o, type(o), name) for v, o in zip(value, old, strict=True))
+    if isinstance(old, bool) or isinstance(value, bool):
+        ok = isinstance(old, bool) and isinstance(value, bool)
+    elif isinstance(old, int) and hint is int:
+        ok = isinstance(value, int)
+    elif isinstance(old, (int, float)):
+        ok = isinstance(value, (int, float)) and math.isfinite(value)
+    else:
+        ok = isinstance(value, str)
+    if not ok:
+        raise UsageError(f"{name}: expected {type(old).__name__}, got {value!r}")
+    return value
+
+
+def load_config(path: str | Path, base: Config | None = None) -> Config:
+    """Reads a TOML or JSON file over `base`; a top-level `preset = "name"` chooses the base.
+
+    raises UsageError for a missing or malformed file and for unknown keys.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: cannot be read ({error})") from None
+    try:
+        data = json.loads(text) if path.suffix == ".json" else _parse_toml(text)
+    except ValueError as error:
+        raise UsageError(f"--config {path}: not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"--config {path}: expected a table of options at the top")
+    name = data.pop("preset", None)
+    if name is not None and base is None:
+        base = preset(name)
+    return from_dict(data, base)
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    return tomllib.loads(text)
+
+
+# fields that may differ between a run and its resumption: they do not change what is learned
+FREE_FIELDS = ("out", "log.", "ckpt.", "eval.", "system.", "data.loader", "data.threads", "train.compile")
+
+
+def flatten(cfg: Any) -> dict[str, Any]:
+    """`{"data.train": ..., "mask.ratio": ...}`: dotted name to plain value."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, item)
+        else:
+            flat[prefix] = value
+
+    walk("", cfg if isinstance(cfg, dict) else to_dict(cfg))
+    return flat
+
+
+def changed_maths(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`["mask.ratio: 0.8 -> 0.9", ...]` for fields that change what is learned."""
+    a, b = flatten(old), flatten(new)
+    names = sorted(k for k in a.keys() | b.keys() if not k.startswith(FREE_FIELDS))
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in names if a.get(k) != b.get(k)]
+
+
+def config_hash(cfg: Config) -> str:
+    """Short hash over the fields that change what is learned."""
+    maths = {k: v for k, v in flatten(cfg).items() if not k.startswith(FREE_FIELDS)}
+    return hashlib.sha256(json.dumps(maths, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# ---- presets --------------------------------------------------------------------------------------
+
+
+def photos() -> Config:
+    """Minutes on a laptop CPU: photographs shipped with scikit-image, 32x32 crops (the default)."""
+    return Config(
+        out="runs/photos",
+        data=DataConfig(train="photos", area=(0.4, 1.0)),
+        mask=MaskConfig(ratio=0.8, views=5),
+        model=ModelConfig(size="tiny", img_size=(32, 32), patch_size=4, width=128, depth=4, heads=2),
+        head=HeadConfig(loss="infonce", hidden=512, out=128, predictor_hidden=512),
+        optim=OptimConfig(base_lr=2e-3, warmup_epochs=4, momentum=0.99),
+        train=TrainConfig(epochs=60, batch_size=64, precision="fp32"),
+        ckpt=CheckpointConfig(every_epochs=10),
+        eval=EvalConfig(every_epochs=10),
+    )
+
+
+def cifar10() -> Config:
+    """CIFAR-10 as a tree of class folders (`--data.train DIR/train --data.test DIR/test`)."""
+    return Config(
+        out="runs/cifar10",
+        data=DataConfig(
+            train="cifar10/train",
+            test="cifar10/test",
+            area=(0.2, 1.0),
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2470, 0.2435, 0.2616),
+        ),
+        mask=MaskConfig(ratio=0.8, views=5),
+        model=ModelConfig(size="tiny", img_size=(32, 32), patch_size=4, width=192, depth=6, heads=3),
+        head=HeadConfig(loss="infonce", hidden=1024, out=128, predictor_hidden=1024),
+        optim=OptimConfig(base_lr=1e-3, warmup_epochs=5, momentum=0.99),
+        train=TrainConfig(epochs=100, batch_size=256),
+        eval=EvalConfig(every_epochs=10),
+    )
+
+
+def _paper(size: str, ratio: float, views: int, layer_scale: float = 0.1) -> Config:
+    short = f"paper_{size}_{int(round(ratio * 100))}x{views}"
+    return Config(
+        out=f"runs/{short}",
+        data=DataConfig(train="imagenet/train", test="imagenet/val", threads=8),
+        mask=MaskConfig(ratio=ratio, views=views),
+        model=ModelConfig(size=size, layer_scale=layer_scale),
+        train=TrainConfig(epochs=300, batch_size=2048, compile="block"),
+        ckpt=CheckpointConfig(every_epochs=1, milestone_epochs=50),
+        eval=EvalConfig(every_epochs=10),
+    )
+
+
+def paper_small_80x5() -> Config:
+    """The paper's recipe at ViT-S: 5 disjoint views of 20 %, shared crop, two colour versions."""
+    return _paper("small", 0.8, 5)
+
+
+def paper_small_90x8() -> Config:
+    """ViT-S, 8 disjoint views of 10 %."""
+    return _paper("small", 0.9, 8)
+
+
+def paper_base_80x5() -> Config:
+    """The paper's recipe: ViT-B/16, 5 disjoint views of 20 %, 300 epochs, batch 2048."""
+    return _paper("base", 0.8, 5)
+
+
+def paper_base_90x8() -> Config:
+    """ViT-B/16, 8 disjoint views of 10 %."""
+    return _paper("base", 0.9, 8)
+
+
+def paper_large_80x5() -> Config:
+    """ViT-L/16, 5 disjoint views of 20 % (layer scale 1e-5, as the release advises for large)."""
+    return _paper("large", 0.8, 5, layer_scale=1e-5)
+
+
+def paper_large_90x8() -> Config:
+    """ViT-L/16, 8 disjoint views of 10 %."""
+    return _paper("large", 0.9, 8, layer_scale=1e-5)
+
+
+def smoke() -> Config:
+    """Seconds on a CPU with generated images: does the whole thing run?"""
+    return Config(
+        out="runs/smoke",
+        data=DataConfig(train="synthetic", loader="auto", limit=64),
+        mask=MaskConfig(ratio=0.75, views=2),
+        model=ModelConfig(size="tiny", img_size=(32, 32), patch_size=8, width=64, depth=2, heads=1),
+        head=HeadConfig(hidden=64, out=32, predictor_hidden=64),
+        optim=OptimConfig(warmup_epochs=0.5),
+        train=TrainConfig(epochs=2, batch_size=16, precision="fp32"),
+        ckpt=CheckpointConfig(every_steps=2),
+        eval=EvalConfig(every_epochs=1, batch_size=32),
+        log=LogConfig(every_steps=1),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    f.__name__: f
+    for f in (
+        photos,
+        cifar10,
+        paper_small_80x5,
+        paper_small_90x8,
+        paper_base_80x5,
+        paper_base_90x8,
+        paper_large_80x5,
+        paper_large_90x8,
+        smoke,
+    )
+}
+
+
+def preset(name: str) -> Config:
+    """The preset of that name; raises UsageError with the nearest one."""
+    key = name.replace("-", "_")
+    if key not in PRESETS:
+        raise UsageError(f"unknown preset {name!r}{did_you_mean(key, list(PRESETS))}")
+    return PRESETS[key]()

@@ -1,0 +1,37 @@
+"""Errors a user can act on, each with the exit code the command line ends with."""
+
+
+class ExtremaError(Exception):
+    """Base of the errors below; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(ExtremaError, ValueError):
+    """A value, option, file or combination the user can correct (exit code 2)."""
+
+    exit_code = 2
+
+
+class NonFiniteError(ExtremaError):
+    """Too many steps in a row with a loss or gradient that is not finite (exit code 3)."""
+
+    exit_code = 3
+
+
+class DataError(ExtremaError):
+    """Images that cannot be read (exit code 4)."""
+
+    exit_code = 4
+
+
+class StorageError(ExtremaError):
+    """A checkpoint that could not be written (exit code 5)."""
+
+    exit_code = 5
+
+
+class Preempted(ExtremaError):
+    """Stopped by a signal after a checkpoint; the same command continues (exit code 75)."""
+
+    exit_code = 75

@@ -1,0 +1,72 @@
+"""Keep indices of the student's views (paper section 3.1; method.md section 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import rng
+from .config import keep_count
+from .errors import UsageError
+
+__all__ = ["keep_count", "keep_from_mask", "sample_views"]
+
+
+def sample_views(
+    index: Tensor | int,
+    num_patches: int,
+    num_keep: int,
+    num_views: int,
+    *,
+    mode: str = "disjoint",
+    seed: int = 0,
+    epoch: int = 0,
+) -> Tensor:
+    """Random kept tokens of every view, keyed by sample: the same for any batch or process layout.
+
+    index:    [B] int64 row numbers of the images (its device is the result's), or a batch size
+    mode      `disjoint`: one permutation per image, view v takes entries [v K, (v+1) K);
+              `independent`: a permutation per view, its first K entries
+    returns   [V, B, K] int32, contiguous; view-major, entry = row * grid_width + column
+    raises    UsageError when K is not in 1..N, or when disjoint views need more than N tokens
+    """
+    if not 1 <= num_keep <= num_patches:
+        raise UsageError(f"num_keep: expected 1..{num_patches} tokens, got {num_keep}")
+    if num_views < 1:
+        raise UsageError(f"num_views: expected at least 1, got {num_views}")
+    if mode == "disjoint" and num_views * num_keep > num_patches:
+        raise UsageError(
+            f"{num_views} disjoint views of {num_keep} tokens need {num_views * num_keep}, "
+            f"the image has {num_patches}; use fewer views, fewer tokens, or mode='independent'"
+        )
+    if mode not in ("disjoint", "independent"):
+        raise UsageError(f"mode: expected 'disjoint' or 'independent', got {mode!r}")
+    if isinstance(index, int):
+        index = torch.arange(index)
+    b = index.shape[0]
+    draws = 1 if mode == "disjoint" else num_views
+    keys = rng.words(index, draws * num_patches, seed=seed, epoch=epoch, stream=rng.MASK)
+    order = torch.argsort(keys.view(b, draws, num_patches), dim=-1, stable=True)
+    if mode == "disjoint":
+        order = order[:, 0, : num_views * num_keep].view(b, num_views, num_keep)
+    else:
+        order = order[:, :, :num_keep]
+    return order.transpose(0, 1).to(torch.int32).contiguous()
+
+
+def keep_from_mask(mask: Tensor) -> Tensor:
+    """Keep indices from a boolean mask (True = kept).
+
+    mask:    [..., N] bool with the same number of True in every row
+    returns  [..., K] int32, ascending
+    raises   UsageError when rows keep different numbers of tokens
+    """
+    counts = mask.sum(-1)
+    if counts.unique().numel() != 1:
+        raise UsageError(
+            f"mask: every row must keep the same number of tokens, got {int(counts.min())} "
+            f"to {int(counts.max())}"
+        )
+    k = int(counts.flatten()[0])
+    order = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)
+    return order[..., :k].to(torch.int32)

@@ -1,0 +1,64 @@
+"""What follows from a configuration: derived values, FLOPs, sizes; for --print-config and --dry-run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .config import Config, local_batch
+from .encoder import count_flops
+from .method import ExtreMA
+from .optim import Schedule
+
+
+def flops_per_image(cfg: Config) -> float:
+    """FLOPs of one training step per image: student V views of K tokens x 3, teacher N tokens once, heads.
+
+    training-system.md section 11; the factor 3 is forward plus backward.
+    """
+    h, width, views = cfg.head, cfg.model.shape[0], cfg.mask.views
+    projector = 2 * (width * h.hidden + h.hidden**2 + h.hidden * h.out)
+    predictor = 2 * (h.out * h.predictor_hidden + h.predictor_hidden * h.out)
+    student = count_flops(cfg.model, views, cfg.num_keep) + views * (projector + predictor)
+    teacher = count_flops(cfg.model, 1, cfg.model.num_patches) + projector
+    return 3 * student + teacher
+
+
+def derived(cfg: Config, processes: int = 1, images: int | None = None) -> dict[str, Any]:
+    """Values that follow from the configuration (and from the number of training images, when known)."""
+    out: dict[str, Any] = {
+        "grid": list(cfg.model.grid),
+        "num_patches": cfg.model.num_patches,
+        "num_keep": cfg.num_keep,
+        "width_depth_heads": list(cfg.model.shape),
+        "peak_lr": cfg.peak_lr,
+        "global_batch": cfg.train.batch_size,
+        "processes": processes,
+        "local_batch": local_batch(cfg, processes),
+        "gflops_per_image": round(flops_per_image(cfg) / 1e9, 6),
+        "images": images,
+        "steps_per_epoch": None,
+        "total_steps": None,
+        "warmup_steps": None,
+    }
+    if images is not None:
+        schedule = Schedule(cfg, images // cfg.train.batch_size)
+        out["steps_per_epoch"] = schedule.steps_per_epoch
+        out["total_steps"], out["warmup_steps"] = schedule.total_steps, schedule.warmup_steps
+    return out
+
+
+def checkpoint_bytes(method: ExtreMA) -> int:
+    """Bytes of one checkpoint and its weights folder: fp32 weights twice, two AdamW moments."""
+    trained = sum(p.numel() for _, p in method.student_parameters())
+    weights = sum(t.numel() for t in method.state_dict().values())
+    return 4 * (2 * weights + 2 * trained)
+
+
+def describe(values: dict[str, Any]) -> str:
+    """Aligned `name  value` lines."""
+    width = max(len(name) for name in values)
+
+    def text(v: Any) -> str:
+        return f"{v:.4g}" if isinstance(v, float) else str(v)
+
+    return "\n".join(f"{name:<{width}}  {text(value)}" for name, value in values.items())

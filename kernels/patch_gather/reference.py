@@ -1,0 +1,43 @@
+"""Plain PyTorch definition of patch_gather: any float dtype, any device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gather_patches(images: Tensor, keep: Tensor | None, patch: int) -> Tensor:
+    """Pixels of the kept patches.
+
+    images:  [B, C, H, W] float, H and W multiples of `patch`
+    keep:    [V, B, K] integer, entry = row * (W / patch) + column; None: all patches, one view
+    returns  [V*B, K, C * patch * patch] (view-major rows; channel, row, column innermost)
+    """
+    b, c, h, w = images.shape
+    gh, gw = h // patch, w // patch
+    # [B, gh, gw, C, P, P]: a view, nothing is copied before the kept patches are picked
+    cells = images.reshape(b, c, gh, patch, gw, patch).permute(0, 2, 4, 1, 3, 5)
+    if keep is None:
+        return cells.reshape(b, gh * gw, c * patch * patch)
+    keep = keep.long()
+    row, column = keep // gw, keep % gw
+    image = torch.arange(b, device=images.device)[None, :, None].expand_as(keep)
+    v, _, k = keep.shape
+    return cells[image, row, column].reshape(v * b, k, c * patch * patch)
+
+
+def patch_gather_reference(
+    images: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor | None, pos: Tensor
+) -> Tensor:
+    """Embedded tokens of the kept patches plus their positions.
+
+    images:  [B, C, H, W];  keep: [V, B, K] integer or None (all patches)
+    weight:  [D, C, P, P];  bias: [D] or None;  pos: [N, D]
+    returns  [V*B, K, D]
+    """
+    patches = gather_patches(images, keep, weight.shape[-1])
+    tokens = F.linear(patches, weight.flatten(1), bias)
+    if keep is None:
+        return tokens + pos.to(tokens.dtype)
+    return tokens + pos.to(tokens.dtype)[keep.flatten(0, 1).long()]

@@ -1,0 +1,79 @@
+"""Package definition. The top-level folder `kernels/` is installed as `extrema_fast.kernels`.
+
+Everything about the distribution is here; pyproject.toml holds the build system and tool settings.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# the version stands once, in extrema_fast/__init__.py; read as text, since importing it needs torch
+VERSION = re.search(
+    r'^__version__ = "([^"]+)"$', (ROOT / "extrema_fast/__init__.py").read_text(encoding="utf-8"), re.M
+).group(1)
+
+KERNELS = ["extrema_fast.kernels"] + [f"extrema_fast.kernels.{name}" for name in find_packages("kernels")]
+
+# where wheels of Triton and DALI exist; elsewhere the plain PyTorch and Pillow paths run
+LINUX = 'platform_system == "Linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")'
+
+DEPENDENCIES = [
+    "torch>=2.10",
+    f"triton>=3.6; {LINUX}",
+    "numpy>=1.26",
+    "safetensors>=0.4.3",
+    'tomli>=2; python_version < "3.11"',
+]
+
+# never apex: the package of that name on PyPI is an unrelated toolkit
+EXTRAS = {
+    "train": ["pillow>=10", "scikit-image>=0.22", "tyro>=1.0", "rich>=13"],
+    "tensorboard": ["tensorboard>=2.15"],
+    "dali-cuda13": [f"nvidia-dali-cuda130>=2.0; {LINUX}"],
+    "dali-cuda12": [f"nvidia-dali-cuda120>=2.0; {LINUX}"],
+    "xformers": ["xformers>=0.0.35"],
+    "timm": ["timm>=1.0.20"],
+    "bench": ["matplotlib>=3.8", "rich>=13"],
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.5",
+        "packaging>=23",
+        "ruff>=0.9",
+        "scipy>=1.11",
+        "setuptools>=77",
+        "tensorboard>=2.15",
+    ],
+}
+
+setup(
+    name="extrema-fast",
+    version=VERSION,
+    description="ExtreMA self-supervised pretraining of vision transformers: fast, restartable, one command",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["self-supervised learning", "vision transformer", "masked siamese", "ExtreMA", "PyTorch"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.10",
+    packages=find_packages(include=["extrema_fast", "extrema_fast.*"]) + KERNELS,
+    package_dir={"extrema_fast.kernels": "kernels"},
+    package_data={"": ["README.md", "configs/*.json", "py.typed"]},
+    entry_points={"console_scripts": ["extrema-fast = extrema_fast.__main__:main"]},
+    install_requires=DEPENDENCIES,
+    extras_require=EXTRAS,
+    zip_safe=False,
+)

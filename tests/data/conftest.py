@@ -1,0 +1,60 @@
+"""Fixtures of the data tests: small image trees, both loaders, and the shared odd images."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from extrema_fast.config import DataConfig
+
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(params=["pil", "dali"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each test that names it runs with both loaders."""
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed (extra: dali-cuda13)")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def odd_images() -> Path:
+    """The folder of unusual and broken files, outside the repository."""
+    shared = Path(os.environ.get("EXTREMA_FAST_SHARED", REPO.parent / "shared"))
+    folder = shared / "data" / "odd-images"
+    if not folder.is_dir():
+        pytest.skip(f"no odd images at {folder}; EXTREMA_FAST_SHARED names the folder that holds data/")
+    return folder
+
+
+def picture(seed: int, height: int, width: int) -> np.ndarray:
+    """[height, width, 3] uint8: smooth shapes with noise on top, no two seeds alike."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width] / 20
+    waves = np.sin(y[..., None] * rng.uniform(0.5, 2, 3) + x[..., None] * rng.uniform(0.5, 2, 3))
+    noise = rng.normal(0, 8, (height, width, 3))
+    return (127 + 90 * waves + noise).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """23 JPEG and PNG files of many sizes in three class folders, one of them nested."""
+    root = tmp_path_factory.mktemp("tree")
+    for i in range(23):
+        folder = root / ("ape", "bee", "cat/young")[i % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = picture(i, 40 + 7 * i % 60, 44 + 11 * i % 70)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.{'jpg' if i % 2 else 'png'}", quality=92)
+    return root
+
+
+@pytest.fixture
+def config():
+    """DataConfig with one decoding thread; keyword arguments override."""
+    return lambda **kw: DataConfig(**{"threads": 1, **kw})

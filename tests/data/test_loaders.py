@@ -1,0 +1,217 @@
+"""The loaders: order, epochs, worlds, resume, DALI against PIL, policies, EXIF, evaluation, shutdown."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from extrema_fast import data
+from extrema_fast.config import DataConfig
+from extrema_fast.data import EvalLoader, TrainLoader, open_source
+from extrema_fast.errors import UsageError
+
+SIZE = (24, 32)
+
+
+def batches(source, cfg, count, size=SIZE, **kw):
+    kw = {"batch_size": 6, "seed": 3, **kw}
+    with TrainLoader(source, cfg, size, **kw) as loader:
+        return list(itertools.islice(loader, count))
+
+
+def test_batches_have_the_promised_shapes(tree, config, kind):
+    (batch,) = batches(open_source(str(tree)), config(loader=kind), 1)
+    assert batch.images.shape == (6, *SIZE, 3) and batch.images.dtype == torch.uint8
+    assert batch.index.shape == (6,) and batch.index.dtype == torch.int64
+    assert (batch.epoch, batch.step) == (0, 0)
+    # a picture, not a constant or an empty buffer
+    assert batch.images.float().std() > 20
+
+
+def test_every_epoch_has_each_row_once(tree, config, kind):
+    source = open_source(str(tree))
+    seen = batches(source, config(loader=kind), 12, batch_size=5)
+    assert [b.epoch for b in seen] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [b.step for b in seen] == list(range(12))
+    orders = [torch.cat([b.index for b in seen if b.epoch == e]) for e in range(3)]
+    for order in orders:
+        # 20 of 23: the incomplete last batch is dropped
+        assert len(order.unique()) == 20 and order.max() < 23
+    assert not torch.equal(orders[0], orders[1]) and not torch.equal(orders[1], orders[2])
+    # over the epochs no row is left out for good
+    assert len(torch.cat(orders).unique()) == 23
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_worlds_see_the_same_global_batches(tree, config, kind, world):
+    source, cfg = open_source(str(tree)), config(loader=kind)
+    alone = batches(source, cfg, 5)
+    parts = [batches(source, cfg, 5, rank=r, world=world) for r in range(world)]
+    for step, whole in enumerate(alone):
+        assert torch.equal(torch.cat([p[step].index for p in parts]), whole.index)
+        assert torch.equal(torch.cat([p[step].images for p in parts]), whole.images)
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 4, 7])
+def test_restart_at_any_step_is_exact(tree, config, kind, start):
+    source, cfg = open_source(str(tree)), config(loader=kind)
+    # 3 steps per epoch: the restarts lie before, on and after an epoch's end
+    whole = batches(source, cfg, 8)
+    again = batches(source, cfg, 8 - start, start_step=start)
+    for a, b in zip(whole[start:], again, strict=True):
+        assert (a.epoch, a.step) == (b.epoch, b.step)
+        assert torch.equal(a.index, b.index) and torch.equal(a.images, b.images)
+
+
+def test_threads_and_seed(tree, config, kind):
+    source = open_source(str(tree))
+    one, three = (batches(source, config(loader=kind, threads=n), 3) for n in (1, 3))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(one, three, strict=True))
+    assert not torch.equal(one[0].index, batches(source, config(loader=kind), 1, seed=4)[0].index)
+
+
+@pytest.mark.parametrize("policy", ["spatial", "centercrop"])
+def test_dali_and_pil_give_the_same_pictures(tree, config, policy):
+    pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
+    source = open_source(str(tree))
+    pil, dali = (batches(source, config(loader=k, policy=policy), 3) for k in ("pil", "dali"))
+    for a, b in zip(pil, dali, strict=True):
+        assert torch.equal(a.index, b.index)
+        gap = (a.images.int() - b.images.int()).abs().float()
+        # noisy pictures enlarged from few pixels: the filters differ most at the border of a crop
+        assert gap.mean() <= 2 and gap.max() <= 16, (gap.mean(), gap.max())
+        shifted = (a.images.int() - b.images.roll(1, 2).int()).abs().float()
+        assert shifted.mean() > 3 * gap.mean(), "the test cannot tell a shift of one pixel"
+
+
+def test_crops_and_flips_are_those_of_the_plan(tree, config, kind):
+    """Each image against PIL by hand: its box, its flip, its row."""
+    source, cfg = open_source(str(tree)), config(loader=kind)
+    flipped = 0
+    for batch in batches(source, cfg, 3):
+        rows = batch.index.numpy()
+        opened = [Image.open(source.paths[r]).convert("RGB") for r in rows]
+        sizes = np.array([im.size[::-1] for im in opened])
+        boxes, flips = data.random_boxes(sizes, rows, cfg, seed=3, epoch=batch.epoch)
+        for im, (top, left, bottom, right), flip, got in zip(opened, boxes, flips, batch.images, strict=True):
+            want = im.crop((left, top, right, bottom)).resize(SIZE[::-1], Image.Resampling.BILINEAR)
+            want = np.asarray(want)[:, ::-1] if flip else np.asarray(want)
+            assert np.abs(want.astype(int) - got.numpy()).mean() < 2
+            flipped += flip
+    assert 0 < flipped < 18
+
+
+def test_centercrop_is_never_random(tree, config, kind):
+    source = open_source(str(tree))
+    seen = batches(source, config(loader=kind, policy="centercrop", flip=1.0), 6, batch_size=11)
+    first = {int(r): im for b in seen[:2] for r, im in zip(b.index, b.images, strict=True)}
+    evaluated = dict(enumerate(torch.cat([im for im, _ in EvalLoader(source, config(loader=kind), SIZE)])))
+    for batch in seen:
+        for row, image in zip(batch.index.tolist(), batch.images, strict=True):
+            assert torch.equal(image, first.get(row, image))
+            assert torch.equal(image, evaluated[row])
+
+
+@pytest.mark.parametrize("batch_size", [23, 5, 1, 100])
+def test_eval_loader_gives_each_image_once_in_order(tree, config, kind, batch_size):
+    source = open_source(str(tree))
+    loader = EvalLoader(source, config(loader=kind), SIZE, batch_size=batch_size)
+    assert len(loader) == 23
+    # twice: a loader can be iterated again
+    for _ in range(2):
+        seen = list(loader)
+        assert torch.equal(torch.cat([index for _, index in seen]), torch.arange(23))
+        assert all(len(images) == len(index) <= batch_size for images, index in seen)
+    whole = torch.cat([images for images, _ in seen])
+    assert torch.equal(whole, next(iter(EvalLoader(source, config(loader=kind), SIZE)))[0])
+
+
+def test_eval_resizes_and_crops_like_the_paper(tmp_path, config, kind):
+    # smooth, so that half a pixel of rounding in the resized size does not matter but a wrong box does
+    y, x = np.mgrid[0:90, 0:120]
+    pixels = np.stack([y * 2, x * 2, (x + y)], -1).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    ((got, _),) = EvalLoader(open_source(str(tmp_path)), config(loader=kind), (56, 56))
+    # short side to 64 = 56 * 256/224, then the centre
+    resized = Image.fromarray(pixels).resize((85, 64), Image.Resampling.BILINEAR)
+    want = np.asarray(resized.crop((15, 4, 71, 60))).astype(int)
+    assert np.abs(want - got[0].numpy()).max() <= 3
+
+
+def test_eval_leaves_an_image_of_the_right_size_alone(tmp_path, config, kind):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    ((images, _),) = EvalLoader(open_source(str(tmp_path)), config(loader=kind), (24, 32))
+    assert (images[0].numpy() == pixels).all()
+
+
+@pytest.mark.parametrize("exif", [False, True])
+def test_exif_rotation_in_both_loaders(tmp_path, config, kind, exif):
+    # left half black, right half white; stored on its side, to be turned a quarter clockwise
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, 40:] = 255
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=tag, quality=95)
+    cfg = config(loader=kind, exif=exif, area=(1.0, 1.0), ratio=(0.5, 0.5) if exif else (2.0, 2.0), flip=0.0)
+    ((evaluated, _),) = EvalLoader(open_source(str(tmp_path)), cfg, (40, 40))
+    (batch,) = batches(open_source(str(tmp_path)), cfg, 1, (40, 40), batch_size=1)
+    for images in (evaluated, batch.images):
+        top, left = images[0, :12].float().mean(), images[0, :, :12].float().mean()
+        dark, gray = (top, left) if exif else (left, top)
+        assert dark < 20 and 100 < gray < 155
+
+
+def test_batch_sizes_that_do_not_fit(tree, config):
+    source, cfg = open_source(str(tree)), config(loader="pil")
+    with pytest.raises(UsageError, match=r"train\.batch_size: 24 is more than the 23 images .* at most 23"):
+        TrainLoader(source, cfg, SIZE, batch_size=24, seed=0)
+    with pytest.raises(UsageError, match=r"train\.batch_size: 10 is not a multiple of the 4 processes"):
+        TrainLoader(source, cfg, SIZE, batch_size=10, seed=0, world=4)
+    assert TrainLoader(source, cfg, SIZE, batch_size=5, seed=0).steps_per_epoch == 4
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_close_leaves_no_thread(tree, config, kind, taken):
+    before = set(threading.enumerate())
+    loader = TrainLoader(open_source(str(tree)), config(loader=kind, threads=2), SIZE, batch_size=6, seed=0)
+    for _ in range(taken):
+        next(loader)
+    loader.close()
+    loader.close()
+    assert set(threading.enumerate()) <= before
+    # an evaluation that is left early cleans up as well
+    for _ in EvalLoader(open_source(str(tree)), config(loader=kind), SIZE, batch_size=2):
+        break
+    assert set(threading.enumerate()) <= before
+
+
+def test_auto_falls_back_to_pil_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "nvidia.dali.fn", None)
+    monkeypatch.setattr(data, "_announced", set())
+    with caplog.at_level(logging.INFO, "extrema_fast"):
+        assert data.choose_loader("auto") == "pil"
+        assert data.choose_loader("auto") == "pil"
+    assert len(caplog.records) == 1 and "decoded by PIL: DALI cannot be loaded" in caplog.text
+    with pytest.raises(UsageError, match=r"data\.loader: DALI cannot be loaded .*dali-cuda13.*loader pil"):
+        data.choose_loader("dali")
+
+
+def test_no_pillow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(UsageError, match=r"needs Pillow: pip install \"extrema-fast\[train\]\""):
+        data.choose_loader("pil")
+
+
+def test_the_built_in_set_trains(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = open_source("synthetic", limit=16)
+    (batch,) = batches(source, DataConfig(loader=kind), 1, (32, 32), batch_size=16)
+    assert sorted(batch.index.tolist()) == list(range(16))

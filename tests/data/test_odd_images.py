@@ -1,0 +1,146 @@
+"""Unusual files load in both loaders; broken ones end in a DataError that names the file."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from extrema_fast.data import EvalLoader, TrainLoader, open_source
+from extrema_fast.data_decode import load_rgb
+from extrema_fast.errors import DataError
+
+OK = [
+    "cmyk.jpg",
+    "exif_rotated.jpg",
+    "gray.jpg",
+    "gray.png",
+    "gray16.png",
+    "one_pixel.jpg",
+    "palette.png",
+    "progressive.jpg",
+    "rgb.jpg",
+    "rgb.png",
+    "rgba.png",
+    "tiff.tiff",
+    "tiny.jpg",
+    "very_wide.jpg",
+    "webp.webp",
+    "wrong_suffix_png_in.jpg",
+]
+BAD = ["header_only.jpg", "random_bytes.jpg", "text.jpg", "truncated.png", "truncated_half.jpg"]
+
+
+def train_batch(source, cfg, size=(32, 32)):
+    with TrainLoader(source, cfg, size, batch_size=len(source), seed=0) as loader:
+        batch = next(loader)
+    return batch.images[batch.index.argsort()]
+
+
+def eval_batch(source, cfg, size=(32, 32)):
+    return torch.cat([images for images, _ in EvalLoader(source, cfg, size)])
+
+
+def test_no_odd_image_is_forgotten(odd_images):
+    listed = {f"ok_{n}" for n in OK} | {f"bad_{n}" for n in [*BAD, "zero_bytes.jpg", "flipped_bits.jpg"]}
+    assert {p.name for p in odd_images.iterdir()} == listed
+
+
+@pytest.mark.parametrize("exif", [False, True])
+def test_odd_images_load(odd_images, tmp_path, config, kind, exif):
+    listing = tmp_path / "list.txt"
+    listing.write_text("".join(f"{odd_images / f'ok_{name}'}\n" for name in OK))
+    source = open_source(str(listing))
+    cfg = config(loader=kind, exif=exif)
+    for images in (train_batch(source, cfg), eval_batch(source, cfg)):
+        assert images.shape == (len(OK), 32, 32, 3)
+    # what was decoded, against PIL's own idea of the same box
+    for row, got in enumerate(eval_batch(source, config(loader=kind, exif=exif))):
+        whole = load_rgb(source.paths[row], exif)
+        mean = np.asarray(whole).reshape(-1, 3).mean(0)
+        assert np.abs(got.numpy().reshape(-1, 3).mean(0) - mean).max() < 60, OK[row]
+
+
+def test_the_same_picture_in_other_clothes(odd_images, config, kind, tmp_path):
+    names = ["rgb.png", "tiff.tiff", "wrong_suffix_png_in.jpg", "rgba.png"]
+    listing = tmp_path / "list.txt"
+    listing.write_text("".join(f"{odd_images / f'ok_{name}'}\n" for name in names))
+    images = eval_batch(open_source(str(listing)), config(loader=kind)).int()
+    for name, other in zip(names[1:], images[1:], strict=True):
+        assert (other - images[0]).abs().max() <= 1, name
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, config, kind):
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    ((images, _),) = EvalLoader(open_source(str(tmp_path)), config(loader=kind), (32, 32))
+    want = np.rint(ramp / 257).astype(int)[..., None]
+    assert np.abs(images[0].numpy() - want).max() <= 1
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("load", [train_batch, eval_batch])
+def test_a_broken_file_is_named(odd_images, tree, tmp_path, config, kind, name, load):
+    """One broken file among good ones."""
+    good = sorted(tree.rglob("*.png"))[:3]
+    listing = tmp_path / "list.txt"
+    listing.write_text("".join(f"{p}\n" for p in [*good[:2], odd_images / f"bad_{name}", good[2]]))
+    # whole images: a crop that needs the first rows only may succeed on a truncated file
+    cfg = config(loader=kind, area=(1.0, 1.0), ratio=(0.2, 5.0))
+    with pytest.raises(DataError, match=rf"bad_{name}: cannot be decoded \(.*bytes\); .*list file") as error:
+        load(open_source(str(listing)), cfg)
+    assert "\n" not in str(error.value)
+
+
+def test_flipped_bits_decode_or_are_named(odd_images, tmp_path, config, kind):
+    shutil.copy(odd_images / "bad_flipped_bits.jpg", tmp_path)
+    try:
+        images = eval_batch(open_source(str(tmp_path)), config(loader=kind))
+    except DataError as e:
+        assert "bad_flipped_bits.jpg" in str(e)
+    else:
+        assert images.shape == (1, 32, 32, 3)
+
+
+def test_an_empty_file_is_found_when_the_folder_is_opened(odd_images, tmp_path):
+    shutil.copy(odd_images / "bad_zero_bytes.jpg", tmp_path)
+    shutil.copy(odd_images / "ok_rgb.jpg", tmp_path)
+    with pytest.raises(DataError, match=r"1 of 2 files are empty \(0 bytes\), first: .*bad_zero_bytes\.jpg"):
+        open_source(str(tmp_path))
+
+
+def test_good_batches_before_a_bad_one_are_delivered(tmp_path, config, kind):
+    for i in range(6):
+        Image.new("RGB", (40, 40), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "7.png").write_text("not an image at all")
+    seen = []
+    with pytest.raises(DataError, match=r"7\.png: cannot be decoded"):
+        for _, index in EvalLoader(open_source(str(tmp_path)), config(loader=kind), (32, 32), batch_size=1):
+            seen += index.tolist()
+    assert seen == list(range(len(seen))) and len(seen) >= 3
+
+
+def test_a_file_that_vanishes_is_named(tmp_path, config, kind):
+    for i in range(4):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{i}.png")
+    source = open_source(str(tmp_path))
+    loader = EvalLoader(source, config(loader=kind), (32, 32))
+    assert len(list(loader)) == 1
+    # its header is known by now, so decoding is the first to notice
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(DataError, match=r"2\.png: cannot be decoded \(.*gone\)"):
+        list(loader)
+
+
+def test_a_kind_that_only_pil_reads_is_named(tmp_path, config):
+    pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    Image.new("P", (40, 40)).save(tmp_path / "b.gif")
+    (tmp_path / "b.gif").rename(tmp_path / "b.png")
+    source = open_source(str(tmp_path))
+    assert len(eval_batch(source, config(loader="pil"))) == 2
+    with pytest.raises(DataError, match=r"b\.png: cannot be decoded \(by DALI, .*PIL can: --data\.loader pil"):
+        eval_batch(source, config(loader="dali"))

@@ -1,0 +1,225 @@
+"""open_source: class trees, flat folders, lists, built-in sets, limits, and every error message."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from extrema_fast import sources
+from extrema_fast.errors import DataError, UsageError
+from extrema_fast.sources import match_classes, open_source
+
+
+def image(path, color=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (color, 0, 0)).save(path)
+
+
+def test_class_folders(tree):
+    source = open_source(str(tree))
+    assert len(source) == 23 and source.classes == ["ape", "bee", "cat"]
+    for path, label in zip(source.paths, source.labels.tolist(), strict=True):
+        assert f"/{source.classes[label]}/" in path
+    assert source.paths == sorted(source.paths)
+    assert source.labels.dtype == torch.int64 and source.name == str(tree)
+
+
+def test_hidden_files_other_files_links_and_upper_case(tmp_path):
+    image(tmp_path / "root/a/1.JPG")
+    image(tmp_path / "root/a/.hidden.jpg")
+    image(tmp_path / "root/.cache/2.jpg")
+    image(tmp_path / "elsewhere/3.png")
+    (tmp_path / "root/a/notes.txt").write_text("x")
+    (tmp_path / "root/b").symlink_to(tmp_path / "elsewhere")
+    source = open_source(str(tmp_path / "root"))
+    assert [os.path.basename(p) for p in source.paths] == ["1.JPG", "3.png"]
+    assert source.classes == ["a", "b"] and source.labels.tolist() == [0, 1]
+
+
+def test_a_link_to_a_folder_above_ends(tmp_path, caplog):
+    image(tmp_path / "a/1.png")
+    (tmp_path / "a/up").symlink_to(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert len(open_source(str(tmp_path))) == 1
+    assert "a link to a folder above it" in caplog.text
+
+
+def test_flat_folder_has_no_labels(tmp_path):
+    for name in "cab":
+        image(tmp_path / f"{name}.png")
+    source = open_source(str(tmp_path))
+    assert [os.path.basename(p) for p in source.paths] == ["a.png", "b.png", "c.png"]
+    assert source.labels is None and source.classes == []
+
+
+def test_images_beside_folders_are_used_without_labels(tmp_path, caplog):
+    image(tmp_path / "1.png")
+    image(tmp_path / "a/2.png")
+    with caplog.at_level(logging.WARNING):
+        source = open_source(str(tmp_path))
+    assert len(source) == 2 and source.labels is None
+    assert "1 images beside folders with 1 more" in caplog.text
+
+
+def test_an_empty_class_folder_keeps_its_number(tmp_path, caplog):
+    image(tmp_path / "a/1.png")
+    image(tmp_path / "c/2.png")
+    (tmp_path / "b").mkdir()
+    with caplog.at_level(logging.WARNING):
+        source = open_source(str(tmp_path))
+    assert source.classes == ["a", "b", "c"] and source.labels.tolist() == [0, 2]
+    assert "no images in 1 of 3 class folders: ['b']" in caplog.text
+
+
+def test_list_file(tmp_path):
+    image(tmp_path / "x/one two.png")
+    image(tmp_path / "ünï.png")
+    absolute = tmp_path / "x/one two.png"
+    listing = tmp_path / "list.tsv"
+    listing.write_text(f"ünï.png\t10\n\n{absolute}\t9\r\nx/one two.png\t10\n", encoding="utf-8")
+    source = open_source(str(listing))
+    assert source.paths == [str(tmp_path / "ünï.png"), str(absolute), str(absolute)]
+    # numbers in numeric order
+    assert source.classes == ["9", "10"] and source.labels.tolist() == [1, 0, 1]
+    listing.write_text("ünï.png\nx/one two.png\n", encoding="utf-8")
+    assert open_source(str(listing)).labels is None
+
+
+def test_unusual_names_reach_both_decoders(tmp_path, config, kind):
+    from extrema_fast.data import EvalLoader
+
+    image(tmp_path / "ünï cödé #1 %d.png", 200)
+    image(tmp_path / "b\ttab.png", 100)
+    ((images, _),) = EvalLoader(open_source(str(tmp_path)), config(loader=kind), (8, 8))
+    assert images[:, 0, 0, 0].tolist() == [100, 200]
+
+
+def test_limit_is_a_keyed_sample_with_its_labels(tree):
+    whole = open_source(str(tree))
+    some = open_source(str(tree), limit=7, seed=1)
+    assert len(some) == 7 and some.classes == whole.classes
+    rows = [whole.paths.index(p) for p in some.paths]
+    assert rows == sorted(rows) and some.labels.tolist() == whole.labels[rows].tolist()
+    assert some.paths == open_source(str(tree), limit=7, seed=1).paths
+    assert some.paths != open_source(str(tree), limit=7, seed=2).paths
+    assert set(some.paths) <= set(open_source(str(tree), limit=8, seed=1).paths)
+    assert open_source(str(tree), limit=23).fingerprint == whole.fingerprint != some.fingerprint
+    assert len(open_source(str(tree), limit=1000)) == 23
+
+
+def test_fingerprint_follows_content_not_place(tmp_path):
+    image(tmp_path / "d/a/1.png")
+    image(tmp_path / "d/b/2.png")
+    first = open_source(str(tmp_path / "d")).fingerprint
+    shutil.copytree(tmp_path / "d", tmp_path / "moved")
+    assert open_source(str(tmp_path / "moved")).fingerprint == first
+    with open(tmp_path / "moved/a/1.png", "ab") as f:
+        f.write(b"x")
+    assert open_source(str(tmp_path / "moved")).fingerprint != first
+    (tmp_path / "d/a/1.png").rename(tmp_path / "d/a/3.png")
+    assert open_source(str(tmp_path / "d")).fingerprint != first
+
+
+def test_match_classes(tmp_path):
+    for name in ("train/a/1.png", "train/b/1.png", "train/c/1.png", "test/b/1.png", "test/c/1.png"):
+        image(tmp_path / name)
+    train, test = open_source(str(tmp_path / "train")), open_source(str(tmp_path / "test"))
+    assert test.labels.tolist() == [0, 1]
+    matched = match_classes(test, train)
+    assert matched.labels.tolist() == [1, 2] and matched.classes == train.classes
+    assert match_classes(train, train) is train
+    with pytest.raises(UsageError, match=r"1 of 3 classes are not in .*test, first: 'a'"):
+        match_classes(train, test)
+
+
+# ---- errors ---------------------------------------------------------------------------------------
+
+
+def fails(spec, pattern, error=UsageError, **kw):
+    with pytest.raises(error, match=pattern) as caught:
+        open_source(str(spec), **kw)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing(tmp_path):
+    (tmp_path / "images").mkdir()
+    fails(tmp_path / "imagse", r"imagse: does not exist; did you mean 'images'\?; expected photos, synthetic")
+    fails(tmp_path / "x/y/z", rf"does not exist \({tmp_path}/x/y neither; {tmp_path} does\)")
+    fails("", "no train images given; expected photos")
+    fails("photo", "did you mean 'photos'")
+
+
+def test_nothing_inside(tmp_path):
+    fails(tmp_path, r"no images; looked for \.bmp, \.jpeg, \.jpg, .* the folder is empty")
+    (tmp_path / "a/b").mkdir(parents=True)
+    fails(tmp_path, "no images; .*found 1 folders without files")
+    for name in ("a/1.txt", "a/b/2.txt", "3.csv"):
+        (tmp_path / name).write_text("x")
+    fails(tmp_path, r"no images; looked for .*\.webp.*; found 3 files, of: \.txt 2, \.csv 1$")
+
+
+def test_unreadable(tmp_path, monkeypatch):
+    image(tmp_path / "a/1.png")
+    real = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/a"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(sources.os, "scandir", refuse)
+    fails(tmp_path, r"/a: cannot be read \(Permission denied\); check its permissions")
+
+
+def test_the_folder_above_the_splits(tmp_path):
+    image(tmp_path / "train/a/1.png")
+    image(tmp_path / "val/a/1.png")
+    fails(tmp_path, rf"holds train/, val/, which look like the parts .* did you mean {tmp_path}/train\?")
+    fails(tmp_path, rf"did you mean {tmp_path}/val\?", split="test")
+    image(tmp_path / "annotations/1.png")
+    fails(tmp_path, "did you mean")
+    # one class of that name among others is a class
+    shutil.rmtree(tmp_path / "val")
+    assert open_source(str(tmp_path)).classes == ["annotations", "train"]
+
+
+def test_bad_lists(tmp_path):
+    image(tmp_path / "a.png")
+    listing = tmp_path / "list.txt"
+    listing.write_text("a.png\nb.png\nc.png\n")
+    fails(listing, rf"2 of 3 files do not exist, first: {tmp_path}/b\.png$")
+    listing.write_text("import this\n")
+    fails(listing, r"1 of 1 files do not exist, .*; is it a list of images\?")
+    listing.write_text("a.png\tx\n\na.png\n")
+    fails(listing, r"line 3: expected a path and a label as in line 1 \(tab between\), got 1 fields")
+    listing.write_text("a.png\na.png\tx\n")
+    fails(listing, "line 2: expected a path as in line 1")
+    listing.write_text("a.png\t\n")
+    fails(listing, "line 1: expected a path and a label")
+    listing.write_text("\n \n")
+    fails(listing, "the list is empty")
+    listing.write_bytes(b"\xff\xfe\x00")
+    fails(listing, "list.txt: not a text file; expected")
+    archive = tmp_path / "set.tar"
+    archive.write_bytes(b"\xff\xfe\x00")
+    fails(archive, "set.tar: an archive: unpack it first; expected")
+    fails(tmp_path / "a.png", "is one image; expected")
+
+
+def test_broken_links_and_empty_files(tmp_path):
+    image(tmp_path / "a/1.png")
+    (tmp_path / "a/2.png").symlink_to(tmp_path / "gone.png")
+    fails(tmp_path, r"1 of 2 files do not exist, first: .*a/2\.png$")
+    (tmp_path / "a/2.png").unlink()
+    (tmp_path / "a/2.png").touch()
+    fails(tmp_path, r"1 of 2 files are empty \(0 bytes\), first: .*a/2\.png; remove them", DataError)
+
+
+def test_bad_arguments(tree):
+    fails(tree, "split: expected 'train' or 'test', got 'dev'", split="dev")
+    fails(tree, r"data\.limit: expected 0 \(all\) or more, got -1", limit=-1)

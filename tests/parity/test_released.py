@@ -1,0 +1,204 @@
+"""The method against numbers of the paper's released implementation, in float64.
+
+Covers, for every vector found: keep indices and position table, features, projections, prediction, target, trunk
+tokens, loss, every gradient, the EMA update and the AdamW step; relative error <= 1e-9. And the published checkpoint
+format through `extrema-fast import`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from extrema_fast import ops
+from extrema_fast.config import from_dict, photos
+from extrema_fast.convert import load_encoder, load_metadata
+from extrema_fast.method import ExtreMA
+from extrema_fast.optim import param_groups
+
+FOLDER = Path(os.environ.get("EXTREMA_FAST_PARITY", Path(__file__).parents[3] / "shared" / "parity"))
+WHY = f"no vectors in {FOLDER}; set EXTREMA_FAST_PARITY to the folder that holds them"
+
+
+def vector_files() -> list[Path]:
+    """Every complete step vector (not the expected outputs of a checkpoint file)."""
+    return sorted(p for p in FOLDER.glob("*.safetensors") if ".expected" not in p.name)
+
+
+def read(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(configuration, tensors in float64 where floating)."""
+    with safe_open(file, "pt") as f:
+        config = json.loads(f.metadata()["config"])
+        tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    return config, {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def own_name(key: str) -> str:
+    """Released state-dict name -> name inside `ExtreMA`."""
+    for old, new in (
+        ("base_encoder.head.", "student_branch.projector."),
+        ("momentum_encoder.head.", "teacher_branch.projector."),
+        ("base_encoder.", "student_branch.encoder."),
+        ("momentum_encoder.", "teacher_branch.encoder."),
+        ("predictor.", "student_branch.predictor."),
+    ):
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    raise KeyError(key)
+
+
+def part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Tensors below `prefix/`, under this project's names."""
+    return {own_name(k.removeprefix(prefix)): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+TOLERANCE = 1e-9
+
+
+def error(ours: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((ours - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300))
+
+
+def is_key_bias(name: str) -> bool:
+    return name.endswith("attn.k.bias")
+
+
+def method_like(config: dict) -> ExtreMA:
+    cfg = from_dict(
+        {
+            "model": {
+                "img_size": [config["img_size"]] * 2,
+                "patch_size": config["patch_size"],
+                "width": config["embed_dim"],
+                "depth": config["depth"],
+                "heads": config["num_heads"],
+                "layer_scale": config["layer_scale_init"],
+                "pool_depth": config["class_attention_layers"],
+                "drop_path": 0.0,
+            },
+            "head": {
+                "loss": "byol",
+                "hidden": config["mlp_dim"],
+                "out": config["proj_dim"],
+                "predictor_hidden": config["mlp_dim"],
+            },
+            "mask": {"ratio": config["mask_ratio"], "views": config["num_masks"]},
+        },
+        photos(),
+    )
+    assert cfg.num_keep == config["kept_tokens"]
+    assert cfg.model.num_patches == config["tokens"]
+    return ExtreMA(cfg).double()
+
+
+def load(method: ExtreMA, state: dict[str, torch.Tensor]) -> None:
+    own = method.state_dict()
+    assert own.keys() == state.keys()
+    # the released table is a parameter computed in fp64 and kept in fp32; ours must be the same numbers
+    assert error(own["student_branch.encoder.pos_embed"], state["student_branch.encoder.pos_embed"]) == 0
+    method.load_state_dict(state)
+
+
+@pytest.mark.parametrize("pool", ["absorbed", "reference"])
+@pytest.mark.parametrize("file", vector_files(), ids=lambda p: p.stem)
+def test_one_step_equals_the_released_code(file, pool, monkeypatch):
+    monkeypatch.setenv("EXTREMA_FAST_BACKEND", f"attention_pool={pool}")
+    monkeypatch.setattr(ops, "_chosen", {})
+    config, t = read(file)
+    method = method_like(config)
+    load(method, part(t, "before/"))
+    named = dict(method.student_parameters())
+    adam = torch.optim.AdamW(
+        param_groups(list(named.items()), config["weight_decay"]),
+        lr=config["lr"],
+        betas=tuple(config["betas"]),
+        eps=1e-8,
+    )
+
+    # the released order: move the teacher towards the student of before the step, then both passes
+    method.update_teacher(config["ema_momentum"])
+    after_ema = part(t, "after_ema/")
+    state = method.state_dict()
+    assert after_ema
+    for name, wanted in after_ema.items():
+        assert error(state[name], wanted) <= TOLERANCE, name
+
+    keep = t["input/keep"]
+    projections = []
+    hook = method.projector.register_forward_hook(lambda _m, _i, out: projections.append(out))
+    out = method(t["input/student_images"], t["input/teacher_images"], keep)
+    hook.remove()
+    for name, ours in (
+        ("loss", out.loss),
+        ("prediction", out.prediction),
+        ("target", out.target),
+        ("student_features", out.student_features),
+        ("teacher_features", out.teacher_features),
+        ("student_projection", projections[0]),
+        ("teacher_tokens", method.teacher.encode(t["input/teacher_images"], norm=False).patches),
+    ):
+        assert ours.shape == t[f"out/{name}"].shape, name
+        assert error(ours.detach(), t[f"out/{name}"]) <= TOLERANCE, name
+
+    out.loss.backward()
+    gradients = part(t, "grad/")
+    assert gradients.keys() == {f"student_branch.{n}" for n in named}
+    largest = max(float(g.abs().max()) for g in gradients.values())
+    for name, wanted in gradients.items():
+        ours = named[name.removeprefix("student_branch.")].grad
+        if is_key_bias(name):
+            # exactly zero in real arithmetic: rounding noise on both sides
+            assert float((ours - wanted).abs().max()) <= 1e-12 * largest, name
+        elif name.endswith("attn.qkv.bias"):
+            width = wanted.shape[0] // 3
+            query_value = torch.cat([torch.arange(width), torch.arange(2 * width, 3 * width)])
+            assert error(ours[query_value], wanted[query_value]) <= TOLERANCE, name
+            assert float((ours - wanted).abs().max()) <= 1e-12 * largest, name
+        else:
+            assert error(ours, wanted) <= TOLERANCE, name
+
+    adam.step()
+    for name, wanted in part(t, "after_step/").items():
+        if name.endswith("pos_embed"):
+            continue
+        assert error(named[name.removeprefix("student_branch.")].detach(), wanted) <= TOLERANCE, name
+
+
+@pytest.mark.skipif(not FOLDER.is_dir(), reason=WHY)
+def test_vectors_were_found():
+    assert len([f for f in vector_files() if f.parent == FOLDER]) >= 1
+
+
+@pytest.mark.skipif(not (FOLDER / "released_format.pth").is_file(), reason=WHY)
+def test_import_of_the_released_format(tmp_path, capsys):
+    from extrema_fast.__main__ import main
+
+    out = tmp_path / "imported"
+    assert main(["import", str(FOLDER / "released_format.pth"), str(out)]) == 0
+    expected = load_file(FOLDER / "released_format.expected.safetensors")
+    model = load_metadata(out)["model"]
+    assert (model["width"], model["depth"], model["heads"], model["patch_size"]) == (128, 3, 2, 16)
+    assert model["img_size"] == [224, 224]
+    for which in ("student", "teacher"):
+        for source in (out, FOLDER / "released_format.pth"):
+            encoder = load_encoder(source, which=which)
+            with torch.no_grad():
+                after = encoder.encode(expected["input/images"])
+                before = encoder.encode(expected["input/images"], norm=False)
+            assert error(after.cls, expected[f"out/{which}_features"]) <= 1e-5
+            assert error(before.cls, expected[f"out/{which}_features_before_norm"]) <= 1e-5
+            assert error(before.patches, expected[f"out/{which}_tokens_before_norm"]) <= 1e-5
+    # the two networks differ, so keeping only one of them would have been seen
+    assert (load_encoder(out, "student").cls_token - load_encoder(out, "teacher").cls_token).abs().max() > 0
+    student = load_file(out / "student.safetensors")
+    assert {"head.6.weight", "predictor.3.weight"} <= student.keys()
+    assert json.loads((out / "config.json").read_text())["source"]["arch"] == "vit_base"
+    # a second import must not overwrite the first
+    assert main(["import", str(FOLDER / "released_format.pth"), str(out)]) == 2
+    assert "not empty" in capsys.readouterr().err

@@ -1,0 +1,221 @@
+"""The package as others get it: metadata, versions, extras, wheel content, and the name `kernels`.
+
+Covers: one version in package, wheel and CHANGELOG; extras free of apex; a tested version of every dependency
+in constraints.txt, inside the range of setup.py, for each supported Python; the wheel holds every module and
+data file of extrema_fast/ and kernels/ (as extrema_fast.kernels) and nothing else, and imports without the
+checkout; `import kernels` refuses; one ruff; the Makefile installs extras that exist; the licence is whole.
+"""
+
+from __future__ import annotations
+
+import email
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.message import Message
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import extrema_fast
+
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+ADDED = ("extrema_fast", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy, so that the checkout keeps no build folder and no old one leaks in."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ADDED:
+        if (repository / name).is_dir():
+            shutil.copytree(repository / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(repository / name, source / name)
+    # folders of a checkout that must stay out
+    for name in ("tests", "benchmarks"):
+        (source / name).mkdir()
+        (source / name / "__init__.py").touch()
+    out = tmp_path_factory.mktemp("wheel")
+    command = [
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "-w",
+        out,
+        source,
+    ]
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel_metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+        return email.message_from_string(archive.read(name).decode())
+
+
+def requirements(info: Message) -> list[Requirement]:
+    return [Requirement(line) for line in info.get_all("Requires-Dist")]
+
+
+def constraints(repository: Path) -> list[Requirement]:
+    lines = (repository / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def holds(requirement: Requirement, python: str, extra: str = "") -> bool:
+    """Whether its marker is true on Linux x86_64 with this Python."""
+    environment = {
+        "python_version": python,
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+        "extra": extra,
+    }
+    return requirement.marker is None or requirement.marker.evaluate(environment)
+
+
+def test_version_stands_once(repository, wheel_metadata):
+    changelog = (repository / "CHANGELOG.md").read_text(encoding="utf-8")
+    first = re.search(r"^## \[?v?(\d+\.\d+\.\d+\S*?)\]?(?=\s|$)", changelog, re.M)
+    assert first, "CHANGELOG.md: expected a heading like `## 0.1.0`"
+    assert first.group(1) == extrema_fast.__version__ == wheel_metadata["Version"]
+
+
+def test_metadata(wheel_metadata):
+    assert wheel_metadata["Name"] == "extrema-fast"
+    assert wheel_metadata["License-Expression"] == "Apache-2.0"
+    assert wheel_metadata["Requires-Python"] == ">=3.10"
+    assert len(wheel_metadata.get_payload()) > 500, "README.md should be the long description"
+
+
+def test_installed_command():
+    (command,) = [e for e in metadata.entry_points(group="console_scripts") if e.name == "extrema-fast"]
+    assert command.value == "extrema_fast.__main__:main"
+    assert callable(command.load())
+
+
+def test_core_is_small(wheel_metadata):
+    core = {r.name for r in requirements(wheel_metadata) if holds(r, "3.12")}
+    assert core == {"torch", "triton", "numpy", "safetensors"}
+
+
+def test_core_outside_linux_has_no_triton(wheel_metadata):
+    environment = {
+        "platform_system": "Darwin",
+        "platform_machine": "arm64",
+        "python_version": "3.12",
+        "extra": "",
+    }
+    core = {
+        r.name for r in requirements(wheel_metadata) if r.marker is None or r.marker.evaluate(environment)
+    }
+    assert core == {"torch", "numpy", "safetensors"}
+
+
+def test_extras(wheel_metadata):
+    extras = set(wheel_metadata.get_all("Provides-Extra"))
+    assert extras >= {
+        "train",
+        "tensorboard",
+        "dali-cuda13",
+        "dali-cuda12",
+        "xformers",
+        "timm",
+        "bench",
+        "dev",
+    }
+    names = {r.name.lower() for r in requirements(wheel_metadata)}
+    assert not {n for n in names if "apex" in n}, "the apex of PyPI is an unrelated package"
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_dependency_has_a_tested_version_in_range(repository, wheel_metadata, python):
+    pins = {}
+    for pin in constraints(repository):
+        (exact,) = pin.specifier
+        assert exact.operator == "==", pin
+        if holds(pin, python):
+            assert pin.name not in pins, f"{pin.name} is pinned twice for Python {python}"
+            pins[pin.name] = Version(exact.version)
+    wanted = requirements(wheel_metadata)
+    extras = ["", *wheel_metadata.get_all("Provides-Extra")]
+    for requirement in wanted:
+        if requirement.name == "setuptools" or not any(holds(requirement, python, e) for e in extras):
+            continue
+        assert requirement.name in pins, f"constraints.txt: {requirement.name} for Python {python} is missing"
+        assert pins[requirement.name] in requirement.specifier, (requirement, pins[requirement.name])
+
+
+def test_wheel_holds_the_package_and_nothing_else(repository, wheel):
+    expected = set()
+    for folder, base in (("extrema_fast", "extrema_fast"), ("kernels", "extrema_fast/kernels")):
+        for path in (repository / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                expected.add(f"{base}/{path.relative_to(repository / folder).as_posix()}")
+    assert "extrema_fast/kernels/__init__.py" in expected and "extrema_fast/py.typed" in expected
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    info = {n for n in names if n.partition("/")[0].endswith(".dist-info")}
+    assert any(n.endswith("licenses/LICENSE") for n in info)
+    missing, surplus = expected - names, names - info - expected
+    assert not missing, f"not in the wheel (setup.py: package_data): {sorted(missing)}"
+    assert not surplus, f"must not be in the wheel: {sorted(surplus)}"
+
+
+def test_wheel_imports_without_the_checkout(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        # the editable install of the checkout must not answer for a module missing in the wheel
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
+        "import extrema_fast, extrema_fast.kernels, extrema_fast.ops\n"
+        "print(extrema_fast.__file__, extrema_fast.kernels.__file__)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(Path(p).is_relative_to(tmp_path) for p in done.stdout.split())
+
+
+def test_kernels_by_its_bare_name_is_refused(repository):
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernels"], capture_output=True, text=True, timeout=120, cwd=repository
+    )
+    assert done.returncode == 1
+    assert "ImportError" in done.stderr and "import extrema_fast.kernels" in done.stderr
+
+
+def test_one_ruff(repository):
+    hooks = (repository / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    hook = re.search(r"ruff-pre-commit\s+rev: v(\S+)", hooks).group(1)
+    (pin,) = [p for p in constraints(repository) if p.name == "ruff"]
+    assert str(pin.specifier) == f"=={hook}"
+
+
+def test_makefile_installs_extras_that_exist(repository, wheel_metadata):
+    makefile = (repository / "Makefile").read_text(encoding="utf-8")
+    default = re.search(r"^DALI \?= (\S+)", makefile, re.M).group(1)
+    named = [n for group in re.findall(r'-e "\.\[(.+?)\]"', makefile) for n in group.split(",")]
+    assert len(named) > 3
+    extras = set(wheel_metadata.get_all("Provides-Extra"))
+    assert {default if n == "$(DALI)" else n for n in named} <= extras
+
+
+def test_licence_is_complete(repository):
+    text = (repository / "LICENSE").read_text(encoding="utf-8")
+    assert text.lstrip().startswith("Apache License") and "END OF TERMS AND CONDITIONS" in text
+    assert all(f"\n   {n}. " in text for n in range(1, 10))
