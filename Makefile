@@ -58,7 +58,7 @@ format: $(TEST_READY)  ## ruff: mend what it can
 
 clean:  ## remove build outputs and caches (.venv and runs stay)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache
-	@find extrema_fast kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find extrema_fast kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-demo:  ## remove the demo's run, so that `make demo` trains again
 	@rm -rf $(DEMO_OUT)

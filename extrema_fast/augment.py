@@ -1,7 +1,7 @@
 """Two colour-jittered views of one crop, on the device, with torchvision's ColorJitter semantics.
 
-Each transformation is keyed by (seed, sample row, epoch, view), see `extrema_fast.rng`; images stay in [0, 1] floats
-and are clamped after every operation (method.md section 5; data.md section 5).
+Each transformation is keyed by (seed, sample row, epoch, view), see `extrema_fast.rng`; images stay in [0, 1]
+floats and are clamped after every operation (method.md section 5; data.md section 5).
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ _ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
-def normalize(
-    images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], in_chans: int = 3
-) -> Tensor:
-    """uint8 [B, H, W, 3] -> fp32 [B, C, H, W], (x / 255 - mean) / std; C = 1 takes the gray value and mean of means."""
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], in_chans: int = 3) -> Tensor:
+    """uint8 [B, H, W, 3] -> fp32 [B, C, H, W], (x / 255 - mean) / std.
+
+    C = 1 takes the gray value, the mean of the means and the mean of the deviations.
+    """
     return _finish(images.permute(0, 3, 1, 2).float() / 255, mean, std, in_chans)
 
 
@@ -39,22 +40,21 @@ def _gray(x: Tensor) -> Tensor:
 
 
 def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """HSV rotation: hue += shift (in turns) at fixed saturation and value; x [B, 3, H, W], shift [B, 1, 1]."""
+    """HSV rotation: hue += shift (turns) at fixed saturation and value; x [B, 3, H, W], shift [B, 1, 1]."""
     r, g, b = x.unbind(1)
     top, low = x.amax(1), x.amin(1)
     spread = top - low
     safe = torch.where(spread > 0, spread, torch.ones_like(spread))
-    hue = torch.where(
-        top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    )
+    hue = torch.where(top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     hue = torch.remainder(hue / 6 + shift, 1.0)
     # V S = spread, so saturation itself is not needed
-    k = torch.remainder(torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=x.dtype).view(1, 3, 1, 1) + 6 * hue[:, None], 6)
+    n = torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=x.dtype).view(1, 3, 1, 1)
+    k = torch.remainder(n + 6 * hue[:, None], 6)
     return top[:, None] - spread[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def color_params(index: Tensor, cfg: DataConfig, *, seed: int, epoch: int, stream: int) -> dict[str, Tensor]:
-    """The coins of one view: `on`, `gray` [B] bool; `factors` [B, 4] (hue in turns); `order` [B, 4] operations."""
+    """The coins of one view: `on`, `gray` [B] bool; `factors`, `order` [B, 4] as `jitter` takes them."""
     u = rng.uniform(index, 8, seed=seed, epoch=epoch, stream=stream)
     strength = torch.tensor(cfg.jitter, device=index.device)
     centre = torch.tensor([1.0, 1.0, 1.0, 0.0], device=index.device)
@@ -71,7 +71,7 @@ def color_params(index: Tensor, cfg: DataConfig, *, seed: int, epoch: int, strea
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Brightness, contrast, saturation and hue in each image's own order, clamped to [0, 1] after each.
 
-    x: [B, 3, H, W] in [0, 1];  factors: [B, 4];  order: [B, 4] permutation of 0..3
+    x: [B, 3, H, W] in [0, 1];  factors: [B, 4], hue in turns;  order: [B, 4] permutation of 0..3
     """
     f = factors.to(x.dtype).view(-1, 4, 1, 1, 1)
     for place in range(4):

@@ -162,7 +162,9 @@ def write(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
     with _replacing(target, "complete") as new:
         save_file(tensors, new / TENSORS)
         fault("tensors")
-        (new / STATE).write_text(json.dumps(state | {"format": FORMAT, "step": step}, indent=1), encoding="utf-8")
+        (new / STATE).write_text(
+            json.dumps(state | {"format": FORMAT, "step": step}, indent=1), encoding="utf-8"
+        )
         fault("state")
         files = {n: {"size": (new / n).stat().st_size, "sha256": _digest(new / n)} for n in (TENSORS, STATE)}
         for name in files:

@@ -79,14 +79,16 @@ def _knn_warnings(history: Sequence[dict[str, Any]], warm: bool) -> list[str]:
         curve = [r[key] for r in history if r.get(key) is not None]
         if len(curve) < 2 or history[-1].get(key) is None:
             continue
-        # one point of tolerance: less than that is noise on a few hundred test images
-        if warm and curve[-1] < curve[0] - 0.01:
+        # one point, or 1.5 standard errors on few test images, is noise
+        p, images = curve[0], history[-1].get("images") or math.inf
+        noise = max(0.01, 1.5 * math.sqrt(p * (1 - p) / images))
+        if warm and curve[-1] < curve[0] - noise:
             warnings.append(
                 f"k-NN of the {words} is {curve[-1]:.1%}, below the random encoder's {curve[0]:.1%}; {ADVICE}"
             )
         tail = curve[-4:]
         falling = len(tail) == 4 and all(b < a for a, b in itertools.pairwise(tail))
-        if falling and tail[0] - tail[-1] > 0.01:
+        if falling and tail[0] - tail[-1] > noise:
             path = ", ".join(f"{v:.1%}" for v in tail)
             warnings.append(f"k-NN of the {words} fell three evaluations in a row ({path}); {ADVICE}")
     return warnings

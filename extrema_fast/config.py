@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import UsageError
 
@@ -32,6 +32,11 @@ def did_you_mean(word: str, known: list[str]) -> str:
     """`"; did you mean 'x'?"`, or the list of what is known when nothing is near."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+def _multiples_near(value: int, step: int) -> str:
+    low = value // step * step
+    return f"{low} or {low + step}" if low else str(step)
 
 
 def _require(ok: bool, message: str) -> None:
@@ -149,21 +154,22 @@ class ModelConfig:
         for side, pixels in zip(("height", "width"), self.img_size, strict=True):
             p = self.patch_size
             if pixels < p or pixels % p:
-                low = max(p, pixels // p * p)
                 raise UsageError(
                     f"model.img_size: {side} {pixels} is not a multiple of the patch size {p}; "
-                    f"nearest: {low} or {low + p}"
+                    f"nearest: {_multiples_near(pixels, p)}"
                 )
         width, _, heads = self.shape
         _require(
             width % heads == 0 and width % 4 == 0,
             f"model.width: {width} must be a multiple of heads ({heads}) and of 4 (sin-cos table)",
         )
+        _require(
+            int(width * self.mlp_ratio) >= 1,
+            f"model.mlp_ratio: {self.mlp_ratio} leaves no hidden units at width {width}; try 4",
+        )
         _require(0 <= self.drop_path < 1, f"model.drop_path: expected [0, 1), got {self.drop_path}")
         _require(self.pool_depth >= 1, f"model.pool_depth: expected at least 1, got {self.pool_depth}")
-        _require(
-            self.layer_scale != 0, "model.layer_scale: 0 makes the pooled output constant; try 0.1"
-        )
+        _require(self.layer_scale != 0, "model.layer_scale: 0 makes the pooled output constant; try 0.1")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -208,7 +214,7 @@ class OptimConfig:
     base_lr: float = 1.5e-4
     """Peak rate for a batch of 256; the peak used is base_lr * batch_size / 256."""
     min_lr: float = 0.0
-    warmup_epochs: float = 40
+    warmup_epochs: float = 40.0
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -225,9 +231,7 @@ class OptimConfig:
         _require(0 <= self.momentum <= 1, f"optim.momentum: expected [0, 1], got {self.momentum}")
         _require(self.clip_grad >= 0, f"optim.clip_grad: expected >= 0, got {self.clip_grad}")
         _require(self.eps > 0, f"optim.eps: expected > 0, got {self.eps}")
-        _require(
-            all(0 <= b < 1 for b in self.betas), f"optim.betas: expected [0, 1), got {self.betas}"
-        )
+        _require(all(0 <= b < 1 for b in self.betas), f"optim.betas: expected [0, 1), got {self.betas}")
 
 
 @dataclass(frozen=True)
@@ -252,7 +256,9 @@ class TrainConfig:
         _require(self.batch_size >= 1, f"train.batch_size: expected at least 1, got {self.batch_size}")
         _require(self.accumulation >= 1, f"train.accumulation: expected at least 1, got {self.accumulation}")
         _require(0 <= self.seed < 2**63, f"train.seed: expected 0 <= seed < 2**63, got {self.seed}")
-        _require(self.max_nonfinite >= 1, f"train.max_nonfinite: expected at least 1, got {self.max_nonfinite}")
+        _require(
+            self.max_nonfinite >= 1, f"train.max_nonfinite: expected at least 1, got {self.max_nonfinite}"
+        )
 
 
 @dataclass(frozen=True)
@@ -288,7 +294,9 @@ class EvalConfig:
     batch_size: int = 256
 
     def __post_init__(self) -> None:
-        _require(self.every_epochs >= 0, f"eval.every_epochs: expected 0 (off) or more, got {self.every_epochs}")
+        _require(
+            self.every_epochs >= 0, f"eval.every_epochs: expected 0 (off) or more, got {self.every_epochs}"
+        )
         for name in ("k", "max_train", "max_test", "batch_size"):
             v = getattr(self, name)
             _require(v >= 1, f"eval.{name}: expected at least 1, got {v}")
@@ -355,22 +363,23 @@ def validate(cfg: Config) -> None:
     """Checks between fields; raises UsageError naming the values and the remedy."""
     n, k, v = cfg.model.num_patches, cfg.num_keep, cfg.mask.views
     if k < 1:
+        # strictly below (n - 1) / n in four digits: the product is truncated
+        largest = max(0, math.ceil((n - 1) / n * 1e4) - 1) / 1e4
         raise UsageError(
-            f"mask.ratio: {cfg.mask.ratio} keeps 0 of {n} tokens; "
-            f"use at most {(n - 1) / n:.4g}, or set mask.keep"
+            f"mask.ratio: {cfg.mask.ratio} keeps 0 of {n} tokens; use at most {largest}, or set mask.keep"
         )
     if k > n:
-        raise UsageError(f"mask.keep: {k} is more than the image's {n} tokens")
+        raise UsageError(f"mask.keep: {k} is more than the image's {n} tokens; use at most {n}")
     if cfg.mask.mode == "disjoint" and v * k > n:
+        fewer = f"mask.keep <= {n // v}, " if cfg.mask.keep else f"mask.ratio >= {1 - n // v / n:.4g}, "
         raise UsageError(
             f"mask: {v} disjoint views of {k} tokens need {v * k}, the image has {n}; "
-            f"use at most {n // k} views, mask.ratio >= {1 - n // v / n:.4g}, or mask.mode independent"
+            f"use mask.views <= {n // k}, {fewer if v <= n else ''}or mask.mode independent"
         )
     b, a = cfg.train.batch_size, cfg.train.accumulation
     if b % a:
         raise UsageError(
-            f"train.batch_size: {b} does not divide into {a} micro-batches; "
-            f"nearest: {max(a, b // a * a)} or {b // a * a + a}"
+            f"train.batch_size: {b} does not divide into {a} micro-batches; nearest: {_multiples_near(b, a)}"
         )
     if cfg.optim.warmup_epochs >= cfg.train.epochs:
         raise UsageError(
@@ -384,10 +393,9 @@ def local_batch(cfg: Config, world: int) -> int:
     parts = world * cfg.train.accumulation
     b = cfg.train.batch_size
     if b % parts:
-        near = b // parts * parts
         raise UsageError(
             f"train.batch_size: {b} does not divide over {world} processes x "
-            f"{cfg.train.accumulation} micro-batches; nearest: {near or parts} or {near + parts}"
+            f"{cfg.train.accumulation} micro-batches; nearest: {_multiples_near(b, parts)}"
         )
     return b // parts
 
@@ -422,30 +430,27 @@ def _replace(obj: Any, data: dict[str, Any], prefix: str) -> Any:
         if dataclasses.is_dataclass(old):
             changed[name] = _replace(old, value, f"{prefix}{name}.")
         else:
-            changed[name] = _coerce(value, old, hints[name], f"{prefix}{name}")
+            changed[name] = _coerce(value, hints[name], f"{prefix}{name}")
     return dataclasses.replace(obj, **changed)
 
 
-def _coerce(value: Any, old: Any, hint: Any, name: str) -> Any:
-    choices = getattr(hint, "__args__", ()) if getattr(hint, "__origin__", None) is Literal else ()
-    if choices:
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    """`value` if the annotation `hint` allows it: Literal, tuple of fixed length, bool, int, float, str."""
+    if get_origin(hint) is Literal:
+        choices = list(get_args(hint))
         if value not in choices:
-            raise UsageError(f"{name}: got {value!r}{did_you_mean(str(value), list(choices))}")
+            raise UsageError(f"{name}: got {value!r}{did_you_mean(str(value), choices)}")
         return value
-    if isinstance(old, tuple):
-        if not isinstance(value, (list, tuple)) or len(value) != len(old):
-            raise UsageError(f"{name}: expected {len(old)} values, got {value!r}")
-        return tuple(_coerce(v, o, type(o), name) for v, o in zip(value, old, strict=True))
-    if isinstance(old, bool) or isinstance(value, bool):
-        ok = isinstance(old, bool) and isinstance(value, bool)
-    elif isinstance(old, int) and hint is int:
-        ok = isinstance(value, int)
-    elif isinstance(old, (int, float)):
-        ok = isinstance(value, (int, float)) and math.isfinite(value)
-    else:
-        ok = isinstance(value, str)
-    if not ok:
-        raise UsageError(f"{name}: expected {type(old).__name__}, got {value!r}")
+    if get_origin(hint) is tuple:
+        hints = get_args(hint)
+        if not isinstance(value, (list, tuple)) or len(value) != len(hints):
+            raise UsageError(f"{name}: expected {len(hints)} values, got {value!r}")
+        return tuple(_coerce(v, h, name) for v, h in zip(value, hints, strict=True))
+    if hint is float and type(value) is int and abs(value) <= 2**53:
+        value = float(value)
+    # type(), not isinstance: a bool is no number here
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise UsageError(f"{name}: expected {hint.__name__}, got {value!r}")
     return value
 
 
@@ -507,7 +512,9 @@ def changed_maths(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def config_hash(cfg: Config) -> str:
     """Short hash over the fields that change what is learned."""
-    maths = {k: v for k, v in flatten(cfg).items() if not k.startswith(FREE_FIELDS)}
+    # through `from_dict`, so that 1 and 1.0 are the same number
+    flat = flatten(from_dict(to_dict(cfg), cfg))
+    maths = {k: v for k, v in flat.items() if not k.startswith(FREE_FIELDS)}
     return hashlib.sha256(json.dumps(maths, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -550,7 +557,7 @@ def cifar10() -> Config:
 
 
 def _paper(size: str, ratio: float, views: int, layer_scale: float = 0.1) -> Config:
-    short = f"paper_{size}_{int(round(ratio * 100))}x{views}"
+    short = f"paper_{size}_{round(ratio * 100)}x{views}"
     return Config(
         out=f"runs/{short}",
         data=DataConfig(train="imagenet/train", test="imagenet/val", threads=8),
@@ -626,7 +633,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
 
 def preset(name: str) -> Config:
     """The preset of that name; raises UsageError with the nearest one."""
-    key = name.replace("-", "_")
+    key = str(name).replace("-", "_")
     if key not in PRESETS:
         raise UsageError(f"unknown preset {name!r}{did_you_mean(key, list(PRESETS))}")
     return PRESETS[key]()

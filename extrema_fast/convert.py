@@ -11,10 +11,11 @@ Nothing here unpickles objects: safetensors, or `torch.load(weights_only=True)`.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
-import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def _write(folder: Path, meta: dict[str, Any], tensors: dict[str, dict[str, Tens
 
 
 def save_weights(folder: str | Path, method: Any, meta: dict[str, Any]) -> Path:
-    """Writes a weights folder of an `ExtreMA`; `meta` needs "model" (ModelConfig as a dict); "data" is optional."""
+    """Writes a weights folder of an `ExtreMA`; `meta` as of `weights_meta` ("model" at least)."""
     return _write(Path(folder), meta, {which: _tensors(method, which) for which in _WHICH})
 
 
@@ -84,11 +85,15 @@ def weights_folder(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise UsageError(f"{path}: no such file or folder; expected a run folder, a weights folder or a .pth file")
+        raise UsageError(
+            f"{path}: no such file or folder; expected a run folder, a weights folder or a .pth file"
+        )
     if path.is_file() and path.suffix == ".safetensors" and (path.parent / "config.json").is_file():
         return path.parent
     if path.is_file():
-        raise UsageError(f"{path}: not a weights folder; expected a folder with config.json and teacher.safetensors")
+        raise UsageError(
+            f"{path}: not a weights folder; expected a folder with config.json and teacher.safetensors"
+        )
     if _complete(path):
         return path
     found = sorted(p for p in (path / "weights").glob("step_*") if _complete(p))
@@ -112,15 +117,15 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
     folder = weights_folder(path)
     try:
         meta = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model = meta["model"]
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
-        raise UsageError(f"{folder / 'config.json'}: not a weights description ({error!r})") from None
-    meta["model"] = model
+        _model_config(meta)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder / 'config.json'}: not a weights description ({error})") from None
     return meta
 
 
 def _model_config(meta: dict[str, Any]) -> ModelConfig:
-    return from_dict({"model": meta["model"], "mask": {"ratio": 0.0, "views": 1}}).model
+    # one view of all tokens: valid for any grid
+    return from_dict({"model": meta["model"], "mask": {"ratio": 0.0, "views": 1}}, Config()).model
 
 
 def read_tensors(path: str | Path, which: str = "teacher") -> dict[str, Tensor]:
@@ -186,13 +191,20 @@ def _fill(encoder: Encoder, tensors: Mapping[str, Tensor], source: str) -> None:
         state["pos_embed"] = own["pos_embed"]
     optional = {k for k in own if k.startswith(("head.", "fc_norm."))}
     missing, unknown = sorted(own.keys() - state.keys() - optional), sorted(state.keys() - own.keys())
-    wrong = [f"{k} {list(state[k].shape)} for {list(own[k].shape)}" for k in state.keys() & own.keys()
-             if state[k].shape != own[k].shape]  # fmt: skip
-    if missing or unknown or wrong:
-        parts = [f"{name}: {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}"
-                 for name, keys in (("missing", missing), ("unknown", unknown), ("shape", sorted(wrong))) if keys]  # fmt: skip
-        raise UsageError(f"{source}: the weights do not fit this architecture ({'; '.join(parts)})")
+    wrong = sorted(
+        f"{k} {list(state[k].shape)} for {list(own[k].shape)}"
+        for k in state.keys() & own.keys()
+        if state[k].shape != own[k].shape
+    )
+    found = {"missing": missing, "unknown": unknown, "shape": wrong}
+    if any(found.values()):
+        parts = "; ".join(f"{name}: {_first(keys)}" for name, keys in found.items() if keys)
+        raise UsageError(f"{source}: the weights do not fit this architecture ({parts})")
     encoder.load_state_dict(state, strict=False)
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
 def random_encoder_like(path: str | Path) -> Encoder:
@@ -213,7 +225,6 @@ def load_method_weights(method: Any, path: str | Path, *, source: str = "--init-
     released = path.is_file() and path.suffix != ".safetensors"
     parts = _read_released(path) if released else {w: read_tensors(path, w) for w in _WHICH}
     for which in _WHICH:
-        branch = method.student_branch if which == "student" else method.teacher_branch
         tensors = parts[which]
         wanted = _tensors(method, which)
         bad = sorted(
@@ -235,16 +246,32 @@ def load_method_weights(method: Any, path: str | Path, *, source: str = "--init-
 # ---- released checkpoints (method.md section 8) -----------------------------------------------------
 
 _BRANCH = {"module.base_encoder.": "student", "module.momentum_encoder.": "teacher"}
+# head option -> where its number is the first dimension
+_HEADS = {
+    "hidden": ("teacher", "head.0.weight"),
+    "out": ("teacher", "head.6.weight"),
+    "predictor_hidden": ("student", "predictor.0.weight"),
+}
 
 
 def _read_released(file: Path) -> dict[str, Any]:
     try:
-        data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # training scripts pickle their arguments too: this class holds plain values and runs nothing
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:
+        # damaged bytes fail in many ways, and torch's own text advises an unsafe load
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (
+            f"it holds code: {refused[1]}"
+            if refused
+            else f"damaged or not from torch.save: {type(error).__name__}"
+        )
         raise UsageError(f"{file}: not a checkpoint that can be read safely ({reason})") from None
     state = data.get("state_dict") if isinstance(data, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         found = ", ".join(map(str, list(data)[:6])) if isinstance(data, dict) else type(data).__name__
         raise UsageError(f"{file}: expected a released ExtreMA checkpoint with `state_dict`, found: {found}")
     parts: dict[str, Any] = {"student": {}, "teacher": {}}
@@ -258,26 +285,29 @@ def _read_released(file: Path) -> dict[str, Any]:
         else:
             unknown.append(key)
     if unknown:
-        raise UsageError(f"{file}: unknown keys: {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}")
+        raise UsageError(f"{file}: unknown keys: {_first(unknown)}")
     if not parts["teacher"] or not parts["student"]:
         raise UsageError(f"{file}: needs `module.base_encoder.*` and `module.momentum_encoder.*` keys")
     model = _infer_model(parts["teacher"], str(file))
-    heads = {
-        "hidden": parts["teacher"]["head.0.weight"].shape[0],
-        "out": parts["teacher"]["head.6.weight"].shape[0],
-        "predictor_hidden": parts["student"]["predictor.0.weight"].shape[0],
-    } if "head.6.weight" in parts["teacher"] and "predictor.0.weight" in parts["student"] else {}  # fmt: skip
+    shapes = [parts[w].get(k) for w, k in _HEADS.values()]
+    heads = {} if any(s is None for s in shapes) else dict(zip(_HEADS, (len(s) for s in shapes), strict=True))
+    epoch = data.get("epoch")
     parts["meta"] = {
         "model": model,
         "data": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
         "head": heads,
-        "source": {"file": file.name, "arch": str(data.get("arch", "")), "epoch": int(data.get("epoch", 0))},
+        "source": {
+            "file": file.name,
+            "arch": str(data.get("arch", "")),
+            "epoch": epoch if isinstance(epoch, int) else None,
+        },
     }
     return parts
 
 
 def _infer_model(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     """The architecture from the shapes; heads = width / 64 as in all released sizes."""
+
     def count(pattern: str) -> int:
         found = [int(m[1]) for k in state if (m := re.match(pattern, k))]
         return max(found) + 1 if found else 0
@@ -287,6 +317,11 @@ def _infer_model(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
         fc1, gamma = state["blocks.0.mlp.fc1.weight"], state["blocks_token.0.gamma_1"]
     except KeyError as error:
         raise UsageError(f"{source}: not an ExtreMA encoder, {error.args[0]} is missing") from None
+    if kernel.dim() != 4 or table.dim() != 3 or table.shape[2] != kernel.shape[0]:
+        raise UsageError(
+            f"{source}: not an ExtreMA encoder, patch_embed.proj.weight is {list(kernel.shape)} "
+            f"and pos_embed {list(table.shape)}"
+        )
     width, in_chans, patch, _ = kernel.shape
     side = round(table.shape[1] ** 0.5)
     if side * side != table.shape[1]:

@@ -276,13 +276,20 @@ def _name_the_file(
                 return e
     for work in running:
         for i, row in enumerate(work.rows.tolist()):
-            one = Work(*(field[i : i + 1] for field in work))
+            one = _arguments(Work(*(field[i : i + 1] for field in work)), headers, whole)
             try:
-                pipeline(lambda one=one: _arguments(one, headers, whole), 1).run()
+                pipeline(_always(one), 1).run()
             except RuntimeError as e:
-                reason = f"by DALI, {str(e).splitlines()[0][:200]}; PIL can: --data.loader pil"
+                reason = f"by DALI, {_dali_reason(e)}; PIL can: --data.loader pil"
                 return unreadable(headers.paths[row], reason)
-    return DataError(
-        f"data.loader: DALI stopped without a file to blame: {str(error).splitlines()[0][:300]}; "
-        "try --data.loader pil"
-    )
+    return DataError(f"DALI stopped, but not because of a file: {_dali_reason(error)}; try --data.loader pil")
+
+
+def _always(value: Any) -> Callable[[], Any]:
+    # a closure, not a lambda with a default: DALI would pass that argument
+    return lambda: value
+
+
+def _dali_reason(error: Exception) -> str:
+    # the operator and its traceback come first
+    return " ".join(str(error).split("encountered:")[-1].split("Current pipeline")[0].split())[:300]

@@ -85,7 +85,7 @@ class World:
         return result
 
     def main_first(self, function: Callable[[], T]) -> T:
-        """`function()` on rank 0, then (its files are there) on the others; each process has its own result."""
+        """`function()` on rank 0, then on the others; each process has its own result."""
         result = self.on_main(function)
         return result if self.main else function()  # type: ignore[return-value]
 
@@ -118,7 +118,7 @@ def detect(env: Mapping[str, str]) -> tuple[int, int, int]:
 
 
 def slurm_master(env: Mapping[str, str]) -> tuple[str, str]:
-    """(address, port) every task of a SLURM job step derives alike: its first node, a port from the job id."""
+    """(address, port) every task of a SLURM step derives alike: its first node, a port from the job id."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")
     first = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
     host = (first[1] + (first[2] or "")) if first else nodes
@@ -137,7 +137,7 @@ def pick_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.dev
         return torch.device("cpu")
     if ":" in name and processes > 1:
         raise UsageError(
-            f"system.device: {name} with {processes} processes would share one GPU; use cuda, each takes its own"
+            f"system.device: {name} would be shared by {processes} processes; use cuda, each takes its own"
         )
     index = int(name.split(":")[1]) if ":" in name else local_rank
     if index >= found:
@@ -162,7 +162,7 @@ def start(device: str) -> Iterator[World]:
     try:
         yield World(where, rank, size)
     except ExtremaError:
-        # raised on every rank alike; anything else may leave partners inside a collective: let the process end
+        # raised on every rank alike; anything else may leave partners in a collective: let the process end
         if ours:
             dist.destroy_process_group()
         raise

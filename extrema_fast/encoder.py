@@ -1,8 +1,8 @@
 """The encoder: a ViT trunk without class token, and class-attention pooling (paper section 3.2).
 
 Parameter names and shapes are those of the released checkpoints (`vits.py` of microsoft/ExtreMA).
-Shape letters: B images, V views, R = V B rows (view-major), K kept tokens, N patches, D width, H heads, d head_dim,
-L trunk blocks, P pooling blocks.
+Shape letters: B images, V views, R = V B rows (view-major), K kept tokens, N patches, D width, H heads,
+d head_dim, L trunk blocks, P pooling blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from . import ops, rng
 from .config import SIZES, ModelConfig, did_you_mean
 from .errors import UsageError
-from .kernels.attention_pool.reference import PoolWeights
 
 NORM_EPS = 1e-6
 
@@ -136,7 +135,7 @@ class PoolBlock(nn.Module):
     def forward(self, cls: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """cls [R, D], tokens [R, n, D] -> (class token [R, D], attention [R, H, 1 + n])."""
         a = self.attn
-        weights = PoolWeights(
+        weights = ops.PoolWeights(
             self.norm1.weight, self.norm1.bias, a.q.weight, a.q.bias, a.k.weight, a.k.bias,
             a.v.weight, a.v.bias, a.proj.weight, a.proj.bias,
         )  # fmt: skip
@@ -148,8 +147,8 @@ class PoolBlock(nn.Module):
 class Encoder(nn.Module):
     """ViT trunk and pooling head.
 
-    Built by `create_encoder`, `load_encoder` or `build_encoder`. `global_pool='avg'` has no class head: the pooled
-    feature is the mean of the patch tokens after the final norm (or after `fc_norm` in its place).
+    Built by `create_encoder`, `load_encoder` or `build_encoder`. `global_pool='avg'` has no class head: the
+    pooled feature is the mean of the patch tokens after the final norm (or before `fc_norm` in its place).
     """
 
     def __init__(
@@ -169,6 +168,10 @@ class Encoder(nn.Module):
             raise UsageError(f"pos_embed: expected 'sincos' or 'learned', got {pos_embed!r}")
         if fc_norm and global_pool != "avg":
             raise UsageError("fc_norm: only with global_pool='avg'")
+        if in_chans is not None and in_chans < 1:
+            raise UsageError(f"in_chans: expected at least 1, got {in_chans}")
+        if num_classes < 0:
+            raise UsageError(f"num_classes: expected 0 (features) or more, got {num_classes}")
         width, depth, heads = config.shape
         self.config = config
         self.embed_dim = self.num_features = width
@@ -191,7 +194,8 @@ class Encoder(nn.Module):
         if global_pool == "token":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
             self.blocks_token = nn.ModuleList(
-                PoolBlock(width, heads, config.mlp_ratio, config.layer_scale) for _ in range(config.pool_depth)
+                PoolBlock(width, heads, config.mlp_ratio, config.layer_scale)
+                for _ in range(config.pool_depth)
             )
         self.norm = nn.Identity() if fc_norm else nn.LayerNorm(width, eps=NORM_EPS)
         self.fc_norm = nn.LayerNorm(width, eps=NORM_EPS) if fc_norm else nn.Identity()
@@ -199,10 +203,10 @@ class Encoder(nn.Module):
         self.init_weights()
 
     def extra_repr(self) -> str:
-        return f"img_size={self.img_size}, patch_size={self.patch_size}, grid={self.grid}, pool={self.global_pool}"
+        return f"img_size={self.img_size}, patch={self.patch_size}, grid={self.grid}, pool={self.global_pool}"
 
     def init_weights(self) -> None:
-        """Xavier-uniform matrices, zero biases, LayerNorm (1, 0), class token N(0, 0.02) (method.md section 6)."""
+        """Xavier-uniform matrices, zero biases, LayerNorm (1, 0), class token N(0, 0.02)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -220,7 +224,8 @@ class Encoder(nn.Module):
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """images [B, C, H, W], keep [V, B, K] or None (all) -> tokens with positions [V*B, K, D]."""
         proj = self.patch_embed.proj
-        pos, grid = self.pos_embed[0], (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+        pos, p = self.pos_embed[0], self.patch_size
+        grid = images.shape[-2] // p, images.shape[-1] // p
         if grid != self.grid:
             if isinstance(self.pos_embed, nn.Parameter):
                 raise UsageError(
@@ -231,7 +236,7 @@ class Encoder(nn.Module):
         return ops.patch_gather(images, keep, proj.weight, proj.bias, pos)
 
     def trunk(self, tokens: Tensor, path_scale: Tensor | None = None) -> Tensor:
-        """[R, n, D] -> [R, n, D] before the final norm; path_scale [L, 2, R] as `drop_path_scale` makes it."""
+        """[R, n, D] -> [R, n, D] before the final norm; path_scale [L, 2, R] as of `drop_path_scale`."""
         if path_scale is None and self.training and self.drop_path_rate > 0:
             coins = torch.rand(self.depth, 2, tokens.shape[0], device=tokens.device)
             path_scale = _scale_from_coins(coins, self.drop_path_rate)
@@ -240,7 +245,7 @@ class Encoder(nn.Module):
         return tokens
 
     def pool(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """tokens [R, n, D] -> (class token before the final norm [R, D], attention [R, H, 1 + n] per pooling block)."""
+        """tokens [R, n, D] -> (class token before the final norm [R, D], P attention maps [R, H, 1 + n])."""
         cls = self.cls_token[:, 0].expand(tokens.shape[0], -1)
         maps = []
         for block in self.blocks_token:
@@ -253,8 +258,8 @@ class Encoder(nn.Module):
     def encode(self, images: Tensor, keep: Tensor | None = None, norm: bool = True) -> Encoded:
         """Class token and patch tokens; only kept patches are read, projected and attended to.
 
-        images:  [B, C, H, W] float, normalised; sides multiples of the patch size (other grids than the model's
-                 use the sin-cos table of that grid)
+        images:  [B, C, H, W] float, normalised; sides multiples of the patch size (other grids than the
+                 model's use the sin-cos table of that grid)
         keep:    None (all), [B, K], or [B, V, K] integer in [0, N); order is kept, repeats are allowed
         norm     apply the final LayerNorm (False: raw tokens, as the paper's linear probe uses)
         returns  Encoded(cls, patches, keep, grid)
@@ -279,7 +284,8 @@ class Encoder(nn.Module):
         """Class-query probabilities of every pooling block.
 
         images, keep: as `encode`
-        returns  [B, P, H, 1 + K] fp32 (with views [B, V, P, H, 1 + K]); rows sum to 1, column 0 is the class token
+        returns  [B, P, H, 1 + K] fp32 (with views [B, V, P, H, 1 + K]); rows sum to 1, column 0 is the
+                 class token
         """
         if self.global_pool != "token":
             raise UsageError("get_attention: this encoder has no class head (global_pool='avg')")
@@ -293,7 +299,7 @@ class Encoder(nn.Module):
         return out
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, 1 + N, D] (class token first), or [B, N, D] without class head; after the final norm."""
+        """Tokens after the final norm: [B, 1 + N, D], class token first; [B, N, D] without class head."""
         out = self.encode(images)
         return out.patches if self.global_pool == "avg" else torch.cat([out.cls[:, None], out.patches], 1)
 
@@ -304,8 +310,8 @@ class Encoder(nn.Module):
     def preprocess(self):
         """A callable for these weights: PIL image or uint8 [H, W, 3] -> normalised float32 [C, H, W].
 
-        Resizes the short side to size * 256 / 224 (bilinear, antialiased) and crops the centre; the numbers are in the
-        callable's `metadata` (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
+        Resizes the short side to size * 256 / 224 (bilinear, antialiased) and crops the centre; the numbers are
+        in the callable's `metadata` (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
         """
         from .preprocess import Preprocess
 
@@ -320,12 +326,16 @@ class Encoder(nn.Module):
                 + ("; a single image needs images[None]" if images.dim() == 3 else "")
             )
         if not images.is_floating_point():
-            raise UsageError(f"images: expected normalised floats, got {images.dtype}; see encoder.preprocess()")
+            raise UsageError(
+                f"images: expected normalised floats, got {images.dtype}; see encoder.preprocess()"
+            )
         p = self.patch_size
         for side, pixels in zip(("height", "width"), images.shape[-2:], strict=True):
             if pixels < p or pixels % p:
                 low = max(p, pixels // p * p)
-                raise UsageError(f"images: {side} {pixels} is not a multiple of the patch size {p}; use {low} or {low + p}")
+                raise UsageError(
+                    f"images: {side} {pixels} is not a multiple of the patch size {p}; use {low} or {low + p}"
+                )
         return images.shape[-2] // p, images.shape[-1] // p
 
     def _check_keep(
@@ -338,9 +348,12 @@ class Encoder(nn.Module):
             raise UsageError(f"keep: expected integer indices, got {keep.dtype}; see masking.keep_from_mask")
         if keep.dim() not in (2, 3) or keep.shape[0] != b or keep.shape[-1] < 1:
             raise UsageError(f"keep: expected [{b}, K] or [{b}, V, K] with K >= 1, got {list(keep.shape)}")
-        # on a GPU the check would wait for the device; there the gather itself asserts
-        if keep.device.type == "cpu" and keep.numel() and not 0 <= int(keep.min()) <= int(keep.max()) < n:
-            raise UsageError(f"keep: expected indices in [0, {n}), got {int(keep.min())} to {int(keep.max())}")
+        # on a GPU the check would wait for the device (there the gather itself asserts); torch.compile cannot
+        # branch on values
+        if keep.device.type == "cpu" and keep.numel() and not torch.compiler.is_compiling():
+            low, high = int(keep.min()), int(keep.max())
+            if low < 0 or high >= n:
+                raise UsageError(f"keep: expected indices in [0, {n}), got {low} to {high}")
         return (keep[None] if keep.dim() == 2 else keep.transpose(0, 1)), keep
 
 
@@ -417,7 +430,7 @@ def create_encoder(
 
 
 def build_encoder(config: ModelConfig, seed: int | None = None) -> Encoder:
-    """The encoder of a configuration; with `seed`, the same weights every time, the global generator untouched."""
+    """The encoder of a configuration; `seed`: the same weights every time, the global generator untouched."""
     if seed is None:
         return Encoder(config)
     with torch.random.fork_rng(devices=[]):

@@ -28,6 +28,7 @@ from . import convert
 from .augment import normalize
 from .collapse import collapse_warnings
 from .config import Config, DataConfig, EvalConfig, from_dict
+from .encoder import Encoder, build_encoder
 from .errors import UsageError
 from .features import Features, cap, extract, labelled, load_batch, raw_pixels
 from .masking import sample_views
@@ -35,7 +36,6 @@ from .probes import ProbeResult, attention_entropy, held_out, indicators, knn, l
 from .sources import BUILT_IN, ImageSource, open_source, subset
 
 if TYPE_CHECKING:
-    from .encoder import Encoder
     from .method import ExtreMA
 
 __all__ = [
@@ -219,10 +219,10 @@ def evaluate(
     cfg = run_config(path)
     rule = cfg.eval if cfg is not None else EvalConfig()
     encoder = convert.load_encoder(path, which=which)
-    meta = convert.load_metadata(path)
-    data = cfg.data if cfg is not None else DataConfig()
+    released = path.is_file() and path.suffix != ".safetensors"
+    meta = {} if released else convert.load_metadata(path)
     data = dataclasses.replace(
-        data, **{n: tuple(meta["data"][n]) for n in ("mean", "std") if n in meta.get("data", {})}
+        cfg.data if cfg is not None else DataConfig(), mean=encoder.mean, std=encoder.std
     )
     train, test = resolve_data(cfg, train, test)
     bank = open_source(train, "train", limit=max_train, seed=seed)
@@ -265,7 +265,7 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     signs: dict[str, dict[str, float]] = {}
     for name in (PRETRAINED, RANDOM):
-        model = encoder if name == PRETRAINED else convert.random_encoder_like(path)
+        model = encoder if name == PRETRAINED else build_encoder(encoder.config, int(meta.get("seed", 0)))
         a, b = (extract(model, s, data, **args) for s in (bank, queries))
         for feature, field in ((CLS, "cls"), (MEAN, "mean")):
             rows.append(

@@ -34,13 +34,19 @@ def infonce_loss(
     returns     scalar
     """
     q = _unit(prediction)
-    logits = q @ _unit(targets.detach()).T / temperature
+    # autocast would turn this product, the softmax's input, into bf16
+    with torch.autocast(q.device.type, enabled=False):
+        logits = q @ _unit(targets.detach()).T / temperature
     label = torch.arange(images, device=q.device) + offset
     return 2 * temperature * F.cross_entropy(logits, label.repeat(q.shape[0] // images))
 
 
 def gather_targets(target: Tensor) -> tuple[Tensor, int]:
-    """([world * b, d] targets of all processes in rank order, row of this process's first image); no gradient."""
+    """Targets of all processes, without gradient.
+
+    target:  [b, d], the same b everywhere
+    returns  ([world * b, d] in rank order, row of this process's first image)
+    """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return target, 0
     out = [torch.empty_like(target) for _ in range(dist.get_world_size())]

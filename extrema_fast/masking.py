@@ -59,8 +59,10 @@ def keep_from_mask(mask: Tensor) -> Tensor:
 
     mask:    [..., N] bool with the same number of True in every row
     returns  [..., K] int32, ascending
-    raises   UsageError when rows keep different numbers of tokens
+    raises   UsageError when rows keep different numbers of tokens, or none
     """
+    if mask.dtype != torch.bool:
+        raise UsageError(f"mask: expected bool (True = kept), got {mask.dtype}; use mask.bool()")
     counts = mask.sum(-1)
     if counts.unique().numel() != 1:
         raise UsageError(
@@ -68,5 +70,7 @@ def keep_from_mask(mask: Tensor) -> Tensor:
             f"to {int(counts.max())}"
         )
     k = int(counts.flatten()[0])
+    if k < 1:
+        raise UsageError("mask: every row must keep at least 1 token, got 0")
     order = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)
     return order[..., :k].to(torch.int32)

@@ -1,4 +1,4 @@
-"""ExtreMA: student, EMA teacher and heads; images in, loss out (paper section 3; method.md sections 3 and 4)."""
+"""ExtreMA: student, EMA teacher and heads; images in, loss out (paper section 3; method.md sections 3, 4)."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ class Output(NamedTuple):
 
 
 class StudentBranch(nn.Module):
-    """Encoder, projector and predictor: everything that has a gradient (what DistributedDataParallel wraps)."""
+    """Encoder, projector and predictor: everything that has a gradient (what data parallelism wraps)."""
 
     def __init__(self, encoder: Encoder, projector: nn.Module, predictor: nn.Module) -> None:
         super().__init__()
         self.encoder, self.projector, self.predictor = encoder, projector, predictor
 
-    def forward(self, images: Tensor, keep: Tensor, path_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, keep: Tensor, path_scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """images [b, C, H, W], keep [V, b, K] -> (prediction [V*b, d], class token [V*b, D])."""
         tokens = self.encoder.trunk(self.encoder.embed(images, keep), path_scale)
         cls = self.encoder.norm(self.encoder.pool(tokens)[0])
@@ -66,9 +68,9 @@ class TeacherBranch(nn.Module):
 class ExtreMA(nn.Module):
     """The method on one process.
 
-    `forward` is a whole step's arithmetic for small batches and tests; the training loop calls its three parts
-    (`teacher_branch`, `student_branch`, `loss`) so that the teacher covers the batch before the first micro-batch.
-    The initial weights are a function of `cfg.train.seed` alone.
+    `forward` is a whole step's arithmetic for small batches and tests; the training loop calls its three
+    parts (`teacher_branch`, `student_branch`, `loss`) so that the teacher covers the batch before the first
+    micro-batch. The initial weights are a function of `cfg.train.seed` alone.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -124,7 +126,8 @@ class ExtreMA(nn.Module):
     def loss(self, prediction: Tensor, targets: Tensor, images: int, offset: int = 0) -> Tensor:
         """Loss of one micro-batch.
 
-        prediction: [V*b, d], b = `images`;  targets: [M, d] of the whole step;  offset: the micro-batch's first row in it
+        prediction: [V*b, d], b = `images`;  targets: [M, d] of the whole step
+        offset      row of the micro-batch's first image in `targets`
         """
         if self.head_config.loss == "byol":
             return byol_loss(prediction, targets[offset : offset + images])
@@ -133,7 +136,7 @@ class ExtreMA(nn.Module):
     def forward(
         self, student_images: Tensor, teacher_images: Tensor, keep: Tensor, path_scale: Tensor | None = None
     ) -> Output:
-        """student_images, teacher_images [b, C, H, W]; keep [V, b, K] integer; path_scale [L, 2, V*b] or None."""
+        """Both images [b, C, H, W]; keep [V, b, K] integer; path_scale [L, 2, V*b] or None."""
         target, teacher_features = self.teacher_branch(teacher_images)
         targets, offset = gather_targets(target) if self.head_config.loss == "infonce" else (target, 0)
         prediction, features = self.student_branch(student_images, keep, path_scale)

@@ -116,7 +116,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def history(path: Path, kind: str, up_to: int) -> list[dict[str, Any]]:
     """Records of one kind up to a step, ascending; of a step that was repeated, the last."""
-    found = {r["step"]: r for r in read_log(path) if r.get("kind") == kind and r.get("step", up_to + 1) <= up_to}
+    found = {
+        r["step"]: r for r in read_log(path) if r.get("kind") == kind and r.get("step", up_to + 1) <= up_to
+    }
     return [found[step] for step in sorted(found)]
 
 
@@ -153,7 +155,7 @@ class JsonLog:
 
 
 class TensorBoard:
-    """The same records as scalars; raises UsageError when TensorBoard is missing, later failures only warn."""
+    """The same records as scalars; raises UsageError when TensorBoard is missing, later only warns."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -206,7 +208,9 @@ class Progress:
 
     LINES = 40
 
-    def __init__(self, total: int, start: int = 0, *, enabled: bool = True, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, total: int, start: int = 0, *, enabled: bool = True, stream: TextIO | None = None
+    ) -> None:
         self.total, self.enabled = total, enabled
         self.stream = stream or sys.stdout
         self.began, self.first = time.monotonic(), start

@@ -1,9 +1,9 @@
 """The one place that decides which implementation of an op runs.
 
-Order: the environment variable EXTREMA_FAST_BACKEND, else the configuration (`set_backend`), else `auto`. A setting is
-one name for all ops (`reference`) or a list (`attention=sdpa,attention_pool=reference`). Each choice is logged once
-with its reason. An implementation asked for by name that cannot run is an error, never a silent fallback.
-State-dict keys never depend on the choice.
+Order: the environment variable EXTREMA_FAST_BACKEND, else the configuration (`set_backend`), else `auto`.
+A setting is one name for all ops (`reference`) or a list (`attention=sdpa,attention_pool=reference`).
+Each choice is logged once with its reason. An implementation asked for by name that cannot run is an
+error, never a silent fallback. State-dict keys never depend on the choice.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import os
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .config import did_you_mean
 from .errors import UsageError
-from .kernels.attention_pool import attention_pool_absorbed, attention_pool_reference
+from .kernels.attention_pool import PoolWeights, attention_pool_absorbed, attention_pool_reference
 from .kernels.patch_gather import patch_gather_reference
 from .kernels.short_attention import short_attention_reference
 
@@ -86,7 +87,9 @@ def choice(op: str) -> tuple[str, str]:
         else:
             why = "asked for by EXTREMA_FAST_BACKEND" if env else "asked for by the configuration"
         _chosen[op] = (name, why)
-        log.info("op %s: %s (%s)", op, name, why)
+        # a logger call inside torch.compile would break the graph
+        if not torch.compiler.is_compiling():
+            log.info("op %s: %s (%s)", op, name, why)
     return _chosen[op]
 
 
@@ -100,7 +103,9 @@ def attention(qkv: Tensor) -> Tensor:
     return IMPLEMENTATIONS["attention"][choice("attention")[0]](qkv)
 
 
-def attention_pool(tokens: Tensor, cls: Tensor, weights, heads: int, eps: float) -> tuple[Tensor, Tensor]:
+def attention_pool(
+    tokens: Tensor, cls: Tensor, weights: PoolWeights, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
     """Class attention; tokens [R, n, D], cls [R, D] -> ([R, D], probabilities [R, H, 1 + n])."""
     impl = IMPLEMENTATIONS["attention_pool"][choice("attention_pool")[0]]
     return impl(tokens, cls, weights, heads, eps)

@@ -53,7 +53,7 @@ class Schedule:
 
 
 def param_groups(named: list[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict]:
-    """Two AdamW groups: decay on matrices (patch kernel included), none on 1-D tensors, class token, positions."""
+    """Two AdamW groups: decay on matrices and the patch kernel; none on vectors, class token, positions."""
     decay, plain = [], []
     for name, p in named:
         (plain if p.dim() <= 1 or name.endswith(("cls_token", "pos_embed")) else decay).append(p)

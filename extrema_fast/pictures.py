@@ -254,7 +254,7 @@ def sample_table(s: Samples) -> tuple[str, str]:
     ramp = ",".join("rgb({},{},{})".format(*c) for c in viridis(np.linspace(0, 1, 7)))
     text = (
         f"The {views} masked views are what the student sees (gray: dropped patches). Attention is that of "
-        "the class token in each pooling block, averaged over heads, beside the same network before training. "
+        "the class token in each pooling block, averaged over heads, beside the same network at the start. "
         "PCA shows three main directions of the teacher's patch tokens as colours, one basis for all images: "
         "equal colours mean alike tokens."
     )
@@ -292,8 +292,8 @@ def near_table(found: Neighbours) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     score = f" {right} of {total} neighbours shown are of the same class." if total else ""
     text = (
-        f"Left: a test image. Right: the nearest of {found.searched:,} training images by cosine of the class "
-        f"token (number below).{score}"
+        f"Left: a test image. Right: the nearest of {found.searched:,} training images by cosine of the "
+        f"class token (number below).{score}"
     )
     table = f'<table class="near"><tbody>{"".join(rows)}</tbody></table>'
     return f'<p>{escape(text)}</p><div class="scroll">{table}</div>'

@@ -36,6 +36,10 @@ class Preprocess:
     def __init__(
         self, size: tuple[int, int], in_chans: int, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> None:
+        if in_chans not in (1, 3):
+            raise UsageError(
+                f"preprocess: pictures have 3 channels or 1 (gray), this encoder takes {in_chans}"
+            )
         self.size, self.in_chans, self.mean, self.std = size, in_chans, tuple(mean), tuple(std)
 
     @property
@@ -52,9 +56,12 @@ class Preprocess:
     def __call__(self, image) -> Tensor:
         if not isinstance(image, Tensor):
             if not hasattr(image, "convert"):
-                raise UsageError(f"image: expected a PIL image or a uint8 tensor [H, W, 3], got {type(image).__name__}")
+                raise UsageError(
+                    f"image: expected a PIL image or a uint8 tensor [H, W, 3], got {type(image).__name__}"
+                )
             rgb = image.convert("RGB")
-            image = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
+            pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+            image = pixels.view(rgb.height, rgb.width, 3)
         if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3:
             raise UsageError(f"image: expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
         return normalize(resize_crop(image, self.size)[None], self.mean, self.std, self.in_chans)[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from .config import Config
-from .errors import ExtremaError
+from .config import LogConfig
+from .errors import ExtremaError, Preempted
 from .metrics import JsonLog, Progress, TensorBoard, describe_eval, history
 from .run_folder import RunFolder
 
@@ -20,7 +20,13 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: RunFolder | None, cfg: Config, *, step: int, total: int, steps_per_epoch: int, progress: bool
+        self,
+        folder: RunFolder | None,
+        cfg: LogConfig,
+        step: int,
+        total: int,
+        steps_per_epoch: int,
+        progress: bool,
     ) -> None:
         self.folder, self.total, self.steps_per_epoch = folder, total, steps_per_epoch
         self.step = step
@@ -31,7 +37,7 @@ class Recorder:
         if folder is not None:
             self.evals = history(folder.path / "log.jsonl", "eval", step)
             self.sinks.append(JsonLog(folder.path / "log.jsonl"))
-            if cfg.log.tensorboard:
+            if cfg.tensorboard:
                 self.sinks.append(TensorBoard(folder.path / "tensorboard"))
 
     def _write(self, kind: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
@@ -82,8 +88,8 @@ class Recorder:
             self.folder.status(state, self.step, self.total, reason or self._reason())
 
     def fail(self, error: BaseException) -> None:
-        """The last status of a run that ended with an exception."""
+        """The last status of a run that was stopped or failed."""
         reason = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, ExtremaError):
             reason = f"{type(error).__name__}: {reason}"
-        self.close("failed", reason)
+        self.close("preempted" if isinstance(error, Preempted) else "failed", reason)

@@ -63,6 +63,6 @@ def uniform(index: Tensor, count: int, *, seed: int, epoch: int, stream: int) ->
 
 
 def permutation(n: int, *, seed: int, epoch: int) -> Tensor:
-    """[n] int64 on the CPU: the order of an epoch, a stable argsort of 64-bit keys."""
+    """[n] int64 on the CPU: the order of an epoch, a stable argsort of 63-bit keys."""
     w = words(torch.arange(n), 2, seed=seed, epoch=epoch, stream=ORDER)
     return torch.argsort((w[:, 0] << 31) ^ w[:, 1], stable=True)

@@ -57,14 +57,15 @@ def check(path: Path) -> bool:
         return False
     if path.exists() or path.is_symlink():
         kind = "a folder with other content" if path.is_dir() else "not a folder"
-        raise UsageError(f"--out {path}: is {kind}, not a run of ours; nothing was touched, choose another --out")
+        raise UsageError(f"--out {path}: is {kind}, not a run; nothing was touched, choose another --out")
     return False
 
 
 class RunFolder:
     """A run folder held by this process: created or taken over, locked until `close`.
 
-    raises UsageError when another job holds it or the path is not ours, StorageError when it cannot be written
+    raises UsageError when another job holds it or the path is not a run, StorageError when it cannot be
+    written
     """
 
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:

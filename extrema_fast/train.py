@@ -7,58 +7,44 @@ checkpoint holds tensors and a step; nothing draws from a global generator.
 from __future__ import annotations
 
 import logging
-import os
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import ops
 from .augment import color_views
-from .checkpoint import Checkpoint, Saver, check_same, collect, fault, newest, remove_temporaries, restore
-from .config import Config, SystemConfig, config_hash, local_batch, to_dict
-from .convert import load_initial, save_weights
-from .data import Batch, TrainLoader
-from .dist import Signals, World, start
+from .checkpoint import Saver, fault
+from .config import Config, local_batch
+from .data import Batch
+from .dist import Signals, start
 from .encoder import drop_path_scale
 from .errors import NonFiniteError, Preempted
 from .evals import collapse_warnings, online_eval
 from .losses import gather_targets
 from .masking import sample_views
-from .method import ExtreMA
-from .metrics import Counters, Meter, memory_gb
-from .optim import Schedule, build_optimizer
-from .plan import checkpoint_bytes, derived, flops_per_image
+from .metrics import Meter, memory_gb
+from .plan import flops_per_image
 from .recorder import Recorder
-from .run_folder import RunFolder, check, read_json, versions
-from .sources import BUILT_IN, ImageSource, open_source
+from .run_folder import RunFolder
+from .sources import ImageSource
+from .state import (
+    Run,
+    build,
+    describe,
+    init_weights,
+    is_finished,
+    open_loader,
+    open_test,
+    open_train,
+    prepare_torch,
+    resume,
+    save,
+    wrap,
+)
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Run:
-    """One process's side of a run; method, optimizer, counters and step are what a checkpoint holds."""
-
-    cfg: Config
-    world: World
-    method: ExtreMA
-    student: nn.Module
-    """method.student_branch, under DistributedDataParallel with more than one process"""
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    counters: Counters
-    gate_on_device: bool
-    """a skipped step is decided without reading the device (CUDA)"""
-    step: int = 0
-
-    def every(self, epochs: int) -> bool:
-        """True at the end of every `epochs` epochs; never for 0."""
-        return epochs > 0 and self.step % (epochs * self.schedule.steps_per_epoch) == 0
 
 
 def pretrain(
@@ -74,6 +60,7 @@ def pretrain(
     init_from            weights to start from at step 0; ignored once the run has a checkpoint
     overwrite            moves a run in `cfg.out` aside and starts anew
     allow_config_change  continues although settings that change the mathematics differ
+    progress             a bar on a terminal, else some lines on standard output
     raises  UsageError, DataError, StorageError, NonFiniteError; Preempted after SIGTERM or Ctrl-C, once
             the checkpoint is written: the same call continues
     """
@@ -81,154 +68,80 @@ def pretrain(
     with Signals() as signals, start(cfg.system.device) as world:
         prepare_torch(cfg.system)
         local_batch(cfg, world.size)
-        if world.share(world.on_main(lambda: not overwrite and _finished(cfg, allow_config_change))):
+        if world.share(world.on_main(lambda: not overwrite and is_finished(cfg, allow_config_change))):
             log.info("%s: the run is complete, nothing to do", out)
             return out
-        train = world.main_first(lambda: open_source(cfg.data.train, "train", limit=cfg.data.limit, seed=cfg.train.seed))
-        test = world.main_first(lambda: _open_test(cfg))
-        run = build(cfg, world, train)
-        if init_from is not None and (overwrite or not any(out.glob("checkpoints/step_*"))):
-            load_initial(run.method, init_from)
-
+        source = world.main_first(lambda: open_train(cfg))
+        test = world.main_first(lambda: open_test(cfg))
+        run = build(cfg, world, source)
+        if init_from is not None:
+            init_weights(run, init_from, overwrite)
         folder = world.on_main(lambda: RunFolder(out, overwrite=overwrite))
         try:
-            found = world.on_main(lambda: _resumable(cfg, train, allow_config_change))
-            where = world.share(str(found.path) if found else "")
-            if where:
-                state = _resume(run, found or Checkpoint(Path(where), read_json(Path(where) / "state.json")))
-                log.info("continuing at step %d of %d (%s)", run.step, run.schedule.total_steps, where)
-                if init_from is not None:
-                    log.info("--init-from %s is ignored: the run has a checkpoint", init_from)
-                if not state["ema_ahead"] and run.step < run.schedule.total_steps:
-                    run.method.update_teacher(run.schedule.momentum(run.step))
-            compile_blocks(run)
-            run.student = world.wrap(run.method.student_branch)
-            _loop(run, folder, train, test, signals, progress)
+            resume(run, allow_config_change)
+            wrap(run)
+            _loop(run, folder, test, signals, progress)
         finally:
             if folder is not None:
                 folder.close()
     return out
 
 
-def prepare_torch(cfg: SystemConfig) -> None:
-    """Threads, determinism and the choice of op implementations of this process."""
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    if cfg.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    ops.set_backend(cfg.backend)
-
-
-def _open_test(cfg: Config) -> ImageSource | None:
-    if not cfg.eval.every_epochs or not (cfg.data.test or cfg.data.train in BUILT_IN):
-        return None
-    return open_source(cfg.data.test or cfg.data.train, "test")
-
-
-def build(cfg: Config, world: World, train: ImageSource) -> Run:
-    """A run at step 0 on this process's device; the student is not wrapped yet."""
-    method = ExtreMA(cfg).to(world.device).train()
-    schedule = Schedule(cfg, len(train) // cfg.train.batch_size)
-    return Run(
-        cfg, world, method, method.student_branch, build_optimizer(method, cfg), schedule,
-        Counters(world.device), gate_on_device=world.device.type == "cuda",
-    )  # fmt: skip
-
-
-def compile_blocks(run: Run) -> None:
-    """torch.compile of each trunk block, in place: the names of the weights stay."""
-    if run.cfg.train.compile == "block":
-        for block in (*run.method.student.blocks, *run.method.teacher.blocks):
-            block.compile(dynamic=False)
-
-
-def _finished(cfg: Config, allow: bool) -> bool:
-    out = Path(cfg.out)
-    if not check(out) or read_json(out / "status.json").get("state") != "complete":
-        return False
-    found = newest(out)
-    if found is None or check_same(out, found.state["config"], None, cfg, "", allow):
-        return False
-    return found.step >= found.state["total_steps"]
-
-
-def _resumable(cfg: Config, train: ImageSource, allow: bool) -> Checkpoint | None:
-    out = Path(cfg.out)
-    remove_temporaries(out)
-    found = newest(out)
-    # before the first checkpoint, config.json says what was begun here
-    state = found.state if found else read_json(out / "env.json")
-    config = found.state["config"] if found else read_json(out / "config.json")
-    if config:
-        for change in check_same(out, config, state.get("fingerprint"), cfg, train.fingerprint, allow):
-            log.warning("--allow-config-change: %s", change)
-    return found
-
-
-def _resume(run: Run, found: Checkpoint) -> dict[str, Any]:
-    restore(found.tensors(), run.method, run.optimizer, run.counters.tensor)
-    run.step = found.step
-    return found.state
-
-
 def _loop(
-    run: Run, folder: RunFolder | None, train: ImageSource, test: ImageSource | None, signals: Signals, progress: bool
+    run: Run, folder: RunFolder | None, test: ImageSource | None, signals: Signals, progress: bool
 ) -> None:
     cfg, world, schedule = run.cfg, run.world, run.schedule
-    total = schedule.total_steps
-    recorder = Recorder(
-        folder, cfg, step=run.step, total=total, steps_per_epoch=schedule.steps_per_epoch, progress=progress
-    )
-    saver = Saver(Path(cfg.out), cfg.ckpt, schedule.steps_per_epoch)
-    flops = flops_per_image(cfg)
+    total, per_epoch, batch_size = schedule.total_steps, schedule.steps_per_epoch, cfg.train.batch_size
+    recorder = Recorder(folder, cfg.log, run.step, total, per_epoch, progress)
+    saver = Saver(Path(cfg.out), cfg.ckpt, per_epoch)
+    meter, flops, stop = Meter(batch_size), flops_per_image(cfg), False
     try:
-        with TrainLoader(
-            train, cfg.data, cfg.model.img_size, batch_size=cfg.train.batch_size, seed=cfg.train.seed,
-            rank=world.rank, world=world.size, start_step=run.step, device=world.device,
-        ) as loader:  # fmt: skip
+        with open_loader(run) as loader:
             if folder is not None:
-                _describe(run, folder, train, loader.kind)
+                describe(run, folder, loader.kind)
             if run.step == 0 and cfg.eval.every_epochs:
-                _evaluate(run, recorder, train, test)
-            meter, stop = Meter(cfg.train.batch_size), False
-            while run.step < total and not stop:
+                _evaluate(run, recorder, test)
+            meter.restart()
+            while not (run.last or stop):
                 lr = train_step(run, meter.next(loader))
                 run.step += 1
                 recorder.screen.advance(run.step)
-                last, due = run.step == total, run.step % cfg.log.every_steps == 0 or run.step == total
+                due = run.last or run.step % cfg.log.every_steps == 0
 
-                # the only places where a GPU is waited for: log lines, evaluations, saves
+                # a GPU is waited for at log lines, evaluations and saves only
                 if due or not run.gate_on_device:
-                    _check_finite(run, recorder)
+                    _check_finite(run)
                 if due or not run.gate_on_device or world.size == 1:
-                    stop = world.any(signals.stop) and not last
+                    stop = world.any(signals.stop) and not run.last
                 if due:
                     values = run.counters.read() | meter.read()
-                    values["tflops_per_s"] = values["images_per_s"] * flops / 1e12
                     recorder.train(
-                        run.step, images=run.step * cfg.train.batch_size, lr=lr, memory_gb=memory_gb(world.device),
-                        momentum=schedule.momentum(run.step), **values,
-                    )  # fmt: skip
+                        run.step,
+                        images=run.step * batch_size,
+                        lr=lr,
+                        momentum=schedule.momentum(run.step),
+                        tflops_per_s=values["images_per_s"] * flops / 1e12,
+                        memory_gb=memory_gb(world.device),
+                        **values,
+                    )
                     run.counters.restart()
                     meter.restart()
+
                 began = time.perf_counter()
-                if run.every(cfg.eval.every_epochs) or (last and cfg.eval.every_epochs):
-                    _evaluate(run, recorder, train, test)
-                steps = cfg.ckpt.every_steps
-                epoch_end = run.every(cfg.ckpt.every_epochs) or run.every(cfg.ckpt.milestone_epochs)
-                if epoch_end or (steps and run.step % steps == 0) or last or stop:
-                    world.on_main(lambda: _save(run, saver, recorder, train, must=last or stop))  # noqa: B023
+                if run.epochs_end(cfg.eval.every_epochs) or (run.last and cfg.eval.every_epochs):
+                    _evaluate(run, recorder, test)
+                wanted = run.epochs_end(cfg.ckpt.every_epochs) or run.epochs_end(cfg.ckpt.milestone_epochs)
+                wanted = wanted or bool(cfg.ckpt.every_steps and run.step % cfg.ckpt.every_steps == 0)
+                if wanted or run.last or stop:
+                    must, attempt = run.last or stop, folder.attempt if folder else 0
+                    world.on_main(partial(save, run, saver, attempt, must=must))
                 meter.pause(began)
         if stop:
-            raise Preempted(f"stopped by {signals.name or 'a signal'} after step {run.step} of {total}, saved in {cfg.out}")
-    except Preempted as reason:
-        recorder.close("preempted", str(reason))
-        raise
+            raise Preempted(f"stopped by a signal after step {run.step} of {total}, saved in {cfg.out}")
     except BaseException as error:
         recorder.fail(error)
         raise
-    recorder.screen.say(f"complete: {total} steps in {cfg.out}")
+    recorder.screen.say(f"complete: {total} steps, {cfg.out}")
     recorder.close("complete")
 
 
@@ -294,3 +207,22 @@ def update(run: Run, bad: Tensor) -> None:
         run.optimizer.step()
         if not last:
             run.method.update_teacher(m)
+
+
+def _check_finite(run: Run) -> None:
+    worst, limit = run.counters.worst_in_a_row(), run.cfg.train.max_nonfinite
+    if worst >= limit:
+        raise NonFiniteError(
+            f"step {run.step}: {worst} steps in a row had a loss or gradient that is not finite "
+            f"(train.max_nonfinite {limit}); they changed no weights; try a lower optim.base_lr, or fp32"
+        )
+
+
+def _evaluate(run: Run, recorder: Recorder, test: ImageSource | None) -> None:
+    def on_rank_0() -> None:
+        values = online_eval(run.method, run.source, test, run.cfg, run.world.device)
+        past = recorder.eval(run.step, values)
+        recorder.warn(run.step, collapse_warnings(past, run.cfg.optim.warmup_epochs))
+        fault("evaluated")
+
+    run.world.on_main(on_rank_0)

@@ -13,8 +13,9 @@ import pytest
 # before torch: several test processes and their children share the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# a developer's own settings must not decide a test; EXTREMA_FAST_PARITY only says where vectors are
-for _name in [n for n in os.environ if n.startswith("EXTREMA_FAST_") and n != "EXTREMA_FAST_PARITY"]:
+# a developer's own settings must not decide a test; these two only say where test files are
+KEPT = ("EXTREMA_FAST_PARITY", "EXTREMA_FAST_SHARED")
+for _name in [n for n in os.environ if n.startswith("EXTREMA_FAST_") and n not in KEPT]:
     del os.environ[_name]
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -1,5 +1,5 @@
 """One query attending over a row's tokens (class attention); maths in README.md."""
 
-from .reference import attention_pool_absorbed, attention_pool_reference
+from .reference import PoolWeights, attention_pool_absorbed, attention_pool_reference
 
-__all__ = ["attention_pool_absorbed", "attention_pool_reference"]
+__all__ = ["PoolWeights", "attention_pool_absorbed", "attention_pool_reference"]

@@ -1,4 +1,4 @@
-"""Plain PyTorch definitions of class attention (CaiT block as ExtreMA uses it), two algebraically equal forms."""
+"""Plain PyTorch definitions of class attention (CaiT block as in ExtreMA), two algebraically equal forms."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def attention_pool_absorbed(
 ) -> tuple[Tensor, Tensor]:
     """The same result without forming keys or values: the two projections move to the single query's side.
 
-    With u = LN(.), scores are `(Wk_h^T q_h) . u_j + q_h . bk_h` and outputs `Wv_h (sum_j p_j u_j) + bv_h`, which costs
-    `4 D^2 + 4 H (n + 1) D` instead of `4 (n + 1) D^2` multiply-adds per row.
+    With u = LN(.), scores are `(Wk_h^T q_h) . u_j + q_h . bk_h` and outputs `Wv_h (sum_j p_j u_j) + bv_h`,
+    which costs `4 D^2 + 4 H (n + 1) D` FLOPs per row instead of `4 (n + 1) D^2`.
 
     Arguments and result as `attention_pool_reference`; equal to it in real arithmetic.
     """

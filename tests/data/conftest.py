@@ -10,8 +10,6 @@ import pytest
 
 from extrema_fast.config import DataConfig
 
-Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
-
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -45,12 +43,13 @@ def picture(seed: int, height: int, width: int) -> np.ndarray:
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """23 JPEG and PNG files of many sizes in three class folders, one of them nested."""
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
     root = tmp_path_factory.mktemp("tree")
     for i in range(23):
         folder = root / ("ape", "bee", "cat/young")[i % 3]
         folder.mkdir(parents=True, exist_ok=True)
         pixels = picture(i, 40 + 7 * i % 60, 44 + 11 * i % 70)
-        Image.fromarray(pixels).save(folder / f"{i:02d}.{'jpg' if i % 2 else 'png'}", quality=92)
+        image.fromarray(pixels).save(folder / f"{i:02d}.{'jpg' if i % 2 else 'png'}", quality=92)
     return root
 
 

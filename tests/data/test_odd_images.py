@@ -7,11 +7,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from extrema_fast.data import EvalLoader, TrainLoader, open_source
+from extrema_fast import data_decode
+from extrema_fast.data import EvalLoader, TrainLoader, center_boxes, open_source
 from extrema_fast.data_decode import load_rgb
 from extrema_fast.errors import DataError
+
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
+ImageOps = pytest.importorskip("PIL.ImageOps")
 
 OK = [
     "cmyk.jpg",
@@ -55,13 +58,15 @@ def test_odd_images_load(odd_images, tmp_path, config, kind, exif):
     listing.write_text("".join(f"{odd_images / f'ok_{name}'}\n" for name in OK))
     source = open_source(str(listing))
     cfg = config(loader=kind, exif=exif)
-    for images in (train_batch(source, cfg), eval_batch(source, cfg)):
-        assert images.shape == (len(OK), 32, 32, 3)
-    # what was decoded, against PIL's own idea of the same box
-    for row, got in enumerate(eval_batch(source, config(loader=kind, exif=exif))):
-        whole = load_rgb(source.paths[row], exif)
-        mean = np.asarray(whole).reshape(-1, 3).mean(0)
-        assert np.abs(got.numpy().reshape(-1, 3).mean(0) - mean).max() < 60, OK[row]
+    assert train_batch(source, cfg).shape == (len(OK), 32, 32, 3)
+    # the same pictures as PIL's, not only something of the right shape
+    for row, got in enumerate(eval_batch(source, cfg)):
+        im = Image.open(source.paths[row])
+        im = load_rgb(source.paths[row], exif) if OK[row] == "gray16.png" else im
+        im = (ImageOps.exif_transpose(im) if exif else im).convert("RGB")
+        ((top, left, bottom, right),) = center_boxes(np.array([im.size[::-1]]), (32, 32))
+        want = im.resize((32, 32), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+        assert np.abs(np.asarray(want).astype(int) - got.numpy()).mean() < 1, OK[row]
 
 
 def test_the_same_picture_in_other_clothes(odd_images, config, kind, tmp_path):
@@ -142,5 +147,24 @@ def test_a_kind_that_only_pil_reads_is_named(tmp_path, config):
     (tmp_path / "b.gif").rename(tmp_path / "b.png")
     source = open_source(str(tmp_path))
     assert len(eval_batch(source, config(loader="pil"))) == 2
-    with pytest.raises(DataError, match=r"b\.png: cannot be decoded \(by DALI, .*PIL can: --data\.loader pil"):
+    with pytest.raises(DataError, match=r"b\.png: .*\(by DALI, nvImage.*; PIL can: --data\.loader pil"):
         eval_batch(source, config(loader="dali"))
+
+
+def test_a_failure_of_dali_itself_is_no_file_error(tmp_path, config, monkeypatch):
+    pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    real = data_decode.build_pipeline
+    built = []
+
+    class Broken:
+        def run(self):
+            raise RuntimeError("Critical error\nencountered:\nno memory\nCurrent pipeline is gone")
+
+    def first_is_broken(*args, **kw):
+        built.append(1)
+        return Broken() if len(built) == 1 else real(*args, **kw)
+
+    monkeypatch.setattr(data_decode, "build_pipeline", first_is_broken)
+    with pytest.raises(DataError, match=r"not because of a file: no memory; try --data\.loader pil"):
+        eval_batch(open_source(str(tmp_path)), config(loader="dali"))

@@ -8,11 +8,12 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
 
 from extrema_fast import sources
 from extrema_fast.errors import DataError, UsageError
 from extrema_fast.sources import match_classes, open_source
+
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 
 
 def image(path, color=0):

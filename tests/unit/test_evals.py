@@ -249,6 +249,8 @@ def test_falling_knn():
 
     assert warn(0.30, 0.25) and "below the random encoder" in warn(0.30, 0.25)[0]
     assert warn(0.30, 0.295) == []
+    few = [{"knn_cls": v, "epoch": i, "images": 400} for i, v in enumerate((0.29, 0.275))]
+    assert collapse_warnings(few) == []
     assert warn(0.30, 0.25, warmup_epochs=5) == []
     assert "three evaluations in a row" in warn(0.2, 0.6, 0.55, 0.5, 0.45)[0]
     assert warn(0.2, 0.6, 0.55, 0.56, 0.45) == []

@@ -1,0 +1,377 @@
+"""The command line: parses, calls one Python function, prints its result.
+
+    pretrain -> train.pretrain    evaluate, knn, probe -> evals    report -> report.report
+    import -> convert.import_released    encoders -> encoder.list_models
+
+Errors a user can act on are one line on standard error; the exit code is the error's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import io
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
+from .config import PRESETS, Config, did_you_mean, flatten, load_config, preset, to_dict
+from .errors import ExtremaError, Preempted, UsageError
+
+PROG = "extrema-fast"
+INSTALL = 'pip install "extrema-fast[train]"'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code (0, or an ExtremaError's; 130 after a second Ctrl-C)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(args)
+    except Preempted as error:
+        _say(f"{PROG}: {error}\nto continue: {PROG} {shlex.join(args)}")
+        return error.exit_code
+    except ExtremaError as error:
+        _say(f"{PROG}: error: {' '.join(str(error).split())}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say(f"\n{PROG}: interrupted; the same command continues from the last checkpoint")
+        return 130
+    except BrokenPipeError:
+        # the reader (head, less) has left; what Python still holds goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _dispatch(args: list[str]) -> int:
+    if args and args[0] in ("--version", "-V"):
+        print(f"{PROG} {__version__}")
+        return 0
+    if not args or args[0] in ("--help", "-h", "help"):
+        print(_overview())
+        return 0
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        if name.startswith("-"):
+            raise UsageError(f"unknown option {name}; the command comes first, see {PROG} --help")
+        raise UsageError(f"unknown command {name!r}{did_you_mean(name, list(COMMANDS))}")
+    COMMANDS[name][0](rest)
+    return 0
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"usage: {PROG} COMMAND [options]", "", "commands:"]
+    lines += [f"  {name:<{width}}  {text}" for name, (_, text, _) in COMMANDS.items()]
+    lines += ["", "examples:"] + [f"  {PROG} {example}" for _, _, example in COMMANDS.values()]
+    return "\n".join([*lines, "", f"{PROG} COMMAND --help shows the options of one; --version the version"])
+
+
+# ---- parsing ---------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are UsageErrors, with the nearest option for an unknown one."""
+
+    def __init__(self, name: str) -> None:
+        _, text, example = COMMANDS[name]
+        super().__init__(
+            prog=f"{PROG} {name}",
+            description=text,
+            epilog=f"example:\n  {PROG} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+    def parse_all(self, args: list[str]) -> argparse.Namespace:
+        parsed, rest = self.parse_known_args(dashed(args))
+        for word in rest:
+            if word.startswith("-"):
+                known = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
+                raise _unknown(word, known, self.prog)
+        if rest:
+            self.error(f"unexpected argument {rest[0]!r}")
+        return parsed
+
+
+def dashed(args: Sequence[str]) -> list[str]:
+    """Option names with `-` for `_`; values stay as they are."""
+    out = []
+    for word in args:
+        name, equals, value = word.partition("=")
+        out.append(name.replace("_", "-") + equals + value if word.startswith("--") else word)
+    return out
+
+
+def _unknown(word: str, known: Sequence[str], prog: str) -> UsageError:
+    name = word.partition("=")[0]
+    bare = name.strip("-")
+    # the group left out: every option that ends so
+    near = [k for k in known if k.endswith(f".{bare}")] or difflib.get_close_matches(name, known, n=1)
+    # `--lr` is far from `--optim.base-lr` by letters, but is a word of it
+    near = near or [k for k in known if bare in k.rpartition(".")[2].split("-")]
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return UsageError(f"unknown option {name}{hint or f'; see {prog} --help'}")
+
+
+def _set_up_logging(quiet: bool) -> None:
+    class Stderr(logging.StreamHandler):
+        # looked up for every line: a progress bar puts itself in the place of sys.stderr
+        stream = property(lambda self: sys.stderr, lambda self, value: None)  # type: ignore[assignment]
+
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    logger = logging.getLogger("extrema_fast")
+    logger.setLevel(logging.WARNING if quiet or not first else logging.INFO)
+    if not any(getattr(h, "_ours", False) for h in logger.handlers):
+        handler = Stderr()
+        handler._ours = True  # type: ignore[attr-defined]
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+
+
+# ---- pretrain --------------------------------------------------------------------------------------
+
+
+def _pretrain(args: list[str]) -> None:
+    p = _Parser("pretrain")
+    p.usage = f"{PROG} pretrain [PRESET] [options] [--dotted.option VALUE ...]"
+    p.add_help = False
+    p.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}; default photos")
+    p.add_argument("--config", metavar="FILE", help="TOML or JSON over the preset")
+    p.add_argument("--init-from", metavar="PATH", help="weights to start from at step 0 (run, weights, .pth)")
+    p.add_argument("--overwrite", action="store_true", help="move the run in --out aside and start anew")
+    p.add_argument("--allow-config-change", action="store_true", help="continue a run with changed settings")
+    p.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    p.add_argument("--dry-run", action="store_true", help="three real steps, nothing written")
+    p.add_argument("--quiet", action="store_true", help="warnings and errors only")
+    args = dashed(args)
+    # a preset by position comes first: later words may be values of dotted options
+    by_position = args.pop(0) if args and not args[0].startswith("-") else None
+    ours, rest = p.parse_known_args([a for a in args if a not in ("-h", "--help")])
+    if by_position and ours.preset and by_position != ours.preset:
+        raise UsageError(f"two presets, {by_position!r} and {ours.preset!r}; give one")
+    name = by_position or ours.preset
+    chosen = preset(name) if name else None
+    before = load_config(ours.config, chosen) if ours.config else chosen or preset("photos")
+    if len(rest) < len(args) and {"-h", "--help"} & set(args):
+        print(p.format_help() + "\ndotted options, with this preset's values:\n")
+        _tyro(before, ["--help"])
+        return
+    cfg = _tyro(before, rest, [s for a in p._actions for s in a.option_strings])
+
+    _set_up_logging(ours.quiet)
+    if ours.print_config:
+        base = chosen or preset("photos")
+        print(json.dumps(_resolved(cfg, name or "photos", base, before, rest), indent=1))
+    elif ours.dry_run:
+        from .dry_run import dry_run
+        from .plan import describe
+
+        print(describe(dry_run(cfg)))
+    else:
+        from .train import pretrain
+
+        pretrain(
+            cfg,
+            init_from=ours.init_from,
+            overwrite=ours.overwrite,
+            allow_config_change=ours.allow_config_change,
+            progress=not ours.quiet,
+        )
+
+
+def _tyro(base: Config, args: list[str], ours: Sequence[str] = ()) -> Config:
+    """`base` with dotted flags applied; raises UsageError in one line, with options in `ours` known too."""
+    try:
+        import tyro
+    except ImportError:
+        raise UsageError(f"the command line needs tyro, which is not installed; {INSTALL}") from None
+    known = []
+    for option, value in flatten(base).items():
+        group, _, leaf = option.replace("_", "-").rpartition(".")
+        prefix = f"--{group}." if group else "--"
+        known += [prefix + leaf] + ([f"{prefix}no-{leaf}"] if isinstance(value, bool) else [])
+    for word in args:
+        if word.startswith("--") and word.partition("=")[0] not in [*known, "--help"]:
+            ours = ["--preset", "--config", "--init-from", "--overwrite", "--allow-config-change"]
+            raise _unknown(
+                word, [*known, *ours, "--print-config", "--dry-run", "--quiet"], f"{PROG} pretrain"
+            )
+    if args == ["--help"]:
+        with contextlib.suppress(SystemExit):
+            tyro.cli(Config, default=base, args=args, prog=f"{PROG} pretrain")
+        return base
+    printed = io.StringIO()
+    width = os.environ.get("COLUMNS")
+    # its message comes in a box as wide as the terminal; a wide one keeps it on one line
+    os.environ["COLUMNS"] = "2000"
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            return tyro.cli(Config, default=base, args=args, prog=f"{PROG} pretrain")
+    except SystemExit:
+        raise UsageError(_message(printed.getvalue())) from None
+    finally:
+        if width is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = width
+
+
+def _message(box: str) -> str:
+    """The sentence inside tyro's error box."""
+    lines = [line.strip(" │╭╮╰╯┃|") for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line and not line.strip("-─━")]
+    inside = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
+    text = " ".join(line for line in inside if line)
+    for prefix in ("Error parsing Config: ", "Error parsing "):
+        text = text.removeprefix(prefix)
+    group, _, after = text.partition(": ")
+    if after.startswith(f"{group}."):
+        text = after
+    if text.startswith("Unrecognized options: "):
+        text += f"; a preset comes first: {PROG} pretrain PRESET [options]"
+    return text
+
+
+def _resolved(cfg: Config, name: str, base: Config, before: Config, flags: list[str]) -> dict[str, Any]:
+    """What --print-config shows; `config` alone reloads through --config."""
+    from .dist import detect
+    from .plan import derived
+    from .sources import open_source
+
+    try:
+        images = len(open_source(cfg.data.train, limit=cfg.data.limit, seed=cfg.train.seed))
+        problem = None
+    except ExtremaError as error:
+        images, problem = None, str(error)
+    typed = {f.partition("=")[0].lstrip("-").replace("-", "_").replace(".no_", ".") for f in flags}
+    defaults, of_preset, of_file = (flatten(c) for c in (Config(), base, before))
+    sources = {}
+    for option, value in flatten(cfg).items():
+        if option in typed:
+            sources[option] = "flag"
+        elif of_file[option] != of_preset[option]:
+            sources[option] = "file"
+        elif value != defaults[option]:
+            sources[option] = f"preset {name}"
+    values = derived(cfg, detect(os.environ)[1], images)
+    if problem:
+        values["images_problem"] = problem
+    return {"preset": name, "config": to_dict(cfg), "derived": values, "sources": sources}
+
+
+# ---- the other commands ----------------------------------------------------------------------------
+
+
+def _evaluate(name: str) -> Callable[[list[str]], None]:
+    def command(args: list[str]) -> None:
+        p = _Parser(name)
+        p.add_argument("path", metavar="RUN_OR_WEIGHTS", help="run folder, weights folder or released .pth")
+        p.add_argument(
+            "--data", metavar="DIR", help="folder with train/ and test/ or val/; default: the run's"
+        )
+        p.add_argument("--train", metavar="DIR", help="labelled images to learn from")
+        p.add_argument("--test", metavar="DIR", help="labelled images to be judged on")
+        p.add_argument("--out", metavar="FILE", help="JSON result; default in a run: reports/evaluation.json")
+        p.add_argument("--which", choices=("teacher", "student"), default="teacher")
+        p.add_argument("--max-train", type=int, default=0, metavar="N", help="use N training images (0: all)")
+        p.add_argument("--max-test", type=int, default=0, metavar="N")
+        if name != "probe":
+            p.add_argument("--k", type=int, help="neighbours (default: the run's, 20)")
+            p.add_argument("--temperature", type=float, help="of the votes (default: the run's, 0.07)")
+        p.add_argument("--batch-size", type=int)
+        p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+        p.add_argument("--seed", type=int, default=0)
+        p.add_argument("--force", action="store_true", help="measure again although nothing has changed")
+        p.add_argument("--json", action="store_true", help="print the whole result as JSON")
+        options = vars(p.parse_all(args))
+        _set_up_logging(False)
+        as_json, path, data = options.pop("json"), options.pop("path"), options.pop("data")
+        if data is not None and options["train"] is not None:
+            raise UsageError("--data and --train name the same thing; give one")
+        options["train"] = data if data is not None else options["train"]
+
+        from . import evals
+
+        function = {"evaluate": evals.evaluate, "knn": evals.knn_command, "probe": evals.probe_command}[name]
+        result = function(path, options.pop("train"), options.pop("test"), **options)
+        print(json.dumps(result, indent=1) if as_json else evals.format_table(result))
+
+    return command
+
+
+def _report(args: list[str]) -> None:
+    p = _Parser("report")
+    p.add_argument("run", metavar="RUN", help="run folder")
+    p.add_argument("--images", type=int, default=8, metavar="N", help="test images shown (0: none)")
+    options = p.parse_all(args)
+    _set_up_logging(False)
+    from .report import report
+
+    print(report(options.run, images=options.images))
+
+
+def _import(args: list[str]) -> None:
+    p = _Parser("import")
+    p.add_argument("file", metavar="FILE", help="released ExtreMA checkpoint (.pth)")
+    p.add_argument("out", metavar="OUT", help="new weights folder")
+    options = p.parse_all(args)
+    _set_up_logging(False)
+    from .convert import import_released
+
+    print(import_released(Path(options.file), Path(options.out)))
+
+
+def _encoders(args: list[str]) -> None:
+    p = _Parser("encoders")
+    p.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="shell pattern")
+    options = p.parse_all(args)
+    from .encoder import list_models
+
+    names = list_models(options.pattern)
+    if not names:
+        raise UsageError(
+            f"no encoder matches {options.pattern!r}{did_you_mean(options.pattern, list_models())}"
+        )
+    print("\n".join(names))
+
+
+# name -> (function, what it does, example)
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
+    "pretrain": (
+        _pretrain,
+        "pretrain on images, or continue the run in --out",
+        "pretrain photos --train.epochs 80 --out runs/longer",
+    ),
+    "evaluate": (
+        _evaluate("evaluate"),
+        "k-NN and linear probe beside a random encoder and raw pixels",
+        "evaluate runs/photos",
+    ),
+    "knn": (_evaluate("knn"), "k-NN alone", "knn runs/cifar10 --data cifar10"),
+    "probe": (
+        _evaluate("probe"),
+        "linear probe alone",
+        "probe runs/cifar10 --train cifar10/train --test cifar10/test",
+    ),
+    "report": (_report, "write reports/report.html of a run", "report runs/photos"),
+    "import": (
+        _import,
+        "convert a released ExtreMA checkpoint into a weights folder",
+        "import extrema_base.pth weights/extrema_base",
+    ),
+    "encoders": (_encoders, "list the encoder names", "encoders '*base*'"),
+}

@@ -1,0 +1,213 @@
+"""The state of a run: built from a configuration, found again in a folder, saved."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import ops
+from .checkpoint import Checkpoint, Saver, check_same, collect, newest, remove_temporaries, restore
+from .config import Config, SystemConfig, config_hash, to_dict
+from .convert import load_method_weights, save_weights, weights_meta
+from .data import TrainLoader
+from .dist import World
+from .errors import UsageError
+from .method import ExtreMA
+from .metrics import Counters
+from .optim import Schedule, build_optimizer
+from .run_folder import RunFolder, check, read_json, versions
+from .sources import BUILT_IN, ImageSource, open_source
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """One process's side of a run; method, optimizer, counters and step are what a checkpoint holds."""
+
+    cfg: Config
+    world: World
+    source: ImageSource
+    """training images"""
+    method: ExtreMA
+    student: nn.Module
+    """method.student_branch, under DistributedDataParallel with more than one process"""
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    counters: Counters
+    gate_on_device: bool
+    """a bad step is skipped without reading the device (CUDA)"""
+    step: int = 0
+    """steps taken"""
+
+    @property
+    def last(self) -> bool:
+        """True when all steps have been taken."""
+        return self.step >= self.schedule.total_steps
+
+    def epochs_end(self, epochs: int) -> bool:
+        """True at the end of every `epochs` epochs; never for 0."""
+        return epochs > 0 and self.step % (epochs * self.schedule.steps_per_epoch) == 0
+
+
+def prepare_torch(cfg: SystemConfig) -> None:
+    """Threads, determinism and the choice of op implementations of this process."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    ops.set_backend(cfg.backend)
+
+
+def open_train(cfg: Config) -> ImageSource:
+    """The training images; raises UsageError when they do not fill one batch."""
+    source = open_source(cfg.data.train, "train", limit=cfg.data.limit, seed=cfg.train.seed)
+    if len(source) < cfg.train.batch_size:
+        raise UsageError(
+            f"train.batch_size: {cfg.train.batch_size} is more than the {len(source)} images of "
+            f"{source.name}; use at most {len(source)}"
+        )
+    return source
+
+
+def open_test(cfg: Config) -> ImageSource | None:
+    """Images for the evaluations while training; None when there are none or they are switched off."""
+    if not cfg.eval.every_epochs or not (cfg.data.test or cfg.data.train in BUILT_IN):
+        return None
+    return open_source(cfg.data.test or cfg.data.train, "test")
+
+
+def build(cfg: Config, world: World, source: ImageSource) -> Run:
+    """A run at step 0 on this process's device; the student is not wrapped yet."""
+    method = ExtreMA(cfg).to(world.device).train()
+    return Run(
+        cfg,
+        world,
+        source,
+        method,
+        student=method.student_branch,
+        optimizer=build_optimizer(method, cfg),
+        schedule=Schedule(cfg, len(source) // cfg.train.batch_size),
+        counters=Counters(world.device),
+        gate_on_device=world.device.type == "cuda",
+    )
+
+
+def open_loader(run: Run) -> TrainLoader:
+    """This process's batches from the run's step on."""
+    cfg, world = run.cfg, run.world
+    return TrainLoader(
+        run.source,
+        cfg.data,
+        cfg.model.img_size,
+        batch_size=cfg.train.batch_size,
+        seed=cfg.train.seed,
+        rank=world.rank,
+        world=world.size,
+        start_step=run.step,
+        device=world.device,
+    )
+
+
+def wrap(run: Run) -> None:
+    """Compiles the trunk blocks if asked for, then wraps the student for several processes."""
+    if run.cfg.train.compile == "block":
+        for block in (*run.method.student.blocks, *run.method.teacher.blocks):
+            # in place: the names of the weights stay
+            block.compile(dynamic=False)
+    run.student = run.world.wrap(run.method.student_branch)
+
+
+def is_finished(cfg: Config, allow: bool) -> bool:
+    """Whether the folder holds this run, complete; raises UsageError when it holds a different one."""
+    out = Path(cfg.out)
+    if not check(out) or read_json(out / "status.json").get("state") != "complete":
+        return False
+    found = newest(out)
+    if found is None or check_same(out, found.state["config"], None, cfg, "", allow):
+        return False
+    return found.step >= found.state["total_steps"]
+
+
+def init_weights(run: Run, path: str | Path, overwrite: bool) -> None:
+    """`--init-from`: weights only, at step 0; left alone once the run has a checkpoint."""
+    if not overwrite and any(Path(run.cfg.out).glob("checkpoints/step_*")):
+        log.info("--init-from %s is ignored: the run has a checkpoint", path)
+        return
+    load_method_weights(run.method, path)
+    log.info("initial weights from %s", path)
+
+
+def resume(run: Run, allow: bool) -> None:
+    """Brings a run to the newest valid checkpoint of its folder, if there is one.
+
+    raises UsageError when the folder's run has other settings, images or shapes (`check_same`)
+    """
+    found = run.world.on_main(lambda: _resumable(run, allow))
+    where = run.world.share(str(found.path) if found else "")
+    if not where:
+        return
+    path = Path(where)
+    found = found or Checkpoint(path, read_json(path / "state.json"))
+    restore(found.tensors(), run.method, run.optimizer, run.counters.tensor)
+    run.step = found.step
+    if not found.state["ema_ahead"] and not run.last:
+        # a run that has been made longer: its last step had left the teacher's move out
+        run.method.update_teacher(run.schedule.momentum(run.step))
+    log.info("continuing at step %d of %d (%s)", run.step, run.schedule.total_steps, where)
+
+
+def _resumable(run: Run, allow: bool) -> Checkpoint | None:
+    out = Path(run.cfg.out)
+    remove_temporaries(out)
+    found = newest(out)
+    # before the first checkpoint, config.json says what was begun here
+    config = found.state["config"] if found else read_json(out / "config.json")
+    known = found.state if found else read_json(out / "env.json")
+    if config:
+        fingerprint = known.get("fingerprint")
+        for change in check_same(out, config, fingerprint, run.cfg, run.source.fingerprint, allow):
+            log.warning("--allow-config-change: %s", change)
+    return found
+
+
+def describe(run: Run, folder: RunFolder, loader: str) -> None:
+    """Writes config.json and env.json: what runs, on what, and how it was chosen."""
+    folder.write_json("config.json", to_dict(run.cfg))
+    folder.write_env(
+        run.world.device,
+        run.world.size,
+        ops=ops.choices(),
+        loader=loader,
+        config_hash=config_hash(run.cfg),
+        images=len(run.source),
+        fingerprint=run.source.fingerprint,
+    )
+
+
+def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:
+    """Checkpoint and weights of this step (rank 0); `must`: failing is an error, not a warning."""
+    if saver.last_step == run.step:
+        return
+    state: dict[str, Any] = {
+        "attempt": attempt,
+        "total_steps": run.schedule.total_steps,
+        # the teacher has made the move the released code makes at the start of the next step
+        "ema_ahead": not run.last,
+        "config": to_dict(run.cfg),
+        "config_hash": config_hash(run.cfg),
+        "fingerprint": run.source.fingerprint,
+        "optimizer": type(run.optimizer).__name__,
+        "world_size": run.world.size,
+        "versions": versions(),
+    }
+    tensors = collect(run.method, run.optimizer, run.counters.tensor)
+    meta = weights_meta(run.cfg, run.step)
+    saver.save(run.step, tensors, state, lambda folder: save_weights(folder, run.method, meta), final=must)
