@@ -151,13 +151,19 @@ def pil_batches(
 
 
 def _ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
-    """The same items, taken from their iterator `count` items early."""
+    """The same items, taken from their iterator `count` items early; an error comes in its turn."""
     waiting: deque[Any] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > count:
-            yield waiting.popleft()
+    failed = None
+    try:
+        for item in items:
+            waiting.append(item)
+            if len(waiting) > count:
+                yield waiting.popleft()
+    except DataError as e:
+        failed = e
     yield from waiting
+    if failed:
+        raise failed
 
 
 # ---- DALI -----------------------------------------------------------------------------------------
@@ -243,7 +249,7 @@ def dali_batches(
         while True:
             try:
                 (out,) = pipe.run()
-                # DALI uses its buffers again: the copy makes the batch ours
+                # DALI may use its buffers again: the copy makes the batch ours
                 images = torch.from_dlpack(out.as_tensor()).clone()
             except StopIteration:
                 if failed:

@@ -310,8 +310,8 @@ class Encoder(nn.Module):
     def preprocess(self):
         """A callable for these weights: PIL image or uint8 [H, W, 3] -> normalised float32 [C, H, W].
 
-        Resizes the short side to size * 256 / 224 (bilinear, antialiased) and crops the centre; the numbers are
-        in the callable's `metadata` (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
+        Resizes the short side to size * 256 / 224 (bilinear, antialiased) and crops the centre; the numbers
+        are in the callable's `metadata` (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
         """
         from .preprocess import Preprocess
 
@@ -444,7 +444,7 @@ def with_img_size(config: ModelConfig, img_size: int | tuple[int, int]) -> Model
 
 
 def count_flops(config: ModelConfig, rows: int, n: int) -> float:
-    """Forward FLOPs of `rows` sequences of `n` tokens through trunk and pooling (performance.md section 1)."""
+    """Forward FLOPs of `rows` sequences of `n` tokens through trunk and pooling (performance.md)."""
     width, depth, _ = config.shape
     patch = 2 * n * config.in_chans * config.patch_size**2 * width
     trunk = depth * (24 * width**2 * n + 4 * n**2 * width)

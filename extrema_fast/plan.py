@@ -47,6 +47,19 @@ def derived(cfg: Config, processes: int = 1, images: int | None = None) -> dict[
     return out
 
 
+def headline(cfg: Config, processes: int, images: int, device: str, loader: str) -> str:
+    """The run in two lines: what is trained on what, and the values derived from the batch size."""
+    v = derived(cfg, processes, images)
+    parts = f"{processes} x {cfg.train.accumulation} x {v['local_batch']}"
+    return (
+        f"{cfg.data.train}: {images} images, {cfg.train.epochs} epochs of {v['steps_per_epoch']} steps; "
+        f"{cfg.mask.views} views of {v['num_keep']} of {v['num_patches']} tokens; {cfg.head.loss}, "
+        f"{cfg.train.precision} on {device}, {loader} loader\n"
+        f"batch {cfg.train.batch_size} (processes x micro-batches x images = {parts}), "
+        f"peak learning rate {cfg.peak_lr:.3g} = {cfg.optim.base_lr:g} x {cfg.train.batch_size} / 256"
+    )
+
+
 def checkpoint_bytes(method: ExtreMA) -> int:
     """Bytes of one checkpoint and its weights folder: fp32 weights twice, two AdamW moments."""
     trained = sum(p.numel() for _, p in method.student_parameters())

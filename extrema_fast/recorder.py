@@ -51,9 +51,13 @@ class Recorder:
             sink.write(record)
         return record
 
+    def advance(self, step: int) -> None:
+        """After every step."""
+        self.step = step
+        self.screen.advance(step)
+
     def train(self, step: int, **values: Any) -> None:
         """A log line of the loop."""
-        self.step = step
         if self.folder is not None:
             self.screen.update(self._write("train", step, values))
             self.folder.status("running", step, self.total, self._reason())

@@ -153,6 +153,8 @@ def resume(run: Run, allow: bool) -> None:
     found = run.world.on_main(lambda: _resumable(run, allow))
     where = run.world.share(str(found.path) if found else "")
     if not where:
+        if run.world.main and any(Path(run.cfg.out).glob("checkpoints/step_*")):
+            log.warning("no checkpoint in %s can be read; starting from step 0", run.cfg.out)
         return
     path = Path(where)
     found = found or Checkpoint(path, read_json(path / "state.json"))

@@ -25,7 +25,7 @@ from .evals import collapse_warnings, online_eval
 from .losses import gather_targets
 from .masking import sample_views
 from .metrics import Meter, memory_gb
-from .plan import flops_per_image
+from .plan import flops_per_image, headline
 from .recorder import Recorder
 from .run_folder import RunFolder
 from .sources import ImageSource
@@ -99,13 +99,16 @@ def _loop(
         with open_loader(run) as loader:
             if folder is not None:
                 describe(run, folder, loader.kind)
+                recorder.screen.say(
+                    headline(cfg, world.size, len(run.source), str(world.device), loader.kind)
+                )
             if run.step == 0 and cfg.eval.every_epochs:
                 _evaluate(run, recorder, test)
             meter.restart()
             while not (run.last or stop):
                 lr = train_step(run, meter.next(loader))
                 run.step += 1
-                recorder.screen.advance(run.step)
+                recorder.advance(run.step)
                 due = run.last or run.step % cfg.log.every_steps == 0
 
                 # a GPU is waited for at log lines, evaluations and saves only

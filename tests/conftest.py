@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import socket
+import subprocess
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,3 +71,80 @@ def seed(request: pytest.FixtureRequest) -> int:
     print(f"seed {value}")
     torch.manual_seed(value)
     return value
+
+
+# ---- commands in processes of their own ------------------------------------------------------------
+
+# torch is imported once; each job is a fork of this process, which has neither threads nor autograd running
+_SERVER = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+import extrema_fast.cli, extrema_fast.evals, extrema_fast.train
+for line in sys.stdin:
+    job = json.loads(line)
+    children = []
+    for env in job["env"]:
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(env)
+            out = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(out, 1), os.dup2(out, 2)
+            code = 1
+            try:
+                exec(job["setup"], {})
+                if job["cpu_seconds"]:
+                    signal.setitimer(signal.ITIMER_PROF, job["cpu_seconds"])
+                code = extrema_fast.cli.main(job["args"])
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(code)
+        children.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    print(json.dumps(codes), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def run_cli(tmp_path_factory: pytest.TempPathFactory, _cache_folder: None) -> Iterator[Callable[..., Any]]:
+    """`run_cli(*args, processes=1, env={}, setup="", cpu_seconds=0) -> (exit codes, output)`.
+
+    Runs `extrema-fast ARGS` in processes of their own (under a process group when more than one).
+    setup        Python run before the command in each of them
+    cpu_seconds  the process dies without any cleaning up once it has used that much processor time
+    """
+    server = subprocess.Popen(
+        [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    folder = tmp_path_factory.mktemp("jobs")
+
+    def run(*args: Any, processes: int = 1, env: dict | None = None, setup: str = "", cpu_seconds: float = 0):
+        output = folder / f"{len(list(folder.iterdir()))}.txt"
+        output.touch()
+        envs = [dict(env or {}) for _ in range(processes)]
+        if processes > 1:
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                port = s.getsockname()[1]
+            for rank, e in enumerate(envs):
+                e |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+                e |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        job = {
+            "args": [str(a) for a in args],
+            "env": envs,
+            "setup": setup,
+            "cpu_seconds": cpu_seconds,
+            "output": str(output),
+        }
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        assert answer, "the job server has died"
+        return json.loads(answer), output.read_text()
+
+    yield run
+    server.stdin.close()
+    server.wait()

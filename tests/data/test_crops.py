@@ -69,6 +69,18 @@ def test_ks_can_fail():
     assert ks(a, a**1.2) > 1.95
 
 
+def test_every_place_is_reached_equally_often():
+    # boxes of 2 x 2 in 4 x 8 pixels: few places, the last one included
+    cfg = DataConfig(area=(0.125, 0.125), ratio=(1.0, 1.0))
+    boxes, _ = boxes_for(4, 8, 14000, cfg)
+    assert (boxes[:, 2:] - boxes[:, :2] == 2).all()
+    for axis, places in ((0, 3), (1, 7)):
+        counts = np.bincount(boxes[:, axis].astype(int), minlength=places)
+        assert len(counts) == places
+        expected = 14000 / places
+        assert np.abs(counts - expected).max() < 5 * math.sqrt(expected), counts
+
+
 def test_flips_are_half_and_independent_of_the_box():
     boxes, flips = boxes_for(100, 100, 20000)
     assert abs(flips.mean() - 0.5) < 0.015

@@ -97,7 +97,8 @@ def test_crops_and_flips_are_those_of_the_plan(tree, config, kind):
     """Each image against PIL by hand: its box, its flip, its row."""
     source, cfg = open_source(str(tree)), config(loader=kind)
     flipped = 0
-    for batch in batches(source, cfg, 3):
+    # 3 steps per epoch: two epochs, since a row's crop changes with the epoch
+    for batch in batches(source, cfg, 5):
         rows = batch.index.numpy()
         opened = [Image.open(source.paths[r]).convert("RGB") for r in rows]
         sizes = np.array([im.size[::-1] for im in opened])
@@ -107,7 +108,7 @@ def test_crops_and_flips_are_those_of_the_plan(tree, config, kind):
             want = np.asarray(want)[:, ::-1] if flip else np.asarray(want)
             assert np.abs(want.astype(int) - got.numpy()).mean() < 2
             flipped += flip
-    assert 0 < flipped < 18
+    assert 0 < flipped < 30
 
 
 def test_centercrop_is_never_random(tree, config, kind):

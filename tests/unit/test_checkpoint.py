@@ -1,0 +1,321 @@
+"""Checkpoints and the run folder under faults, without training.
+
+Covers: everything restored bit for bit; what COMPLETE, `latest` and retention hold; truncated, flipped,
+unmarked and missing files; a rename or a write that fails, once and three times; stale temporaries; other shapes; which
+differences a resumed run may have; marker, lock, stale lock, --overwrite.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from extrema_fast import checkpoint
+from extrema_fast.checkpoint import Saver, check_same, collect, newest, remove_temporaries, restore, write
+from extrema_fast.config import CheckpointConfig, from_dict, smoke, to_dict
+from extrema_fast.errors import StorageError, UsageError
+from extrema_fast.method import ExtreMA
+from extrema_fast.metrics import Counters
+from extrema_fast.optim import build_optimizer
+from extrema_fast.run_folder import RunFolder, check
+
+CFG = from_dict(
+    {"model": {"width": 16, "depth": 1}, "head": {"hidden": 8, "out": 8, "predictor_hidden": 8}}, smoke()
+)
+SMALL = {"x": torch.arange(100.0), "y": torch.ones(3, 2)}
+
+
+def trained(cfg=CFG, steps: int = 2):
+    """(method, optimizer, counters) with moments, as after some steps on random gradients."""
+    method = ExtreMA(cfg)
+    optimizer, counters = build_optimizer(method, cfg), Counters()
+    for _ in range(steps):
+        for _, p in method.student_parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        method.update_teacher(0.9)
+        counters.add(torch.rand(()), torch.rand(()), torch.zeros(()))
+    return method, optimizer, counters
+
+
+def save(run: Path, step: int, tensors=SMALL) -> Path:
+    return write(run, step, tensors, {"config": {}})
+
+
+def files(run: Path) -> set[str]:
+    return {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+
+
+def test_everything_is_restored(tmp_path):
+    method, optimizer, counters = trained()
+    write(tmp_path, 7, collect(method, optimizer, counters.tensor), {"note": "x"})
+    found = newest(tmp_path)
+    assert found.step == 7 and found.state["note"] == "x"
+
+    other = trained(from_dict({"train": {"seed": 1}}, CFG), steps=1)
+    restore(found.tensors(), other[0], other[1], other[2].tensor)
+    before, after = (collect(m, o, c.tensor) for m, o, c in ((method, optimizer, counters), other))
+    assert before.keys() == after.keys()
+    assert any(k.endswith("exp_avg_sq") for k in before) and any("teacher_branch" in k for k in before)
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+    # and it goes on alike: the restored moments belong to the right parameters
+    for m, o, _ in ((method, optimizer, counters), other):
+        torch.manual_seed(0)
+        for _, p in m.student_parameters():
+            p.grad = torch.randn_like(p)
+        o.step()
+    for (name, a), (_, b) in zip(method.student_parameters(), other[0].student_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_before_the_first_step(tmp_path):
+    method, optimizer, counters = trained(steps=0)
+    write(tmp_path, 0, collect(method, optimizer, counters.tensor), {})
+    other = trained(steps=1)
+    restore(newest(tmp_path).tensors(), other[0], other[1], other[2].tensor)
+    assert not any(other[1].state.values()), "moments of another run were kept"
+
+
+def test_other_shapes_are_refused():
+    method, optimizer, counters = trained()
+    tensors = collect(method, optimizer, counters.tensor)
+    other = trained(from_dict({"model": {"depth": 2}}, CFG), steps=0)
+    with pytest.raises(UsageError, match="another architecture"):
+        restore(tensors, other[0], other[1], other[2].tensor)
+
+
+def test_what_a_checkpoint_holds(tmp_path):
+    folder = save(tmp_path, 12)
+    assert folder.name == "step_00000012"
+    assert (tmp_path / "latest").read_text().strip() == folder.name
+    inside = {f"checkpoints/{folder.name}/{n}" for n in ("COMPLETE", "state.json", "state.safetensors")}
+    assert files(tmp_path) == {"latest"} | inside
+    marks = json.loads((folder / "COMPLETE").read_text())
+    for name, mark in marks.items():
+        assert mark["size"] == (folder / name).stat().st_size and len(mark["sha256"]) == 64
+    with safe_open(folder / "state.safetensors", "pt") as f:
+        assert set(f.keys()) == set(SMALL)
+
+
+def damage(folder: Path, how: str) -> None:
+    tensors = folder / "state.safetensors"
+    if how == "truncated":
+        os.truncate(tensors, tensors.stat().st_size - 1)
+    elif how == "flipped byte":
+        data = bytearray(tensors.read_bytes())
+        data[-5] ^= 1
+        tensors.write_bytes(data)
+    elif how == "flipped state":
+        (folder / "state.json").write_text((folder / "state.json").read_text().replace("step", "stop"))
+    elif how == "no COMPLETE":
+        (folder / "COMPLETE").unlink()
+    elif how == "garbage in COMPLETE":
+        (folder / "COMPLETE").write_text('{"state.safetensors": 1, "state.json": 2}')
+    elif how == "torn COMPLETE":
+        os.truncate(folder / "COMPLETE", 20)
+    elif how == "no tensors":
+        tensors.unlink()
+
+
+DAMAGES = ("truncated", "flipped byte", "flipped state", "no COMPLETE", "garbage in COMPLETE", "torn COMPLETE",
+           "no tensors")  # fmt: skip
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_falls_back_and_says_so(tmp_path, how, caplog):
+    save(tmp_path, 1)
+    newer = save(tmp_path, 2)
+    assert newest(tmp_path).step == 2
+    damage(newer, how)
+    assert newest(tmp_path).step == 1
+    assert str(newer) in caplog.text and "falling back" in caplog.text
+    damage(tmp_path / "checkpoints" / "step_00000001", how)
+    assert newest(tmp_path) is None
+
+
+def test_damaged_is_replaced_and_not_counted(tmp_path):
+    saver = Saver(tmp_path, CheckpointConfig(retain=2), 10)
+    for step in (1, 2, 3):
+        saver.save(step, SMALL, {}, lambda folder: None)
+    damage(tmp_path / "checkpoints" / "step_00000003", "truncated")
+    # continued from 2 with another cadence: a damaged 3 ahead must not push the good ones out
+    save(tmp_path, 1)
+    saver.save(2, SMALL, {}, lambda folder: None)
+    assert sorted(p.name[-1] for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+    saver.save(3, SMALL, {}, lambda folder: None)
+    assert newest(tmp_path).step == 3
+
+
+def test_retention_and_milestones(tmp_path):
+    saver = Saver(tmp_path, CheckpointConfig(retain=3, milestone_epochs=2), steps_per_epoch=2)
+    for step in range(1, 11):
+        saver.save(step, SMALL, {}, lambda folder: (folder / "w").write_text("x"))
+    kept = {d: sorted(int(p.name[5:]) for p in (tmp_path / d).iterdir()) for d in ("checkpoints", "weights")}
+    assert kept == {"checkpoints": [8, 9, 10], "weights": [4, 8, 9, 10]}
+    assert newest(tmp_path).step == 10
+
+
+@pytest.mark.parametrize("what", ["rename", "write", "export", "latest"])
+def test_a_failing_save_leaves_the_old_one(tmp_path, monkeypatch, caplog, what):
+    saver = Saver(tmp_path, CheckpointConfig(), 10)
+
+    def export(folder: Path) -> None:
+        (folder / "w").write_text("x")
+
+    saver.save(1, SMALL, {}, export)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def half(tensors, path):
+        path.write_bytes(b"half")
+        full()
+
+    with monkeypatch.context() as m:
+        if what == "rename":
+            m.setattr(checkpoint.os, "rename", full)
+        elif what == "write":
+            m.setattr(checkpoint, "save_file", half)
+        elif what == "latest":
+            m.setattr(checkpoint, "replace_text", full)
+        bad_export = full if what == "export" else export
+        saver.save(2, SMALL, {}, bad_export)
+        assert "training goes on" in caplog.text and "No space left" in caplog.text
+        assert newest(tmp_path).step == (2 if what == "latest" else 1)
+        saver.save(3, SMALL, {}, bad_export)
+        with pytest.raises(StorageError, match="No space left") as error:
+            saver.save(4, SMALL, {}, bad_export)
+        assert error.value.exit_code == 5
+    saver.save(5, SMALL, {}, export)
+    assert newest(tmp_path).step == 5 and saver.failures == 0
+    assert not [f for f in files(tmp_path) if ".tmp" in f]
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "save_file", half)
+        with pytest.raises(StorageError):
+            saver.save(6, SMALL, {}, export, final=True)
+    assert newest(tmp_path).step == 5
+
+
+def test_stale_temporaries_are_removed(tmp_path):
+    save(tmp_path, 1)
+    before = files(tmp_path)
+    for name in (
+        "checkpoints/.tmp-step_00000002/state.safetensors",
+        "weights/.tmp-step_00000002/w",
+        ".tmp-latest-1",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    remove_temporaries(tmp_path)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "allow", "words"),
+    [
+        ({}, False, None),
+        ({"out": "elsewhere", "log": {"every_steps": 7}, "system": {"threads": 2}}, False, None),
+        ({"mask": {"ratio": 0.5}}, False, "mask.ratio: 0.75 -> 0.5.*--overwrite.*--allow-config-change"),
+        ({"mask": {"ratio": 0.5}}, True, None),
+        ({"train": {"seed": 4}, "optim": {"base_lr": 1.0}}, False, "optim.base_lr.*train.seed: 0 -> 4"),
+        ({"model": {"width": 32}}, False, "another architecture.*model.width: 16 -> 32"),
+        ({"model": {"width": 32}}, True, "another architecture"),
+        ({"head": {"out": 16}}, True, "another architecture"),
+        ({"model": {"drop_path": 0.0}}, True, None),
+    ],
+)
+def test_which_differences_a_resumed_run_may_have(tmp_path, change, allow, words):
+    new = from_dict(change, CFG)
+    if words:
+        with pytest.raises(UsageError, match=words) as error:
+            check_same(tmp_path, to_dict(CFG), "f", new, "f", allow)
+        assert ("--allow-config-change" in str(error.value)) == ("architecture" not in words)
+    else:
+        check_same(tmp_path, to_dict(CFG), "f", new, "f", allow)
+
+
+def test_other_images_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="data fingerprint: aaa -> bbb"):
+        check_same(tmp_path, to_dict(CFG), "aaa", CFG, "bbb", False)
+    assert check_same(tmp_path, to_dict(CFG), "aaa", CFG, "bbb", True) == ["data fingerprint: aaa -> bbb"]
+
+
+# ---- the run folder --------------------------------------------------------------------------------
+
+
+def test_a_foreign_folder_is_not_touched(tmp_path):
+    (tmp_path / "holiday.jpg").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="other content"):
+            RunFolder(tmp_path, overwrite=overwrite)
+    assert files(tmp_path) == {"holiday.jpg"}
+    with pytest.raises(UsageError, match="not a folder"):
+        check(tmp_path / "holiday.jpg")
+    assert not check(tmp_path / "new")
+
+
+def test_an_empty_folder_becomes_a_run(tmp_path):
+    RunFolder(tmp_path).close()
+    assert check(tmp_path)
+
+
+def test_second_job_is_refused(tmp_path):
+    run = tmp_path / "run"
+    with RunFolder(run):
+        for overwrite in (False, True):
+            with pytest.raises(UsageError, match=f"process {os.getpid()} on"):
+                RunFolder(run, overwrite=overwrite)
+        assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    with RunFolder(run):
+        pass
+
+
+def test_stale_lock_is_taken_over(tmp_path, caplog):
+    caplog.set_level("INFO")
+    RunFolder(tmp_path).close()
+    # the process that wrote it is gone, so the kernel holds no lock
+    (tmp_path / "run.lock").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    with RunFolder(tmp_path):
+        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+    assert "process 1 on elsewhere" in caplog.text and "taken over" in caplog.text
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_overwrite_moves_aside(tmp_path):
+    run = tmp_path / "run"
+    for text in ("first", "second"):
+        with RunFolder(run, overwrite=True):
+            (run / "log.jsonl").write_text(text)
+    with RunFolder(run, overwrite=True) as folder:
+        assert not (run / "log.jsonl").exists() and folder.attempt == 1
+    assert (tmp_path / "run.old-1" / "log.jsonl").read_text() == "first"
+    assert (tmp_path / "run.old-2" / "log.jsonl").read_text() == "second"
+
+
+def test_attempts_are_counted(tmp_path):
+    for attempt in (1, 2, 3):
+        with RunFolder(tmp_path) as folder:
+            assert folder.attempt == attempt
+            folder.write_env(torch.device("cpu"), 1)
+
+
+def test_an_unwritable_place(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="cannot be written"):
+        RunFolder(tmp_path / "file" / "run")
+
+
+def test_config_is_hashed_over_the_mathematics_only():
+    from extrema_fast.config import config_hash
+
+    assert config_hash(CFG) == config_hash(replace(CFG, out="x"))
+    assert config_hash(CFG) != config_hash(from_dict({"train": {"seed": 9}}, CFG))

@@ -1,0 +1,393 @@
+"""The configuration.
+
+Covers: every preset; the paper's numbers; TOML and JSON files; round trips; unknown keys with suggestions; wrong
+types (a bool is no number); every check on one field and between fields, whose message names value and remedy, and
+whose remedy works; what may change in a resumed run; the batch per process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from extrema_fast import config as c
+from extrema_fast.errors import UsageError
+
+
+def refused(data: dict, *words: str, base: c.Config | None = None) -> str:
+    with pytest.raises(UsageError) as error:
+        c.from_dict(data, base)
+    text = str(error.value)
+    assert error.value.exit_code == 2
+    assert "\n" not in text
+    for word in words:
+        assert word in text, text
+    return text
+
+
+# ---- presets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(c.PRESETS))
+def test_every_preset_is_valid_named_and_survives_plain_data(name):
+    cfg = c.preset(name)
+    assert cfg.num_keep >= 1 and cfg.peak_lr > 0
+    assert cfg.out == f"runs/{name}"
+    assert c.PRESETS[name].__doc__
+    plain = json.loads(json.dumps(c.to_dict(cfg)))
+    # over a base that differs in everything
+    base = c.paper_large_90x8() if name != "paper_large_90x8" else c.smoke()
+    again = c.from_dict(plain, base)
+    assert again == cfg
+    assert c.config_hash(again) == c.config_hash(cfg)
+    # types survive, too: lists come back as tuples
+    assert isinstance(again.data.area, tuple) and hash(again) == hash(cfg)
+    assert c.changed_maths(plain, c.to_dict(again)) == []
+
+
+def test_presets_that_the_readme_names():
+    names = {f"paper_{size}_{m}" for size in ("small", "base", "large") for m in ("80x5", "90x8")}
+    assert set(c.PRESETS) == names | {"photos", "cifar10", "smoke"}
+    assert c.preset("paper-base-80x5") == c.paper_base_80x5()
+
+
+def test_the_papers_recipe():
+    cfg = c.paper_base_80x5()
+    assert (cfg.num_keep, cfg.mask.views, cfg.mask.mode) == (39, 5, "disjoint")
+    assert cfg.model.shape == (768, 12, 12) and cfg.model.grid == (14, 14)
+    assert cfg.peak_lr == pytest.approx(1.2e-3, rel=1e-12)
+    o = cfg.optim
+    assert (o.betas, o.eps, o.weight_decay, o.momentum) == ((0.9, 0.95), 1e-8, 0.1, 0.996)
+    assert (o.warmup_epochs, cfg.train.epochs, cfg.train.batch_size, o.min_lr, o.clip_grad) == (40, 300, 2048, 0, 0)
+    assert (cfg.head.loss, cfg.head.hidden, cfg.head.out, cfg.head.predictor_hidden) == ("byol", 4096, 256, 4096)
+    assert (cfg.model.drop_path, cfg.model.layer_scale, cfg.model.pool_depth) == (0.1, 0.1, 2)
+    d = cfg.data
+    assert (d.policy, d.area, d.ratio, d.flip) == ("spatial+color", (0.2, 1.0), (0.75, 4 / 3), 0.5)
+    assert (d.jitter, d.jitter_prob, d.gray_prob) == ((0.4, 0.4, 0.2, 0.1), 0.8, 0.2)
+    assert (d.mean, d.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (c.paper_base_90x8().num_keep, c.paper_base_90x8().mask.views) == (19, 8)
+    assert c.paper_small_80x5().model.shape == (384, 12, 6)
+    assert c.paper_large_80x5().model.shape == (1024, 24, 16)
+    assert c.paper_large_80x5().model.layer_scale == 1e-5
+
+
+def test_unknown_preset_suggests():
+    with pytest.raises(UsageError, match=r"'paper_bas_80x5'; did you mean 'paper_base_80x5'"):
+        c.preset("paper_bas_80x5")
+    with pytest.raises(UsageError, match=r"known: cifar10, .*photos"):
+        c.preset("zzz")
+
+
+# ---- plain data -----------------------------------------------------------------------------------
+
+
+def test_only_the_named_options_change():
+    base = c.smoke()
+    cfg = c.from_dict({"mask": {"views": 3}, "out": "x"}, base)
+    assert cfg == dataclasses.replace(base, out="x", mask=dataclasses.replace(base.mask, views=3))
+    assert c.from_dict({}, base) == base
+    assert c.from_dict({}) == c.photos()
+    # dashes as on the command line
+    assert c.from_dict({"train": {"batch-size": 32}}, base).train.batch_size == 32
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"mask": {"rato": 0.5}}, ["mask.rato", "did you mean 'ratio'"]),
+        ({"maks": {}}, ["unknown option maks", "did you mean 'mask'"]),
+        ({"optim": {"xyzzy": 1}}, ["optim.xyzzy", "known:", "base_lr"]),
+        ({"data": {"policy": "spatial+colour"}}, ["data.policy", "'spatial+colour'", "did you mean 'spatial+color'"]),
+        ({"train": {"precision": 16}}, ["train.precision", "16", "bf16"]),
+        ({"train": {"precision": ["bf16"]}}, ["train.precision", "['bf16']"]),
+        ({"mask": 5}, ["mask", "table of options", "5"]),
+        ({"mask": None}, ["mask", "None"]),
+        ({"train": {"epochs": 2.5}}, ["train.epochs", "int", "2.5"]),
+        ({"train": {"epochs": "3"}}, ["train.epochs", "int", "'3'"]),
+        ({"train": {"epochs": True}}, ["train.epochs", "int", "True"]),
+        ({"train": {"epochs": None}}, ["train.epochs", "int", "None"]),
+        ({"optim": {"base_lr": True}}, ["optim.base_lr", "float", "True"]),
+        ({"optim": {"base_lr": "1e-3"}}, ["optim.base_lr", "float", "'1e-3'"]),
+        ({"optim": {"base_lr": float("nan")}}, ["optim.base_lr", "nan"]),
+        ({"optim": {"base_lr": float("inf")}}, ["optim.base_lr", "inf"]),
+        ({"optim": {"base_lr": 10**400}}, ["optim.base_lr", "float"]),
+        ({"optim": {"warmup_epochs": "4"}}, ["optim.warmup_epochs", "float", "'4'"]),
+        ({"data": {"exif": 1}}, ["data.exif", "bool", "1"]),
+        ({"data": {"exif": "true"}}, ["data.exif", "bool"]),
+        ({"data": {"train": 3}}, ["data.train", "str", "3"]),
+        ({"data": {"area": 0.5}}, ["data.area", "2 values", "0.5"]),
+        ({"data": {"area": [0.1, 0.2, 0.3]}}, ["data.area", "2 values"]),
+        ({"data": {"area": [0.1, "1"]}}, ["data.area", "float", "'1'"]),
+        ({"data": {"area": "01"}}, ["data.area", "2 values"]),
+        ({"model": {"img_size": [32.0, 32]}}, ["model.img_size", "int", "32.0"]),
+        ({"model": {"img_size": 32}}, ["model.img_size", "2 values"]),
+    ],
+)
+def test_wrong_keys_and_types(data, words):
+    refused(data, *words, base=c.smoke())
+
+
+def test_whole_numbers_are_fine_where_floats_are_wanted():
+    base = c.smoke()
+    cfg = c.from_dict({"optim": {"warmup_epochs": 1}, "data": {"area": [1, 1], "jitter": [0, 0, 0, 0]}}, base)
+    assert cfg.data.area == (1.0, 1.0) and type(cfg.data.area[0]) is float
+    assert type(cfg.optim.warmup_epochs) is float
+    # and do not narrow what a later file may say
+    assert c.from_dict({"data": {"jitter": [0.4, 0.4, 0.2, 0.1]}}, cfg).data.jitter[0] == 0.4
+    # 1 and 1.0 are the same configuration
+    by_hand = dataclasses.replace(base, data=dataclasses.replace(base.data, area=(1, 1)))
+    assert c.config_hash(by_hand) == c.config_hash(c.from_dict({"data": {"area": [1.0, 1.0]}}, base))
+
+
+def test_files(tmp_path):
+    toml = tmp_path / "run.toml"
+    toml.write_text('preset = "smoke"\nout = "here"\n[mask]\nviews = 3\n[data]\narea = [0.5, 1]\n', encoding="utf-8")
+    cfg = c.load_config(toml)
+    assert (cfg.out, cfg.mask.views, cfg.data.area) == ("here", 3, (0.5, 1.0))
+    assert cfg.model == c.smoke().model
+    as_json = tmp_path / "run.json"
+    as_json.write_text(json.dumps({"preset": "smoke", **c.to_dict(cfg)}), encoding="utf-8")
+    assert c.load_config(as_json) == cfg
+    # a base given by the caller (a preset named on the command line) goes before the file's own
+    assert c.load_config(toml, c.photos()).model == c.photos().model
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.toml", "mask = [", ["a.toml", "not valid toml"]),
+        ("a.json", "{,}", ["a.json", "not valid json"]),
+        ("a.json", "[1]", ["a.json", "table"]),
+        ("a.toml", "[mask]\nrato = 0.5", ["mask.rato", "'ratio'"]),
+        ("a.toml", 'preset = "phots"', ["phots", "'photos'"]),
+        ("a.json", '{"preset": 3}', ["unknown preset 3"]),
+        ("a.json", '{"optim": {"base_lr": 1e999}}', ["optim.base_lr", "inf"]),
+    ],
+)
+def test_bad_files(tmp_path, name, text, words):
+    file = tmp_path / name
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError) as error:
+        c.load_config(file)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_missing_and_unreadable_files(tmp_path):
+    with pytest.raises(UsageError, match=r"none\.toml: cannot be read"):
+        c.load_config(tmp_path / "none.toml")
+    (tmp_path / "x.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="cannot be read"):
+        c.load_config(tmp_path / "x.toml")
+    with pytest.raises(UsageError, match="cannot be read"):
+        c.load_config(tmp_path)
+
+
+# ---- values ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("data", "area", [0.0, 1.0]),
+        ("data", "area", [0.5, 0.2]),
+        ("data", "area", [0.5, 1.5]),
+        ("data", "ratio", [0.0, 1.0]),
+        ("data", "ratio", [2.0, 1.0]),
+        ("data", "flip", 1.5),
+        ("data", "jitter_prob", -0.1),
+        ("data", "gray_prob", 2),
+        ("data", "jitter", [-0.1, 0, 0, 0]),
+        ("data", "jitter", [0, 0, 0, 0.6]),
+        ("data", "std", [0.2, 0.0, 0.2]),
+        ("data", "threads", 0),
+        ("data", "limit", -1),
+        ("mask", "ratio", 1.0),
+        ("mask", "ratio", -0.1),
+        ("mask", "views", 0),
+        ("mask", "keep", -1),
+        ("model", "width", -1),
+        ("model", "depth", -1),
+        ("model", "heads", -2),
+        ("model", "patch_size", 0),
+        ("model", "in_chans", 4),
+        ("model", "drop_path", 1.0),
+        ("model", "pool_depth", 0),
+        ("model", "layer_scale", 0.0),
+        ("model", "mlp_ratio", 0.0),
+        ("head", "temperature", 0.0),
+        ("head", "hidden", 0),
+        ("head", "out", 0),
+        ("head", "predictor_hidden", 0),
+        ("optim", "base_lr", 0.0),
+        ("optim", "min_lr", -1e-3),
+        ("optim", "warmup_epochs", -1),
+        ("optim", "weight_decay", -0.1),
+        ("optim", "momentum", 1.1),
+        ("optim", "clip_grad", -1),
+        ("optim", "eps", 0.0),
+        ("optim", "betas", [0.9, 1.0]),
+        ("train", "epochs", 0),
+        ("train", "batch_size", 0),
+        ("train", "accumulation", 0),
+        ("train", "seed", -1),
+        ("train", "seed", 2**63),
+        ("train", "max_nonfinite", 0),
+        ("ckpt", "retain", 1),
+        ("ckpt", "every_steps", -1),
+        ("ckpt", "every_epochs", -1),
+        ("ckpt", "milestone_epochs", -1),
+        ("eval", "every_epochs", -1),
+        ("eval", "k", 0),
+        ("eval", "batch_size", 0),
+        ("eval", "temperature", 0.0),
+        ("log", "every_steps", 0),
+    ],
+)
+def test_one_field(part, name, value):
+    """The message names the option and shows the value."""
+    text = refused({part: {name: value}}, f"{part}.{name}", base=c.smoke())
+    for number in value if isinstance(value, list) else [value]:
+        assert str(number) in text
+
+
+def test_a_ratio_that_keeps_nothing():
+    text = refused({"mask": {"ratio": 0.95}}, "mask.ratio", "0.95", "keeps 0 of 16", "mask.keep", base=c.smoke())
+    works = float(re.search(r"at most ([\d.]+)", text)[1])
+    assert c.from_dict({"mask": {"ratio": works}}, c.smoke()).num_keep == 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 16, 20, 49, 64, 100, 196, 576, 1024, 10000, 20001])
+def test_the_largest_ratio_named_keeps_a_token(n):
+    model = c.ModelConfig(img_size=(1, n), patch_size=1)
+    with pytest.raises(UsageError) as error:
+        c.Config(model=model, mask=c.MaskConfig(ratio=0.999999, views=1))
+    works = float(re.search(r"at most ([\d.]+)", str(error.value))[1])
+    assert c.MaskConfig(ratio=works).num_keep(n) >= 1
+    # and is no counsel of despair
+    assert works > (n - 1) / n - 2.1e-4 or n == 1
+
+
+@pytest.mark.parametrize(("n", "views"), [(16, 5), (49, 3), (196, 6), (196, 11), (64, 7), (7, 7), (1024, 13)])
+def test_remedies_for_too_many_disjoint_views_work(n, views):
+    model = c.ModelConfig(img_size=(1, n), patch_size=1)
+    with pytest.raises(UsageError) as error:
+        c.Config(model=model, mask=c.MaskConfig(ratio=0.1, views=views))
+    text = str(error.value)
+    k = c.keep_count(n, 0.1)
+    assert f"{views} disjoint views of {k} tokens need {views * k}, the image has {n}" in text
+    ratio = float(re.search(r"mask.ratio >= ([\d.]+)", text)[1])
+    fewer = int(re.search(r"mask.views <= (\d+)", text)[1])
+    c.Config(model=model, mask=c.MaskConfig(ratio=ratio, views=views))
+    c.Config(model=model, mask=c.MaskConfig(ratio=0.1, views=fewer))
+    c.Config(model=model, mask=c.MaskConfig(ratio=0.1, views=views, mode="independent"))
+    # with the count set directly, another ratio would change nothing
+    with pytest.raises(UsageError) as error:
+        c.Config(model=model, mask=c.MaskConfig(keep=k, views=views))
+    assert "mask.ratio" not in str(error.value)
+    keep = int(re.search(r"mask.keep <= (\d+)", str(error.value))[1])
+    c.Config(model=model, mask=c.MaskConfig(keep=keep, views=views))
+
+
+def test_more_views_than_tokens():
+    text = refused({"mask": {"views": 17, "keep": 1}}, "17 disjoint views", "mask.views <= 16", base=c.smoke())
+    assert "mask.keep <=" not in text
+
+
+def test_exactly_all_tokens_are_enough():
+    assert c.from_dict({"mask": {"views": 4, "keep": 4}}, c.smoke()).num_keep == 4
+
+
+def test_between_fields():
+    smoke = c.smoke()
+    refused({"mask": {"keep": 17, "views": 1}}, "mask.keep", "17", "16", base=smoke)
+    refused({"model": {"img_size": [32, 30]}}, "model.img_size", "width 30", "patch size 8", "24 or 32", base=smoke)
+    refused({"model": {"img_size": [4, 32]}}, "height 4", "nearest: 8", base=smoke)
+    refused({"model": {"width": 100, "heads": 3}}, "model.width", "100", "heads (3)", base=smoke)
+    refused({"model": {"width": 6, "heads": 1}}, "model.width", "6", "of 4", base=smoke)
+    refused({"train": {"accumulation": 3}}, "train.batch_size", "16", "3 micro-batches", "15 or 18", base=smoke)
+    refused({"train": {"accumulation": 32}}, "16", "32 micro-batches", "nearest: 32", base=smoke)
+    refused({"optim": {"warmup_epochs": 2}}, "optim.warmup_epochs", "2", "train.epochs", base=smoke)
+
+
+def test_default_heads_follow_the_width():
+    assert c.ModelConfig(width=128).shape == (128, 12, 2)
+    assert c.ModelConfig(width=32).shape == (32, 12, 1)
+    assert c.ModelConfig(width=128, heads=4, depth=3).shape == (128, 3, 4)
+
+
+def test_non_square_grid():
+    model = c.ModelConfig(img_size=(224, 160))
+    assert model.grid == (14, 10) and model.num_patches == 140
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        c.smoke().mask.views = 3  # type: ignore[misc]
+
+
+def test_local_batch():
+    cfg = c.from_dict({"train": {"accumulation": 2}}, c.smoke())
+    assert c.local_batch(cfg, 1) == 8 and c.local_batch(cfg, 4) == 2
+    with pytest.raises(UsageError, match=r"train.batch_size: 16 .* 3 processes x 2 micro-batches; nearest: 12 or 18"):
+        c.local_batch(cfg, 3)
+    with pytest.raises(UsageError, match=r"nearest: 32$"):
+        c.local_batch(cfg, 16)
+
+
+# ---- resuming -------------------------------------------------------------------------------------
+
+
+def test_what_may_change_in_a_resumed_run():
+    old = c.to_dict(c.smoke())
+    free = {
+        "out": "elsewhere",
+        "log": {"every_steps": 7, "tensorboard": True},
+        "ckpt": {"retain": 5, "every_steps": 1},
+        "eval": {"k": 3},
+        "system": {"threads": 3, "deterministic": True, "backend": "reference"},
+        "data": {"loader": "pil", "threads": 7},
+        "train": {"compile": "block"},
+    }
+    cfg = c.from_dict(free, c.smoke())
+    assert c.changed_maths(old, c.to_dict(cfg)) == []
+    assert c.config_hash(cfg) == c.config_hash(c.smoke())
+
+
+def test_every_other_field_is_reported_with_both_values():
+    base = c.smoke()
+    flat = c.flatten(base)
+    assert flat["mask.views"] == 2 and flat["data.area"] == [0.2, 1.0]
+    other = {
+        "data.train": "photos", "data.test": "x", "data.policy": "spatial", "data.area": [0.5, 1.0],
+        "data.ratio": [1.0, 1.0], "data.flip": 0.1, "data.jitter": [0.1, 0.1, 0.1, 0.1], "data.jitter_prob": 0.1,
+        "data.gray_prob": 0.1, "data.mean": [0.5] * 3, "data.std": [0.5] * 3, "data.exif": True, "data.limit": 32,
+        "mask.ratio": 0.8, "mask.views": 1, "mask.mode": "independent", "mask.keep": 2,
+        "model.size": "small", "model.img_size": [64, 32], "model.patch_size": 4, "model.in_chans": 1,
+        "model.width": 32, "model.depth": 3, "model.heads": 2, "model.mlp_ratio": 2.0, "model.pool_depth": 1,
+        "model.layer_scale": 0.2, "model.drop_path": 0.2,
+        "head.loss": "infonce", "head.temperature": 0.3, "head.hidden": 8, "head.out": 8, "head.predictor_hidden": 8,
+        "optim.base_lr": 1e-3, "optim.min_lr": 1e-6, "optim.warmup_epochs": 1.0, "optim.weight_decay": 0.2,
+        "optim.betas": [0.9, 0.99], "optim.eps": 1e-6, "optim.clip_grad": 1.0, "optim.momentum": 0.9,
+        "train.epochs": 3, "train.batch_size": 8, "train.accumulation": 2, "train.precision": "bf16",
+        "train.seed": 1, "train.max_nonfinite": 4,
+    }  # fmt: skip
+    maths = {k for k in flat if not k.startswith(c.FREE_FIELDS)}
+    # a new option must be placed on one side
+    assert set(other) == maths
+    hashes = {c.config_hash(base)}
+    for name, value in other.items():
+        part, _, key = name.partition(".")
+        cfg = c.from_dict({part: {key: value}}, base)
+        assert c.changed_maths(c.to_dict(base), c.to_dict(cfg)) == [f"{name}: {flat[name]!r} -> {value!r}"]
+        hashes.add(c.config_hash(cfg))
+    assert len(hashes) == len(other) + 1
+
+
+def test_a_field_that_only_one_side_knows_is_a_change():
+    old = c.to_dict(c.smoke())
+    del old["mask"]["mode"]
+    assert c.changed_maths(old, c.to_dict(c.smoke())) == ["mask.mode: None -> 'disjoint'"]

@@ -1,0 +1,180 @@
+"""The two losses and the gathering of targets.
+
+Covers: both losses against written-out loops in float64, gradients by finite differences; no gradient into the
+targets; scale invariance and range; micro-batches with an offset equal the whole batch; other views of an image are
+no negatives; bf16 inputs and autocast are computed in fp32; gathering over two real processes, and averaged
+gradients equal to the global batch's.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from extrema_fast.losses import byol_loss, gather_targets, infonce_loss
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    return x / x.square().sum().sqrt()
+
+
+def byol_by_hand(q: torch.Tensor, k: torch.Tensor) -> float:
+    views, b = q.shape[0] // k.shape[0], k.shape[0]
+    total = 0.0
+    for v in range(views):
+        for i in range(b):
+            total += float((unit(q[v * b + i]) - unit(k[i])).square().sum())
+    return total / (views * b)
+
+
+def infonce_by_hand(q: torch.Tensor, k: torch.Tensor, t: float, b: int, offset: int = 0) -> float:
+    views = q.shape[0] // b
+    total = 0.0
+    for v in range(views):
+        for i in range(b):
+            logits = [float(unit(q[v * b + i]) @ unit(other)) / t for other in k]
+            top = max(logits)
+            log_sum = top + math.log(sum(math.exp(x - top) for x in logits))
+            total += -2 * t * (logits[offset + i] - log_sum)
+    return total / (views * b)
+
+
+@pytest.mark.parametrize(("views", "b", "d"), [(1, 1, 3), (1, 5, 7), (5, 4, 16), (8, 3, 19)])
+def test_byol_is_the_written_formula(views, b, d):
+    q, k = torch.randn(views * b, d).double(), torch.randn(b, d).double()
+    loss = byol_loss(q, k)
+    assert loss.shape == ()
+    assert float(loss) == pytest.approx(byol_by_hand(q, k), rel=1e-12)
+    cos = torch.nn.functional.cosine_similarity(q.view(views, b, d), k[None], dim=-1)
+    assert float(loss) == pytest.approx(float((2 - 2 * cos).mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize(("views", "b", "d"), [(1, 1, 3), (1, 5, 7), (5, 4, 16), (8, 3, 19)])
+@pytest.mark.parametrize("t", [1.0, 0.2, 0.03])
+def test_infonce_is_the_written_formula(views, b, d, t):
+    q, k = torch.randn(views * b, d).double(), torch.randn(b, d).double()
+    assert float(infonce_loss(q, k, t, b)) == pytest.approx(infonce_by_hand(q, k, t, b), rel=1e-10, abs=1e-12)
+
+
+def test_infonce_offset_points_at_this_parts_images():
+    q, k = torch.randn(6, 8).double(), torch.randn(9, 8).double()
+    values = [float(infonce_loss(q, k, 0.2, 3, offset)) for offset in (0, 3, 6)]
+    assert values == pytest.approx([infonce_by_hand(q, k, 0.2, 3, o) for o in (0, 3, 6)], rel=1e-10)
+    assert len(set(values)) == 3
+
+
+def test_perfect_predictions():
+    k = torch.eye(6).double()
+    q = k.repeat(3, 1)
+    assert float(byol_loss(q, k)) == pytest.approx(0, abs=1e-12)
+    assert float(byol_loss(-q, k)) == pytest.approx(4, rel=1e-12)
+    # 6 orthogonal targets: -2T log(e^(1/T) / (e^(1/T) + 5)), also when every view predicts it
+    wanted = 2 * 0.5 * math.log(1 + 5 * math.exp(-2))
+    assert float(infonce_loss(q, k, 0.5, 6)) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", [byol_loss, lambda q, k: infonce_loss(q, k, 0.2, 3)], ids=["byol", "infonce"])
+def test_lengths_do_not_matter_and_gradients_are_right(loss):
+    q, k = torch.randn(6, 5).double().requires_grad_(), torch.randn(3, 5).double().requires_grad_()
+    value = loss(q, k)
+    stretched = loss(q * torch.rand(6, 1).double().add(0.1), k * 1e4)
+    assert float(stretched) == pytest.approx(float(value), rel=1e-12)
+    assert torch.autograd.gradcheck(lambda x: loss(x, k.detach()), q)
+    value.backward()
+    assert q.grad.abs().max() > 0
+    # along q itself nothing changes
+    assert float((q.grad * q).sum(-1).abs().max()) < 1e-12
+    assert k.grad is None
+
+
+@pytest.mark.parametrize("loss", [byol_loss, lambda q, k: infonce_loss(q, k, 0.2, 4)], ids=["byol", "infonce"])
+def test_half_precision_inputs_are_computed_in_fp32(loss):
+    q, k = torch.randn(8, 32).bfloat16(), torch.randn(4, 32).bfloat16()
+    value, exact = loss(q, k), loss(q.double(), k.double())
+    assert value.dtype == torch.float32
+    assert float(value) == pytest.approx(float(exact), rel=1e-5)
+    # autocast must not undo it: bf16 logits would be off by 1e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = loss(q.float(), k.float())
+    assert inside.dtype == torch.float32 and torch.equal(inside, loss(q.float(), k.float()))
+
+
+def test_a_zero_vector_gives_no_nan():
+    q = torch.zeros(4, 8, requires_grad=True)
+    for loss in (byol_loss(q, torch.zeros(2, 8)), infonce_loss(q, torch.zeros(2, 8), 0.2, 2)):
+        loss.backward()
+        assert loss.isfinite() and q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_micro_batches_add_up(parts):
+    views, b, d = 3, 6, 8
+    q, k = torch.randn(views, b, d).double().requires_grad_(), torch.randn(b, d).double()
+    size = b // parts
+    for split in ("byol", "infonce"):
+        total = 0.0
+        for start in range(0, b, size):
+            part = q[:, start : start + size].reshape(-1, d)
+            if split == "byol":
+                total = total + byol_loss(part, k[start : start + size]) / parts
+            else:
+                total = total + infonce_loss(part, k, 0.2, size, start) / parts
+        rows = q.reshape(-1, d)
+        whole = byol_loss(rows, k) if split == "byol" else infonce_loss(rows, k, 0.2, b)
+        assert float(total) == pytest.approx(float(whole), rel=1e-12)
+        a, w = (torch.autograd.grad(x, q, retain_graph=True)[0] for x in (total, whole))
+        assert torch.allclose(a, w, rtol=1e-12, atol=1e-14)
+
+
+def test_other_views_of_the_image_are_no_negatives():
+    q, k = torch.randn(2 * 4, 8).double(), torch.randn(4, 8).double()
+    alone = [infonce_loss(q[v * 4 : v * 4 + 4], k, 0.2, 4) for v in range(2)]
+    assert float(infonce_loss(q, k, 0.2, 4)) == pytest.approx(float(sum(alone)) / 2, rel=1e-12)
+
+
+def test_gather_without_a_process_group_is_the_input():
+    k = torch.randn(3, 4)
+    out, offset = gather_targets(k)
+    assert out is k and offset == 0
+
+
+RANK = """
+    import sys, torch, torch.distributed as dist
+    from extrema_fast.losses import gather_targets, infonce_loss
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 3, 2, 5).double(), torch.randn(2, 2, 5).double()  # [view, rank, image, d]
+    q = torch.cat([q, torch.randn(1, 3, 2, 5).double()])[:, :2].requires_grad_()
+    rank = int(sys.argv[1])
+    dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+    mine = k[rank].clone().requires_grad_()
+    targets, offset = gather_targets(mine)
+    assert not targets.requires_grad and offset == 2 * rank, offset
+    assert torch.equal(targets, k.flatten(0, 1)), targets
+    loss = infonce_loss(q[:, rank].flatten(0, 1), targets, 0.2, 2, offset)
+    grad = torch.autograd.grad(loss, q)[0]
+    dist.all_reduce(grad)
+    whole = infonce_loss(q.flatten(1, 2).flatten(0, 1), k.flatten(0, 1), 0.2, 4)
+    wanted = torch.autograd.grad(whole, q)[0]
+    assert torch.allclose(grad / 2, wanted, rtol=1e-12, atol=1e-15)
+    dist.destroy_process_group()
+    print("equal")
+"""
+
+
+def test_two_processes_equal_the_global_batch(tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(RANK)]
+    runs = [
+        subprocess.Popen([*command, str(r), str(tmp_path / "meet")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for r in range(2)
+    ]
+    try:
+        texts = [run.communicate(timeout=120)[0].decode() for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert all("equal" in text for text in texts), "\n".join(texts)
