@@ -243,8 +243,9 @@ class TrainConfig:
     """Global: images per optimizer step over all processes and micro-batches."""
     accumulation: int = 1
     """Micro-batches per optimizer step."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic of the matrix products; weights, statistics and loss stay fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the matrix products; weights, statistics and loss stay fp32. `auto`: bf16 on a GPU and on
+    processors that multiply it in hardware, else fp32."""
     compile: Literal["none", "block"] = "none"
     """`block`: torch.compile of each transformer block."""
     seed: int = 0

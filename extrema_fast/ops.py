@@ -30,14 +30,26 @@ def attention_sdpa(qkv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+def attention_by_dtype(qkv: Tensor) -> Tensor:
+    """The plain formula for bf16 on a CPU, torch's fused attention everywhere else; shapes as `attention_sdpa`."""
+    # torch 2.13's CPU kernel is 2 to 8 times slower than two batched products in bf16 (forward and backward, 12 to
+    # 196 tokens) and faster than them in fp32: `python -m benchmarks attention`
+    slow = qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16
+    return short_attention_reference(qkv) if slow else attention_sdpa(qkv)
+
+
 # op -> implementation name -> function; the first entry is what `auto` takes, with its reason
 IMPLEMENTATIONS = {
-    "attention": {"sdpa": attention_sdpa, "reference": short_attention_reference},
+    "attention": {
+        "by-dtype": attention_by_dtype,
+        "sdpa": attention_sdpa,
+        "reference": short_attention_reference,
+    },
     "attention_pool": {"absorbed": attention_pool_absorbed, "reference": attention_pool_reference},
     "patch_gather": {"reference": patch_gather_reference},
 }
 _WHY = {
-    "attention": "torch's fused attention",
+    "attention": "torch's fused attention, the plain formula for bf16 on a CPU",
     "attention_pool": "same result as the reference, fewer multiplications",
     "patch_gather": "the only implementation",
 }

@@ -104,6 +104,8 @@ def line_chart(
     xs = [x for s in series for x, y in s.points if _finite(y)]
     ys = [y for s in series for _, y in s.points if _finite(y)]
     x0, x1 = min(xs), max(xs)
+    # steps are counted from 0; a first log line at step 10 should not look like the start
+    x0 = 0.0 if 0 < x0 < 0.3 * x1 else x0
     y0, y1 = (min(0.0, *ys) if zero or len(ys) == 1 else min(ys)), max(ys)
     if x1 == x0:
         x0, x1 = x0 - 0.5, x1 + 0.5
@@ -117,7 +119,7 @@ def line_chart(
         return HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
 
     parts = []
-    for v in nice_ticks(y0, y1):
+    for v in nice_ticks(y0, y1, 6):
         y = f"{py(v):.1f}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(

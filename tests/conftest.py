@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
@@ -80,7 +80,9 @@ _SERVER = """
 import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
-import extrema_fast.cli, extrema_fast.evals, extrema_fast.train
+# what a first optimizer or image would import, at more cost than a whole tiny run
+import torch._dynamo, PIL.Image
+import extrema_fast.cli, extrema_fast.dry_run, extrema_fast.evals
 for line in sys.stdin:
     job = json.loads(line)
     children = []

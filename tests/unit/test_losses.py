@@ -83,7 +83,7 @@ def test_lengths_do_not_matter_and_gradients_are_right(loss):
     q, k = torch.randn(6, 5).double().requires_grad_(), torch.randn(3, 5).double().requires_grad_()
     value = loss(q, k)
     stretched = loss(q * torch.rand(6, 1).double().add(0.1), k * 1e4)
-    assert float(stretched) == pytest.approx(float(value), rel=1e-12)
+    assert torch.allclose(stretched, value, rtol=1e-12)
     assert torch.autograd.gradcheck(lambda x: loss(x, k.detach()), q)
     value.backward()
     assert q.grad.abs().max() > 0
@@ -147,8 +147,8 @@ RANK = """
     import sys, torch, torch.distributed as dist
     from extrema_fast.losses import gather_targets, infonce_loss
     torch.manual_seed(0)
-    q, k = torch.randn(2, 3, 2, 5).double(), torch.randn(2, 2, 5).double()  # [view, rank, image, d]
-    q = torch.cat([q, torch.randn(1, 3, 2, 5).double()])[:, :2].requires_grad_()
+    # [view, rank, image, d] and [rank, image, d]
+    q, k = torch.randn(3, 2, 2, 5).double().requires_grad_(), torch.randn(2, 2, 5).double()
     rank = int(sys.argv[1])
     dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
     mine = k[rank].clone().requires_grad_()

@@ -1,8 +1,9 @@
 """A run that is stopped in any way ends bit for bit like one that was not.
 
 Covers: 12 steps = 5 + 7 over an epoch's edge with masks, colours and drop-path on (weights, teacher,
-moments, log values); SIGKILL at named points of a save and of an evaluation; death at random moments; a damaged newest
-checkpoint; death after the last save; a finished run; changed settings, shapes and images; --init-from.
+moments, log values); SIGKILL at named points of a save and of an evaluation; death at random moments; a
+damaged newest checkpoint; death after the last save; a finished run; changed settings, shapes and images;
+--init-from.
 """
 
 from __future__ import annotations

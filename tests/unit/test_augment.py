@@ -1,0 +1,286 @@
+"""Two colour versions of one crop.
+
+Covers: each operation against PIL (hue against colorsys) within data.md's tolerances; all 24 orders against a plain
+loop over images; clamping; black, white and grey images; the distribution of every coin; keyed by sample, epoch, seed
+and view, so equal for any split of the batch; normalisation; one channel; policies without colour.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from extrema_fast import rng
+from extrema_fast.augment import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    SATURATION,
+    color_params,
+    color_view,
+    color_views,
+    jitter,
+    normalize,
+)
+from extrema_fast.config import DataConfig
+
+ORDERS = list(itertools.permutations(range(4)))
+PLAIN = DataConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+def pictures(b: int = 4, h: int = 24, w: int = 32) -> torch.Tensor:
+    """uint8 [b, h, w, 3]: smooth colours, noise, and saturated corners."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, h), torch.linspace(0, 1, w), indexing="ij")
+    smooth = torch.stack([x, y, (x + y) / 2], -1) * torch.rand(b, 1, 1, 3) * 255
+    out = (smooth + 30 * torch.randn(b, h, w, 3)).clamp(0, 255).to(torch.uint8)
+    corners = torch.tensor(list(itertools.product((0, 255), repeat=3)), dtype=torch.uint8)
+    out[:, 0, :8] = corners
+    return out
+
+
+def unit(images: torch.Tensor) -> torch.Tensor:
+    return images.permute(0, 3, 1, 2).double() / 255
+
+
+def one_op(images: torch.Tensor, op: int, factor: float) -> torch.Tensor:
+    """`jitter` with one operation away from its identity, as uint8."""
+    factors = torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(len(images), 1)
+    factors[:, op] = factor
+    order = torch.arange(4).repeat(len(images), 1)
+    return (jitter(unit(images).float(), factors, order) * 255).permute(0, 2, 3, 1)
+
+
+# ---- each operation -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.6, 0.8, 1.0, 1.2, 1.4])
+@pytest.mark.parametrize(("op", "name"), [(BRIGHTNESS, "Brightness"), (CONTRAST, "Contrast"), (SATURATION, "Color")])
+def test_against_pil(op, name, factor):
+    pytest.importorskip("PIL")
+    from PIL import Image, ImageEnhance
+
+    images = pictures()
+    ours = one_op(images, op, factor)
+    for picture, mine in zip(images, ours, strict=True):
+        wanted = getattr(ImageEnhance, name)(Image.fromarray(picture.numpy())).enhance(factor)
+        difference = np.abs(mine.round().numpy() - np.asarray(wanted, dtype=np.float64))
+        # PIL truncates, and rounds the grey it blends with
+        assert difference.max() <= 1
+
+
+@pytest.mark.parametrize("shift", [-0.5, -0.1, -0.03, 0.0, 0.04, 0.1, 0.5])
+def test_hue_against_colorsys(shift):
+    images = pictures(1, 9, 12)
+    ours = one_op(images, HUE, shift)[0].double() / 255
+    for got, pixel in zip(ours.reshape(-1, 3), (images[0].double() / 255).reshape(-1, 3), strict=True):
+        h, s, v = colorsys.rgb_to_hsv(*pixel.tolist())
+        wanted = colorsys.hsv_to_rgb((h + shift) % 1.0, s, v)
+        assert got.tolist() == pytest.approx(wanted, abs=2e-5)
+
+
+@pytest.mark.parametrize("steps", [-25, 25])
+def test_hue_against_pil(steps):
+    pytest.importorskip("PIL")
+    from PIL import Image
+
+    images = pictures()
+    # a whole number of PIL's hue steps
+    ours = one_op(images, HUE, steps / 255)
+    for picture, mine in zip(images, ours, strict=True):
+        h, s, v = Image.fromarray(picture.numpy()).convert("HSV").split()
+        turned = (np.asarray(h, dtype=np.int16) + steps) % 256
+        wanted = Image.merge("HSV", (Image.fromarray(turned.astype(np.uint8)), s, v)).convert("RGB")
+        difference = np.abs(mine.round().numpy() - np.asarray(wanted, dtype=np.float64))
+        assert np.percentile(difference, 99) <= 4 and difference.max() <= 12
+
+
+def slow_jitter(x: torch.Tensor, factors: list[float], order: list[int]) -> torch.Tensor:
+    """One image [3, H, W] in float64, one operation after the other."""
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(3, 1, 1)
+    for op in order:
+        f, gray = factors[op], (x * weights).sum(0, keepdim=True)
+        if op == BRIGHTNESS:
+            x = f * x
+        elif op == CONTRAST:
+            x = f * x + (1 - f) * gray.mean()
+        elif op == SATURATION:
+            x = f * x + (1 - f) * gray
+        else:
+            turned = [
+                colorsys.hsv_to_rgb((h + f) % 1.0, s, v)
+                for h, s, v in (colorsys.rgb_to_hsv(*p) for p in x.flatten(1).T.tolist())
+            ]
+            x = torch.tensor(turned, dtype=torch.float64).T.reshape(x.shape)
+        x = x.clamp(0, 1)
+    return x
+
+
+def test_all_orders_mixed_in_one_batch():
+    images = unit(pictures(24, 6, 9))
+    factors = torch.tensor([0.6, 0.6, 0.8, -0.1]) + torch.rand(24, 4) * torch.tensor([0.8, 0.8, 0.4, 0.2])
+    out = jitter(images, factors, torch.tensor(ORDERS))
+    single = jitter(images.float(), factors, torch.tensor(ORDERS))
+    for i, order in enumerate(ORDERS):
+        wanted = slow_jitter(images[i], factors[i].double().tolist(), list(order))
+        assert (out[i] - wanted).abs().max() < 1e-9, order
+        assert (single[i] - wanted).abs().max() * 255 < 0.01, order
+
+
+def test_the_order_matters_and_is_each_images_own():
+    images = unit(pictures(1, 12, 12)).expand(24, -1, -1, -1)
+    out = jitter(images, torch.tensor([[1.4, 0.6, 1.2, 0.1]]).repeat(24, 1), torch.tensor(ORDERS))
+    distance = torch.cdist(out.flatten(1), out.flatten(1)) + torch.eye(24)
+    assert (distance < 1e-9).sum() < 24
+
+
+def test_clamped_after_each_operation():
+    # 0.8 doubled is 1.6; without the clamp, contrast towards the mean would bring it back differently
+    x = torch.full((1, 3, 1, 2), 0.8, dtype=torch.float64)
+    x[..., 1] = 0.1
+    out = jitter(x, torch.tensor([[2.0, 0.5, 1.0, 0.0]]), torch.tensor([[0, 1, 2, 3]]))
+    assert torch.allclose(out[0, 0, 0], torch.tensor([0.5 * 1 + 0.5 * 0.6, 0.5 * 0.2 + 0.5 * 0.6]).double(), atol=1e-7)
+    out = jitter(x, torch.tensor([[1.0, 3.0, 1.0, 0.0]]), torch.tensor([[1, 0, 2, 3]]))
+    assert out.min() == 0 and out.max() == 1
+
+
+@pytest.mark.parametrize("value", [0, 1, 128, 254, 255])
+def test_pictures_without_colour(value):
+    images = torch.full((24, 4, 5, 3), value, dtype=torch.uint8)
+    factors = torch.tensor([1.0, 0.7, 1.2, 0.07]).repeat(24, 1)
+    out = jitter(unit(images).float(), factors, torch.tensor(ORDERS))
+    # flat and colourless: nothing but brightness can change it
+    assert out.isfinite().all() and (out * 255 - value).abs().max() < 1e-3
+    cfg = DataConfig(jitter_prob=1.0, gray_prob=0.5)
+    for view in color_views(images, torch.arange(24), cfg, seed=0, epoch=0):
+        assert view.isfinite().all()
+
+
+# ---- coins ----------------------------------------------------------------------------------------
+
+
+def params(count: int = 20_000, cfg: DataConfig | None = None, **keys) -> dict[str, torch.Tensor]:
+    keys = {"seed": 1, "epoch": 0, "stream": rng.COLOR_STUDENT} | keys
+    return color_params(torch.arange(count), cfg or DataConfig(), **keys)
+
+
+def test_coins_have_the_papers_distribution():
+    p = params()
+    # five standard deviations of 20,000 draws
+    assert abs(p["on"].double().mean() - 0.8) < 0.015 and abs(p["gray"].double().mean() - 0.2) < 0.015
+    low, high = torch.tensor([0.6, 0.6, 0.8, -0.1]), torch.tensor([1.4, 1.4, 1.2, 0.1])
+    for i in range(4):
+        f = p["factors"][:, i]
+        assert low[i] - 1e-6 <= f.min() and f.max() <= high[i] + 1e-6
+        counts = torch.histc(f, 20, float(low[i]), float(high[i]))
+        # 19 degrees of freedom, 99.99 %
+        assert float((counts - 1000).square().sum() / 1000) < 49.6
+    code = (p["order"] * torch.tensor([64, 16, 4, 1])).sum(1)
+    values, counts = code.unique(return_counts=True)
+    assert len(values) == 24 and torch.equal(p["order"].sort(1).values, torch.arange(4).expand(20_000, 4))
+    assert float((counts - 20_000 / 24).square().sum() / (20_000 / 24)) < 56
+    columns = [p["on"], p["gray"], code, *p["factors"].unbind(1)]
+    assert torch.corrcoef(torch.stack([x.double() for x in columns])).fill_diagonal_(0).abs().max() < 0.04
+
+
+def test_the_last_order_is_the_last_of_the_table(monkeypatch):
+    # the largest coin must not round up to a 25th order
+    monkeypatch.setattr(rng, "uniform", lambda *a, **k: torch.full((1, 8), 1 - 2**-24))
+    assert params(1)["order"].tolist() == [[3, 2, 1, 0]]
+
+
+def test_strengths_come_from_the_configuration():
+    p = params(cfg=DataConfig(jitter=(1.5, 0.0, 0.3, 0.5), jitter_prob=1.0, gray_prob=0.0))
+    assert p["on"].all() and not p["gray"].any()
+    # never below 0: a negative brightness has no meaning
+    assert 0 <= p["factors"][:, 0].min() < 0.01 and p["factors"][:, 0].max() == pytest.approx(2.5, abs=0.01)
+    assert (p["factors"][:, 1] == 1).all()
+    assert p["factors"][:, 3].abs().max() == pytest.approx(0.5, abs=0.01)
+    off = params(cfg=DataConfig(jitter_prob=0.0, gray_prob=1.0))
+    assert not off["on"].any() and off["gray"].all()
+
+
+def test_coins_belong_to_sample_epoch_seed_and_view():
+    base = params(200)["factors"]
+    for change in ({"seed": 2}, {"epoch": 1}, {"stream": rng.COLOR_TEACHER}):
+        assert (params(200, **change)["factors"] == base).float().mean() < 0.01
+
+
+# ---- views ----------------------------------------------------------------------------------------
+
+
+def test_views_follow_their_coins():
+    images, index = pictures(32, 8, 8), torch.arange(32) + 100
+    for stream, view in zip(
+        (rng.COLOR_STUDENT, rng.COLOR_TEACHER), color_views(images, index, PLAIN, seed=3, epoch=2), strict=True
+    ):
+        assert view.shape == (32, 3, 8, 8) and view.dtype == torch.float32 and view.is_contiguous()
+        p = color_params(index, PLAIN, seed=3, epoch=2, stream=stream)
+        assert p["on"].any() and not p["on"].all() and p["gray"].any()
+        for i in range(32):
+            wanted = unit(images)[i]
+            if p["on"][i]:
+                wanted = slow_jitter(wanted, p["factors"][i].double().tolist(), p["order"][i].tolist())
+            if p["gray"][i]:
+                wanted = (wanted * torch.tensor([0.299, 0.587, 0.114]).double().view(3, 1, 1)).sum(0).expand(3, -1, -1)
+            assert (view[i] - wanted).abs().max() * 255 < 0.01
+
+
+def test_student_and_teacher_differ():
+    student, teacher = color_views(pictures(16), torch.arange(16), PLAIN, seed=0, epoch=0)
+    assert ((student - teacher).abs().flatten(1).amax(1) > 0.01).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_same_for_any_split_and_order_of_the_batch(channels):
+    images, index = pictures(12), torch.tensor([5, 1, 8, 0, 1 << 33, 2, 77, 3, 4, 6, 7, 9])
+    keys = {"seed": 1, "epoch": 2, "in_chans": channels}
+    whole = color_views(images, index, DataConfig(), **keys)
+    for cuts in ([slice(0, 1), slice(1, 7), slice(7, 12)], [slice(i, i + 1) for i in range(12)]):
+        parts = [color_views(images[c], index[c], DataConfig(), **keys) for c in cuts]
+        for view in range(2):
+            assert torch.equal(torch.cat([p[view] for p in parts]), whole[view])
+    turned = color_views(images.flip(0), index.flip(0), DataConfig(), **keys)
+    assert all(torch.equal(a.flip(0), b) for a, b in zip(turned, whole, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["spatial", "centercrop"])
+def test_without_colour_both_networks_see_one_tensor(policy):
+    images = pictures(3)
+    cfg = DataConfig(policy=policy)
+    student, teacher = color_views(images, torch.arange(3), cfg, seed=0, epoch=0)
+    assert student is teacher
+    assert torch.equal(student, normalize(images, cfg.mean, cfg.std))
+
+
+def test_input_is_left_alone():
+    images = pictures(8)
+    before = images.clone()
+    color_views(images, torch.arange(8), DataConfig(jitter_prob=1.0), seed=0, epoch=0)
+    assert torch.equal(images, before)
+
+
+# ---- normalisation --------------------------------------------------------------------------------
+
+
+def test_normalize():
+    images, mean, std = pictures(2), (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
+    out = normalize(images, mean, std)
+    assert out.shape == (2, 3, 24, 32) and out.dtype == torch.float32 and out.is_contiguous()
+    wanted = (images.double() / 255 - torch.tensor(mean).double()) / torch.tensor(std).double()
+    assert torch.allclose(out.double(), wanted.permute(0, 3, 1, 2), atol=1e-5)
+    gray = normalize(images, mean, std, in_chans=1)
+    luma = (images.double() / 255 * torch.tensor([0.299, 0.587, 0.114]).double()).sum(-1)
+    assert gray.shape == (2, 1, 24, 32)
+    assert torch.allclose(gray[:, 0].double(), (luma - 0.2) / (0.875 / 3), atol=1e-5)
+
+
+def test_a_view_is_normalised_with_the_configurations_numbers():
+    images, index = pictures(4), torch.arange(4)
+    keys = {"seed": 0, "epoch": 0, "stream": rng.COLOR_STUDENT}
+    raw, view = color_view(images, index, PLAIN, **keys), color_view(images, index, DataConfig(), **keys)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (DataConfig().mean, DataConfig().std))
+    assert torch.allclose(view, (raw - mean) / std, atol=1e-5)

@@ -1,0 +1,280 @@
+"""The command line: one-line errors with the nearest name, precedence, --print-config, exit codes.
+
+Covers: unknown command, preset, option and group; wrong types and choices; checks between fields; `_` and
+`-`; preset < file < flags and where each value came from; the printed configuration reloads to itself; help
+of every command; a missing extra; the exit code and last words of each kind of end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import extrema_fast
+from extrema_fast import cli, evals, train
+from extrema_fast.cli import main
+from extrema_fast.config import from_dict, preset, to_dict
+from extrema_fast.errors import DataError, NonFiniteError, StorageError, UsageError
+
+SMALL = ["--data.loader", "pil", "--model.width", "16", "--model.patch_size", "16", "--mask.ratio", "0.5",
+         "--eval.every-epochs", "0"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def plain_logger():
+    yield
+    logger = logging.getLogger("extrema_fast")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+
+
+def fails(capsys, *args: str) -> str:
+    """The one line a wrong command prints; exit code 2."""
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("extrema-fast: error: ") and err.count("\n") == 1 and "╭" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("pretrian", "unknown command 'pretrian'; did you mean 'pretrain'?"),
+        ("--overwrite", "the command comes first"),
+        ("pretrain potos", "unknown preset 'potos'; did you mean 'photos'?"),
+        ("pretrain --preset smok", "unknown preset 'smok'; did you mean 'smoke'?"),
+        ("pretrain photos --preset smoke", "two presets"),
+        ("pretrain --mask.ration 0.5", "unknown option --mask.ration; did you mean --mask.ratio?"),
+        ("pretrain --mask.ration=0.5", "unknown option --mask.ration; did you mean --mask.ratio?"),
+        ("pretrain --lr 1", "did you mean --optim.base-lr or --optim.min-lr?"),
+        ("pretrain --batch-size 8", "did you mean --train.batch-size or --eval.batch-size?"),
+        ("pretrain --overwrit", "did you mean --overwrite?"),
+        ("pretrain --zzz", "unknown option --zzz; see extrema-fast pretrain --help"),
+        # abbreviations are not options
+        ("pretrain --over", "unknown option --over"),
+        ("pretrain --train.batch-size many", "--train.batch-size: invalid literal for int()"),
+        ("pretrain --train.batch-size", "Missing value for argument '--train.batch-size'"),
+        ("pretrain --head.loss byl", "invalid choice 'byl'"),
+        ("pretrain --data.area 0.5", "--data.area"),
+        ("pretrain --mask.ratio 0.5 photos", "a preset comes first"),
+        ("pretrain --mask.ratio 1.5", "error: mask.ratio: expected 0 <= ratio < 1, got 1.5"),
+        ("pretrain --mask.ratio 0.99", "keeps 0 of 64 tokens"),
+        ("pretrain --mask.views 9", "9 disjoint views of 12 tokens need 108, the image has 64"),
+        ("pretrain --model.img-size 30 32", "nearest: 28 or 32"),
+        ("pretrain --system.device gpu", "system.device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ("pretrain --config missing.toml", "--config missing.toml: cannot be read"),
+        ("pretrain --config", "--config: expected one argument"),
+        ("evaluate", "RUN_OR_WEIGHTS"),
+        ("evaluate nowhere", "nowhere: no such file or folder"),
+        ("evaluate x --wich student", "unknown option --wich; did you mean --which?"),
+        ("evaluate x --which both", "invalid choice: 'both'"),
+        ("evaluate x --data a --train b", "give one"),
+        ("knn x y", "unexpected argument 'y'"),
+        ("probe x --k 3", "unknown option --k"),
+        ("report nowhere", "nowhere"),
+        ("import a.pth", "required: OUT"),
+        ("import a.pth b", "a.pth: no such file"),
+        ("encoders *bse*", "no encoder matches '*bse*'"),
+    ],
+)
+def test_errors_are_one_line(capsys, monkeypatch, tmp_path, args, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in fails(capsys, *args.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_file_names_the_key(capsys, tmp_path):
+    for text, words in (
+        ("[mask]\nration = 0.5", "mask.ration; did you mean 'ratio'"),
+        ("a = [", "not valid"),
+    ):
+        file = tmp_path / "c.toml"
+        file.write_text(text)
+        assert words in fails(capsys, "pretrain", "--config", str(file))
+
+
+def print_config(capsys, *args: str) -> dict:
+    assert main(["pretrain", *args, "--print-config"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_print_config_reloads_to_itself(capsys, tmp_path):
+    shown = print_config(capsys, "smoke", "--mask.views", "3", "--out", str(tmp_path / "x"))
+    file = tmp_path / "resolved.json"
+    file.write_text(json.dumps(shown["config"]))
+    for name in ("smoke", "photos"):
+        again = print_config(capsys, name, "--config", str(file))
+        assert again["config"] == shown["config"] and again["derived"] == shown["derived"]
+    assert not (tmp_path / "x").exists()
+
+
+def test_print_config_derives_and_names_sources(capsys, tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("[train]\nbatch_size = 32\nepochs = 5\n[mask]\nviews = 2\n")
+    shown = print_config(
+        capsys, "smoke", "--config", str(file), "--train.epochs=7", "--log.tensorboard", "--data.limit", "64"
+    )
+    assert shown["config"]["train"]["batch_size"] == 32 and shown["config"]["train"]["epochs"] == 7
+    assert shown["config"]["log"]["tensorboard"] is True
+    want = {"train.batch_size": "file", "train.epochs": "flag", "mask.ratio": "preset smoke"}
+    want |= {"log.tensorboard": "flag", "data.limit": "flag"}
+    assert {k: shown["sources"].get(k) for k in want} == want
+    assert "optim.eps" not in shown["sources"]
+    derived = shown["derived"]
+    assert derived["num_keep"] == 4 and derived["grid"] == [4, 4] and derived["local_batch"] == 32
+    assert derived["peak_lr"] == pytest.approx(1.5e-4 * 32 / 256)
+    assert (derived["steps_per_epoch"], derived["total_steps"]) == (2, 14)
+
+
+def test_print_config_without_images(capsys):
+    derived = print_config(capsys, "smoke", "--data.train", "/nowhere/at/all")["derived"]
+    assert derived["steps_per_epoch"] is None and "/nowhere/at/all" in derived["images_problem"]
+
+
+@pytest.fixture
+def given(monkeypatch) -> dict:
+    """What `pretrain` the function is called with."""
+    seen: dict = {}
+
+    def record(cfg, **options):
+        seen.update(options, cfg=cfg)
+        return Path(cfg.out)
+
+    monkeypatch.setattr(train, "pretrain", record)
+    return seen
+
+
+def test_flags_reach_the_function(given):
+    flags = "--train.batch_size 8 --mask.ratio=0.5 --init_from w --overwrite --allow-config-change --quiet"
+    assert main(["pretrain", "smoke", *flags.split(), "--system.deterministic"]) == 0
+    want = {"train": {"batch_size": 8}, "mask": {"ratio": 0.5}, "system": {"deterministic": True}}
+    assert given.pop("cfg") == from_dict(want, preset("smoke"))
+    assert given == {"init_from": "w", "overwrite": True, "allow_config_change": True, "progress": False}
+
+
+def test_photos_is_the_default(given):
+    assert main(["pretrain"]) == 0
+    assert given["cfg"] == preset("photos")
+    assert main(["pretrain", "--preset", "paper-base-80x5"]) == 0
+    assert given["cfg"] == preset("paper_base_80x5")
+
+
+def test_a_file_may_choose_the_preset(given, tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"preset": "smoke", "train": {"seed": 3}}))
+    assert main(["pretrain", "--config", str(file)]) == 0
+    assert given["cfg"] == from_dict({"train": {"seed": 3}}, preset("smoke"))
+    assert main(["pretrain", "cifar10", "--config", str(file)]) == 0
+    assert given["cfg"].out == preset("cifar10").out and given["cfg"].train.seed == 3
+
+
+@pytest.mark.parametrize("name", [None, *cli.COMMANDS])
+def test_help_has_an_example(capsys, name):
+    if name is None:
+        assert main([]) == 0
+    else:
+        try:
+            assert main([name, "--help"]) == 0
+        except SystemExit as end:
+            assert not end.code
+    text = capsys.readouterr().out
+    assert "example" in text and "extrema-fast" in text
+    if name == "pretrain":
+        assert "--overwrite" in text and "--mask.ratio" in text and "paper_base_80x5" in text
+
+
+def test_version():
+    done = subprocess.run([sys.executable, "-m", "extrema_fast", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"extrema-fast {extrema_fast.__version__}")
+
+
+def test_encoders(capsys):
+    assert main(["encoders", "*base*"]) == 0
+    assert capsys.readouterr().out == "extrema_vit_base_patch16_224\n"
+
+
+def test_without_the_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert 'pip install "extrema-fast[train]"' in fails(capsys, "pretrain", "smoke")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UsageError, 2), (NonFiniteError, 3), (DataError, 4), (StorageError, 5)]
+)
+def test_exit_codes(capsys, monkeypatch, error, code):
+    def fail(*args, **options):
+        raise error("so\nit is")
+
+    monkeypatch.setattr(train, "pretrain", fail)
+    assert main(["pretrain", "smoke"]) == code
+    assert capsys.readouterr().err == "extrema-fast: error: so it is\n"
+
+
+def test_unexpected_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(train, "pretrain", lambda *args, **options: {}["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        main(["pretrain", "smoke"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_continued_and_complete(capsys, monkeypatch, tmp_path, number):
+    args = ["pretrain", "smoke", *SMALL, "--out", str(tmp_path / "my run")]
+    original = train.train_step
+
+    def stopping(run, batch):
+        if run.step == 2:
+            os.kill(os.getpid(), number)
+        return original(run, batch)
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "train_step", stopping)
+        assert main(args) == 75
+    err = capsys.readouterr().err
+    assert (
+        "after step 3 of 8" in err and "to continue: extrema-fast pretrain smoke" in err and "my run'" in err
+    )
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    assert "continuing at step 3 of 8" in err and "step 8/8" in out and "complete" in out
+    assert main(args) == 0
+    assert "the run is complete" in capsys.readouterr().err
+    assert "mask.ratio: 0.5 -> 0.7" in fails(capsys, *args, "--mask.ratio", "0.7")
+
+
+def test_second_interrupt(capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "pretrain", interrupted)
+    assert main(["pretrain", "smoke"]) == 130
+    assert "same command continues" in capsys.readouterr().err
+
+
+def test_dry_run(capsys, tmp_path):
+    assert main(["pretrain", "smoke", *SMALL, "--dry-run", "--quiet", "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    for word in ("step_ms", "tokens_per_image", "gflops_per_image", "checkpoint_mb", "memory_gb", "lr"):
+        assert word in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_passes_options_on(capsys, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        evals, "knn_command", lambda *args, **options: seen.update(args=args, **options) or {}
+    )
+    assert main(["knn", "run", "--data", "d", "--max_train", "9", "--k", "3", "--json"]) == 0
+    assert seen["args"] == ("run", "d", None) and (seen["max_train"], seen["k"]) == (9, 3)
+    assert capsys.readouterr().out == "{}\n"
+
+
+def test_every_preset_prints(capsys):
+    for name in ("paper_large_90x8", "cifar10"):
+        assert print_config(capsys, name)["config"] == to_dict(preset(name))

@@ -1,0 +1,587 @@
+"""The encoder as an object people call.
+
+Covers: names and suggestions; released state-dict names; deterministic building; `encode` for every shape of `keep`
+against embed-all-then-gather, views, permuted and repeated indices, one kept token; other grids, non-square images,
+1 to 5 channels; the position table against an independent formula; attention maps; pooling by mean, class heads;
+gradients of every parameter, gradcheck; drop-path law; initialisation; errors; torch.compile without graph breaks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import extrema_fast
+from extrema_fast import ops
+from extrema_fast.config import ModelConfig
+from extrema_fast.encoder import (
+    Encoder,
+    build_encoder,
+    create_encoder,
+    drop_path_scale,
+    list_models,
+    sincos_table,
+    with_img_size,
+)
+from extrema_fast.errors import UsageError
+
+SMALL = ModelConfig(img_size=(24, 40), patch_size=8, width=32, depth=3, heads=2, mlp_ratio=2.0)
+N = 15
+
+
+def make(config: ModelConfig = SMALL, **options) -> Encoder:
+    """A small float64 encoder whose every parameter is random, so that none can be left out unnoticed."""
+    encoder = Encoder(config, **options).double().eval()
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return encoder
+
+
+def images(b: int = 2, c: int = 3, h: int = 24, w: int = 40) -> torch.Tensor:
+    return torch.randn(b, c, h, w, dtype=torch.float64)
+
+
+def by_definition(encoder: Encoder, x: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embed all patches by convolution, add positions, gather, blocks with plain torch: (class token, patches)."""
+    proj, w = encoder.patch_embed.proj, encoder.embed_dim
+    tokens = F.conv2d(x, proj.weight, proj.bias, stride=encoder.patch_size).flatten(2).transpose(1, 2)
+    tokens = tokens + encoder.pos_embed
+    tokens = torch.stack([t[k.long()] for t, k in zip(tokens, keep, strict=True)])
+
+    def heads(t: torch.Tensor) -> torch.Tensor:
+        return t.unflatten(-1, (encoder.heads, -1)).transpose(1, 2)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        p = (heads(q) @ heads(k).transpose(-1, -2) / math.sqrt(w / encoder.heads)).softmax(-1)
+        return (p @ heads(v)).transpose(1, 2).flatten(2)
+
+    for block in encoder.blocks:
+        q, k, v = block.attn.qkv(block.norm1(tokens)).chunk(3, -1)
+        tokens = tokens + block.attn.proj(attend(q, k, v))
+        tokens = tokens + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(tokens))))
+    cls = encoder.cls_token.expand(len(x), -1, -1)
+    for block in encoder.blocks_token:
+        u = block.norm1(torch.cat([cls, tokens], 1))
+        a = block.attn
+        cls = cls + block.gamma_1 * a.proj(attend(a.q(u[:, :1]), a.k(u), a.v(u)))
+        cls = cls + block.gamma_2 * block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(cls))))
+    out = encoder.norm(torch.cat([cls, tokens], 1))
+    return out[:, 0], out[:, 1:]
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-11) -> bool:
+    return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
+
+
+# ---- names and building ---------------------------------------------------------------------------
+
+
+def test_names():
+    names = [f"extrema_vit_{s}_patch16_224" for s in ("base", "large", "small", "tiny")]
+    assert list_models() == names == extrema_fast.list_models()
+    assert list_models("*small*") == [names[2]] and list_models("resnet*") == []
+
+
+@pytest.mark.parametrize(("size", "width", "depth", "heads"), [("tiny", 192, 12, 3), ("small", 384, 12, 6)])
+def test_sizes(size, width, depth, heads):
+    encoder = create_encoder(f"extrema_vit_{size}_patch16_224")
+    assert (encoder.embed_dim, encoder.depth, encoder.heads) == (width, depth, heads)
+    assert (encoder.grid, encoder.num_patches, encoder.patch_size, encoder.img_size) == ((14, 14), 196, 16, (224, 224))
+    assert encoder.num_features == width and encoder.in_chans == 3 and encoder.num_classes == 0
+    assert encoder.pos_embed.shape == (1, 196, width)
+
+
+def test_size_of_base():
+    with torch.device("meta"):
+        encoder = Encoder(ModelConfig(size="base"))
+    # the trunk of the paper's ViT-B 85.65 M, and two class-attention blocks, 14.18 M, with class token
+    trunk = sum(p.numel() for n, p in encoder.named_parameters() if not n.startswith(("cls_token", "blocks_token")))
+    assert trunk / 1e6 == pytest.approx(85.65, abs=0.01)
+    assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(85.65 + 14.18, abs=0.02)
+    # the released ViT-B has 196 tensors, of which 10 are the projector's
+    assert len(encoder.state_dict()) == 196 - 10
+
+
+def test_unknown_name_suggests():
+    with pytest.raises(UsageError, match=r"extrema_vit_bas_patch16_224'; did you mean 'extrema_vit_base_patch16_224"):
+        create_encoder("extrema_vit_bas_patch16_224")
+
+
+def test_state_dict_has_the_released_names():
+    norm = ["weight", "bias"]
+    wanted = {"cls_token", "pos_embed", *(f"{m}.{x}" for m in ("patch_embed.proj", "norm") for x in norm)}
+    parts = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    wanted |= {f"blocks.{i}.{m}.{x}" for i in range(3) for m in parts for x in norm}
+    parts = ("norm1", "attn.q", "attn.k", "attn.v", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    wanted |= {f"blocks_token.{i}.{m}.{x}" for i in range(2) for m in parts for x in norm}
+    wanted |= {f"blocks_token.{i}.gamma_{j}" for i in range(2) for j in (1, 2)}
+    state = Encoder(SMALL).state_dict()
+    assert set(state) == wanted
+    shapes = {k: tuple(v.shape) for k, v in state.items()}
+    assert shapes["pos_embed"] == (1, N, 32) and shapes["cls_token"] == (1, 1, 32)
+    assert shapes["patch_embed.proj.weight"] == (32, 3, 8, 8) and shapes["blocks.0.attn.qkv.weight"] == (96, 32)
+
+
+def test_names_do_not_depend_on_the_implementation(monkeypatch):
+    keys = set(Encoder(SMALL).state_dict())
+    monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setenv("EXTREMA_FAST_BACKEND", "reference")
+    assert set(Encoder(SMALL).state_dict()) == keys
+
+
+def test_building_with_a_seed_touches_no_other_generator():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    a = build_encoder(SMALL, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    b, other = build_encoder(SMALL, seed=3), build_encoder(SMALL, seed=4)
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+    assert not torch.equal(a.cls_token, other.cls_token)
+
+
+def test_initialisation():
+    config = ModelConfig(img_size=(32, 32), patch_size=8, width=64, depth=2, heads=1, layer_scale=0.25)
+    encoder = build_encoder(config, seed=0)
+
+    def bound(weight: torch.Tensor, wanted: float) -> None:
+        weight = weight.detach()
+        top = float(weight.abs().max())
+        assert 0.97 * wanted < top <= wanted
+        assert float(weight.std()) == pytest.approx(wanted / math.sqrt(3), rel=0.05)
+
+    for block in encoder.blocks:
+        # q, k and v are one matrix of 3D x D
+        bound(block.attn.qkv.weight, math.sqrt(6 / (4 * 64)))
+        bound(block.attn.proj.weight, math.sqrt(6 / (2 * 64)))
+        bound(block.mlp.fc1.weight, math.sqrt(6 / (5 * 64)))
+        assert not block.attn.qkv.bias.any() and not block.mlp.fc2.bias.any()
+        assert bool((block.norm1.weight == 1).all()) and not block.norm1.bias.any() and block.norm1.eps == 1e-6
+    for block in encoder.blocks_token:
+        for m in (block.attn.q, block.attn.k, block.attn.v, block.attn.proj):
+            bound(m.weight, math.sqrt(6 / (2 * 64)))
+        assert bool((block.gamma_1 == 0.25).all()) and bool((block.gamma_2 == 0.25).all())
+    fan_in = 3 * 8 * 8
+    bound(encoder.patch_embed.proj.weight, math.sqrt(6 / (fan_in + 64)))
+    bias = encoder.patch_embed.proj.bias.detach()
+    assert 0.8 / math.sqrt(fan_in) < float(bias.abs().max()) <= 1 / math.sqrt(fan_in)
+    wide = build_encoder(ModelConfig(img_size=(32, 32), patch_size=16, width=1024, depth=1, heads=16), seed=0)
+    assert float(wide.cls_token.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
+# ---- encode ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, N])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_encode_equals_its_definition(k, dtype):
+    encoder, x = make(), images(3)
+    keep = torch.stack([torch.randperm(N)[:k] for _ in range(3)]).to(dtype)
+    out = encoder.encode(x, keep)
+    cls, patches = by_definition(encoder, x, keep)
+    assert close(out.cls, cls) and close(out.patches, patches)
+    assert out.keep is keep and out.grid == (3, 5)
+
+
+def test_all_patches():
+    encoder, x = make(), images()
+    every = torch.arange(N).expand(2, N)
+    out = encoder.encode(x)
+    cls, patches = by_definition(encoder, x, every)
+    assert close(out.cls, cls) and close(out.patches, patches)
+    assert torch.equal(out.keep, every)
+    features = encoder.forward_features(x)
+    assert features.shape == (2, 1 + N, 32)
+    assert torch.equal(features[:, 0], out.cls) and torch.equal(features[:, 1:], out.patches)
+    assert torch.equal(encoder(x), out.cls)
+    assert close(encoder.encode(x, every).cls, out.cls)
+
+
+def test_views_are_separate_calls():
+    encoder, x = make(), images(2)
+    keep = torch.stack([torch.stack([torch.randperm(N)[:4] for _ in range(3)]) for _ in range(2)])
+    out = encoder.encode(x, keep)
+    assert out.cls.shape == (2, 3, 32) and out.patches.shape == (2, 3, 4, 32) and out.keep is keep
+    for v in range(3):
+        one = encoder.encode(x, keep[:, v])
+        assert close(out.cls[:, v], one.cls) and close(out.patches[:, v], one.patches)
+
+
+def test_order_of_kept_tokens_is_kept_and_does_not_matter_to_the_class_token():
+    encoder, x = make(), images(1)
+    keep, order = torch.tensor([[3, 11, 0, 7, 14]]), torch.tensor([4, 0, 3, 1, 2])
+    a, b = encoder.encode(x, keep), encoder.encode(x, keep[:, order])
+    assert close(a.cls, b.cls) and close(a.patches[:, order], b.patches)
+    assert not close(a.patches, b.patches)
+
+
+def test_repeated_tokens():
+    encoder, x = make(), images(1)
+    keep = torch.tensor([[3, 3, 8]])
+    out = encoder.encode(x, keep)
+    cls, patches = by_definition(encoder, x, keep)
+    assert close(out.cls, cls) and close(out.patches, patches)
+    assert torch.equal(out.patches[:, 0], out.patches[:, 1])
+
+
+def test_pixels_of_dropped_patches_are_never_read():
+    encoder, x = make(), images(1)
+    keep = torch.tensor([[0, 6]])
+    wanted = encoder.encode(x, keep)
+    seen = torch.zeros(3, 5, dtype=torch.bool).flatten().index_fill(0, keep[0], True).view(3, 5)
+    pixels = seen.repeat_interleave(8, 0).repeat_interleave(8, 1)
+    x[:, :, ~pixels] = float("nan")
+    out = encoder.encode(x, keep)
+    assert torch.equal(out.cls, wanted.cls) and torch.equal(out.patches, wanted.patches)
+
+
+def test_raw_tokens():
+    encoder, x = make(), images()
+    raw, normed = encoder.encode(x, norm=False), encoder.encode(x)
+    assert close(encoder.norm(raw.cls), normed.cls) and close(encoder.norm(raw.patches), normed.patches)
+    assert not close(raw.patches, normed.patches)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_channels(channels):
+    name = "extrema_vit_tiny_patch16_224"
+    encoder = create_encoder(name, img_size=(16, 32), in_chans=channels).double()
+    assert encoder.in_chans == channels
+    x = images(1, channels, 16, 32)
+    keep = torch.tensor([[1]])
+    assert close(encoder.encode(x, keep).cls, by_definition(encoder, x, keep)[0])
+    with pytest.raises(UsageError, match=rf"\[B, {channels}, H, W\], got \[1, {channels + 1}, 16, 32\]"):
+        encoder.encode(images(1, channels + 1, 16, 32))
+
+
+def test_another_grid_is_what_an_encoder_of_that_size_computes():
+    encoder = make()
+    other = make(with_img_size(SMALL, (16, 56)))
+    other.load_state_dict({k: v for k, v in encoder.state_dict().items() if k != "pos_embed"}, strict=False)
+    x, keep = images(2, 3, 16, 56), torch.tensor([[0, 13], [6, 7]])
+    for k in (None, keep):
+        a, b = encoder.encode(x, k), other.encode(x, k)
+        assert a.grid == b.grid == (2, 7) and close(a.cls, b.cls, 1e-6) and close(a.patches, b.patches, 1e-6)
+    # the indices' range follows the image, not the model
+    with pytest.raises(UsageError, match=r"\[0, 14\)"):
+        encoder.encode(x, torch.tensor([[14], [0]]))
+
+
+@pytest.mark.parametrize("pool", ["absorbed", "reference"])
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+def test_implementations_agree(pool, attention, monkeypatch):
+    encoder, x = make(), images()
+    keep = torch.stack([torch.randperm(N)[:7] for _ in range(2)])
+    monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setenv("EXTREMA_FAST_BACKEND", f"attention_pool={pool},attention={attention}")
+    out = encoder.encode(x, keep)
+    cls, patches = by_definition(encoder, x, keep)
+    assert close(out.cls, cls) and close(out.patches, patches)
+    assert ops.choice("attention_pool")[0] == pool and ops.choice("attention")[0] == attention
+
+
+# ---- attention ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("views", [0, 3])
+def test_attention_reproduces_the_pooling(views):
+    encoder, x = make(), images(2)
+    keep = torch.stack([torch.stack([torch.randperm(N)[:5] for _ in range(max(1, views))]) for _ in range(2)])
+    keep = keep if views else keep[:, 0]
+    maps = encoder.get_attention(x, keep)
+    assert maps.shape == (2, 3, 2, 2, 6) if views else (2, 2, 2, 6)
+    assert maps.dtype == torch.float32
+    assert torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-6) and maps.min() > 0
+    if views:
+        assert torch.equal(maps[:, 1], encoder.get_attention(x, keep[:, 1]))
+        maps, keep = maps[:, 2], keep[:, 2]
+    # weights times values, block by block, give the class token
+    tokens = encoder.encode(x, keep, norm=False).patches
+    cls = encoder.cls_token.expand(2, -1, -1)
+    for j, block in enumerate(encoder.blocks_token):
+        u = block.norm1(torch.cat([cls, tokens], 1))
+        values = block.attn.v(u).unflatten(-1, (2, -1)).transpose(1, 2)
+        mixed = (maps[:, j, :, None].double() @ values).transpose(1, 2).flatten(2)
+        cls = cls + block.gamma_1 * block.attn.proj(mixed)
+        cls = cls + block.gamma_2 * block.mlp(block.norm2(cls))
+    assert close(cls[:, 0], encoder.encode(x, keep, norm=False).cls, 1e-6)
+
+
+def test_attention_columns_follow_keep_and_column_0_is_the_class_token():
+    encoder, x = make(), images(1)
+    keep, order = torch.tensor([[3, 11, 0]]), torch.tensor([2, 0, 1])
+    a, b = encoder.get_attention(x, keep), encoder.get_attention(x, keep[:, order])
+    assert torch.allclose(a[..., 0], b[..., 0], atol=1e-7)
+    assert torch.allclose(a[..., 1:][..., order], b[..., 1:], atol=1e-7)
+    assert encoder.get_attention(x).shape == (1, 2, 2, 1 + N)
+    # a key aligned with every query draws all attention to itself, not to the tokens
+    with torch.no_grad():
+        block = encoder.blocks_token[0]
+        block.norm1.weight.fill_(1)
+        block.norm1.bias.zero_()
+        u = F.layer_norm(encoder.cls_token[0, 0], (32,))
+        for head in range(2):
+            rows = slice(16 * head, 16 * head + 16)
+            block.attn.k.weight[rows] = torch.outer(torch.ones(16).double(), u)
+            block.attn.q.weight[rows], block.attn.q.bias[rows] = 0, 10.0
+    assert encoder.get_attention(x)[0, 0, :, 0].min() > 0.9
+
+
+def test_no_attention_without_class_head():
+    with pytest.raises(UsageError, match="global_pool='avg'"):
+        make(global_pool="avg").get_attention(images())
+
+
+# ---- positions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (14, 14), (3, 5), (5, 3), (1, 9), (20, 2)])
+@pytest.mark.parametrize("width", [4, 32, 192])
+def test_position_table(grid, width):
+    wanted = np.zeros((grid[0] * grid[1], width))
+    for p in range(len(wanted)):
+        row, column = divmod(p, grid[1])
+        for k in range(width // 4):
+            w = 10000 ** (-k / (width / 4))
+            quarter = width // 4
+            wanted[p, k], wanted[p, quarter + k] = np.sin(column * w), np.cos(column * w)
+            wanted[p, 2 * quarter + k], wanted[p, 3 * quarter + k] = np.sin(row * w), np.cos(row * w)
+    table = sincos_table(width, grid, torch.float64)
+    assert np.abs(table.numpy() - wanted).max() < 1e-13
+    # computed in double, then rounded
+    assert torch.equal(sincos_table(width, grid), table.float())
+
+
+def test_table_is_a_saved_buffer_and_the_width_is_checked():
+    encoder = Encoder(SMALL)
+    assert "pos_embed" in dict(encoder.named_buffers()) and "pos_embed" in encoder.state_dict()
+    assert "pos_embed" not in dict(encoder.named_parameters())
+    with pytest.raises(UsageError, match="multiple of 4, got 6"):
+        sincos_table(6, (2, 2))
+
+
+def test_learned_table():
+    encoder = Encoder(SMALL, pos_embed="learned")
+    assert encoder.pos_embed.requires_grad and torch.equal(encoder.pos_embed[0], sincos_table(32, (3, 5)))
+    with pytest.raises(UsageError, match=r"\(24, 24\) is not the size \(24, 40\) of the learned"):
+        encoder(torch.randn(1, 3, 24, 24))
+
+
+# ---- pooling and heads ----------------------------------------------------------------------------
+
+
+def test_mean_pooling_has_no_class_head():
+    encoder, x = make(global_pool="avg"), images()
+    assert not any(k.startswith(("cls_token", "blocks_token")) for k in encoder.state_dict())
+    out = encoder.encode(x)
+    assert close(out.cls, out.patches.mean(1)) and torch.equal(encoder(x), out.cls)
+    assert torch.equal(encoder.forward_features(x), out.patches)
+    keep = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
+    views = encoder.encode(x, keep)
+    assert views.cls.shape == (2, 2, 32) and close(views.cls[:, 1], encoder.encode(x, keep[:, 1]).cls)
+
+
+def test_norm_after_the_mean():
+    encoder, x = make(global_pool="avg", fc_norm=True), images()
+    raw = encoder.encode(x, norm=False)
+    assert close(encoder(x), encoder.fc_norm(raw.patches.mean(1)))
+    assert "norm.weight" not in encoder.state_dict() and "fc_norm.weight" in encoder.state_dict()
+
+
+@pytest.mark.parametrize("options", [{}, {"global_pool": "avg"}, {"global_pool": "avg", "fc_norm": True}])
+def test_classifier(options):
+    encoder, x = make(num_classes=7, **options), images()
+    assert encoder(x).shape == (2, 7)
+    pooled = encoder.fc_norm(encoder.encode(x).cls)
+    assert close(encoder(x), F.linear(pooled, encoder.head.weight, encoder.head.bias))
+    fresh = Encoder(SMALL, 7, **options)
+    assert 0 < fresh.head.weight.abs().max() < 2e-4 and not fresh.head.bias.any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_classes": 3},
+        {"num_classes": 3, "global_pool": "avg"},
+        {"num_classes": 3, "global_pool": "avg", "fc_norm": True},
+        {"pos_embed": "learned"},
+    ],
+)
+def test_every_parameter_gets_a_gradient(options):
+    encoder = make(**options)
+    (encoder(images(3)) * torch.randn(1, dtype=torch.float64)).square().sum().backward()
+    for name, p in encoder.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        # a key bias cancels in the softmax
+        if not name.endswith("attn.k.bias"):
+            assert p.grad.abs().max() > 0, name
+
+
+def test_gradients_by_finite_differences():
+    config = ModelConfig(img_size=(4, 6), patch_size=2, width=8, depth=2, heads=2, mlp_ratio=1.0)
+    encoder = make(config)
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    keep = torch.tensor([[[0, 3], [5, 5]], [[1, 2], [4, 0]]])
+    names = ["cls_token", "blocks.1.attn.qkv.weight", "blocks_token.0.attn.k.weight", "blocks_token.1.gamma_1"]
+    values = [dict(encoder.named_parameters())[n].detach().clone().requires_grad_() for n in names]
+
+    def run(x, *values):
+        given = {f"encoder.{n}": v for n, v in zip(names, values, strict=True)}
+        out = torch.func.functional_call(Encode(encoder), given, (x, keep))
+        return out.cls, out.patches
+
+    assert torch.autograd.gradcheck(run, (x, *values), fast_mode=True)
+
+
+class Encode(torch.nn.Module):
+    """`encode` as a forward pass."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x, keep):
+        return self.encoder.encode(x, keep)
+
+
+# ---- drop-path ------------------------------------------------------------------------------------
+
+
+def test_drop_path_factors_follow_the_law():
+    index, views, depth, rate = torch.arange(3000), 3, 5, 0.4
+    scale = drop_path_scale(index, views, depth, rate, seed=1, epoch=2)
+    assert scale.shape == (depth, 2, views * 3000) and scale.dtype == torch.float32
+    for i in range(depth):
+        p = rate * i / (depth - 1)
+        values = scale[i].unique().tolist()
+        assert values == pytest.approx([0.0, 1 / (1 - p)] if i else [1.0])
+        dropped = (scale[i] == 0).float().mean(1)
+        # two branches of 9000 draws: five standard deviations
+        assert (dropped - p).abs().max() <= 5 * math.sqrt(p * (1 - p) / 9000) + 1e-9
+        assert (scale[i].mean(1) - 1).abs().max() < 0.05
+    # branches, views and layers are drawn separately
+    drawn = (scale[1:] == 0).float().reshape(8, views, 3000).flatten(0, 1)
+    assert torch.corrcoef(drawn).fill_diagonal_(0).abs().max() < 0.1
+
+
+def test_drop_path_belongs_to_the_sample_and_view():
+    index, keys = torch.tensor([5, 2, 1 << 34, 9]), {"seed": 3, "epoch": 1}
+    whole = drop_path_scale(index, 2, 4, 0.5, **keys).view(4, 2, 2, 4)
+    parts = [drop_path_scale(i, 2, 4, 0.5, **keys).view(4, 2, 2, 2) for i in (index[:2], index[2:])]
+    assert torch.equal(torch.cat(parts, -1), whole)
+    assert torch.equal(drop_path_scale(index.flip(0), 2, 4, 0.5, **keys).view(4, 2, 2, 4).flip(-1), whole)
+    many = torch.arange(64)
+    base = drop_path_scale(many, 2, 4, 0.5, seed=3, epoch=1)
+    for other in ({"seed": 4, "epoch": 1}, {"seed": 3, "epoch": 2}):
+        assert not torch.equal(base, drop_path_scale(many, 2, 4, 0.5, **other))
+    assert drop_path_scale(index, 2, 4, 0.0, **keys) is None
+    assert torch.equal(drop_path_scale(index, 2, 1, 0.5, **keys), torch.ones(1, 2, 8))
+
+
+def test_a_dropped_branch_adds_nothing_and_survivors_are_scaled():
+    encoder, x = make(), torch.randn(2, 4, 32, dtype=torch.float64)
+    scale = torch.ones(3, 2, 2)
+    assert close(encoder.trunk(x, scale), encoder.trunk(x))
+    scale[:, :, 1] = 0
+    out = encoder.trunk(x, scale)
+    assert close(out[0], encoder.trunk(x)[0]) and torch.equal(out[1], x[1])
+    block = encoder.blocks[0]
+    mixed = torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+    out = block(x, mixed)
+    assert close(out[0], x[0] + 2 * block.mlp(block.norm2(x))[0])
+    assert close(out[1], x[1] + 2 * block.attn(block.norm1(x))[1])
+
+
+def test_drop_path_in_training_mode_only():
+    encoder = Encoder(SMALL).double()
+    encoder.drop_path_rate = 0.9
+    x = images()
+    encoder.eval()
+    assert torch.equal(encoder(x), encoder(x))
+    encoder.train()
+    assert not torch.equal(encoder(x), encoder(x))
+    encoder.drop_path_rate = 0.0
+    assert torch.equal(encoder(x), encoder(x))
+
+
+# ---- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x", "keep", "words"),
+    [
+        (torch.zeros(2, 3, 24, 40, dtype=torch.uint8), None, ["images", "uint8", "preprocess"]),
+        (torch.zeros(3, 24, 40), None, ["[B, 3, H, W]", "images[None]"]),
+        (torch.zeros(2, 1, 24, 40), None, ["[B, 3, H, W]", "[2, 1, 24, 40]"]),
+        (torch.zeros(2, 3, 24, 41), None, ["width 41", "patch size 8", "40 or 48"]),
+        (torch.zeros(2, 3, 4, 40), None, ["height 4", "use 8"]),
+        (torch.zeros(2, 3, 24, 40), torch.tensor([[0], [15]]), ["keep", "[0, 15)", "0 to 15"]),
+        (torch.zeros(2, 3, 24, 40), torch.tensor([[-1], [3]]), ["keep", "-1 to 3"]),
+        (torch.zeros(2, 3, 24, 40), torch.zeros(2, 3), ["keep", "integer", "float32"]),
+        (torch.zeros(2, 3, 24, 40), torch.zeros(2, 15, dtype=torch.bool), ["bool", "keep_from_mask"]),
+        (torch.zeros(2, 3, 24, 40), torch.zeros(3, 4, dtype=torch.int64), ["[2, K]", "[3, 4]"]),
+        (torch.zeros(2, 3, 24, 40), torch.zeros(2, dtype=torch.int64), ["[2, K]", "[2]"]),
+        (torch.zeros(2, 3, 24, 40), torch.zeros(2, 0, dtype=torch.int64), ["K >= 1", "[2, 0]"]),
+    ],
+)
+@pytest.mark.parametrize("call", ["encode", "get_attention"])
+def test_errors_name_what_was_wrong(x, keep, words, call):
+    with pytest.raises(UsageError) as error:
+        getattr(Encoder(SMALL), call)(x, keep)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"img_size": 225}, "height 225 is not a multiple of the patch size 16; nearest: 224 or 240"),
+        ({"img_size": (224, 100)}, "width 100"),
+        ({"global_pool": "mean"}, "'token' or 'avg', got 'mean'"),
+        ({"pos_embed": "rope"}, "'sincos' or 'learned', got 'rope'"),
+        ({"fc_norm": True}, "fc_norm: only with"),
+        ({"in_chans": 0}, "in_chans: expected at least 1, got 0"),
+        ({"num_classes": -1}, "num_classes"),
+        ({"drop_path_rate": 1.0}, "drop_path"),
+    ],
+)
+def test_building_errors(options, words):
+    with pytest.raises(UsageError) as error:
+        create_encoder("extrema_vit_tiny_patch16_224", **options)
+    assert words in str(error.value)
+
+
+# ---- other modes of use ---------------------------------------------------------------------------
+
+
+def test_compiles_into_one_graph():
+    encoder = Encoder(ModelConfig(img_size=(8, 8), patch_size=4, width=16, depth=1, heads=1)).eval()
+    ops._chosen.clear()  # the first call must compile, too
+    x, keep = torch.randn(2, 3, 8, 8), torch.tensor([[0, 3], [2, 1]])
+    try:
+        whole = torch.compile(encoder, backend="eager", fullgraph=True)
+        assert torch.allclose(whole(x), encoder(x), atol=1e-6)
+        some = torch.compile(encoder.encode, backend="eager", fullgraph=True)
+        assert torch.allclose(some(x, keep).cls, encoder.encode(x, keep).cls, atol=1e-6)
+    finally:
+        torch.compiler.reset()
+
+
+def test_autocast_stays_close_to_fp32():
+    encoder, x = Encoder(SMALL).eval(), torch.randn(2, 3, 24, 40)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        low = encoder(x)
+    with torch.no_grad():
+        assert (low - encoder(x)).abs().max() < 0.1
+
+
+def test_same_image_alone_or_in_a_batch():
+    encoder, x = make(), images(3)
+    assert close(torch.cat([encoder(i[None]) for i in x]), encoder(x))

@@ -1,0 +1,123 @@
+"""From a picture to the encoder's input.
+
+Covers: resizing and cropping against PIL; sizes, also tiny, huge and non-square ones; pictures that already fit;
+modes; one channel; the numbers of the weights; errors.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from extrema_fast.config import ModelConfig
+from extrema_fast.encoder import create_encoder
+from extrema_fast.errors import UsageError
+from extrema_fast.preprocess import CROP_PCT, Preprocess, resize_crop
+
+NAME = "extrema_vit_tiny_patch16_224"
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+def picture(h: int, w: int) -> torch.Tensor:
+    y, x = torch.meshgrid(torch.linspace(0, 1, h), torch.linspace(0, 1, w), indexing="ij")
+    waves = torch.stack([(9 * x).sin(), (7 * y).cos(), (5 * (x + y)).sin()], -1)
+    return ((waves + 1) * 127).to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("size", "scaled", "result"),
+    [
+        ((300, 400), (256, 341), (224, 224)),
+        ((400, 300), (341, 256), (224, 224)),
+        ((100, 100), (256, 256), (224, 224)),
+        ((2000, 500), (1024, 256), (224, 224)),
+        ((96, 96), (37, 37), (32, 32)),
+        ((90, 90), (110, 110), (32, 96)),
+    ],
+)
+def test_against_pil(size, scaled, result):
+    pytest.importorskip("PIL")
+    from PIL import Image
+
+    image = picture(*size)
+    wanted = Image.fromarray(image.numpy()).resize(scaled[::-1], Image.Resampling.BILINEAR)
+    top, left = (scaled[0] - result[0]) // 2, (scaled[1] - result[1]) // 2
+    wanted = np.asarray(wanted.crop((left, top, left + result[1], top + result[0])), dtype=np.int16)
+    out = resize_crop(image, result)
+    assert out.dtype == torch.uint8 and out.shape == (*result, 3)
+    assert np.abs(out.numpy() - wanted).max() <= 2
+
+
+def test_crop_share():
+    assert CROP_PCT == 0.875
+
+
+def test_a_picture_of_that_size_is_left_as_it_is():
+    image = picture(32, 48)
+    assert resize_crop(image, (32, 48)) is image
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (7, 900), (31, 32), (33, 33)])
+def test_odd_sizes(size):
+    assert resize_crop(picture(*size), (32, 32)).shape == (32, 32, 3)
+
+
+def test_preprocess_of_an_encoder():
+    pytest.importorskip("PIL")
+    from PIL import Image
+
+    encoder = create_encoder(NAME, img_size=(32, 64))
+    encoder.mean, encoder.std = (0.1, 0.2, 0.3), (0.5, 0.5, 0.25)
+    f = encoder.preprocess()
+    assert f.metadata == {
+        "input_size": (3, 32, 64),
+        "mean": (0.1, 0.2, 0.3),
+        "std": (0.5, 0.5, 0.25),
+        "interpolation": "bilinear",
+        "crop_pct": 0.875,
+    }
+    image = picture(32, 64)
+    out = f(image)
+    assert out.shape == (3, 32, 64) and out.dtype == torch.float32
+    wanted = (image.double() / 255 - torch.tensor(f.mean).double()) / torch.tensor(f.std).double()
+    assert torch.allclose(out.double(), wanted.permute(2, 0, 1), atol=1e-5)
+    assert torch.equal(f(Image.fromarray(image.numpy())), out)
+    assert encoder(f(picture(200, 300))[None]).shape == (1, 192)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_any_kind_of_pil_image(mode):
+    pytest.importorskip("PIL")
+    from PIL import Image
+
+    f = Preprocess((16, 16), 3, **PLAIN)
+    image = Image.fromarray(picture(40, 30).numpy()).convert(mode)
+    assert torch.equal(f(image), f(image.convert("RGB")))
+
+
+def test_gray_encoders():
+    f = create_encoder(NAME, img_size=16, in_chans=1).preprocess()
+    assert f.metadata["input_size"] == (1, 16, 16) and f(picture(20, 20)).shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (torch.zeros(16, 16, 3), "float32 [16, 16, 3]"),
+        (torch.zeros(3, 16, 16, dtype=torch.uint8), "[3, 16, 16]"),
+        (torch.zeros(16, 16, dtype=torch.uint8), "[16, 16]"),
+        (np.zeros((16, 16, 3), np.uint8), "ndarray"),
+        ("photo.jpg", "got str"),
+    ],
+)
+def test_errors(image, words):
+    with pytest.raises(UsageError) as error:
+        Preprocess((16, 16), 3, **PLAIN)(image)
+    assert words in str(error.value)
+
+
+def test_more_channels_than_a_picture_has():
+    assert ModelConfig().in_chans == 3
+    with pytest.raises(UsageError, match="this encoder takes 5"):
+        create_encoder(NAME, img_size=16, in_chans=5).preprocess()

@@ -1,0 +1,349 @@
+"""The report: charts, pictures, the HTML file of finished, resumed, crashed and empty runs.
+
+Covers: ticks, labels, gaps, thinning and hover titles of charts; PNG files read back by hand; the colour
+map; PCA colours; repeated steps after a resume; a whole report on a fabricated run folder: parses, balanced
+tags, no script, nothing external, every section, below 5 MB, deterministic; missing pieces leave a note.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import struct
+import zlib
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from extrema_fast import evals
+from extrema_fast.config import Config, DataConfig, EvalConfig, TrainConfig, smoke, to_dict
+from extrema_fast.convert import save_weights, weights_meta
+from extrema_fast.errors import UsageError
+from extrema_fast.method import ExtreMA
+from extrema_fast.pictures import data_uri, overlay, png, small, token_colors, viridis
+from extrema_fast.report import report, tidy
+from extrema_fast.svg import Series, line_chart, nice_ticks, thin, tick_label
+
+VOID = {"meta", "img", "br"}
+
+
+class Reader(HTMLParser):
+    """Checks that tags are balanced; collects tags, attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "data", "xlink:href", "action", "poster", "srcset"):
+                self.sources.append(value)
+            if name == "id":
+                self.ids.append(value)
+            assert not name.startswith("on")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+# ---- charts ---------------------------------------------------------------------------------------
+
+
+def test_ticks_are_round_and_inside():
+    assert nice_ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert nice_ticks(0.12, 0.49) == pytest.approx([0.2, 0.3, 0.4])
+    assert nice_ticks(0, 1980) == [0, 500, 1000, 1500]
+    assert [tick_label(t) for t in nice_ticks(0, 5e-4)] == ["0", "1e-4", "2e-4", "3e-4", "4e-4", "5e-4"]
+    assert nice_ticks(-3, 3, 3) == [-2, 0, 2]
+    assert nice_ticks(2, 2) == [2]
+    assert tick_label(0.3, percent=True) == "30%"
+    for low, high in ((1e-9, 1.1e-9), (0.995, 1), (-1e6, 2e6)):
+        ticks = nice_ticks(low, high)
+        assert 2 <= len(ticks) <= 8
+        assert all(low - 1e-6 * abs(low) <= t <= high + 1e-6 * abs(high) for t in ticks)
+
+
+def test_chart_holds_axes_legend_and_titles():
+    html = line_chart(
+        "A <title>", [Series("a & b", [(0, 1.0), (10, 2.0)]), Series("flat", [(0, 1.5), (10, 1.5)], 1, True)]
+    )
+    page = Reader(html)
+    assert "a & b, step 10: 2" in page.text
+    assert page.tags.count("polyline") == 2
+    assert "A <title>" in page.text
+    assert page.text.count("step") >= 5
+    assert "stroke-dasharray" not in html and 'class="c1 dashed"' in html
+
+
+def test_chart_leaves_gaps_and_stays_in_its_box():
+    nan, inf = float("nan"), float("inf")
+    points = [(0, 1.0), (1, None), (2, nan), (3, 3.0), (4, 4.0), (5, inf), (6, 0.5)]
+    html = line_chart("t", [Series("s", points)])
+    assert html.count("<polyline") == 3
+    assert "nan" not in html and "inf" not in html
+    for x, y in re.findall(r'cx="([-\d.]+)" cy="([-\d.]+)"', html):
+        assert 0 <= float(x) <= 460 and 0 <= float(y) <= 250
+
+
+@pytest.mark.parametrize("points", [[], [(0, None)], [(0, float("nan")), (1, None)]])
+def test_chart_without_values_is_empty(points):
+    assert line_chart("t", [Series("s", points)]) == ""
+
+
+def test_chart_of_one_point_and_of_a_constant():
+    assert "<circle" in line_chart("t", [Series("s", [(5, 0.25)])])
+    assert "<polyline" in line_chart("t", [Series("s", [(0, 0.0), (1, 0.0)])])
+
+
+def test_long_curves_are_thinned_to_means():
+    points = [(i, float(i % 2)) for i in range(100_000)]
+    out = thin(points, 100)
+    assert len(out) == 100 and out[-1] == points[-1]
+    assert all(abs(y - 0.5) < 0.01 for _, y in out[:-1])
+    assert len(line_chart("t", [Series("s", points)])) < 30_000
+
+
+# ---- pictures -------------------------------------------------------------------------------------
+
+
+def unpng(data: bytes) -> np.ndarray:
+    """A reader of just what `png` writes, with every checksum verified."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    at, chunks = 8, {}
+    while at < len(data):
+        (n,), name = struct.unpack(">I", data[at : at + 4]), data[at + 4 : at + 8]
+        body = data[at + 8 : at + 8 + n]
+        assert struct.unpack(">I", data[at + 8 + n : at + 12 + n])[0] == zlib.crc32(name + body)
+        chunks[name], at = body, at + 12 + n
+    w, h, depth, kind, *_ = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+    channels = {0: 1, 2: 3, 6: 4}[kind]
+    raw = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(h, 1 + w * channels)
+    assert depth == 8 and (raw[:, 0] == 1).all() and list(chunks) == [b"IHDR", b"IDAT", b"IEND"]
+    return np.cumsum(raw[:, 1:].reshape(h, w, channels), axis=1, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (1, 1, 3), (6, 4, 3), (3, 9, 4)])
+def test_png_keeps_every_value(shape):
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    assert np.array_equal(unpng(png(image)).reshape(shape), image)
+    assert data_uri(image).startswith("data:image/png;base64,")
+
+
+def test_png_refuses_other_arrays():
+    for bad in (np.zeros((2, 2)), np.zeros((2, 2, 2), np.uint8), np.zeros(3, np.uint8)):
+        with pytest.raises(ValueError, match="expected uint8"):
+            png(bad)
+
+
+def test_color_map_ends_and_brightness():
+    x = viridis(np.array([-1, 0, 0.5, 1, 2]))
+    assert x[0].tolist() == x[1].tolist() == [68, 1, 84]
+    assert x[3].tolist() == x[4].tolist() == [253, 231, 37]
+    gray = viridis(np.linspace(0, 1, 50)) @ np.array([0.299, 0.587, 0.114])
+    assert (np.diff(gray) > 0).all()
+
+
+def test_overlay_hides_dropped_patches_only():
+    kept = np.array([[True, False], [False, True]])
+    assert (overlay(kept)[..., 3] == np.where(kept, 0, 255)).all()
+
+
+def test_small_averages_large_images_and_keeps_small_ones():
+    x = torch.arange(2 * 8 * 6 * 3, dtype=torch.uint8).reshape(2, 8, 6, 3)
+    assert np.array_equal(small(x), x.numpy())
+    assert small(torch.full((1, 512, 256, 3), 7, dtype=torch.uint8)).shape == (1, 128, 64, 3)
+
+
+def test_token_colors_share_one_basis_with_fixed_signs():
+    x = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0))
+    out = token_colors(x)
+    assert out.shape == (2, 9, 3) and out.dtype == np.uint8 and out.min() == 0 and out.max() == 255
+    assert np.array_equal(token_colors(x.flip(0)), out[::-1])
+    assert np.array_equal(
+        token_colors(torch.cat([x[:1], x[:1]]))[0], token_colors(torch.cat([x[:1], x[:1]]))[1]
+    )
+
+
+# ---- log ------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_keeps_the_last_attempt_of_each_step():
+    records = [{"kind": "train", "step": s, "attempt": 1, "loss": 1.0} for s in (10, 20, 30, 40)]
+    records += [{"kind": "eval", "step": s, "attempt": 1, "knn_cls": 0.1} for s in (0, 20, 40)]
+    records += [{"kind": "warning", "step": 40, "attempt": 1, "text": "gone"}]
+    records += [{"kind": "train", "step": s, "attempt": 2, "loss": 2.0} for s in (30, 35)]
+    records += [
+        {"kind": "warning", "step": 30, "attempt": 2, "text": "kept"},
+        {"kind": "other"},
+        {"step": None},
+    ]
+    train, evaluations, warnings = tidy(records)
+    # step 40 of the first attempt lies beyond what the second has reached and belongs to lost weights
+    assert [(r["step"], r["loss"]) for r in train] == [(10, 1.0), (20, 1.0), (30, 2.0), (35, 2.0)]
+    assert [r["step"] for r in evaluations] == [0, 20]
+    assert [r["text"] for r in warnings] == ["kept"]
+    assert tidy([]) == ([], [], [])
+
+
+# ---- the file -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A tree of two classes, bright and dark, in train/ and test/."""
+    image = pytest.importorskip("PIL.Image", reason="reading images needs Pillow")
+    root, g = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 6)):
+        for name, low in (("bright", 120), ("dark", 0)):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                array = g.integers(low, low + 120, (32, 32, 3), dtype=np.uint8)
+                image.fromarray(array).save(root / split / name / f"{i:02d}.png")
+    return root
+
+
+def config(images) -> Config:
+    cfg = smoke()
+    data = DataConfig(train=str(images / "train"), test=str(images / "test"), loader="pil")
+    return dataclasses.replace(
+        cfg, data=data, train=TrainConfig(epochs=1, batch_size=8, precision="fp32"), eval=EvalConfig(k=5)
+    )
+
+
+def fabricate(folder, cfg, *, records=(), status=True, weights=True):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(to_dict(cfg)))
+    (folder / "log.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in records) + '{"kind": "train", "st'
+    )
+    if status:
+        (folder / "status.json").write_text(json.dumps({"state": "complete", "step": 40, "total_steps": 40}))
+        (folder / "env.json").write_text(
+            json.dumps({"versions": {"torch": "2"}, "device": "cpu", "world_size": 1})
+        )
+    if weights:
+        save_weights(folder / "weights" / "step_00000040", ExtreMA(cfg), weights_meta(cfg, 40))
+    return folder
+
+
+def log_records():
+    out = []
+    for attempt, steps in ((1, (10, 20, 30)), (2, (30, 40))):
+        for s in steps:
+            row = {"kind": "train", "step": s, "attempt": attempt, "images": 8 * s, "loss": 2 - s / 40}
+            row |= {"lr": 1e-3 * s / 40, "momentum": 0.99, "grad_norm": 1.0, "images_per_s": 100.0}
+            out.append(row | {"step_ms": 80.0, "data_wait": 0.1})
+    for s in (0, 20, 40):
+        row = {"kind": "eval", "step": s, "attempt": 1, "knn_cls": 0.2 + s / 100, "knn_mean": 0.3}
+        for part in ("teacher", "teacher_proj", "student", "student_proj"):
+            row |= {f"{part}_std": 0.5, f"{part}_rank": 5 + s, f"{part}_cosine": 0.4}
+        out.append(row | {"view_cosine": 0.9, "attention_entropy": 0.97})
+    return [*out, {"kind": "warning", "step": 20, "attempt": 1, "text": "k-NN <b>fell</b>"}]
+
+
+@pytest.fixture(scope="module")
+def run(images, cache, tmp_path_factory):
+    return fabricate(tmp_path_factory.mktemp("runs") / "a & b", config(images), records=log_records())
+
+
+@pytest.fixture(scope="module")
+def result(run):
+    return evals.evaluate(run, device="cpu")
+
+
+def check_self_contained(text: str) -> Reader:
+    page = Reader(text)
+    assert "http" not in text and "<script" not in text and "@import" not in text
+    assert all(s.startswith("data:image/png;base64,") for s in page.sources)
+    assert all(u.startswith("data:image/png;base64,") for u in re.findall(r"url\(([^)]*)\)", text))
+    assert len(text.encode()) < 5_000_000
+    return page
+
+
+def test_report_of_a_complete_run(run, result):
+    path = report(run, images=3)
+    assert path == run / "reports" / "report.html"
+    text = path.read_text(encoding="utf-8")
+    page = check_self_contained(text)
+    assert page.ids == [
+        "warnings", "results", "learning", "is-it-collapsing", "speed-and-optimisation", "test-images",
+        "nearest-neighbours", "configuration", "environment",
+    ]  # fmt: skip
+    assert "a & b" in page.text and "complete" in page.text and "0:03" in page.text
+    assert "k-NN <b>fell</b>" in page.text
+    for title in ("Loss", "Learning rate", "Teacher momentum", "Effective rank", "Images per second"):
+        assert title in page.text
+    for row in result["rows"]:
+        assert f"{100 * row['knn']:.1f} %" in page.text
+    assert "class token, random init, step 40: 20%" in page.text
+    assert "raw pixels, step 0" in page.text
+    assert "loss, step 30: 1.25" in page.text and page.text.count("training loss, step 30") == 1
+    assert "mask.ratio" in page.text and "versions.torch" in page.text
+    assert "24 training images" in page.text and "30 neighbours shown" in page.text
+    # a second call replaces the file by the same one and leaves no temporary behind
+    assert report(run, images=3).read_text(encoding="utf-8") == text
+    assert sorted(p.name for p in (run / "reports").iterdir()) == ["evaluation.json", "report.html"]
+
+
+def test_report_of_a_run_that_has_only_begun(images, cache, tmp_path):
+    folder = fabricate(tmp_path / "run", config(images), status=False, weights=False)
+    page = check_self_contained(report(folder).read_text(encoding="utf-8"))
+    for note in (
+        "Not evaluated yet",
+        "Nothing logged yet",
+        "No evaluation logged",
+        "No env.json",
+        "no weights",
+    ):
+        assert note in page.text
+    (folder / "log.jsonl").unlink()
+    report(folder)
+
+
+def test_report_says_that_images_are_gone(images, cache, tmp_path):
+    cfg = config(tmp_path / "nowhere")
+    page = check_self_contained(report(fabricate(tmp_path / "run", cfg, records=log_records())).read_text())
+    assert "Pictures are left out" in page.text and "Loss" in page.text
+
+
+def test_report_without_pictures_and_of_unlabelled_images(images, cache, tmp_path):
+    cfg = config(images)
+    flat = str(images / "test" / "dark")
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, train=flat, test=flat))
+    folder = fabricate(tmp_path / "run", cfg)
+    assert "img" not in Reader(report(folder, images=0).read_text()).tags
+    page = check_self_contained(report(folder, images=2).read_text())
+    assert "nearest-neighbours" in page.ids and "neighbours shown" not in page.text
+
+
+def test_report_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(UsageError, match="not a run folder"):
+        report(tmp_path)
+    assert list(tmp_path.iterdir()) == []

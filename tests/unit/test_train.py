@@ -1,0 +1,448 @@
+"""The training loop and what surrounds it, on one process.
+
+Covers: the loop against the released order of a step, written out; accumulation equals the whole batch (both
+losses); a non-finite step moves nothing, by either gate, and too many end the run; signals; logs,
+evaluations, warnings, unlabelled images; precision, compile, dry run; counters, torn log, progress lines,
+FLOPs; processes and devices.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from extrema_fast import dist, metrics, state, train
+from extrema_fast.augment import color_views
+from extrema_fast.config import Config, from_dict, paper_base_80x5, smoke
+from extrema_fast.data import TrainLoader
+from extrema_fast.dist import Signals, World
+from extrema_fast.dry_run import dry_run
+from extrema_fast.encoder import drop_path_scale
+from extrema_fast.errors import NonFiniteError, UsageError
+from extrema_fast.masking import sample_views
+from extrema_fast.method import ExtreMA
+from extrema_fast.optim import Schedule, build_optimizer
+from extrema_fast.plan import flops_per_image, headline
+from extrema_fast.sources import open_source
+
+TINY = {
+    "data": {"loader": "pil", "threads": 1, "limit": 24},
+    "model": {"width": 16, "depth": 2, "drop_path": 0.2, "patch_size": 16},
+    "mask": {"ratio": 0.5},
+    "head": {"hidden": 16, "out": 8, "predictor_hidden": 16},
+    "optim": {"base_lr": 0.02},
+    "train": {"epochs": 2, "batch_size": 8},
+    "ckpt": {"every_epochs": 0, "every_steps": 0},
+    "eval": {"every_epochs": 0},
+}
+
+
+def tiny(out: Path | str = "unused", **change) -> Config:
+    return from_dict(change, from_dict(TINY | {"out": str(out)}, smoke()))
+
+
+def begin(**change) -> tuple[state.Run, TrainLoader]:
+    cfg = tiny(**change)
+    run = state.build(cfg, World(torch.device("cpu")), state.open_train(cfg))
+    return run, state.open_loader(run)
+
+
+def weights(run: state.Run) -> dict[str, torch.Tensor]:
+    """Everything a step can change."""
+    out = {k: v.clone() for k, v in run.method.state_dict().items()}
+    for name, p in run.method.student_parameters():
+        out |= {f"{name}/{k}": v.clone() for k, v in run.optimizer.state.get(p, {}).items()}
+    return out
+
+
+def logged(run: Path, kind: str) -> list[dict]:
+    return [r for r in metrics.read_log(run / "log.jsonl") if r["kind"] == kind]
+
+
+# ---- the step --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["byol", "infonce"])
+def test_same_as_the_released_order(loss):
+    """Teacher moved towards the weights of the step before, then loss and AdamW (method.md section 3)."""
+    run, loader = begin(head={"loss": loss})
+    cfg, source = run.cfg, run.source
+    method = ExtreMA(cfg)
+    optimizer, schedule = build_optimizer(method, cfg), Schedule(cfg, 3)
+    args = {"batch_size": 8, "seed": cfg.train.seed}
+    with loader, TrainLoader(source, cfg.data, cfg.model.img_size, **args) as again:
+        for step in range(schedule.total_steps):
+            before = run.counters.tensor.clone()
+            train.train_step(run, next(loader))
+            run.step += 1
+            got = (run.counters.tensor - before)[metrics.LOSS].item()
+
+            batch, keys = next(again), {"seed": cfg.train.seed, "epoch": step // 3}
+            student, teacher = color_views(batch.images, batch.index, cfg.data, **keys)
+            keep = sample_views(batch.index, 4, 2, 2, **keys)
+            scale = drop_path_scale(batch.index, 2, 2, 0.2, **keys)
+            method.update_teacher(schedule.momentum(step))
+            out = method(student, teacher, keep, scale)
+            optimizer.zero_grad()
+            out.loss.backward()
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.lr(step)
+            optimizer.step()
+            assert got == pytest.approx(out.loss.item(), rel=1e-6), step
+    assert schedule.total_steps == 6 and run.last
+    for name, value in method.state_dict().items():
+        torch.testing.assert_close(run.method.state_dict()[name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("loss", ["byol", "infonce"])
+def test_accumulation_equals_the_whole_batch(loss):
+    results = []
+    for parts in (1, 4):
+        run, loader = begin(head={"loss": loss}, train={"accumulation": parts})
+        with loader:
+            # the rate is 0 at step 0: both meet the second batch with the same weights
+            for _ in range(2):
+                train.train_step(run, next(loader))
+                run.step += 1
+        grads = {name: p.grad for name, p in run.method.student_parameters()}
+        results.append((grads, run.counters.read()))
+    (a, one), (b, four) = results
+    assert one["loss"] == pytest.approx(four["loss"], rel=1e-5)
+    assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-5)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6 * one["grad_norm"], msg=name)
+
+
+def test_gradient_clipping():
+    run, loader = begin(optim={"clip_grad": 1e-3})
+    with loader:
+        train.train_step(run, next(loader))
+    norm = torch.nn.utils.get_total_norm([p.grad for _, p in run.method.student_parameters()])
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+    # the log has the norm before clipping
+    assert run.counters.read()["grad_norm"] > 2e-3
+
+
+@pytest.mark.parametrize("gate_on_device", [False, True])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_non_finite_step_moves_nothing(monkeypatch, gate_on_device, where):
+    run, loader = begin()
+    run.gate_on_device = gate_on_device
+    with loader:
+        for _ in range(2):
+            train.train_step(run, next(loader))
+            run.step += 1
+        before = weights(run)
+        original = ExtreMA.loss
+
+        def bad(self, *args):
+            loss = original(self, *args)
+            if where == "loss":
+                return loss * float("nan")
+            loss.register_hook(lambda grad: grad * float("inf"))
+            return loss
+
+        with monkeypatch.context() as m:
+            m.setattr(ExtreMA, "loss", bad)
+            train.train_step(run, next(loader))
+            run.step += 1
+        after = weights(run)
+        assert before.keys() == after.keys() and any(k.endswith("/step") for k in after)
+        for name, value in before.items():
+            assert torch.equal(value, after[name]), name
+        assert run.counters.read()["skipped"] == 1 and run.counters.worst_in_a_row() == 1
+        train.train_step(run, next(loader))
+    assert not all(torch.equal(before[k], v) for k, v in weights(run).items())
+    assert run.counters.read()["loss"] is not None
+
+
+def test_both_gates_take_the_same_good_steps():
+    results = []
+    for gate in (False, True):
+        run, loader = begin()
+        run.gate_on_device = gate
+        with loader:
+            for _ in range(3):
+                train.train_step(run, next(loader))
+                run.step += 1
+        results.append(weights(run))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(ExtreMA, "loss", lambda self, q, *args: q.sum() * float("nan"))
+    with pytest.raises(NonFiniteError, match="step 2: 2 steps in a row") as error:
+        train.pretrain(tiny(tmp_path / "run", train={"max_nonfinite": 2}), progress=False)
+    assert error.value.exit_code == 3
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and "not finite" in status["reason"] and status["step"] == 2
+    assert logged(tmp_path / "run", "train")[0]["loss"] is None
+
+
+# ---- the run ---------------------------------------------------------------------------------------
+
+
+def test_log_and_evaluations(tmp_path, capsys):
+    cfg = tiny(tmp_path / "run", log={"every_steps": 2}, eval={"every_epochs": 1}, train={"epochs": 3})
+    out = train.pretrain(cfg)
+    records = logged(out, "train")
+    assert [r["step"] for r in records] == [2, 4, 6, 8, 9]
+    schedule = Schedule(cfg, 3)
+    for r in records:
+        assert r["lr"] == schedule.lr(r["step"] - 1) and r["images"] == 8 * r["step"] and r["attempt"] == 1
+        assert 0 <= r["data_wait"] <= 1 and r["images_per_s"] > 0 and r["step_ms"] > 0 and r["memory_gb"] > 0
+        assert r["epoch"] == pytest.approx(r["step"] / 3, abs=1e-5)
+    evals = logged(out, "eval")
+    assert [r["step"] for r in evals] == [0, 3, 6, 9]
+    assert all({"knn_cls", "knn_mean", "teacher_std", "view_cosine"} <= r.keys() for r in evals)
+    screen = capsys.readouterr().out
+    assert "eval step 9: k-NN class token" in screen and "(step 0: " in screen
+    assert "batch 8 (processes x micro-batches x images = 1 x 1 x 8), peak learning rate 0.000625" in screen
+    env = json.loads((out / "env.json").read_text())
+    assert env["loader"] == "pil" and env["ops"]["attention"]["implementation"] and env["versions"]["torch"]
+    assert from_dict(json.loads((out / "config.json").read_text())) == cfg
+    assert json.loads((out / "weights" / "step_00000009" / "config.json").read_text())["step"] == 9
+
+
+def test_unlabelled_images_have_indicators_only(tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(open_source("synthetic").paths[:16]):
+        shutil.copy(path, flat / f"{i}{Path(path).suffix}")
+    cfg = tiny(tmp_path / "run", data={"train": str(flat), "limit": 0}, eval={"every_epochs": 5})
+    evals = logged(train.pretrain(cfg, progress=False), "eval")
+    assert [r["step"] for r in evals] == [0, 4]
+    assert all("teacher_rank" in r and "knn_cls" not in r for r in evals)
+
+
+def test_warnings_are_loud(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(train, "collapse_warnings", lambda past, warmup: ["it shrinks"] * (len(past) > 1))
+    out = train.pretrain(tiny(tmp_path / "run", eval={"every_epochs": 1}), progress=False)
+    assert [(r["step"], r["text"]) for r in logged(out, "warning")] == [(3, "it shrinks"), (6, "it shrinks")]
+    assert json.loads((out / "status.json").read_text())["reason"] == "it shrinks"
+    assert caplog.text.count("WARNING step") == 2
+
+
+def test_a_failed_periodic_save_does_not_stop_training(tmp_path, monkeypatch, caplog):
+    from extrema_fast import checkpoint
+
+    original, calls = checkpoint.save_file, []
+
+    def second_fails(tensors, path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", second_fails)
+    out = train.pretrain(tiny(tmp_path / "run", ckpt={"every_steps": 2}), progress=False)
+    assert "checkpoint of step 4" in caplog.text
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_00000002", "step_00000006"]
+
+
+def test_bf16(tmp_path):
+    out = train.pretrain(tiny(tmp_path / "run", train={"precision": "bf16"}), progress=False)
+    fp32 = train.pretrain(tiny(tmp_path / "fp32"), progress=False)
+    a, b = logged(out, "train")[0]["loss"], logged(fp32, "train")[0]["loss"]
+    assert a != b and a == pytest.approx(b, rel=0.02)
+
+
+def test_compile_wraps_each_block_once(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))
+    run, loader = begin(train={"compile": "block"})
+    loader.close()
+    names = set(run.method.state_dict())
+    state.wrap(run)
+    assert compiled == [*run.method.student.blocks, *run.method.teacher.blocks]
+    assert set(run.method.state_dict()) == names
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    values = dry_run(tiny(tmp_path / "run"))
+    assert not list(tmp_path.iterdir())
+    assert len(values["step_ms"]) == 3 and values["lr"] == [0.0, values["peak_lr"] / 1, values["lr"][2]]
+    assert values["total_steps"] == 6 and values["loss"] > 0 and values["skipped"] == 0
+
+
+def test_too_few_images(tmp_path):
+    with pytest.raises(UsageError, match=r"train\.batch_size: 32 is more than the 24 images") as error:
+        train.pretrain(tiny(tmp_path / "run", train={"batch_size": 32}), progress=False)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_missing_images_leave_no_folder(tmp_path):
+    with pytest.raises(UsageError, match="nowhere"):
+        train.pretrain(tiny(tmp_path / "run", data={"train": str(tmp_path / "nowhere")}), progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unexpected_error_is_recorded(tmp_path, monkeypatch):
+    def broken(run, batch):
+        raise ZeroDivisionError("what is this")
+
+    monkeypatch.setattr(train, "train_step", broken)
+    with pytest.raises(ZeroDivisionError):
+        train.pretrain(tiny(tmp_path / "run"), progress=False)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and "ZeroDivisionError: what is this" in status["reason"]
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    out = train.pretrain(tiny(tmp_path / "run", log={"tensorboard": True}), progress=False)
+    assert list((out / "tensorboard").iterdir())
+
+
+def test_tensorboard_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match=r"extrema-fast\[tensorboard\]"):
+        train.pretrain(tiny(tmp_path / "run", log={"tensorboard": True}), progress=False)
+
+
+# ---- parts -----------------------------------------------------------------------------------------
+
+
+def test_signals_set_a_flag_and_a_second_interrupt_leaves():
+    before = signal.getsignal(signal.SIGINT)
+    with Signals() as signals:
+        assert not signals.stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.stop and signals.name == "SIGTERM"
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_signals_chain_the_previous_handler():
+    seen = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.stop and seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_counters():
+    c = metrics.Counters()
+    for loss, bad in ((1.0, 0), (float("nan"), 1), (float("inf"), 1), (3.0, 0)):
+        c.add(torch.tensor(loss), torch.tensor(2 * loss), torch.tensor(float(bad)))
+    assert c.read() == {"loss": 2.0, "grad_norm": 4.0, "skipped": 2} and c.worst_in_a_row() == 2
+    c.restart()
+    assert c.read() == {"loss": None, "grad_norm": None, "skipped": 2} and c.worst_in_a_row() == 0
+    c.add(torch.tensor(0.0), torch.tensor(0.0), torch.ones(()))
+    c.restart()
+    c.add(torch.tensor(0.0), torch.tensor(0.0), torch.ones(()))
+    assert c.worst_in_a_row() == 2, "a row that began before the log line"
+
+
+def test_a_torn_log_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "st')
+    log = metrics.JsonLog(path)
+    log.write({"kind": "train", "step": 1, "loss": float("nan")})
+    log.write({"kind": "train", "step": 2, "loss": 0.1})
+    log.close()
+    assert [r["step"] for r in metrics.read_log(path)] == [1, 1, 2]
+    assert metrics.history(path, "train", 1) == [{"kind": "train", "step": 1, "loss": None}]
+
+
+def record(step: int) -> dict:
+    return {"step": step, "loss": 0.5, "images_per_s": 10.0, "epoch": 0.1, "lr": 1e-3}
+
+
+def test_progress_is_about_forty_lines():
+    stream = io.StringIO()
+    screen = metrics.Progress(1000, stream=stream)
+    for step in range(1, 1001):
+        screen.advance(step)
+        screen.update(record(step))
+    lines = stream.getvalue().splitlines()
+    assert 38 <= len(lines) <= 43 and lines[-1].startswith("step 1000/1000") and "loss 0.5000" in lines[0]
+
+
+def test_progress_bar_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    screen = metrics.Progress(10, stream=stream)
+    assert screen.bar is not None
+    screen.update(record(4))
+    screen.say("hello [1/2]")
+    screen.advance(10)
+    screen.close()
+    assert "hello [1/2]" in stream.getvalue() and "loss 0.5000" in stream.getvalue()
+
+
+def test_progress_off():
+    stream = io.StringIO()
+    screen = metrics.Progress(10, enabled=False, stream=stream)
+    screen.update(record(1))
+    screen.say("x")
+    assert stream.getvalue() == ""
+
+
+def test_flops_of_the_paper_recipe():
+    # ViT-B, 5 x 39 tokens seen three times over and 196 once, trunk alone: 24 C^2 + 4 n C per token
+    width, depth = 768, 12
+    trunk = depth * (3 * 5 * 39 * (24 * width**2 + 4 * 39 * width) + 196 * (24 * width**2 + 4 * 196 * width))
+    total = flops_per_image(paper_base_80x5())
+    assert trunk < total < 1.15 * trunk
+    text = headline(paper_base_80x5(), 8, 1_281_167, "cuda", "dali")
+    assert "8 x 1 x 256" in text and "peak learning rate 0.0012" in text and "625 steps" in text
+
+
+@pytest.mark.parametrize(
+    ("env", "want"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (3, 8, 1)),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"}, (2, 4, 0)),
+        # torchrun inside a SLURM step; a plain python inside a batch script of several tasks
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (1, 2, 0)),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (0, 1, 0)),
+    ],
+)
+def test_processes_are_detected(env, want):
+    assert dist.detect(env) == want
+
+
+def test_slurm_master():
+    job = {"SLURM_JOB_ID": "12345"}
+    for nodes, host in (("node[003-007,9]", "node003"), ("a1,b2", "a1"), ("gpu7", "gpu7")):
+        assert dist.slurm_master(job | {"SLURM_STEP_NODELIST": nodes}) == (host, "32345")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "tpu"])
+def test_unknown_device(name):
+    with pytest.raises(UsageError, match=rf"system\.device: expected .* got '{name}'"):
+        dist.pick_device(name)
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert dist.pick_device("auto", 1, 2) == torch.device("cuda", 1)
+    assert dist.pick_device("cuda:1") == torch.device("cuda", 1)
+    assert dist.pick_device("cpu", 1, 2) == torch.device("cpu")
+    for name, rank, processes in (("cuda:0", 0, 2), ("cuda", 2, 3), ("cuda:5", 0, 1)):
+        with pytest.raises(UsageError, match=r"system\.device"):
+            dist.pick_device(name, rank, processes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dist.pick_device("auto") == torch.device("cpu")
+    with pytest.raises(UsageError, match="0 found"):
+        dist.pick_device("cuda")
