@@ -486,7 +486,8 @@ def _parse_toml(text: str) -> dict[str, Any]:
 
 
 # fields that may differ between a run and its resumption: they do not change what is learned
-FREE_FIELDS = ("out", "log.", "ckpt.", "eval.", "system.", "data.loader", "data.threads", "train.compile")
+FREE_FIELDS = (
+    "data.test","out", "log.", "ckpt.", "eval.", "system.", "data.loader", "data.threads", "train.compile")
 
 
 def flatten(cfg: Any) -> dict[str, Any]:
@@ -531,7 +532,7 @@ def photos() -> Config:
         model=ModelConfig(size="tiny", img_size=(32, 32), patch_size=4, width=128, depth=4, heads=2),
         head=HeadConfig(loss="infonce", hidden=512, out=128, predictor_hidden=512),
         optim=OptimConfig(base_lr=2e-3, warmup_epochs=4, momentum=0.99),
-        train=TrainConfig(epochs=60, batch_size=64, precision="fp32"),
+        train=TrainConfig(epochs=60, batch_size=64),
         ckpt=CheckpointConfig(every_epochs=10),
         eval=EvalConfig(every_epochs=10),
     )

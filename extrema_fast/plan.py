@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .config import Config, local_batch
 from .encoder import count_flops
 from .method import ExtreMA
@@ -54,10 +56,21 @@ def headline(cfg: Config, processes: int, images: int, device: str, loader: str)
     return (
         f"{cfg.data.train}: {images} images, {cfg.train.epochs} epochs of {v['steps_per_epoch']} steps; "
         f"{cfg.mask.views} views of {v['num_keep']} of {v['num_patches']} tokens; {cfg.head.loss}, "
-        f"{cfg.train.precision} on {device}, {loader} loader\n"
+        f"{precision(cfg, torch.device(device).type)} on {device}, {loader} loader\n"
         f"batch {cfg.train.batch_size} (processes x micro-batches x images = {parts}), "
         f"peak learning rate {cfg.peak_lr:.3g} = {cfg.optim.base_lr:g} x {cfg.train.batch_size} / 256"
     )
+
+
+def precision(cfg: Config, device_type: str) -> str:
+    """`fp32` or `bf16`: the configured one, or for `auto` bf16 where the hardware multiplies it (CUDA, AVX512-BF16, AMX)."""
+    if cfg.train.precision != "auto":
+        return cfg.train.precision
+    if device_type == "cpu":
+        # torch 2.10 has no such list yet
+        has = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
+    return "bf16"
 
 
 def checkpoint_bytes(method: ExtreMA) -> int:

@@ -21,6 +21,7 @@ from .errors import UsageError
 from .method import ExtreMA
 from .metrics import Counters
 from .optim import Schedule, build_optimizer
+from .plan import precision
 from .run_folder import RunFolder, check, read_json, versions
 from .sources import BUILT_IN, ImageSource, open_source
 
@@ -188,6 +189,7 @@ def describe(run: Run, folder: RunFolder, loader: str) -> None:
         run.world.size,
         ops=ops.choices(),
         loader=loader,
+        precision=precision(run.cfg, run.world.device.type),
         config_hash=config_hash(run.cfg),
         images=len(run.source),
         fingerprint=run.source.fingerprint,

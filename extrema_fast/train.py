@@ -25,7 +25,7 @@ from .evals import collapse_warnings, online_eval
 from .losses import gather_targets
 from .masking import sample_views
 from .metrics import Meter, memory_gb
-from .plan import flops_per_image, headline
+from .plan import flops_per_image, precision, headline
 from .recorder import Recorder
 from .run_folder import RunFolder
 from .sources import ImageSource
@@ -156,7 +156,7 @@ def train_step(run: Run, batch: Batch) -> float:
     size = len(index) // cfg.train.accumulation
     parts = [slice(i, i + size) for i in range(0, size * cfg.train.accumulation, size)]
     views = [color_views(images[p], index[p], cfg.data, in_chans=cfg.model.in_chans, **keys) for p in parts]
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, cfg.train.precision == "bf16")
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, precision(cfg, device.type) == "bf16")
 
     # the teacher sees the whole batch before the first student pass: InfoNCE compares with every target
     with autocast():

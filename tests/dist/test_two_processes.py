@@ -1,0 +1,137 @@
+"""Two processes over gloo against one.
+
+Covers: equal losses and weights to fp32 rounding, BYOL and InfoNCE (gathered targets), with accumulation;
+saved by two, continued by one and the other way round; a non-finite loss on one rank skips the step on both;
+a signal to one rank stops both at the same step; an error on rank 0 ends both with its exit code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from extrema_fast.metrics import history
+
+TINY = {
+    "data": {"loader": "pil", "threads": 1, "limit": 24},
+    "model": {"width": 16, "depth": 2, "drop_path": 0.2, "patch_size": 16},
+    "mask": {"ratio": 0.5},
+    "head": {"hidden": 16, "out": 8, "predictor_hidden": 16},
+    # a large eps: AdamW's division by tiny moments would turn rounding into steps
+    "optim": {"base_lr": 0.02, "eps": 1e-2},
+    "train": {"epochs": 2, "batch_size": 8},
+    "ckpt": {"every_epochs": 0, "every_steps": 2},
+    "eval": {"every_epochs": 2},
+    "log": {"every_steps": 1},
+}
+STEPS = 6
+
+
+@pytest.fixture
+def pretrain(run_cli, tmp_path):
+    """`pretrain(folder, *flags, processes=..., ...)` -> (exit codes, output, folder)."""
+
+    def run(name: str, *flags: str, **options):
+        config = tmp_path / "config.json"
+        config.write_text(json.dumps(TINY))
+        out = tmp_path / name
+        codes, text = run_cli("pretrain", "smoke", "--config", config, "--out", out, *flags, **options)
+        return codes, text, out
+
+    return run
+
+
+def assert_close(a: Path, b: Path) -> None:
+    """Losses, norms and all saved tensors agree to fp32 rounding."""
+    for x, y in zip(*(history(p / "log.jsonl", "train", STEPS) for p in (a, b)), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
+    one, two = (load_file(p / "checkpoints" / f"step_{STEPS:08d}" / "state.safetensors") for p in (a, b))
+    assert one.keys() == two.keys()
+    moved = 0
+    for name in one:
+        if not name.startswith("counters"):
+            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6, msg=name)
+            moved += name.endswith("exp_avg") and bool(one[name].abs().max() > 0)
+    assert moved > 10
+
+
+@pytest.mark.parametrize(("loss", "accumulation"), [("byol", 2), ("infonce", 1), ("infonce", 2)])
+def test_two_equal_one(pretrain, loss, accumulation):
+    flags = ["--head.loss", loss]
+    codes, text, one = pretrain("one", *flags)
+    assert codes == [0], text
+    more = ["--train.accumulation", str(accumulation)]
+    codes, text, two = pretrain("two", *flags, *more, processes=2)
+    assert codes == [0, 0], text
+    assert_close(one, two)
+    assert json.loads((two / "env.json").read_text())["world_size"] == 2
+    # one process writes and prints
+    assert len(history(two / "log.jsonl", "train", STEPS)) == STEPS and text.count("complete: 6 steps") == 1
+    assert (two / "log.jsonl").read_text().count('"kind": "train"') == STEPS
+
+
+STOP_ONE = """
+import os, signal
+from extrema_fast import train
+original = train.train_step
+def stopping(run, batch):
+    if run.step == 2 and run.world.rank == run.world.size - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(run, batch)
+train.train_step = stopping
+"""
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_continued_by_another_number(pretrain, before, after):
+    codes, text, straight = pretrain("straight", "--head.loss", "infonce")
+    assert codes == [0], text
+    codes, text, out = pretrain("run", "--head.loss", "infonce", processes=before, setup=STOP_ONE)
+    # the signal went to the last rank alone
+    assert codes == [75] * before, text
+    assert json.loads((out / "status.json").read_text())["step"] == 3
+    assert (out / "checkpoints" / "step_00000003" / "COMPLETE").exists()
+    codes, text, _ = pretrain("run", "--head.loss", "infonce", processes=after)
+    assert codes == [0] * after, text
+    assert text.count("continuing at step 3 of 6") == 1
+    assert_close(straight, out)
+
+
+NAN_ON_ONE = """
+from extrema_fast.method import ExtreMA
+import torch.distributed
+original, calls = ExtreMA.loss, []
+def bad(self, *args):
+    calls.append(1)
+    loss = original(self, *args)
+    return loss * float("nan") if len(calls) == 3 and torch.distributed.get_rank() == 1 else loss
+ExtreMA.loss = bad
+"""
+
+
+def test_a_bad_loss_on_one_rank_skips_on_both(pretrain):
+    codes, text, out = pretrain("run", "--eval.every-epochs", "0", processes=2, setup=NAN_ON_ONE)
+    assert codes == [0, 0], text
+    records = history(out / "log.jsonl", "train", STEPS)
+    assert [r["skipped"] for r in records] == [0, 0, 1, 1, 1, 1]
+    assert records[2]["loss"] is None and records[3]["loss"] is not None
+    counts = load_file(out / "checkpoints" / "step_00000006" / "state.safetensors")
+    assert {int(v) for k, v in counts.items() if k.endswith(".step")} == {STEPS - 1}
+
+
+def test_an_error_on_rank_0_ends_both(pretrain, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("x")
+    codes, text, _ = pretrain("run", processes=2)
+    assert codes == [2, 2] and "not a run" in text
+
+
+def test_batch_that_does_not_divide(pretrain):
+    codes, text, out = pretrain("run", "--train.batch-size", "9", processes=2)
+    assert codes == [2, 2] and "9 does not divide over 2 processes" in text and "8 or 10" in text
+    assert not out.exists()

@@ -1,0 +1,124 @@
+"""The switch between implementations.
+
+Covers: what `auto` takes; the configuration's and the environment's setting and which wins; one name for all ops;
+per-op lists; the log line, once; every error; results of all implementations through the public functions.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from extrema_fast import ops
+from extrema_fast.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setattr(ops, "_setting", "auto")
+    monkeypatch.delenv("EXTREMA_FAST_BACKEND", raising=False)
+
+
+def names() -> dict[str, str]:
+    return {op: c["implementation"] for op, c in ops.choices().items()}
+
+
+def test_auto_takes_something_for_every_op_and_says_why():
+    assert set(ops.choices()) == {"attention", "attention_pool", "patch_gather"} == set(ops.IMPLEMENTATIONS)
+    for op, choice in ops.choices().items():
+        assert choice["implementation"] in ops.IMPLEMENTATIONS[op] and choice["reason"]
+        # every op can be run by its plain definition
+        assert "reference" in ops.IMPLEMENTATIONS[op]
+
+
+def test_one_name_for_all():
+    ops.set_backend("reference")
+    assert set(names().values()) == {"reference"}
+    assert all(c["reason"] for c in ops.choices().values())
+
+
+def test_a_name_only_some_ops_have_leaves_the_others_alone():
+    usual = names()
+    ops.set_backend("absorbed")
+    assert names() == usual | {"attention_pool": "absorbed"}
+
+
+def test_a_list():
+    ops.set_backend("attention=reference, attention_pool=reference")
+    assert names()["attention"] == names()["attention_pool"] == "reference"
+    ops.set_backend("attention_pool=auto")
+    assert names()["attention_pool"] == "absorbed"
+
+
+def test_the_environment_wins(monkeypatch):
+    ops.set_backend("attention_pool=absorbed")
+    assert ops.choice("attention_pool") == ("absorbed", "asked for by the configuration")
+    monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setenv("EXTREMA_FAST_BACKEND", "attention_pool=reference")
+    assert ops.choice("attention_pool") == ("reference", "asked for by EXTREMA_FAST_BACKEND")
+    # and is no choice when empty
+    monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setenv("EXTREMA_FAST_BACKEND", "")
+    assert ops.choice("attention_pool")[0] == "absorbed"
+
+
+def test_a_new_setting_replaces_the_choices_made():
+    ops.choices()
+    ops.set_backend("reference")
+    assert names()["attention_pool"] == "reference"
+    ops.set_backend("auto")
+    assert names()["attention_pool"] == "absorbed"
+
+
+def test_each_choice_is_logged_once(caplog):
+    caplog.set_level(logging.INFO, "extrema_fast.ops")
+    ops.set_backend("attention_pool=reference")
+    for _ in range(3):
+        ops.choices()
+    lines = [r.getMessage() for r in caplog.records]
+    assert len(lines) == 3
+    assert "op attention_pool: reference (asked for by the configuration)" in lines
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("referense", "'referense'; did you mean 'reference'"),
+        ("attention=triton9000", "attention has no 'triton9000'"),
+        ("attentoin=sdpa", "unknown op 'attentoin'; did you mean 'attention'"),
+        ("patch_gather=sdpa", "patch_gather has no 'sdpa'"),
+        ("reference,sdpa", "unknown op 'reference'"),
+    ],
+)
+@pytest.mark.parametrize("way", ["configuration", "environment"])
+def test_errors(setting, words, way, monkeypatch):
+    with pytest.raises(UsageError) as error:
+        if way == "configuration":
+            ops.set_backend(setting)
+        else:
+            monkeypatch.setenv("EXTREMA_FAST_BACKEND", setting)
+            ops.choice("attention")
+    assert words in str(error.value)
+
+
+def test_a_refused_setting_changes_nothing():
+    ops.set_backend("reference")
+    with pytest.raises(UsageError):
+        ops.set_backend("nonsense")
+    assert set(names().values()) == {"reference"}
+
+
+@pytest.mark.parametrize("setting", ["auto", "reference"])
+def test_the_public_functions_run_what_was_chosen(setting, monkeypatch):
+    ops.set_backend(setting)
+    called = []
+    for op, impls in ops.IMPLEMENTATIONS.items():
+        for name in impls:
+            monkeypatch.setitem(impls, name, lambda *a, op=op, name=name: called.append((op, name)))
+    ops.attention(torch.zeros(1))
+    ops.attention_pool(torch.zeros(1), torch.zeros(1), None, 1, 1e-6)
+    ops.patch_gather(torch.zeros(1), None, torch.zeros(1), None, torch.zeros(1))
+    assert called == [(op, names()[op]) for op in ("attention", "attention_pool", "patch_gather")]
