@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from . import learning
+from . import attention, learning
 
-COMMANDS = {"learning": learning.main}
+COMMANDS = {"attention": attention.main, "learning": learning.main}
 
 
 def main(argv: list[str] | None = None) -> int:

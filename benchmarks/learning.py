@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,11 +17,7 @@ import time
 from datetime import date
 from pathlib import Path
 
-import torch
-
-import extrema_fast
-
-RECORDS = Path(__file__).parent / "records"
+from .records import RECORDS, machine, write_index
 
 
 def main(argv: list[str]) -> int:
@@ -64,7 +59,17 @@ def run(preset: str, seed: int, out: Path, overrides: list[str]) -> dict:
     started = time.perf_counter()
     # an earlier run of the same name is moved aside, so that the time is that of a whole run
     subprocess.run(
-        [*program, "pretrain", preset, "--out", str(out), "--train.seed", str(seed), *overrides, "--overwrite"],
+        [
+            *program,
+            "pretrain",
+            preset,
+            "--out",
+            str(out),
+            "--train.seed",
+            str(seed),
+            *overrides,
+            "--overwrite",
+        ],
         check=True,
     )
     trained = time.perf_counter()
@@ -82,32 +87,13 @@ def run(preset: str, seed: int, out: Path, overrides: list[str]) -> dict:
     }
 
 
-def machine() -> dict:
-    """What the figures were measured on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        cpu = next((r.split(":")[1].strip() for r in info.read_text().splitlines() if r.startswith("model name")), cpu)
-    short = (gpu or f"cpu{torch.get_num_threads()}").lower().replace(" ", "-")
-    return {
-        "short": short,
-        "gpu": gpu,
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "extrema_fast": extrema_fast.__version__,
-    }
-
-
 def rows_of(run: dict) -> dict[tuple[str, str], dict]:
     """{(encoder, feature): row} of one run's evaluation."""
     return {(r["encoder"], r["feature"]): r for r in run["evaluation"]["rows"]}
 
 
 def summary(runs: list[dict]) -> dict:
-    """Mean, sample deviation and values over seeds, per encoder and feature, and the gain over the random encoder."""
+    """Mean, sample deviation and values over seeds; per encoder and feature, and as gain over random init."""
     out: dict[str, dict] = {}
 
     def add(key: str, values: list[float]) -> None:
@@ -128,7 +114,7 @@ def summary(runs: list[dict]) -> dict:
 
 def page(record: dict) -> str:
     """The record as a page to read."""
-    m = record["machine"]
+    m, seeds = record["machine"], ", ".join(str(r["seed"]) for r in record["runs"])
     lines = [
         f"# {record['what']}",
         "",
@@ -140,7 +126,7 @@ def page(record: dict) -> str:
         record["command"],
         "```",
         "",
-        f"Mean ± sample deviation over seeds {', '.join(str(r['seed']) for r in record['runs'])}; accuracies in %.",
+        f"Mean ± sample deviation over seeds {seeds}; accuracies in %.",
         "",
         "| quantity | mean | ± | each seed |",
         "| --- | --- | --- | --- |",
@@ -151,14 +137,3 @@ def page(record: dict) -> str:
         label = key.replace(" | ", ", ")
         lines.append(f"| {label} | {s['mean'] * factor:.1f} | {s['stdev'] * factor:.1f} | {each} |")
     return "\n".join(lines) + "\n"
-
-
-def write_index() -> None:
-    """records/README.md: one row per record."""
-    rows = []
-    for file in sorted(RECORDS.glob("*/record.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        rows.append(f"| [{file.parent.name}]({file.parent.name}/README.md) | {record['what']} | {record['note']} |")
-    text = "# Records\n\nMade by the commands they name; this page by `python -m benchmarks`.\n\n"
-    text += "| record | what | note |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
-    (RECORDS / "README.md").write_text(text, encoding="utf-8")

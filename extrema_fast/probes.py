@@ -148,7 +148,12 @@ def linear_probe(
     inv_std = (var + 1e-6).rsqrt()
     x = (x - mean) * inv_std
     # rotate to principal axes; the null space carries no weight under L2 and is dropped exactly
-    power, axes = torch.linalg.eigh(x.T @ x / len(x))
+    n, d = x.shape
+    if d <= n:
+        power, axes = torch.linalg.eigh(x.T @ x / n)
+    else:
+        power, axes = torch.linalg.eigh(x @ x.T / n)
+        axes = x.T @ axes * (n * power).clamp_min(1e-30).rsqrt()
     used = power > power[-1].clamp_min(1e-30) * (1e-12 if dtype == torch.float64 else 1e-6)
     power, axes = power[used], axes[:, used]
     x = x @ axes

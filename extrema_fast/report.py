@@ -247,7 +247,7 @@ def _learning(train: list[Record], evals: list[Record], result: Record) -> str:
         Series(MEAN, _points(evals, "knn_mean"), 1),
         _level(f"{CLS}, random init", first.get("knn_cls"), evals, 0),
         _level(f"{MEAN}, random init", first.get("knn_mean"), evals, 1),
-        _level(PIXELS, _row(result, PIXELS, "pixels").get("knn"), evals, 5),
+        _level(f"{PIXELS} (final evaluation)", _row(result, PIXELS, "pixels").get("knn"), evals, 5),
     ]
     return _charts(
         [

@@ -1,8 +1,8 @@
 """The encoder against timm, in float64 at odd sizes.
 
 Covers: timm's `Cait` with plain trunk blocks as the whole encoder, class attention included; a stock
-`VisionTransformer(class_token=False, global_pool='avg')` as the trunk and as the mean-pooled encoder with a head;
-gradients of both. The weights are strictly loaded, so names and shapes agree, too.
+`VisionTransformer(class_token=False, global_pool='avg')` as the trunk and as the mean-pooled encoder with a
+head; gradients of both. The weights are strictly loaded, so names and shapes agree, too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ GRIDS = [(1, 1), (1, 7), (5, 3), (1, 19), (7, 7)]
 
 def config(grid: tuple[int, int], depth: int = 3) -> ModelConfig:
     return ModelConfig(
-        img_size=(4 * grid[0], 4 * grid[1]), patch_size=4, width=48, depth=depth, heads=3, mlp_ratio=3.0, drop_path=0.0
+        img_size=(4 * grid[0], 4 * grid[1]),
+        patch_size=4,
+        width=48,
+        depth=depth,
+        heads=3,
+        mlp_ratio=3.0,
+        drop_path=0.0,
     )
 
 
@@ -40,7 +46,9 @@ def images(encoder: Encoder) -> torch.Tensor:
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and float((a - b).detach().abs().max()) <= 1e-11 * max(1.0, float(b.detach().abs().max()))
+    return a.shape == b.shape and float((a - b).detach().abs().max()) <= 1e-11 * max(
+        1.0, float(b.detach().abs().max())
+    )
 
 
 def cait(cfg: ModelConfig) -> torch.nn.Module:

@@ -1,8 +1,9 @@
 """The plain PyTorch definitions that every kernel is measured against.
 
-Covers, in float64 and at odd sizes: class attention in its two forms against each other and against torch's own
-attention, outputs, probabilities and all gradients, gradcheck, the shift invariance of the key bias; patch_gather
-against a convolution over the whole image followed by a gather, gradients included; self-attention against torch's.
+Covers, in float64 and at odd sizes: class attention in its two forms against each other and against torch's
+own attention, outputs, probabilities and all gradients, gradcheck, the shift invariance of the key bias;
+patch_gather against a convolution over the whole image followed by a gather, gradients included; self-
+attention against torch's.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-
-from extrema_fast import ops
 from extrema_fast.kernels.attention_pool import attention_pool_absorbed, attention_pool_reference
 from extrema_fast.kernels.attention_pool.reference import PoolWeights
 from extrema_fast.kernels.patch_gather import gather_patches, patch_gather_reference
 from extrema_fast.kernels.short_attention import short_attention_reference
+
+from extrema_fast import ops
 
 SIZES = [1, 7, 19, 39, 49, 196, 197]
 
@@ -102,14 +103,29 @@ def test_pooling_uses_the_eps_given():
 
 @pytest.mark.parametrize(
     ("grid", "kept"),
-    [((1, 1), 1), ((1, 7), 7), ((7, 1), 1), ((5, 8), 19), ((8, 5), 39), ((7, 7), 49), ((14, 14), 49), ((14, 14), 196)],
+    [
+        ((1, 1), 1),
+        ((1, 7), 7),
+        ((7, 1), 1),
+        ((5, 8), 19),
+        ((8, 5), 39),
+        ((7, 7), 49),
+        ((14, 14), 49),
+        ((14, 14), 196),
+    ],
 )
 @pytest.mark.parametrize(("views", "channels", "patch"), [(1, 3, 4), (3, 1, 2), (2, 5, 3)])
 def test_gather_equals_embedding_everything_first(grid, kept, views, channels, patch):
     (gh, gw), b, width = grid, 2, 6
-    x, weight, bias = randn(b, channels, gh * patch, gw * patch), randn(width, channels, patch, patch), randn(width)
+    x, weight, bias = (
+        randn(b, channels, gh * patch, gw * patch),
+        randn(width, channels, patch, patch),
+        randn(width),
+    )
     pos = randn(gh * gw, width)
-    keep = torch.stack([torch.stack([torch.randperm(gh * gw)[:kept] for _ in range(b)]) for _ in range(views)]).int()
+    keep = torch.stack(
+        [torch.stack([torch.randperm(gh * gw)[:kept] for _ in range(b)]) for _ in range(views)]
+    ).int()
     out = patch_gather_reference(x, keep, weight, bias, pos)
     every = F.conv2d(x, weight, bias, stride=patch).flatten(2).transpose(1, 2) + pos
     wanted = torch.cat([every[torch.arange(b)[:, None], view.long()] for view in keep])

@@ -1,8 +1,9 @@
 """Two colour versions of one crop.
 
-Covers: each operation against PIL (hue against colorsys) within data.md's tolerances; all 24 orders against a plain
-loop over images; clamping; black, white and grey images; the distribution of every coin; keyed by sample, epoch, seed
-and view, so equal for any split of the batch; normalisation; one channel; policies without colour.
+Covers: each operation against PIL (hue against colorsys) within data.md's tolerances; all 24 orders against
+a plain loop over images; clamping; black, white and grey images; the distribution of every coin; keyed by
+sample, epoch, seed and view, so equal for any split of the batch; normalisation; one channel; policies
+without colour.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def one_op(images: torch.Tensor, op: int, factor: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.6, 0.8, 1.0, 1.2, 1.4])
-@pytest.mark.parametrize(("op", "name"), [(BRIGHTNESS, "Brightness"), (CONTRAST, "Contrast"), (SATURATION, "Color")])
+@pytest.mark.parametrize(
+    ("op", "name"), [(BRIGHTNESS, "Brightness"), (CONTRAST, "Contrast"), (SATURATION, "Color")]
+)
 def test_against_pil(op, name, factor):
     pytest.importorskip("PIL")
     from PIL import Image, ImageEnhance
@@ -143,7 +146,9 @@ def test_clamped_after_each_operation():
     x = torch.full((1, 3, 1, 2), 0.8, dtype=torch.float64)
     x[..., 1] = 0.1
     out = jitter(x, torch.tensor([[2.0, 0.5, 1.0, 0.0]]), torch.tensor([[0, 1, 2, 3]]))
-    assert torch.allclose(out[0, 0, 0], torch.tensor([0.5 * 1 + 0.5 * 0.6, 0.5 * 0.2 + 0.5 * 0.6]).double(), atol=1e-7)
+    assert torch.allclose(
+        out[0, 0, 0], torch.tensor([0.5 * 1 + 0.5 * 0.6, 0.5 * 0.2 + 0.5 * 0.6]).double(), atol=1e-7
+    )
     out = jitter(x, torch.tensor([[1.0, 3.0, 1.0, 0.0]]), torch.tensor([[1, 0, 2, 3]]))
     assert out.min() == 0 and out.max() == 1
 
@@ -216,7 +221,9 @@ def test_coins_belong_to_sample_epoch_seed_and_view():
 def test_views_follow_their_coins():
     images, index = pictures(32, 8, 8), torch.arange(32) + 100
     for stream, view in zip(
-        (rng.COLOR_STUDENT, rng.COLOR_TEACHER), color_views(images, index, PLAIN, seed=3, epoch=2), strict=True
+        (rng.COLOR_STUDENT, rng.COLOR_TEACHER),
+        color_views(images, index, PLAIN, seed=3, epoch=2),
+        strict=True,
     ):
         assert view.shape == (32, 3, 8, 8) and view.dtype == torch.float32 and view.is_contiguous()
         p = color_params(index, PLAIN, seed=3, epoch=2, stream=stream)
@@ -226,7 +233,11 @@ def test_views_follow_their_coins():
             if p["on"][i]:
                 wanted = slow_jitter(wanted, p["factors"][i].double().tolist(), p["order"][i].tolist())
             if p["gray"][i]:
-                wanted = (wanted * torch.tensor([0.299, 0.587, 0.114]).double().view(3, 1, 1)).sum(0).expand(3, -1, -1)
+                wanted = (
+                    (wanted * torch.tensor([0.299, 0.587, 0.114]).double().view(3, 1, 1))
+                    .sum(0)
+                    .expand(3, -1, -1)
+                )
             assert (view[i] - wanted).abs().max() * 255 < 0.01
 
 

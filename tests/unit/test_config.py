@@ -1,8 +1,8 @@
 """The configuration.
 
-Covers: every preset; the paper's numbers; TOML and JSON files; round trips; unknown keys with suggestions; wrong
-types (a bool is no number); every check on one field and between fields, whose message names value and remedy, and
-whose remedy works; what may change in a resumed run; the batch per process.
+Covers: every preset; the paper's numbers; TOML and JSON files; round trips; unknown keys with suggestions;
+wrong types (a bool is no number); every check on one field and between fields, whose message names value
+and remedy, and whose remedy works; what may change in a resumed run; the batch per process.
 """
 
 from __future__ import annotations
@@ -61,8 +61,19 @@ def test_the_papers_recipe():
     assert cfg.peak_lr == pytest.approx(1.2e-3, rel=1e-12)
     o = cfg.optim
     assert (o.betas, o.eps, o.weight_decay, o.momentum) == ((0.9, 0.95), 1e-8, 0.1, 0.996)
-    assert (o.warmup_epochs, cfg.train.epochs, cfg.train.batch_size, o.min_lr, o.clip_grad) == (40, 300, 2048, 0, 0)
-    assert (cfg.head.loss, cfg.head.hidden, cfg.head.out, cfg.head.predictor_hidden) == ("byol", 4096, 256, 4096)
+    assert (o.warmup_epochs, cfg.train.epochs, cfg.train.batch_size, o.min_lr, o.clip_grad) == (
+        40,
+        300,
+        2048,
+        0,
+        0,
+    )
+    assert (cfg.head.loss, cfg.head.hidden, cfg.head.out, cfg.head.predictor_hidden) == (
+        "byol",
+        4096,
+        256,
+        4096,
+    )
     assert (cfg.model.drop_path, cfg.model.layer_scale, cfg.model.pool_depth) == (0.1, 0.1, 2)
     d = cfg.data
     assert (d.policy, d.area, d.ratio, d.flip) == ("spatial+color", (0.2, 1.0), (0.75, 4 / 3), 0.5)
@@ -100,7 +111,10 @@ def test_only_the_named_options_change():
         ({"mask": {"rato": 0.5}}, ["mask.rato", "did you mean 'ratio'"]),
         ({"maks": {}}, ["unknown option maks", "did you mean 'mask'"]),
         ({"optim": {"xyzzy": 1}}, ["optim.xyzzy", "known:", "base_lr"]),
-        ({"data": {"policy": "spatial+colour"}}, ["data.policy", "'spatial+colour'", "did you mean 'spatial+color'"]),
+        (
+            {"data": {"policy": "spatial+colour"}},
+            ["data.policy", "'spatial+colour'", "did you mean 'spatial+color'"],
+        ),
         ({"train": {"precision": 16}}, ["train.precision", "16", "bf16"]),
         ({"train": {"precision": ["bf16"]}}, ["train.precision", "['bf16']"]),
         ({"mask": 5}, ["mask", "table of options", "5"]),
@@ -144,7 +158,9 @@ def test_whole_numbers_are_fine_where_floats_are_wanted():
 
 def test_files(tmp_path):
     toml = tmp_path / "run.toml"
-    toml.write_text('preset = "smoke"\nout = "here"\n[mask]\nviews = 3\n[data]\narea = [0.5, 1]\n', encoding="utf-8")
+    toml.write_text(
+        'preset = "smoke"\nout = "here"\n[mask]\nviews = 3\n[data]\narea = [0.5, 1]\n', encoding="utf-8"
+    )
     cfg = c.load_config(toml)
     assert (cfg.out, cfg.mask.views, cfg.data.area) == ("here", 3, (0.5, 1.0))
     assert cfg.model == c.smoke().model
@@ -255,7 +271,9 @@ def test_one_field(part, name, value):
 
 
 def test_a_ratio_that_keeps_nothing():
-    text = refused({"mask": {"ratio": 0.95}}, "mask.ratio", "0.95", "keeps 0 of 16", "mask.keep", base=c.smoke())
+    text = refused(
+        {"mask": {"ratio": 0.95}}, "mask.ratio", "0.95", "keeps 0 of 16", "mask.keep", base=c.smoke()
+    )
     works = float(re.search(r"at most ([\d.]+)", text)[1])
     assert c.from_dict({"mask": {"ratio": works}}, c.smoke()).num_keep == 1
 
@@ -293,7 +311,9 @@ def test_remedies_for_too_many_disjoint_views_work(n, views):
 
 
 def test_more_views_than_tokens():
-    text = refused({"mask": {"views": 17, "keep": 1}}, "17 disjoint views", "mask.views <= 16", base=c.smoke())
+    text = refused(
+        {"mask": {"views": 17, "keep": 1}}, "17 disjoint views", "mask.views <= 16", base=c.smoke()
+    )
     assert "mask.keep <=" not in text
 
 
@@ -304,11 +324,20 @@ def test_exactly_all_tokens_are_enough():
 def test_between_fields():
     smoke = c.smoke()
     refused({"mask": {"keep": 17, "views": 1}}, "mask.keep", "17", "16", base=smoke)
-    refused({"model": {"img_size": [32, 30]}}, "model.img_size", "width 30", "patch size 8", "24 or 32", base=smoke)
+    refused(
+        {"model": {"img_size": [32, 30]}},
+        "model.img_size",
+        "width 30",
+        "patch size 8",
+        "24 or 32",
+        base=smoke,
+    )
     refused({"model": {"img_size": [4, 32]}}, "height 4", "nearest: 8", base=smoke)
     refused({"model": {"width": 100, "heads": 3}}, "model.width", "100", "heads (3)", base=smoke)
     refused({"model": {"width": 6, "heads": 1}}, "model.width", "6", "of 4", base=smoke)
-    refused({"train": {"accumulation": 3}}, "train.batch_size", "16", "3 micro-batches", "15 or 18", base=smoke)
+    refused(
+        {"train": {"accumulation": 3}}, "train.batch_size", "16", "3 micro-batches", "15 or 18", base=smoke
+    )
     refused({"train": {"accumulation": 32}}, "16", "32 micro-batches", "nearest: 32", base=smoke)
     refused({"optim": {"warmup_epochs": 2}}, "optim.warmup_epochs", "2", "train.epochs", base=smoke)
 
@@ -332,7 +361,9 @@ def test_configurations_are_frozen():
 def test_local_batch():
     cfg = c.from_dict({"train": {"accumulation": 2}}, c.smoke())
     assert c.local_batch(cfg, 1) == 8 and c.local_batch(cfg, 4) == 2
-    with pytest.raises(UsageError, match=r"train.batch_size: 16 .* 3 processes x 2 micro-batches; nearest: 12 or 18"):
+    with pytest.raises(
+        UsageError, match=r"train.batch_size: 16 .* 3 processes x 2 micro-batches; nearest: 12 or 18"
+    ):
         c.local_batch(cfg, 3)
     with pytest.raises(UsageError, match=r"nearest: 32$"):
         c.local_batch(cfg, 16)
@@ -349,7 +380,7 @@ def test_what_may_change_in_a_resumed_run():
         "ckpt": {"retain": 5, "every_steps": 1},
         "eval": {"k": 3},
         "system": {"threads": 3, "deterministic": True, "backend": "reference"},
-        "data": {"loader": "pil", "threads": 7},
+        "data": {"loader": "pil", "threads": 7, "test": "elsewhere"},
         "train": {"compile": "block"},
     }
     cfg = c.from_dict(free, c.smoke())
@@ -362,14 +393,16 @@ def test_every_other_field_is_reported_with_both_values():
     flat = c.flatten(base)
     assert flat["mask.views"] == 2 and flat["data.area"] == [0.2, 1.0]
     other = {
-        "data.train": "photos", "data.test": "x", "data.policy": "spatial", "data.area": [0.5, 1.0],
-        "data.ratio": [1.0, 1.0], "data.flip": 0.1, "data.jitter": [0.1, 0.1, 0.1, 0.1], "data.jitter_prob": 0.1,
-        "data.gray_prob": 0.1, "data.mean": [0.5] * 3, "data.std": [0.5] * 3, "data.exif": True, "data.limit": 32,
+        "data.train": "photos", "data.policy": "spatial", "data.area": [0.5, 1.0],
+        "data.ratio": [1.0, 1.0], "data.flip": 0.1, "data.jitter": [0.1] * 4, "data.jitter_prob": 0.1,
+        "data.gray_prob": 0.1, "data.mean": [0.5] * 3, "data.std": [0.5] * 3,
+        "data.exif": True, "data.limit": 32,
         "mask.ratio": 0.8, "mask.views": 1, "mask.mode": "independent", "mask.keep": 2,
         "model.size": "small", "model.img_size": [64, 32], "model.patch_size": 4, "model.in_chans": 1,
         "model.width": 32, "model.depth": 3, "model.heads": 2, "model.mlp_ratio": 2.0, "model.pool_depth": 1,
         "model.layer_scale": 0.2, "model.drop_path": 0.2,
-        "head.loss": "infonce", "head.temperature": 0.3, "head.hidden": 8, "head.out": 8, "head.predictor_hidden": 8,
+        "head.loss": "infonce", "head.temperature": 0.3, "head.hidden": 8, "head.out": 8,
+        "head.predictor_hidden": 8,
         "optim.base_lr": 1e-3, "optim.min_lr": 1e-6, "optim.warmup_epochs": 1.0, "optim.weight_decay": 0.2,
         "optim.betas": [0.9, 0.99], "optim.eps": 1e-6, "optim.clip_grad": 1.0, "optim.momentum": 0.9,
         "train.epochs": 3, "train.batch_size": 8, "train.accumulation": 2, "train.precision": "bf16",

@@ -1,8 +1,9 @@
 """Weights in and out.
 
-Covers: save and load of a method's weights, both networks; a run folder's newest complete weights; options of
-`load_encoder`; the run's own initial encoder; filling a method; released files made here in the published layout;
-every refusal: missing, empty, damaged, truncated, other architecture, unknown keys, pickled code that must not run.
+Covers: save and load of a method's weights, both networks; a run folder's newest complete weights; options
+of `load_encoder`; the run's own initial encoder; filling a method; released files made here in the
+published layout; every refusal: missing, empty, damaged, truncated, other architecture, unknown keys,
+pickled code that must not run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ from extrema_fast.method import ExtreMA
 
 CFG = c.from_dict(
     {
-        "model": {"img_size": [16, 16], "patch_size": 8, "width": 64, "depth": 2, "heads": 1, "mlp_ratio": 2.0},
+        "model": {
+            "img_size": [16, 16],
+            "patch_size": 8,
+            "width": 64,
+            "depth": 2,
+            "heads": 1,
+            "mlp_ratio": 2.0,
+        },
         "head": {"hidden": 24, "out": 12, "predictor_hidden": 20},
         "data": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
         "mask": {"views": 1, "keep": 2},
@@ -111,11 +119,15 @@ def test_options_of_loading(folder):
     mean = convert.load_encoder(folder, global_pool="avg")
     with torch.no_grad():
         assert torch.allclose(mean(IMAGES), plain.encode(IMAGES).patches.mean(1), atol=1e-6)
-    tuned = convert.load_encoder(folder, "student", num_classes=5, global_pool="avg", fc_norm=True, pos_embed="learned")
+    tuned = convert.load_encoder(
+        folder, "student", num_classes=5, global_pool="avg", fc_norm=True, pos_embed="learned"
+    )
     assert tuned(IMAGES).shape == (2, 5) and tuned.pos_embed.requires_grad
     # a new norm and a new head, not the projector
     assert bool((tuned.fc_norm.weight == 1).all()) and tuned.head.weight.abs().max() < 1e-3
-    assert torch.equal(tuned.blocks[1].mlp.fc1.weight, convert.load_encoder(folder, "student").blocks[1].mlp.fc1.weight)
+    assert torch.equal(
+        tuned.blocks[1].mlp.fc1.weight, convert.load_encoder(folder, "student").blocks[1].mlp.fc1.weight
+    )
     refused(lambda: convert.load_encoder(folder, img_size=20), "20", "patch size 8", "16 or 24")
 
 
@@ -132,7 +144,9 @@ def test_the_runs_own_start(folder):
 def test_a_run_folder_means_its_newest_complete_weights(tmp_path):
     methods = {step: trained() for step in (5, 40, 300)}
     for step, method in methods.items():
-        convert.save_weights(tmp_path / "weights" / f"step_{step:08d}", method, convert.weights_meta(CFG, step))
+        convert.save_weights(
+            tmp_path / "weights" / f"step_{step:08d}", method, convert.weights_meta(CFG, step)
+        )
     assert convert.load_metadata(tmp_path)["step"] == 300
     assert torch.equal(convert.load_encoder(tmp_path).cls_token, methods[300].teacher.cls_token)
     # cut off while it was written: the description comes last
@@ -176,7 +190,18 @@ def test_weights_that_are_something_else(folder):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[1]", "3", "null", "{}", '{"model": 5}', '{"model": {"wdth": 64}}', '{"model": {"width": "64"}}']
+    "text",
+    [
+        "",
+        "{",
+        "[1]",
+        "3",
+        "null",
+        "{}",
+        '{"model": 5}',
+        '{"model": {"wdth": 64}}',
+        '{"model": {"width": "64"}}',
+    ],
 )
 def test_a_description_that_makes_no_sense(folder, text):
     (folder / "config.json").write_text(text, encoding="utf-8")
@@ -192,7 +217,9 @@ def test_weights_of_another_architecture(folder):
     meta = convert.load_metadata(folder)
 
     def describe(**changes) -> None:
-        (folder / "config.json").write_text(json.dumps(meta | {"model": meta["model"] | changes}), encoding="utf-8")
+        (folder / "config.json").write_text(
+            json.dumps(meta | {"model": meta["model"] | changes}), encoding="utf-8"
+        )
 
     describe(depth=3)
     refused(lambda: convert.load_encoder(folder), "do not fit", "missing: blocks.2.")
@@ -224,7 +251,14 @@ def test_initialise_a_method_from_weights(folder, method):
     # heads count, too
     other = ExtreMA(c.from_dict({"head": {"out": 16}}, CFG))
     before = {k: v.clone() for k, v in other.state_dict().items()}
-    refused(lambda: convert.load_method_weights(other, folder), "--init-from", "another architecture", "head.6", "12", "16")
+    refused(
+        lambda: convert.load_method_weights(other, folder),
+        "--init-from",
+        "another architecture",
+        "head.6",
+        "12",
+        "16",
+    )
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
     deeper = ExtreMA(c.from_dict({"model": {"depth": 3}}, CFG))
     refused(lambda: convert.load_method_weights(deeper, folder), "blocks.2", "nothing")
@@ -234,7 +268,7 @@ def test_initialise_a_method_from_weights(folder, method):
 
 
 def released(method: ExtreMA, **extra) -> dict:
-    """What the release's training script saved: wrapped modules, projector as `head`, optimizer and scaler beside."""
+    """What the release's training script saved: wrapped modules, projector as `head`, optimizer, scaler."""
     state = {}
     for old, encoder, projector in (
         ("base_encoder", method.student, method.projector),
@@ -351,7 +385,9 @@ def test_damaged_released_files(file, tmp_path, damage):
         shutil.move(shutil.make_archive(str(tmp_path / "z"), "zip", tmp_path / "zipped"), file)
     else:
         file.write_bytes(b"" if damage == "empty" else b"not a checkpoint at all\n" * 9)
-    refused(lambda: convert.load_encoder(file), "checkpoint.pth", "cannot be read" if False else "read safely")
+    refused(
+        lambda: convert.load_encoder(file), "checkpoint.pth", "cannot be read" if False else "read safely"
+    )
     refused(lambda: convert.import_released(file, tmp_path / "out"), "read safely")
     assert not (tmp_path / "out").exists()
 
@@ -363,7 +399,10 @@ def test_damaged_released_files(file, tmp_path, damage):
         (lambda d: d.update(state_dict={1: torch.ones(1)}), ["`state_dict`"]),
         (lambda d: d.update(state_dict={"a": 1}), ["`state_dict`"]),
         (lambda d: d["state_dict"].update({"module.queue": torch.ones(1)}), ["unknown keys: module.queue"]),
-        (lambda d: d["state_dict"].pop("module.momentum_encoder.norm.bias"), ["(teacher)", "missing: norm.bias"]),
+        (
+            lambda d: d["state_dict"].pop("module.momentum_encoder.norm.bias"),
+            ["(teacher)", "missing: norm.bias"],
+        ),
         (lambda d: d["state_dict"].pop("module.base_encoder.norm.bias"), ["(student)", "missing: norm.bias"]),
         (lambda d: d["state_dict"].pop("module.momentum_encoder.pos_embed"), ["pos_embed is missing"]),
         (
@@ -387,7 +426,9 @@ def test_damaged_released_files(file, tmp_path, damage):
             ["pos_embed [1, 4, 32]"],
         ),
         (
-            lambda d: d["state_dict"].update({"module.momentum_encoder.patch_embed.proj.weight": torch.zeros(64, 9)}),
+            lambda d: d["state_dict"].update(
+                {"module.momentum_encoder.patch_embed.proj.weight": torch.zeros(64, 9)}
+            ),
             ["patch_embed.proj.weight is [64, 9]"],
         ),
         (

@@ -1,9 +1,10 @@
 """The encoder as an object people call.
 
-Covers: names and suggestions; released state-dict names; deterministic building; `encode` for every shape of `keep`
-against embed-all-then-gather, views, permuted and repeated indices, one kept token; other grids, non-square images,
-1 to 5 channels; the position table against an independent formula; attention maps; pooling by mean, class heads;
-gradients of every parameter, gradcheck; drop-path law; initialisation; errors; torch.compile without graph breaks.
+Covers: names and suggestions; released state-dict names; deterministic building; `encode` for every shape
+of `keep` against embed-all-then-gather, views, permuted and repeated indices, one kept token; other grids,
+non-square images, 1 to 5 channels; the position table against an independent formula; attention maps;
+pooling by mean, class heads; gradients of every parameter, gradcheck; drop-path law; initialisation;
+errors; torch.compile without graph breaks.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def images(b: int = 2, c: int = 3, h: int = 24, w: int = 40) -> torch.Tensor:
 
 
 def by_definition(encoder: Encoder, x: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embed all patches by convolution, add positions, gather, blocks with plain torch: (class token, patches)."""
+    """Embed all patches by convolution, add positions, gather, plain blocks: (class token, patches)."""
     proj, w = encoder.patch_embed.proj, encoder.embed_dim
     tokens = F.conv2d(x, proj.weight, proj.bias, stride=encoder.patch_size).flatten(2).transpose(1, 2)
     tokens = tokens + encoder.pos_embed
@@ -75,6 +76,7 @@ def by_definition(encoder: Encoder, x: torch.Tensor, keep: torch.Tensor) -> tupl
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-11) -> bool:
+    a, b = a.detach(), b.detach()
     return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
 
 
@@ -91,7 +93,12 @@ def test_names():
 def test_sizes(size, width, depth, heads):
     encoder = create_encoder(f"extrema_vit_{size}_patch16_224")
     assert (encoder.embed_dim, encoder.depth, encoder.heads) == (width, depth, heads)
-    assert (encoder.grid, encoder.num_patches, encoder.patch_size, encoder.img_size) == ((14, 14), 196, 16, (224, 224))
+    assert (encoder.grid, encoder.num_patches, encoder.patch_size, encoder.img_size) == (
+        (14, 14),
+        196,
+        16,
+        (224, 224),
+    )
     assert encoder.num_features == width and encoder.in_chans == 3 and encoder.num_classes == 0
     assert encoder.pos_embed.shape == (1, 196, width)
 
@@ -100,7 +107,9 @@ def test_size_of_base():
     with torch.device("meta"):
         encoder = Encoder(ModelConfig(size="base"))
     # the trunk of the paper's ViT-B 85.65 M, and two class-attention blocks, 14.18 M, with class token
-    trunk = sum(p.numel() for n, p in encoder.named_parameters() if not n.startswith(("cls_token", "blocks_token")))
+    trunk = sum(
+        p.numel() for n, p in encoder.named_parameters() if not n.startswith(("cls_token", "blocks_token"))
+    )
     assert trunk / 1e6 == pytest.approx(85.65, abs=0.01)
     assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(85.65 + 14.18, abs=0.02)
     # the released ViT-B has 196 tensors, of which 10 are the projector's
@@ -108,7 +117,9 @@ def test_size_of_base():
 
 
 def test_unknown_name_suggests():
-    with pytest.raises(UsageError, match=r"extrema_vit_bas_patch16_224'; did you mean 'extrema_vit_base_patch16_224"):
+    with pytest.raises(
+        UsageError, match=r"extrema_vit_bas_patch16_224'; did you mean 'extrema_vit_base_patch16_224"
+    ):
         create_encoder("extrema_vit_bas_patch16_224")
 
 
@@ -124,7 +135,10 @@ def test_state_dict_has_the_released_names():
     assert set(state) == wanted
     shapes = {k: tuple(v.shape) for k, v in state.items()}
     assert shapes["pos_embed"] == (1, N, 32) and shapes["cls_token"] == (1, 1, 32)
-    assert shapes["patch_embed.proj.weight"] == (32, 3, 8, 8) and shapes["blocks.0.attn.qkv.weight"] == (96, 32)
+    assert shapes["patch_embed.proj.weight"] == (32, 3, 8, 8) and shapes["blocks.0.attn.qkv.weight"] == (
+        96,
+        32,
+    )
 
 
 def test_names_do_not_depend_on_the_implementation(monkeypatch):
@@ -162,7 +176,9 @@ def test_initialisation():
         bound(block.attn.proj.weight, math.sqrt(6 / (2 * 64)))
         bound(block.mlp.fc1.weight, math.sqrt(6 / (5 * 64)))
         assert not block.attn.qkv.bias.any() and not block.mlp.fc2.bias.any()
-        assert bool((block.norm1.weight == 1).all()) and not block.norm1.bias.any() and block.norm1.eps == 1e-6
+        assert (
+            bool((block.norm1.weight == 1).all()) and not block.norm1.bias.any() and block.norm1.eps == 1e-6
+        )
     for block in encoder.blocks_token:
         for m in (block.attn.q, block.attn.k, block.attn.v, block.attn.proj):
             bound(m.weight, math.sqrt(6 / (2 * 64)))
@@ -429,7 +445,12 @@ def test_gradients_by_finite_differences():
     encoder = make(config)
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
     keep = torch.tensor([[[0, 3], [5, 5]], [[1, 2], [4, 0]]])
-    names = ["cls_token", "blocks.1.attn.qkv.weight", "blocks_token.0.attn.k.weight", "blocks_token.1.gamma_1"]
+    names = [
+        "cls_token",
+        "blocks.1.attn.qkv.weight",
+        "blocks_token.0.attn.k.weight",
+        "blocks_token.1.gamma_1",
+    ]
     values = [dict(encoder.named_parameters())[n].detach().clone().requires_grad_() for n in names]
 
     def run(x, *values):

@@ -1,9 +1,9 @@
 """The two losses and the gathering of targets.
 
-Covers: both losses against written-out loops in float64, gradients by finite differences; no gradient into the
-targets; scale invariance and range; micro-batches with an offset equal the whole batch; other views of an image are
-no negatives; bf16 inputs and autocast are computed in fp32; gathering over two real processes, and averaged
-gradients equal to the global batch's.
+Covers: both losses against written-out loops in float64, gradients by finite differences; no gradient into
+the targets; scale invariance and range; micro-batches with an offset equal the whole batch; other views of
+an image are no negatives; bf16 inputs and autocast are computed in fp32; gathering over two real processes,
+and averaged gradients equal to the global batch's.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def test_perfect_predictions():
     assert float(infonce_loss(q, k, 0.5, 6)) == pytest.approx(wanted, rel=1e-12)
 
 
-@pytest.mark.parametrize("loss", [byol_loss, lambda q, k: infonce_loss(q, k, 0.2, 3)], ids=["byol", "infonce"])
+@pytest.mark.parametrize(
+    "loss", [byol_loss, lambda q, k: infonce_loss(q, k, 0.2, 3)], ids=["byol", "infonce"]
+)
 def test_lengths_do_not_matter_and_gradients_are_right(loss):
     q, k = torch.randn(6, 5).double().requires_grad_(), torch.randn(3, 5).double().requires_grad_()
     value = loss(q, k)
@@ -92,7 +94,9 @@ def test_lengths_do_not_matter_and_gradients_are_right(loss):
     assert k.grad is None
 
 
-@pytest.mark.parametrize("loss", [byol_loss, lambda q, k: infonce_loss(q, k, 0.2, 4)], ids=["byol", "infonce"])
+@pytest.mark.parametrize(
+    "loss", [byol_loss, lambda q, k: infonce_loss(q, k, 0.2, 4)], ids=["byol", "infonce"]
+)
 def test_half_precision_inputs_are_computed_in_fp32(loss):
     q, k = torch.randn(8, 32).bfloat16(), torch.randn(4, 32).bfloat16()
     value, exact = loss(q, k), loss(q.double(), k.double())
@@ -169,7 +173,9 @@ RANK = """
 def test_two_processes_equal_the_global_batch(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(RANK)]
     runs = [
-        subprocess.Popen([*command, str(r), str(tmp_path / "meet")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            [*command, str(r), str(tmp_path / "meet")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         for r in range(2)
     ]
     try:

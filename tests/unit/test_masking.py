@@ -1,8 +1,8 @@
 """Keep indices of views.
 
-Covers: the released count of kept tokens; disjointness, uniqueness and uniformity; shapes and dtypes; keyed by
-sample, epoch and seed, so equal for any order, split or dtype of the batch; independent mode; paper settings;
-every error; `keep_from_mask`.
+Covers: the released count of kept tokens; disjointness, uniqueness and uniformity; shapes and dtypes; keyed
+by sample, epoch and seed, so equal for any order, split or dtype of the batch; independent mode; paper
+settings; every error; `keep_from_mask`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,27 @@ from extrema_fast.masking import keep_count, keep_from_mask, sample_views
 @pytest.mark.parametrize(
     ("n", "ratio", "wanted"),
     # 100 x 0.8: the exact floor is 20, the released expression gives 19
-    [(196, 0.8, 39), (196, 0.9, 19), (196, 0.75, 49), (100, 0.8, 19), (64, 0.8, 12), (196, 0.0, 196), (4, 0.9, 0)],
+    [
+        (196, 0.8, 39),
+        (196, 0.9, 19),
+        (196, 0.75, 49),
+        (100, 0.8, 19),
+        (64, 0.8, 12),
+        (196, 0.0, 196),
+        (4, 0.9, 0),
+    ],
 )
 def test_keep_count_is_the_released_expression(n, ratio, wanted):
     assert keep_count(n, ratio) == wanted
 
 
-@pytest.mark.parametrize(("n", "keep", "views"), [(196, 39, 5), (196, 19, 8), (196, 49, 4), (7, 1, 7), (7, 7, 1), (64, 12, 5)])
+@pytest.mark.parametrize(
+    ("n", "keep", "views"), [(196, 39, 5), (196, 19, 8), (196, 49, 4), (7, 1, 7), (7, 7, 1), (64, 12, 5)]
+)
 def test_disjoint_views_share_no_token(n, keep, views):
     out = sample_views(16, n, keep, views, seed=3, epoch=1)
     assert out.shape == (views, 16, keep) and out.dtype == torch.int32 and out.is_contiguous()
-    assert 0 <= out.min() and out.max() < n
+    assert out.min() >= 0 and out.max() < n
     for image in out.transpose(0, 1).reshape(16, -1):
         assert image.unique().numel() == views * keep
 

@@ -1,8 +1,9 @@
 """Student, teacher and heads as one object.
 
-Covers: head layers; the step written out by hand for both losses; view-major rows; the teacher has no gradient, never
-trains and never drops paths; its update with a number or a tensor; initial weights from the seed alone; every trained
-parameter gets a gradient; micro-batches equal the whole batch, gradients included.
+Covers: head layers; the step written out by hand for both losses; view-major rows; the teacher has no
+gradient, never trains and never drops paths; its update with a number or a tensor; initial weights from the
+seed alone; every trained parameter gets a gradient; micro-batches equal the whole batch, gradients
+included.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from extrema_fast.method import ExtreMA
 def tiny(loss: str = "byol", **train) -> c.Config:
     return c.from_dict(
         {
-            "model": {"img_size": [16, 24], "patch_size": 8, "width": 32, "depth": 2, "heads": 2, "drop_path": 0.0},
+            "model": {
+                "img_size": [16, 24],
+                "patch_size": 8,
+                "width": 32,
+                "depth": 2,
+                "heads": 2,
+                "drop_path": 0.0,
+            },
             "head": {"loss": loss, "hidden": 24, "out": 12, "predictor_hidden": 20},
             "mask": {"views": 3, "keep": 2},
             "train": train,
@@ -50,7 +58,15 @@ def apart(method: ExtreMA) -> ExtreMA:
 
 def test_head_layers():
     head = mlp_head(8, 16, 24, 4)
-    assert [type(m).__name__ for m in head] == ["Linear", "LayerNorm", "GELU", "Linear", "LayerNorm", "GELU", "Linear"]
+    assert [type(m).__name__ for m in head] == [
+        "Linear",
+        "LayerNorm",
+        "GELU",
+        "Linear",
+        "LayerNorm",
+        "GELU",
+        "Linear",
+    ]
     assert set(head.state_dict()) == {f"{i}.{x}" for i in (0, 1, 3, 4, 6) for x in ("weight", "bias")}
     assert head[1].eps == head[4].eps == 1e-5 and head[2].approximate == "none"
     assert set(mlp_head(8, 16, 4).state_dict()) == {f"{i}.{x}" for i in (0, 1, 3) for x in ("weight", "bias")}
@@ -200,7 +216,11 @@ def test_initial_weights_depend_on_the_seed_alone():
     torch.rand(11)
     b, other = ExtreMA(tiny(seed=5)).state_dict(), ExtreMA(tiny(seed=6)).state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
-    for key in ("student_branch.encoder.cls_token", "student_branch.projector.0.weight", "student_branch.predictor.3.weight"):
+    for key in (
+        "student_branch.encoder.cls_token",
+        "student_branch.projector.0.weight",
+        "student_branch.predictor.3.weight",
+    ):
         assert not torch.equal(a[key], other[key])
 
 

@@ -1,7 +1,8 @@
 """The switch between implementations.
 
-Covers: what `auto` takes; the configuration's and the environment's setting and which wins; one name for all ops;
-per-op lists; the log line, once; every error; results of all implementations through the public functions.
+Covers: what `auto` takes; the configuration's and the environment's setting and which wins; one name for
+all ops; per-op lists; the log line, once; every error; results of all implementations through the public
+functions.
 """
 
 from __future__ import annotations

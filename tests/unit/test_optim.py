@@ -1,12 +1,14 @@
 """Schedules and parameter groups.
 
-Covers: learning rate at 0, inside and at the end of the warm-up, in the middle and at the end; the momentum's
-course; both as pure functions; the paper's run in steps; who is decayed; the optimizer that is built.
+Covers: learning rate at 0, inside and at the end of the warm-up, in the middle and at the end; the
+momentum's course; both as pure functions; the paper's run in steps; who is decayed; the optimizer that is
+built.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -33,8 +35,8 @@ def test_learning_rate_at_its_corners():
     # the warm-up starts at 0 and meets the peak whatever the minimum
     assert rate(0, 0.5) == 0 and rate(10, 0.5) == 2.0
     values = [rate(t) for t in range(111)]
-    assert all(a < b for a, b in zip(values[:10], values[1:11], strict=True))
-    assert all(a > b for a, b in zip(values[10:-1], values[11:], strict=True))
+    assert all(a < b for a, b in pairwise(values[:11]))
+    assert all(a > b for a, b in pairwise(values[10:]))
 
 
 def test_without_warm_up_the_first_step_has_the_peak():
@@ -48,7 +50,7 @@ def test_momentum_at_its_corners():
     assert momentum(101, base=0.996, total=100) == 1.0
     assert momentum(25, base=0.9, total=100) == pytest.approx(1 - 0.1 * (1 + math.cos(math.pi / 4)) / 2)
     values = [momentum(t, base=0.9, total=64) for t in range(65)]
-    assert all(a < b for a, b in zip(values[:-1], values[1:], strict=True))
+    assert all(a < b for a, b in pairwise(values))
     assert momentum(3, base=1.0, total=10) == 1.0
 
 
@@ -92,16 +94,30 @@ def group_names(named: list[tuple[str, torch.nn.Parameter]], decay: float = 0.1)
 def test_decay_is_for_matrices_only():
     method = ExtreMA(c.smoke())
     decayed, plain = group_names(method.student_parameters())
-    wanted = {f"encoder.blocks.{i}.{n}.weight" for i in range(2) for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    wanted = {
+        f"encoder.blocks.{i}.{n}.weight"
+        for i in range(2)
+        for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    }
     wanted |= {
         f"encoder.blocks_token.{i}.{n}.weight"
         for i in range(2)
         for n in ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
     }
-    wanted |= {"encoder.patch_embed.proj.weight", "projector.0.weight", "projector.3.weight", "projector.6.weight"}
+    wanted |= {
+        "encoder.patch_embed.proj.weight",
+        "projector.0.weight",
+        "projector.3.weight",
+        "projector.6.weight",
+    }
     wanted |= {"predictor.0.weight", "predictor.3.weight"}
     assert decayed == wanted
-    assert {"encoder.cls_token", "encoder.blocks_token.0.gamma_1", "encoder.norm.weight", "projector.1.weight"} <= plain
+    assert {
+        "encoder.cls_token",
+        "encoder.blocks_token.0.gamma_1",
+        "encoder.norm.weight",
+        "projector.1.weight",
+    } <= plain
     # the position table is neither: a buffer is not optimised
     assert not any("pos_embed" in n for n in decayed | plain)
 
@@ -124,7 +140,9 @@ def test_the_optimizer_trains_the_student_alone():
 def test_one_fused_step_is_decoupled_adamw():
     p = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]).double())
     p.grad = torch.tensor([[0.5, 3.0]]).double()
-    optimizer = torch.optim.AdamW(param_groups([("w", p)], 0.1), lr=0.01, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(
+        param_groups([("w", p)], 0.1), lr=0.01, betas=(0.9, 0.95), eps=1e-8, fused=True
+    )
     optimizer.step()
     # at the first step the two moments cancel to the sign of the gradient
     wanted = torch.tensor([[1.0, -2.0]]).double() * (1 - 0.01 * 0.1) - 0.01 * torch.sign(p.grad)

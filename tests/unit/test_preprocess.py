@@ -1,7 +1,7 @@
 """From a picture to the encoder's input.
 
-Covers: resizing and cropping against PIL; sizes, also tiny, huge and non-square ones; pictures that already fit;
-modes; one channel; the numbers of the weights; errors.
+Covers: resizing and cropping against PIL; sizes, also tiny, huge and non-square ones; pictures that already
+fit; modes; one channel; the numbers of the weights; errors.
 """
 
 from __future__ import annotations

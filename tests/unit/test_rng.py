@@ -1,8 +1,8 @@
 """Keyed random numbers.
 
-Covers: Philox4x32-10 against the Random123 known answers and against plain Python integers; how key and counter
-are formed from seed, row, epoch, stream and block; independence of batch order and split; range and spread of
-`uniform`; `permutation` is one, differs by epoch and seed, and is unbiased.
+Covers: Philox4x32-10 against the Random123 known answers and against plain Python integers; how key and
+counter are formed from seed, row, epoch, stream and block; independence of batch order and split; range and
+spread of `uniform`; `permutation` is one, differs by epoch and seed, and is unbiased.
 """
 
 from __future__ import annotations
@@ -67,7 +67,14 @@ def test_words_form_the_counter_as_documented():
 
 def test_streams_have_their_documented_numbers():
     # part of every counter: a new number changes every run
-    assert (rng.ORDER, rng.CROP, rng.COLOR_STUDENT, rng.COLOR_TEACHER, rng.MASK, rng.DROP_PATH) == (0, 1, 2, 3, 4, 5)
+    assert (rng.ORDER, rng.CROP, rng.COLOR_STUDENT, rng.COLOR_TEACHER, rng.MASK, rng.DROP_PATH) == (
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    )
 
 
 def test_a_row_has_the_same_words_in_any_batch():
@@ -100,7 +107,7 @@ def test_uniform_is_the_upper_24_bits():
     w, u = rng.words(torch.arange(1000), 8, **keys), rng.uniform(torch.arange(1000), 8, **keys)
     assert u.dtype == torch.float32
     assert torch.equal(u.double() * 2**24, (w >> 8).double())
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
     # 8000 draws in 20 bins: chi-square with 19 degrees of freedom, 0.1 % and 99.9 % points
     counts = torch.histc(u, 20, 0, 1)
     assert 5.4 < float((counts - 400).square().sum() / 400) < 43.8
