@@ -487,7 +487,16 @@ def _parse_toml(text: str) -> dict[str, Any]:
 
 # fields that may differ between a run and its resumption: they do not change what is learned
 FREE_FIELDS = (
-    "data.test","out", "log.", "ckpt.", "eval.", "system.", "data.loader", "data.threads", "train.compile")
+    "data.test",
+    "out",
+    "log.",
+    "ckpt.",
+    "eval.",
+    "system.",
+    "data.loader",
+    "data.threads",
+    "train.compile",
+)
 
 
 def flatten(cfg: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from .encoder import Encoder, build_encoder
 from .errors import UsageError
 from .features import Features, cap, extract, labelled, load_batch, raw_pixels
 from .masking import sample_views
-from .probes import ProbeResult, attention_entropy, held_out, indicators, knn, linear_probe
+from .probes import attention_entropy, indicators, knn, linear_probe
 from .sources import BUILT_IN, ImageSource, open_source, subset
 
 if TYPE_CHECKING:
@@ -40,12 +40,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Features",
-    "ProbeResult",
     "collapse_warnings",
     "evaluate",
     "extract",
     "format_table",
-    "held_out",
     "indicators",
     "knn",
     "knn_command",
@@ -342,8 +340,7 @@ def _measure(
     if "knn" in settings["metrics"]:
         out["knn"] = knn(a, train_y, b, test_y, settings["k"], settings["temperature"])
     if "probe" in settings["metrics"]:
-        probe = linear_probe(a, train_y, b, test_y, seed=settings["seed"])
-        out |= {"probe": probe.accuracy, "l2": probe.l2}
+        out["probe"] = linear_probe(a, train_y, b, test_y, seed=settings["seed"])
     return out
 
 
@@ -397,9 +394,10 @@ def format_table(result: dict[str, Any]) -> str:
         text.append("  ".join(cells).rstrip())
     text.insert(1, "  ".join("-" * w for w in width))
     counts = result["counts"]
+    step = "" if result["step"] is None else f" of step {result['step']}"
     text.append("")
     text.append(
-        f"{result['which']} weights, step {result['step']}; {counts['train']} training and {counts['test']} "
+        f"{result['which']} weights{step}; {counts['train']} training and {counts['test']} "
         f"test images, {counts['classes']} classes"
     )
     text += [f"WARNING: {line}" for line in result["warnings"]]

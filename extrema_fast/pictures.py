@@ -159,9 +159,10 @@ def token_colors(tokens: Tensor) -> np.ndarray:
 
 
 def overlay(kept: np.ndarray) -> np.ndarray:
-    """bool [gh, gw] -> RGBA: gray where a patch is dropped, clear where it is kept."""
+    """bool [gh, gw] -> RGBA: slate blue where a patch is dropped, clear where it is kept."""
     out = np.zeros((*kept.shape, 4), np.uint8)
-    out[~kept] = (128, 128, 134, 255)
+    # not a gray, which would look like a part of a gray photograph
+    out[~kept] = (112, 120, 156, 255)
     return out
 
 
@@ -253,7 +254,7 @@ def sample_table(s: Samples) -> tuple[str, str]:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     ramp = ",".join("rgb({},{},{})".format(*c) for c in viridis(np.linspace(0, 1, 7)))
     text = (
-        f"The {views} masked views are what the student sees (gray: dropped patches). Attention is that of "
+        f"The {views} masked views are what the student sees (blue: dropped patches). Attention is that of "
         "the class token in each pooling block, averaged over heads, beside the same network at the start. "
         "PCA shows three main directions of the teacher's patch tokens as colours, one basis for all images: "
         "equal colours mean alike tokens."

@@ -63,7 +63,10 @@ def headline(cfg: Config, processes: int, images: int, device: str, loader: str)
 
 
 def precision(cfg: Config, device_type: str) -> str:
-    """`fp32` or `bf16`: the configured one, or for `auto` bf16 where the hardware multiplies it (CUDA, AVX512-BF16, AMX)."""
+    """`fp32` or `bf16` of the matrix products.
+
+    `auto` is bf16 where the hardware multiplies it: CUDA, and processors with AVX512-BF16 or AMX.
+    """
     if cfg.train.precision != "auto":
         return cfg.train.precision
     if device_type == "cpu":

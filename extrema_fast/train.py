@@ -25,7 +25,7 @@ from .evals import collapse_warnings, online_eval
 from .losses import gather_targets
 from .masking import sample_views
 from .metrics import Meter, memory_gb
-from .plan import flops_per_image, precision, headline
+from .plan import flops_per_image, headline, precision
 from .recorder import Recorder
 from .run_folder import RunFolder
 from .sources import ImageSource

@@ -1,8 +1,8 @@
 """The method against numbers of the paper's released implementation, in float64.
 
-Covers, for every vector found: keep indices and position table, features, projections, prediction, target, trunk
-tokens, loss, every gradient, the EMA update and the AdamW step; relative error <= 1e-9. And the published checkpoint
-format through `extrema-fast import`.
+Covers, for every vector found: keep indices and position table, features, projections, prediction,
+target, trunk tokens, loss, every gradient, the EMA update and the AdamW step; relative error <= 1e-9.
+And the published checkpoint format through `extrema-fast import`.
 """
 
 from __future__ import annotations

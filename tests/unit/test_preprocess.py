@@ -22,7 +22,8 @@ PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 def picture(h: int, w: int) -> torch.Tensor:
     y, x = torch.meshgrid(torch.linspace(0, 1, h), torch.linspace(0, 1, w), indexing="ij")
     waves = torch.stack([(9 * x).sin(), (7 * y).cos(), (5 * (x + y)).sin()], -1)
-    return ((waves + 1) * 127).to(torch.uint8)
+    # with detail that a resize without antialiasing would turn into false patterns
+    return ((waves + 1) * 100 + 50 * torch.rand(h, w, 1)).to(torch.uint8)
 
 
 @pytest.mark.parametrize(
