@@ -31,7 +31,7 @@ def attention_sdpa(qkv: Tensor) -> Tensor:
 
 
 def attention_by_dtype(qkv: Tensor) -> Tensor:
-    """The plain formula for bf16 on a CPU, torch's fused attention everywhere else; shapes as `attention_sdpa`."""
+    """The plain formula for bf16 on a CPU, torch's fused attention elsewhere; as `attention_sdpa`."""
     # torch 2.13's CPU kernel is 2 to 8 times slower than two batched products in bf16 (forward and
     # backward, 12 to 196 tokens) and faster than them in fp32: `python -m benchmarks attention`
     slow = qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16

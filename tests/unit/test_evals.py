@@ -2,8 +2,8 @@
 
 Covers: k-NN against a plain loop; the probe against the paper's rule written out with
 torch's own optimizer, scaled, shifted and constant dimensions; NaN, shapes, labels, classes that do
-not match; indicators of constant, low-rank and isotropic features; warnings loud on collapse and silent on health; the result
-file's cache; nothing random consumed.
+not match; indicators of constant, low-rank and isotropic features; warnings loud on collapse and
+silent on health; the result file's cache; nothing random consumed.
 """
 
 from __future__ import annotations
