@@ -30,10 +30,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--name", default="", help="name of the record (default: the preset)")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="where the run folders go")
+    parser.add_argument("--max-train", type=int, default=0, help="images of the evaluation's training part")
+    parser.add_argument("--max-test", type=int, default=0)
     parser.add_argument("--note", default="", help="a line for the record's page")
     args = parser.parse_args(ours)
     name = args.name or args.preset
-    runs = [run(args.preset, seed, args.runs / f"{name}-seed{seed}", overrides) for seed in args.seeds]
+    limits = [f"--max-{part}={n}" for part, n in (("train", args.max_train), ("test", args.max_test)) if n]
+    runs = [run(args.preset, s, args.runs / f"{name}-seed{s}", overrides, limits) for s in args.seeds]
     record = {
         "what": f"learning: {args.preset}",
         "command": "python -m benchmarks learning " + " ".join(argv),
@@ -53,7 +56,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run(preset: str, seed: int, out: Path, overrides: list[str]) -> dict:
+def run(preset: str, seed: int, out: Path, overrides: list[str], limits: list[str]) -> dict:
     """One seed: pretrain, evaluate; wall-clock seconds of both, and the evaluation."""
     program = [sys.executable, "-m", "extrema_fast"]
     started = time.perf_counter()
@@ -73,7 +76,7 @@ def run(preset: str, seed: int, out: Path, overrides: list[str]) -> dict:
         check=True,
     )
     trained = time.perf_counter()
-    subprocess.run([*program, "evaluate", str(out)], check=True)
+    subprocess.run([*program, "evaluate", str(out), *limits], check=True)
     done = time.perf_counter()
     result = json.loads((out / "reports" / "evaluation.json").read_text(encoding="utf-8"))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -66,11 +66,11 @@ def cache_root() -> Path:
 def write_photos(
     folder: str | Path | None = None,
     *,
-    size: int = 32,
+    size: int = 48,
     train_per_photo: int = 120,
     test_per_photo: int = 60,
     scale: tuple[float, float] = (0.25, 0.6),
-    brightness: float = 0.3,
+    brightness: float = 0.6,
     seed: int = 0,
 ) -> Path:
     """The `photos` set; written on the first call, found again on later ones.
