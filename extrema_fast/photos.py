@@ -66,7 +66,7 @@ def cache_root() -> Path:
 def write_photos(
     folder: str | Path | None = None,
     *,
-    size: int = 48,
+    size: int = 32,
     train_per_photo: int = 120,
     test_per_photo: int = 60,
     scale: tuple[float, float] = (0.25, 0.6),
@@ -134,7 +134,7 @@ def photo_files() -> list[Path]:
 def write_synthetic(
     folder: str | Path | None = None,
     *,
-    size: int = 48,
+    size: int = 32,
     train_per_class: int = 24,
     test_per_class: int = 12,
     seed: int = 0,
