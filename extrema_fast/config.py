@@ -541,15 +541,15 @@ def photos() -> Config:
     return Config(
         out="runs/photos",
         data=DataConfig(train="photos", policy="spatial", area=(0.7, 1.0), threads=1),
-        mask=MaskConfig(ratio=0.8, views=5),
+        mask=MaskConfig(ratio=0.87, views=5),
         model=ModelConfig(
             size="tiny", img_size=(32, 32), patch_size=4, width=128, depth=4, heads=2, drop_path=0.0
         ),
         head=HeadConfig(loss="infonce", temperature=0.07, hidden=512, out=128, predictor_hidden=512),
         optim=OptimConfig(base_lr=5.6e-3, warmup_epochs=2, momentum=0.98),
-        train=TrainConfig(epochs=32, batch_size=32),
-        ckpt=CheckpointConfig(every_epochs=8),
-        eval=EvalConfig(every_epochs=8, max_train=1080, max_test=540),
+        train=TrainConfig(epochs=34, batch_size=32),
+        ckpt=CheckpointConfig(every_epochs=9),
+        eval=EvalConfig(every_epochs=9, max_train=1080, max_test=540),
         log=LogConfig(every_steps=67),
     )
 

@@ -70,7 +70,7 @@ def write_photos(
     train_per_photo: int = 120,
     test_per_photo: int = 60,
     scale: tuple[float, float] = (0.25, 0.6),
-    brightness: float = 0.6,
+    brightness: float = 0.5,
     seed: int = 0,
 ) -> Path:
     """The `photos` set; written on the first call, found again on later ones.
@@ -134,7 +134,7 @@ def photo_files() -> list[Path]:
 def write_synthetic(
     folder: str | Path | None = None,
     *,
-    size: int = 32,
+    size: int = 48,
     train_per_class: int = 24,
     test_per_class: int = 12,
     seed: int = 0,
