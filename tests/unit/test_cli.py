@@ -66,7 +66,10 @@ def fails(capsys, *args: str) -> str:
         ("pretrain --mask.ratio 0.5 photos", "a preset comes first"),
         ("pretrain --mask.ratio 1.5", "error: mask.ratio: expected 0 <= ratio < 1, got 1.5"),
         ("pretrain --mask.ratio 0.99", "keeps 0 of 64 tokens"),
-        ("pretrain --mask.views 9", "9 disjoint views of 12 tokens need 108, the image has 64"),
+        (
+            "pretrain --mask.ratio 0.8 --mask.views 9",
+            "9 disjoint views of 12 tokens need 108, the image has 64",
+        ),
         ("pretrain --model.img-size 30 32", "nearest: 28 or 32"),
         ("pretrain --system.device gpu", "system.device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
         ("pretrain --config missing.toml", "--config missing.toml: cannot be read"),
