@@ -66,10 +66,10 @@ def cache_root() -> Path:
 def write_photos(
     folder: str | Path | None = None,
     *,
-    size: int = 32,
+    size: int = 48,
     train_per_photo: int = 120,
     test_per_photo: int = 60,
-    scale: tuple[float, float] = (0.25, 0.6),
+    scale: tuple[float, float] = (0.29, 0.69),
     brightness: float = 0.5,
     seed: int = 0,
 ) -> Path:
@@ -77,7 +77,8 @@ def write_photos(
 
     folder      data set root; None: a cache folder named by the parameters
     size        side of the stored square PNG files in pixels
-    scale       side of a crop as a share of the short side of the half it is taken from
+    scale       side of a crop as a share of the short side of the half it is taken from; evaluation sees the
+                central 7/8 of it, 0.25 to 0.6 of that side
     brightness  each crop is multiplied by a number from [1 - brightness, 1 + brightness]
     returns     the root, holding `train/<photo>/NNNN.png` and `test/<photo>/NNNN.png`
     raises      UsageError: scikit-image or one of its photographs is missing, a value is out of range,

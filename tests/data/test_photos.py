@@ -76,7 +76,8 @@ def test_place_scale_flip_and_brightness_vary(tmp_path, monkeypatch):
     slope = np.diff(crops, axis=2).mean((1, 2))
     assert 0.35 < (slope > 0).mean() < 0.65, "flips"
     assert crops.mean((1, 2)).std() > 15, "place and brightness"
-    plain = write_photos(tmp_path / "b", train_per_photo=200, brightness=0.0) / "train"
+    recipe = {"size": 32, "scale": (0.25, 0.6), "brightness": 0.0}
+    plain = write_photos(tmp_path / "b", train_per_photo=200, **recipe) / "train"
     rise = np.diff(np.stack(list(pixels(plain).values())).astype(float), axis=1).mean((1, 2))
     # the side of a crop over 32 stored pixels: 0.25 and 0.6 of the short half side, 100
     assert 25 / 32 - 0.1 < rise.min() < 0.95 and 1.7 < rise.max() < 60 / 32 + 0.1
