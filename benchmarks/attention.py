@@ -6,7 +6,6 @@ python -m benchmarks attention --name cpu --threads 1
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from datetime import date
@@ -15,7 +14,7 @@ import torch
 
 from extrema_fast import ops
 
-from .records import RECORDS, machine, write_index
+from .records import machine, write_record
 
 # (rows, tokens, heads) at head_dim 64: the demo's student and teacher, and paper-like views and whole images
 SHAPES = [(320, 12, 2), (256, 19, 3), (128, 39, 6), (64, 64, 2), (16, 196, 6), (8, 196, 12)]
@@ -41,12 +40,7 @@ def main(argv: list[str]) -> int:
         "machine": machine(),
         "rows": rows,
     }
-    folder = RECORDS / f"{record['date']}_{record['machine']['short']}_{args.name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(page(record), encoding="utf-8")
-    write_index()
-    print(page(record))
+    write_record(record, page(record), args.name)
     return 0
 
 

@@ -17,7 +17,7 @@ import time
 from datetime import date
 from pathlib import Path
 
-from .records import RECORDS, machine, write_index
+from .records import machine, write_record
 
 
 def main(argv: list[str]) -> int:
@@ -47,12 +47,7 @@ def main(argv: list[str]) -> int:
         "summary": summary(runs),
         "runs": runs,
     }
-    folder = RECORDS / f"{record['date']}_{record['machine']['short']}_{name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(page(record), encoding="utf-8")
-    write_index()
-    print(page(record))
+    write_record(record, page(record), name)
     return 0
 
 

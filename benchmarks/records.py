@@ -35,6 +35,16 @@ def machine() -> dict:
     }
 
 
+def write_record(record: dict, page: str, name: str) -> None:
+    """Writes records/<date>_<machine>_<name>/{record.json, README.md}, the index, and prints the page."""
+    folder = RECORDS / f"{record['date']}_{record['machine']['short']}_{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(page, encoding="utf-8")
+    write_index()
+    print(page)
+
+
 def write_index() -> None:
     """records/README.md: one row per record."""
     rows = []
