@@ -18,6 +18,16 @@ import pytest
 # before torch: several test processes and their children share the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+def _has_gpu() -> bool:
+    # without torch, which must not be imported before the variables are set
+    return Path("/dev/nvidiactl").exists()
+
+
+# before Triton, which reads it at its import: on a CPU kernels are tested in its interpreter
+if not _has_gpu():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # a developer's own settings must not decide a test; these two only say where test files are
 KEPT = ("EXTREMA_FAST_PARITY", "EXTREMA_FAST_SHARED")
 for _name in [n for n in os.environ if n.startswith("EXTREMA_FAST_") and n not in KEPT]:

@@ -18,6 +18,7 @@ from extrema_fast.kernels.short_attention import short_attention_reference
 
 from extrema_fast import ops
 
+pytestmark = pytest.mark.plain
 SIZES = [1, 7, 19, 39, 49, 196, 197]
 
 

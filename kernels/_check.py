@@ -1,0 +1,45 @@
+"""Argument checks shared by all ops: the error names the argument, what came and what is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(x: object) -> str:
+    """`int64 [5, 8, 39]` for a tensor, the type's name for anything else."""
+    return f"{_name(x.dtype)} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def check(
+    name: str,
+    x: Tensor,
+    shape: Sequence[int | str],
+    dtypes: Sequence[torch.dtype] | None = None,
+    like: Tensor | None = None,
+    hint: str = "",
+) -> None:
+    """Checks one tensor argument; sizes given as text (`"D"`) are free and only shown.
+
+    dtypes: allowed element types (None: any);  like: a tensor whose device it must share
+    raises  TypeError for what is no tensor, ValueError for shape, dtype and device
+    """
+    wanted = f"{' | '.join(_name(d) for d in dtypes) + ' ' if dtypes else ''}[{', '.join(map(str, shape))}]"
+    hint = f"; {hint}" if hint else ""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor {wanted}, got {describe(x)}{hint}")
+    fits = x.dim() == len(shape) and all(
+        isinstance(w, str) or w == s for w, s in zip(shape, x.shape, strict=True)
+    )
+    if not fits or (dtypes is not None and x.dtype not in dtypes):
+        raise ValueError(f"{name}: expected {wanted}, got {describe(x)}{hint}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name}: expected on {like.device} like the other arguments, got {x.device}{hint}")

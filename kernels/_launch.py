@@ -1,0 +1,138 @@
+"""What every launch needs: may Triton run here, output buffers, the device guard, tuned configurations."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Triton decides at its import whether kernels are interpreted, so later changes of the variable are ignored
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+DTYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float64: "fp64",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def can_run(device: torch.device | str) -> tuple[bool, str]:
+    """(may Triton kernels run on tensors of `device`?, the reason)."""
+    if not HAS_TRITON:
+        return False, "Triton is not installed"
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return True, "Triton on a CUDA device"
+    if kind == "cpu" and INTERPRET:
+        return True, "Triton's interpreter (TRITON_INTERPRET=1)"
+    return False, f"no Triton kernels on {kind}"
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether an op's implementation launches its kernel for `x`; else it runs its plain definition."""
+    return can_run(x.device)[0]
+
+
+def checking() -> bool:
+    """EXTREMA_FAST_CHECK=1: indices are checked (a GPU is waited for) and outputs start as NaN."""
+    return os.environ.get("EXTREMA_FAST_CHECK", "0") not in ("", "0")
+
+
+def empty(shape: tuple[int, ...] | torch.Size, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An output buffer, contiguous, on the device of `like`; poisoned when `checking()`."""
+    out = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+    if checking():
+        out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
+    return out
+
+
+def rows_ready(x: Tensor) -> Tensor:
+    """`x`, copied unless its last axis is dense, no axis is expanded and its address is a multiple of 16.
+
+    Gradients of sums arrive with stride 0, slices with odd addresses; kernels see neither.
+    """
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+    dense = x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if dense and not expanded and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Runs `kernel[grid]` on the device of `like`; an empty grid is no launch.
+
+    The long axis comes first in the grid: the second and third hold at most 65,535 programs.
+    """
+    if 0 in grid:
+        return
+    guard = torch.cuda.device(like.device) if like.device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*args, **kwargs)
+
+
+# ---- configurations -------------------------------------------------------------------------------
+
+
+def device_name(device: torch.device | str) -> str:
+    """The name of a configuration file: `nvidia-h200`."""
+    return torch.cuda.get_device_name(device).lower().replace(" ", "-")
+
+
+def config_key(direction: str, dtype: torch.dtype, **sizes: int) -> str:
+    """`bwd|bf16|D768|H12|n64`: the entry of a configuration file."""
+    return "|".join([direction, DTYPE_NAMES[dtype], *(f"{k}{v}" for k, v in sizes.items())])
+
+
+@functools.cache
+def _entries(op: str, device: str, extra: str) -> dict[str, dict]:
+    folders = [Path(__file__).parent / op / "configs", *([Path(extra) / op] if extra else [])]
+    found: dict[str, dict] = {}
+    for folder in folders:
+        file = folder / f"{device}.json"
+        if file.is_file():
+            found |= json.loads(file.read_text(encoding="utf-8"))["entries"]
+    return found
+
+
+def tuned(op: str, key: str, device: torch.device) -> dict[str, int]:
+    """Blocks, warps and stages measured for this GPU (`kernels/OP/configs/DEVICE.json`), or nothing.
+
+    EXTREMA_FAST_CONFIG_DIR names one more folder (OP/DEVICE.json), whose entries win.
+    """
+    if device.type != "cuda":
+        return {}
+    entry = _entries(op, device_name(device), os.environ.get("EXTREMA_FAST_CONFIG_DIR", "")).get(key, {})
+    return entry.get("config", {})
+
+
+_override: dict[str, dict[str, int]] = {}
+
+
+@contextlib.contextmanager
+def forced(op: str, config: dict[str, int]):
+    """Inside, every launch of `op` takes these settings: what tuning and its tests try out."""
+    before = _override.get(op)
+    _override[op] = config
+    try:
+        yield
+    finally:
+        if before is None:
+            del _override[op]
+        else:
+            _override[op] = before
+
+
+def settings(op: str, key: str, device: torch.device, heuristic: Callable[[], dict[str, int]]) -> dict[str, int]:
+    """Launch settings of one shape: the heuristic's, overridden by the tuned entry, by `forced`."""
+    return heuristic() | tuned(op, key, device) | _override.get(op, {})

@@ -1,0 +1,100 @@
+"""What every op tells about itself, read by the contract test, the compiler check, tuning and benchmarks."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+# folder = op name; the order of the README's table
+OPS = (
+    "attention_pool",
+    "patch_gather",
+    "token_gather",
+    "short_attention",
+    "adamw_ema",
+    "color_views",
+    "sample_views",
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with one shipped configuration, compiled ahead of time for every architecture.
+
+    name        direction, dtype and shape, e.g. `bwd bf16 D768 H12 n39`; unique within the op
+    kernel      the @triton.jit function
+    signature   argument -> Triton type (`*bf16`, `i64`, `fp32`) of everything that is no constexpr
+    constexprs  argument -> value
+    aligned     arguments that are multiples of 16 at run time (pointers in bytes, strides in elements)
+    wide_loads, wide_stores  whether the streamed operands must move 16 bytes per thread and access
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int = 2
+    aligned: tuple[str, ...] = ()
+    wide_loads: bool = True
+    wide_stores: bool = True
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured shape of an op.
+
+    label      short, unique within the op: `student-B n39`
+    make       (device, dtype, generator) -> tuple of arguments; leaves that need gradients say so
+    providers  name -> function of these arguments, returning a tensor or a tuple of tensors; `ours` and
+               `reference` always, further entries are strong baselines (`sdpa`, `compiled`)
+    bytes_fwd, bytes_bwd  bytes that must move (README's budget) with elements of `itemsize` bytes
+    flops_fwd, flops_bwd  useful floating-point operations
+    """
+
+    label: str
+    make: Callable[..., tuple]
+    providers: dict[str, Callable[..., Any]]
+    bytes_fwd: int
+    bytes_bwd: int = 0
+    flops_fwd: int = 0
+    flops_bwd: int = 0
+    backward: bool = True
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An op: what it is called, what it registers, its compiled variants, its measured cases.
+
+    version    raised when results or saved tensors change
+    public     names exported by `extrema_fast.kernels.<name>` and documented in its README
+    torch_ops  registered ops, without the namespace `extrema_fast::`
+    variants   () -> list of Variant; imports Triton, so called only where it is installed
+    cases      (quick) -> list of Case; `quick` takes sizes an interpreter can run in seconds
+    space      (direction, dtype, sizes) -> list of launch settings for tuning to try; empty: nothing to tune
+    dtypes     what the kernels take, besides fp64 in the interpreter
+    """
+
+    name: str
+    version: int
+    summary: str
+    public: tuple[str, ...]
+    torch_ops: tuple[str, ...]
+    variants: Callable[[], list[Variant]]
+    cases: Callable[[bool], list[Case]]
+    space: Callable[..., list[dict[str, int]]] = field(default=lambda *_: [])
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def spec(name: str) -> Spec:
+    """The `SPEC` of kernels/<name>/spec.py."""
+    return importlib.import_module(f"{__package__}.{name}.spec").SPEC
+
+
+def specs() -> list[Spec]:
+    """Every op's specification, in the order of `OPS`."""
+    return [spec(name) for name in OPS]

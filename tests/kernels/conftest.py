@@ -1,0 +1,24 @@
+"""Kernels run in Triton's interpreter here; the variable counts only before Triton's first import."""
+
+from __future__ import annotations
+
+import pytest
+from extrema_fast.kernels import _launch
+
+
+@pytest.fixture(autouse=True)
+def _needs_interpreter(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("plain") is None and not _launch.can_run("cpu")[0]:
+        pytest.skip(f"kernels cannot run: {_launch.can_run('cpu')[1]}")
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ops' plain definitions, as on a machine without Triton."""
+    monkeypatch.setattr(_launch, "INTERPRET", False)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs start as NaN, so that an element no program writes is seen."""
+    monkeypatch.setenv("EXTREMA_FAST_CHECK", "1")
