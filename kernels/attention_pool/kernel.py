@@ -1,0 +1,287 @@
+"""Device code of attention_pool: one program reads a row's tokens once from memory (README.md).
+
+Order: forward kernel, backward kernel, their launchers. R rows, n tokens, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _launch
+
+# dots need at least 16 rows on every architecture: heads are padded to this
+HEADS = 16
+
+
+@triton.jit
+def attention_pool_fwd_kernel(
+    # [R, n, D]; [R or 1, D]; [H, R or 1, D]
+    x_ptr,
+    xh0_ptr,
+    u_ptr,
+    # [H, R, D]; [R, H, n + 1]; [R, H]; [R, n]; [R, n]
+    z_ptr,
+    scores_ptr,
+    lse_ptr,
+    mu_ptr,
+    rstd_ptr,
+    stride_xr,
+    stride_xn,
+    stride_cr,
+    stride_uh,
+    stride_ur,
+    stride_zh,
+    eps,
+    n: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_n = offs_n < n
+    mask_h = offs_h < H
+    # [BLOCK_N, BLOCK_D], [BLOCK_H, BLOCK_D]
+    x_tile = x_ptr + row * stride_xr + offs_n[:, None].to(tl.int64) * stride_xn + offs_d[None, :]
+    u_tile = u_ptr + row * stride_ur + offs_h[:, None].to(tl.int64) * stride_uh + offs_d[None, :]
+    c_tile = xh0_ptr + row * stride_cr + offs_d
+    z_tile = z_ptr + row * D + offs_h[:, None].to(tl.int64) * stride_zh + offs_d[None, :]
+
+    raw = tl.zeros([BLOCK_H, BLOCK_N], ACC)
+    raw0 = tl.zeros([BLOCK_H], ACC)
+    u_sum = tl.zeros([BLOCK_H], ACC)
+    mean = tl.zeros([BLOCK_N], ACC)
+    m2 = tl.zeros([BLOCK_N], ACC)
+    for start in range(0, D, BLOCK_D):
+        x = tl.load(x_tile + start, mask=mask_n[:, None], other=0.0)
+        u = tl.load(u_tile + start, mask=mask_h[:, None], other=0.0)
+        c = tl.load(c_tile + start).to(ACC)
+        raw = tl.dot(u, tl.trans(x), raw, input_precision="ieee", out_dtype=ACC)
+        wide_u = u.to(ACC)
+        u_sum += tl.sum(wide_u, 1)
+        raw0 += tl.sum(wide_u * c[None, :], 1)
+        if not HAS_STATS:
+            # Chan's merge of (mean, M2) of the columns so far with this chunk's: no cancellation
+            wide_x = x.to(ACC)
+            chunk = tl.sum(wide_x, 1) / BLOCK_D
+            centred = wide_x - chunk[:, None]
+            gap = chunk - mean
+            # in ACC: the quotient of two integers would be fp32
+            before = tl.cast(start, ACC)
+            share = BLOCK_D / (before + BLOCK_D)
+            mean += gap * share
+            m2 += tl.sum(centred * centred, 1) + gap * gap * (before * share)
+
+    if HAS_STATS:
+        mean = tl.load(mu_ptr + row * n + offs_n, mask=mask_n, other=0.0)
+        rstd = tl.load(rstd_ptr + row * n + offs_n, mask=mask_n, other=0.0)
+    else:
+        rstd = 1.0 / tl.sqrt(m2 / D + tl.cast(eps, ACC))
+        tl.store(mu_ptr + row * n + offs_n, mean, mask=mask_n)
+        tl.store(rstd_ptr + row * n + offs_n, rstd, mask=mask_n)
+
+    # scores of the normalised tokens from the raw ones: r_j (u . x_j - mu_j sum(u))
+    a = rstd[None, :] * (raw - mean[None, :] * u_sum[:, None])
+    a = tl.where(mask_n[None, :], a, float("-inf"))
+    top = tl.maximum(tl.max(a, 1), raw0)
+    e = tl.exp(a - top[:, None])
+    e0 = tl.exp(raw0 - top)
+    norm = tl.sum(e, 1) + e0
+    p = e / norm[:, None]
+    p0 = e0 / norm
+    score_tile = scores_ptr + row * (H * (n + 1)) + offs_h * (n + 1)
+    tl.store(score_tile, raw0, mask=mask_h)
+    tl.store(
+        score_tile[:, None] + 1 + offs_n[None, :], a, mask=mask_h[:, None] & mask_n[None, :]
+    )
+    tl.store(lse_ptr + row * H + offs_h, top + tl.log(norm), mask=mask_h)
+
+    # the correction uses the rounded weights, so that a mean offset costs nothing
+    g = (p * rstd[None, :]).to(x_ptr.dtype.element_ty)
+    shift = tl.sum(g.to(ACC) * mean[None, :], 1)
+    for start in range(0, D, BLOCK_D):
+        x = tl.load(x_tile + start, mask=mask_n[:, None], other=0.0)
+        c = tl.load(c_tile + start).to(ACC)
+        z = tl.dot(g, x, input_precision="ieee", out_dtype=ACC)
+        z += p0[:, None] * c[None, :] - shift[:, None]
+        tl.store(z_tile + start, z.to(z_ptr.dtype.element_ty), mask=mask_h[:, None])
+
+
+@triton.jit
+def attention_pool_bwd_kernel(
+    # as in the forward pass; dz [H, R, D]
+    x_ptr,
+    xh0_ptr,
+    u_ptr,
+    dz_ptr,
+    scores_ptr,
+    lse_ptr,
+    mu_ptr,
+    rstd_ptr,
+    # [R, n, D]; [H, R, D]; [R, D]
+    dx_ptr,
+    du_ptr,
+    dxh0_ptr,
+    stride_xr,
+    stride_xn,
+    stride_cr,
+    stride_uh,
+    stride_ur,
+    stride_zh,
+    n: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_n = offs_n < n
+    mask_h = offs_h < H
+    x_tile = x_ptr + row * stride_xr + offs_n[:, None].to(tl.int64) * stride_xn + offs_d[None, :]
+    u_tile = u_ptr + row * stride_ur + offs_h[:, None].to(tl.int64) * stride_uh + offs_d[None, :]
+    c_tile = xh0_ptr + row * stride_cr + offs_d
+    # dz and du share the layout of z
+    by_head = row * D + offs_h[:, None].to(tl.int64) * stride_zh + offs_d[None, :]
+    dx_tile = dx_ptr + row * (n * D) + offs_n[:, None] * D + offs_d[None, :]
+
+    raw = tl.zeros([BLOCK_H, BLOCK_N], ACC)
+    dp0 = tl.zeros([BLOCK_H], ACC)
+    u_sum = tl.zeros([BLOCK_H], ACC)
+    dz_sum = tl.zeros([BLOCK_H], ACC)
+    for start in range(0, D, BLOCK_D):
+        x = tl.load(x_tile + start, mask=mask_n[:, None], other=0.0)
+        dz = tl.load(dz_ptr + by_head + start, mask=mask_h[:, None], other=0.0)
+        u = tl.load(u_tile + start, mask=mask_h[:, None], other=0.0)
+        c = tl.load(c_tile + start).to(ACC)
+        raw = tl.dot(dz, tl.trans(x), raw, input_precision="ieee", out_dtype=ACC)
+        dz_sum += tl.sum(dz.to(ACC), 1)
+        dp0 += tl.sum(dz.to(ACC) * c[None, :], 1)
+        u_sum += tl.sum(u.to(ACC), 1)
+
+    mean = tl.load(mu_ptr + row * n + offs_n, mask=mask_n, other=0.0)
+    rstd = tl.load(rstd_ptr + row * n + offs_n, mask=mask_n, other=0.0)
+    score_tile = scores_ptr + row * (H * (n + 1)) + offs_h * (n + 1)
+    both = mask_h[:, None] & mask_n[None, :]
+    a = tl.load(score_tile[:, None] + 1 + offs_n[None, :], mask=both, other=float("-inf"))
+    a0 = tl.load(score_tile, mask=mask_h, other=float("-inf"))
+    lse = tl.load(lse_ptr + row * H + offs_h, mask=mask_h, other=0.0)
+    # padded heads and tokens: exp(-inf) = 0
+    p = tl.exp(a - lse[:, None])
+    p0 = tl.exp(a0 - lse)
+    a = tl.where(both, a, 0.0)
+    dp = rstd[None, :] * (raw - mean[None, :] * dz_sum[:, None])
+    delta = tl.sum(p * dp, 1) + p0 * dp0
+    da = p * (dp - delta[:, None])
+    da0 = p0 * (dp0 - delta)
+    # the LayerNorm's two means over D, from [H, n] numbers
+    m = tl.sum(p * dz_sum[:, None] + da * u_sum[:, None], 0) / D
+    k = tl.sum(p * dp + da * a, 0) / D
+
+    low = x_ptr.dtype.element_ty
+    g = (da * rstd[None, :]).to(low)
+    shift = tl.sum(g.to(ACC) * mean[None, :], 1)
+    # [BLOCK_N, BLOCK_H]
+    p_low = tl.trans(p.to(low))
+    da_low = tl.trans(da.to(low))
+    for start in range(0, D, BLOCK_D):
+        x = tl.load(x_tile + start, mask=mask_n[:, None], other=0.0)
+        dz = tl.load(dz_ptr + by_head + start, mask=mask_h[:, None], other=0.0)
+        u = tl.load(u_tile + start, mask=mask_h[:, None], other=0.0)
+        c = tl.load(c_tile + start).to(ACC)
+        du = tl.dot(g, x, input_precision="ieee", out_dtype=ACC)
+        du += da0[:, None] * c[None, :] - shift[:, None]
+        tl.store(du_ptr + by_head + start, du.to(low), mask=mask_h[:, None])
+        dxh0 = tl.sum(p0[:, None] * dz.to(ACC) + da0[:, None] * u.to(ACC), 0)
+        tl.store(dxh0_ptr + row * D + start + offs_d, dxh0.to(low))
+        dxh = tl.dot(p_low, dz, input_precision="ieee", out_dtype=ACC)
+        dxh = tl.dot(da_low, u, dxh, input_precision="ieee", out_dtype=ACC)
+        xh = (x.to(ACC) - mean[:, None]) * rstd[:, None]
+        dx = rstd[:, None] * (dxh - m[:, None] - xh * k[:, None])
+        tl.store(dx_tile + start, dx.to(low), mask=mask_n[:, None])
+
+
+# ---- launchers ------------------------------------------------------------------------------------
+
+
+def block_d(width: int) -> int:
+    """The largest power of two up to 64 that divides the width: no column is ever masked."""
+    return min(64, width & -width)
+
+
+def heuristic(direction: str, n: int, width: int) -> dict[str, int]:
+    """Blocks, warps and stages where nothing was measured (README.md: registers per choice)."""
+    long = n > 64
+    return {"BLOCK_D": block_d(width), "num_warps": 8 if long else 4, "num_stages": 2}
+
+
+def _options(direction: str, x: Tensor, heads: int) -> dict:
+    _, n, width = x.shape
+    key = _launch.config_key(direction, x.dtype, D=width, H=heads, n=triton.next_power_of_2(max(n, 16)))
+    chosen = _launch.settings("attention_pool", key, x.device, lambda: heuristic(direction, n, width))
+    return {
+        "n": n,
+        "D": width,
+        "H": heads,
+        "BLOCK_N": triton.next_power_of_2(max(n, 16)),
+        "BLOCK_H": HEADS,
+        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+    } | chosen
+
+
+def _row_stride(x: Tensor, axis: int) -> int:
+    return 0 if x.shape[axis] == 1 else x.stride(axis)
+
+
+def forward(
+    x: Tensor, xh0: Tensor, u: Tensor, eps: float, stats: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(z [H, R, D], scores [R, H, n + 1], lse [R, H], mu [R, n], rstd [R, n])."""
+    rows, n, width = x.shape
+    heads = u.shape[0]
+    x, xh0, u = _launch.rows_ready(x), _launch.rows_ready(xh0), _launch.rows_ready(u)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    z = _launch.empty((heads, rows, width), x)
+    scores = _launch.empty((rows, heads, n + 1), x, wide)
+    lse = _launch.empty((rows, heads), x, wide)
+    if stats is None:
+        mu, rstd = _launch.empty((rows, n), x, wide), _launch.empty((rows, n), x, wide)
+    else:
+        mu, rstd = stats[0].contiguous(), stats[1].contiguous()
+    _launch.launch(
+        attention_pool_fwd_kernel, (rows,), x, x, xh0, u, z, scores, lse, mu, rstd,
+        x.stride(0), x.stride(1), _row_stride(xh0, 0), u.stride(0), _row_stride(u, 1), z.stride(0), eps,
+        HAS_STATS=stats is not None, **_options("fwd", x, heads),
+    )  # fmt: skip
+    return z, scores, lse, mu, rstd
+
+
+def backward(
+    x: Tensor, xh0: Tensor, u: Tensor, dz: Tensor, scores: Tensor, lse: Tensor, mu: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx [R, n, D], du [H, R, D], dxh0 [R, D]); the last two per row, also for shared inputs."""
+    rows, _, width = x.shape
+    heads = u.shape[0]
+    x, xh0, u = _launch.rows_ready(x), _launch.rows_ready(xh0), _launch.rows_ready(u)
+    dz = dz.contiguous()
+    dx, du, dxh0 = _launch.empty(x.shape, x), _launch.empty(dz.shape, x), _launch.empty((rows, width), x)
+    _launch.launch(
+        attention_pool_bwd_kernel, (rows,), x, x, xh0, u, dz, scores, lse, mu.contiguous(), rstd.contiguous(),
+        dx, du, dxh0,
+        x.stride(0), x.stride(1), _row_stride(xh0, 0), u.stride(0), _row_stride(u, 1), dz.stride(0),
+        **_options("bwd", x, heads),
+    )  # fmt: skip
+    return dx, du, dxh0
