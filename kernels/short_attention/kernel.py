@@ -1,0 +1,186 @@
+"""Device code of short_attention: a whole sequence in one tile (README.md).
+
+R sequences of n tokens, H heads of d; PACK sequences share a tile of BLOCK_N rows, block-diagonally.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _launch
+
+
+@triton.jit
+def short_attention_fwd_kernel(
+    # [R, n, 3, H, d] by strides; [R, n, H, d] dense
+    qkv_ptr,
+    out_ptr,
+    rows,
+    stride_r,
+    stride_n,
+    stride_3,
+    stride_h,
+    n: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    SCALE: tl.constexpr,
+    HEADS: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    # PACK neighbouring sequences, HEADS heads one after the other
+    first = tl.program_id(0).to(tl.int64) * PACK
+    head0 = tl.program_id(1) * HEADS
+    offs = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    which = offs // n
+    token = offs - which * n
+    row = first + which
+    valid = (which < PACK) & (row < rows)
+    mask_d = offs_d < D
+    # [BLOCK_N, BLOCK_D]
+    mask = valid[:, None]
+    if BLOCK_D != D:
+        mask = mask & mask_d[None, :]
+    source = row[:, None] * stride_r + token[:, None].to(tl.int64) * stride_n + offs_d[None, :]
+    target = (row[:, None] * n + token[:, None]) * (H * D) + offs_d[None, :]
+    # [BLOCK_N, BLOCK_N]: a query sees the keys of its own sequence
+    seen = valid[None, :] & (which[:, None] == which[None, :])
+    for i in range(HEADS):
+        head = (head0 + i).to(tl.int64)
+        q = tl.load(qkv_ptr + source + head * stride_h, mask=mask, other=0.0)
+        k = tl.load(qkv_ptr + source + head * stride_h + stride_3, mask=mask, other=0.0)
+        v = tl.load(qkv_ptr + source + head * stride_h + 2 * stride_3, mask=mask, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * SCALE
+        s = tl.where(seen, s, float("-inf"))
+        # rows without keys are padding: any finite top keeps NaN out
+        top = tl.max(s, 1)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        e = tl.exp(s - top[:, None])
+        norm = tl.sum(e, 1)
+        p = e / tl.where(norm == 0.0, 1.0, norm)[:, None]
+        o = tl.dot(p.to(v.dtype), v, input_precision="ieee", out_dtype=ACC)
+        tl.store(out_ptr + target + head * D, o.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def short_attention_bwd_kernel(
+    # qkv by strides; dout [R, n, H, d] dense; dqkv [R, n, 3, H, d] dense
+    qkv_ptr,
+    dout_ptr,
+    dqkv_ptr,
+    rows,
+    stride_r,
+    stride_n,
+    stride_3,
+    stride_h,
+    n: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    SCALE: tl.constexpr,
+    HEADS: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * PACK
+    head0 = tl.program_id(1) * HEADS
+    offs = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    which = offs // n
+    token = offs - which * n
+    row = first + which
+    valid = (which < PACK) & (row < rows)
+    mask_d = offs_d < D
+    mask = valid[:, None]
+    if BLOCK_D != D:
+        mask = mask & mask_d[None, :]
+    source = row[:, None] * stride_r + token[:, None].to(tl.int64) * stride_n + offs_d[None, :]
+    flat = row[:, None] * n + token[:, None]
+    dense = flat * (H * D) + offs_d[None, :]
+    target = flat * (3 * H * D) + offs_d[None, :]
+    seen = valid[None, :] & (which[:, None] == which[None, :])
+    low = qkv_ptr.dtype.element_ty
+    for i in range(HEADS):
+        head = (head0 + i).to(tl.int64)
+        q = tl.load(qkv_ptr + source + head * stride_h, mask=mask, other=0.0)
+        k = tl.load(qkv_ptr + source + head * stride_h + stride_3, mask=mask, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * SCALE
+        s = tl.where(seen, s, float("-inf"))
+        top = tl.max(s, 1)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        e = tl.exp(s - top[:, None])
+        norm = tl.sum(e, 1)
+        p = e / tl.where(norm == 0.0, 1.0, norm)[:, None]
+        do = tl.load(dout_ptr + dense + head * D, mask=mask, other=0.0)
+        dv = tl.dot(tl.trans(p.to(low)), do, input_precision="ieee", out_dtype=ACC)
+        tl.store(dqkv_ptr + target + head * D + 2 * H * D, dv.to(low), mask=mask)
+        v = tl.load(qkv_ptr + source + head * stride_h + 2 * stride_3, mask=mask, other=0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee", out_dtype=ACC)
+        # rowsum(P * dP) needs no output: nothing but qkv is saved
+        ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * SCALE).to(low)
+        dq = tl.dot(ds, k, input_precision="ieee", out_dtype=ACC)
+        tl.store(dqkv_ptr + target + head * D, dq.to(low), mask=mask)
+        dk = tl.dot(tl.trans(ds), q, input_precision="ieee", out_dtype=ACC)
+        tl.store(dqkv_ptr + target + head * D + H * D, dk.to(low), mask=mask)
+
+
+# ---- launchers ------------------------------------------------------------------------------------
+
+
+def heuristic(direction: str, n: int, heads: int, d: int) -> dict[str, int]:
+    """One sequence per tile and all heads in a program's loop, until something else is measured faster."""
+    small = n <= 32
+    return {"PACK": 1, "HEADS": heads, "num_warps": 2 if small else 4, "num_stages": 2}
+
+
+def _options(direction: str, qkv: Tensor) -> dict:
+    _, n, _, heads, d = qkv.shape
+    key = _launch.config_key(direction, qkv.dtype, d=d, H=heads, n=n)
+    chosen = _launch.settings("short_attention", key, qkv.device, lambda: heuristic(direction, n, heads, d))
+    if heads % chosen["HEADS"]:
+        chosen = chosen | {"HEADS": heads}
+    return {
+        "n": n,
+        "H": heads,
+        "D": d,
+        # a constant: an argument would be rounded to fp32
+        "SCALE": d**-0.5,
+        "BLOCK_N": triton.next_power_of_2(max(16, chosen["PACK"] * n)),
+        "BLOCK_D": triton.next_power_of_2(max(16, d)),
+        "ACC": tl.float64 if qkv.dtype == torch.float64 else tl.float32,
+    } | chosen
+
+
+def _grid(rows: int, heads: int, options: dict) -> tuple[int, int]:
+    return triton.cdiv(rows, options["PACK"]), heads // options["HEADS"]
+
+
+def forward(qkv: Tensor) -> Tensor:
+    """[R, n, 3, H, d] -> [R, n, H, d]."""
+    qkv = _launch.rows_ready(qkv)
+    rows, n, _, heads, d = qkv.shape
+    out, options = _launch.empty((rows, n, heads, d), qkv), _options("fwd", qkv)
+    _launch.launch(
+        short_attention_fwd_kernel, _grid(rows, heads, options), qkv,
+        qkv, out, rows, *qkv.stride()[:4], **options,
+    )  # fmt: skip
+    return out
+
+
+def backward(qkv: Tensor, dout: Tensor) -> Tensor:
+    """The gradient of qkv, [R, n, 3, H, d] dense."""
+    qkv, dout = _launch.rows_ready(qkv), dout.contiguous()
+    rows, _, _, heads, d = qkv.shape
+    dqkv, options = _launch.empty(qkv.shape, qkv), _options("bwd", qkv)
+    _launch.launch(
+        short_attention_bwd_kernel, _grid(rows, heads, options), qkv,
+        qkv, dout, dqkv, rows, *qkv.stride()[:4], **options,
+    )  # fmt: skip
+    return dqkv
