@@ -222,16 +222,21 @@ def block_d(width: int) -> int:
     return min(64, width & -width)
 
 
-def heuristic(direction: str, n: int, width: int) -> dict[str, int]:
-    """Blocks, warps and stages where nothing was measured (README.md: registers per choice)."""
-    long = n > 64
-    return {"BLOCK_D": block_d(width), "num_warps": 8 if long else 4, "num_stages": 2}
+def heuristic(direction: str, n: int, width: int, itemsize: int) -> dict[str, int]:
+    """Blocks, warps and stages where nothing was measured (benchmarks/records/registers.md)."""
+    block = block_d(width)
+    if direction == "bwd" and itemsize > 2:
+        # fp32 tiles of 64 columns spill
+        block = min(block, 32)
+    return {"BLOCK_D": block, "num_warps": 8 if n > 64 else 4, "num_stages": 2}
 
 
 def _options(direction: str, x: Tensor, heads: int) -> dict:
     _, n, width = x.shape
     key = _launch.config_key(direction, x.dtype, D=width, H=heads, n=triton.next_power_of_2(max(n, 16)))
-    chosen = _launch.settings("attention_pool", key, x.device, lambda: heuristic(direction, n, width))
+    chosen = _launch.settings(
+        "attention_pool", key, x.device, lambda: heuristic(direction, n, width, x.element_size())
+    )
     return {
         "n": n,
         "D": width,

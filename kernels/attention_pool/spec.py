@@ -33,7 +33,7 @@ def variants() -> list[Variant]:
         for direction in ("fwd", "fwd_stats", "bwd"):
             if direction == "fwd_stats" and (width, n, dtype) != (768, 39, torch.bfloat16):
                 continue
-            chosen = kernel.heuristic(direction, n, width)
+            chosen = kernel.heuristic(direction, n, width, dtype.itemsize)
             warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
             low = ("x_ptr", "xh0_ptr", "u_ptr")
             if direction == "bwd":
@@ -56,6 +56,8 @@ def variants() -> list[Variant]:
                     warps,
                     stages,
                     aligned=(*pointers, *strides),
+                    # the tokens are streamed: read by both, written by the backward pass
+                    wide_stores=direction == "bwd",
                 )
             )
     return found

@@ -134,16 +134,25 @@ def short_attention_bwd_kernel(
 # ---- launchers ------------------------------------------------------------------------------------
 
 
-def heuristic(direction: str, n: int, heads: int, d: int) -> dict[str, int]:
+def heuristic(direction: str, n: int, heads: int, d: int, itemsize: int, pack: int = 1) -> dict[str, int]:
     """One sequence per tile and all heads in a program's loop, until something else is measured faster."""
-    small = n <= 32
-    return {"PACK": 1, "HEADS": heads, "num_warps": 2 if small else 4, "num_stages": 2}
+    warps = (2 if n <= 32 else 4) * (2 if itemsize > 2 else 1)
+    # head dims above 64 are padded to 128, and packed tiles are 128 tokens: one stage stays within sm_120
+    large = d > 64 or pack > 1
+    return {
+        "PACK": pack,
+        "HEADS": heads,
+        "num_warps": 8 if pack > 1 else min(8, warps),
+        "num_stages": 1 if large or itemsize > 2 else 2,
+    }
 
 
 def _options(direction: str, qkv: Tensor) -> dict:
     _, n, _, heads, d = qkv.shape
     key = _launch.config_key(direction, qkv.dtype, d=d, H=heads, n=n)
-    chosen = _launch.settings("short_attention", key, qkv.device, lambda: heuristic(direction, n, heads, d))
+    chosen = _launch.settings(
+        "short_attention", key, qkv.device, lambda: heuristic(direction, n, heads, d, qkv.element_size())
+    )
     if heads % chosen["HEADS"]:
         chosen = chosen | {"HEADS": heads}
     return {

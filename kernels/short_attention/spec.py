@@ -30,9 +30,7 @@ def variants() -> list[Variant]:
     for dtype, n, heads, d, pack in shapes:
         t = TYPES[dtype]
         for direction in ("fwd", "bwd"):
-            chosen = kernel.heuristic(direction, n, heads, d) | {"PACK": pack}
-            if pack > 1:
-                chosen |= {"num_warps": 8}
+            chosen = kernel.heuristic(direction, n, heads, d, dtype.itemsize, pack)
             warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
             names = ("qkv_ptr", "out_ptr") if direction == "fwd" else ("qkv_ptr", "dout_ptr", "dqkv_ptr")
             strides = ("stride_r", "stride_n", "stride_3", "stride_h")
