@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _launch
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -43,3 +45,24 @@ def check(
         raise ValueError(f"{name}: expected {wanted}, got {describe(x)}{hint}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{name}: expected on {like.device} like the other arguments, got {x.device}{hint}")
+
+
+def check_keep(keep: Tensor, batch: int, num_tokens: int, like: Tensor, unique: str = "") -> Tensor:
+    """Checks keep indices [V, B, K] and returns them as int32.
+
+    unique: `view` (no index twice within a view) or `image` (within all views of an image)
+    values are looked at on a CPU, and elsewhere when EXTREMA_FAST_CHECK=1, since that waits for the device
+    """
+    check("keep", keep, ("V", batch, "K"), (torch.int32, torch.int64), like, "integer indices, view-major")
+    if torch.compiler.is_compiling() or keep.numel() == 0:
+        return keep.int()
+    if _launch.checking() or keep.device.type == "cpu":
+        low, high = int(keep.min()), int(keep.max())
+        if low < 0 or high >= num_tokens:
+            raise ValueError(f"keep: expected indices in [0, {num_tokens}), got {low} to {high}")
+    if _launch.checking() and unique:
+        rows = keep.transpose(0, 1).flatten(1) if unique == "image" else keep.flatten(0, 1)
+        ordered = rows.sort(-1).values
+        if (ordered[:, 1:] == ordered[:, :-1]).any():
+            raise ValueError(f"keep: an index is twice within one {unique}")
+    return keep.int()

@@ -225,7 +225,7 @@ def block_d(width: int) -> int:
 def heuristic(direction: str, n: int, width: int, itemsize: int) -> dict[str, int]:
     """Blocks, warps and stages where nothing was measured (benchmarks/records/registers.md)."""
     block = block_d(width)
-    if direction == "bwd" and itemsize > 2:
+    if itemsize > 2:
         # fp32 tiles of 64 columns spill
         block = min(block, 32)
     return {"BLOCK_D": block, "num_warps": 8 if n > 64 else 4, "num_stages": 2}

@@ -136,15 +136,16 @@ def short_attention_bwd_kernel(
 
 def heuristic(direction: str, n: int, heads: int, d: int, itemsize: int, pack: int = 1) -> dict[str, int]:
     """One sequence per tile and all heads in a program's loop, until something else is measured faster."""
-    warps = (2 if n <= 32 else 4) * (2 if itemsize > 2 else 1)
-    # head dims above 64 are padded to 128, and packed tiles are 128 tokens: one stage stays within sm_120
-    large = d > 64 or pack > 1
-    return {
-        "PACK": pack,
-        "HEADS": heads,
-        "num_warps": 8 if pack > 1 else min(8, warps),
-        "num_stages": 1 if large or itemsize > 2 else 2,
-    }
+    backward = direction == "bwd"
+    warps = 2 if n <= 32 else 4
+    if itemsize > 2:
+        warps = 8
+    if pack > 1:
+        # forward only: the backward pass of a 128-token tile spills with every number of warps
+        warps = 8
+    # two stages of the backward pass spill on sm_80 and sm_120; fp32 and padded head dims as well
+    stages = 1 if backward or d > 64 or itemsize > 2 else 2
+    return {"PACK": pack, "HEADS": heads, "num_warps": warps, "num_stages": stages}
 
 
 def _options(direction: str, qkv: Tensor) -> dict:
