@@ -27,6 +27,15 @@ def gather_patches(images: Tensor, keep: Tensor | None, patch: int) -> Tensor:
     return cells[image, row, column].reshape(v * b, k, c * patch * patch)
 
 
+def pick(patches: Tensor, keep: Tensor | None) -> Tensor:
+    """[B, N, F] -> [V*B, K, F] at keep [V, B, K]; all rows for None."""
+    if keep is None:
+        return patches
+    v, b, k = keep.shape
+    image = torch.arange(b, device=patches.device)[None, :, None].expand_as(keep)
+    return patches[image, keep.long()].reshape(v * b, k, patches.shape[-1])
+
+
 def patch_gather_reference(
     images: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor | None, pos: Tensor
 ) -> Tensor:

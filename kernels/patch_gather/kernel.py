@@ -1,0 +1,244 @@
+"""Device code of patch_gather: the GEMM reads its left operand straight from the image (README.md).
+
+M = V B K tokens in view-major order, F = C P P numbers per patch, D width. LAYOUT: where patch j of image b lies.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _launch
+
+# uint8 [B, H, W, C]; float [B, C, H, W]; float [B, N, F]
+NHWC, NCHW, PATCHES = 0, 1, 2
+
+
+@triton.jit
+def _patch_index(keep_ptr, row, valid, batch, stride_kv, stride_kb, stride_kk, K: tl.constexpr, HAS_KEEP: tl.constexpr):
+    """(image, patch) of output rows; all int64."""
+    vb = row // K
+    k = row - vb * K
+    view = vb // batch
+    image = vb - view * batch
+    j = k
+    if HAS_KEEP:
+        j = tl.load(
+            keep_ptr + view * stride_kv + image * stride_kb + k * stride_kk, mask=valid, other=0
+        ).to(tl.int64)
+    return image, j
+
+
+@triton.jit
+def _patch_start(image, j, stride_b, stride_c, stride_h, GW: tl.constexpr, P: tl.constexpr, C: tl.constexpr, LAYOUT: tl.constexpr):
+    """Offset of each patch's first number."""
+    if LAYOUT == 2:
+        return image * stride_b + j * stride_h
+    gy = j // GW
+    gx = j - gy * GW
+    if LAYOUT == 0:
+        return image * stride_b + gy * P * stride_h + gx * (P * C)
+    return image * stride_b + gy * P * stride_h + gx * P
+
+
+@triton.jit
+def _column(offs, stride_c, stride_h, P: tl.constexpr, C: tl.constexpr, LAYOUT: tl.constexpr):
+    """Offset of column f within a patch; columns run (py, px, c) for NHWC, (c, py, px) otherwise."""
+    if LAYOUT == 2:
+        return offs.to(tl.int64)
+    if LAYOUT == 0:
+        py = offs // (P * C)
+        return py.to(tl.int64) * stride_h + (offs - py * (P * C))
+    c = offs // (P * P)
+    rest = offs - c * (P * P)
+    py = rest // P
+    return c.to(tl.int64) * stride_c + py.to(tl.int64) * stride_h + (rest - py * P)
+
+
+@triton.jit
+def patch_gather_kernel(
+    # image by strides (the last axis dense); [V, B, K] int32 by strides
+    image_ptr,
+    keep_ptr,
+    # [D, F] in the columns' order; [D]; [N, D]; [M, D]
+    weight_ptr,
+    bias_ptr,
+    pos_ptr,
+    out_ptr,
+    rows,
+    batch,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_kv,
+    stride_kb,
+    stride_kk,
+    GW: tl.constexpr,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    # the tiles of one block of tokens are neighbours, so that its pixels stay in L2
+    tiles: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0).to(tl.int64)
+    block = pid // tiles
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < rows
+    offs_n = (pid - block * tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_f = tl.arange(0, BLOCK_F)
+    image, j = _patch_index(keep_ptr, row, valid, batch, stride_kv, stride_kb, stride_kk, K, HAS_KEEP)
+    start = _patch_start(image, j, stride_b, stride_c, stride_h, GW, P, C, LAYOUT)
+    low = weight_ptr.dtype.element_ty
+    total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    for f in range(0, F, BLOCK_F):
+        cols = f + offs_f
+        column = _column(cols, stride_c, stride_h, P, C, LAYOUT)
+        if F % BLOCK_F == 0:
+            a = tl.load(image_ptr + start[:, None] + column[None, :], mask=valid[:, None], other=0)
+            w = tl.load(weight_ptr + offs_n[:, None] * F + cols[None, :], mask=offs_n[:, None] < D, other=0.0)
+        else:
+            inside = cols < F
+            a = tl.load(
+                image_ptr + start[:, None] + column[None, :], mask=valid[:, None] & inside[None, :], other=0
+            )
+            w = tl.load(
+                weight_ptr + offs_n[:, None] * F + cols[None, :],
+                mask=(offs_n[:, None] < D) & inside[None, :],
+                other=0.0,
+            )
+        if LAYOUT == 0:
+            # exact in bf16; the weight's padding columns are zero, so -128 there does no harm
+            a = (a.to(tl.float32) - 128.0).to(low)
+        else:
+            a = a.to(low)
+        total = tl.dot(a, tl.trans(w), total, input_precision="ieee", out_dtype=ACC)
+    mask = valid[:, None] & (offs_n[None, :] < D)
+    total += tl.load(bias_ptr + offs_n, mask=offs_n < D, other=0.0).to(ACC)[None, :]
+    total += tl.load(pos_ptr + j[:, None] * D + offs_n[None, :], mask=mask, other=0.0).to(ACC)
+    tl.store(out_ptr + row[:, None] * D + offs_n[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def patch_pack_kernel(
+    # as above; out [M, F]
+    image_ptr,
+    keep_ptr,
+    out_ptr,
+    rows,
+    batch,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_kv,
+    stride_kb,
+    stride_kk,
+    GW: tl.constexpr,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < rows
+    image, j = _patch_index(keep_ptr, row, valid, batch, stride_kv, stride_kb, stride_kk, K, HAS_KEEP)
+    start = _patch_start(image, j, stride_b, stride_c, stride_h, GW, P, C, LAYOUT)
+    offs_f = tl.arange(0, BLOCK_F)
+    for f in range(0, F, BLOCK_F):
+        cols = f + offs_f
+        mask = valid[:, None]
+        if F % BLOCK_F != 0:
+            mask = mask & (cols[None, :] < F)
+        column = _column(cols, stride_c, stride_h, P, C, LAYOUT)
+        a = tl.load(image_ptr + start[:, None] + column[None, :], mask=mask, other=0)
+        if LAYOUT == 0:
+            a = a.to(tl.float32) - 128.0
+        tl.store(out_ptr + row[:, None] * F + cols[None, :], a.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# ---- launchers ------------------------------------------------------------------------------------
+
+
+def heuristic(direction: str, itemsize: int, patch: int) -> dict[str, int]:
+    """Tiles of 128 x 128 x 64 in 16 bits, smaller otherwise; the gather alone moves 16 patches a program."""
+    if direction == "pack":
+        return {"BLOCK_M": 16, "BLOCK_F": 128, "num_warps": 4, "num_stages": 2}
+    if itemsize > 2:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_F": 32, "num_warps": 8, "num_stages": 1}
+    # patches that are no multiple of 16 pixels are read in small pieces, which takes registers
+    rows = 128 if patch % 16 == 0 else 64
+    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_F": 64, "num_warps": 8, "num_stages": 2}
+
+
+def _prepare(images: Tensor, keep: Tensor | None, patch: int, layout: int):
+    """(images, keep, constexprs, strides, rows, batch)."""
+    images = _launch.rows_ready(images)
+    batch = images.shape[0]
+    if layout == NHWC:
+        if images.stride(2) != images.shape[3]:
+            images = images.contiguous()
+        _, height, width, channels = images.shape
+        strides = (images.stride(0), 0, images.stride(1))
+    elif layout == NCHW:
+        _, channels, height, width = images.shape
+        strides = (images.stride(0), images.stride(1), images.stride(2))
+    else:
+        n, numbers = images.shape[1:]
+        height, width, channels = patch, n * patch, numbers // patch**2
+        strides = (images.stride(0), 0, images.stride(1))
+    count = (height // patch) * (width // patch)
+    views, kept = (1, count) if keep is None else (keep.shape[0], keep.shape[2])
+    constexprs = {
+        "GW": width // patch, "P": patch, "C": channels, "K": kept, "F": channels * patch**2,
+        "LAYOUT": layout, "HAS_KEEP": keep is not None,
+    }  # fmt: skip
+    index = images if keep is None else keep
+    strides = (*strides, *((0, 0, 0) if keep is None else keep.stride()))
+    return images, index, constexprs, strides, views * batch * kept, batch
+
+
+def _options(direction: str, dtype: torch.dtype, device: torch.device, width: int, patch: int) -> dict:
+    key = _launch.config_key(direction, dtype, D=width, P=patch)
+    return _launch.settings("patch_gather", key, device, lambda: heuristic(direction, dtype.itemsize, patch))
+
+
+def embed(
+    images: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor, pos: Tensor, patch: int, layout: int
+) -> Tensor:
+    """[M, D] in the weight's dtype."""
+    images, index, constexprs, strides, rows, batch = _prepare(images, keep, patch, layout)
+    width = weight.shape[0]
+    out = _launch.empty((rows, width), weight)
+    options = _options("fwd", weight.dtype, weight.device, width, patch)
+    tiles = triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"])
+    _launch.launch(
+        patch_gather_kernel, (tiles,), images,
+        images, index, weight.contiguous(), bias.contiguous(), pos.contiguous(), out, rows, batch, *strides,
+        D=width, ACC=tl.float64 if weight.dtype == torch.float64 else tl.float32, **constexprs, **options,
+    )  # fmt: skip
+    return out
+
+
+def pack(images: Tensor, keep: Tensor | None, patch: int, layout: int, dtype: torch.dtype) -> Tensor:
+    """[M, F]: the kept patches' numbers alone."""
+    images, index, constexprs, strides, rows, batch = _prepare(images, keep, patch, layout)
+    out = _launch.empty((rows, constexprs["F"]), images, dtype)
+    options = _options("pack", dtype, images.device, constexprs["F"], patch)
+    _launch.launch(
+        patch_pack_kernel, (triton.cdiv(rows, options["BLOCK_M"]),), images,
+        images, index, out, rows, batch, *strides, **constexprs, **options,
+    )  # fmt: skip
+    return out
