@@ -2,6 +2,7 @@
 
     pretrain -> train.pretrain    evaluate, knn, probe -> evals    report -> report.report
     import -> convert.import_released    encoders -> encoder.list_models
+    kernels -> ops.choices, kernels.listing    tune -> kernels.tune
 
 Errors a user can act on are one line on standard error; the exit code is the error's own.
 """
@@ -349,6 +350,43 @@ def _encoders(args: list[str]) -> None:
     print("\n".join(names))
 
 
+def _kernels(args: list[str]) -> None:
+    p = _Parser("kernels")
+    p.add_argument("--device", metavar="DEVICE", help="cuda or cpu (default: cuda where there is one)")
+    p.add_argument("--json", action="store_true", help="as JSON")
+    options = p.parse_all(args)
+    import torch
+
+    from . import ops
+    from .kernels import listing
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"--device: {device!r} is no device; use cpu or cuda") from None
+    rows, chosen = listing.describe(device), ops.choices(device)
+    if options.json:
+        print(json.dumps({"device": device, "kernels": rows, "choices": chosen}, indent=1))
+        return
+    print(listing.headline(device))
+    for row in rows:
+        print(f"\n{row['op']} (version {row['version']}): {row['summary']}")
+    print(f"\nchosen on {device}:")
+    width = max(map(len, chosen))
+    for op, c in chosen.items():
+        names = ", ".join(ops.IMPLEMENTATIONS[op])
+        print(f"  {op:<{width}}  {c['implementation']}: {c['reason']} (of {names})")
+
+
+def _tune(args: list[str]) -> None:
+    from .kernels import tune
+
+    code = tune.main(args)
+    if code:
+        raise SystemExit(code)
+
+
 # name -> (function, what it does, example)
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
     "pretrain": (
@@ -374,4 +412,6 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
         "import extrema_base.pth weights/extrema_base",
     ),
     "encoders": (_encoders, "list the encoder names", "encoders '*base*'"),
+    "kernels": (_kernels, "list the ops, what runs on this machine and why", "kernels --device cuda"),
+    "tune": (_tune, "measure launch settings of the Triton kernels on this GPU", "tune --op short_attention"),
 }

@@ -132,16 +132,27 @@ class PoolBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def forward(self, cls: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """cls [R, D], tokens [R, n, D] -> (class token [R, D], attention [R, H, 1 + n])."""
+    def forward(
+        self,
+        cls: Tensor,
+        tokens: Tensor,
+        stats: tuple[Tensor, Tensor] | None = None,
+        return_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """cls [R, D], tokens [R, n, D] -> (class token [R, D], attention [R, H, 1 + n] or None, stats).
+
+        stats: LayerNorm statistics of the tokens, which every block shares (`ops.attention_pool`)
+        """
         a = self.attn
         weights = ops.PoolWeights(
             self.norm1.weight, self.norm1.bias, a.q.weight, a.q.bias, a.k.weight, a.k.bias,
             a.v.weight, a.v.bias, a.proj.weight, a.proj.bias,
         )  # fmt: skip
-        out, attention = ops.attention_pool(tokens, cls, weights, self.heads, NORM_EPS)
+        out, attention, stats = ops.attention_pool(
+            tokens, cls, weights, self.heads, NORM_EPS, stats=stats, return_weights=return_weights
+        )
         cls = cls + self.gamma_1 * out
-        return cls + self.gamma_2 * self.mlp(self.norm2(cls)), attention
+        return cls + self.gamma_2 * self.mlp(self.norm2(cls)), attention, stats
 
 
 class Encoder(nn.Module):
@@ -244,13 +255,17 @@ class Encoder(nn.Module):
             tokens = block(tokens, None if path_scale is None else path_scale[i])
         return tokens
 
-    def pool(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """tokens [R, n, D] -> (class token before the final norm [R, D], P attention maps [R, H, 1 + n])."""
+    def pool(self, tokens: Tensor, return_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """tokens [R, n, D] -> (class token before the final norm [R, D], attention maps).
+
+        return_weights: the maps are one [R, H, 1 + n] per pooling block; else the list is empty
+        """
         cls = self.cls_token[:, 0].expand(tokens.shape[0], -1)
-        maps = []
+        maps, stats = [], None
         for block in self.blocks_token:
-            cls, attention = block(cls, tokens)
-            maps.append(attention)
+            cls, attention, stats = block(cls, tokens, stats, return_weights)
+            if attention is not None:
+                maps.append(attention)
         return cls, maps
 
     # ---- what users call -------------------------------------------------------------------------
@@ -291,7 +306,7 @@ class Encoder(nn.Module):
             raise UsageError("get_attention: this encoder has no class head (global_pool='avg')")
         grid = self._check_images(images)
         rows, keep = self._check_keep(images, keep, grid)
-        _, maps = self.pool(self.trunk(self.embed(images, rows)))
+        _, maps = self.pool(self.trunk(self.embed(images, rows)), return_weights=True)
         out = torch.stack(maps, 1).float()
         if keep.dim() == 3:
             b, v, _ = keep.shape

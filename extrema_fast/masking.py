@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import rng
+from . import ops
 from .config import keep_count
 from .errors import UsageError
 
@@ -43,15 +43,7 @@ def sample_views(
         raise UsageError(f"mode: expected 'disjoint' or 'independent', got {mode!r}")
     if isinstance(index, int):
         index = torch.arange(index)
-    b = index.shape[0]
-    draws = 1 if mode == "disjoint" else num_views
-    keys = rng.words(index, draws * num_patches, seed=seed, epoch=epoch, stream=rng.MASK)
-    order = torch.argsort(keys.view(b, draws, num_patches), dim=-1, stable=True)
-    if mode == "disjoint":
-        order = order[:, 0, : num_views * num_keep].view(b, num_views, num_keep)
-    else:
-        order = order[:, :, :num_keep]
-    return order.transpose(0, 1).to(torch.int32).contiguous()
+    return ops.sample_views(index, num_patches, num_keep, num_views, mode=mode, seed=seed, epoch=epoch)
 
 
 def keep_from_mask(mask: Tensor) -> Tensor:

@@ -1,27 +1,46 @@
 """The one place that decides which implementation of an op runs.
 
 Order: the environment variable EXTREMA_FAST_BACKEND, else the configuration (`set_backend`), else `auto`.
-A setting is one name for all ops (`reference`) or a list (`attention=sdpa,attention_pool=reference`).
+A setting is one name for all ops (`reference`, `triton`) or a list (`attention=sdpa,attention_pool=triton`).
 Each choice is logged once with its reason. An implementation asked for by name that cannot run is an
 error, never a silent fallback. State-dict keys never depend on the choice.
+
+`auto` takes a Triton kernel only where a committed record shows that it wins; there is none yet.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import kernels
 from .config import did_you_mean
 from .errors import UsageError
-from .kernels.attention_pool import PoolWeights, attention_pool_absorbed, attention_pool_reference
+from .kernels.adamw_ema import AdamWEma
+from .kernels.attention_pool import (
+    PoolWeights,
+    attention_pool_absorbed,
+    attention_pool_reference,
+)
+from .kernels.attention_pool import attention_pool as attention_pool_triton
+from .kernels.color_views import color_views as color_views_triton
+from .kernels.color_views import color_views_reference
+from .kernels.patch_gather import patch_gather as patch_gather_triton
 from .kernels.patch_gather import patch_gather_reference
-from .kernels.short_attention import short_attention_reference
+from .kernels.sample_views import sample_views as sample_views_triton
+from .kernels.sample_views import sample_views_reference
+from .kernels.short_attention import short_attention, short_attention_reference
 
 log = logging.getLogger(__name__)
+
+SHORT_HEAD_DIMS = (32, 64, 80)
+SHORT_TOKENS = 64
 
 
 def attention_sdpa(qkv: Tensor) -> Tensor:
@@ -38,24 +57,54 @@ def attention_by_dtype(qkv: Tensor) -> Tensor:
     return short_attention_reference(qkv) if slow else attention_sdpa(qkv)
 
 
+def attention_short(qkv: Tensor) -> Tensor:
+    """The short-sequence kernel to 64 tokens at its head dims, `attention_by_dtype` for other shapes."""
+    fits = qkv.shape[1] <= SHORT_TOKENS and qkv.shape[-1] in SHORT_HEAD_DIMS
+    return short_attention(qkv) if fits else attention_by_dtype(qkv)
+
+
+def _without_stats(pool: Callable) -> Callable:
+    # the plain forms normalise the tokens themselves, so they neither take nor give statistics
+    def run(tokens, cls, weights, heads, eps, *, stats=None, return_weights=False):
+        out, p = pool(tokens, cls, weights, heads, eps)
+        return out, p if return_weights else None, None
+
+    return run
+
+
+def _torch_adamw(groups: list[dict], teacher: dict[Tensor, Tensor], **options: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
 # op -> implementation name -> function; the first entry is what `auto` takes, with its reason
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "attention": {
         "by-dtype": attention_by_dtype,
         "sdpa": attention_sdpa,
         "reference": short_attention_reference,
+        "triton": attention_short,
     },
-    "attention_pool": {"absorbed": attention_pool_absorbed, "reference": attention_pool_reference},
-    "patch_gather": {"reference": patch_gather_reference},
+    "attention_pool": {
+        "absorbed": _without_stats(attention_pool_absorbed),
+        "reference": _without_stats(attention_pool_reference),
+        "triton": attention_pool_triton,
+    },
+    "patch_gather": {"reference": patch_gather_reference, "triton": patch_gather_triton},
+    "color_views": {"reference": color_views_reference, "triton": color_views_triton},
+    "sample_views": {"reference": sample_views_reference, "triton": sample_views_triton},
+    "adamw_ema": {"reference": _torch_adamw, "triton": AdamWEma},
 }
 _WHY = {
     "attention": "torch's fused attention, the plain formula for bf16 on a CPU",
     "attention_pool": "same result as the reference, fewer multiplications",
-    "patch_gather": "the only implementation",
+    "patch_gather": "plain torch",
+    "color_views": "plain torch",
+    "sample_views": "plain torch",
+    "adamw_ema": "torch's fused AdamW, then the teacher's move",
 }
 
 _setting = "auto"
-_chosen: dict[str, tuple[str, str]] = {}
+_chosen: dict[tuple[str, str], tuple[str, str]] = {}
 
 
 def set_backend(setting: str) -> None:
@@ -89,42 +138,88 @@ def _parse(setting: str) -> dict[str, str]:
     return wanted
 
 
-def choice(op: str) -> tuple[str, str]:
-    """(implementation, reason) for `op`, decided once and logged."""
-    if op not in _chosen:
+def choice(op: str, device: torch.device | str = "cpu") -> tuple[str, str]:
+    """(implementation, reason) for `op` on tensors of `device`, decided once and logged.
+
+    raises UsageError when Triton is asked for by name and cannot run there
+    """
+    kind = torch.device(device).type
+    if (op, kind) not in _chosen:
         env = os.environ.get("EXTREMA_FAST_BACKEND")
         name = _parse(env or _setting).get(op, "auto")
         if name == "auto":
             name, why = next(iter(IMPLEMENTATIONS[op])), _WHY[op]
+            if kind == "cuda" and kernels.can_run(kind)[0]:
+                why += "; no record shows that the Triton kernel is faster on this GPU"
         else:
-            why = "asked for by EXTREMA_FAST_BACKEND" if env else "asked for by the configuration"
-        _chosen[op] = (name, why)
+            asker = "EXTREMA_FAST_BACKEND" if env else "the configuration"
+            why = f"asked for by {asker}"
+            runs, because = kernels.can_run(kind)
+            if name == "triton" and not runs:
+                raise UsageError(
+                    f"backend: {asker} asks for {op}=triton, but {because}; use `auto`, a CUDA device, or "
+                    "TRITON_INTERPRET=1 to run kernels in Triton's interpreter (for tests: very slow)"
+                )
+        _chosen[op, kind] = (name, why)
         # a logger call inside torch.compile would break the graph
         if not torch.compiler.is_compiling():
             log.info("op %s: %s (%s)", op, name, why)
-    return _chosen[op]
+    return _chosen[op, kind]
 
 
-def choices() -> dict[str, dict[str, str]]:
+def choices(device: torch.device | str = "cpu") -> dict[str, dict[str, str]]:
     """`{op: {"implementation": ..., "reason": ...}}` for every op."""
-    return {op: dict(zip(("implementation", "reason"), choice(op), strict=True)) for op in IMPLEMENTATIONS}
+    return {
+        op: dict(zip(("implementation", "reason"), choice(op, device), strict=True)) for op in IMPLEMENTATIONS
+    }
+
+
+def _chosen_for(op: str, x: Tensor) -> Callable:
+    return IMPLEMENTATIONS[op][choice(op, x.device)[0]]
 
 
 def attention(qkv: Tensor) -> Tensor:
     """Self-attention per row; qkv [R, n, 3, H, d] -> [R, n, H, d]."""
-    return IMPLEMENTATIONS["attention"][choice("attention")[0]](qkv)
+    return _chosen_for("attention", qkv)(qkv)
 
 
 def attention_pool(
-    tokens: Tensor, cls: Tensor, weights: PoolWeights, heads: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Class attention; tokens [R, n, D], cls [R, D] -> ([R, D], probabilities [R, H, 1 + n])."""
-    impl = IMPLEMENTATIONS["attention_pool"][choice("attention_pool")[0]]
-    return impl(tokens, cls, weights, heads, eps)
+    tokens: Tensor,
+    cls: Tensor,
+    weights: PoolWeights,
+    heads: int,
+    eps: float,
+    *,
+    stats: tuple[Tensor, Tensor] | None = None,
+    return_weights: bool = False,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """Class attention; tokens [R, n, D], cls [R, D].
+
+    stats    (mean, 1 / deviation) of the tokens [R, n] from an earlier call on the same tokens
+    returns  ([R, D], probabilities [R, H, 1 + n] when `return_weights`, statistics or None)
+    """
+    return _chosen_for("attention_pool", tokens)(
+        tokens, cls, weights, heads, eps, stats=stats, return_weights=return_weights
+    )
 
 
 def patch_gather(
     images: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor | None, pos: Tensor
 ) -> Tensor:
     """Embedded kept patches plus positions; images [B, C, H, W], keep [V, B, K] or None -> [V*B, K, D]."""
-    return IMPLEMENTATIONS["patch_gather"][choice("patch_gather")[0]](images, keep, weight, bias, pos)
+    return _chosen_for("patch_gather", images)(images, keep, weight, bias, pos)
+
+
+def color_views(images: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Two colour versions of uint8 crops [B, H, W, 3]; arguments as `kernels.color_views`."""
+    return _chosen_for("color_views", images)(images, *args, **options)
+
+
+def sample_views(index: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Kept tokens of every view [V, B, K] int32; arguments as `kernels.sample_views`."""
+    return _chosen_for("sample_views", index)(index, *args, **options)
+
+
+def adamw(groups: list[dict], teacher: dict[Tensor, Tensor], **options: Any) -> torch.optim.Optimizer:
+    """AdamW over parameter groups; the fused one also moves `teacher` (student parameter -> teacher's)."""
+    return _chosen_for("adamw_ema", groups[0]["params"][0])(groups, teacher=teacher, **options)

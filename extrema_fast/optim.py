@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import ops
 from .config import Config
 from .method import ExtreMA
 
@@ -60,8 +61,15 @@ def param_groups(named: list[tuple[str, torch.nn.Parameter]], weight_decay: floa
     return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def build_optimizer(method: ExtreMA, cfg: Config) -> torch.optim.AdamW:
-    """Fused AdamW over the student branch; the rate is set every step."""
+def build_optimizer(method: ExtreMA, cfg: Config) -> torch.optim.Optimizer:
+    """AdamW over the student branch; the rate is set every step.
+
+    The state of either implementation (`ops.adamw`) continues under the other.
+    """
     o = cfg.optim
-    groups = param_groups(method.student_parameters(), o.weight_decay)
-    return torch.optim.AdamW(groups, lr=cfg.peak_lr, betas=o.betas, eps=o.eps, fused=True)
+    named = method.student_parameters()
+    moved = dict(method.teacher_branch.named_parameters())
+    # the predictor has no teacher
+    teacher = {p: moved[name] for name, p in named if name in moved}
+    groups = param_groups(named, o.weight_decay)
+    return ops.adamw(groups, teacher, lr=cfg.peak_lr, betas=o.betas, eps=o.eps)

@@ -187,7 +187,7 @@ def describe(run: Run, folder: RunFolder, loader: str) -> None:
     folder.write_env(
         run.world.device,
         run.world.size,
-        ops=ops.choices(),
+        ops=ops.choices(run.world.device),
         loader=loader,
         precision=precision(run.cfg, run.world.device.type),
         config_hash=config_hash(run.cfg),

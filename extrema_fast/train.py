@@ -25,6 +25,7 @@ from .evals import collapse_warnings, online_eval
 from .losses import gather_targets
 from .masking import sample_views
 from .metrics import Meter, memory_gb
+from .ops import AdamWEma
 from .plan import flops_per_image, headline, precision
 from .recorder import Recorder
 from .run_folder import RunFolder
@@ -200,7 +201,10 @@ def update(run: Run, bad: Tensor) -> None:
     the same move ends the step, so it is skipped after the last one.
     """
     m, last = run.schedule.momentum(run.step + 1), run.step + 1 == run.schedule.total_steps
-    if run.gate_on_device:
+    if isinstance(run.optimizer, AdamWEma):
+        # one pass over all parameters, gated on the device
+        run.optimizer.step(momentum_weight=None if last else 1 - m, found_inf=bad)
+    elif run.gate_on_device:
         # fused AdamW leaves weights, moments and step count alone where this is 1
         run.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         run.optimizer.step()

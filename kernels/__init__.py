@@ -1,6 +1,7 @@
-"""Kernels of ExtreMA's operations, each beside its plain PyTorch reference; see each folder's README.md.
+"""Triton kernels of ExtreMA's operations, each beside its plain PyTorch reference; see each folder's README.md.
 
-This folder is installed as `extrema_fast.kernels` and imports nothing of the rest of `extrema_fast`.
+This folder is installed as `extrema_fast.kernels` and imports nothing of the rest of `extrema_fast`. Nothing here
+needs Triton or a GPU to be imported: where a kernel cannot run, an op computes the same in plain PyTorch.
 """
 
 if __name__ != "extrema_fast.kernels":
@@ -10,4 +11,23 @@ if __name__ != "extrema_fast.kernels":
         "(installed by `pip install -e .` in the repository root)"
     )
 
-__all__: list[str] = []
+from ._launch import can_run
+from .adamw_ema import AdamWEma
+from .attention_pool import PoolWeights, attention_pool
+from .color_views import color_views
+from .patch_gather import patch_gather
+from .sample_views import sample_views
+from .short_attention import short_attention
+from .token_gather import token_gather
+
+__all__ = [
+    "AdamWEma",
+    "PoolWeights",
+    "attention_pool",
+    "can_run",
+    "color_views",
+    "patch_gather",
+    "sample_views",
+    "short_attention",
+    "token_gather",
+]

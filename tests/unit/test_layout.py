@@ -21,7 +21,8 @@ import pytest
 LAYERS = [
     ["errors"],
     ["config", "rng", "collapse", "svg", "report_style", "dist", "metrics"],
-    ["masking", "augment", "losses", "heads", "ops", "photos", "probes", "run_folder"],
+    ["ops", "losses", "heads", "photos", "probes", "run_folder"],
+    ["masking", "augment"],
     ["preprocess", "recorder"],
     ["encoder", "sources"],
     ["method", "data_decode"],
@@ -53,8 +54,8 @@ OPTIONAL = {
 }
 CORE = {"torch", "numpy", "safetensors", "tomli"}
 KERNEL_PACKAGES = {"torch", "numpy", "triton"}
-# where an implementation of an op is chosen, and so the only place that knows the kernels
-KERNEL_USERS = {"ops"}
+# where an implementation of an op is chosen; the keyed random numbers, defined once; the commands on kernels
+KERNEL_USERS = {"ops", "rng", "augment", "cli"}
 
 
 class Import(NamedTuple):

@@ -1,0 +1,6 @@
+"""Two colour-jittered, normalised versions of uint8 crops; maths in README.md."""
+
+from .op import color_views
+from .reference import color_params, color_views_reference
+
+__all__ = ["color_params", "color_views", "color_views_reference"]
