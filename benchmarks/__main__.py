@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from . import attention, learning
+from . import attention, kernels, learning, registers
 
-COMMANDS = {"attention": attention.main, "learning": learning.main}
+COMMANDS = {
+    "attention": attention.main,
+    "kernels": kernels.main,
+    "learning": learning.main,
+    "registers": registers.main,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -66,7 +66,11 @@ def rows_ready(x: Tensor) -> Tensor:
     """
     expanded = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
     dense = x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] == 1
-    return x if dense and not expanded and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    return (
+        x
+        if dense and not expanded and x.data_ptr() % 16 == 0
+        else x.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -133,6 +137,8 @@ def forced(op: str, config: dict[str, int]):
             _override[op] = before
 
 
-def settings(op: str, key: str, device: torch.device, heuristic: Callable[[], dict[str, int]]) -> dict[str, int]:
+def settings(
+    op: str, key: str, device: torch.device, heuristic: Callable[[], dict[str, int]]
+) -> dict[str, int]:
     """Launch settings of one shape: the heuristic's, overridden by the tuned entry, by `forced`."""
     return heuristic() | tuned(op, key, device) | _override.get(op, {})

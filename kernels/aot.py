@@ -43,7 +43,9 @@ def compile_variant(op: str, name: str, arch: int) -> dict:
         fn=variant.kernel,
         signature={a: variant.signature.get(a, "constexpr") for a in names},
         constexprs={(names.index(a),): v for a, v in variant.constexprs.items()},
-        attrs={(names.index(a),): [["tt.divisibility", 16]] for a in variant.aligned if a in variant.signature},
+        attrs={
+            (names.index(a),): [["tt.divisibility", 16]] for a in variant.aligned if a in variant.signature
+        },
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     try:
@@ -149,7 +151,9 @@ def main(argv: list[str] | None = None) -> int:
     from . import _launch
     from ._spec import OPS
 
-    parser = argparse.ArgumentParser(prog="python -m extrema_fast.kernels.aot", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m extrema_fast.kernels.aot", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--op", nargs="*", choices=OPS, default=list(OPS))
     parser.add_argument("--arch", nargs="*", type=int, choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=1, help="processes")

@@ -121,7 +121,9 @@ class AdamWEma(torch.optim.AdamW):
         own = {p for g in self.param_groups for p in g["params"]}
         for p in own:
             if p.dtype not in (torch.float32, torch.float64) or not p.is_contiguous():
-                raise ValueError(f"params: expected contiguous float32, got {describe(p)}; keep master weights")
+                raise ValueError(
+                    f"params: expected contiguous float32, got {describe(p)}; keep master weights"
+                )
         for what, pairs in (("teacher", self._moved), ("shadow", self._shadow)):
             for p, other in pairs.items():
                 if p not in own:
@@ -129,13 +131,19 @@ class AdamWEma(torch.optim.AdamW):
                 if other.shape != p.shape or other.device != p.device or not other.is_contiguous():
                     raise ValueError(f"{what}: expected contiguous {list(p.shape)}, got {describe(other)}")
                 if what == "teacher" and other.dtype != p.dtype:
-                    raise ValueError(f"teacher: expected {p.dtype}, got {other.dtype}; keep it in full precision")
+                    raise ValueError(
+                        f"teacher: expected {p.dtype}, got {other.dtype}; keep it in full precision"
+                    )
         for p, other in self._moved_shadow.items():
             if p not in self._moved or other.shape != p.shape or not other.is_contiguous():
-                raise ValueError(f"teacher_shadow: {describe(other)} does not belong to a teacher {describe(p)}")
+                raise ValueError(
+                    f"teacher_shadow: {describe(other)} does not belong to a teacher {describe(p)}"
+                )
         low = {t.dtype for t in (*self._shadow.values(), *self._moved_shadow.values())}
         if len(low) > 1 or not low <= {torch.bfloat16, torch.float16}:
-            raise ValueError(f"shadow: expected one of bfloat16, float16 for all, got {sorted(map(str, low))}")
+            raise ValueError(
+                f"shadow: expected one of bfloat16, float16 for all, got {sorted(map(str, low))}"
+            )
 
     def _settings_on(self, device: torch.device) -> Tensor:
         rows = [

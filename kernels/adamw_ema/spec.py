@@ -23,7 +23,13 @@ def variants() -> list[Variant]:
             f"update fp32 grad {name}",
             kernel.adamw_ema_kernel,
             pointers,
-            {"COLUMNS": kernel.COLUMNS, "BLOCK": kernel.BLOCK, "GRAD": dtype, "LOW": tl.bfloat16, "ACC": tl.float32},
+            {
+                "COLUMNS": kernel.COLUMNS,
+                "BLOCK": kernel.BLOCK,
+                "GRAD": dtype,
+                "LOW": tl.bfloat16,
+                "ACC": tl.float32,
+            },
             num_warps=8,
             num_stages=1,
             aligned=tuple(pointers),
@@ -65,7 +71,12 @@ def _case(label: str, shapes: list[tuple[int, ...]]) -> Case:
 
     count = sum(torch.Size(s).numel() for s in shapes)
     return Case(
-        label, make, {"ours": ours, "reference": reference}, bytes_fwd=40 * count, flops_fwd=20 * count, backward=False
+        label,
+        make,
+        {"ours": ours, "reference": reference},
+        bytes_fwd=40 * count,
+        flops_fwd=20 * count,
+        backward=False,
     )
 
 

@@ -100,9 +100,7 @@ def attention_pool_fwd_kernel(
     p0 = e0 / norm
     score_tile = scores_ptr + row * (H * (n + 1)) + offs_h * (n + 1)
     tl.store(score_tile, raw0, mask=mask_h)
-    tl.store(
-        score_tile[:, None] + 1 + offs_n[None, :], a, mask=mask_h[:, None] & mask_n[None, :]
-    )
+    tl.store(score_tile[:, None] + 1 + offs_n[None, :], a, mask=mask_h[:, None] & mask_n[None, :])
     tl.store(lse_ptr + row * H + offs_h, top + tl.log(norm), mask=mask_h)
 
     # the correction uses the rounded weights, so that a mean offset costs nothing

@@ -178,9 +178,7 @@ def render(
     )
     sizes = {"PIXELS": pixels, "TILES": tiles, "BLOCK": BLOCK, "COLUMNS": COLUMNS}
     grid = (2 * batch, tiles)
-    _launch.launch(
-        color_sums_kernel, grid, images, images, params, sums, images.stride(0), **sizes, **config
-    )
+    _launch.launch(color_sums_kernel, grid, images, images, params, sums, images.stride(0), **sizes, **config)
     _launch.launch(
         color_views_kernel, grid, images, images, params, sums, norm, out, batch, images.stride(0),
         WIDTH=width, BLOCK_T=triton.next_power_of_2(tiles), C=channels, PATCH=patch, **sizes, **config,

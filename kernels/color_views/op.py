@@ -22,11 +22,15 @@ def _color_views(images, params, mean, std, channels, dtype, patch) -> Tensor:
 
         if channels == 1:
             mean, std = [sum(mean) / 3], [sum(std) / 3]
-        norm = torch.tensor([*mean, *(1 / s for s in std)], dtype=torch.float32).to(images.device, non_blocking=True)
+        norm = torch.tensor([*mean, *(1 / s for s in std)], dtype=torch.float32).to(
+            images.device, non_blocking=True
+        )
         return render(images, params, norm, channels, dtype, patch)
     layout = "patches" if patch else "nchw"
     return torch.stack(
-        color_views_reference(images, params, mean, std, channels=channels, dtype=dtype, layout=layout, patch=patch)
+        color_views_reference(
+            images, params, mean, std, channels=channels, dtype=dtype, layout=layout, patch=patch
+        )
     )
 
 

@@ -147,6 +147,10 @@ def color_views_reference(
         y = finish(y, mean, std, channels).to(dtype)
         if layout == "patches":
             b, c, h, w = y.shape
-            y = y.view(b, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch**2)
+            y = (
+                y.view(b, c, h // patch, patch, w // patch, patch)
+                .permute(0, 2, 4, 1, 3, 5)
+                .reshape(b, -1, c * patch**2)
+            )
         out.append(y.contiguous())
     return out[0], out[1]

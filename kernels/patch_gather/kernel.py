@@ -17,7 +17,9 @@ NHWC, NCHW, PATCHES = 0, 1, 2
 
 
 @triton.jit
-def _patch_index(keep_ptr, row, valid, batch, stride_kv, stride_kb, stride_kk, K: tl.constexpr, HAS_KEEP: tl.constexpr):
+def _patch_index(
+    keep_ptr, row, valid, batch, stride_kv, stride_kb, stride_kk, K: tl.constexpr, HAS_KEEP: tl.constexpr
+):
     """(image, patch) of output rows; all int64."""
     vb = row // K
     k = row - vb * K
@@ -25,14 +27,24 @@ def _patch_index(keep_ptr, row, valid, batch, stride_kv, stride_kb, stride_kk, K
     image = vb - view * batch
     j = k
     if HAS_KEEP:
-        j = tl.load(
-            keep_ptr + view * stride_kv + image * stride_kb + k * stride_kk, mask=valid, other=0
-        ).to(tl.int64)
+        j = tl.load(keep_ptr + view * stride_kv + image * stride_kb + k * stride_kk, mask=valid, other=0).to(
+            tl.int64
+        )
     return image, j
 
 
 @triton.jit
-def _patch_start(image, j, stride_b, stride_c, stride_h, GW: tl.constexpr, P: tl.constexpr, C: tl.constexpr, LAYOUT: tl.constexpr):
+def _patch_start(
+    image,
+    j,
+    stride_b,
+    stride_c,
+    stride_h,
+    GW: tl.constexpr,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
     """Offset of each patch's first number."""
     if LAYOUT == 2:
         return image * stride_b + j * stride_h

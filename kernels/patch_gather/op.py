@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _launch
 from .._check import FLOATS, check, check_keep, describe
-from .reference import gather_patches, pick, patch_gather_reference
+from .reference import gather_patches, patch_gather_reference, pick
 
 NHWC, NCHW, PATCHES = 0, 1, 2
 
@@ -125,7 +125,9 @@ def patch_gather(
     if weight.shape[2] != patch:
         raise ValueError(f"weight: expected square patches, got {describe(weight)}")
     if not isinstance(images, Tensor) or images.dim() not in (3, 4):
-        raise ValueError(f"images: expected uint8 [B, H, W, C], float [B, C, H, W] or [B, N, F], got {describe(images)}")
+        raise ValueError(
+            f"images: expected uint8 [B, H, W, C], float [B, C, H, W] or [B, N, F], got {describe(images)}"
+        )
     if images.dtype == torch.uint8:
         layout = NHWC
         check("images", images, ("B", "H", "W", channels), like=weight)

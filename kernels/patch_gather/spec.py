@@ -31,7 +31,15 @@ def variants() -> list[Variant]:
         strides = dict.fromkeys(
             ("stride_b", "stride_c", "stride_h", "stride_kv", "stride_kb", "stride_kk"), "i32"
         )
-        sizes = {"GW": 224 // patch, "P": patch, "C": 3, "K": 39, "F": 3 * patch**2, "LAYOUT": layout, "HAS_KEEP": True}
+        sizes = {
+            "GW": 224 // patch,
+            "P": patch,
+            "C": 3,
+            "K": 39,
+            "F": 3 * patch**2,
+            "LAYOUT": layout,
+            "HAS_KEEP": True,
+        }
         for direction in ("fwd", "pack"):
             chosen = kernel.heuristic(direction, dtype.itemsize, patch)
             warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
@@ -77,7 +85,9 @@ def _case(label: str, batch: int, side: int, patch: int, views: int, kept: int, 
 
     def convolution(images, keep, weight, bias, pos):
         """The released order: embed every patch, add positions, gather per view."""
-        tokens = F.conv2d(images, weight, bias, stride=patch).flatten(2).transpose(1, 2) + pos.to(images.dtype)
+        tokens = F.conv2d(images, weight, bias, stride=patch).flatten(2).transpose(1, 2) + pos.to(
+            images.dtype
+        )
         parts = [tokens.gather(1, k.long()[..., None].expand(-1, -1, width)) for k in keep]
         return torch.cat(parts)
 
@@ -114,7 +124,12 @@ def cases(quick: bool) -> list[Case]:
 def space(direction: str, dtype: torch.dtype, sizes: dict[str, int]) -> list[dict[str, int]]:
     """Launch settings that tuning tries."""
     if direction == "pack":
-        return [{"BLOCK_M": m, "BLOCK_F": f, "num_warps": w} for m in (8, 16, 32) for f in (64, 128, 256) for w in (4, 8)]
+        return [
+            {"BLOCK_M": m, "BLOCK_F": f, "num_warps": w}
+            for m in (8, 16, 32)
+            for f in (64, 128, 256)
+            for w in (4, 8)
+        ]
     return [
         {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_F": f, "num_warps": w, "num_stages": s}
         for m in (64, 128) for n in (64, 128, 256) for f in (32, 64) for w in (4, 8) for s in (2, 3, 4)

@@ -50,7 +50,9 @@ def sample_views_kernel(
         j = start + tl.arange(0, BLOCK_J)
         other = _word(row, draw * N + j, seed, epoch, STREAM)
         # [BLOCK_N, BLOCK_J]: equal words keep their order, as a stable sort does
-        before = (other[None, :] < mine[:, None]) | ((other[None, :] == mine[:, None]) & (j[None, :] < i[:, None]))
+        before = (other[None, :] < mine[:, None]) | (
+            (other[None, :] == mine[:, None]) & (j[None, :] < i[:, None])
+        )
         rank += tl.sum((before & (j[None, :] < N)).to(tl.int32), 1)
     if DISJOINT:
         view = rank // K

@@ -56,7 +56,9 @@ def sample_views(
     if mode not in ("disjoint", "independent"):
         raise ValueError(f"mode: expected 'disjoint' or 'independent', got {mode!r}")
     if num_views < 1 or not 1 <= num_keep <= num_patches:
-        raise ValueError(f"num_keep: expected 1..{num_patches} tokens in 1 view or more, got {num_keep}, {num_views}")
+        raise ValueError(
+            f"num_keep: expected 1..{num_patches} tokens in 1 view or more, got {num_keep}, {num_views}"
+        )
     if mode == "disjoint" and num_views * num_keep > num_patches:
         raise ValueError(
             f"num_keep: {num_views} disjoint views of {num_keep} need {num_views * num_keep} tokens, "

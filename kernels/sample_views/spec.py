@@ -26,7 +26,12 @@ def variants() -> list[Variant]:
             wide_loads=False,
             wide_stores=False,
         )
-        for n, k, v, disjoint in ((196, 39, 5, True), (196, 19, 8, True), (196, 39, 5, False), (256, 51, 5, True))
+        for n, k, v, disjoint in (
+            (196, 39, 5, True),
+            (196, 19, 8, True),
+            (196, 39, 5, False),
+            (256, 51, 5, True),
+        )
     ]
 
 

@@ -38,13 +38,17 @@ def variants() -> list[Variant]:
                 Variant(
                     f"{direction} {t} n{n} H{heads} d{d}" + (f" pack{pack}" if pack > 1 else ""),
                     getattr(kernel, f"short_attention_{direction}_kernel"),
-                    dict.fromkeys(names, f"*{t}")
-                    | {"rows": "i32"}
-                    | dict.fromkeys(strides, "i32"),
+                    dict.fromkeys(names, f"*{t}") | {"rows": "i32"} | dict.fromkeys(strides, "i32"),
                     {
-                        "n": n, "H": heads, "D": d, "SCALE": d**-0.5, "BLOCK_N": triton.next_power_of_2(max(16, pack * n)),
-                        "BLOCK_D": triton.next_power_of_2(max(16, d)), "ACC": tl.float32,
-                    } | chosen,
+                        "n": n,
+                        "H": heads,
+                        "D": d,
+                        "SCALE": d**-0.5,
+                        "BLOCK_N": triton.next_power_of_2(max(16, pack * n)),
+                        "BLOCK_D": triton.next_power_of_2(max(16, d)),
+                        "ACC": tl.float32,
+                    }
+                    | chosen,
                     warps,
                     stages,
                     aligned=(*names, *strides),

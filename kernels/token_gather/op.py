@@ -82,7 +82,9 @@ class _TokenGather(torch.autograd.Function):
         return grad, None, dpos, None
 
 
-def token_gather(tokens: Tensor, keep: Tensor, pos: Tensor | None = None, *, disjoint: bool = False) -> Tensor:
+def token_gather(
+    tokens: Tensor, keep: Tensor, pos: Tensor | None = None, *, disjoint: bool = False
+) -> Tensor:
     """Kept rows of already embedded tokens, plus their positions, for all views at once.
 
     tokens    [B, N, D] bf16 | fp16 | fp32 | fp64

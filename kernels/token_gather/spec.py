@@ -18,7 +18,11 @@ def variants() -> list[Variant]:
     from . import kernel
 
     found = []
-    for dtype, width, kept, views in ((torch.bfloat16, 384, 39, 5), (torch.bfloat16, 768, 39, 5), (torch.float32, 768, 39, 5)):
+    for dtype, width, kept, views in (
+        (torch.bfloat16, 384, 39, 5),
+        (torch.bfloat16, 768, 39, 5),
+        (torch.float32, 768, 39, 5),
+    ):
         t, chosen = TYPES[dtype], kernel.heuristic(width)
         warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
         pointers = {"tokens_ptr": f"*{t}", "keep_ptr": "*i32", "pos_ptr": "*fp32", "out_ptr": f"*{t}"}
@@ -41,7 +45,8 @@ def variants() -> list[Variant]:
                     f"bwd {t} D{width} K{kept} tables{tables}",
                     kernel.token_gather_bwd_kernel,
                     pointers | {"batch": "i32"},
-                    chosen | {"N": 196, "K": kept, "D": width, "TABLES": tables, "BLOCK_N": 16, "ACC": tl.float32},
+                    chosen
+                    | {"N": 196, "K": kept, "D": width, "TABLES": tables, "BLOCK_N": 16, "ACC": tl.float32},
                     warps,
                     stages,
                     aligned=tuple(pointers),
@@ -91,7 +96,9 @@ def cases(quick: bool) -> list[Case]:
 def space(direction: str, dtype: torch.dtype, sizes: dict[str, int]) -> list[dict[str, int]]:
     """Launch settings that tuning tries."""
     blocks = [b for b in (64, 128, 256) if sizes["D"] % b == 0]
-    return [{"BLOCK_D": b, "num_warps": w, "num_stages": s} for b in blocks for w in (2, 4, 8) for s in (1, 2)]
+    return [
+        {"BLOCK_D": b, "num_warps": w, "num_stages": s} for b in blocks for w in (2, 4, 8) for s in (1, 2)
+    ]
 
 
 SPEC = Spec(

@@ -23,7 +23,10 @@ def make(dtype=torch.float32, sizes=SIZES):
 
 
 def groups(params):
-    return [{"params": params[:3], "weight_decay": 0.1}, {"params": params[3:], "weight_decay": 0.0, "lr": 3e-3}]
+    return [
+        {"params": params[:3], "weight_decay": 0.1},
+        {"params": params[3:], "weight_decay": 0.0, "lr": 3e-3},
+    ]
 
 
 def set_grads(*lists, scale=1.0, dtype=None):
@@ -146,7 +149,9 @@ def test_state_dicts_are_those_of_torch(path):
 def test_copies_are_the_cast_of_the_new_values(path):
     a, teacher = make()
     low = [{p: torch.full_like(p, 9, dtype=torch.float16) for p in a} for _ in range(2)]
-    ours = AdamWEma(a, teacher=dict(zip(a, teacher, strict=True)), shadow=low[0], teacher_shadow=low[1], **OPTIONS)
+    ours = AdamWEma(
+        a, teacher=dict(zip(a, teacher, strict=True)), shadow=low[0], teacher_shadow=low[1], **OPTIONS
+    )
     set_grads(a)
     ours.step(momentum_weight=0.3)
     for p, t in zip(a, teacher, strict=True):
@@ -206,7 +211,19 @@ def test_opcheck():
     settings = torch.tensor([[1e-3, 0.9, 0.95, 1e-8, 0.1]], dtype=torch.float64)
     numbers = [torch.tensor(x, dtype=torch.float64) for x in (1.0, 0.0, 0.1)]
     lists = (teacher[:1], [], [])
-    args = (ps, [p + 1 for p in ps], *zeros, steps, *lists, [0, -1], [-1, -1], [-1, -1], [0, 0], settings, *numbers)
+    args = (
+        ps,
+        [p + 1 for p in ps],
+        *zeros,
+        steps,
+        *lists,
+        [0, -1],
+        [-1, -1],
+        [-1, -1],
+        [0, 0],
+        settings,
+        *numbers,
+    )
     torch.library.opcheck(
         torch.ops.extrema_fast.adamw_ema.default, args, test_utils=("test_schema", "test_faketensor")
     )

@@ -18,6 +18,7 @@ from extrema_fast.kernels.attention_pool import (
     attention_pool_reference,
 )
 from extrema_fast.kernels.attention_pool.op import token_stats
+
 from tests.kernels._compare import assert_as_good
 
 OPS = torch.ops.extrema_fast
@@ -115,7 +116,13 @@ def test_statistics_returned_are_those_of_the_tokens():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("rows", "n", "width", "heads", "offset"),
-    [(1, 39, 384, 6, 0.0), (2, 19, 192, 3, 3.0), (1, 49, 96, 3, 0.0), (1, 196, 192, 3, 0.0), (1, 39, 768, 12, 0.0)],
+    [
+        (1, 39, 384, 6, 0.0),
+        (2, 19, 192, 3, 3.0),
+        (1, 49, 96, 3, 0.0),
+        (1, 196, 192, 3, 0.0),
+        (1, 39, 768, 12, 0.0),
+    ],
 )
 def test_as_accurate_as_torch_in_the_same_dtype(dtype, rows, n, width, heads, offset):
     tokens, cls, w = make(rows, n, width, dtype, offset)

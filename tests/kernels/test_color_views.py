@@ -70,7 +70,9 @@ def test_one_channel_patches_and_dtypes(dtype):
 def test_the_plain_path_and_fp64(plain):
     images = torch.randint(0, 256, (3, 9, 7, 3), dtype=torch.uint8)
     a = color_views(images, params(3), MEAN, STD)
-    assert all(torch.equal(x, y) for x, y in zip(a, color_views_reference(images, params(3), MEAN, STD), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(a, color_views_reference(images, params(3), MEAN, STD), strict=True)
+    )
     exact = color_views(images, params(3), MEAN, STD, dtype=torch.float64)
     close(a, exact)
 
@@ -87,7 +89,9 @@ def test_opcheck_and_one_graph():
     op = torch.ops.extrema_fast.color_views.default
     for patch in (0, 4):
         torch.library.opcheck(op, (images, p, list(MEAN), list(STD), 3, torch.float32, patch))
-    compiled = torch.compile(lambda x: color_views(x, p, MEAN, STD)[1] + 1, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: color_views(x, p, MEAN, STD)[1] + 1, fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(images), color_views(images, p, MEAN, STD)[1] + 1)
 
 
@@ -96,7 +100,10 @@ def test_layouts_poison_and_repeats(poisoned):
     # one view off: its sums are never written
     p[1, 0, 0] = 0
     a = color_views(images, p, MEAN, STD)
-    for x in (images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), torch.cat([images] * 2, 2)[:, :, :33]):
+    for x in (
+        images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        torch.cat([images] * 2, 2)[:, :, :33],
+    ):
         assert all(torch.equal(i, j) for i, j in zip(color_views(x, p, MEAN, STD), a, strict=True))
     assert not a[0].isnan().any()
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from extrema_fast.kernels import _launch
 from extrema_fast.kernels.patch_gather import gather_patches, patch_gather, patch_gather_reference
+
 from tests.kernels._compare import assert_as_good
 
 OPS = torch.ops.extrema_fast
@@ -26,8 +27,12 @@ def path(request, monkeypatch):
 def make(batch=2, grid=(2, 3), patch=4, views=2, kept=2, width=32, channels=3, dtype=torch.float64):
     n = grid[0] * grid[1]
     images = torch.randn(batch, channels, grid[0] * patch, grid[1] * patch, dtype=torch.float64).to(dtype)
-    keep = torch.stack([torch.randperm(n)[:kept] for _ in range(views * batch)]).view(views, batch, kept).int()
-    weight = torch.randn(width, channels, patch, patch, dtype=torch.float64).mul(0.1).to(dtype).requires_grad_()
+    keep = (
+        torch.stack([torch.randperm(n)[:kept] for _ in range(views * batch)]).view(views, batch, kept).int()
+    )
+    weight = (
+        torch.randn(width, channels, patch, patch, dtype=torch.float64).mul(0.1).to(dtype).requires_grad_()
+    )
     bias = torch.randn(width, dtype=torch.float64).to(dtype).requires_grad_()
     return images, keep, weight, bias, torch.randn(n, width, dtype=torch.float64).to(dtype)
 
@@ -54,7 +59,10 @@ def test_output_and_gradients(grid, patch, kept, width, channels, dtype, path):
 
 def test_all_patches_without_bias(path):
     images, _, weight, _, pos = make()
-    out, expected = patch_gather(images, None, weight, None, pos), patch_gather_reference(images, None, weight, None, pos)
+    out, expected = (
+        patch_gather(images, None, weight, None, pos),
+        patch_gather_reference(images, None, weight, None, pos),
+    )
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -175,7 +183,10 @@ def test_errors():
     for args, words in [
         ((images[0, 0], keep, weight, bias, pos), "images: expected uint8"),
         ((images[:, :2], keep, weight, bias, pos), r"images: expected .*\[B, 3, H, W\]"),
-        ((images[..., :5], keep, weight, bias, pos), r"images: sides \(8, 5\) are no multiples of the patch size 4"),
+        (
+            (images[..., :5], keep, weight, bias, pos),
+            r"images: sides \(8, 5\) are no multiples of the patch size 4",
+        ),
         ((images, keep + 6, weight, bias, pos), r"keep: expected indices in \[0, 6\)"),
         ((images, keep[:, :1], weight, bias, pos), r"keep: expected int32 \| int64 \[V, 2, K\]"),
         ((images, keep, weight[..., :2], bias, pos), "weight: expected square patches"),

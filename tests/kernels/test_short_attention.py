@@ -12,8 +12,9 @@ import pytest
 import torch
 from extrema_fast.kernels import _launch
 from extrema_fast.kernels.short_attention import short_attention, short_attention_reference
-from tests.kernels._compare import assert_as_good
 from torch.utils.flop_counter import FlopCounterMode
+
+from tests.kernels._compare import assert_as_good
 
 OPS = torch.ops.extrema_fast
 

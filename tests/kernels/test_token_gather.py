@@ -39,7 +39,10 @@ def path(request, monkeypatch):
 )  # fmt: skip
 def test_output_and_gradients(batch, n, views, kept, width, disjoint, dtype, path):
     tokens, keep, pos = make(batch, n, views, kept, width, dtype, disjoint)
-    out, expected = token_gather(tokens, keep, pos, disjoint=disjoint), token_gather_reference(tokens, keep, pos)
+    out, expected = (
+        token_gather(tokens, keep, pos, disjoint=disjoint),
+        token_gather_reference(tokens, keep, pos),
+    )
     assert torch.equal(out, expected) and out.is_contiguous()
     upstream = torch.randn_like(out)
     a = torch.autograd.grad(out, (tokens, pos), upstream)
@@ -92,7 +95,8 @@ def test_layouts_and_expanded_gradients():
         out = token_gather(x, strided, pos)
         assert torch.equal(out, expected)
         torch.testing.assert_close(
-            torch.autograd.grad(out.sum(), tokens), torch.autograd.grad(expected.sum(), tokens, retain_graph=True)
+            torch.autograd.grad(out.sum(), tokens),
+            torch.autograd.grad(expected.sum(), tokens, retain_graph=True),
         )
     one = tokens[:1].expand(2, -1, -1)
     assert torch.equal(token_gather(one, keep, pos), token_gather_reference(one, keep, pos))

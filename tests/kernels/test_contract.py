@@ -1,0 +1,155 @@
+"""What every op has: files, registration with a fake, documentation, cases, variants, tests.
+
+Covers: the registry against the folders; public names exported and documented; schemas registered; README
+sections; every kernel in a compiled variant; forbidden constructs; the quick cases, ours against the plain
+definition through the interpreter; the listing; tuning with an injected timer; tuning without a GPU.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+
+import pytest
+import torch
+from extrema_fast.kernels import _launch, listing, tune
+from extrema_fast.kernels._spec import OPS, Case, Spec, spec
+
+from extrema_fast import kernels
+
+
+@pytest.mark.plain
+def test_the_registry_lists_every_folder(repository):
+    folders = {p.parent.name for p in (repository / "kernels").glob("*/reference.py")}
+    assert folders == set(OPS)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("op", OPS)
+def test_files_names_and_registration(op, repository):
+    s, folder = spec(op), repository / "kernels" / op
+    assert s.name == op and s.version >= 1 and s.summary
+    for file in ("__init__.py", "reference.py", "kernel.py", "op.py", "spec.py", "README.md"):
+        assert (folder / file).is_file(), file
+    assert (repository / "tests/kernels" / f"test_{op}.py").is_file()
+    package = importlib.import_module(f"extrema_fast.kernels.{op}")
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    for name in s.public:
+        assert name in package.__all__ and name in text, name
+        assert getattr(package, name).__doc__, name
+    for words in ("## When not to use it", "```python", "bytes", "GPU"):
+        assert words in text, words
+    for name in s.torch_ops:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"extrema_fast::{name}", "CompositeExplicitAutograd"
+        )
+        assert (
+            torch._library.simple_registry.singleton.find(f"extrema_fast::{name}").fake_impl.kernel
+            is not None
+        )
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("op", OPS)
+def test_source_rules(op, repository):
+    source = (repository / "kernels" / op / "kernel.py").read_text(encoding="utf-8")
+    for word in ("autotune", "make_block_ptr", "atomic_", "triton.heuristics"):
+        assert word not in source, word
+    # a masked load without `other` is undefined on a GPU and zero in the interpreter
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load":
+            given = {k.arg for k in node.keywords}
+            assert "mask" not in given or "other" in given, ast.unparse(node)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.dot":
+            assert "input_precision" in {k.arg for k in node.keywords}, ast.unparse(node)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_kernel_is_compiled_ahead_of_time(op):
+    variants = spec(op).variants()
+    names = [v.name for v in variants]
+    assert len(set(names)) == len(names) >= 2
+    module = importlib.import_module(f"extrema_fast.kernels.{op}.kernel")
+    launched = {k for k in vars(module) if k.endswith("_kernel")}
+    assert launched == {v.kernel.fn.__name__ for v in variants}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_quick_cases_agree_with_the_definition(op):
+    s = spec(op)
+    for case in s.cases(True):
+        args = case.make("cpu", torch.float32, torch.Generator().manual_seed(0))
+        assert {"ours", "reference"} <= set(case.providers) and case.bytes_fwd > 0
+        correct, worst = tune.is_correct(case, args, torch.float32)
+        assert correct, f"{case.label}: {worst:.1f} times the limit"
+    assert len({c.label for c in s.cases(False)}) == len(s.cases(False)) >= 1
+
+
+@pytest.mark.plain
+def test_public_names():
+    assert all(callable(getattr(kernels, name)) for name in kernels.__all__)
+    assert {"attention_pool", "patch_gather", "token_gather", "short_attention"} <= set(kernels.__all__)
+
+
+@pytest.mark.plain
+def test_listing(monkeypatch):
+    rows = listing.describe("cpu")
+    assert [r["op"] for r in rows] == list(OPS)
+    monkeypatch.setattr(_launch, "INTERPRET", False)
+    assert not listing.describe("cpu")[0]["runs"] and "do not run on cpu" in listing.headline("cpu")
+
+
+# ---- tuning ---------------------------------------------------------------------------------------
+
+
+def fake_spec() -> Spec:
+    """An op whose result is wrong under one setting and whose time is its setting."""
+
+    def ours(x):
+        config = _launch.settings("fake", _launch.config_key("fwd", x.dtype, D=8), x.device, lambda: {"B": 1})
+        return x * 2 if config["B"] != 3 else x * 2.5
+
+    case = Case(
+        "only",
+        lambda d, t, g: (torch.ones(8, dtype=t),),
+        {"ours": ours, "reference": lambda x: x * 2},
+        1,
+        backward=False,
+    )
+    return Spec(
+        "fake", 1, "", (), (), lambda: [], lambda quick: [case], lambda *a: [{"B": b} for b in (3, 9, 4, 7)]
+    )
+
+
+def test_tuning_takes_the_fastest_correct_settings(tmp_path):
+    seen = []
+
+    def timer(call):
+        with tune.recorded("fake"):
+            call()
+        now = _launch.settings("fake", "fwd|fp32|D8", torch.device("cpu"), lambda: {})
+        seen.append(now["B"])
+        return [float(now["B"])]
+
+    entries = tune.tune(fake_spec(), torch.float32, "cpu", timer)
+    assert seen == [9, 4, 7] and entries["fwd|fp32|D8"]["config"] == {"B": 4}
+    file = tune.write(fake_spec(), entries, "some-gpu", tmp_path)
+    tune.write(fake_spec(), {"other": {"config": {}}}, "some-gpu", tmp_path)
+    content = json.loads(file.read_text())
+    assert set(content["entries"]) == {"fwd|fp32|D8", "other"} and content["triton"]
+    assert _launch._entries("fake", "some-gpu", str(tmp_path))["fwd|fp32|D8"]["config"] == {"B": 4}
+
+
+def test_settings_are_overridden_in_order():
+    cpu = torch.device("cpu")
+    assert _launch.settings("x", "k", cpu, lambda: {"A": 1, "B": 2}) == {"A": 1, "B": 2}
+    with _launch.forced("x", {"B": 5}):
+        assert _launch.settings("x", "k", cpu, lambda: {"A": 1, "B": 2}) == {"A": 1, "B": 5}
+    assert _launch.settings("x", "k", cpu, lambda: {"A": 1}) == {"A": 1}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_tuning_without_a_gpu_says_so(capsys):
+    assert tune.main([]) == 2 and "needs a CUDA device" in capsys.readouterr().err
+    assert tune.main(["--dry-run"]) == 0 and "attention_pool: cases" in capsys.readouterr().out
