@@ -16,7 +16,17 @@ from torch import Tensor
 
 # Triton decides at its import whether kernels are interpreted, so later changes of the variable are ignored
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
+        # an import hook may refuse it
+        return False
+
+
+HAS_TRITON = _installed("triton")
 
 DTYPE_NAMES = {
     torch.float32: "fp32",

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -135,7 +136,7 @@ def tune(
                     correct, _ = is_correct(case, args, dtype)
                     if not correct:
                         continue
-                    p50 = statistics.median(timer(lambda: run_case(case, args, "ours")))
+                    p50 = statistics.median(timer(partial(run_case, case, args, "ours")))
                 except Exception as error:
                     # a setting that does not compile or fit is no candidate
                     print(f"  {key} {config}: {type(error).__name__}", file=sys.stderr)
@@ -183,7 +184,11 @@ def write(s: Spec, entries: dict[str, dict], device: str, out: Path | None) -> P
 
 def main(argv: list[str] | None = None) -> int:
     """The command; 2 without a CUDA device."""
-    parser = argparse.ArgumentParser(prog="extrema-fast tune", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="extrema-fast tune",
+        description=__doc__.split("\n")[0],
+        epilog="example: extrema-fast tune --op short_attention attention_pool --dtype bf16",
+    )
     parser.add_argument("--op", nargs="*", choices=OPS, default=list(OPS))
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--out", type=Path, help="another folder than the package's")

@@ -1,7 +1,8 @@
 """Device code of adamw_ema: one program updates 4,096 elements of one tensor (README.md).
 
-The table holds addresses, so any number of tensors is one launch. Columns of `table` [tensors, COLUMNS] int64:
-param, grad, exp_avg, exp_avg_sq, step, teacher, shadow, teacher shadow (0: none), elements, group, aligned.
+A table holds addresses, so any number of tensors is one launch. Its columns, [tensors, COLUMNS] int64: param,
+grad, exp_avg, exp_avg_sq, step, teacher, shadow, teacher shadow (0: none), elements, group, aligned.
+Order: norm (per chunk), prepare (one program), update (per chunk), their launcher.
 """
 
 from __future__ import annotations
@@ -15,123 +16,185 @@ from .. import _launch
 
 BLOCK = 4096
 COLUMNS = 11
+# of each tensor: 1 - lr decay, 1 - beta1, beta2, 1 - beta2, eps, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), -
+DERIVED = 8
+
+
+@triton.jit
+def adamw_ema_norm_kernel(
+    # [tensors, COLUMNS]; [chunks, 2] tensor, chunk; [chunks]
+    table_ptr,
+    chunks_ptr,
+    partials_ptr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GRAD: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(chunks_ptr + pid * 2).to(tl.int64)
+    start = tl.load(chunks_ptr + pid * 2 + 1).to(tl.int64) * BLOCK
+    row = table_ptr + tensor * COLUMNS
+    size = tl.load(row + 8)
+    offs = tl.arange(0, BLOCK)
+    g_ptr = tl.load(row + 1).to(tl.pointer_type(GRAD)) + start
+    if (start + BLOCK <= size) & (tl.load(row + 10) != 0):
+        # [BLOCK]
+        g = tl.load(tl.multiple_of(g_ptr, 16) + offs).to(ACC)
+    else:
+        g = tl.load(g_ptr + offs, mask=offs < size - start, other=0.0).to(ACC)
+    tl.store(partials_ptr + pid, tl.sum(g * g, 0))
+
+
+@triton.jit
+def adamw_ema_prepare_kernel(
+    # [tensors, COLUMNS]; [1 + groups, 5] float64; [chunks]
+    table_ptr,
+    settings_ptr,
+    partials_ptr,
+    # [tensors, DERIVED]; [2] factor on the gradient, teacher's weight; [2] float64 norm, skipped
+    derived_ptr,
+    common_ptr,
+    outcome_ptr,
+    tensors,
+    chunks,
+    COLUMNS: tl.constexpr,
+    DERIVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_FLAG: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    offs = tl.arange(0, BLOCK)
+    factor = tl.load(settings_ptr)
+    # of a step that needs none
+    norm = factor * float("nan")
+    if HAS_NORM:
+        # always in the same order
+        total = tl.zeros([BLOCK], tl.float64)
+        for first in range(0, chunks, BLOCK):
+            part = tl.load(partials_ptr + first + offs, mask=offs < chunks - first, other=0.0)
+            total += part.to(tl.float64)
+        norm = tl.sqrt(tl.sum(total, 0)) * tl.abs(factor)
+        clip = tl.load(settings_ptr + 3) / (norm + 1e-6)
+        # a norm that is not a number stays one
+        factor = tl.where(clip < 1.0, factor * clip, factor)
+    if HAS_FLAG:
+        skip = tl.load(settings_ptr + 2) != 0.0
+    else:
+        skip = (norm != norm) | (tl.abs(norm) == float("inf"))
+    tl.store(outcome_ptr, norm)
+    tl.store(outcome_ptr + 1, tl.where(skip, 1.0, 0.0).to(tl.float64))
+    tl.store(common_ptr, factor.to(ACC))
+    tl.store(common_ptr + 1, tl.load(settings_ptr + 1).to(ACC))
+    for first in range(0, tensors, BLOCK):
+        # [BLOCK] tensors
+        tensor = (first + offs).to(tl.int64)
+        mask = tensor < tensors
+        row = table_ptr + tensor * COLUMNS
+        group = settings_ptr + 5 + tl.load(row + 9, mask=mask, other=0) * 5
+        lr = tl.load(group, mask=mask, other=0.0)
+        beta1 = tl.load(group + 1, mask=mask, other=0.5)
+        beta2 = tl.load(group + 2, mask=mask, other=0.5)
+        eps = tl.load(group + 3, mask=mask, other=0.0)
+        decay = tl.load(group + 4, mask=mask, other=0.0)
+        t_ptr = tl.load(row + 4, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+        before = tl.load(t_ptr, mask=mask, other=0.0)
+        tl.store(t_ptr, before + 1.0, mask=mask & (skip == 0))
+        t = before.to(tl.float64) + 1.0
+        # the powers in fp64, as torch computes them on the host; 0^t is 0
+        power1 = tl.where(beta1 > 0.0, tl.exp2(t * tl.log2(tl.where(beta1 > 0.0, beta1, 1.0))), 0.0)
+        power2 = tl.where(beta2 > 0.0, tl.exp2(t * tl.log2(tl.where(beta2 > 0.0, beta2, 1.0))), 0.0)
+        out = derived_ptr + tensor * DERIVED
+        tl.store(out, (1.0 - lr * decay).to(ACC), mask=mask)
+        tl.store(out + 1, (1.0 - beta1).to(ACC), mask=mask)
+        tl.store(out + 2, beta2.to(ACC), mask=mask)
+        tl.store(out + 3, (1.0 - beta2).to(ACC), mask=mask)
+        tl.store(out + 4, eps.to(ACC), mask=mask)
+        tl.store(out + 5, (lr / (1.0 - power1)).to(ACC), mask=mask)
+        tl.store(out + 6, (1.0 / tl.sqrt(1.0 - power2)).to(ACC), mask=mask)
+
+
+@triton.jit
+def _pointer(address, start, TYPE: tl.constexpr, FULL: tl.constexpr):
+    pointer = address.to(tl.pointer_type(TYPE)) + start
+    # for 16-byte accesses both are needed: this hint, and no mask
+    if FULL:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
 def _update(
-    p_addr, g_addr, m_addr, v_addr, e_addr, s_addr, t_addr, offs, mask,
-    shrink, rest1, beta2, rest2, eps, rate, second, factor, weight,
-    FULL: tl.constexpr, GRAD: tl.constexpr, LOW: tl.constexpr, ACC: tl.constexpr,
+    row, derived, common_ptr, start, left,
+    BLOCK: tl.constexpr, FULL: tl.constexpr, GRAD: tl.constexpr, LOW: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    p_ptr = p_addr.to(tl.pointer_type(ACC))
-    g_ptr = g_addr.to(tl.pointer_type(GRAD))
-    m_ptr = m_addr.to(tl.pointer_type(ACC))
-    v_ptr = v_addr.to(tl.pointer_type(ACC))
-    if FULL:
-        # both are needed for 16-byte accesses: the hint, and no mask
-        p_ptr = tl.multiple_of(p_ptr, 16)
-        g_ptr = tl.multiple_of(g_ptr, 16)
-        m_ptr = tl.multiple_of(m_ptr, 16)
-        v_ptr = tl.multiple_of(v_ptr, 16)
-        p = tl.load(p_ptr + offs)
-        g = tl.load(g_ptr + offs).to(ACC)
-        m = tl.load(m_ptr + offs)
-        v = tl.load(v_ptr + offs)
-    else:
-        p = tl.load(p_ptr + offs, mask=mask, other=0.0)
-        g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(ACC)
-        m = tl.load(m_ptr + offs, mask=mask, other=0.0)
-        v = tl.load(v_ptr + offs, mask=mask, other=0.0)
-    g = g * factor
-    p = p - shrink * p
-    m = m + rest1 * (g - m)
-    v = beta2 * v + rest2 * g * g
-    p = p - rate * m / (tl.sqrt(v / second) + eps)
-    if FULL:
-        tl.store(p_ptr + offs, p)
-        tl.store(m_ptr + offs, m)
-        tl.store(v_ptr + offs, v)
-    else:
-        tl.store(p_ptr + offs, p, mask=mask)
-        tl.store(m_ptr + offs, m, mask=mask)
-        tl.store(v_ptr + offs, v, mask=mask)
-    if s_addr != 0:
-        s_ptr = s_addr.to(tl.pointer_type(LOW))
-        if FULL:
-            s_ptr = tl.multiple_of(s_ptr, 16)
-            tl.store(s_ptr + offs, p.to(LOW))
-        else:
-            tl.store(s_ptr + offs, p.to(LOW), mask=mask)
-    if e_addr != 0:
-        e_ptr = e_addr.to(tl.pointer_type(ACC))
-        if FULL:
-            e_ptr = tl.multiple_of(e_ptr, 16)
-            e = tl.load(e_ptr + offs)
-            e = e + weight * (p - e)
-            tl.store(e_ptr + offs, e)
-        else:
-            e = tl.load(e_ptr + offs, mask=mask, other=0.0)
-            e = e + weight * (p - e)
-            tl.store(e_ptr + offs, e, mask=mask)
-        if t_addr != 0:
-            t_ptr = t_addr.to(tl.pointer_type(LOW))
-            if FULL:
-                t_ptr = tl.multiple_of(t_ptr, 16)
-                tl.store(t_ptr + offs, e.to(LOW))
-            else:
-                tl.store(t_ptr + offs, e.to(LOW), mask=mask)
+    offs = tl.arange(0, BLOCK)
+    mask = None if FULL else offs < left
+    other = None if FULL else 0.0
+    p_ptr = _pointer(tl.load(row), start, ACC, FULL) + offs
+    g_ptr = _pointer(tl.load(row + 1), start, GRAD, FULL) + offs
+    m_ptr = _pointer(tl.load(row + 2), start, ACC, FULL) + offs
+    v_ptr = _pointer(tl.load(row + 3), start, ACC, FULL) + offs
+    e_address = tl.load(row + 5)
+    e_ptr = _pointer(e_address, start, ACC, FULL) + offs
+    # [BLOCK]
+    p = tl.load(p_ptr, mask=mask, other=other)
+    g = tl.load(g_ptr, mask=mask, other=other).to(ACC)
+    m = tl.load(m_ptr, mask=mask, other=other)
+    v = tl.load(v_ptr, mask=mask, other=other)
+    e = tl.zeros([BLOCK], ACC)
+    # asked for with the others, although needed last
+    if e_address != 0:
+        e = tl.load(e_ptr, mask=mask, other=other)
+    g = g * tl.load(common_ptr)
+    p = p * tl.load(derived)
+    m = m + tl.load(derived + 1) * (g - m)
+    v = tl.load(derived + 2) * v + tl.load(derived + 3) * (g * g)
+    p = p - tl.load(derived + 5) * m / (tl.sqrt(v) * tl.load(derived + 6) + tl.load(derived + 4))
+    tl.store(p_ptr, p, mask=mask)
+    tl.store(m_ptr, m, mask=mask)
+    tl.store(v_ptr, v, mask=mask)
+    s_address = tl.load(row + 6)
+    if s_address != 0:
+        tl.store(_pointer(s_address, start, LOW, FULL) + offs, p.to(LOW), mask=mask)
+    if e_address != 0:
+        # as torch.lerp: a weight of 1 gives p itself
+        weight = tl.load(common_ptr + 1)
+        e = tl.where(weight < 0.5, e + weight * (p - e), p - (p - e) * (1.0 - weight))
+        tl.store(e_ptr, e, mask=mask)
+        t_address = tl.load(row + 7)
+        if t_address != 0:
+            tl.store(_pointer(t_address, start, LOW, FULL) + offs, e.to(LOW), mask=mask)
 
 
 @triton.jit
 def adamw_ema_kernel(
-    # [tensors, COLUMNS] int64; [chunks, 2] int32: tensor, chunk; [groups, 5] float64
+    # [tensors, COLUMNS]; [chunks, 2] tensor, chunk; [tensors, DERIVED]; [2]; [2] float64
     table_ptr,
     chunks_ptr,
-    settings_ptr,
-    # 0-d float64: factor on the gradient, skip, teacher's weight
-    factor_ptr,
-    skip_ptr,
-    weight_ptr,
+    derived_ptr,
+    common_ptr,
+    outcome_ptr,
     COLUMNS: tl.constexpr,
+    DERIVED: tl.constexpr,
     BLOCK: tl.constexpr,
     GRAD: tl.constexpr,
     LOW: tl.constexpr,
     ACC: tl.constexpr,
 ):
     # nothing is touched on a bad step, the teacher neither
-    if tl.load(skip_ptr) == 0.0:
+    if tl.load(outcome_ptr + 1) == 0.0:
         pid = tl.program_id(0).to(tl.int64)
         tensor = tl.load(chunks_ptr + pid * 2).to(tl.int64)
         start = tl.load(chunks_ptr + pid * 2 + 1).to(tl.int64) * BLOCK
         row = table_ptr + tensor * COLUMNS
-        size = tl.load(row + 8)
-        group = settings_ptr + tl.load(row + 9) * 5
-        lr = tl.load(group)
-        beta1 = tl.load(group + 1)
-        beta2 = tl.load(group + 2)
-        # counted before this launch
-        t = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32))).to(tl.float64)
-        # powers and bias corrections in fp64, as torch does on the host
-        rate = (lr / (1.0 - tl.exp2(t * tl.log2(beta1)))).to(ACC)
-        second = (1.0 - tl.exp2(t * tl.log2(beta2))).to(ACC)
-        eps = tl.load(group + 3).to(ACC)
-        shrink = (lr * tl.load(group + 4)).to(ACC)
-        rest1 = (1.0 - beta1).to(ACC)
-        rest2 = (1.0 - beta2).to(ACC)
-        factor = tl.load(factor_ptr).to(ACC)
-        weight = tl.load(weight_ptr).to(ACC)
-        p, g, m = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-        v, e = tl.load(row + 3), tl.load(row + 5)
-        s, ts = tl.load(row + 6), tl.load(row + 7)
-        beta2 = beta2.to(ACC)
-        offs = start + tl.arange(0, BLOCK)
-        mask = offs < size
-        if (start + BLOCK <= size) & (tl.load(row + 10) != 0):
-            _update(p, g, m, v, e, s, ts, offs, mask, shrink, rest1, beta2, rest2, eps, rate, second, factor,
-                    weight, True, GRAD, LOW, ACC)  # fmt: skip
+        derived = derived_ptr + tensor * DERIVED
+        left = tl.load(row + 8) - start
+        if (left >= BLOCK) & (tl.load(row + 10) != 0):
+            _update(row, derived, common_ptr, start, left, BLOCK, True, GRAD, LOW, ACC)
         else:
-            _update(p, g, m, v, e, s, ts, offs, mask, shrink, rest1, beta2, rest2, eps, rate, second, factor,
-                    weight, False, GRAD, LOW, ACC)  # fmt: skip
+            _update(row, derived, common_ptr, start, left, BLOCK, False, GRAD, LOW, ACC)
 
 
 # ---- launcher -------------------------------------------------------------------------------------
@@ -144,14 +207,41 @@ _TYPES = {
 }
 
 
+def heuristic(kernel: str) -> dict[str, int]:
+    """16 elements per thread and tensor, until something else is measured faster."""
+    return {"num_warps": 8, "num_stages": 1}
+
+
 def update(
-    table: Tensor, chunks: Tensor, settings: Tensor, factor: Tensor, skip: Tensor, weight: Tensor,
+    table: Tensor, chunks: Tensor, settings: Tensor, outcome: Tensor, has_norm: bool, has_flag: bool,
     dtype: torch.dtype, grad_dtype: torch.dtype, shadow_dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """One launch over all chunks; the tensors are those whose addresses the table holds."""
-    config = _launch.settings("adamw_ema", "update", table.device, lambda: {"num_warps": 8, "num_stages": 1})
+    """Norm, prepare and update over the tensors whose addresses `table` holds; `outcome` is written.
+
+    table: [tensors, COLUMNS] int64;  chunks: [chunks, 2] int32;  settings: [1 + groups, 5] float64
+    """
+    tensors, count = table.shape[0], chunks.shape[0]
+    acc = {"COLUMNS": COLUMNS, "ACC": _TYPES[dtype]}
+    partials = _launch.empty((count if has_norm else 0,), table, dtype)
+    derived = _launch.empty((tensors, DERIVED), table, dtype)
+    common = _launch.empty((2,), table, dtype)
+
+    def options(kernel: str) -> dict[str, int]:
+        return _launch.settings("adamw_ema", kernel, table.device, lambda: heuristic(kernel))
+
+    if has_norm:
+        _launch.launch(
+            adamw_ema_norm_kernel, (count,), table,
+            table, chunks, partials, BLOCK=BLOCK, GRAD=_TYPES[grad_dtype], **acc, **options("norm"),
+        )  # fmt: skip
     _launch.launch(
-        adamw_ema_kernel, (chunks.shape[0],), table, table, chunks, settings, factor, skip, weight,
-        COLUMNS=COLUMNS, BLOCK=BLOCK, GRAD=_TYPES[grad_dtype], LOW=_TYPES[shadow_dtype], ACC=_TYPES[dtype],
-        **config,
+        adamw_ema_prepare_kernel, (1,), table,
+        table, settings, partials, derived, common, outcome, tensors, count,
+        DERIVED=DERIVED, BLOCK=1024, HAS_NORM=has_norm, HAS_FLAG=has_flag, **acc, **options("prepare"),
+    )  # fmt: skip
+    _launch.launch(
+        adamw_ema_kernel, (count,), table,
+        table, chunks, derived, common, outcome,
+        DERIVED=DERIVED, BLOCK=BLOCK, GRAD=_TYPES[grad_dtype], LOW=_TYPES[shadow_dtype], **acc,
+        **options("update"),
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,30 +16,66 @@ from .reference import adamw_ema_reference
 torch.library.define(
     "extrema_fast::adamw_ema",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] steps,"
-    " Tensor(e!)[] teacher, Tensor(f!)[] shadow, Tensor(g!)[] teacher_shadow, int[] teacher_of, int[] shadow_of,"
-    " int[] teacher_shadow_of, int[] group, Tensor settings, Tensor factor, Tensor skip, Tensor weight) -> ()",
+    " Tensor(e!)[] teacher, Tensor(f!)[] shadow, Tensor(g!)[] teacher_shadow,"
+    " int[] teacher_of, int[] shadow_of, int[] teacher_shadow_of, int[] group,"
+    " Tensor settings, Tensor(h!) outcome, bool has_norm, bool has_flag) -> ()",
 )
 
-# one table per set of tensors: its key is every address in it
-_tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+LOW = (torch.bfloat16, torch.float16)
+Pairs = Mapping[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
 
-def _table(key: tuple, columns: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+# ---- tables on the device -------------------------------------------------------------------------
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+# what a captured graph reads at its replays must outlive every cache
+_captured: list[tuple[Tensor, Tensor]] = []
+
+
+def _send(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Small host values on the device, without waiting for it; also while a CUDA graph is captured."""
+    if device.type != "cuda":
+        return torch.as_tensor(values, dtype=dtype).to(device)
+    host = torch.as_tensor(values, dtype=dtype).pin_memory()
+    there = host.to(device, non_blocking=True)
+    if _capturing(device):
+        _captured.append((host, there))
+    return there
+
+
+@functools.lru_cache(maxsize=16)
+def _chunks(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+    """[chunks, 2] int32: which tensor, which part of it; by far the larger table, and it seldom changes."""
+    counts = (torch.tensor(sizes) + block - 1) // block
+    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    part = torch.arange(len(tensor)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return _send(torch.stack([tensor, part], 1), torch.int32, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """[tensors, 11] int64; its key is every address in it, so gradients in new storage make a new one."""
+    rows = torch.tensor(columns, dtype=torch.int64).T
+    # whether every address of the row allows 16-byte accesses
+    aligned = (rows[:, [0, 1, 2, 3, 5, 6, 7]] % 16 == 0).all(1, keepdim=True)
+    return _send(torch.cat([rows, aligned.long()], 1).contiguous(), torch.int64, device)
+
+
+def _tables(columns: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     from .kernel import BLOCK
 
-    if key not in _tables:
-        if len(_tables) >= 8:
-            # fresh gradients every step would make a new table each time
-            _tables.pop(next(iter(_tables)))
-        # [tensors, 10], then whether all addresses of the row allow 16-byte accesses
-        rows = torch.tensor(list(zip(*columns, strict=True)), dtype=torch.int64)
-        aligned = (rows[:, [0, 1, 2, 3, 5, 6, 7]] % 16 == 0).all(1, keepdim=True)
-        counts = (rows[:, 8] + BLOCK - 1) // BLOCK
-        tensor = torch.repeat_interleave(torch.arange(len(rows)), counts)
-        chunk = torch.arange(len(tensor)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-        chunks = torch.stack([tensor, chunk], 1).int()
-        _tables[key] = torch.cat([rows, aligned.long()], 1).to(device), chunks.to(device)
-    return _tables[key]
+    keys = tuple(map(tuple, columns)), tuple(columns[8])
+    tables = _table(keys[0], device), _chunks(keys[1], BLOCK, device)
+    if _capturing(device) and not any(tables[0] is a and tables[1] is b for a, b in _captured):
+        _captured.append(tables)
+    return tables
+
+
+# ---- the op ---------------------------------------------------------------------------------------
 
 
 def _picked(tensors: list[Tensor], of: list[int]) -> list[Tensor | None]:
@@ -48,7 +85,7 @@ def _picked(tensors: list[Tensor], of: list[int]) -> list[Tensor | None]:
 @torch.library.impl("extrema_fast::adamw_ema", "CompositeExplicitAutograd")
 def _adamw_ema(
     params, grads, exp_avg, exp_avg_sq, steps, teacher, shadow, teacher_shadow,
-    teacher_of, shadow_of, teacher_shadow_of, group, settings, factor, skip, weight,
+    teacher_of, shadow_of, teacher_shadow_of, group, settings, outcome, has_norm, has_flag,
 ) -> None:  # fmt: skip
     if not params:
         return
@@ -56,21 +93,18 @@ def _adamw_ema(
         _picked(t, of)
         for t, of in ((teacher, teacher_of), (shadow, shadow_of), (teacher_shadow, teacher_shadow_of))
     ]
+    lists = [params, grads, exp_avg, exp_avg_sq, steps]
     if not _launch.use_triton(params[0]):
-        adamw_ema_reference(
-            params, grads, exp_avg, exp_avg_sq, steps, *extra, group, settings, factor, skip, weight
-        )
+        adamw_ema_reference(*lists, *extra, list(group), settings, outcome, has_norm, has_flag)
         return
     from .kernel import update
 
-    torch._foreach_add_(steps, (1 - skip).to(steps[0].dtype))
-    lists = [params, grads, exp_avg, exp_avg_sq, steps]
     columns = [[t.data_ptr() for t in tensors] for tensors in lists]
     columns += [[0 if t is None else t.data_ptr() for t in tensors] for tensors in extra]
     columns += [[p.numel() for p in params], list(group)]
-    table, chunks = _table(tuple(map(tuple, columns)), columns, params[0].device)
-    low = next((t.dtype for t in (*shadow, *teacher_shadow)), torch.bfloat16)
-    update(table, chunks, settings, factor, skip, weight, params[0].dtype, grads[0].dtype, low)
+    low = next((t.dtype for t in (*shadow, *teacher_shadow)), LOW[0])
+    dtypes = params[0].dtype, grads[0].dtype, low
+    update(*_tables(columns, params[0].device), settings, outcome, has_norm, has_flag, *dtypes)
 
 
 @torch.library.register_fake("extrema_fast::adamw_ema")
@@ -78,23 +112,30 @@ def _fake(*_) -> None:
     return None
 
 
+# ---- the optimizer --------------------------------------------------------------------------------
+
+
 class AdamWEma(torch.optim.AdamW):
     """AdamW, the EMA teacher and low-precision copies in one pass over the parameters.
 
-    params          tensors or groups, as for `torch.optim.AdamW`; fp32 (fp64 for tests), dense
+    params          tensors or groups, as for `torch.optim.AdamW`; fp32 (fp64 for tests), contiguous
     lr, betas, eps, weight_decay  as there, per group; `lr` may be a 0-d device tensor
-    teacher         {parameter: its teacher}: moved by `step(momentum_weight=w)` towards the new parameter
-    shadow, teacher_shadow  {parameter: tensor of the same shape in bf16 | fp16}: rewritten by every step
+    teacher         {parameter: its teacher} or pairs: moved by `step(momentum_weight=w)` towards the new
+                    parameter; parameters without one (a predictor's) are fine
+    shadow, teacher_shadow  {parameter: tensor of its shape in bf16 | fp16}: rewritten by every good step,
+                    `teacher_shadow` by those that move the teacher
 
-    State dicts are those of `torch.optim.AdamW`; either continues the other's. Nothing is read back by the
-    host: `grad_norm` and `skipped` are 0-d device tensors of the last step.
+    State dicts are those of `torch.optim.AdamW`; either continues the other's. Teachers and copies are not in
+    them. Nothing is read back by the host: `skipped` (0 or 1) and `grad_norm` (before clipping; None where
+    it was not needed) are 0-d float64 device tensors of the last step. Without Triton: the same in torch.
 
     raises ValueError, TypeError for what it cannot update, naming the parameter's shape and dtype
+    maths  kernels/adamw_ema/README.md
 
     Example::
 
-        optimizer = AdamWEma(student.parameters(), lr=1e-3, teacher=dict(zip(student.parameters(),
-                             teacher.parameters())))
+        optimizer = AdamWEma(student.parameters(), lr=1e-3, teacher=zip(student.parameters(),
+                             teacher.parameters()))
         loss.backward()
         optimizer.step(momentum_weight=1 - momentum)
     """
@@ -107,56 +148,118 @@ class AdamWEma(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        teacher: Mapping[Tensor, Tensor] | None = None,
-        shadow: Mapping[Tensor, Tensor] | None = None,
-        teacher_shadow: Mapping[Tensor, Tensor] | None = None,
+        teacher: Pairs | None = None,
+        shadow: Pairs | None = None,
+        teacher_shadow: Pairs | None = None,
     ) -> None:
+        # torch's fused AdamW keeps its step count in fp32 on the device, as this does
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
-        self._moved, self._shadow = dict(teacher or {}), dict(shadow or {})
-        self._moved_shadow = dict(teacher_shadow or {})
+        self._pairs = {
+            name: dict(pairs or {})
+            for name, pairs in (("teacher", teacher), ("shadow", shadow), ("teacher_shadow", teacher_shadow))
+        }
+        self._check_pairs()
         self.grad_norm: Tensor | None = None
         self.skipped: Tensor | None = None
-        self._written: list[tuple] = []
-        self._settings: Tensor | None = None
+        self._forget()
+
+    def _check_pairs(self) -> None:
         own = {p for g in self.param_groups for p in g["params"]}
-        for p in own:
-            if p.dtype not in (torch.float32, torch.float64) or not p.is_contiguous():
-                raise ValueError(
-                    f"params: expected contiguous float32, got {describe(p)}; keep master weights"
-                )
-        for what, pairs in (("teacher", self._moved), ("shadow", self._shadow)):
+        for name, pairs in self._pairs.items():
             for p, other in pairs.items():
                 if p not in own:
-                    raise ValueError(f"{what}: {describe(p)} is no parameter of this optimizer")
+                    raise ValueError(f"{name}: {describe(p)} is no parameter of this optimizer")
                 if other.shape != p.shape or other.device != p.device or not other.is_contiguous():
-                    raise ValueError(f"{what}: expected contiguous {list(p.shape)}, got {describe(other)}")
-                if what == "teacher" and other.dtype != p.dtype:
+                    raise ValueError(
+                        f"{name}: expected contiguous {list(p.shape)} on {p.device}, got {describe(other)}"
+                    )
+                if name == "teacher" and other.dtype != p.dtype:
                     raise ValueError(
                         f"teacher: expected {p.dtype}, got {other.dtype}; keep it in full precision"
                     )
-        for p, other in self._moved_shadow.items():
-            if p not in self._moved or other.shape != p.shape or not other.is_contiguous():
-                raise ValueError(
-                    f"teacher_shadow: {describe(other)} does not belong to a teacher {describe(p)}"
-                )
-        low = {t.dtype for t in (*self._shadow.values(), *self._moved_shadow.values())}
-        if len(low) > 1 or not low <= {torch.bfloat16, torch.float16}:
+                if name == "teacher_shadow" and p not in self._pairs["teacher"]:
+                    raise ValueError(
+                        f"teacher_shadow: {describe(other)} belongs to {describe(p)} without a teacher"
+                    )
+            if len({id(x) for x in pairs.values()}) < len(pairs):
+                raise ValueError(f"{name}: one tensor belongs to two parameters")
+        low = {t.dtype for name in ("shadow", "teacher_shadow") for t in self._pairs[name].values()}
+        if len(low) > 1 or not low <= set(LOW):
             raise ValueError(
                 f"shadow: expected one of bfloat16, float16 for all, got {sorted(map(str, low))}"
             )
 
-    def _settings_on(self, device: torch.device) -> Tensor:
-        rows = [
-            (None if isinstance(g["lr"], Tensor) else g["lr"], *g["betas"], g["eps"], g["weight_decay"])
-            for g in self.param_groups
-        ]
-        if rows != self._written or self._settings is None or self._settings.device != device:
-            values = torch.tensor([[0.0 if x is None else x for x in r] for r in rows], dtype=torch.float64)
-            self._settings, self._written = values.to(device, non_blocking=True), rows
-        for i, g in enumerate(self.param_groups):
-            if isinstance(g["lr"], Tensor):
-                self._settings[i, 0].copy_(g["lr"])
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, for contiguous fp32 (or fp64) parameters."""
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if p.dtype not in (torch.float32, torch.float64) or not p.is_contiguous():
+                self.param_groups.pop()
+                raise ValueError(
+                    f"params: expected contiguous float32, got {describe(p)}; keep master weights"
+                )
+
+    def _forget(self) -> None:
+        self._written: list[tuple] = []
+        self._settings: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's is for state dicts' sake without what subclasses add
+        return super().__getstate__() | {"_pairs": self._pairs, "grad_norm": None, "skipped": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for g in state["param_groups"]:
+            for name in ("amsgrad", "maximize", "differentiable"):
+                if g.get(name):
+                    raise ValueError(
+                        f"state: {name}=True is not what AdamWEma computes; use torch.optim.AdamW"
+                    )
+        super().__setstate__(state)
+        self._forget()
+        for g in self.param_groups:
+            # an unfused AdamW kept its step count on the host
+            g["fused"], g["foreach"] = True, None
+            for p in g["params"]:
+                own = self.state.get(p)
+                if own:
+                    own["step"] = torch.as_tensor(own["step"], dtype=torch.float32, device=p.device)
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        own[name] = own[name].contiguous()
+
+    def _settings_on(self, device: torch.device, first: list[float | Tensor]) -> Tensor:
+        """[1 + groups, 5] float64; numbers are sent when one has changed, tensors are copied every step."""
+        rows = [first] + [[g["lr"], *g["betas"], g["eps"], g["weight_decay"]] for g in self.param_groups]
+        numbers = [tuple(None if isinstance(x, Tensor) else float(x) for x in r) for r in rows]
+        if self._settings is None or self._settings.device != device or numbers != self._written:
+            values = [[0.0 if x is None else x for x in r] for r in numbers]
+            self._settings, self._written = _send(values, torch.float64, device), numbers
+        for i, row in enumerate(rows):
+            for k, x in enumerate(row):
+                if isinstance(x, Tensor):
+                    self._settings[i, k].copy_(x.detach().reshape(()), non_blocking=True)
         return self._settings
+
+    def _with_grad(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """Parameters with a gradient, these gradients, their groups; creates missing state."""
+        params, grads, group = [], [], []
+        for i, g in enumerate(self.param_groups):
+            for p in g["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided:
+                    raise ValueError(f"grad of {describe(p)}: expected dense, got {p.grad.layout}")
+                params.append(p)
+                grads.append(p.grad.contiguous())
+                group.append(i)
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        if len({(x.device, x.dtype) for x in params}) > 1:
+            raise ValueError("params: expected one device and one dtype for all of them")
+        if len({x.dtype for x in grads}) > 1:
+            grads = [x.to(params[0].dtype) for x in grads]
+        return params, grads, group
 
     @torch.no_grad()
     def step(
@@ -168,61 +271,53 @@ class AdamWEma(torch.optim.AdamW):
         grad_scale: float | Tensor = 1.0,
         max_norm: float | None = None,
     ) -> Any:
-        """One update of everything that has a gradient.
+        """One update of everything that has a gradient; returns the closure's loss.
 
         momentum_weight  w = 1 - momentum of `teacher += w (param - teacher)`; None: the teacher stays
-        found_inf        0-d, 1 (or any non-zero): this step is bad. None: bad when the gradients' norm is not
-                         finite. A bad step changes nothing: weights, moments, step count, teacher, copies
+        found_inf        0-d, not 0: this step is bad, 0: it is not, whatever the gradients (what processes
+                         agreed on). None: bad when the gradients' norm is not finite. A bad step changes
+                         nothing: weights, moments, step count, teacher, copies
         grad_scale       multiplies the gradients (1 / loss scale)
         max_norm         clips the global norm (after `grad_scale`), as `clip_grad_norm_`
+
+        `torch.amp.GradScaler` works: the attributes it sets are read where the arguments are not given.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params, grads, group = [], [], []
-        for i, g in enumerate(self.param_groups):
-            for p in g["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
-                    raise ValueError(f"grad of {describe(p)} is sparse; use torch.optim.SparseAdam")
-                params.append(p)
-                grads.append(p.grad.contiguous())
-                group.append(i)
-                if not self.state[p]:
-                    self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        if found_inf is None:
+            found_inf = getattr(self, "found_inf", None)
+        if getattr(self, "grad_scale", None) is not None:
+            # the scaler's attribute is the loss scale itself
+            grad_scale = grad_scale / self.grad_scale
+        params, grads, group = self._with_grad()
         if not params:
             return loss
-        device = params[0].device
-        if len({x.device for x in params}) > 1 or len({x.dtype for x in params}) > 1:
-            raise ValueError("params: expected one device and one dtype for all of them")
-        if len({x.dtype for x in grads}) > 1:
-            grads = [x.to(params[0].dtype) for x in grads]
-
-        def scalar(x: float | Tensor) -> Tensor:
-            return torch.as_tensor(x, dtype=torch.float64, device=device).reshape(())
-
-        factor = scalar(grad_scale)
-        if max_norm is not None or found_inf is None:
-            self.grad_norm = torch.nn.utils.get_total_norm(grads).double() * factor
-            if max_norm is not None:
-                factor = factor * (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        skip = (scalar(found_inf) != 0) if found_inf is not None else ~self.grad_norm.isfinite()
-        self.skipped = skip.double()
+        has_norm, has_flag = max_norm is not None or found_inf is None, found_inf is not None
+        settings = self._settings_on(
+            params[0].device,
+            [
+                grad_scale,
+                0.0 if momentum_weight is None else momentum_weight,
+                0.0 if found_inf is None else found_inf,
+                float("inf") if max_norm is None else max_norm,
+                0.0,
+            ],
+        )
+        outcome = torch.empty(2, dtype=torch.float64, device=params[0].device)
         # without a weight the teacher is not even touched
-        moved = self._moved if momentum_weight is not None else {}
+        moving = momentum_weight is not None
         lists, of = [], []
-        for pairs in (moved, self._shadow, self._moved_shadow if moved else {}):
+        for name, used in (("teacher", moving), ("shadow", True), ("teacher_shadow", moving)):
+            pairs = self._pairs[name] if used else {}
             place = {id(p): i for i, p in enumerate(pairs)}
             lists.append(list(pairs.values()))
             of.append([place.get(id(p), -1) for p in params])
         state = [self.state[p] for p in params]
         torch.ops.extrema_fast.adamw_ema.default(
             params, grads, [s["exp_avg"] for s in state], [s["exp_avg_sq"] for s in state],
-            [s["step"] for s in state], *lists, *of, group, self._settings_on(device), factor, self.skipped,
-            scalar(0.0 if momentum_weight is None else momentum_weight),
+            [s["step"] for s in state], *lists, *of, group, settings, outcome, has_norm, has_flag,
         )  # fmt: skip
+        self.grad_norm, self.skipped = outcome[0] if has_norm else None, outcome[1]
         return loss

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# columns of a group's row in the table of settings
+# the first row of the table of settings; every further row is a group's
+INV_SCALE, WEIGHT, FOUND, MAX_NORM = range(4)
 LR, BETA1, BETA2, EPS, DECAY = range(5)
 
 
@@ -20,39 +21,56 @@ def adamw_ema_reference(
     teacher_shadow: list[Tensor | None],
     group: list[int],
     settings: Tensor,
-    factor: Tensor,
-    skip: Tensor,
-    weight: Tensor,
+    outcome: Tensor,
+    has_norm: bool,
+    has_flag: bool,
 ) -> None:
-    """In place, for every tensor i, unless `skip` is 1 (then nothing changes, the teacher neither):
+    """In place, for every tensor i, unless the step is bad (then nothing changes, the teacher neither):
 
     g = factor grad;  p -= lr decay p;  m += (1 - b1) (g - m);  v = b2 v + (1 - b2) g^2;  t += 1
-    p -= lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps);  teacher += weight (p - teacher)
+    p -= lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps);  teacher += weight (p - teacher)
     shadow = p and teacher_shadow = teacher in their own dtype
 
-    settings: [groups, 5] float64: lr, beta1, beta2, eps, weight decay;  factor, skip, weight: 0-d
+    settings  [1 + groups, 5] float64: 1 / loss scale, weight, flag, max_norm; lr, beta1, beta2, eps, decay
+    outcome   [2] float64, written: the gradients' norm (has_norm), 1 if the step was bad: flag != 0
+              (has_flag), else norm not finite
     """
-    go = 1 - skip.double()
-    for i, p in enumerate(params):
-        lr, beta1, beta2, eps, decay = settings[group[i]]
-        # where the step is skipped, gradients may be NaN, which no factor of 0 removes
-        keep = go.bool()
-        g = grads[i].to(p.dtype) * factor.to(p.dtype)
-        t = steps[i] + 1
-        fresh = p - (lr * decay).to(p) * p
-        m = exp_avg[i] + (1 - beta1).to(p) * (g - exp_avg[i])
-        v = beta2.to(p) * exp_avg_sq[i] + (1 - beta2).to(p) * g * g
-        rate = (lr / (1 - beta1 ** t.double())).to(p)
-        second = (1 - beta2 ** t.double()).to(p)
-        fresh = fresh - rate * m / ((v / second).sqrt() + eps.to(p))
-        p.copy_(torch.where(keep, fresh, p))
-        exp_avg[i].copy_(torch.where(keep, m, exp_avg[i]))
-        exp_avg_sq[i].copy_(torch.where(keep, v, exp_avg_sq[i]))
-        steps[i].add_(go.to(steps[i].dtype))
-        e = teacher[i]
-        if e is not None:
-            e.copy_(torch.where(keep, e + weight.to(e) * (p - e), e))
-            if teacher_shadow[i] is not None:
-                teacher_shadow[i].copy_(e)
-        if shadow[i] is not None:
-            shadow[i].copy_(p)
+    factor, norm = settings[0, INV_SCALE], outcome.new_full((), float("nan"))
+    if has_norm:
+        norm = (
+            torch.stack(torch._foreach_norm(grads, 2, dtype=params[0].dtype)).double().norm() * factor.abs()
+        )
+        factor = factor * (settings[0, MAX_NORM] / (norm + 1e-6)).clamp(max=1.0)
+    bad = settings[0, FOUND] != 0 if has_flag else ~norm.isfinite()
+    outcome[0], outcome[1] = norm, bad
+
+    def put(old: list[Tensor], new: list[Tensor]) -> None:
+        # a NaN gradient cannot be multiplied away, so the old value is chosen; nothing waits for the device
+        for x, y in zip(old, new, strict=True):
+            x.copy_(torch.where(bad, x, y.to(x.dtype)))
+
+    for k in sorted(set(group)):
+        own = [i for i, of in enumerate(group) if of == k]
+        p, m, v, ticks = ([x[i] for i in own] for x in (params, exp_avg, exp_avg_sq, steps))
+        dtype = p[0].dtype
+        lr, beta1, beta2, eps, decay = settings[1 + k].unbind()
+        g = torch._foreach_mul([grads[i].to(dtype) for i in own], factor.to(dtype))
+        t = torch.stack(ticks).double() + 1
+        rate = (lr / (1 - beta1**t)).to(dtype).unbind()
+        root = (1 / (1 - beta2**t).sqrt()).to(dtype).unbind()
+        fresh = torch._foreach_mul(p, (1 - lr * decay).to(dtype))
+        new_m = torch._foreach_mul(torch._foreach_sub(g, m), (1 - beta1).to(dtype))
+        torch._foreach_add_(new_m, m)
+        new_v = torch._foreach_mul(torch._foreach_mul(g, g), (1 - beta2).to(dtype))
+        torch._foreach_add_(new_v, torch._foreach_mul(v, beta2.to(dtype)))
+        below = torch._foreach_mul(torch._foreach_sqrt(new_v), root)
+        torch._foreach_add_(below, eps.to(dtype))
+        torch._foreach_sub_(fresh, torch._foreach_div(torch._foreach_mul(new_m, rate), below))
+        for old, new in ((p, fresh), (m, new_m), (v, new_v), (ticks, torch._foreach_add(ticks, 1))):
+            put(old, new)
+        followed = [i for i in own if teacher[i] is not None]
+        weight = settings[0, WEIGHT].to(dtype)
+        put([teacher[i] for i in followed], [torch.lerp(teacher[i], params[i], weight) for i in followed])
+        for copies, source in ((shadow, params), (teacher_shadow, teacher)):
+            held = [i for i in own if copies[i] is not None]
+            put([copies[i] for i in held], [source[i] for i in held])

@@ -9,33 +9,43 @@ from .op import AdamWEma
 
 
 def variants() -> list[Variant]:
-    """fp32 state with fp32 and bf16 gradients."""
+    """The three kernels with fp32 state; fp32 and bf16 gradients."""
     import triton.language as tl
 
     from . import kernel
 
-    pointers = {
-        "table_ptr": "*i64", "chunks_ptr": "*i32", "settings_ptr": "*fp64", "factor_ptr": "*fp64",
-        "skip_ptr": "*fp64", "weight_ptr": "*fp64",
-    }  # fmt: skip
-    return [
-        Variant(
-            f"update fp32 grad {name}",
-            kernel.adamw_ema_kernel,
-            pointers,
-            {
-                "COLUMNS": kernel.COLUMNS,
-                "BLOCK": kernel.BLOCK,
-                "GRAD": dtype,
-                "LOW": tl.bfloat16,
-                "ACC": tl.float32,
-            },
-            num_warps=8,
-            num_stages=1,
-            aligned=tuple(pointers),
+    columns, acc = {"COLUMNS": kernel.COLUMNS}, {"ACC": tl.float32}
+    derived, block = {"DERIVED": kernel.DERIVED}, {"BLOCK": kernel.BLOCK}
+    table = {"table_ptr": "*i64", "chunks_ptr": "*i32"}
+    results = {"derived_ptr": "*fp32", "common_ptr": "*fp32", "outcome_ptr": "*fp64"}
+
+    def variant(name: str, function, pointers: dict, numbers: dict, constants: dict, wide: tuple) -> Variant:
+        chosen = kernel.heuristic(name.split()[0])
+        return Variant(
+            name, function, pointers | numbers, columns | acc | constants, **chosen,
+            aligned=tuple(pointers), wide_loads=wide[0], wide_stores=wide[1],
+        )  # fmt: skip
+
+    prepare = {"table_ptr": "*i64", "settings_ptr": "*fp64", "partials_ptr": "*fp32"} | results
+    found = [
+        variant(
+            f"prepare norm{norm:d} flag{flag:d}", kernel.adamw_ema_prepare_kernel, prepare,
+            {"tensors": "i32", "chunks": "i32"},
+            derived | {"BLOCK": 1024, "HAS_NORM": norm, "HAS_FLAG": flag}, (False, False),
         )
-        for name, dtype in (("fp32", tl.float32), ("bf16", tl.bfloat16))
-    ]
+        for norm, flag in ((True, False), (True, True), (False, True))
+    ]  # fmt: skip
+    for name, dtype in (("fp32", tl.float32), ("bf16", tl.bfloat16)):
+        grad = block | {"GRAD": dtype}
+        found.append(
+            variant(f"norm grad {name}", kernel.adamw_ema_norm_kernel, table | {"partials_ptr": "*fp32"}, {},
+                    grad, (True, False))
+        )  # fmt: skip
+        found.append(
+            variant(f"update grad {name}", kernel.adamw_ema_kernel, table | results, {},
+                    grad | derived | {"LOW": tl.bfloat16}, (True, True))
+        )  # fmt: skip
+    return found
 
 
 def _case(label: str, shapes: list[tuple[int, ...]]) -> Case:

@@ -46,7 +46,7 @@ def _plain_forward(x: Tensor, xh0: Tensor, u: Tensor, mu: Tensor, rstd: Tensor) 
 def _plain_backward(
     x: Tensor, xh0: Tensor, u: Tensor, dz: Tensor, scores: Tensor, lse: Tensor, mu: Tensor, rstd: Tensor
 ) -> tuple[Tensor, ...]:
-    wide, (rows, _, width) = _wide(x), x.shape
+    wide, rows = _wide(x), x.shape[0]
     xh = (x.to(wide) - mu[..., None]) * rstd[..., None]
     c = xh0.to(wide).expand(rows, -1)
     query, upstream = (t.to(wide).expand(-1, rows, -1).transpose(0, 1) for t in (u, dz))

@@ -1,6 +1,6 @@
 """Device code of patch_gather: the GEMM reads its left operand straight from the image (README.md).
 
-M = V B K tokens in view-major order, F = C P P numbers per patch, D width. LAYOUT: where patch j of image b lies.
+M = V B K tokens in view-major order, F = C P P numbers per patch, D width. LAYOUT: how images lie in memory.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def patch_gather_kernel(
                 other=0.0,
             )
         if LAYOUT == 0:
-            # exact in bf16; the weight's padding columns are zero, so -128 there does no harm
-            a = (a.to(tl.float32) - 128.0).to(low)
+            # exact in bf16; the weight's padding columns are zero, so -1 there does no harm
+            a = ((a.to(tl.float32) - 128.0) * 0.0078125).to(low)
         else:
             a = a.to(low)
         total = tl.dot(a, tl.trans(w), total, input_precision="ieee", out_dtype=ACC)
@@ -177,7 +177,7 @@ def patch_pack_kernel(
         column = _column(cols, stride_c, stride_h, P, C, LAYOUT)
         a = tl.load(image_ptr + start[:, None] + column[None, :], mask=mask, other=0)
         if LAYOUT == 0:
-            a = a.to(tl.float32) - 128.0
+            a = (a.to(tl.float32) - 128.0) * 0.0078125
         tl.store(out_ptr + row[:, None] * F + cols[None, :], a.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -30,8 +30,11 @@ def _plain_pack(images: Tensor, keep: Tensor | None, patch: int, layout: int, dt
     else:
         patches = gather_patches(images.permute(0, 3, 1, 2), keep, patch)
         # (c, py, px) -> (py, px, c)
-        patches = patches.unflatten(-1, (-1, patch * patch)).transpose(-1, -2).flatten(-2).float() - 128
-    return patches.flatten(0, 1).to(dtype).contiguous()
+        patches = patches.unflatten(-1, (-1, patch * patch)).transpose(-1, -2).flatten(-2)
+        patches = (patches.float() - 128) / 128
+    out = patches.flatten(0, 1).to(dtype).contiguous()
+    # all patches of the right dtype may still be the input itself
+    return out.clone() if out.data_ptr() == images.data_ptr() else out
 
 
 @torch.library.impl("extrema_fast::patch_pack", "CompositeExplicitAutograd")
@@ -47,7 +50,9 @@ def _pack(images: Tensor, keep: Tensor | None, patch: int, layout: int, dtype: t
 def _fwd(
     images: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor, pos: Tensor, patch: int, layout: int
 ) -> Tensor:
-    if _launch.use_triton(images):
+    # a GPU's tl.dot has no fp64; the interpreter does
+    runs = weight.dtype != torch.float64 or images.device.type == "cpu"
+    if runs and _launch.use_triton(images):
         from .kernel import embed
 
         return embed(images, keep, weight, bias, pos, patch, layout)
@@ -92,10 +97,15 @@ class _PatchGather(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         images, *keep = ctx.saved_tensors
-        a = torch.ops.extrema_fast.patch_pack.default(
-            images, keep[0] if keep else None, ctx.patch, ctx.layout, dout.dtype
-        )
-        return None, None, dout.t() @ a, dout.sum(0, dtype=ctx.bias_dtype), None, None, None
+        dweight = dbias = None
+        if ctx.needs_input_grad[2]:
+            a = torch.ops.extrema_fast.patch_pack.default(
+                images, keep[0] if keep else None, ctx.patch, ctx.layout, dout.dtype
+            )
+            dweight = dout.t() @ a
+        if ctx.needs_input_grad[3]:
+            dbias = dout.sum(0, dtype=ctx.bias_dtype)
+        return None, None, dweight, dbias, None, None, None
 
 
 def patch_gather(
@@ -108,16 +118,16 @@ def patch_gather(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Tensor:
-    """Embedded tokens of the kept patches of all views, plus bias and positions; dropped patches are not read.
+    """Embedded tokens of the kept patches of all views, plus bias and positions; dropped ones are not read.
 
     images   uint8 [B, H, W, C] with `mean` and `std` (normalisation (x / 255 - mean) / std is folded into the
              weight), or normalised float [B, C, H, W], or float patches [B, N, C P P] ordered as the weight
     keep     [V, B, K] int32 (int64 is converted) in [0, N), or None: all patches, one view
-    weight   [D, C, P, P];  bias [D] or None;  pos [N, D], no gradient
+    weight   [D, C, P, P];  bias [D] or None;  pos [N, D], fixed
     returns  [V*B, K, D], row v B + b; dtype: autocast's, else that of float images, the weight's for uint8
     raises   TypeError, ValueError naming the argument; indices are checked on a CPU, elsewhere with
              EXTREMA_FAST_CHECK=1
-    falls back to the plain definition when the images need a gradient
+    falls back to the plain definition when float images or `pos` need a gradient
     maths    kernels/patch_gather/README.md
     """
     check("weight", weight, ("D", "C", "P", "P"), FLOATS)
@@ -152,25 +162,26 @@ def patch_gather(
         keep = check_keep(keep, batch, n, weight)
 
     kind = images.device.type
-    if torch.is_autocast_enabled(kind):
+    dtype = weight.dtype if layout == NHWC else images.dtype
+    # autocast leaves fp64 alone
+    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    else:
-        dtype = weight.dtype if layout == NHWC else images.dtype
-    if images.requires_grad:
-        if layout == PATCHES:
-            tokens = F.linear(pick(images, keep), weight.flatten(1), bias)
-            place = slice(None) if keep is None else keep.flatten(0, 1).long()
-            return tokens + pos.to(tokens.dtype)[place]
-        return patch_gather_reference(images, keep, weight, bias, pos)
+    if torch.is_grad_enabled() and (images.requires_grad or pos.requires_grad):
+        low = None if bias is None else bias.to(dtype)
+        images = images if layout == NHWC else images.to(dtype)
+        return patch_gather_reference(images, keep, weight.to(dtype), low, pos, mean=mean, std=std)
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.autocast(kind, enabled=False):
         w, b = weight.to(wide), (weight.new_zeros(width) if bias is None else bias).to(wide)
         if layout == NHWC:
-            m, s = (torch.tensor(v, dtype=wide, device=w.device).view(1, -1, 1, 1) for v in (mean, std))
-            # the pixels come as x - 128, which bf16 holds exactly
-            b = b + (w * ((128 / 255 - m) / s)).sum((1, 2, 3))
-            w = (w / (255 * s)).permute(0, 2, 3, 1)
+            # pixels come as (x - 128) / 128: exact in bf16, small enough for fp16 gradients. Numbers, not a
+            # tensor: copying one to a GPU waits, and cannot be captured in a graph
+            columns = []
+            for c, (m, s) in enumerate(zip(mean, std, strict=True)):
+                b = b + w[:, c].sum((1, 2)) * ((128 / 255 - m) / s)
+                columns.append(w[:, c] * (128 / (255 * s)))
+            w = torch.stack(columns, -1)
         out = _PatchGather.apply(images, keep, w.reshape(width, -1).to(dtype), b, pos, patch, layout)
     views, kept = (1, n) if keep is None else (keep.shape[0], keep.shape[2])
     return out.view(views * batch, kept, width)

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """`(x / 255 - mean) / std` per channel.
+
+    images:  [B, H, W, C] uint8;  mean, std: C numbers
+    returns  [B, C, H, W] of `dtype`; 16-bit ones are computed in fp32 and rounded once
+    """
+    wide = dtype if dtype.itemsize > 2 else torch.float32
+    m, s = (torch.tensor(x, dtype=wide, device=images.device) for x in (mean, std))
+    return ((images.to(wide) / 255 - m) / s).to(dtype).permute(0, 3, 1, 2)
 
 
 def gather_patches(images: Tensor, keep: Tensor | None, patch: int) -> Tensor:
@@ -37,15 +50,25 @@ def pick(patches: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def patch_gather_reference(
-    images: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor | None, pos: Tensor
+    images: Tensor,
+    keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos: Tensor,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Tensor:
     """Embedded tokens of the kept patches plus their positions.
 
-    images:  [B, C, H, W];  keep: [V, B, K] integer or None (all patches)
+    images:  float [B, C, H, W], or patches [B, N, C * P * P], or uint8 [B, H, W, C] with `mean` and `std`
+    keep:    [V, B, K] integer or None (all patches)
     weight:  [D, C, P, P];  bias: [D] or None;  pos: [N, D]
     returns  [V*B, K, D]
     """
-    patches = gather_patches(images, keep, weight.shape[-1])
+    if images.dtype == torch.uint8:
+        images = normalize(images, mean, std, weight.dtype)
+    patches = pick(images, keep) if images.dim() == 3 else gather_patches(images, keep, weight.shape[-1])
     tokens = F.linear(patches, weight.flatten(1), bias)
     if keep is None:
         return tokens + pos.to(tokens.dtype)

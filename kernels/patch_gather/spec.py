@@ -139,7 +139,7 @@ def space(direction: str, dtype: torch.dtype, sizes: dict[str, int]) -> list[dic
 SPEC = Spec(
     name="patch_gather",
     version=1,
-    summary="normalisation, gather of kept patches, embedding, bias and position; dropped patches are not read",
+    summary="normalisation, gather of kept patches, embedding, bias and position; the rest is not read",
     public=("patch_gather",),
     torch_ops=("patch_gather_fwd", "patch_pack"),
     variants=variants,

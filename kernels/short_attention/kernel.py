@@ -138,14 +138,14 @@ def heuristic(direction: str, n: int, heads: int, d: int, itemsize: int, pack: i
     """One sequence per tile and all heads in a program's loop, until something else is measured faster."""
     backward = direction == "bwd"
     warps = 2 if n <= 32 else 4
-    if itemsize > 2:
+    if itemsize > 2 or pack > 1:
         warps = 8
-    if pack > 1:
-        # forward only: the backward pass of a 128-token tile spills with every number of warps
-        warps = 8
+    # a loop over heads costs registers: without it fp32 and the backward pass of 128-token tiles do not spill
+    # (but fp32 still does in the backward pass of large tiles: README.md)
+    alone = itemsize > 2 or (backward and pack * n > 64)
     # two stages of the backward pass spill on sm_80 and sm_120; fp32 and padded head dims as well
     stages = 1 if backward or d > 64 or itemsize > 2 else 2
-    return {"PACK": pack, "HEADS": heads, "num_warps": warps, "num_stages": stages}
+    return {"PACK": pack, "HEADS": 1 if alone else heads, "num_warps": warps, "num_stages": stages}
 
 
 def _options(direction: str, qkv: Tensor) -> dict:

@@ -81,12 +81,16 @@ class _ShortAttention(torch.autograd.Function):
 def short_attention(qkv: Tensor) -> Tensor:
     """`softmax(q k^T / sqrt(d)) v` per sequence and head, for short sequences (ExtreMA's views).
 
-    qkv      [R, n, 3, H, d] bf16 | fp16 | fp32 | fp64, n <= 64, d in 16, 32, 64, 80: as the projection's output
+    qkv      [R, n, 3, H, d] bf16 | fp16 | fp32 | fp64, n <= 64, d in 16, 32, 64, 80: the projection's output,
              viewed; any strides (copied unless the last axis is dense)
     returns  [R, n, H, d] contiguous, so that reshaping to [R, n, H * d] costs nothing
     raises   TypeError, ValueError naming what came and what is wanted
     saves    nothing but qkv for the backward pass
+    falls back to plain torch, equal but for rounding, where Triton cannot run (CPU, not installed)
     maths    kernels/short_attention/README.md
+
+        qkv = self.qkv(x).view(rows, n, 3, heads, d)
+        x = self.proj(short_attention(qkv).reshape(rows, n, heads * d))
     """
     check("qkv", qkv, ("R", "n <= 64", 3, "H", "d"), FLOATS)
     n, d = qkv.shape[1], qkv.shape[-1]

@@ -15,44 +15,51 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def variants() -> list[Variant]:
-    """n 19, 39, 49 (and 64) at head_dim 64; 32 and 80; block-diagonal tiles; bf16, fp16 and fp32 once."""
+    """n 19, 39, 64 at head_dim 64; 32 and 80; block-diagonal tiles both ways; bf16, one fp16, some fp32.
+
+    Left out, since it spills: the backward pass of fp32 above 32 tokens at head_dim 64 and 80 (README.md).
+    """
     import triton
     import triton.language as tl
 
     from . import kernel
 
+    both = ("fwd", "bwd")
     shapes = [
-        (torch.bfloat16, 19, 6, 64, 1), (torch.bfloat16, 39, 12, 64, 1), (torch.bfloat16, 64, 6, 64, 1),
-        (torch.bfloat16, 39, 3, 32, 1), (torch.bfloat16, 39, 16, 80, 1), (torch.bfloat16, 39, 12, 64, 3),
-        (torch.bfloat16, 19, 12, 64, 6), (torch.float16, 39, 12, 64, 1), (torch.float32, 19, 6, 64, 1),
+        (torch.bfloat16, 19, 6, 64, 1, both), (torch.bfloat16, 39, 12, 64, 1, both),
+        (torch.bfloat16, 64, 6, 64, 1, both), (torch.bfloat16, 39, 3, 32, 1, both),
+        (torch.bfloat16, 39, 16, 80, 1, both), (torch.bfloat16, 39, 12, 64, 3, both),
+        (torch.bfloat16, 19, 12, 64, 6, both), (torch.float16, 39, 12, 64, 1, both),
+        (torch.float32, 19, 6, 64, 1, both), (torch.float32, 39, 12, 32, 1, both),
+        (torch.float32, 39, 12, 64, 1, ("fwd",)),
     ]  # fmt: skip
     found = []
-    for dtype, n, heads, d, pack in shapes:
+    for dtype, n, heads, d, pack, directions in shapes:
         t = TYPES[dtype]
-        for direction in ("fwd", "bwd") if pack == 1 else ("fwd",):
+        for direction in directions:
             chosen = kernel.heuristic(direction, n, heads, d, dtype.itemsize, pack)
             warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
             names = ("qkv_ptr", "out_ptr") if direction == "fwd" else ("qkv_ptr", "dout_ptr", "dqkv_ptr")
             strides = ("stride_r", "stride_n", "stride_3", "stride_h")
+            constexprs = {
+                "n": n,
+                "H": heads,
+                "D": d,
+                "SCALE": d**-0.5,
+                "BLOCK_N": triton.next_power_of_2(max(16, pack * n)),
+                "BLOCK_D": triton.next_power_of_2(max(16, d)),
+                "ACC": tl.float32,
+            }
             found.append(
                 Variant(
                     f"{direction} {t} n{n} H{heads} d{d}" + (f" pack{pack}" if pack > 1 else ""),
                     getattr(kernel, f"short_attention_{direction}_kernel"),
                     dict.fromkeys(names, f"*{t}") | {"rows": "i32"} | dict.fromkeys(strides, "i32"),
-                    {
-                        "n": n,
-                        "H": heads,
-                        "D": d,
-                        "SCALE": d**-0.5,
-                        "BLOCK_N": triton.next_power_of_2(max(16, pack * n)),
-                        "BLOCK_D": triton.next_power_of_2(max(16, d)),
-                        "ACC": tl.float32,
-                    }
-                    | chosen,
+                    constexprs | chosen,
                     warps,
                     stages,
                     aligned=(*names, *strides),
-                )  # fmt: skip
+                )
             )
     return found
 
@@ -121,8 +128,7 @@ def cases(quick: bool) -> list[Case]:
 def space(direction: str, dtype: torch.dtype, sizes: dict[str, int]) -> list[dict[str, int]]:
     """Launch settings that tuning tries."""
     n, heads = sizes["n"], sizes["H"]
-    # a 128-token tile spills in the backward pass
-    packs = sorted({1, max(1, 64 // n), max(1, (64 if direction == "bwd" else 128) // n)})
+    packs = sorted({1, max(1, 64 // n), max(1, 128 // n)})
     groups = [h for h in (1, 2, 3, 4, 6, heads) if heads % h == 0]
     return [
         {"PACK": p, "HEADS": h, "num_warps": w, "num_stages": s}
@@ -130,6 +136,8 @@ def space(direction: str, dtype: torch.dtype, sizes: dict[str, int]) -> list[dic
         for h in sorted(set(groups))
         for w in (1, 2, 4, 8)
         for s in (1, 2)
+        # in a loop over heads the backward pass of a 128-token tile spills
+        if direction == "fwd" or p * n <= 64 or h == 1
     ]
 
 

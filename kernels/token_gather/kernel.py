@@ -109,8 +109,9 @@ def forward(tokens: Tensor, keep: Tensor, pos: Tensor | None) -> Tensor:
     out = _launch.empty((views * batch, kept, width), tokens)
     _launch.launch(
         token_gather_fwd_kernel, (views * batch, triton.cdiv(kept, 16)), tokens,
-        tokens, keep, out if pos is None else pos.contiguous(), out, batch, tokens.stride(0), tokens.stride(1),
-        *keep.stride(), K=kept, D=width, HAS_POS=pos is not None, BLOCK_K=16, **_options("fwd", tokens),
+        tokens, keep, out if pos is None else pos.contiguous(), out,
+        batch, tokens.stride(0), tokens.stride(1), *keep.stride(),
+        K=kept, D=width, HAS_POS=pos is not None, BLOCK_K=16, **_options("fwd", tokens),
     )  # fmt: skip
     return out
 
@@ -119,9 +120,12 @@ def backward(dout: Tensor, inverse: Tensor, views: int) -> Tensor:
     """[B, N, D] from dout [V*B, K, D] and the inverse table [T, B, N]."""
     dout = dout.contiguous()
     (tables, batch, n), (_, kept, width) = inverse.shape, dout.shape
+    if kept == 0:
+        return dout.new_zeros(batch, n, width)
     dtokens = _launch.empty((batch, n, width), dout)
     _launch.launch(
         token_gather_bwd_kernel, (batch, triton.cdiv(n, 16)), dout,
-        dout, inverse, dtokens, batch, N=n, K=kept, D=width, TABLES=tables, BLOCK_N=16, **_options("bwd", dout),
+        dout, inverse, dtokens, batch,
+        N=n, K=kept, D=width, TABLES=tables, BLOCK_N=16, **_options("bwd", dout),
     )  # fmt: skip
     return dtokens

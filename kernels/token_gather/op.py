@@ -48,7 +48,7 @@ def _bwd(dout: Tensor, keep: Tensor, num_tokens: int, disjoint: bool) -> Tensor:
         return backward(dout, inverse_table(keep, num_tokens, disjoint), views)
     out = dout.new_zeros(batch, num_tokens, dout.shape[-1])
     rows = keep.transpose(0, 1).reshape(batch, views * kept, 1).long()
-    source = dout.view(views, batch, kept, -1).transpose(0, 1).reshape(batch, views * kept, -1)
+    source = dout.view(views, batch, kept, dout.shape[-1]).transpose(0, 1).flatten(1, 2)
     return out.scatter_add_(1, rows.expand_as(source), source)
 
 

@@ -1,8 +1,9 @@
 """patch_gather against its plain definition.
 
-Covers: three image layouts, all patches and kept ones, patch sizes 4, 14, 16, gray and RGB, fp64, fp32, fp16;
-weight and bias gradients; normalisation of uint8; images that need a gradient; autocast; gradcheck; opcheck; one
-graph; layouts; poisoned outputs; repeatability; empty batches; every error.
+Covers: three image layouts, all patches and kept ones, patch sizes 4, 14, 16, gray and RGB, fp64, fp32,
+fp16; weight and bias gradients; normalisation of uint8, loss-scaled fp16 gradients; images and positions
+that need a gradient; a frozen weight; autocast; gradcheck; opcheck; one graph; layouts; outputs that are not
+inputs; poisoned outputs; repeatability; empty batches; nothing kept; every error.
 """
 
 from __future__ import annotations
@@ -97,6 +98,54 @@ def test_uint8_images_are_normalised(dtype, patch, path):
         assert_as_good(a, b, c, 3 * patch**2, "gradient")
 
 
+def test_loss_scaled_fp16_gradients_of_uint8_images_stay_finite(path):
+    _, keep, weight, bias, pos = make(batch=8, patch=16, kept=6, dtype=torch.float16)
+    pixels = torch.randint(100, 256, (8, 32, 48, 3), dtype=torch.uint8)
+    out = patch_gather(pixels, keep, weight, bias, pos, mean=MEAN, std=STD)
+    upstream = torch.full_like(out, 64.0)
+    wide = [t.detach().double().requires_grad_() for t in (weight, bias)]
+    exact = patch_gather_reference(pixels, keep, *wide, pos.double(), mean=MEAN, std=STD)
+    same = patch_gather_reference(pixels, keep, weight, bias, pos, mean=MEAN, std=STD)
+    grads = [
+        torch.autograd.grad(o, w, upstream.to(o.dtype))[0]
+        for o, w in ((out, weight), (same, weight), (exact, wide[0]))
+    ]
+    # near fp16's end already
+    assert grads[2].abs().max() > 5000
+    assert_as_good(*grads, 96, "weight")
+
+
+def test_positions_that_need_a_gradient_take_the_definition():
+    images, keep, weight, bias, pos = make()
+    pos.requires_grad_()
+    a = torch.autograd.grad(patch_gather(images, keep, weight, bias, pos).sum(), pos)[0]
+    b = torch.autograd.grad(patch_gather_reference(images, keep, weight, bias, pos).sum(), pos)[0]
+    assert torch.equal(a, b) and a.any()
+
+
+def test_a_frozen_weight_gathers_nothing_again(monkeypatch):
+    images, keep, weight, bias, pos = make()
+    monkeypatch.setattr(_launch, "INTERPRET", False)
+    out = patch_gather(images, keep, weight.detach(), bias, pos)
+    with torch.profiler.profile() as profile:
+        out.sum().backward()
+    assert bias.grad.any() and not any("patch_pack" in event.key for event in profile.key_averages())
+
+
+def test_fp64_is_left_alone_by_autocast(path):
+    args = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert patch_gather(*args).dtype == torch.float64
+
+
+def test_fp16_images_with_an_fp32_weight(path):
+    images, keep, weight, bias, pos = make(dtype=torch.float32)
+    out = patch_gather(images.half(), keep, weight, bias, pos)
+    same = patch_gather(images.half().requires_grad_(), keep, weight, bias, pos)
+    assert out.dtype == same.dtype == torch.float16
+    torch.testing.assert_close(out, same, rtol=2e-3, atol=2e-3)
+
+
 def test_images_that_need_a_gradient_take_the_definition():
     images, keep, weight, bias, pos = make()
     images.requires_grad_()
@@ -128,6 +177,16 @@ def test_opcheck():
         for k in (keep, None):
             torch.library.opcheck(OPS.patch_gather_fwd.default, (x, k, flat, bias, pos, 4, 1))
             torch.library.opcheck(OPS.patch_pack.default, (x, k, 4, 1, torch.float16))
+
+
+@pytest.mark.parametrize("layout", ["patches", "one patch", "pixels"])
+def test_packing_never_returns_its_input(layout, path):
+    x, number = {
+        "patches": (torch.randn(2, 6, 48), 2),
+        "one patch": (torch.randn(2, 3, 4, 4), 1),
+        "pixels": (torch.randint(0, 256, (2, 8, 12, 3), dtype=torch.uint8), 0),
+    }[layout]
+    torch.library.opcheck(OPS.patch_pack.default, (x, None, 4, number, torch.float32))
 
 
 def test_one_graph():
@@ -168,6 +227,20 @@ def test_every_element_is_written_and_runs_repeat_bitwise(poisoned):
     assert not one.isnan().any() and torch.equal(one, two)
     packed = OPS.patch_pack(args[0], args[1], 4, 1, torch.float32)
     assert not packed.isnan().any()
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_nothing_kept_and_one_graph_with_pixels(kept, path):
+    _, keep, weight, bias, pos = make(kept=2)
+    pixels = torch.randint(0, 256, (2, 8, 12, 3), dtype=torch.uint8)
+
+    def loss(w, b):
+        return (patch_gather(pixels, keep[..., :kept], w, b, pos, mean=MEAN, std=STD) ** 2).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)
+    a, b = (torch.autograd.grad(f(weight, bias), (weight, bias)) for f in (compiled, loss))
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_an_empty_batch():

@@ -1,9 +1,10 @@
 """short_attention against its plain definition.
 
-Covers: output and gradient in fp64, fp32 and fp16 at odd lengths and every head_dim, one sequence per tile and
-several (also when they do not fill the last tile), heads split over programs; gradcheck; opcheck; one graph
-under torch.compile; strided, expanded and offset inputs and gradients; poisoned outputs; repeatability; empty
-batches; the plain path; FLOPs; every error.
+Covers: output and gradient in fp64, fp32 and fp16 at odd lengths and every head_dim; several sequences per
+tile (also when they do not fill the last one; neighbours must not leak into each other); heads split over
+programs; the launch settings of packed tiles; gradcheck; opcheck; one graph under torch.compile; strided,
+expanded and offset inputs and gradients; poisoned outputs; repeatability; empty batches; the plain path
+alone and against the kernel; FLOPs; every error.
 """
 
 from __future__ import annotations
@@ -47,22 +48,67 @@ def test_output_and_gradient(rows, n, heads, d, dtype, path, request):
 
 
 @pytest.mark.parametrize(
-    ("rows", "n", "heads", "config"),
+    ("rows", "n", "heads", "d", "config"),
     [
-        (3, 39, 2, {"PACK": 3}),
-        (4, 39, 1, {"PACK": 3}),
-        (7, 19, 1, {"PACK": 6}),
-        (1, 7, 2, {"PACK": 2, "HEADS": 1}),
-        (2, 19, 4, {"HEADS": 2}),
+        (3, 39, 2, 32, {"PACK": 3, "HEADS": 2}),
+        (4, 39, 1, 32, {"PACK": 3}),
+        (7, 19, 1, 32, {"PACK": 6}),
+        (5, 19, 2, 80, {"PACK": 3, "HEADS": 1}),
+        (1, 7, 2, 32, {"PACK": 2, "HEADS": 1}),
+        (2, 19, 4, 32, {"HEADS": 2}),
+        # 2 does not divide 3: all heads in one program
+        (2, 7, 3, 32, {"HEADS": 2}),
     ],
 )
-def test_several_sequences_per_tile_and_heads_over_programs(rows, n, heads, config):
-    qkv = make(rows, n, heads, 32)
-    upstream = torch.randn(rows, n, heads, 32, dtype=torch.float64)
+def test_several_sequences_per_tile_and_heads_over_programs(rows, n, heads, d, config, poisoned):
+    qkv = make(rows, n, heads, d)
+    upstream = torch.randn(rows, n, heads, d, dtype=torch.float64)
     with _launch.forced("short_attention", config):
         packed = both(short_attention, qkv, upstream)
     for a, b in zip(packed, both(short_attention_reference, qkv, upstream), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_packed_tiles_in_the_input_type(dtype):
+    qkv = make(4, 39, 1, 64, dtype)
+    upstream = torch.randn(4, 39, 1, 64, dtype=torch.float64)
+    exact = both(short_attention_reference, qkv.detach().double().requires_grad_(), upstream)
+    same = both(short_attention_reference, qkv, upstream)
+    with _launch.forced("short_attention", {"PACK": 3}):
+        packed = both(short_attention, qkv, upstream)
+    for name, a, b, c in zip(("out", "dqkv"), packed, same, exact, strict=True):
+        assert_as_good(a, b, c, 64, name)
+
+
+def test_sequences_of_one_tile_do_not_see_each_other():
+    qkv, upstream = make(3, 7, 2, 16), torch.randn(3, 7, 2, 16, dtype=torch.float64)
+    other = qkv.detach().clone()
+    other[1] *= 100
+    with _launch.forced("short_attention", {"PACK": 3}):
+        before = both(short_attention, qkv, upstream)
+        after = both(short_attention, other.requires_grad_(), upstream)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[2], b[2]) and not torch.equal(a[1], b[1])
+
+
+def test_backward_of_128_token_tiles_takes_one_head_per_program():
+    from extrema_fast.kernels.short_attention.kernel import heuristic
+
+    # in a loop over heads it spills
+    assert heuristic("bwd", 39, 12, 64, 2, pack=3)["HEADS"] == 1
+    assert heuristic("bwd", 19, 12, 64, 2, pack=3)["HEADS"] == 12
+    assert heuristic("fwd", 39, 12, 64, 2, pack=3)["HEADS"] == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_plain_path_equals_the_kernel(dtype, monkeypatch):
+    qkv, upstream = make(3, 19, 2, 32, dtype), torch.randn(3, 19, 2, 32, dtype=torch.float64)
+    kernel = both(short_attention, qkv, upstream)
+    monkeypatch.setattr(_launch, "INTERPRET", False)
+    for a, b in zip(kernel, both(short_attention, qkv, upstream), strict=True):
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(a, b, rtol=100 * torch.finfo(dtype).eps, atol=100 * torch.finfo(dtype).eps)
 
 
 def test_gradcheck(monkeypatch):
@@ -147,9 +193,15 @@ def test_flops():
         ((2, 7, 2, 2, 16), torch.float32, r"got float32 \[2, 7, 2, 2, 16\]"),
         ((2, 7, 3, 2, 16), torch.int32, "got int32"),
         ((2, 65, 3, 2, 16), torch.float32, "expected 1 to 64 tokens, got 65; use torch's scaled_dot"),
+        ((2, 0, 3, 2, 16), torch.float32, "expected 1 to 64 tokens, got 0"),
         ((2, 7, 3, 2, 48), torch.float32, "head_dim 48 is not one of"),
     ],
 )
 def test_errors(shape, dtype, words):
     with pytest.raises(ValueError, match=words):
         short_attention(torch.zeros(shape, dtype=dtype))
+
+
+def test_what_is_no_tensor():
+    with pytest.raises(TypeError, match=r"qkv: expected a tensor .*, got list"):
+        short_attention([1.0])

@@ -1,7 +1,8 @@
 """token_gather against its plain definition.
 
-Covers: output and gradients of tokens and positions, disjoint and overlapping views, fp64, fp32, fp16, odd sizes;
-gradcheck; opcheck; one graph; layouts; poisoned outputs; repeatability; empty batches; every error.
+Covers: output and gradients of tokens and positions, disjoint and overlapping views, fp64, fp32, fp16, odd
+sizes; gradcheck; opcheck; one graph; layouts; poisoned outputs; repeatability; empty batches; nothing kept;
+every error.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def path(request, monkeypatch):
 @pytest.mark.parametrize(
     ("batch", "n", "views", "kept", "width", "disjoint"),
     [
-        (1, 1, 1, 1, 96, True), (3, 19, 2, 7, 96, True), (2, 49, 3, 16, 192, False), (1, 196, 5, 39, 384, True),
-        (1, 197, 8, 19, 64, False), (2, 7, 3, 7, 100, False),
+        (1, 1, 1, 1, 96, True), (3, 19, 2, 7, 96, True), (2, 49, 3, 16, 192, False),
+        (1, 196, 5, 39, 384, True), (1, 197, 8, 19, 64, False), (2, 7, 3, 7, 100, False),
     ],
 )  # fmt: skip
 def test_output_and_gradients(batch, n, views, kept, width, disjoint, dtype, path):
@@ -110,6 +111,12 @@ def test_every_element_is_written_and_runs_repeat_bitwise(poisoned):
         runs.append((out, *torch.autograd.grad((out * out).sum(), (tokens, pos))))
     for a, b in zip(*runs, strict=True):
         assert not a.isnan().any() and torch.equal(a, b)
+
+
+def test_nothing_kept(path):
+    tokens, keep, _ = make(2, 7, 2, 3, 16)
+    token_gather(tokens, keep[..., :0]).sum().backward()
+    assert tokens.grad.shape == tokens.shape and not tokens.grad.any()
 
 
 def test_an_empty_batch():

@@ -14,22 +14,29 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from extrema_fast.kernels.color_views import reference
+from extrema_fast.kernels.color_views.reference import BRIGHTNESS, CONTRAST, HUE, SATURATION, jitter
 
 from extrema_fast import rng
-from extrema_fast.augment import (
-    BRIGHTNESS,
-    CONTRAST,
-    HUE,
-    SATURATION,
-    color_params,
-    color_view,
-    color_views,
-    jitter,
-    normalize,
-)
+from extrema_fast.augment import color_views, normalize
 from extrema_fast.config import DataConfig
 
 ORDERS = list(itertools.permutations(range(4)))
+
+
+def color_params(index: torch.Tensor, cfg: DataConfig, *, seed: int, epoch: int, stream: int) -> dict:
+    """The coins of one view by name."""
+    p = reference.color_params(
+        index, cfg.jitter, cfg.jitter_prob, cfg.gray_prob, seed=seed, epoch=epoch, streams=(stream, stream)
+    )[:, 0]
+    return {
+        "on": p[:, reference.ON] > 0,
+        "factors": p[:, reference.FACTORS],
+        "order": p[:, reference.ORDER].long(),
+        "gray": p[:, reference.GRAY_ON] > 0,
+    }
+
+
 PLAIN = DataConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
@@ -194,7 +201,7 @@ def test_coins_have_the_papers_distribution():
 
 def test_the_last_order_is_the_last_of_the_table(monkeypatch):
     # the largest coin must not round up to a 25th order
-    monkeypatch.setattr(rng, "uniform", lambda *a, **k: torch.full((1, 8), 1 - 2**-24))
+    monkeypatch.setattr(reference, "uniform", lambda *a, **k: torch.full((1, 8), 1 - 2**-24))
     assert params(1)["order"].tolist() == [[3, 2, 1, 0]]
 
 
@@ -292,7 +299,7 @@ def test_normalize():
 
 def test_a_view_is_normalised_with_the_configurations_numbers():
     images, index = pictures(4), torch.arange(4)
-    keys = {"seed": 0, "epoch": 0, "stream": rng.COLOR_STUDENT}
-    raw, view = color_view(images, index, PLAIN, **keys), color_view(images, index, DataConfig(), **keys)
+    keys = {"seed": 0, "epoch": 0}
+    raw, view = (color_views(images, index, cfg, **keys)[0] for cfg in (PLAIN, DataConfig()))
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (DataConfig().mean, DataConfig().std))
     assert torch.allclose(view, (raw - mean) / std, atol=1e-5)

@@ -133,7 +133,9 @@ def test_triton_where_it_cannot_run_is_an_error_that_says_why(monkeypatch):
     monkeypatch.setattr(ops.kernels._launch, "INTERPRET", False)
     ops.set_backend("attention_pool=triton")
     assert ops.choice("attention")[0] == "by-dtype"
-    with pytest.raises(UsageError, match="asks for attention_pool=triton, but .*; use `auto`, a CUDA device"):
+    with pytest.raises(
+        UsageError, match=r"asks for attention_pool=triton, but .*; use `auto`, a CUDA device"
+    ):
         ops.choice("attention_pool", "cpu")
 
 
