@@ -19,9 +19,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-# this process compiles; an interpreted kernel cannot be compiled
-os.environ.pop("TRITON_INTERPRET", None)
-
 ARCHITECTURES = (80, 90, 100, 120)
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 
@@ -148,6 +145,8 @@ def compile_all(ops: list[str], architectures: list[int], jobs: int = 1) -> list
 
 def main(argv: list[str] | None = None) -> int:
     """The command; exit code 1 when a variant has problems."""
+    # before Triton's import, here and in the processes started: an interpreted kernel cannot be compiled
+    os.environ.pop("TRITON_INTERPRET", None)
     from . import _launch
     from ._spec import OPS
 
