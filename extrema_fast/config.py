@@ -19,6 +19,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import UsageError
 
+# backends of self-attention by name; `extrema_fast.attention` says what each is and needs
+Attention = Literal["auto", "xformers", "sdpa", "flash", "efficient", "cudnn", "fa3", "short", "reference"]
+
 # width, depth, heads: ViT-Ti/S/B/L of the literature (head_dim 64)
 SIZES: dict[str, tuple[int, int, int]] = {
     "tiny": (192, 12, 3),
@@ -209,8 +212,10 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, learning rate and teacher momentum (method.md section 6)."""
+    """Optimizer, learning rate and teacher momentum (method.md section 6)."""
 
+    name: Literal["adamw", "lamb", "lars"] = "adamw"
+    """`lamb` and `lars` scale each layer's step by its norm: for batches of many thousands."""
     base_lr: float = 1.5e-4
     """Peak rate for a batch of 256; the peak used is base_lr * batch_size / 256."""
     min_lr: float = 0.0
@@ -246,8 +251,17 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the matrix products; weights, statistics and loss stay fp32. `auto`: bf16 on a GPU and on
     processors that multiply it in hardware, else fp32."""
-    compile: Literal["none", "block"] = "none"
-    """`block`: torch.compile of each transformer block."""
+    compile: Literal["auto", "none", "block", "loss", "step"] = "auto"
+    """torch.compile of each trunk block, of teacher + student + loss as one graph, or of that and the backward
+    pass. `auto`: `block` on a GPU, none on a CPU."""
+    cuda_graph: bool = False
+    """Record the whole step, optimizer and teacher included, as one CUDA graph and replay it."""
+    compact: bool = False
+    """Compute a drop-path branch for the kept rows only; the same result given the same coins."""
+    recompute: Literal["none", "gelu", "norm"] = "none"
+    """What the backward pass computes again instead of keeping: GELU outputs, or these and LayerNorm outputs."""
+    fp8: Literal["off", "teacher", "trunk"] = "off"
+    """FP8 products (torchao) in the teacher's trunk, or in both trunks; not recommended, no record yet."""
     seed: int = 0
     max_nonfinite: int = 3
     """Steps in a row with a non-finite loss or gradient before the run stops."""
@@ -324,7 +338,11 @@ class SystemConfig:
     threads: int = 0
     """CPU threads of torch (0: torch's own choice)."""
     backend: str = "auto"
-    """Implementation per op: `auto`, one name for all, or `attention=sdpa,...` (see `extrema_fast.ops`)."""
+    """Implementation per op: `auto`, one name for all, or `attention_pool=triton,...` (see `extrema_fast.ops`)."""
+    attention: Attention = "auto"
+    """Self-attention backend (see `extrema_fast.attention`); `auto` follows the committed table of measurements."""
+    attention_teacher: Literal["same", Attention] = "same"
+    """The teacher's, whose sequences are longer; `same`: as `attention`."""
     deterministic: bool = False
     """torch's deterministic algorithms."""
 
@@ -496,6 +514,9 @@ FREE_FIELDS = (
     "data.loader",
     "data.threads",
     "train.compile",
+    "train.cuda_graph",
+    "train.compact",
+    "train.recompute",
 )
 
 
@@ -515,8 +536,11 @@ def flatten(cfg: Any) -> dict[str, Any]:
 
 
 def changed_maths(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`["mask.ratio: 0.8 -> 0.9", ...]` for fields that change what is learned."""
-    a, b = flatten(old), flatten(new)
+    """`["mask.ratio: 0.8 -> 0.9", ...]` for fields that change what is learned.
+
+    A field that `old` lacks is newer than it: what was done then is the field's default.
+    """
+    a, b = flatten(Config()) | flatten(old), flatten(new)
     names = sorted(k for k in a.keys() | b.keys() if not k.startswith(FREE_FIELDS))
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in names if a.get(k) != b.get(k)]
 

@@ -379,9 +379,9 @@ def test_what_may_change_in_a_resumed_run():
         "log": {"every_steps": 7, "tensorboard": True},
         "ckpt": {"retain": 5, "every_steps": 1},
         "eval": {"k": 3},
-        "system": {"threads": 3, "deterministic": True, "backend": "reference"},
+        "system": {"threads": 3, "deterministic": True, "backend": "reference", "attention": "sdpa"},
         "data": {"loader": "pil", "threads": 7, "test": "elsewhere"},
-        "train": {"compile": "block"},
+        "train": {"compile": "block", "cuda_graph": True, "recompute": "gelu", "compact": True},
     }
     cfg = c.from_dict(free, c.smoke())
     assert c.changed_maths(old, c.to_dict(cfg)) == []
@@ -403,10 +403,10 @@ def test_every_other_field_is_reported_with_both_values():
         "model.layer_scale": 0.2, "model.drop_path": 0.2,
         "head.loss": "infonce", "head.temperature": 0.3, "head.hidden": 8, "head.out": 8,
         "head.predictor_hidden": 8,
-        "optim.base_lr": 1e-3, "optim.min_lr": 1e-6, "optim.warmup_epochs": 1.0, "optim.weight_decay": 0.2,
+        "optim.name": "lamb", "optim.base_lr": 1e-3, "optim.min_lr": 1e-6, "optim.warmup_epochs": 1.0, "optim.weight_decay": 0.2,
         "optim.betas": [0.9, 0.99], "optim.eps": 1e-6, "optim.clip_grad": 1.0, "optim.momentum": 0.9,
         "train.epochs": 3, "train.batch_size": 8, "train.accumulation": 2, "train.precision": "bf16",
-        "train.seed": 1, "train.max_nonfinite": 4,
+        "train.seed": 1, "train.max_nonfinite": 4, "train.fp8": "teacher",
     }  # fmt: skip
     maths = {k for k in flat if not k.startswith(c.FREE_FIELDS)}
     # a new option must be placed on one side
@@ -420,7 +420,14 @@ def test_every_other_field_is_reported_with_both_values():
     assert len(hashes) == len(other) + 1
 
 
-def test_a_field_that_only_one_side_knows_is_a_change():
+def test_a_field_that_an_old_run_lacks_had_its_default():
     old = c.to_dict(c.smoke())
     del old["mask"]["mode"]
-    assert c.changed_maths(old, c.to_dict(c.smoke())) == ["mask.mode: None -> 'disjoint'"]
+    assert c.changed_maths(old, c.to_dict(c.smoke())) == []
+    changed = c.to_dict(c.from_dict({"mask": {"mode": "independent"}}, c.smoke()))
+    assert c.changed_maths(old, changed) == ["mask.mode: 'disjoint' -> 'independent'"]
+
+
+def test_a_field_that_only_an_old_run_knows_is_a_change():
+    old = c.to_dict(c.smoke()) | {"gone": 1}
+    assert c.changed_maths(old, c.to_dict(c.smoke())) == ["gone: 1 -> None"]
