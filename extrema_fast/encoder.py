@@ -459,9 +459,8 @@ def with_img_size(config: ModelConfig, img_size: int | tuple[int, int]) -> Model
 
 
 def count_flops(config: ModelConfig, rows: int, n: int) -> float:
-    """Forward FLOPs of `rows` sequences of `n` tokens through trunk and pooling (performance.md)."""
+    """Forward FLOPs of `rows` sequences of `n` tokens through trunk and absorbed pooling."""
     width, depth, _ = config.shape
-    patch = 2 * n * config.in_chans * config.patch_size**2 * width
     trunk = depth * (24 * width**2 * n + 4 * n**2 * width)
     pool = config.pool_depth * (24 * width**2 + 4 * math.prod((config.shape[2], n + 1, width)))
-    return float(rows * (patch + trunk + pool))
+    return float(rows * (trunk + pool))

@@ -15,14 +15,17 @@ from .optim import Schedule
 def flops_per_image(cfg: Config) -> float:
     """FLOPs of one training step per image: student V views of K tokens x 3, teacher N tokens once, heads.
 
-    training-system.md section 11; the factor 3 is forward plus backward.
+    The factor 3 is forward plus backward. The patch embedding counts all N patches for both branches, whatever
+    is gathered first, and twice for the student: pixels have no gradient. Work that is avoided (compaction,
+    recomputation) never changes the count.
     """
     h, width, views = cfg.head, cfg.model.shape[0], cfg.mask.views
     projector = 2 * (width * h.hidden + h.hidden**2 + h.hidden * h.out)
     predictor = 2 * (h.out * h.predictor_hidden + h.predictor_hidden * h.out)
     student = count_flops(cfg.model, views, cfg.num_keep) + views * (projector + predictor)
     teacher = count_flops(cfg.model, 1, cfg.model.num_patches) + projector
-    return 3 * student + teacher
+    patches = 2 * cfg.model.num_patches * cfg.model.in_chans * cfg.model.patch_size**2 * width
+    return 3 * student + teacher + 3 * patches
 
 
 def derived(cfg: Config, processes: int = 1, images: int | None = None) -> dict[str, Any]:
