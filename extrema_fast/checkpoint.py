@@ -33,6 +33,7 @@ from torch import Tensor
 from .config import CheckpointConfig, Config, changed_maths, to_dict
 from .errors import StorageError, UsageError
 from .method import ExtreMA
+from .optim import check_family
 from .run_folder import read_json, replace_text
 
 log = logging.getLogger(__name__)
@@ -82,9 +83,19 @@ def collect(method: ExtreMA, optimizer: torch.optim.Optimizer, counters: Tensor)
 
 
 def restore(
-    tensors: dict[str, Tensor], method: ExtreMA, optimizer: torch.optim.Optimizer, counters: Tensor
+    tensors: dict[str, Tensor],
+    method: ExtreMA,
+    optimizer: torch.optim.Optimizer,
+    counters: Tensor,
+    saved_by: str = "",
 ) -> None:
-    """The inverse of `collect`; raises UsageError when the tensors are of another architecture."""
+    """The inverse of `collect`.
+
+    saved_by  class name of the optimizer whose state this is; empty: as this one's
+    raises    UsageError for another architecture, or another family of optimizers (optim.name)
+    """
+    if saved_by:
+        check_family(saved_by, optimizer)
     weights = {n.removeprefix("method."): t for n, t in tensors.items() if n.startswith("method.")}
     try:
         method.load_state_dict(weights)
@@ -92,14 +103,18 @@ def restore(
         raise UsageError(f"checkpoint: another architecture ({_one_line(error)})") from None
     names = {p: name for name, p in method.student_parameters()}
     order = [names[p] for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for i, name in enumerate(order):
-        prefix = f"optimizer.{name}."
-        # keys hold no dot, so the prefix of `a.b` never matches a parameter below it
-        found = {k: tensors[prefix + k] for k in ("step", "exp_avg", "exp_avg_sq") if prefix + k in tensors}
-        if found:
-            state[i] = found
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for full, value in tensors.items():
+        if full.startswith("optimizer."):
+            # keys hold no dot
+            name, _, key = full.removeprefix("optimizer.").rpartition(".")
+            by_name.setdefault(name, {})[key] = value
+    state = {i: by_name[name] for i, name in enumerate(order) if name in by_name}
+    rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    # a rate in a tensor stays that tensor: torch would put a copy in its place
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
     counters.copy_(tensors["counters"])
 
 

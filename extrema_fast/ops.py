@@ -5,7 +5,8 @@ A setting is one name for all ops (`reference`, `triton`) or a list (`attention=
 Each choice is logged once with its reason. An implementation asked for by name that cannot run is an
 error, never a silent fallback. State-dict keys never depend on the choice.
 
-`auto` takes a Triton kernel only where a committed record shows that it wins; there is none yet.
+`auto` takes a Triton kernel only where a committed record shows that it wins; there is none yet. For LAMB it
+takes NVIDIA apex where that is found to work (`extrema_fast.nvidia_apex`).
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels
+from . import kernels, nvidia_apex
 from .config import did_you_mean
 from .errors import UsageError
 from .kernels.adamw_ema import AdamWEma
@@ -36,6 +38,7 @@ from .kernels.patch_gather import patch_gather_reference
 from .kernels.sample_views import sample_views as sample_views_triton
 from .kernels.sample_views import sample_views_reference
 from .kernels.short_attention import short_attention, short_attention_reference
+from .lamb import ForeachAdamW, Lamb
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +75,28 @@ def _without_stats(pool: Callable) -> Callable:
     return run
 
 
-def _torch_adamw(groups: list[dict], teacher: dict[Tensor, Tensor], **options: Any) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, fused=True, **options)
+# apex's class for an op
+APEX = {"adamw_ema": "FusedAdam", "lamb": "FusedLAMB"}
+
+
+def _adamw_fused(groups: list[dict], teacher: dict[Tensor, Tensor], **options: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, fused=True, capturable=_on_device(options["lr"]), **options)
+
+
+def _adamw_foreach(groups: list[dict], teacher: dict[Tensor, Tensor], **options: Any) -> ForeachAdamW:
+    return ForeachAdamW(groups, **options)
+
+
+def _adamw_plain(groups: list[dict], teacher: dict[Tensor, Tensor], **options: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, foreach=False, capturable=_on_device(options["lr"]), **options)
+
+
+def _adamw_apex(groups: list[dict], teacher: dict[Tensor, Tensor], **options: Any) -> torch.optim.Optimizer:
+    return nvidia_apex.build(APEX["adamw_ema"], groups, **options)
+
+
+def _on_device(lr: float | Tensor) -> bool:
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"
 
 
 # op -> implementation name -> function; the first entry is what `auto` takes, with its reason
@@ -92,7 +115,18 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "patch_gather": {"reference": patch_gather_reference, "triton": patch_gather_triton},
     "color_views": {"reference": color_views_reference, "triton": color_views_triton},
     "sample_views": {"reference": sample_views_reference, "triton": sample_views_triton},
-    "adamw_ema": {"reference": _torch_adamw, "triton": AdamWEma},
+    "adamw_ema": {
+        "fused": _adamw_fused,
+        "foreach": _adamw_foreach,
+        "reference": _adamw_plain,
+        "triton": AdamWEma,
+        "apex": _adamw_apex,
+    },
+    "lamb": {
+        "foreach": Lamb,
+        "reference": partial(Lamb, foreach=False),
+        "apex": partial(nvidia_apex.build, APEX["lamb"]),
+    },
 }
 _WHY = {
     "attention": "torch's fused attention, the plain formula for bf16 on a CPU",
@@ -101,7 +135,9 @@ _WHY = {
     "color_views": "plain torch",
     "sample_views": "plain torch",
     "adamw_ema": "torch's fused AdamW, then the teacher's move",
+    "lamb": "torch's fused Adam update, then one scale per tensor",
 }
+_WHY_APEX = "apex's FusedLAMB was found to work here"
 
 _setting = "auto"
 _chosen: dict[tuple[str, str], tuple[str, str]] = {}
@@ -141,7 +177,7 @@ def _parse(setting: str) -> dict[str, str]:
 def choice(op: str, device: torch.device | str = "cpu") -> tuple[str, str]:
     """(implementation, reason) for `op` on tensors of `device`, decided once and logged.
 
-    raises UsageError when Triton is asked for by name and cannot run there
+    raises UsageError when Triton or apex is asked for by name and cannot run there
     """
     kind = torch.device(device).type
     if (op, kind) not in _chosen:
@@ -149,11 +185,23 @@ def choice(op: str, device: torch.device | str = "cpu") -> tuple[str, str]:
         name = _parse(env or _setting).get(op, "auto")
         if name == "auto":
             name, why = next(iter(IMPLEMENTATIONS[op])), _WHY[op]
-            if kind == "cuda" and kernels.can_run(kind)[0]:
+            if op == "lamb":
+                found, because = nvidia_apex.find(APEX[op], kind)
+                if found is not None:
+                    name, why = "apex", _WHY_APEX
+                elif kind in nvidia_apex.DEVICES:
+                    why += f"; {because}"
+            elif kind == "cuda" and kernels.can_run(kind)[0]:
                 why += "; no record shows that the Triton kernel is faster on this GPU"
         else:
             asker = "EXTREMA_FAST_BACKEND" if env else "the configuration"
             why = f"asked for by {asker}"
+            if name == "apex":
+                found, because = nvidia_apex.find(APEX[op], kind)
+                if found is None:
+                    raise UsageError(
+                        f"backend: {asker} asks for {op}=apex, but {because}; use `auto`. {nvidia_apex.BUILD}"
+                    )
             runs, because = kernels.can_run(kind)
             if name == "triton" and not runs:
                 raise UsageError(
@@ -221,5 +269,15 @@ def sample_views(index: Tensor, *args: Any, **options: Any) -> Tensor:
 
 
 def adamw(groups: list[dict], teacher: dict[Tensor, Tensor], **options: Any) -> torch.optim.Optimizer:
-    """AdamW over parameter groups; the fused one also moves `teacher` (student parameter -> teacher's)."""
+    """AdamW over parameter groups; `triton` also moves `teacher` (student parameter -> teacher's)."""
     return _chosen_for("adamw_ema", groups[0]["params"][0])(groups, teacher=teacher, **options)
+
+
+def lamb(groups: list[dict], **options: Any) -> torch.optim.Optimizer:
+    """LAMB over parameter groups; options `lr`, `betas`, `eps`."""
+    p = groups[0]["params"][0]
+    if choice("lamb", p.device) == ("apex", _WHY_APEX) and isinstance(options["lr"], Tensor):
+        # nobody asked for apex, which cannot read a rate from the device
+        _chosen["lamb", p.device.type] = "foreach", _WHY["lamb"] + "; apex's takes no rate on the device"
+        log.info("op lamb: %s (%s)", *_chosen["lamb", p.device.type])
+    return _chosen_for("lamb", p)(groups, **options)

@@ -126,6 +126,7 @@ def test_the_public_functions_run_what_was_chosen(setting, monkeypatch):
     ops.color_views(x)
     ops.sample_views(x)
     ops.adamw([{"params": [x]}], {})
+    ops.lamb([{"params": [x]}], lr=0.1)
     assert called == [(op, names()[op]) for op in ops.IMPLEMENTATIONS]
 
 

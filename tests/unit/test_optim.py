@@ -1,8 +1,10 @@
-"""Schedules and parameter groups.
+"""Schedules, parameter groups and the optimizers that are built.
 
 Covers: learning rate at 0, inside and at the end of the warm-up, in the middle and at the end; the
-momentum's course; both as pure functions; the paper's run in steps; who is decayed; the optimizer that is
-built.
+momentum's course; both as pure functions; the paper's run in steps; who is decayed; for every optimizer and
+implementation: its options, rates as numbers and tensors, its answer to a refused step; that all
+implementations of one optimizer take the same steps and continue each other's checkpoints; other families
+refused; layer-wise rates without decay refused.
 """
 
 from __future__ import annotations
@@ -14,9 +16,28 @@ import pytest
 import torch
 
 from extrema_fast import config as c
+from extrema_fast import ops
+from extrema_fast.checkpoint import collect, restore
 from extrema_fast.encoder import create_encoder
+from extrema_fast.errors import UsageError
 from extrema_fast.method import ExtreMA
-from extrema_fast.optim import Schedule, build_optimizer, learning_rate, momentum, param_groups
+from extrema_fast.metrics import Counters
+from extrema_fast.optim import (
+    FAMILIES,
+    Schedule,
+    build_optimizer,
+    gates_on_device,
+    learning_rate,
+    momentum,
+    param_groups,
+    set_lr,
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setattr(ops, "_setting", "auto")
 
 
 def test_learning_rate_at_its_corners():
@@ -147,3 +168,149 @@ def test_one_fused_step_is_decoupled_adamw():
     # at the first step the two moments cancel to the sign of the gradient
     wanted = torch.tensor([[1.0, -2.0]]).double() * (1 - 0.01 * 0.1) - 0.01 * torch.sign(p.grad)
     assert torch.allclose(p.detach(), wanted, rtol=1e-7)
+
+
+# ---- every optimizer ---------------------------------------------------------------------------------
+
+# (optim.name, system.backend): class, decides on the device
+OPTIMIZERS = {
+    ("adamw", "auto"): ("AdamW", True),
+    ("adamw", "adamw_ema=fused"): ("AdamW", True),
+    ("adamw", "adamw_ema=foreach"): ("ForeachAdamW", False),
+    ("adamw", "adamw_ema=reference"): ("AdamW", False),
+    ("adamw", "adamw_ema=triton"): ("AdamWEma", True),
+    ("lamb", "auto"): ("Lamb", True),
+    ("lamb", "lamb=foreach"): ("Lamb", True),
+    ("lamb", "lamb=reference"): ("Lamb", True),
+    ("lars", "auto"): ("Lars", True),
+}
+TINY = {
+    "model": {"width": 16, "depth": 1},
+    "head": {"hidden": 8, "out": 8, "predictor_hidden": 8},
+    "optim": {"betas": [0.8, 0.9], "eps": 1e-3, "weight_decay": 0.3, "base_lr": 0.1},
+}
+
+
+def built(name: str, backend: str, **options) -> tuple[ExtreMA, torch.optim.Optimizer]:
+    cfg = c.from_dict({"optim": {"name": name}}, c.from_dict(TINY, c.smoke()))
+    ops.set_backend(backend)
+    method = ExtreMA(cfg)
+    return method, build_optimizer(method, cfg, **options)
+
+
+def take_steps(method: ExtreMA, optimizer: torch.optim.Optimizer, start: int, end: int) -> None:
+    for t in range(start, end):
+        torch.manual_seed(t)
+        for _, p in method.student_parameters():
+            p.grad = torch.randn_like(p)
+        set_lr(optimizer, 0.01 * (t + 1))
+        optimizer.step()
+
+
+def saved(method: ExtreMA, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {n: t.clone() for n, t in collect(method, optimizer, Counters().tensor).items()}
+
+
+def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], rtol: float) -> None:
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=rtol, atol=rtol, msg=name)
+
+
+@pytest.mark.parametrize(("name", "backend"), OPTIMIZERS)
+def test_the_optimizer_of_a_configuration(name, backend):
+    method, optimizer = built(name, backend)
+    wanted, on_device = OPTIMIZERS[name, backend]
+    assert type(optimizer).__name__ == wanted and gates_on_device(optimizer) is on_device
+    assert FAMILIES[wanted] == name
+    held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    assert held == {id(p) for p in method.student_branch.parameters()}
+    for group, decay in zip(optimizer.param_groups, (0.3, 0.0), strict=True):
+        assert group["weight_decay"] == decay and group["lr"] == pytest.approx(0.1 * 16 / 256)
+        if name == "lars":
+            assert (group["momentum"], group["trust"]) == (0.8, 1e-3)
+        else:
+            assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-3)
+
+
+@pytest.mark.parametrize(("name", "backend"), OPTIMIZERS)
+def test_a_rate_in_a_tensor(name, backend):
+    one, two = built(name, backend), built(name, backend, tensor_lr=True)
+    rates = [g["lr"] for g in two[1].param_groups]
+    assert rates[0] is rates[1] and (rates[0].dtype, rates[0].dim()) == (torch.float32, 0)
+    assert float(rates[0]) == pytest.approx(0.1 * 16 / 256)
+    for method, optimizer in (one, two):
+        take_steps(method, optimizer, 0, 3)
+    assert float(rates[0]) == pytest.approx(0.03)
+    assert_same(saved(*one), saved(*two), 1e-6)
+    # a rate that is a tensor sets either kind
+    for _, optimizer in (one, two):
+        set_lr(optimizer, torch.tensor(0.25))
+        assert [float(g["lr"]) for g in optimizer.param_groups] == [0.25, 0.25]
+    assert type(one[1].param_groups[0]["lr"]) is float
+    # and the tensor is still that one after a checkpoint has been read
+    restore(saved(*one), two[0], two[1], Counters().tensor)
+    assert all(g["lr"] is rates[0] for g in two[1].param_groups)
+
+
+@pytest.mark.parametrize(("name", "backend"), [k for k, (_, on_device) in OPTIMIZERS.items() if on_device])
+def test_a_step_refused_on_the_device(name, backend):
+    method, optimizer = built(name, backend)
+    take_steps(method, optimizer, 0, 2)
+    before = saved(method, optimizer)
+    optimizer.found_inf = torch.ones(())
+    for _, p in method.student_parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.step()
+    after = saved(method, optimizer)
+    assert all(before[n].numpy().tobytes() == t.numpy().tobytes() for n, t in after.items())
+    optimizer.found_inf = torch.zeros(())
+    take_steps(method, optimizer, 2, 3)
+    assert any(not torch.equal(before[n], t) for n, t in saved(method, optimizer).items())
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lars"])
+def test_implementations_continue_each_others_checkpoints(name):
+    backends = [b for n, b in OPTIMIZERS if n == name and (b != "auto" or n == "lars")]
+    results = []
+    # each continues its neighbour's
+    for first, second in zip(backends, backends[1:] + backends[:1], strict=True):
+        one, two = built(name, first), built(name, second)
+        take_steps(*one, 0, 2)
+        # another run's state must leave no trace
+        take_steps(*two, 7, 8)
+        restore(saved(*one), *two, Counters().tensor, type(one[1]).__name__)
+        assert_same(saved(*one), saved(*two), 0)
+        take_steps(*two, 2, 4)
+        results.append(saved(*two))
+    straight = built(name, backends[0])
+    take_steps(*straight, 0, 4)
+    for result in results:
+        assert_same(saved(*straight), result, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("AdamW", "lamb"), ("FusedLAMB", "adamw"), ("Lars", "lamb"), ("Lamb", "lars"), ("Adafactor", "adamw")],
+)
+def test_another_optimizers_checkpoint_is_refused(old, new):
+    one, two = built(FAMILIES.get(old, "adamw"), "auto"), built(new, "auto")
+    take_steps(*one, 0, 1)
+    before = saved(*two)
+    with pytest.raises(
+        UsageError, match=f"its optimizer is {old}, this run's is {type(two[1]).__name__}"
+    ) as error:
+        restore(saved(*one), *two, Counters().tensor, old)
+    known = old in FAMILIES
+    assert (f"use --optim.name {FAMILIES.get(old)}, or another --out" in str(error.value)) is known
+    assert "another --out with --init-from" in str(error.value)
+    assert_same(before, saved(*two), 0)
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars"])
+def test_layer_wise_rates_without_decay_are_refused(name):
+    cfg = c.from_dict({"optim": {"name": name, "weight_decay": 0.0}}, c.smoke())
+    with pytest.raises(
+        UsageError, match=rf"optim.weight_decay: 0 .* optim.name={name} off; use a small value"
+    ):
+        build_optimizer(ExtreMA(cfg), cfg)
