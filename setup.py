@@ -36,6 +36,7 @@ EXTRAS = {
     "dali-cuda12": [f"nvidia-dali-cuda120>=2.0; {LINUX}"],
     "xformers": ["xformers>=0.0.35"],
     "timm": ["timm>=1.0.20"],
+    "fp8": [f"torchao>=0.18; {LINUX}"],
     "bench": ["matplotlib>=3.8", "rich>=13"],
     "dev": [
         "pytest>=8",

@@ -1,0 +1,174 @@
+"""FP8 products in the trunk.
+
+Covers: what is refused (no torchao, no GPU, an old GPU, odd widths) and that a refusal changes nothing; off;
+with torchao, emulated: which layers change in either mode, names and parameters that stay, closeness to
+bf16 forward and backward, that the products are rounded, no gradient in the teacher, whole graphs, a
+checkpoint across the setting, a training step.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from extrema_fast import train
+from extrema_fast.config import from_dict, smoke
+from extrema_fast.data import Batch
+from extrema_fast.dist import World
+from extrema_fast.errors import UsageError
+from extrema_fast.fp8 import LAYERS, apply_fp8
+from extrema_fast.method import ExtreMA
+from extrema_fast.state import build, wrap
+
+CFG = from_dict({"model": {"drop_path": 0.0}, "optim": {"warmup_epochs": 0.0}}, smoke())
+needs_torchao = pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="needs torchao (pip install 'extrema-fast[fp8]')"
+)
+
+
+def kinds(method: ExtreMA) -> dict[str, str]:
+    return {n: type(m).__name__ for n, m in method.named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+def inputs(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    keep = torch.stack([torch.randperm(16)[:8].view(2, 4) for _ in range(rows)], 1)
+    return torch.randn(rows, 3, 32, 32), keep
+
+
+# ---- refused ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untouched():
+    method = ExtreMA(CFG)
+    before = kinds(method)
+    yield method
+    assert kinds(method) == before
+
+
+def test_off_changes_nothing(untouched):
+    assert apply_fp8(untouched, "off", "cpu") == 0
+
+
+@pytest.mark.parametrize("mode", ["teacher", "trunk"])
+def test_without_a_gpu(untouched, mode):
+    with pytest.raises(UsageError, match=rf"train.fp8={mode}: needs an NVIDIA GPU, the device is cpu"):
+        apply_fp8(untouched, mode, "cpu")
+
+
+def test_a_gpu_that_is_too_old(untouched, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(UsageError, match=r"A100 \(sm_80\) has no FP8 products, they begin with sm_89"):
+        apply_fp8(untouched, "trunk", torch.device("cuda", 0))
+
+
+def test_without_torchao(untouched, monkeypatch):
+    real = builtins.__import__
+
+    def blocked(name, *args, **options):
+        if name.partition(".")[0] == "torchao":
+            raise ImportError("No module named 'torchao'")
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", blocked)
+    with pytest.raises(UsageError, match=r"needs torchao \(No module.*pip install 'extrema-fast\[fp8\]'"):
+        apply_fp8(untouched, "teacher", "cpu", emulate=True)
+
+
+def test_widths_that_fp8_products_do_not_have():
+    cfg = from_dict({"model": {"width": 40, "heads": 1}}, CFG)
+    with pytest.raises(UsageError, match=r"blocks.0.attn.qkv is 40 x 120, FP8 products need multiples of 16"):
+        apply_fp8(ExtreMA(cfg), "teacher", "cpu", emulate=True)
+
+
+# ---- emulated --------------------------------------------------------------------------------------
+
+
+@needs_torchao
+@pytest.mark.parametrize(("mode", "branches"), [("teacher", ["teacher"]), ("trunk", ["teacher", "student"])])
+def test_only_the_named_layers_change(mode, branches):
+    method = ExtreMA(CFG)
+    state, params = method.state_dict(keep_vars=True), dict(method.named_parameters())
+    before = kinds(method)
+    expected = {
+        f"{b}_branch.encoder.blocks.{i}.{name}" for b in branches for i in range(2) for name in LAYERS
+    }
+    assert apply_fp8(method, mode, "cpu", emulate=True) == len(expected) == 8 * len(branches)
+    after = kinds(method)
+    assert {n for n in after if after[n] == "Float8Linear"} == expected
+    assert all(after[n] == before[n] for n in before if n not in expected)
+    now = method.state_dict(keep_vars=True)
+    assert list(now) == list(state) and all(
+        now[n] is t and t.dtype == torch.float32 for n, t in state.items()
+    )
+    # the very parameters, so that an optimizer may exist already
+    assert all(
+        p is params[n] and p.requires_grad == n.startswith("student") for n, p in method.named_parameters()
+    )
+
+
+@needs_torchao
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_close_to_the_usual_products(precision):
+    plain, fp8 = ExtreMA(CFG), ExtreMA(CFG)
+    apply_fp8(fp8, "trunk", "cpu", emulate=True)
+    # an odd number of rows: the backward pass sums over them
+    images, keep = inputs(3)
+    results = []
+    for method in (plain, fp8):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            out = method(images, images.flip(-1), keep)
+        out.loss.backward()
+        results.append(out)
+    a, b = results
+    for x, y in (
+        (a.target, b.target),
+        (a.prediction, b.prediction),
+        (a.student_features, b.student_features),
+    ):
+        assert F.cosine_similarity(x.float(), y.float()).min() > 0.99
+        # not the same numbers: products of bf16 differ by far less than three bits of mantissa do
+        assert float((x.float() - y.float()).norm() / x.float().norm()) > 3e-3
+    for (name, p), (_, q) in zip(plain.student_parameters(), fp8.student_parameters(), strict=True):
+        # the gradient of a key's bias is rounding noise
+        if p.dim() > 1 and "attn.k" not in name:
+            assert q.grad.dtype == torch.float32
+            assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), 0) > 0.95, name
+    assert all(p.grad is None for p in fp8.teacher_branch.parameters())
+
+
+@needs_torchao
+def test_a_block_is_still_one_graph():
+    method = ExtreMA(CFG)
+    apply_fp8(method, "trunk", "cpu", emulate=True)
+    x = torch.randn(3, 5, 64)
+    wanted = method.student.blocks[0](x)
+    block = torch.compile(method.student.blocks[0], backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(block(x), wanted, rtol=1e-5, atol=1e-6)
+    block(x).sum().backward()
+    assert method.student.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
+
+
+@needs_torchao
+@pytest.mark.parametrize("mode", ["teacher", "trunk"])
+def test_training_steps(mode):
+    losses = []
+    for wanted in ("off", mode):
+        run = build(CFG, World(torch.device("cpu")), range(64))
+        apply_fp8(run.method, wanted, "cpu", emulate=True)
+        wrap(run)
+        torch.manual_seed(0)
+        images = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8)
+        for _ in range(3):
+            train.train_step(run, Batch(images, torch.arange(16), 0, run.step))
+            run.step += 1
+        losses.append(run.counters.read()["loss"])
+        saved = run.method.state_dict()
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+    # weights written with FP8 are read without
+    ExtreMA(CFG).load_state_dict(saved)
