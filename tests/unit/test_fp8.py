@@ -22,6 +22,7 @@ from extrema_fast.dist import World
 from extrema_fast.errors import UsageError
 from extrema_fast.fp8 import LAYERS, apply_fp8
 from extrema_fast.method import ExtreMA
+from extrema_fast.metrics import LOSS
 from extrema_fast.state import build, wrap
 
 CFG = from_dict({"model": {"drop_path": 0.0}, "optim": {"warmup_epochs": 0.0}}, smoke())
@@ -167,7 +168,7 @@ def test_training_steps(mode):
         for _ in range(3):
             train.train_step(run, Batch(images, torch.arange(16), 0, run.step))
             run.step += 1
-        losses.append(run.counters.read()["loss"])
+        losses.append(run.counters.tensor[LOSS].item())
         saved = run.method.state_dict()
     assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
     # weights written with FP8 are read without
