@@ -8,16 +8,15 @@ Each seed is its own process running the product's own commands, so a record sho
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
-from .records import machine, write_record
+from .records import heading, new_record, parser, write_record
+from .tables import Page, Table
 
 
 def main(argv: list[str]) -> int:
@@ -25,29 +24,32 @@ def main(argv: list[str]) -> int:
     ours, _, overrides = (argv, [], []) if "--" not in argv else (
         argv[: argv.index("--")], None, argv[argv.index("--") + 1 :]
     )  # fmt: skip
-    parser = argparse.ArgumentParser(prog="python -m benchmarks learning", description=main.__doc__)
-    parser.add_argument("preset", nargs="?", default="photos")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--name", default="", help="name of the record (default: the preset)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="where the run folders go")
-    parser.add_argument("--max-train", type=int, default=0, help="images of the evaluation's training part")
-    parser.add_argument("--max-test", type=int, default=0)
-    parser.add_argument("--note", default="", help="a line for the record's page")
-    args = parser.parse_args(ours)
-    name = args.name or args.preset
+    p = parser("learning", main.__doc__)
+    p.add_argument("preset", nargs="?", default="photos")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--runs", type=Path, default=Path("runs/learning"), help="where the run folders go")
+    p.add_argument("--max-train", type=int, default=0, help="images of the evaluation's training part")
+    p.add_argument("--max-test", type=int, default=0)
+    # the record's name follows the preset
+    p.set_defaults(name="")
+    args = p.parse_args(ours)
+    preset, seeds = ("smoke", [0]) if args.quick else (args.preset, args.seeds)
+    if args.list:
+        print(f"  {preset}, seeds {seeds}, {' '.join(overrides) or 'no overrides'}")
+        return 0
+    name = args.name or preset
     limits = [f"--max-{part}={n}" for part, n in (("train", args.max_train), ("test", args.max_test)) if n]
-    runs = [run(args.preset, s, args.runs / f"{name}-seed{s}", overrides, limits) for s in args.seeds]
-    record = {
-        "what": f"learning: {args.preset}",
-        "command": "python -m benchmarks learning " + " ".join(argv),
-        "date": date.today().isoformat(),
-        "note": args.note,
-        "machine": machine(),
-        "overrides": overrides,
-        "summary": summary(runs),
-        "runs": runs,
-    }
-    write_record(record, page(record), name)
+    runs = [run(preset, s, args.runs / f"{name}-seed{s}", overrides, limits) for s in seeds]
+    record = new_record(
+        f"learning: {preset}",
+        "learning",
+        argv,
+        args.note,
+        overrides=overrides,
+        summary=summary(runs),
+        runs=runs,
+    )
+    write_record(record, page(record), name, args.out)
     return 0
 
 
@@ -110,28 +112,18 @@ def summary(runs: list[dict]) -> dict:
     return out
 
 
-def page(record: dict) -> str:
-    """The record as a page to read."""
-    m, seeds = record["machine"], ", ".join(str(r["seed"]) for r in record["runs"])
-    lines = [
-        f"# {record['what']}",
-        "",
-        f"{record['date']}, {m['gpu'] or m['cpu']}, {m['threads']} CPU threads, torch {m['torch']}, "
-        f"Python {m['python']}, extrema-fast {m['extrema_fast']}.",
-        "",
-        *([record["note"], ""] if record["note"] else []),
-        "```",
-        record["command"],
-        "```",
-        "",
-        f"Mean ± sample deviation over seeds {seeds}; accuracies in %.",
-        "",
-        "| quantity | mean | ± | each seed |",
-        "| --- | --- | --- | --- |",
-    ]
+def page(record: dict) -> Page:
+    """The record to read."""
+    rows = []
     for key, s in record["summary"].items():
         factor = 1 if key.startswith("seconds") else 100
         each = ", ".join(f"{v * factor:.1f}" for v in s["values"])
-        label = key.replace(" | ", ", ")
-        lines.append(f"| {label} | {s['mean'] * factor:.1f} | {s['stdev'] * factor:.1f} | {each} |")
-    return "\n".join(lines) + "\n"
+        rows.append(
+            [key.replace(" | ", ", "), f"{s['mean'] * factor:.1f}", f"{s['stdev'] * factor:.1f}", each]
+        )
+    seeds = ", ".join(str(r["seed"]) for r in record["runs"])
+    return [
+        *heading(record),
+        f"Mean ± sample deviation over seeds {seeds}; accuracies in %.",
+        Table(["quantity", "mean", "±", "each seed"], rows),
+    ]

@@ -5,7 +5,6 @@ python -m benchmarks registers
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -13,7 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .records import RECORDS
+from extrema_fast.errors import UsageError
+
+from .records import RECORDS, parser
 
 FILE = RECORDS / "registers.json"
 
@@ -62,21 +63,32 @@ def page(table: dict) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Writes records/registers.json and registers.md: registers, shared memory, access widths."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks registers", description=main.__doc__)
-    parser.add_argument("--jobs", type=int, default=2)
-    args = parser.parse_args(argv)
+    """Writes registers.json and registers.md: registers, shared memory, access widths of every kernel."""
+    p = parser("registers", main.__doc__)
+    p.add_argument("--jobs", type=int, default=2)
+    args = p.parse_args(argv)
     import triton
     from extrema_fast.kernels._spec import OPS
 
-    rows = compile_rows(list(OPS), args.jobs)
+    # quick: one op, to see that the compiler works; the committed table is of all
+    ops = list(OPS)[:1] if args.quick else list(OPS)
+    if args.list:
+        print(f"  {', '.join(ops)}")
+        return 0
+    if args.quick and args.out == RECORDS:
+        raise UsageError(
+            "registers --quick: the committed table is of all ops; name another folder with --out"
+        )
+    rows = compile_rows(ops, args.jobs)
     bad = [f"{key(r)}: {p}" for r in rows for p in r["problems"]]
     if bad:
         print("\n".join(bad), file=sys.stderr)
         return 1
     kept = ("registers", "shared", "stack", "local", "loads", "wide_loads", "stores", "wide_stores")
     table = {"triton": triton.__version__, "rows": {key(r): {k: r[k] for k in kept} for r in rows}}
-    FILE.write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
-    (RECORDS / "registers.md").write_text(page(table), encoding="utf-8")
-    print(f"{len(rows)} compiled, no spills: {FILE.with_suffix('.md')}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"{args.name}.json"
+    file.write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
+    file.with_suffix(".md").write_text(page(table), encoding="utf-8")
+    print(f"{len(rows)} compiled, no spills: {file.with_suffix('.md')}")
     return 0
