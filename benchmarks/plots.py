@@ -170,26 +170,15 @@ def memory(plt: Any, record: dict[str, Any], folder: Path) -> list[str]:
     for i, name in enumerate(names):
         rows = [r for r in timed if r["provider"] == name]
         color, marker = shades[i % 10], MARKERS[i % len(MARKERS)]
-        left.plot(
-            [r["batch"] for r in rows],
-            [r["peak_mb"] / 1024 for r in rows],
-            marker=marker,
-            color=color,
-            label=name,
-        )
-        last = [r for r in rows if r["batch"] == largest]
-        if last:
-            right.plot(
-                last[0]["p50_ms"] / largest,
-                last[0]["peak_mb"] / 1024,
-                marker=marker,
-                color=color,
-                ms=8,
-                ls="",
-            )
-    left.set(xlabel="batch", ylabel="peak memory, GiB", ylim=(0, None), xlim=(0, None))
-    left.legend(frameon=False)
-    right.set(xlabel=f"ms per image at batch {largest}", ylabel="peak memory, GiB", ylim=(0, None))
+        peaks = [r["peak_mb"] / 1024 for r in rows]
+        left.plot([r["batch"] for r in rows], peaks, marker=marker, color=color, label=name)
+        if rows[-1]["batch"] == largest:
+            right.plot(rows[-1]["p50_ms"] / largest, peaks[-1], marker=marker, color=color, ms=8, ls="")
+    top = 1.1 * max(r["peak_mb"] for r in timed) / 1024
+    left.set(xlabel="batch", ylabel="peak memory, GiB", ylim=(0, top), xlim=(0, 1.05 * largest))
+    right.set(xlabel=f"ms per image at batch {largest}", ylabel="peak memory, GiB", ylim=(0, top))
+    right.margins(x=0.15)
+    figure.legend(frameon=False, bbox_to_anchor=(1.0, 0.9), loc="upper left")
     for ax in (left, right):
         ax.grid(lw=0.5, color="#dddddd")
     figure.suptitle(record["what"], x=0.01, ha="left", fontsize=10)
@@ -210,12 +199,8 @@ def roofline(plt: Any, record: dict[str, Any], folder: Path) -> list[str]:
     low = min(0.5 * min(r["flop_per_byte"] for r in rows), ridge / 10)
     high = max(2 * max(r["flop_per_byte"] for r in rows), ridge * 10)
     ax.plot([low, ridge, high], [low * rates["copy_gb_per_s"] / 1000, peak, peak], color="#333333", lw=1.2)
-    ax.text(
-        ridge,
-        peak * 1.1,
-        f"products {peak:.3g} TFLOP/s, copies {rates['copy_gb_per_s']:.0f} GB/s",
-        ha="center",
-    )
+    told = f"products {peak:.3g} TFLOP/s, copies {rates['copy_gb_per_s']:.0f} GB/s"
+    ax.text(high, peak * 1.25, told, ha="right")
     shades = plt.get_cmap("tab10").colors
     ops, providers = (list(dict.fromkeys(r[k] for r in rows)) for k in ("op", "provider"))
     for r in rows:
@@ -226,7 +211,7 @@ def roofline(plt: Any, record: dict[str, Any], folder: Path) -> list[str]:
     for i, provider in enumerate(providers):
         ax.plot([], [], ls="", marker=MARKERS[i % len(MARKERS)], color="#555555", label=provider)
     ax.set(xscale="log", yscale="log", xlabel="useful FLOP per byte that must move", ylabel="TFLOP/s",
-           title=record["what"])  # fmt: skip
+           title=record["what"], ylim=(None, 3 * peak))  # fmt: skip
     ax.grid(lw=0.5, color="#dddddd")
     ax.legend(frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
     return [_save(plt, figure, folder, "roofline.png")]

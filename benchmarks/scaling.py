@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -106,7 +107,9 @@ def components(cfg: Config, device: str, threads: int) -> list[dict[str, Any]] |
 def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Whether the cost grows no worse than linearly with batch and with views.
 
-    exponent  p of ms ~ value^p;  worst: largest cost per unit over that of the smallest value
+    exponent  p of ms ~ value^p
+    worst     largest rise of the cost per image (or view) from any smaller value to a larger one
+    marginal  milliseconds that one more costs, between neighbouring values
     """
     found = []
     for axis in ("batch", "views"):
@@ -115,11 +118,21 @@ def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         x, y = zip(*points, strict=True)
         per_unit = [b / a for a, b in points]
-        worst = max(per_unit) / per_unit[0]
+        worst = max(later / first for i, first in enumerate(per_unit) for later in per_unit[i + 1 :])
         linear = worst <= TOLERANCE
         p = slope(x, y)
         told = f"time ~ {axis}^{p:.2f}, {'no worse than linear' if linear else '**worse than linear**'}"
-        found.append({"axis": axis, "exponent": p, "worst": worst, "linear": linear, "told": told})
+        marginal = [(d - b) / (c - a) for (a, b), (c, d) in pairwise(points)]
+        found.append(
+            {
+                "axis": axis,
+                "exponent": p,
+                "worst": worst,
+                "marginal": marginal,
+                "linear": linear,
+                "told": told,
+            }
+        )
     return found
 
 
@@ -131,6 +144,16 @@ def shares(row: dict[str, Any]) -> dict[str, float]:
     return out
 
 
+def cells(r: dict[str, Any]) -> list[str]:
+    """A row of an axis' table."""
+    start = [r["value"], f"{r['views']} x {r['kept']}"]
+    if "p50_ms" not in r:
+        return [*start, r["error"], *["-"] * 5]
+    rate = 1000 * r["gflops_per_image"] / r["ms_per_image"]
+    times = [f"{r[f'p{q}_ms']:.1f}" for q in (20, 50, 80)]
+    return [*start, *times, f"{r['ms_per_image']:.2f}", f"{r['gflops_per_image']:.2f}", f"{rate:.0f}"]
+
+
 def page(record: dict[str, Any]) -> Page:
     """The record to read."""
     s, rows = record["settings"], record["rows"]
@@ -140,28 +163,26 @@ def page(record: dict[str, Any]) -> Page:
         f"{s['batch']} where nothing else is said. The points of an axis take turns: {s['rounds']} rounds of "
         f"{s['steps_per_turn']} step(s) after {s['warmup']} warm-up steps."
     )
-    out.append(
-        "\n".join(
-            f"* {g['told']}; largest cost per unit {g['worst']:.2f}x the first." for g in record["growth"]
-        )
-    )
+    lines = [
+        f"* {g['told']}: from one value to a larger one the cost of a unit rises to at most {g['worst']:.2f}x; one "
+        f"more costs {', '.join(f'{m:.1f}' for m in g['marginal'])} ms."
+        for g in record["growth"]
+    ]
+    out.append("\n".join(lines))
     for axis in dict.fromkeys(r["axis"] for r in rows):
         mine = [r for r in rows if r["axis"] == axis]
         out.append(f"## {axis.capitalize()}")
-        out.append(
-            Table(
-                [axis, "batch", "views x tokens", "p20 ms", "p50 ms", "p80 ms", "ms per image", "GFLOP per image",
-                 "GFLOP/s"],
-                [
-                    [r["value"], str(r["batch"]), f"{r['views']} x {r['kept']}",
-                     *(f"{r[f'p{q}_ms']:.1f}" for q in (20, 50, 80)), f"{r['ms_per_image']:.2f}",
-                     f"{r['gflops_per_image']:.2f}", f"{1000 * r['gflops_per_image'] / r['ms_per_image']:.0f}"]
-                    if "p50_ms" in r
-                    else [r["value"], str(r["batch"]), r["error"], *["-"] * 6]
-                    for r in mine
-                ],
-            )
-        )  # fmt: skip
+        head = [
+            axis,
+            "views x tokens",
+            "p20 ms",
+            "p50 ms",
+            "p80 ms",
+            "ms per image",
+            "GFLOP per image",
+            "GFLOP/s",
+        ]
+        out.append(Table(head, [cells(r) for r in mine]))
         told = {r["value"]: shares(r) for r in mine if r.get("components")}
         parts = list(dict.fromkeys(p for t in told.values() for p in t))
         if told:

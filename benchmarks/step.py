@@ -43,6 +43,8 @@ GOALS = {
     "cpu": {"released": 1.3, "released-fp32": 2.5, "strong": 1.05, "memory": 0.7},
     "cuda": {"released": 3.0, "strong": 1.25},
 }
+# share of our step that should be matrix products, and their rate over that of a large product
+PRODUCT_GOALS = (0.85, 0.8)
 
 
 def main(argv: list[str]) -> int:
@@ -370,5 +372,19 @@ def product_part(timed: list[dict[str, Any]]) -> Page:
             ["provider", "profiled step ms", "products ms", "% of the step", "GFLOP/s", "% of large products"], rows
         ),
         "One profiled step each; fused attention kernels are not among the products. A step cannot be faster than "
-        "its products; their rate is held against the rate of a large product in the same run.",
+        "its products; their rate is held against the rate of a large product in the same run."
+        + product_goal(with_products),
     ]  # fmt: skip
+
+
+def product_goal(rows: list[dict[str, Any]]) -> str:
+    """Whether our step is as much product, and its products as fast, as one can hope."""
+    q = next((r["products"] for r in rows if r["provider"] == "ours"), None)
+    if q is None or not q.get("of_large"):
+        return ""
+    share, rate = PRODUCT_GOALS
+    reached = "reached" if q["share"] >= share and q["of_large"] >= rate else "not reached"
+    return (
+        f" Goal for `ours`: products at least {100 * share:.0f} % of the step, at {100 * rate:.0f} % of that rate: "
+        f"{reached} ({100 * q['share']:.0f} % at {100 * q['of_large']:.0f} %)."
+    )
