@@ -39,6 +39,7 @@ EXTRAS = {
     "fp8": [f"torchao>=0.18; {LINUX}"],
     "bench": ["matplotlib>=3.8", "rich>=13"],
     "dev": [
+        "matplotlib>=3.8",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.5",
