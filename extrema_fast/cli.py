@@ -2,7 +2,7 @@
 
     pretrain -> train.pretrain    evaluate, knn, probe -> evals    report -> report.report
     import -> convert.import_released    encoders -> encoder.list_models
-    kernels -> ops.choices, kernels.listing    tune -> kernels.tune
+    kernels -> ops.choices, kernels.listing    tune -> kernels.tune    profile -> profile.profile
 
 Errors a user can act on are one line on standard error; the exit code is the error's own.
 """
@@ -20,11 +20,14 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from . import __version__
 from .config import PRESETS, Config, did_you_mean, flatten, load_config, preset, to_dict
 from .errors import ExtremaError, Preempted, UsageError
+from .memory import ask_for_huge_pages
+
+log = logging.getLogger(__name__)
 
 PROG = "extrema-fast"
 INSTALL = 'pip install "extrema-fast[train]"'
@@ -33,6 +36,7 @@ INSTALL = 'pip install "extrema-fast[train]"'
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code (0, or an ExtremaError's; 130 after a second Ctrl-C)."""
     args = list(sys.argv[1:] if argv is None else argv)
+    ask_for_huge_pages()
     try:
         return _dispatch(args)
     except Preempted as error:
@@ -143,21 +147,35 @@ def _set_up_logging(quiet: bool) -> None:
         logger.addHandler(handler)
 
 
-# ---- pretrain --------------------------------------------------------------------------------------
+# ---- commands with a configuration -----------------------------------------------------------------
 
 
-def _pretrain(args: list[str]) -> None:
-    p = _Parser("pretrain")
-    p.usage = f"{PROG} pretrain [PRESET] [options] [--dotted.option VALUE ...]"
+class _Configured(NamedTuple):
+    """A parsed command line: its own options, the configuration, and where that came from."""
+
+    ours: argparse.Namespace
+    cfg: Config
+    name: str
+    """preset"""
+    base: Config
+    """of the preset"""
+    before: Config
+    """with the --config file, without flags"""
+    flags: list[str]
+    """dotted"""
+
+
+def _config_parser(name: str) -> _Parser:
+    p = _Parser(name)
+    p.usage = f"{PROG} {name} [PRESET] [options] [--dotted.option VALUE ...]"
     p.add_help = False
     p.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}; default photos")
     p.add_argument("--config", metavar="FILE", help="TOML or JSON over the preset")
-    p.add_argument("--init-from", metavar="PATH", help="weights to start from at step 0 (run, weights, .pth)")
-    p.add_argument("--overwrite", action="store_true", help="move the run in --out aside and start anew")
-    p.add_argument("--allow-config-change", action="store_true", help="continue a run with changed settings")
-    p.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    p.add_argument("--dry-run", action="store_true", help="three real steps, nothing written")
-    p.add_argument("--quiet", action="store_true", help="warnings and errors only")
+    return p
+
+
+def _configure(p: _Parser, args: list[str]) -> _Configured | None:
+    """Preset, file and dotted flags beside the options of `p`; None once --help has been printed."""
     args = dashed(args)
     # a preset by position comes first: later words may be values of dotted options
     by_position = args.pop(0) if args and not args[0].startswith("-") else None
@@ -167,16 +185,30 @@ def _pretrain(args: list[str]) -> None:
     name = by_position or ours.preset
     chosen = preset(name) if name else None
     before = load_config(ours.config, chosen) if ours.config else chosen or preset("photos")
+    known = [s for a in p._actions for s in a.option_strings if s.startswith("--") and s != "--help"]
     if len(rest) < len(args) and {"-h", "--help"} & set(args):
         print(p.format_help() + "\ndotted options, with this preset's values:\n")
-        _tyro(before, ["--help"])
-        return
-    cfg = _tyro(before, rest, [s for a in p._actions for s in a.option_strings])
+        _tyro(before, ["--help"], known, p.prog)
+        return None
+    cfg = _tyro(before, rest, known, p.prog)
+    return _Configured(ours, cfg, name or "photos", chosen or preset("photos"), before, rest)
 
+
+def _pretrain(args: list[str]) -> None:
+    p = _config_parser("pretrain")
+    p.add_argument("--init-from", metavar="PATH", help="weights to start from at step 0 (run, weights, .pth)")
+    p.add_argument("--overwrite", action="store_true", help="move the run in --out aside and start anew")
+    p.add_argument("--allow-config-change", action="store_true", help="continue a run with changed settings")
+    p.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    p.add_argument("--dry-run", action="store_true", help="three real steps, nothing written")
+    p.add_argument("--quiet", action="store_true", help="warnings and errors only")
+    given = _configure(p, args)
+    if given is None:
+        return
+    ours, cfg = given.ours, given.cfg
     _set_up_logging(ours.quiet)
     if ours.print_config:
-        base = chosen or preset("photos")
-        print(json.dumps(_resolved(cfg, name or "photos", base, before, rest), indent=1))
+        print(json.dumps(_resolved(given), indent=1))
     elif ours.dry_run:
         from .dry_run import dry_run
         from .plan import describe
@@ -194,7 +226,7 @@ def _pretrain(args: list[str]) -> None:
         )
 
 
-def _tyro(base: Config, args: list[str], ours: Sequence[str] = ()) -> Config:
+def _tyro(base: Config, args: list[str], ours: Sequence[str], prog: str) -> Config:
     """`base` with dotted flags applied; raises UsageError in one line, with options in `ours` known too."""
     try:
         import tyro
@@ -207,13 +239,10 @@ def _tyro(base: Config, args: list[str], ours: Sequence[str] = ()) -> Config:
         known += [prefix + leaf] + ([f"{prefix}no-{leaf}"] if isinstance(value, bool) else [])
     for word in args:
         if word.startswith("--") and word.partition("=")[0] not in [*known, "--help"]:
-            ours = ["--preset", "--config", "--init-from", "--overwrite", "--allow-config-change"]
-            raise _unknown(
-                word, [*known, *ours, "--print-config", "--dry-run", "--quiet"], f"{PROG} pretrain"
-            )
+            raise _unknown(word, [*known, *ours], prog)
     if args == ["--help"]:
         with contextlib.suppress(SystemExit):
-            tyro.cli(Config, default=base, args=args, prog=f"{PROG} pretrain")
+            tyro.cli(Config, default=base, args=args, prog=prog)
         return base
     printed = io.StringIO()
     width = os.environ.get("COLUMNS")
@@ -221,9 +250,9 @@ def _tyro(base: Config, args: list[str], ours: Sequence[str] = ()) -> Config:
     os.environ["COLUMNS"] = "2000"
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            return tyro.cli(Config, default=base, args=args, prog=f"{PROG} pretrain")
+            return tyro.cli(Config, default=base, args=args, prog=prog)
     except SystemExit:
-        raise UsageError(_message(printed.getvalue())) from None
+        raise UsageError(_message(printed.getvalue(), prog)) from None
     finally:
         if width is None:
             del os.environ["COLUMNS"]
@@ -231,7 +260,7 @@ def _tyro(base: Config, args: list[str], ours: Sequence[str] = ()) -> Config:
             os.environ["COLUMNS"] = width
 
 
-def _message(box: str) -> str:
+def _message(box: str, prog: str) -> str:
     """The sentence inside tyro's error box."""
     lines = [line.strip(" │╭╮╰╯┃|") for line in box.splitlines()]
     rules = [i for i, line in enumerate(lines) if line and not line.strip("-─━")]
@@ -243,12 +272,13 @@ def _message(box: str) -> str:
     if after.startswith(f"{group}."):
         text = after
     if text.startswith("Unrecognized options: "):
-        text += f"; a preset comes first: {PROG} pretrain PRESET [options]"
+        text += f"; a preset comes first: {prog} PRESET [options]"
     return text
 
 
-def _resolved(cfg: Config, name: str, base: Config, before: Config, flags: list[str]) -> dict[str, Any]:
+def _resolved(given: _Configured) -> dict[str, Any]:
     """What --print-config shows; `config` alone reloads through --config."""
+    _, cfg, name, base, before, flags = given
     from .dist import detect
     from .plan import derived
     from .sources import open_source
@@ -272,6 +302,47 @@ def _resolved(cfg: Config, name: str, base: Config, before: Config, flags: list[
     if problem:
         values["images_problem"] = problem
     return {"preset": name, "config": to_dict(cfg), "derived": values, "sources": sources}
+
+
+def _profile(args: list[str]) -> None:
+    p = _config_parser("profile")
+    p.add_argument("--out", metavar="FOLDER", help="where the trace goes (default: runs/profile_PRESET)")
+    p.add_argument("--steps", type=int, default=3, metavar="N", help="steps profiled (default 3)")
+    p.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before (default 5)")
+    p.add_argument("--synthetic", action="store_true", help="random pictures from memory, no data set")
+    p.add_argument("--json", action="store_true", help="print the whole result as JSON")
+    p.add_argument("--quiet", action="store_true", help="warnings and errors only")
+    given = _configure(p, args)
+    if given is None:
+        return
+    ours, cfg, synthetic = given.ours, given.cfg, given.ours.synthetic
+    _set_up_logging(ours.quiet)
+
+    from . import profile
+    from .sources import BUILT_IN
+
+    train = cfg.data.train
+    if train == given.base.data.train and train not in BUILT_IN and not Path(train).expanduser().exists():
+        # where a preset expects its data set is a guess; a place the user has named is not
+        log.info("no images at %s: random pictures from memory (real ones: --data.train DIR)", train)
+        synthetic = True
+    out = ours.out or f"runs/profile_{given.name.replace('-', '_')}"
+    result = profile.profile(cfg, out, steps=ours.steps, warmup=ours.warmup, synthetic=synthetic)
+    if ours.json:
+        print(json.dumps(result, indent=1))
+        return
+    try:
+        from rich.console import Console
+
+        terminal = Console()
+    except ImportError:
+        terminal = None
+    if terminal is not None and terminal.is_terminal:
+        terminal.print(profile.rich_table(result))
+        print(profile.summary(result))
+    else:
+        print(profile.describe(result))
+    print(f"{out}: trace.json.gz (ui.perfetto.dev), profile.json, profile.txt")
 
 
 # ---- the other commands ----------------------------------------------------------------------------
@@ -413,5 +484,10 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
     ),
     "encoders": (_encoders, "list the encoder names", "encoders '*base*'"),
     "kernels": (_kernels, "list the ops, what runs on this machine and why", "kernels --device cuda"),
+    "profile": (
+        _profile,
+        "trace a few steps and show where their time goes",
+        "profile paper_small_80x5 --train.batch-size 16 --steps 3",
+    ),
     "tune": (_tune, "measure launch settings of the Triton kernels on this GPU", "tune --op short_attention"),
 }

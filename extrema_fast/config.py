@@ -20,7 +20,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from .errors import UsageError
 
 # backends of self-attention by name; `extrema_fast.attention` says what each is and needs
-Attention = Literal["auto", "xformers", "sdpa", "flash", "efficient", "cudnn", "fa3", "short", "reference"]
+Attention = Literal[
+    "auto", "xformers", "sdpa", "flash", "efficient", "cudnn", "fa3", "short", "products", "reference"
+]
 
 # width, depth, heads: ViT-Ti/S/B/L of the literature (head_dim 64)
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -256,8 +258,8 @@ class TrainConfig:
     pass. `auto`: `block` on a GPU, none on a CPU."""
     cuda_graph: bool = False
     """Record the whole step, optimizer and teacher included, as one CUDA graph and replay it."""
-    compact: bool = False
-    """Compute a drop-path branch for the kept rows only; the same result given the same coins."""
+    compact: Literal["auto", "on", "off"] = "auto"
+    """Compute a drop-path branch for the kept rows only; the same result given the same coins. `auto`: on a CPU."""
     recompute: Literal["none", "gelu", "norm"] = "none"
     """What the backward pass computes again instead of keeping: GELU outputs, or these and LayerNorm outputs."""
     fp8: Literal["off", "teacher", "trunk"] = "off"
@@ -608,7 +610,7 @@ def _paper(size: str, ratio: float, views: int, layer_scale: float = 0.1) -> Con
         data=DataConfig(train="imagenet/train", test="imagenet/val", threads=8),
         mask=MaskConfig(ratio=ratio, views=views),
         model=ModelConfig(size=size, layer_scale=layer_scale),
-        train=TrainConfig(epochs=300, batch_size=2048, compile="block"),
+        train=TrainConfig(epochs=300, batch_size=2048),
         ckpt=CheckpointConfig(every_epochs=1, milestone_epochs=50),
         eval=EvalConfig(every_epochs=10),
     )

@@ -30,7 +30,7 @@ def dry_run(cfg: Config, steps: int = 3) -> dict[str, Any]:
                 train_step(run, next(loader))
                 run.step += 1
                 # reading the counters waits for the device
-                values = run.counters.read()
+                values = run.counters.read().values()
                 times.append(time.perf_counter() - began)
         tokens = cfg.mask.views * cfg.num_keep
         return derived(cfg, world.size, len(run.source)) | {

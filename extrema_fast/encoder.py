@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops, rng
 from .config import SIZES, ModelConfig, did_you_mean
 from .errors import UsageError
+from .linear import RECOMPUTE, Linear, linear
 
 NORM_EPS = 1e-6
 
@@ -67,13 +68,16 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        # which implementation (`Encoder.set_attention`); no part of the state
+        self.backend = "auto"
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module | None = None, again: bool = False) -> Tensor:
+        """Of `norm(x)` where a norm is given; again: the backward pass makes the normalised tokens again."""
         r, n, width = x.shape
-        qkv = self.qkv(x).view(r, n, 3, self.heads, width // self.heads)
-        return self.proj(ops.attention(qkv).reshape(r, n, width))
+        qkv = linear(x, self.qkv, norm, again).view(r, n, 3, self.heads, width // self.heads)
+        return self.proj(ops.attention(qkv, self.backend).reshape(r, n, width))
 
 
 class Mlp(nn.Module):
@@ -81,15 +85,21 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(
+        self, x: Tensor, norm: nn.Module | None = None, again: frozenset[str] = frozenset()
+    ) -> Tensor:
+        """Of `norm(x)` where a norm is given; again: `norm`, `gelu`: what the backward pass makes again."""
+        return linear(linear(x, self.fc1, norm, "norm" in again), self.fc2, "gelu", "gelu" in again)
 
 
 class Block(nn.Module):
     """Pre-norm trunk block: `x += s0 SA(LN x)`, `x += s1 MLP(LN x)`, no layer scale."""
+
+    # what the backward pass makes again (`Encoder.set_recompute`)
+    again: frozenset[str] = frozenset()
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -98,14 +108,33 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """x [R, n, D]; scale [2, R]: drop-path factor per row of the two branches, 0 or 1 / (1 - rate)."""
-        if scale is None:
-            x = x + self.attn(self.norm1(x))
-            return x + self.mlp(self.norm2(x))
-        scale = scale.to(x.dtype)[:, :, None, None]
-        x = x + scale[0] * self.attn(self.norm1(x))
-        return x + scale[1] * self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, path: Sequence[Tensor | Kept] | Tensor | None = None) -> Tensor:
+        """x [R, n, D]; path: drop-path of the two branches, [2, R] factors or two `Kept`; None: no drop-path."""
+        attend, mix = (None, None) if path is None else path
+        x = _add_branch(x, lambda x: self.attn(x, self.norm1, "norm" in self.again), attend)
+        return _add_branch(x, lambda x: self.mlp(x, self.norm2, self.again), mix)
+
+
+class Kept(NamedTuple):
+    """Rows that a drop-path branch is computed for (`compact_path`).
+
+    rows    [C] int64, different rows of the batch: every kept one, padded with dropped ones
+    weight  [C] fp32: 1 / (1 - rate) for kept rows, 0 for padding
+    """
+
+    rows: Tensor
+    weight: Tensor
+
+
+def _add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], path: Tensor | Kept | None) -> Tensor:
+    if path is None:
+        return x + branch(x)
+    if isinstance(path, Tensor):
+        return x + path.to(x.dtype)[:, None, None] * branch(x)
+    # rows are unique, so the sum has one order
+    return x.index_add(
+        0, path.rows, path.weight.to(x.dtype)[:, None, None] * branch(x.index_select(0, path.rows))
+    )
 
 
 class PoolAttention(nn.Module):
@@ -113,10 +142,10 @@ class PoolAttention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
-        self.v = nn.Linear(width, width)
-        self.proj = nn.Linear(width, width)
+        self.q = Linear(width, width)
+        self.k = Linear(width, width)
+        self.v = Linear(width, width)
+        self.proj = Linear(width, width)
 
 
 class PoolBlock(nn.Module):
@@ -152,7 +181,7 @@ class PoolBlock(nn.Module):
             tokens, cls, weights, self.heads, NORM_EPS, stats=stats, return_weights=return_weights
         )
         cls = cls + self.gamma_1 * out
-        return cls + self.gamma_2 * self.mlp(self.norm2(cls)), attention, stats
+        return cls + self.gamma_2 * self.mlp(cls, self.norm2), attention, stats
 
 
 class Encoder(nn.Module):
@@ -246,14 +275,39 @@ class Encoder(nn.Module):
             pos = sincos_table(self.embed_dim, grid).to(pos)
         return ops.patch_gather(images, keep, proj.weight, proj.bias, pos)
 
-    def trunk(self, tokens: Tensor, path_scale: Tensor | None = None) -> Tensor:
-        """[R, n, D] -> [R, n, D] before the final norm; path_scale [L, 2, R] as of `drop_path_scale`."""
-        if path_scale is None and self.training and self.drop_path_rate > 0:
+    def trunk(self, tokens: Tensor, path: Tensor | list[tuple[Kept, Kept]] | None = None) -> Tensor:
+        """[R, n, D] -> [R, n, D] before the final norm; path as of `drop_path_scale` or `compact_path`."""
+        if path is None and self.training and self.drop_path_rate > 0:
             coins = torch.rand(self.depth, 2, tokens.shape[0], device=tokens.device)
-            path_scale = _scale_from_coins(coins, self.drop_path_rate)
+            path = _scale_from_coins(coins, self.drop_path_rate)
         for i, block in enumerate(self.blocks):
-            tokens = block(tokens, None if path_scale is None else path_scale[i])
+            tokens = block(tokens, None if path is None else path[i])
         return tokens
+
+    def set_attention(
+        self, backend: str, *, tokens: int | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Backend of the trunk's self-attention: `auto` or a name of `extrema_fast.attention`; weights stay.
+
+        tokens   a sequence length to decide for and check now, on the device where the encoder is
+        dtype    of its products then (default: the weights')
+        raises   UsageError for an unknown name, or (now with `tokens`, else at the first pass) one that cannot
+                 run: what it lacks, and what there is
+        """
+        ops.check_attention_name(backend)
+        weight = self.blocks[0].attn.qkv.weight
+        if tokens is not None:
+            ops.check_attention(
+                backend, weight.device, dtype or weight.dtype, tokens, self.embed_dim // self.heads,
+                train=weight.requires_grad,
+            )  # fmt: skip
+        for block in self.blocks:
+            block.attn.backend = backend
+
+    def set_recompute(self, what: str) -> None:
+        """What the backward pass of the trunk makes again: `none`, `gelu`, or `norm` (GELU and LayerNorm)."""
+        for block in self.blocks:
+            block.again = RECOMPUTE[what]
 
     def pool(self, tokens: Tensor, return_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
         """tokens [R, n, D] -> (class token before the final norm [R, D], attention maps).
@@ -393,6 +447,45 @@ def drop_path_scale(
     coins = rng.uniform(index, views * depth * 2, seed=seed, epoch=epoch, stream=rng.DROP_PATH)
     coins = coins.view(b, views, depth, 2).permute(2, 3, 1, 0).reshape(depth, 2, views * b)
     return _scale_from_coins(coins, rate)
+
+
+def compact_path(scale: Tensor, capacity: Sequence[int] | None = None) -> list[tuple[Kept, Kept]] | None:
+    """The same coins as rows to compute: dropped rows cost nothing (step.md section 5).
+
+    scale:    [L, 2, R] of `drop_path_scale`
+    capacity  rows computed per layer (static shapes), or None: just the kept ones (reads `scale` on the host)
+    returns   per layer (attention's, MLP's) `Kept`; None where a layer keeps more rows than its capacity
+    """
+    kept = scale > 0
+    # kept rows first, in order, then dropped ones
+    order = torch.argsort((~kept).to(torch.uint8), dim=-1, stable=True)
+    most = kept.sum(-1).amax(-1).tolist() if scale.device.type == "cpu" else None
+    if capacity is None:
+        counts = kept.sum(-1).tolist()
+    else:
+        if most is not None and any(m > c for m, c in zip(most, capacity, strict=True)):
+            return None
+        counts = [(c, c) for c in capacity]
+    return [
+        tuple(Kept(order[i, j, :c], scale[i, j].take(order[i, j, :c])) for j, c in enumerate(pair))
+        for i, pair in enumerate(counts)
+    ]  # type: ignore[misc]
+
+
+def compact_capacity(rows: int, depth: int, rate: float, classes: int = 4) -> list[int]:
+    """Rows per layer that hold every kept one but for one branch in a thousand million (6 deviations).
+
+    rows     R;  rate: of the last layer
+    classes  different sizes over depth at most: each is one more compiled graph of a block
+    """
+    out = []
+    for i in range(depth):
+        p = rate * i / max(depth - 1, 1)
+        most = rows * (1 - p) + 6 * math.sqrt(rows * p * (1 - p))
+        out.append(min(rows, -(-math.ceil(most) // 64) * 64))
+    # the layers of a group share the size of its first, the largest
+    size = -(-depth // classes)
+    return [out[i // size * size] for i in range(depth)]
 
 
 # ---- building -------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import convert
+from . import convert, ops
 from .augment import normalize
 from .collapse import collapse_warnings
 from .config import Config, DataConfig, EvalConfig, from_dict
@@ -64,6 +64,7 @@ CLS, MEAN = "class token", "mean of patches"
 # ---- while training -------------------------------------------------------------------------------
 
 
+@ops.lenient_attention()
 @torch.inference_mode()
 def online_eval(
     method: ExtreMA,

@@ -6,6 +6,8 @@ from itertools import pairwise
 
 from torch import nn
 
+from .linear import Linear
+
 
 def mlp_head(*widths: int) -> nn.Sequential:
     """Linear layers between `widths`, LayerNorm (eps 1e-5) and GELU after all but the last.
@@ -17,7 +19,7 @@ def mlp_head(*widths: int) -> nn.Sequential:
     for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
         if i:
             layers += [nn.LayerNorm(fan_in, eps=1e-5), nn.GELU()]
-        linear = nn.Linear(fan_in, fan_out)
+        linear = Linear(fan_in, fan_out)
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
         layers.append(linear)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .config import Config
 from .encoder import Encoder
 from .heads import mlp_head
+from .linear import Linear
 from .losses import byol_loss, gather_targets, infonce_loss
 
 
@@ -36,11 +37,9 @@ class StudentBranch(nn.Module):
         super().__init__()
         self.encoder, self.projector, self.predictor = encoder, projector, predictor
 
-    def forward(
-        self, images: Tensor, keep: Tensor, path_scale: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, keep: Tensor, path: Any = None) -> tuple[Tensor, Tensor]:
         """images [b, C, H, W], keep [V, b, K] -> (prediction [V*b, d], class token [V*b, D])."""
-        tokens = self.encoder.trunk(self.encoder.embed(images, keep), path_scale)
+        tokens = self.encoder.trunk(self.encoder.embed(images, keep), path)
         cls = self.encoder.norm(self.encoder.pool(tokens)[0])
         return self.predictor(self.projector(cls)), cls
 
@@ -111,17 +110,51 @@ class ExtreMA(nn.Module):
         """(name, parameter) of everything trained."""
         return [(n, p) for n, p in self.student_branch.named_parameters() if p.requires_grad]
 
-    @torch.no_grad()
-    def update_teacher(self, momentum: float | Tensor) -> None:
-        """`teacher <- m teacher + (1 - m) student` over encoder and projector (method.md section 3)."""
+    def _moved(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(teacher's parameters, the student's of the same names)."""
         student = dict(self.student_branch.named_parameters())
         teacher = dict(self.teacher_branch.named_parameters())
-        weight = 1 - momentum
-        if isinstance(weight, Tensor):
-            for name, p in teacher.items():
-                p.lerp_(student[name].detach(), weight.to(p))
-        else:
-            torch._foreach_lerp_(list(teacher.values()), [student[n].detach() for n in teacher], weight)
+        return list(teacher.values()), [student[n].detach() for n in teacher]
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """`teacher <- m teacher + (1 - m) student` over encoder and projector (method.md section 3)."""
+        torch._foreach_lerp_(*self._moved(), 1 - momentum)
+
+    @torch.no_grad()
+    def move_teacher(self, weight: Tensor) -> None:
+        """`teacher <- teacher + w (student - teacher)`; weight: 0-d tensor w = 1 - m, read on the device."""
+        teacher, student = self._moved()
+        torch._foreach_lerp_(teacher, student, [weight.to(teacher[0])] * len(teacher))
+
+    # ---- low-precision copies of the weights ---------------------------------------------------------
+
+    def keep_low(self, dtype: torch.dtype) -> None:
+        """Gives every linear layer of student and teacher a copy of its weight in `dtype` (`linear.Linear.low`).
+
+        Products then read the copies; whoever changes weights renews them (`refresh_low`, or AdamWEma's pass).
+        """
+        for layer in self._linears():
+            layer.low = layer.weight.detach().to(dtype)
+
+    def _linears(self) -> list[Linear]:
+        return [m for m in self.modules() if isinstance(m, Linear)]
+
+    def low_pairs(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
+        """(student weight -> its copy, student weight -> the copy of the teacher's weight of that name)."""
+        own = {n: m for n, m in self.student_branch.named_modules() if isinstance(m, Linear)}
+        others = {n: m for n, m in self.teacher_branch.named_modules() if isinstance(m, Linear)}
+        return (
+            {m.weight: m.low for m in own.values() if m.low is not None},
+            {own[n].weight: m.low for n, m in others.items() if m.low is not None},
+        )
+
+    @torch.no_grad()
+    def refresh_low(self) -> None:
+        """Renews all copies; nothing without copies."""
+        kept = [m for m in self._linears() if m.low is not None]
+        if kept:
+            torch._foreach_copy_([m.low for m in kept], [m.weight for m in kept])
 
     def loss(self, prediction: Tensor, targets: Tensor, images: int, offset: int = 0) -> Tensor:
         """Loss of one micro-batch.
@@ -134,11 +167,11 @@ class ExtreMA(nn.Module):
         return infonce_loss(prediction, targets, self.head_config.temperature, images, offset)
 
     def forward(
-        self, student_images: Tensor, teacher_images: Tensor, keep: Tensor, path_scale: Tensor | None = None
+        self, student_images: Tensor, teacher_images: Tensor, keep: Tensor, path: Any = None
     ) -> Output:
-        """Both images [b, C, H, W]; keep [V, b, K] integer; path_scale [L, 2, V*b] or None."""
+        """Both images [b, C, H, W]; keep [V, b, K] integer; path as of `drop_path_scale` or `compact_path`, or None."""
         target, teacher_features = self.teacher_branch(teacher_images)
         targets, offset = gather_targets(target) if self.head_config.loss == "infonce" else (target, 0)
-        prediction, features = self.student_branch(student_images, keep, path_scale)
+        prediction, features = self.student_branch(student_images, keep, path)
         loss = self.loss(prediction, targets, student_images.shape[0], offset)
         return Output(loss, prediction.detach(), target, features.detach(), teacher_features)

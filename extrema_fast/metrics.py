@@ -20,6 +20,35 @@ log = logging.getLogger(__name__)
 LOSS, NORM, GOOD, SKIPPED, IN_A_ROW, WORST = range(6)
 
 
+class Reading:
+    """Counters as they stood when this was made."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        on_gpu = tensor.device.type == "cuda"
+        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+        self.host.copy_(tensor, non_blocking=True)
+        self.event = torch.cuda.Event() if on_gpu else None
+        if self.event is not None:
+            self.event.record()
+
+    def arrived(self) -> bool:
+        """Whether `values` returns at once."""
+        return self.event is None or self.event.query()
+
+    def values(self) -> dict[str, float | int | None]:
+        """Means over the good steps (None without any), steps skipped since the start, most in a row."""
+        if self.event is not None:
+            self.event.synchronize()
+        values = self.host.tolist()
+        mean = [v / values[GOOD] if values[GOOD] else None for v in values[:2]]
+        return {
+            "loss": mean[0],
+            "grad_norm": mean[1],
+            "skipped": int(values[SKIPPED]),
+            "skipped_in_a_row": int(values[WORST]),
+        }
+
+
 class Counters:
     """Sums over the steps since the last log line, on the device: reading them is the only wait for it.
 
@@ -40,14 +69,12 @@ class Counters:
         t[IN_A_ROW] = (t[IN_A_ROW] + 1) * (1 - good)
         t[WORST] = torch.maximum(t[WORST], t[IN_A_ROW])
 
-    def read(self) -> dict[str, float | int | None]:
-        """Means over the good steps (None without any) and counts since the start."""
-        values = self.tensor.tolist()
-        mean = [v / values[GOOD] if values[GOOD] else None for v in values[:2]]
-        return {"loss": mean[0], "grad_norm": mean[1], "skipped": int(values[SKIPPED])}
+    def read(self) -> Reading:
+        """The values so far, on their way to the host; a GPU is not waited for."""
+        return Reading(self.tensor)
 
     def worst_in_a_row(self) -> int:
-        """Most skipped steps in a row since the last `restart`."""
+        """Most skipped steps in a row since the last `restart`; waits for the device."""
         return int(self.tensor[WORST].item())
 
     def restart(self) -> None:

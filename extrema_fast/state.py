@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from . import ops
 from .checkpoint import Checkpoint, Saver, check_same, collect, newest, remove_temporaries, restore
@@ -18,49 +17,27 @@ from .convert import load_method_weights, save_weights, weights_meta
 from .data import TrainLoader
 from .dist import World
 from .errors import UsageError
+from .fp8 import apply_fp8
+from .graph import StepGraph
+from .memory import keep_freed_memory
 from .method import ExtreMA
 from .metrics import Counters
 from .optim import Schedule, build_optimizer
 from .plan import precision
+from .run import Run
 from .run_folder import RunFolder, check, read_json, versions
 from .sources import BUILT_IN, ImageSource, open_source
+from .step import check_modes, compacts, compile_run, compute, keeps_low
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Run:
-    """One process's side of a run; method, optimizer, counters and step are what a checkpoint holds."""
-
-    cfg: Config
-    world: World
-    source: ImageSource
-    """training images"""
-    method: ExtreMA
-    student: nn.Module
-    """method.student_branch, under DistributedDataParallel with more than one process"""
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    counters: Counters
-    gate_on_device: bool
-    """a bad step is skipped without reading the device (CUDA)"""
-    step: int = 0
-    """steps taken"""
-
-    @property
-    def last(self) -> bool:
-        """True when all steps have been taken."""
-        return self.step >= self.schedule.total_steps
-
-    def epochs_end(self, epochs: int) -> bool:
-        """True at the end of every `epochs` epochs; never for 0."""
-        return epochs > 0 and self.step % (epochs * self.schedule.steps_per_epoch) == 0
 
 
 def prepare_torch(cfg: SystemConfig) -> None:
     """Threads, determinism and the choice of op implementations of this process."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -86,19 +63,38 @@ def open_test(cfg: Config) -> ImageSource | None:
 
 
 def build(cfg: Config, world: World, source: ImageSource) -> Run:
-    """A run at step 0 on this process's device; the student is not wrapped yet."""
+    """A run at step 0 on this process's device; nothing is compiled, and the student is not wrapped yet.
+
+    raises UsageError for modes of the step that cannot run here or together
+    """
+    kind = world.device.type
+    check_modes(cfg, kind, world.size)
     method = ExtreMA(cfg).to(world.device).train()
+    set_attention(method, cfg, kind)
+    method.student.set_recompute(cfg.train.recompute)
+    apply_fp8(method, cfg.train.fp8, world.device)
+    if keeps_low(cfg, kind):
+        method.keep_low(torch.bfloat16)
     return Run(
         cfg,
         world,
         source,
         method,
         student=method.student_branch,
-        optimizer=build_optimizer(method, cfg),
+        optimizer=build_optimizer(method, cfg, tensor_lr=cfg.train.cuda_graph),
         schedule=Schedule(cfg, len(source) // cfg.train.batch_size),
         counters=Counters(world.device),
-        gate_on_device=world.device.type == "cuda",
+        teacher_weight=torch.zeros((), dtype=torch.float64, device=world.device),
+        compact=compacts(cfg, kind),
     )
+
+
+def set_attention(method: ExtreMA, cfg: Config, kind: str) -> None:
+    """Backends of `cfg.system`, decided now for a step's lengths; UsageError where one cannot run there."""
+    s, dtype = cfg.system, torch.bfloat16 if precision(cfg, kind) == "bf16" else torch.float32
+    teacher = s.attention if s.attention_teacher == "same" else s.attention_teacher
+    method.student.set_attention(s.attention, tokens=cfg.num_keep, dtype=dtype)
+    method.teacher.set_attention(teacher, tokens=cfg.model.num_patches, dtype=dtype)
 
 
 def open_loader(run: Run) -> TrainLoader:
@@ -118,12 +114,12 @@ def open_loader(run: Run) -> TrainLoader:
 
 
 def wrap(run: Run) -> None:
-    """Compiles the trunk blocks if asked for, then wraps the student for several processes."""
-    if run.cfg.train.compile == "block":
-        for block in (*run.method.student.blocks, *run.method.teacher.blocks):
-            # in place: the names of the weights stay
-            block.compile(dynamic=False)
+    """What comes after the weights are in place: their copies, compiling, data parallelism, recording."""
+    run.method.refresh_low()
+    compile_run(run)
     run.student = run.world.wrap(run.method.student_branch)
+    if run.cfg.train.cuda_graph:
+        run.compute = StepGraph(partial(compute, run), run.world.device)
 
 
 def is_finished(cfg: Config, allow: bool) -> bool:
@@ -159,7 +155,7 @@ def resume(run: Run, allow: bool) -> None:
         return
     path = Path(where)
     found = found or Checkpoint(path, read_json(path / "state.json"))
-    restore(found.tensors(), run.method, run.optimizer, run.counters.tensor)
+    restore(found.tensors(), run.method, run.optimizer, run.counters.tensor, found.state.get("optimizer", ""))
     run.step = found.step
     if not found.state["ema_ahead"] and not run.last:
         # a run that has been made longer: its last step had left the teacher's move out

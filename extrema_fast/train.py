@@ -10,23 +10,16 @@ import logging
 import time
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from .augment import color_views
 from .checkpoint import Saver, fault
 from .config import Config, local_batch
 from .data import Batch
 from .dist import Signals, start
-from .encoder import drop_path_scale
 from .errors import NonFiniteError, Preempted
 from .evals import collapse_warnings, online_eval
-from .losses import gather_targets
-from .masking import sample_views
-from .metrics import Meter, memory_gb
-from .ops import AdamWEma
-from .plan import flops_per_image, headline, precision
+from .metrics import Meter, Reading, memory_gb
+from .plan import flops_per_image, headline
 from .recorder import Recorder
 from .run_folder import RunFolder
 from .sources import ImageSource
@@ -44,6 +37,7 @@ from .state import (
     save,
     wrap,
 )
+from .step import compute, draw, set_schedule
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +89,9 @@ def _loop(
     total, per_epoch, batch_size = schedule.total_steps, schedule.steps_per_epoch, cfg.train.batch_size
     recorder = Recorder(folder, cfg.log, run.step, total, per_epoch, progress)
     saver = Saver(Path(cfg.out), cfg.ckpt, per_epoch)
-    meter, flops, stop = Meter(batch_size), flops_per_image(cfg), False
+    # reading a CPU costs nothing
+    on_cpu, meter, stop = world.device.type == "cpu", Meter(batch_size), False
+    line: Line | None = None
     try:
         with open_loader(run) as loader:
             if folder is not None:
@@ -111,32 +107,27 @@ def _loop(
                 run.step += 1
                 recorder.advance(run.step)
                 due = run.last or run.step % cfg.log.every_steps == 0
-
-                # a GPU is waited for at log lines, evaluations and saves only
-                if due or not run.gate_on_device:
-                    _check_finite(run)
-                if due or not run.gate_on_device or world.size == 1:
+                if due or on_cpu or world.size == 1:
                     stop = world.any(signals.stop) and not run.last
+                evaluates = run.epochs_end(cfg.eval.every_epochs) or bool(run.last and cfg.eval.every_epochs)
+                saves = run.last or stop or run.saves()
+
+                # numbers are written when they have come from the device: a GPU is not waited for between saves
+                if line and (due or line.reading.arrived()):
+                    line = _write(line, recorder, run)
                 if due:
-                    values = run.counters.read() | meter.read()
-                    recorder.train(
-                        run.step,
-                        images=run.step * batch_size,
-                        lr=lr,
-                        momentum=schedule.momentum(run.step),
-                        tflops_per_s=values["images_per_s"] * flops / 1e12,
-                        memory_gb=memory_gb(world.device),
-                        **values,
-                    )
+                    line = Line(run.step, lr, schedule.momentum(run.step), run.counters.read(), meter.read())
                     run.counters.restart()
                     meter.restart()
+                if line and (evaluates or saves or line.reading.arrived()):
+                    line = _write(line, recorder, run)
+                if on_cpu:
+                    _check_finite(run.step, run.counters.worst_in_a_row(), cfg)
 
                 began = time.perf_counter()
-                if run.epochs_end(cfg.eval.every_epochs) or (run.last and cfg.eval.every_epochs):
+                if evaluates:
                     _evaluate(run, recorder, test)
-                wanted = run.epochs_end(cfg.ckpt.every_epochs) or run.epochs_end(cfg.ckpt.milestone_epochs)
-                wanted = wanted or bool(cfg.ckpt.every_steps and run.step % cfg.ckpt.every_steps == 0)
-                if wanted or run.last or stop:
+                if saves:
                     must, attempt = run.last or stop, folder.attempt if folder else 0
                     world.on_main(partial(save, run, saver, attempt, must=must))
                 meter.pause(began)
@@ -151,77 +142,48 @@ def _loop(
 
 def train_step(run: Run, batch: Batch) -> float:
     """One optimizer step on this process's part of a batch; returns the learning rate used."""
-    cfg, method, device = run.cfg, run.method, run.world.device
-    images, index = (x.to(device, non_blocking=True) for x in (batch.images, batch.index))
-    keys = {"seed": cfg.train.seed, "epoch": batch.epoch}
-    size = len(index) // cfg.train.accumulation
-    parts = [slice(i, i + size) for i in range(0, size * cfg.train.accumulation, size)]
-    views = [color_views(images[p], index[p], cfg.data, in_chans=cfg.model.in_chans, **keys) for p in parts]
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, precision(cfg, device.type) == "bf16")
-
-    # the teacher sees the whole batch before the first student pass: InfoNCE compares with every target
-    with autocast():
-        targets, offset = torch.cat([method.teacher_branch(teacher)[0] for _, teacher in views]), 0
-    if cfg.head.loss == "infonce":
-        targets, offset = gather_targets(targets)
-
-    run.optimizer.zero_grad(set_to_none=True)
-    loss = torch.zeros((), device=device)
-    for p, (student, _) in zip(parts, views, strict=True):
-        mask, model = cfg.mask, cfg.model
-        keep = sample_views(index[p], model.num_patches, cfg.num_keep, mask.views, mode=mask.mode, **keys)
-        scale = drop_path_scale(index[p], mask.views, model.shape[1], model.drop_path, **keys)
-        with run.world.sync_only_if(p is parts[-1], run.student):
-            with autocast():
-                prediction, _ = run.student(student, keep, scale)
-            part = method.loss(prediction, targets, size, offset + p.start) / len(parts)
-            part.backward()
-        loss += part.detach()
-
-    params = [p for _, p in method.student_parameters()]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-    if cfg.optim.clip_grad:
-        torch.nn.utils.clip_grads_with_norm_(params, cfg.optim.clip_grad, norm)
-    # one process's bad step is everybody's
-    bad = 1 - (loss.isfinite() & norm.isfinite()).double()
-    bad, loss = run.world.sum(torch.stack([bad, loss.double()]))
-    bad, loss = (bad > 0).double(), loss / run.world.size
-    lr = run.schedule.lr(run.step)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    update(run, bad)
-    run.counters.add(loss, norm, bad)
+    images = batch.images.to(run.world.device, non_blocking=True)
+    parts = draw(run, images, batch.index, batch.epoch)
+    lr = set_schedule(run)
+    if run.compute is None:
+        compute(run, parts)
+    else:
+        # recorded
+        run.compute(parts)
     return lr
 
 
-def update(run: Run, bad: Tensor) -> None:
-    """AdamW, then the teacher's move with the momentum of the next step; neither when `bad`.
+class Line(NamedTuple):
+    """A log line whose numbers may still be on their way."""
 
-    The released code moves the teacher at the start of a step with the weights the previous one left; here
-    the same move ends the step, so it is skipped after the last one.
-    """
-    m, last = run.schedule.momentum(run.step + 1), run.step + 1 == run.schedule.total_steps
-    if isinstance(run.optimizer, AdamWEma):
-        # one pass over all parameters, gated on the device
-        run.optimizer.step(momentum_weight=None if last else 1 - m, found_inf=bad)
-    elif run.gate_on_device:
-        # fused AdamW leaves weights, moments and step count alone where this is 1
-        run.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        run.optimizer.step()
-        if not last:
-            run.method.update_teacher(1 - (1 - m) * (1 - bad))
-    elif not bad:
-        run.optimizer.step()
-        if not last:
-            run.method.update_teacher(m)
+    step: int
+    lr: float
+    momentum: float
+    reading: Reading
+    meter: dict[str, float]
 
 
-def _check_finite(run: Run) -> None:
-    worst, limit = run.counters.worst_in_a_row(), run.cfg.train.max_nonfinite
-    if worst >= limit:
+def _write(line: Line, recorder: Recorder, run: Run) -> None:
+    values = line.reading.values()
+    _check_finite(line.step, values.pop("skipped_in_a_row"), run.cfg)
+    recorder.train(
+        line.step,
+        images=line.step * run.cfg.train.batch_size,
+        lr=line.lr,
+        momentum=line.momentum,
+        tflops_per_s=line.meter["images_per_s"] * flops_per_image(run.cfg) / 1e12,
+        memory_gb=memory_gb(run.world.device),
+        **values,
+        **line.meter,
+    )
+
+
+def _check_finite(step: int, worst: int, cfg: Config) -> None:
+    if worst >= cfg.train.max_nonfinite:
         raise NonFiniteError(
-            f"step {run.step}: {worst} steps in a row had a loss or gradient that is not finite "
-            f"(train.max_nonfinite {limit}); they changed no weights; try a lower optim.base_lr, or fp32"
+            f"step {step}: {worst} steps in a row had a loss or gradient that is not finite "
+            f"(train.max_nonfinite {cfg.train.max_nonfinite}); they changed no weights; try a lower "
+            "optim.base_lr, or fp32"
         )
 
 

@@ -381,7 +381,7 @@ def test_what_may_change_in_a_resumed_run():
         "eval": {"k": 3},
         "system": {"threads": 3, "deterministic": True, "backend": "reference", "attention": "sdpa"},
         "data": {"loader": "pil", "threads": 7, "test": "elsewhere"},
-        "train": {"compile": "block", "cuda_graph": True, "recompute": "gelu", "compact": True},
+        "train": {"compile": "block", "cuda_graph": True, "recompute": "gelu", "compact": "on"},
     }
     cfg = c.from_dict(free, c.smoke())
     assert c.changed_maths(old, c.to_dict(cfg)) == []
@@ -403,7 +403,8 @@ def test_every_other_field_is_reported_with_both_values():
         "model.layer_scale": 0.2, "model.drop_path": 0.2,
         "head.loss": "infonce", "head.temperature": 0.3, "head.hidden": 8, "head.out": 8,
         "head.predictor_hidden": 8,
-        "optim.name": "lamb", "optim.base_lr": 1e-3, "optim.min_lr": 1e-6, "optim.warmup_epochs": 1.0, "optim.weight_decay": 0.2,
+        "optim.name": "lamb", "optim.base_lr": 1e-3, "optim.min_lr": 1e-6,
+        "optim.warmup_epochs": 1.0, "optim.weight_decay": 0.2,
         "optim.betas": [0.9, 0.99], "optim.eps": 1e-6, "optim.clip_grad": 1.0, "optim.momentum": 0.9,
         "train.epochs": 3, "train.batch_size": 8, "train.accumulation": 2, "train.precision": "bf16",
         "train.seed": 1, "train.max_nonfinite": 4, "train.fp8": "teacher",

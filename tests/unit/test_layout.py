@@ -20,19 +20,35 @@ import pytest
 # a module imports modules of earlier rows only; a new module gets its place here
 LAYERS = [
     ["errors"],
-    ["config", "rng", "collapse", "svg", "report_style", "dist", "metrics", "lamb", "fp8"],
-    ["nvidia_apex"],
+    [
+        "config",
+        "rng",
+        "collapse",
+        "svg",
+        "report_style",
+        "dist",
+        "metrics",
+        "lamb",
+        "fp8",
+        "graph",
+        "linear",
+        "memory",
+        "trace",
+    ],
+    ["nvidia_apex", "products"],
+    ["attention"],
     ["ops", "losses", "heads", "photos", "probes", "run_folder"],
     ["masking", "augment"],
     ["preprocess", "recorder"],
     ["encoder", "sources"],
     ["method", "data_decode"],
     ["data", "optim", "convert"],
-    ["features", "plan", "checkpoint"],
+    ["features", "plan", "checkpoint", "run"],
+    ["step"],
     ["state"],
     ["evals", "pictures"],
     ["report", "train"],
-    ["dry_run"],
+    ["dry_run", "profile"],
     ["cli"],
     ["__main__"],
 ]
@@ -59,7 +75,7 @@ OPTIONAL = {
 CORE = {"torch", "numpy", "safetensors", "tomli"}
 KERNEL_PACKAGES = {"torch", "numpy", "triton"}
 # where an implementation of an op is chosen; the keyed random numbers, defined once; the commands on kernels
-KERNEL_USERS = {"ops", "rng", "augment", "cli"}
+KERNEL_USERS = {"ops", "attention", "rng", "augment", "cli"}
 
 
 class Import(NamedTuple):

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from extrema_fast import dist, metrics, state, train
+from extrema_fast import dist, metrics, state, step, train
 from extrema_fast.augment import color_views
 from extrema_fast.config import Config, from_dict, paper_base_80x5, smoke
 from extrema_fast.data import TrainLoader
@@ -72,30 +72,31 @@ def logged(run: Path, kind: str) -> list[dict]:
 @pytest.mark.parametrize("loss", ["byol", "infonce"])
 def test_same_as_the_released_order(loss):
     """Teacher moved towards the weights of the step before, then loss and AdamW (method.md section 3)."""
-    run, loader = begin(head={"loss": loss})
+    # the rows of compacted branches add up in another order, and AdamW enlarges rounding where a gradient is zero
+    run, loader = begin(head={"loss": loss}, train={"compact": "off"})
     cfg, source = run.cfg, run.source
     method = ExtreMA(cfg)
     optimizer, schedule = build_optimizer(method, cfg), Schedule(cfg, 3)
     args = {"batch_size": 8, "seed": cfg.train.seed}
     with loader, TrainLoader(source, cfg.data, cfg.model.img_size, **args) as again:
-        for step in range(schedule.total_steps):
+        for t in range(schedule.total_steps):
             before = run.counters.tensor.clone()
             train.train_step(run, next(loader))
             run.step += 1
             got = (run.counters.tensor - before)[metrics.LOSS].item()
 
-            batch, keys = next(again), {"seed": cfg.train.seed, "epoch": step // 3}
+            batch, keys = next(again), {"seed": cfg.train.seed, "epoch": t // 3}
             student, teacher = color_views(batch.images, batch.index, cfg.data, **keys)
             keep = sample_views(batch.index, 4, 2, 2, **keys)
             scale = drop_path_scale(batch.index, 2, 2, 0.2, **keys)
-            method.update_teacher(schedule.momentum(step))
+            method.update_teacher(schedule.momentum(t))
             out = method(student, teacher, keep, scale)
             optimizer.zero_grad()
             out.loss.backward()
             for group in optimizer.param_groups:
-                group["lr"] = schedule.lr(step)
+                group["lr"] = schedule.lr(t)
             optimizer.step()
-            assert got == pytest.approx(out.loss.item(), rel=1e-6), step
+            assert got == pytest.approx(out.loss.item(), rel=1e-6), t
     assert schedule.total_steps == 6 and run.last
     for name, value in method.state_dict().items():
         torch.testing.assert_close(run.method.state_dict()[name], value, rtol=1e-6, atol=1e-7, msg=name)
@@ -112,7 +113,7 @@ def test_accumulation_equals_the_whole_batch(loss):
                 train.train_step(run, next(loader))
                 run.step += 1
         grads = {name: p.grad for name, p in run.method.student_parameters()}
-        results.append((grads, run.counters.read()))
+        results.append((grads, run.counters.read().values()))
     (a, one), (b, four) = results
     assert one["loss"] == pytest.approx(four["loss"], rel=1e-5)
     assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-5)
@@ -127,14 +128,15 @@ def test_gradient_clipping():
     norm = torch.nn.utils.get_total_norm([p.grad for _, p in run.method.student_parameters()])
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
     # the log has the norm before clipping
-    assert run.counters.read()["grad_norm"] > 2e-3
+    assert run.counters.read().values()["grad_norm"] > 2e-3
 
 
 @pytest.mark.parametrize("gate_on_device", [False, True])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_non_finite_step_moves_nothing(monkeypatch, gate_on_device, where):
     run, loader = begin()
-    run.gate_on_device = gate_on_device
+    if not gate_on_device:
+        monkeypatch.setattr(step, "gates_on_device", lambda optimizer: False)
     with loader:
         for _ in range(2):
             train.train_step(run, next(loader))
@@ -157,17 +159,17 @@ def test_a_non_finite_step_moves_nothing(monkeypatch, gate_on_device, where):
         assert before.keys() == after.keys() and any(k.endswith("/step") for k in after)
         for name, value in before.items():
             assert torch.equal(value, after[name]), name
-        assert run.counters.read()["skipped"] == 1 and run.counters.worst_in_a_row() == 1
+        assert run.counters.read().values()["skipped"] == 1 and run.counters.worst_in_a_row() == 1
         train.train_step(run, next(loader))
     assert not all(torch.equal(before[k], v) for k, v in weights(run).items())
-    assert run.counters.read()["loss"] is not None
+    assert run.counters.read().values()["loss"] is not None
 
 
-def test_both_gates_take_the_same_good_steps():
+def test_both_gates_take_the_same_good_steps(monkeypatch):
     results = []
     for gate in (False, True):
         run, loader = begin()
-        run.gate_on_device = gate
+        monkeypatch.setattr(step, "gates_on_device", lambda optimizer, gate=gate: gate)
         with loader:
             for _ in range(3):
                 train.train_step(run, next(loader))
@@ -339,9 +341,13 @@ def test_counters():
     c = metrics.Counters()
     for loss, bad in ((1.0, 0), (float("nan"), 1), (float("inf"), 1), (3.0, 0)):
         c.add(torch.tensor(loss), torch.tensor(2 * loss), torch.tensor(float(bad)))
-    assert c.read() == {"loss": 2.0, "grad_norm": 4.0, "skipped": 2} and c.worst_in_a_row() == 2
+    reading, two = c.read(), {"skipped": 2, "skipped_in_a_row": 2}
+    assert c.worst_in_a_row() == 2
     c.restart()
-    assert c.read() == {"loss": None, "grad_norm": None, "skipped": 2} and c.worst_in_a_row() == 0
+    # what was read stays as it was
+    assert reading.arrived() and reading.values() == {"loss": 2.0, "grad_norm": 4.0} | two
+    none = {"loss": None, "grad_norm": None, "skipped": 2, "skipped_in_a_row": 0}
+    assert c.read().values() == none and c.worst_in_a_row() == 0
     c.add(torch.tensor(0.0), torch.tensor(0.0), torch.ones(()))
     c.restart()
     c.add(torch.tensor(0.0), torch.tensor(0.0), torch.ones(()))
@@ -366,9 +372,9 @@ def record(step: int) -> dict:
 def test_progress_is_about_forty_lines():
     stream = io.StringIO()
     screen = metrics.Progress(1000, stream=stream)
-    for step in range(1, 1001):
-        screen.advance(step)
-        screen.update(record(step))
+    for at in range(1, 1001):
+        screen.advance(at)
+        screen.update(record(at))
     lines = stream.getvalue().splitlines()
     assert 38 <= len(lines) <= 43 and lines[-1].startswith("step 1000/1000") and "loss 0.5000" in lines[0]
 

@@ -1,0 +1,156 @@
+"""Linear layers with fp32 weights and low-precision products, forward and backward written out.
+
+`y = W f(x) + b`, where f is nothing, LayerNorm or GELU: the three a transformer block is made of. Against
+autocast this reads each weight once per step (or its low-precision copy, kept by the optimizer), writes
+weight gradients where they stay, adds the bias inside the product on a CPU, and lets the caller choose what
+the backward pass makes again (`train.recompute`). In fp32 and fp64 the plain formula runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# what the backward pass makes again instead of keeping it, by `train.recompute`
+RECOMPUTE = {"none": frozenset(), "gelu": frozenset({"gelu"}), "norm": frozenset({"gelu", "norm"})}
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's type inside autocast, else that of `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` whose low-precision products follow this module.
+
+    low  the weight in low precision, rewritten after every optimizer step (`method.refresh_low`), or None
+    """
+
+    low: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out] in the type computed in."""
+        return linear(x, self)
+
+
+def linear(
+    x: Tensor, layer: nn.Module, before: nn.LayerNorm | str | None = None, again: bool = False
+) -> Tensor:
+    """`layer(f(x))`.
+
+    x       [..., in]
+    layer   a `Linear`; any other module (an FP8 layer, a plain `nn.Linear`) is called on f(x)
+    before  f: a LayerNorm over the last axis, "gelu" (exact), or None
+    again   the backward pass makes f(x) again from x; else it is kept
+    returns [..., out] in autocast's type, else that of x
+    """
+    dtype = compute_dtype(x)
+    low_precision = dtype in (torch.bfloat16, torch.float16)
+    if (
+        not isinstance(layer, Linear)
+        or not low_precision
+        or not isinstance(before, (nn.LayerNorm, str, type(None)))
+    ):
+        # an Identity stands where a norm has been taken out
+        u = F.gelu(x) if before == "gelu" else x if before is None else before(x)
+        return layer(u) if not isinstance(layer, Linear) else F.linear(u, layer.weight, layer.bias)
+    norm = (before.weight, before.bias, before.eps) if isinstance(before, nn.LayerNorm) else (None, None, 0.0)
+    kind = "norm" if norm[0] is not None else before
+    return _Linear.apply(x, layer.weight, layer.bias, *norm, layer.low, kind, again, dtype)
+
+
+def _in_place_of_autocast(x: Tensor) -> Any:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _eager_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # oneDNN adds the bias while it writes; addmm writes the bias first and reads it back
+    if _eager_on_cpu(x) and x.dtype == torch.bfloat16 and _HAS_ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _norm(
+    x: Tensor, gain: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    # statistics in fp32 either way; a CPU takes mixed types, a GPU does not
+    if not (_eager_on_cpu(x) and x.dtype == torch.bfloat16 and gain.dtype == torch.float32):
+        x = x.to(gain.dtype)
+    u, mean, rstd = torch.ops.aten.native_layer_norm.default(x, (x.shape[-1],), gain, shift, eps)
+    return u.to(dtype), mean, rstd
+
+
+class _Linear(torch.autograd.Function):
+    """One prologue and one product; gradients of x, weight, bias, and the norm's gain and shift."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, gain, shift, eps, low, kind, again, dtype):
+        ctx.kind, ctx.eps, ctx.wide = kind, eps, weight.dtype
+        with _in_place_of_autocast(x):
+            w = weight.to(dtype) if low is None else low
+            mean = rstd = None
+            if kind == "norm":
+                u, mean, rstd = _norm(x, gain, shift, eps, dtype)
+            elif kind == "gelu":
+                u = F.gelu(x).to(dtype)
+            else:
+                u = x.to(dtype)
+            y = _product(u, w, None if bias is None else bias.to(dtype))
+        # x itself is needed by a prologue's own gradient
+        first = x if kind else None
+        ctx.save_for_backward(first, None if again and kind else u, w, gain, shift, mean, rstd)
+        ctx.x_dtype, ctx.has_bias = x.dtype, bias is not None
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, u, w, gain, shift, mean, rstd = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        dx = dweight = dbias = dgain = dshift = None
+        with _in_place_of_autocast(dy):
+            # a sum's gradient arrives expanded
+            dy = dy.to(w.dtype)
+            flat = dy.reshape(-1, dy.shape[-1])
+            if needs[1]:
+                if u is None:
+                    u = (
+                        F.gelu(x).to(w.dtype)
+                        if ctx.kind == "gelu"
+                        else _norm(x, gain, shift, ctx.eps, w.dtype)[0]
+                    )
+                # [out, in], in the weight's own layout
+                dweight = (flat.t() @ u.reshape(-1, u.shape[-1])).to(ctx.wide)
+            if ctx.has_bias and needs[2]:
+                dbias = flat.sum(0).to(ctx.wide)
+            if needs[0] or needs[3]:
+                du = dy @ w
+                if ctx.kind == "gelu":
+                    dx = torch.ops.aten.gelu_backward.default(du.to(x.dtype), x)
+                elif ctx.kind == "norm":
+                    dx, dgain, dshift = _norm_backward(du, x, mean, rstd, gain, shift)
+                else:
+                    dx = du
+                dx = dx.to(ctx.x_dtype)
+        return dx, dweight, dbias, dgain, dshift, None, None, None, None, None
+
+
+def _norm_backward(
+    du: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not (_eager_on_cpu(x) and x.dtype == torch.bfloat16 and gain.dtype == torch.float32):
+        du, x = du.to(gain.dtype), x.to(gain.dtype)
+    return torch.ops.aten.native_layer_norm_backward.default(
+        du, x, (x.shape[-1],), mean, rstd, gain, shift, [True, True, True]
+    )
