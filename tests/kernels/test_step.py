@@ -46,7 +46,7 @@ def run_steps(backend: str, steps: int = STEPS, **change) -> tuple[state.Run, li
             run.counters.restart()
             train.train_step(run, next(loader))
             run.step += 1
-            losses.append(run.counters.read()["loss"])
+            losses.append(run.counters.read().values()["loss"])
     return run, losses
 
 

@@ -499,7 +499,6 @@ def test_the_nearest_length_by_ratio_and_no_further_than_two(rows):
     assert ops._at(attention.plan(CPU, torch.float32, 64, True)[0], 25) == "sdpa"
 
 
-@pytest.mark.parametrize("other", [{"device": "NVIDIA H200"}, {"dtype": "float16"}, {"mode": "inference"}])
 def test_short_takes_what_its_tiles_hold_on_a_gpu():
     """In bf16 64 tokens; in fp32 as many as registers hold, fewer with a backward pass; nothing in fp64."""
     gpu = torch.device("cuda", 0)
@@ -514,6 +513,7 @@ def test_short_takes_what_its_tiles_hold_on_a_gpu():
     assert attention.longest("short", CPU, torch.float64, 64, True) == 64
 
 
+@pytest.mark.parametrize("other", [{"device": "NVIDIA H200"}, {"dtype": "float16"}, {"mode": "inference"}])
 def test_rows_of_something_else_do_not_count(rows, other):
     rows.append(row(16, sdpa=2, reference=1, **other))
     plan, why = attention.plan(CPU, torch.float32, 64, True)
