@@ -228,7 +228,7 @@ class _Bench:
             precisions = sorted({job.precision for job in self.jobs})
             self.rates("rates", device=first.device, precisions=precisions, threads=first.threads)
         for job in self.jobs:
-            self.workers[job.key] = Worker(job.threads)
+            self.workers[job.key] = Worker(job.threads, environment=job.provider.environment)
             built = self.ask(
                 job, "build", provider=asdict(job.provider), config=to_dict(job.cfg), device=job.device,
                 precision=job.precision, sets=job.sets, threads=job.threads, weights=weights,

@@ -12,6 +12,7 @@ import torch
 from extrema_fast import kernels, nvidia_apex, ops
 from extrema_fast.config import Config, did_you_mean, from_dict
 from extrema_fast.errors import UsageError
+from extrema_fast.memory import ask_for_huge_pages
 from extrema_fast.plan import precision as of_config
 
 from .ours import with_settings
@@ -63,6 +64,14 @@ class Provider:
             if need not in ("cuda", "triton", "apex") and importlib.util.find_spec(need) is None:
                 return f"{need} is not installed"
         return ""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of its process: ours is run as the command line runs it."""
+        found: dict[str, str] = {}
+        if self.family == "ours":
+            ask_for_huge_pages(found)
+        return found
 
     def eager(self) -> Provider:
         """The same arithmetic without compilation or graph capture, for comparisons."""
@@ -151,19 +160,16 @@ PROVIDERS: tuple[Provider, ...] = (
         for mode in ("none", "block", "loss", "step")
     ),
     _ours("ours-cuda-graph", "train.cuda_graph", ("modes",), ("cuda",), options={"train.cuda_graph": True}),
-    *(
-        _ours(
-            f"ours-compact-{state}", f"train.compact {state}: dropped branches computed or not", ("modes",),
-            options={"train.compact": state},
-        )
-        for state in ("on", "off")
+    _ours(
+        "ours-compact", "train.compact: dropped drop-path branches are not computed", ("modes",),
+        options={"train.compact": True},
     ),
     *(
         _ours(
-            f"ours-recompute-{what}", f"train.recompute {what}: less memory", ("memory",),
+            f"ours-recompute-{what}", f"train.recompute {what}", ("memory",),
             options={"train.recompute": what},
         )
-        for what in ("gelu", "norm")
+        for what in ("none", "gelu", "norm")
     ),
     *_without_kernels(),
     _ours(

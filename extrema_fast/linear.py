@@ -96,7 +96,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, gain, shift, eps, low, kind, again, dtype):
-        ctx.kind, ctx.eps, ctx.wide = kind, eps, weight.dtype
+        ctx.kind, ctx.eps, ctx.dtype, ctx.wide = kind, eps, dtype, weight.dtype
         with _in_place_of_autocast(x):
             w = weight.to(dtype) if low is None else low
             mean = rstd = None
@@ -109,7 +109,9 @@ class _Linear(torch.autograd.Function):
             y = _product(u, w, None if bias is None else bias.to(dtype))
         # x itself is needed by a prologue's own gradient
         first = x if kind else None
-        ctx.save_for_backward(first, None if again and kind else u, w, gain, shift, mean, rstd)
+        kept = None if again and kind else u
+        # a weight is cast once more rather than kept in both types
+        ctx.save_for_backward(first, kept, weight if low is None else low, gain, shift, mean, rstd)
         ctx.x_dtype, ctx.has_bias = x.dtype, bias is not None
         return y
 
@@ -117,25 +119,25 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, u, w, gain, shift, mean, rstd = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        needs, dtype = ctx.needs_input_grad, ctx.dtype
         dx = dweight = dbias = dgain = dshift = None
         with _in_place_of_autocast(dy):
             # a sum's gradient arrives expanded
-            dy = dy.to(w.dtype)
+            dy = dy.to(dtype)
             flat = dy.reshape(-1, dy.shape[-1])
             if needs[1]:
                 if u is None:
                     u = (
-                        F.gelu(x).to(w.dtype)
+                        F.gelu(x).to(dtype)
                         if ctx.kind == "gelu"
-                        else _norm(x, gain, shift, ctx.eps, w.dtype)[0]
+                        else _norm(x, gain, shift, ctx.eps, dtype)[0]
                     )
                 # [out, in], in the weight's own layout
                 dweight = (flat.t() @ u.reshape(-1, u.shape[-1])).to(ctx.wide)
             if ctx.has_bias and needs[2]:
                 dbias = flat.sum(0).to(ctx.wide)
             if needs[0] or needs[3]:
-                du = dy @ w
+                du = dy @ w.to(dtype)
                 if ctx.kind == "gelu":
                     dx = torch.ops.aten.gelu_backward.default(du.to(x.dtype), x)
                 elif ctx.kind == "norm":

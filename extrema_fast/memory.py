@@ -14,7 +14,7 @@ from collections.abc import MutableMapping
 # read by torch at its first allocation, so it must be there before torch is imported: CPU tensors on huge pages
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 # glibc's numbers of mallopt
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def ask_for_huge_pages(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -31,5 +31,6 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         # another C library
         return False
-    settings = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20}
+    # no block is mapped on its own (a threshold of more than 32 MB is not taken), and the heap does not shrink
+    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 16 << 20}
     return all([mallopt(name, value) for name, value in settings.items()])

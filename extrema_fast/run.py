@@ -33,8 +33,6 @@ class Run:
     counters: Counters
     teacher_weight: Tensor
     """0-d fp64 on the device: 1 - momentum of the move that ends the step"""
-    compact: bool
-    """dropped drop-path branches are not computed"""
     gradients: Callable[[Run, list[Any]], Tensor] | None = None
     """adds a step's gradients and returns its loss, compiled; None: `step.gradients`"""
     compute: Callable[[list[Any]], None] | None = None

@@ -27,7 +27,7 @@ from .plan import precision
 from .run import Run
 from .run_folder import RunFolder, check, read_json, versions
 from .sources import BUILT_IN, ImageSource, open_source
-from .step import check_modes, compacts, compile_run, compute, keeps_low
+from .step import check_modes, compile_run, compute, keeps_low, recomputed
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def build(cfg: Config, world: World, source: ImageSource) -> Run:
     check_modes(cfg, kind, world.size)
     method = ExtreMA(cfg).to(world.device).train()
     set_attention(method, cfg, kind)
-    method.student.set_recompute(cfg.train.recompute)
+    method.student.set_recompute(recomputed(cfg, kind))
     apply_fp8(method, cfg.train.fp8, world.device)
     if keeps_low(cfg, kind):
         method.keep_low(torch.bfloat16)
@@ -85,7 +85,6 @@ def build(cfg: Config, world: World, source: ImageSource) -> Run:
         schedule=Schedule(cfg, len(source) // cfg.train.batch_size),
         counters=Counters(world.device),
         teacher_weight=torch.zeros((), dtype=torch.float64, device=world.device),
-        compact=compacts(cfg, kind),
     )
 
 

@@ -68,11 +68,10 @@ def is_static(cfg: Config, kind: str) -> bool:
     return cfg.train.cuda_graph or compile_mode(cfg, kind) != "none"
 
 
-def compacts(cfg: Config, kind: str) -> bool:
-    """`train.compact`; `auto`: on a CPU, where its record shows the gain, unless a step's shapes must be static."""
-    if cfg.train.compact == "auto":
-        return kind == "cpu" and not is_static(cfg, kind) and cfg.model.drop_path > 0
-    return cfg.train.compact == "on"
+def recomputed(cfg: Config, kind: str) -> str:
+    """`train.recompute`; `auto`: `norm` on a CPU, none on a GPU, where it has not been measured."""
+    what = cfg.train.recompute
+    return ("norm" if kind == "cpu" else "none") if what == "auto" else what
 
 
 def keeps_low(cfg: Config, kind: str) -> bool:
@@ -130,9 +129,9 @@ def draw(run: Run, images: Tensor, index: Tensor, epoch: int) -> list[Part]:
     for p in slices(len(index), cfg.train.accumulation):
         keep = sample_views(there[p], model.num_patches, cfg.num_keep, mask.views, mode=mask.mode, **keys)
         # rows to compute are chosen on the host, which then knows how many there are
-        rows = index[p] if run.compact else there[p]
+        rows = index[p] if run.cfg.train.compact else there[p]
         path = drop_path_scale(rows, mask.views, model.shape[1], model.drop_path, **keys)
-        if path is not None and run.compact:
+        if path is not None and run.cfg.train.compact:
             path = _compacted(run, path)
         parts.append(Part(images[p], color_coins(there[p], cfg.data, **keys), keep, path))
     return parts

@@ -381,7 +381,7 @@ def test_what_may_change_in_a_resumed_run():
         "eval": {"k": 3},
         "system": {"threads": 3, "deterministic": True, "backend": "reference", "attention": "sdpa"},
         "data": {"loader": "pil", "threads": 7, "test": "elsewhere"},
-        "train": {"compile": "block", "cuda_graph": True, "recompute": "gelu", "compact": "on"},
+        "train": {"compile": "block", "cuda_graph": True, "recompute": "gelu", "compact": True},
     }
     cfg = c.from_dict(free, c.smoke())
     assert c.changed_maths(old, c.to_dict(cfg)) == []

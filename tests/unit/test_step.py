@@ -2,7 +2,7 @@
 
 Covers: compile block, loss and step against the plain step over three steps, losses and weights, with and without
 accumulation, InfoNCE; how many graphs each makes; no recompilation while rates and momentum move; modes that
-cannot run together or here; compacted drop-path against masked, exact and padded, and when it does not fit;
+cannot run together or here; drop-path compacted against masked, exact and padded, and when it does not fit;
 capacities; low-precision copies of weights, renewed by every step and after loading; memory of recomputation;
 out of memory; one recorded step's inputs.
 """
@@ -111,7 +111,7 @@ GRAPHS = {"block": 6, "loss": 1, "step": 1}
 @pytest.mark.parametrize("mode", ["block", "loss", "step"])
 @pytest.mark.parametrize(("loss", "parts"), [("byol", 1), ("byol", 2), ("infonce", 1)])
 def test_compiled_steps_equal_plain_ones(counting, mode, loss, parts):
-    change = {"head": {"loss": loss}, "train": {"accumulation": parts, "compact": "off"}}
+    change = {"head": {"loss": loss}, "train": {"accumulation": parts, "compact": False}}
     plain = begin(**change)
     change["train"]["compile"] = mode
     compiled = begin(**change)
@@ -135,9 +135,8 @@ def test_nothing_recompiles_while_rates_move(counting, mode):
 
 
 def test_compiled_with_compaction_has_static_shapes(counting):
-    run = begin(train={"compile": "loss", "compact": "on", "batch_size": 64})
-    assert run.compact
-    plain = begin(train={"compact": "off", "batch_size": 64})
+    run = begin(train={"compile": "loss", "compact": True, "batch_size": 64})
+    plain = begin(train={"compact": False, "batch_size": 64})
     assert steps(run, 3) == pytest.approx(steps(plain, 3), rel=1e-5)
     assert counting.graphs == 1
 
@@ -149,7 +148,7 @@ def test_generated_code_equals_the_plain_step():
         "model": {"depth": 1},
         "head": {"hidden": 16},
         "mask": {"views": 1},
-        "train": {"precision": "bf16", "compact": "off"},
+        "train": {"precision": "bf16", "compact": False},
     }
     plain = begin(**change)
     change["train"]["compile"] = "loss"
@@ -181,9 +180,7 @@ def test_modes_that_exclude_each_other():
 def test_defaults_by_device():
     cfg = tiny()
     assert step.compile_mode(cfg, "cuda") == "block" and step.compile_mode(cfg, "cpu") == "none"
-    assert step.compacts(cfg, "cpu") and not step.compacts(cfg, "cuda")
-    assert not step.compacts(tiny(train={"compile": "block"}), "cpu")
-    assert not step.compacts(tiny(model={"drop_path": 0.0}), "cpu")
+    assert step.recomputed(cfg, "cpu") == "norm" and step.recomputed(cfg, "cuda") == "none"
     bf16 = tiny(train={"precision": "bf16"})
     assert (
         step.keeps_low(bf16, "cuda") and not step.keeps_low(bf16, "cpu") and not step.keeps_low(cfg, "cuda")
@@ -231,8 +228,8 @@ def test_compacted_branches_equal_masked_ones(padding):
 def test_more_rows_than_planned_run_masked(counting, monkeypatch, caplog):
     assert compact_path(torch.ones(2, 2, 4), [4, 3]) is None
     monkeypatch.setattr(step, "compact_capacity", lambda rows, depth, rate: [rows, 1, 1])
-    run = begin(train={"compile": "loss", "compact": "on"})
-    plain = begin(train={"compact": "off"})
+    run = begin(train={"compile": "loss", "compact": True})
+    plain = begin(train={"compact": False})
     with caplog.at_level("INFO", "extrema_fast"):
         assert steps(run, 2) == pytest.approx(steps(plain, 2), rel=1e-5)
     assert "masked drop-path" in caplog.text
@@ -254,9 +251,9 @@ def test_capacities():
     )
 
 
-def test_compaction_is_the_default_here_and_changes_rounding_alone():
-    on, off = begin(), begin(train={"compact": "off"})
-    assert on.compact and not off.compact
+@pytest.mark.parametrize("parts", [1, 2])
+def test_compaction_changes_rounding_alone(parts):
+    on, off = (begin(train={"compact": c, "accumulation": parts}) for c in (True, False))
     assert steps(on, 3) == pytest.approx(steps(off, 3), rel=1e-5)
     same(on, off)
 
@@ -269,7 +266,7 @@ def test_copies_of_weights_follow_every_step(monkeypatch, backend):
     ops.set_backend(backend)
     monkeypatch.setattr(step, "keeps_low", lambda cfg, kind: True)
     monkeypatch.setattr("extrema_fast.state.keeps_low", lambda cfg, kind: True)
-    change = {"train": {"precision": "bf16", "compact": "off"}}
+    change = {"train": {"precision": "bf16", "compact": False}}
     try:
         run = begin(**change)
     except UsageError as error:
