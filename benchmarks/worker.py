@@ -15,6 +15,8 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
+from extrema_fast.memory import is_out_of_memory
+
 
 def status_mb(key: str) -> float:
     """`VmRSS` or `VmHWM` of this process in MB; 0 where /proc has none.
@@ -35,12 +37,6 @@ def forget_peak() -> bool:
     except OSError:
         return False
     return True
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory is exhausted, on a GPU or a CPU."""
-    text = f"{type(error).__name__} {error}".lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 class Service:

@@ -13,6 +13,10 @@ class UsageError(ExtremaError, ValueError):
     exit_code = 2
 
 
+class OutOfMemoryError(UsageError):
+    """A step needs more memory than there is (exit code 2); the message has the sizes and the remedies."""
+
+
 class NonFiniteError(ExtremaError):
     """Too many steps in a row with a loss or gradient that is not finite (exit code 3)."""
 

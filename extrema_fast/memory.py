@@ -17,6 +17,12 @@ HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory is exhausted, on a GPU or a CPU."""
+    text = f"{type(error).__name__} {error}".lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
 def ask_for_huge_pages(environment: MutableMapping[str, str] = os.environ) -> None:
     """Before torch is imported: tensors on a CPU use huge pages where the system offers them."""
     environment.setdefault(HUGE_PAGES, "1")

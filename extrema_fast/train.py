@@ -12,14 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from .checkpoint import Saver, fault
 from .config import Config, local_batch
 from .data import Batch
 from .dist import Signals, start
-from .errors import NonFiniteError, Preempted
+from .errors import NonFiniteError, OutOfMemoryError, Preempted
 from .evals import collapse_warnings, online_eval
+from .memory import is_out_of_memory
 from .metrics import Meter, Reading, memory_gb
-from .plan import flops_per_image, headline
+from .plan import flops_per_image, headline, precision
 from .recorder import Recorder
 from .run_folder import RunFolder
 from .sources import ImageSource
@@ -37,7 +40,7 @@ from .state import (
     save,
     wrap,
 )
-from .step import compute, draw, set_schedule
+from .step import compute, draw, recomputed, set_schedule
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +106,7 @@ def _loop(
                 _evaluate(run, recorder, test)
             meter.restart()
             while not (run.last or stop):
-                lr = train_step(run, meter.next(loader))
+                lr = _step(run, meter.next(loader))
                 run.step += 1
                 recorder.advance(run.step)
                 due = run.last or run.step % cfg.log.every_steps == 0
@@ -136,7 +139,7 @@ def _loop(
     except BaseException as error:
         recorder.fail(error)
         raise
-    recorder.screen.say(f"complete: {total} steps, {cfg.out}")
+    recorder.screen.say(f"complete: {total} steps, peak memory {memory_gb(world.device):.2f} GB, {cfg.out}")
     recorder.close("complete")
 
 
@@ -151,6 +154,37 @@ def train_step(run: Run, batch: Batch) -> float:
         # recorded
         run.compute(parts)
     return lr
+
+
+def _step(run: Run, batch: Batch) -> float:
+    try:
+        return train_step(run, batch)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+    # outside the handler, whose traceback would keep the step's tensors
+    raise OutOfMemoryError(
+        f"step {run.step + 1} ran out of memory on {run.world.device}: {too_large(run)} ({reason})"
+    )
+
+
+def too_large(run: Run) -> str:
+    """The sizes of a step and what makes it smaller."""
+    cfg, kind = run.cfg, run.world.device.type
+    images, parts = local_batch(cfg, run.world.size), cfg.train.accumulation
+    width, depth, _ = cfg.model.shape
+    remedies = [f"--train.accumulation {2 * parts} (the same result, half the activations)"]
+    if recomputed(cfg, kind) != "norm":
+        remedies.append("--train.recompute norm (a quarter less of the trunk's)")
+    remedies.append(f"--train.batch-size {max(1, cfg.train.batch_size // 2)}")
+    if precision(cfg, kind) == "fp32":
+        remedies.append("--train.precision bf16")
+    return (
+        f"{images} images per process and micro-batch, {cfg.mask.views} views of {cfg.num_keep} tokens and the "
+        f"teacher's {cfg.model.num_patches}, width {width}, depth {depth}, {precision(cfg, kind)}, peak "
+        f"{memory_gb(run.world.device):.1f} GB; try {', '.join(remedies[:-1])}, or {remedies[-1]}"
+    )
 
 
 class Line(NamedTuple):
@@ -189,7 +223,9 @@ def _check_finite(step: int, worst: int, cfg: Config) -> None:
 
 def _evaluate(run: Run, recorder: Recorder, test: ImageSource | None) -> None:
     def on_rank_0() -> None:
-        values = online_eval(run.method, run.source, test, run.cfg, run.world.device)
+        # its many shapes would each be compiled
+        with torch.compiler.set_stance("force_eager"):
+            values = online_eval(run.method, run.source, test, run.cfg, run.world.device)
         past = recorder.eval(run.step, values)
         recorder.warn(run.step, collapse_warnings(past, run.cfg.optim.warmup_epochs))
         fault("evaluated")

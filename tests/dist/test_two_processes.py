@@ -75,6 +75,23 @@ def test_two_equal_one(pretrain, loss, accumulation):
     assert (two / "log.jsonl").read_text().count('"kind": "train"') == STEPS
 
 
+# graphs without code generation
+EAGER_BACKEND = """
+from extrema_fast import step
+step.BACKEND = "aot_eager"
+"""
+
+
+def test_compiled_blocks_on_two_equal_plain_ones_on_one(pretrain):
+    codes, text, one = pretrain("one")
+    assert codes == [0], text
+    codes, text, two = pretrain("two", "--train.compile", "block", processes=2, setup=EAGER_BACKEND)
+    assert codes == [0, 0], text
+    assert_close(one, two)
+    codes, text, _ = pretrain("three", "--train.compile", "step", processes=2)
+    assert codes == [2, 2] and "bypasses the exchange of gradients between 2 processes" in text
+
+
 STOP_ONE = """
 import os, signal
 from extrema_fast import train

@@ -25,7 +25,7 @@ from extrema_fast.data import TrainLoader
 from extrema_fast.dist import Signals, World
 from extrema_fast.dry_run import dry_run
 from extrema_fast.encoder import drop_path_scale
-from extrema_fast.errors import NonFiniteError, UsageError
+from extrema_fast.errors import NonFiniteError, OutOfMemoryError, UsageError
 from extrema_fast.masking import sample_views
 from extrema_fast.method import ExtreMA
 from extrema_fast.optim import Schedule, build_optimizer
@@ -176,6 +176,35 @@ def test_both_gates_take_the_same_good_steps(monkeypatch):
         results.append(weights(run))
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-6, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_names_sizes_and_remedies(tmp_path, monkeypatch, error):
+    def full(run, batch):
+        raise error
+
+    monkeypatch.setattr(train, "train_step", full)
+    with pytest.raises(OutOfMemoryError) as caught:
+        train.pretrain(tiny(tmp_path / "run", train={"recompute": "none"}), progress=False)
+    text = str(caught.value)
+    assert caught.value.exit_code == 2 and "step 1 ran out of memory on cpu: 8 images" in text
+    for part in (
+        "2 views of 2 tokens",
+        "--train.accumulation 2",
+        "--train.recompute norm",
+        "--train.batch-size 4",
+    ):
+        assert part in text
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
 
 
 def test_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
