@@ -15,6 +15,8 @@ JOBS ?= 2
 # which DALI: dali-cuda13, or dali-cuda12 for an older driver (either also reads images without a GPU)
 DALI ?= dali-cuda13
 DEMO_OUT ?= runs/demo
+# more arguments for gpu-check: --out FOLDER, --minutes 20, --only PART ..., --tune, --list
+GPU_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") $(PIP_ARGS) -c constraints.txt
@@ -25,7 +27,7 @@ DEMO_READY := $(VENV)/.installed-demo
 TEST_READY := $(VENV)/.installed-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu install lint format clean clean-demo
+.PHONY: help demo test test-fast test-gpu gpu-check install lint format clean clean-demo
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -45,6 +47,17 @@ test-fast: $(TEST_READY)  ## the same without tests marked slow
 
 test-gpu: $(TEST_READY)  ## only the tests that need a CUDA device
 	$(PYTEST) -m gpu $(PYTEST_ARGS)
+
+# an environment that has everything is used as it is, without network: PYTHON's where it was given, else .venv
+GPU_PYTHONS = $(if $(filter command environment,$(word 1,$(origin PYTHON))),$(PYTHON) $(BIN)/python,$(BIN)/python $(PYTHON))
+GPU_NEEDS = import pytest, torch, extrema_fast.kernels
+
+gpu-check:  ## what only a GPU shows, in 9 minutes: tests, benchmarks, records (PYTHON=... that has it all)
+	@for python in $(GPU_PYTHONS); do \
+		if $$python -c '$(GPU_NEEDS)' 2>/dev/null; then exec $$python -m benchmarks gpu_suite $(GPU_ARGS); fi; \
+	done; \
+	echo "none of $(GPU_PYTHONS) can '$(GPU_NEEDS)': installing (offline: see CONTRIBUTING.md)"; \
+	$(MAKE) --no-print-directory install && exec $(BIN)/python -m benchmarks gpu_suite $(GPU_ARGS)
 
 install: $(TEST_READY)  ## everything for development, into .venv
 
