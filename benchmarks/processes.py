@@ -189,6 +189,7 @@ def _head(job: Job) -> dict[str, Any]:
         "precision": job.precision,
         "batch": job.cfg.train.batch_size,
         "options": job.provider.options,
+        "environment": job.provider.environment,
     }
 
 

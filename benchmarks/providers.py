@@ -12,7 +12,7 @@ import torch
 from extrema_fast import kernels, nvidia_apex, ops
 from extrema_fast.config import Config, did_you_mean, from_dict
 from extrema_fast.errors import UsageError
-from extrema_fast.memory import ask_for_huge_pages
+from extrema_fast.memory import HUGE_PAGES, ask_for_huge_pages, keep_freed_memory
 from extrema_fast.plan import precision as of_config
 
 from .ours import with_settings
@@ -30,6 +30,8 @@ class Provider:
     precision  `auto`: the configuration's; `amp`: fp16 with a loss scaler on a GPU, else as `auto`; `fp32`
     options    keyword arguments of the class (dotted configuration options for `ours`)
     groups     names under which it can be asked for together with others
+    allocator  memory settings of its process on a CPU: `ours` (huge pages, freed memory is kept: what the command
+               line sets), `system`, `auto`: `ours` for this project, `system` for the others
     needs      `cuda`, `triton` (that can run), `apex` (that works), or a package
     """
 
@@ -41,6 +43,7 @@ class Provider:
     options: dict[str, Any] = field(default_factory=dict)
     groups: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    allocator: str = "auto"
 
     def resolved(self, device: str) -> str:
         """The precision it runs in on that device: fp32, bf16 or fp16."""
@@ -69,8 +72,11 @@ class Provider:
     def environment(self) -> dict[str, str]:
         """Variables of its process: ours is run as the command line runs it."""
         found: dict[str, str] = {}
-        if self.family == "ours":
+        if self.allocator == "ours" or (self.allocator == "auto" and self.family == "ours"):
             ask_for_huge_pages(found)
+        elif self.family == "ours":
+            # a setting of the user's, here glibc's own default, keeps the product from changing any
+            found |= {HUGE_PAGES: "0", "MALLOC_TOP_PAD_": "131072"}
         return found
 
     def eager(self) -> Provider:
@@ -86,6 +92,8 @@ class Provider:
 
     def make(self, cfg: Config, device: torch.device, precision: str = "") -> Stepper:
         """Builds it (`precision`: another one than its own)."""
+        if self.allocator == "ours":
+            keep_freed_memory()
         module, _, name = self.build.partition(":")
         kind = getattr(importlib.import_module(f"{__package__}.{module}"), name)
         return kind(cfg, device, precision or self.resolved(device.type), **self.options)
@@ -171,6 +179,15 @@ PROVIDERS: tuple[Provider, ...] = (
         )
         for what in ("none", "gelu", "norm")
     ),
+    # how much of a ratio on a CPU is the allocator's
+    _ours("ours-system-allocator", "this project, memory as the system gives it", ("allocator",), allocator="system"),
+    *(
+        Provider(
+            f"{name}-our-allocator", "strong", "strong:Strong", f"{name} with our memory settings",
+            options={"compile": compile, "plain_attention": True}, groups=("allocator",), allocator="ours",
+        )
+        for name, compile in (("strong-plain-attention", True), ("strong-eager-plain-attention", False))
+    ),
     *_without_kernels(),
     _ours(
         "ours-xformers", "xformers' memory-efficient attention", ("libraries",), ("cuda", "xformers"),
@@ -236,7 +253,7 @@ def chosen(
 
 
 def _identity(p: Provider, device: str) -> tuple:
-    return p.build, p.resolved(device), sorted(p.options.items())
+    return p.build, p.resolved(device), sorted(p.options.items()), p.environment
 
 
 def parse_settings(text: str) -> dict[str, Any]:

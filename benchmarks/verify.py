@@ -22,6 +22,7 @@ from .gates import Gate, exact
 from .providers import chosen, configuration
 from .rates import DTYPES
 from .tables import Table, show
+from .worker import whole_fp32
 
 TINY = {"img_size": [48, 64], "patch_size": 8, "width": 64, "depth": 2, "heads": 2}
 TINY_HEAD = {"hidden": 48, "out": 24, "predictor_hidden": 40}
@@ -60,6 +61,7 @@ def tiny(batch: int = 2) -> Config:
 
 def steps(cfg: Config, device: torch.device, released_code: str = "") -> list[Gate]:
     """fp32 loss and gradients of every provider of the step that runs here, without compilation."""
+    whole_fp32(torch)
     able, _ = chosen(["all"], str(device))
     if released_code:
         able += chosen(["released"], str(device), released_code=released_code)[0]

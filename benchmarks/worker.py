@@ -39,11 +39,16 @@ def forget_peak() -> bool:
     return True
 
 
+def whole_fp32(torch: Any) -> None:
+    """fp32 means fp32 on a GPU too: cuDNN's convolutions would take TF32."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 class Service:
     """Answers requests; the state of one provider."""
 
     def __init__(self) -> None:
-        self.peak_base = 0.0
+        self.samples_ms: list[float] = []
 
     # ---- requests --------------------------------------------------------------------------------
 
@@ -70,6 +75,8 @@ class Service:
 
         self.torch = torch
         self.device = torch.device(device)
+        if precision == "fp32":
+            whole_fp32(torch)
         self.cfg = from_dict(config, Config())
         self.inputs = random_images(self.cfg, sets, self.device)
         for inputs in self.inputs:
@@ -125,6 +132,7 @@ class Service:
                 began = time.perf_counter()
                 self.one()
                 samples.append(1000 * (time.perf_counter() - began))
+        self.samples_ms += samples
         return {"samples_ms": samples}
 
     def memory(self) -> dict[str, Any]:
@@ -138,10 +146,14 @@ class Service:
         }
 
     def profile(self) -> dict[str, Any]:
-        """Some profiled steps: the share of the matrix products."""
+        """A profiled step: the share of the matrix products; again while another program disturbs it."""
         from . import profiles
 
-        return {"products": profiles.products(self.one, self.device)}
+        usual = sorted(self.samples_ms)[len(self.samples_ms) // 2] if self.samples_ms else float("inf")
+        found: list[dict[str, Any]] = []
+        while len(found) < 3 and not any(f["step_ms"] < 1.25 * usual for f in found):
+            found.append(profiles.products(self.one, self.device))
+        return {"products": min(found, key=lambda f: f["step_ms"])}
 
     def components(self, config: dict, device: str, threads: int, out: str) -> dict[str, Any]:
         """Instead of `build`: the product's own profile, by component of the method."""
@@ -166,6 +178,7 @@ class Service:
         from . import gates
         from .providers import Provider
 
+        whole_fp32(torch)
         cfg, on, file = from_dict(config, Config()), torch.device(device), Path(weights)
         truth = gates.first_loss(cfg, on, file)
         checked = gates.exact([Provider(**p) for p in providers], cfg, on, file.parent)

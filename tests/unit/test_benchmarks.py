@@ -3,9 +3,9 @@
 Covers: every provider of the step agrees with the product in fp32 in loss, gradients and, over three steps, in
 student and teacher; a wrong provider is caught; the count of FLOPs; yardsticks step and their FLOPs are those torch
 counts; inputs of one value and too few warm-up steps are refused; memory running out tells sizes and remedies;
-names, groups and options of providers; the released code's folder is checked; records round-trip and their index
-names them; percentiles, ratios, verdicts; nothing is concluded about a provider whose check failed; comparison of
-two records; growth; pictures; a whole run in processes of their own.
+names, groups, options and memory settings of providers; the released code's folder is checked; records round-trip
+and their index names them; percentiles, ratios, verdicts; nothing is concluded about a provider whose check failed;
+comparison of two records; growth; pictures; a whole run in processes of their own.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from benchmarks.tables import Table, markdown
 from benchmarks.worker import is_out_of_memory
 from extrema_fast.config import from_dict, preset
 from extrema_fast.errors import UsageError
+from extrema_fast.memory import HUGE_PAGES
 from extrema_fast.plan import flops_per_image
 
 CPU = torch.device("cpu")
@@ -192,6 +193,14 @@ def test_providers_by_name_and_group():
             parse_settings(bad)
     with pytest.raises(UsageError, match=r"train\.compil"):
         chosen(["ours"], "cpu", extra=["train.compil=loss"])
+
+
+def test_only_ours_has_our_memory_settings_unless_asked():
+    with_ours = {p.name for p in PROVIDERS if p.environment.get(HUGE_PAGES) == "1"}
+    assert "ours" in with_ours and "strong-plain-attention-our-allocator" in with_ours
+    assert not {"strong", "released", "mae", "ours-system-allocator"} & with_ours
+    rows = usual(environment=BY_NAME["ours"].environment)
+    assert f"Memory of `ours`: huge pages ({HUGE_PAGES}=1)" in markdown(step.page(record_of(rows)))
 
 
 def test_what_is_the_same_here_runs_once(monkeypatch):
