@@ -276,7 +276,7 @@ def found(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
         p = read_json(folder / "profile.json").get("products", {})
         if p.get("tflops_per_s"):
             lines.append(
-                f"matrix products are {100 * p['share']:.0f} % of the step, at {p['tflops_per_s']:.0f} TFLOP/s"
+                f"matrix products are {100 * p['share']:.0f} % of the step, at {p['tflops_per_s']:.3g} TFLOP/s"
             )
     if (folder / "ceilings.json").is_file():
         rates = read_json(folder / "ceilings.json").get("rates", {})
@@ -346,10 +346,12 @@ def page(summary: dict[str, Any], out: Path) -> str:
         lines.append(f"| {name} | {told} | {p.get('seconds', 0):.0f} | {p['about']} |")
     for p in summary["parts"]:
         pictures = sorted(f.relative_to(out) for f in (out / p["name"]).glob("**/*.png"))
+        records = sorted(f.relative_to(out) for f in (out / p["name"]).glob("*/README.md"))
         if not (p.get("found") or pictures or p["state"] == "failed"):
             continue
         lines += ["", f"## {p['name']}", "", f"`{p['command']}`", ""]
         lines += [f"* {line}" for line in p.get("found", [])]
+        lines += [f"* all of it: [{f.parent.name}]({f})" for f in records]
         if p["state"] == "failed" and p.get("tail"):
             lines += ["", "```", *p["tail"], "```"]
         lines += [f"\n![{f.stem}]({f})" for f in pictures]

@@ -309,15 +309,14 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, n: int, d: int,
     return missing(name, device, dtype, n, d, train) or _failure(name, device, dtype, n, d, train)
 
 
-def longest(name: str, device: torch.device, dtype: torch.dtype, d: int, train: bool) -> int:
+def longest(name: str, device: torch.device, dtype: torch.dtype, d: int) -> int:
     """Most tokens of a sequence that a backend takes (ANY: no limit)."""
     if name != "short":
         return ANY
     if device.type != "cuda":
         return MAX_TOKENS
     # beyond, the op would run plain torch
-    passes = ("fwd", "bwd") if train else ("fwd",)
-    return max((n for n in range(1, MAX_TOKENS + 1) if all(fits(p, dtype, n, d) for p in passes)), default=0)
+    return max((n for n in range(1, MAX_TOKENS + 1) if fits(dtype, n, d)), default=0)
 
 
 def missing(name: str, device: torch.device, dtype: torch.dtype, n: int, d: int, train: bool) -> str:
@@ -331,7 +330,7 @@ def missing(name: str, device: torch.device, dtype: torch.dtype, n: int, d: int,
             return why + (hint if device.type == "cpu" and kernels._launch.HAS_TRITON else "")
         if d not in HEAD_DIMS:
             return f"it takes head_dim {', '.join(map(str, HEAD_DIMS))}, got {d}"
-        most = longest(name, device, dtype, d, train)
+        most = longest(name, device, dtype, d)
         return (
             ""
             if n <= most
@@ -493,7 +492,7 @@ def plan(device: torch.device, dtype: torch.dtype, d: int, train: bool) -> tuple
             steps.append((low - 1, default))
         reached = low - 1
         for name in [*ranking(row["shapes"], default), default]:
-            end = min(high, longest(name, device, dtype, d, train))
+            end = min(high, longest(name, device, dtype, d))
             if end <= reached:
                 continue
             why = why_not(name, device, dtype, min(n, end), d, train)

@@ -267,7 +267,7 @@ def _plan_of(
     if name == "triton":
         _require_triton("attention", asker, device)
     backend = "short" if name == "triton" else name
-    most = backends.longest(backend, device, dtype, d, train)
+    most = backends.longest(backend, device, dtype, d)
     why = backends.why_not(backend, device, dtype, max(1, min(16, most)), d, train)
     if why and not lenient and name != "triton":
         raise backends.refusal(name, asker, device, dtype, None, d, train)

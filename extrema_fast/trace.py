@@ -77,6 +77,7 @@ class Event:
     sequence: int = -1
     dims: list = field(default_factory=list)
     correlation: int = -1
+    external: int = -1
     parent: Event | None = None
     children_us: float = 0.0
 
@@ -200,6 +201,7 @@ def _parse(events: list[dict[str, Any]]) -> tuple[list[Event], list[Event]]:
             args.get("Sequence number", -1) if not args.get("Fwd thread id") else -1,
             args.get("Input Dims") or [],
             args.get("correlation", -1),
+            args.get("External id", -1),
         )
         if e["name"].startswith(_NODE):
             event.sequence = args.get("Sequence number", -1)
@@ -299,6 +301,7 @@ def _count_kernels(
 ) -> tuple[float, float]:
     launches = {e.correlation: e for e in host if e.correlation >= 0 and e.kind.startswith("cuda")}
     method_threads = {e.thread for e in host if e.kind == "cpu_op"} | {s.thread for s in steps}
+    by_id = {e.external: e for e in host if e.kind == "cpu_op" and e.external >= 0}
     inside, seen, counted = _inside(steps), [], set()
     for kernel in device:
         launch = launches.get(kernel.correlation)
@@ -309,17 +312,18 @@ def _count_kernels(
         if "GraphLaunch" in launch.name:
             component = {"product": PRODUCTS, "attention": ATTENTION}.get(what, FUSED)
             place = GRAPH, component, False
-        elif launch.thread not in method_threads:
+        elif launch.thread not in method_threads and kernel.external not in by_id:
             # the image reader's own threads
             place = "", DATA, False
         else:
-            caller = launch.parent
+            # a driver may name threads in its own way; the tracer's number of the op remains
+            caller = launch.parent if launch.thread in method_threads else by_id[kernel.external]
             place = _place(caller, forward, _what(caller) or what if caller is not None else what)
             if place[1] in ("other", OUTSIDE):
                 upload = kernel.kind == "gpu_memcpy" and "HtoD" in kernel.name
                 place = "", DATA if upload else "other", False
         row = add(place, kernel.name, kernel.end - kernel.start)
-        product = _outermost_product(launch)
+        product = _outermost_product(launch.parent or by_id.get(kernel.external))
         if product is not None or (place[0] == GRAPH and what == "product"):
             row.products_us += kernel.end - kernel.start
         if product is not None and id(product) not in counted:

@@ -21,6 +21,14 @@ def describe(x: object) -> str:
     return f"{_name(x.dtype)} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What an op computes in: autocast's dtype where it is on, else that of `x`; fp64 is left alone as in torch."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
 def check(
     name: str,
     x: Tensor,

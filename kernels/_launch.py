@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,30 @@ DTYPE_NAMES = {
 }
 
 
+# the oldest architecture that the kernels are compiled and checked for (aot.py)
+OLDEST = (8, 0)
+
+
+@functools.cache
+def _too_old(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return (
+        "" if (major, minor) >= OLDEST else f"compute capability {major}.{minor}; kernels need 8.0 or newer"
+    )
+
+
 def can_run(device: torch.device | str) -> tuple[bool, str]:
     """(may Triton kernels run on tensors of `device`?, the reason)."""
     if not HAS_TRITON:
         return False, "Triton is not installed"
-    kind = torch.device(device).type
+    device = torch.device(device)
+    kind, index = device.type, device.index
     if kind == "cuda":
-        return True, "Triton on a CUDA device"
+        # traced code must not ask for a device's properties
+        if index is None and not torch.compiler.is_compiling() and torch.cuda.is_available():
+            index = torch.cuda.current_device()
+        old = "" if index is None or torch.compiler.is_compiling() else _too_old(index)
+        return not old, old or "Triton on a CUDA device"
     if kind == "cpu" and INTERPRET:
         return True, "Triton's interpreter (TRITON_INTERPRET=1)"
     return False, f"no Triton kernels on {kind}"
@@ -67,6 +84,13 @@ def empty(shape: tuple[int, ...] | torch.Size, like: Tensor, dtype: torch.dtype 
     if checking():
         out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
     return out
+
+
+def constants(values: Sequence[float], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """These numbers on a device; filled there, since a copy from the host waits and no CUDA graph holds one."""
+    if torch.device(device).type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    return torch.cat([torch.full((1,), v, dtype=dtype, device=device) for v in values])
 
 
 def rows_ready(x: Tensor) -> Tensor:
@@ -92,7 +116,24 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **kwarg
         return
     guard = torch.cuda.device(like.device) if like.device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[grid](*args, **kwargs)
+        # a default that Triton is about to change
+        compiled = kernel[grid](*args, enable_fp_fusion=True, **kwargs)
+    if _watched is not None:
+        _watched.append(compiled)
+
+
+_watched: list[Any] | None = None
+
+
+@contextlib.contextmanager
+def watched():
+    """Inside, a list of what every launch ran: Triton's compiled kernels (None in the interpreter)."""
+    global _watched
+    before, _watched = _watched, []
+    try:
+        yield _watched
+    finally:
+        _watched = before
 
 
 # ---- configurations -------------------------------------------------------------------------------
@@ -115,8 +156,20 @@ def _entries(op: str, device: str, extra: str) -> dict[str, dict]:
     for folder in folders:
         file = folder / f"{device}.json"
         if file.is_file():
-            found |= json.loads(file.read_text(encoding="utf-8"))["entries"]
+            found |= read_entries(file)
     return found
+
+
+def read_entries(file: Path) -> dict[str, dict]:
+    """The entries of a configuration file; ValueError naming the file when it is none."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
+        return {key: {**entry, "config": dict(entry["config"])} for key, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: no file of launch settings ({type(error).__name__}: {error}); delete it, or write it "
+            "again with `extrema-fast tune`"
+        ) from None
 
 
 def tuned(op: str, key: str, device: torch.device) -> dict[str, int]:
@@ -126,8 +179,12 @@ def tuned(op: str, key: str, device: torch.device) -> dict[str, int]:
     """
     if device.type != "cuda":
         return {}
-    entry = _entries(op, device_name(device), os.environ.get("EXTREMA_FAST_CONFIG_DIR", "")).get(key, {})
-    return entry.get("config", {})
+    return entries(op, device_name(device)).get(key, {}).get("config", {})
+
+
+def entries(op: str, device: str) -> dict[str, dict]:
+    """Measured entries of an op for the GPU called `device`, those of EXTREMA_FAST_CONFIG_DIR among them."""
+    return _entries(op, device, os.environ.get("EXTREMA_FAST_CONFIG_DIR", ""))
 
 
 _override: dict[str, dict[str, int]] = {}

@@ -30,7 +30,10 @@ class Variant:
     signature   argument -> Triton type (`*bf16`, `i64`, `fp32`) of everything that is no constexpr
     constexprs  argument -> value
     aligned     arguments that are multiples of 16 at run time (pointers in bytes, strides in elements)
-    wide_loads, wide_stores  whether the streamed operands must move 16 bytes per thread and access
+    streamed    operands that make up the traffic, by the names under which `tl.load` and `tl.store` of the
+                kernel's file address them: each must move 16 bytes per thread and access
+    narrow      streamed operand -> (bytes that it moves at least, why not 16)
+    fp64        whether blocks of fp64 are meant
     """
 
     name: str
@@ -40,8 +43,9 @@ class Variant:
     num_warps: int
     num_stages: int = 2
     aligned: tuple[str, ...] = ()
-    wide_loads: bool = True
-    wide_stores: bool = True
+    streamed: tuple[str, ...] = ()
+    narrow: dict[str, tuple[int, str]] = field(default_factory=dict)
+    fp64: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Case:
     make       (device, dtype, generator) -> tuple of arguments; leaves that need gradients say so
     providers  name -> function of these arguments, returning a tensor or a tuple of tensors; `ours` and
                `reference` always, further entries are strong baselines (`sdpa`, `compiled`)
+    sizes      of each launch that can be tuned: direction -> sizes, as in the keys of configuration files
     bytes_fwd, bytes_bwd  bytes that must move (README's budget) with elements of `itemsize` bytes
     flops_fwd, flops_bwd  useful floating-point operations
     """
@@ -64,6 +69,7 @@ class Case:
     flops_fwd: int = 0
     flops_bwd: int = 0
     backward: bool = True
+    sizes: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ class Spec:
     version    raised when results or saved tensors change
     public     names exported by `extrema_fast.kernels.<name>` and documented in its README
     torch_ops  registered ops, without the namespace `extrema_fast::`
-    variants   () -> list of Variant; imports Triton, so called only where it is installed
+    variants   (every=False) -> list of Variant; imports Triton, so called only where it is installed. `every`:
+               beside the shipped shapes each kind of block that the launchers can choose
     cases      (quick) -> list of Case; `quick` takes sizes an interpreter can run in seconds
     space      (direction, dtype, sizes) -> list of launch settings for tuning to try; empty: nothing to tune
     dtypes     what the kernels take, besides fp64 in the interpreter
@@ -84,7 +91,7 @@ class Spec:
     summary: str
     public: tuple[str, ...]
     torch_ops: tuple[str, ...]
-    variants: Callable[[], list[Variant]]
+    variants: Callable[..., list[Variant]]
     cases: Callable[[bool], list[Case]]
     space: Callable[..., list[dict[str, int]]] = field(default=lambda *_: [])
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)

@@ -8,11 +8,15 @@ from . import _launch
 from ._spec import specs
 
 
+def _runs(device: str) -> tuple[bool, str]:
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        return False, "this PyTorch sees no CUDA device"
+    return _launch.can_run(device)
+
+
 def headline(device: str) -> str:
     """One line: can kernels run there, and why."""
-    runs, why = _launch.can_run(device)
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        runs, why = False, "this PyTorch sees no CUDA device"
+    runs, why = _runs(device)
     version = ""
     if _launch.HAS_TRITON:
         import triton
@@ -23,7 +27,7 @@ def headline(device: str) -> str:
 
 def describe(device: str) -> list[dict]:
     """One row per op: `op`, `version`, `summary`, `torch_ops`, `public`, `runs`, `reason`, `tuned` entries."""
-    runs, why = _launch.can_run(device)
+    runs, why = _runs(device)
     on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
     name = _launch.device_name(device) if on_gpu else ""
     return [
@@ -35,7 +39,7 @@ def describe(device: str) -> list[dict]:
             "public": list(s.public),
             "runs": runs,
             "reason": why,
-            "tuned": len(_launch._entries(s.name, name, "")) if name else 0,
+            "tuned": len(_launch.entries(s.name, name)) if name else 0,
         }
         for s in specs()
     ]

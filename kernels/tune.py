@@ -2,9 +2,9 @@
 
 python -m extrema_fast.kernels.tune [--op NAME ...] [--dtype bf16] [--out FOLDER] [--dry-run]
 
-For every measured case of an op, each setting of its `space` is first compared with the plain definition in fp64,
-then timed inside a CUDA graph. The fastest correct one goes to kernels/<op>/configs/<device>.json, or to
-FOLDER/<op>/<device>.json (read through EXTREMA_FAST_CONFIG_DIR).
+For every measured case of an op, each setting of its `space` is first compared with the plain definition in fp64
+and refused if its kernels spill registers, then timed inside a CUDA graph. The fastest goes to
+kernels/<op>/configs/<device>.json, or to FOLDER/<op>/<device>.json (read through EXTREMA_FAST_CONFIG_DIR).
 """
 
 from __future__ import annotations
@@ -120,10 +120,26 @@ def tries(s: Spec, keys: list[str]) -> Iterator[tuple[str, dict[str, int]]]:
             yield key, config
 
 
+def plan(s: Spec, dtype: torch.dtype, out: Path | None) -> str:
+    """What tuning would try: settings per launch of every case, and where the fastest would go."""
+    lines = []
+    for case in s.cases(False):
+        counts = {d: len(s.space(d, dtype, sizes)) for d, sizes in case.sizes.items()}
+        if counts:
+            lines.append(f"  {case.label}: " + ", ".join(f"{d} {n} settings" for d, n in counts.items()))
+    if not lines:
+        return f"{s.name}: nothing to tune"
+    return "\n".join([f"{s.name} -> {_file(s, '<device>', out)}", *lines])
+
+
+def _file(s: Spec, device: str, out: Path | None) -> Path:
+    return (out / s.name if out else Path(__file__).parent / s.name / "configs") / f"{device}.json"
+
+
 def tune(
     s: Spec, dtype: torch.dtype, device: str, timer: Callable[[Callable[[], object]], list[float]]
 ) -> dict[str, dict]:
-    """Entries of a configuration file: the fastest correct settings per key."""
+    """Entries of a configuration file: the fastest settings per key that are correct and do not spill."""
     entries: dict[str, dict] = {}
     for case in s.cases(device == "cpu"):
         generator = torch.Generator(device).manual_seed(0)
@@ -133,8 +149,9 @@ def tune(
         for key, config in tries(s, keys):
             with only(s.name, key, config):
                 try:
-                    correct, _ = is_correct(case, args, dtype)
-                    if not correct:
+                    with _launch.watched() as launched:
+                        correct, _ = is_correct(case, args, dtype)
+                    if not correct or any(getattr(k, "n_spills", 0) for k in launched):
                         continue
                     p50 = statistics.median(timer(partial(run_case, case, args, "ours")))
                 except Exception as error:
@@ -167,10 +184,9 @@ def write(s: Spec, entries: dict[str, dict], device: str, out: Path | None) -> P
     """Merges the entries into the device's file."""
     import triton
 
-    folder = out / s.name if out else Path(__file__).parent / s.name / "configs"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{device}.json"
-    old = json.loads(file.read_text(encoding="utf-8"))["entries"] if file.is_file() else {}
+    file = _file(s, device, out)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    old = _launch.read_entries(file) if file.is_file() else {}
     content = {
         "device": device,
         "triton": triton.__version__,
@@ -192,13 +208,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--op", nargs="*", choices=OPS, default=list(OPS))
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--out", type=Path, help="another folder than the package's")
-    parser.add_argument("--dry-run", action="store_true", help="list what would be tried")
+    parser.add_argument("--dry-run", action="store_true", help="only list what would be tried")
     args = parser.parse_args(argv)
     if args.dry_run:
         for op in args.op:
-            s = spec(op)
-            labels = ", ".join(c.label for c in s.cases(False))
-            print(f"{op}: cases {labels}; files {op}/configs/<device>.json")
+            print(plan(spec(op), DTYPES[args.dtype], args.out))
         return 0
     if not torch.cuda.is_available():
         print(

@@ -40,13 +40,14 @@ def adamw_ema_norm_kernel(
     g_ptr = tl.load(row + 1).to(tl.pointer_type(GRAD)) + start
     if (start + BLOCK <= size) & (tl.load(row + 10) != 0):
         # [BLOCK]
-        g = tl.load(tl.multiple_of(g_ptr, 16) + offs).to(ACC)
+        full_ptr = tl.multiple_of(g_ptr, 16)
+        g = tl.load(full_ptr + offs).to(ACC)
     else:
         g = tl.load(g_ptr + offs, mask=offs < size - start, other=0.0).to(ACC)
     tl.store(partials_ptr + pid, tl.sum(g * g, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "chunks"])
 def adamw_ema_prepare_kernel(
     # [tensors, COLUMNS]; [1 + groups, 5] float64; [chunks]
     table_ptr,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,18 +36,58 @@ def _capturing(device: torch.device) -> bool:
 _captured: list[tuple[Tensor, Tensor]] = []
 
 
+# pinned memory cannot be had during a capture, where gradients in new storage need a new table: some is kept ready
+_ready: list[Tensor] = []
+READY = 3
+
+
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def _stage(values: Tensor, capturing: bool) -> Tensor:
+    """A pinned copy of host values; made beforehand by earlier calls when `capturing`."""
+    size = values.numel() * values.element_size()
+    fit = [x for x in _ready if x.numel() >= size]
+    if not capturing:
+        _ready[:] = fit + [_pinned(size) for _ in range(READY - len(fit))]
+        return values.pin_memory()
+    if not fit:
+        raise RuntimeError("adamw_ema: a CUDA graph can record a step only after one that ran as it is")
+    taken = fit[0]
+    _ready[:] = [x for x in _ready if x is not taken]
+    return taken[:size].view(values.dtype).view(values.shape).copy_(values)
+
+
 def _send(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Small host values on the device, without waiting for it; also while a CUDA graph is captured."""
+    host = torch.as_tensor(values, dtype=dtype)
     if device.type != "cuda":
-        return torch.as_tensor(values, dtype=dtype).to(device)
-    host = torch.as_tensor(values, dtype=dtype).pin_memory()
+        return host.to(device)
+    host = _stage(host, _capturing(device))
     there = host.to(device, non_blocking=True)
     if _capturing(device):
         _captured.append((host, there))
     return there
 
 
-@functools.lru_cache(maxsize=16)
+_cache: OrderedDict[tuple, Tensor] = OrderedDict()
+CACHED = 80
+
+
+def _cached(make: Callable[..., Tensor], *key: Any) -> Tensor:
+    """`make(*key)`, once; what a capture makes is not kept, since it is there only at the graph's replays."""
+    if (make, *key) in _cache:
+        _cache.move_to_end((make, *key))
+        return _cache[(make, *key)]
+    made = make(*key)
+    if not _capturing(made.device):
+        _cache[(make, *key)] = made
+        if len(_cache) > CACHED:
+            _cache.popitem(last=False)
+    return made
+
+
 def _chunks(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
     """[chunks, 2] int32: which tensor, which part of it; by far the larger table, and it seldom changes."""
     counts = (torch.tensor(sizes) + block - 1) // block
@@ -56,7 +96,6 @@ def _chunks(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
     return _send(torch.stack([tensor, part], 1), torch.int32, device)
 
 
-@functools.lru_cache(maxsize=64)
 def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """[tensors, 11] int64; its key is every address in it, so gradients in new storage make a new one."""
     rows = torch.tensor(columns, dtype=torch.int64).T
@@ -69,7 +108,7 @@ def _tables(columns: list[list[int]], device: torch.device) -> tuple[Tensor, Ten
     from .kernel import BLOCK
 
     keys = tuple(map(tuple, columns)), tuple(columns[8])
-    tables = _table(keys[0], device), _chunks(keys[1], BLOCK, device)
+    tables = _cached(_table, keys[0], device), _cached(_chunks, keys[1], BLOCK, device)
     if _capturing(device) and not any(tables[0] is a and tables[1] is b for a, b in _captured):
         _captured.append(tables)
     return tables
@@ -230,14 +269,17 @@ class AdamWEma(torch.optim.AdamW):
         """[1 + groups, 5] float64; numbers are sent when one has changed, tensors are copied every step."""
         rows = [first] + [[g["lr"], *g["betas"], g["eps"], g["weight_decay"]] for g in self.param_groups]
         numbers = [tuple(None if isinstance(x, Tensor) else float(x) for x in r) for r in rows]
-        if self._settings is None or self._settings.device != device or numbers != self._written:
+        settings = self._settings
+        if settings is None or settings.device != device or numbers != self._written:
             values = [[0.0 if x is None else x for x in r] for r in numbers]
-            self._settings, self._written = _send(values, torch.float64, device), numbers
+            settings = _send(values, torch.float64, device)
+            if not _capturing(device):
+                self._settings, self._written = settings, numbers
         for i, row in enumerate(rows):
             for k, x in enumerate(row):
                 if isinstance(x, Tensor):
-                    self._settings[i, k].copy_(x.detach().reshape(()), non_blocking=True)
-        return self._settings
+                    settings[i, k].copy_(x.detach().reshape(()), non_blocking=True)
+        return settings
 
     def _with_grad(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
         """Parameters with a gradient, these gradients, their groups; creates missing state."""

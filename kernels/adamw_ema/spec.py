@@ -8,7 +8,7 @@ from .._spec import Case, Spec, Variant
 from .op import AdamWEma
 
 
-def variants() -> list[Variant]:
+def variants(every: bool = False) -> list[Variant]:
     """The three kernels with fp32 state; fp32 and bf16 gradients."""
     import triton.language as tl
 
@@ -19,11 +19,13 @@ def variants() -> list[Variant]:
     table = {"table_ptr": "*i64", "chunks_ptr": "*i32"}
     results = {"derived_ptr": "*fp32", "common_ptr": "*fp32", "outcome_ptr": "*fp64"}
 
-    def variant(name: str, function, pointers: dict, numbers: dict, constants: dict, wide: tuple) -> Variant:
+    def variant(
+        name: str, function, pointers: dict, numbers: dict, constants: dict, streamed: tuple
+    ) -> Variant:
         chosen = kernel.heuristic(name.split()[0])
         return Variant(
             name, function, pointers | numbers, columns | acc | constants, **chosen,
-            aligned=tuple(pointers), wide_loads=wide[0], wide_stores=wide[1],
+            aligned=tuple(pointers), streamed=streamed, fp64=name.startswith("prepare"),
         )  # fmt: skip
 
     prepare = {"table_ptr": "*i64", "settings_ptr": "*fp64", "partials_ptr": "*fp32"} | results
@@ -31,7 +33,7 @@ def variants() -> list[Variant]:
         variant(
             f"prepare norm{norm:d} flag{flag:d}", kernel.adamw_ema_prepare_kernel, prepare,
             {"tensors": "i32", "chunks": "i32"},
-            derived | {"BLOCK": 1024, "HAS_NORM": norm, "HAS_FLAG": flag}, (False, False),
+            derived | {"BLOCK": 1024, "HAS_NORM": norm, "HAS_FLAG": flag}, (),
         )
         for norm, flag in ((True, False), (True, True), (False, True))
     ]  # fmt: skip
@@ -39,11 +41,12 @@ def variants() -> list[Variant]:
         grad = block | {"GRAD": dtype}
         found.append(
             variant(f"norm grad {name}", kernel.adamw_ema_norm_kernel, table | {"partials_ptr": "*fp32"}, {},
-                    grad, (True, False))
+                    grad, ("full_ptr",))
         )  # fmt: skip
         found.append(
             variant(f"update grad {name}", kernel.adamw_ema_kernel, table | results, {},
-                    grad | derived | {"LOW": tl.bfloat16}, (True, True))
+                    grad | derived | {"LOW": tl.bfloat16},
+                    ("p_ptr", "g_ptr", "m_ptr", "v_ptr", "e_ptr", "s_address", "t_address"))
         )  # fmt: skip
     return found
 

@@ -15,6 +15,21 @@ from .. import _launch
 # dots need at least 16 rows on every architecture: heads are padded to this
 HEADS = 16
 
+# CENTRE: tokens lose their mean before the products. In 16 bits that would round them again; there raw tokens are
+# multiplied and the sums corrected. In fp32 the correction would cost digits where the mean is large.
+
+
+@triton.jit
+def _merge(mean, m2, x, start, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
+    """Chan's merge of (mean, M2) of the columns so far with the next chunk's [n, BLOCK_D]: no cancellation."""
+    chunk = tl.sum(x, 1) / BLOCK_D
+    centred = x - chunk[:, None]
+    gap = chunk - mean
+    # in ACC: the quotient of two integers would be fp32
+    before = tl.cast(start, ACC)
+    share = BLOCK_D / (before + BLOCK_D)
+    return mean + gap * share, m2 + tl.sum(centred * centred, 1) + gap * gap * (before * share)
+
 
 @triton.jit
 def attention_pool_fwd_kernel(
@@ -34,14 +49,15 @@ def attention_pool_fwd_kernel(
     stride_uh,
     stride_ur,
     stride_zh,
-    eps,
     n: tl.constexpr,
     D: tl.constexpr,
     H: tl.constexpr,
+    EPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     HAS_STATS: tl.constexpr,
+    CENTRE: tl.constexpr,
     ACC: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -56,41 +72,41 @@ def attention_pool_fwd_kernel(
     c_tile = xh0_ptr + row * stride_cr + offs_d
     z_tile = z_ptr + row * D + offs_h[:, None].to(tl.int64) * stride_zh + offs_d[None, :]
 
+    mean = tl.zeros([BLOCK_N], ACC)
+    m2 = tl.zeros([BLOCK_N], ACC)
+    if HAS_STATS:
+        mean = tl.load(mu_ptr + row * n + offs_n, mask=mask_n, other=0.0)
+    elif CENTRE:
+        for start in range(0, D, BLOCK_D):
+            x = tl.load(x_tile + start, mask=mask_n[:, None], other=0.0)
+            mean, m2 = _merge(mean, m2, x.to(ACC), start, BLOCK_D, ACC)
     raw = tl.zeros([BLOCK_H, BLOCK_N], ACC)
     raw0 = tl.zeros([BLOCK_H], ACC)
     u_sum = tl.zeros([BLOCK_H], ACC)
-    mean = tl.zeros([BLOCK_N], ACC)
-    m2 = tl.zeros([BLOCK_N], ACC)
     for start in range(0, D, BLOCK_D):
         x = tl.load(x_tile + start, mask=mask_n[:, None], other=0.0)
         u = tl.load(u_tile + start, mask=mask_h[:, None], other=0.0)
         c = tl.load(c_tile + start).to(ACC)
+        if not HAS_STATS and not CENTRE:
+            mean, m2 = _merge(mean, m2, x.to(ACC), start, BLOCK_D, ACC)
+        if CENTRE:
+            x -= mean[:, None]
         raw = tl.dot(u, tl.trans(x), raw, input_precision="ieee", out_dtype=ACC)
         wide_u = u.to(ACC)
         u_sum += tl.sum(wide_u, 1)
         raw0 += tl.sum(wide_u * c[None, :], 1)
-        if not HAS_STATS:
-            # Chan's merge of (mean, M2) of the columns so far with this chunk's: no cancellation
-            wide_x = x.to(ACC)
-            chunk = tl.sum(wide_x, 1) / BLOCK_D
-            centred = wide_x - chunk[:, None]
-            gap = chunk - mean
-            # in ACC: the quotient of two integers would be fp32
-            before = tl.cast(start, ACC)
-            share = BLOCK_D / (before + BLOCK_D)
-            mean += gap * share
-            m2 += tl.sum(centred * centred, 1) + gap * gap * (before * share)
 
     if HAS_STATS:
-        mean = tl.load(mu_ptr + row * n + offs_n, mask=mask_n, other=0.0)
         rstd = tl.load(rstd_ptr + row * n + offs_n, mask=mask_n, other=0.0)
     else:
-        rstd = 1.0 / tl.sqrt(m2 / D + tl.cast(eps, ACC))
+        rstd = 1.0 / tl.sqrt(m2 / D + EPS)
         tl.store(mu_ptr + row * n + offs_n, mean, mask=mask_n)
         tl.store(rstd_ptr + row * n + offs_n, rstd, mask=mask_n)
 
-    # scores of the normalised tokens from the raw ones: r_j (u . x_j - mu_j sum(u))
-    a = rstd[None, :] * (raw - mean[None, :] * u_sum[:, None])
+    # scores of the normalised tokens; from raw ones r_j (u . x_j - mu_j sum(u))
+    a = rstd[None, :] * raw
+    if not CENTRE:
+        a = rstd[None, :] * (raw - mean[None, :] * u_sum[:, None])
     a = tl.where(mask_n[None, :], a, float("-inf"))
     top = tl.maximum(tl.max(a, 1), raw0)
     e = tl.exp(a - top[:, None])
@@ -109,8 +125,12 @@ def attention_pool_fwd_kernel(
     for start in range(0, D, BLOCK_D):
         x = tl.load(x_tile + start, mask=mask_n[:, None], other=0.0)
         c = tl.load(c_tile + start).to(ACC)
+        if CENTRE:
+            x -= mean[:, None]
         z = tl.dot(g, x, input_precision="ieee", out_dtype=ACC)
-        z += p0[:, None] * c[None, :] - shift[:, None]
+        z += p0[:, None] * c[None, :]
+        if not CENTRE:
+            z -= shift[:, None]
         tl.store(z_tile + start, z.to(z_ptr.dtype.element_ty), mask=mask_h[:, None])
 
 
@@ -141,6 +161,7 @@ def attention_pool_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    CENTRE: tl.constexpr,
     ACC: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -156,6 +177,8 @@ def attention_pool_bwd_kernel(
     by_head = row * D + offs_h[:, None].to(tl.int64) * stride_zh + offs_d[None, :]
     dx_tile = dx_ptr + row * (n * D) + offs_n[:, None] * D + offs_d[None, :]
 
+    mean = tl.load(mu_ptr + row * n + offs_n, mask=mask_n, other=0.0)
+    rstd = tl.load(rstd_ptr + row * n + offs_n, mask=mask_n, other=0.0)
     raw = tl.zeros([BLOCK_H, BLOCK_N], ACC)
     dp0 = tl.zeros([BLOCK_H], ACC)
     u_sum = tl.zeros([BLOCK_H], ACC)
@@ -165,13 +188,13 @@ def attention_pool_bwd_kernel(
         dz = tl.load(dz_ptr + by_head + start, mask=mask_h[:, None], other=0.0)
         u = tl.load(u_tile + start, mask=mask_h[:, None], other=0.0)
         c = tl.load(c_tile + start).to(ACC)
+        if CENTRE:
+            x -= mean[:, None]
         raw = tl.dot(dz, tl.trans(x), raw, input_precision="ieee", out_dtype=ACC)
         dz_sum += tl.sum(dz.to(ACC), 1)
         dp0 += tl.sum(dz.to(ACC) * c[None, :], 1)
         u_sum += tl.sum(u.to(ACC), 1)
 
-    mean = tl.load(mu_ptr + row * n + offs_n, mask=mask_n, other=0.0)
-    rstd = tl.load(rstd_ptr + row * n + offs_n, mask=mask_n, other=0.0)
     score_tile = scores_ptr + row * (H * (n + 1)) + offs_h * (n + 1)
     both = mask_h[:, None] & mask_n[None, :]
     a = tl.load(score_tile[:, None] + 1 + offs_n[None, :], mask=both, other=float("-inf"))
@@ -181,7 +204,9 @@ def attention_pool_bwd_kernel(
     p = tl.exp(a - lse[:, None])
     p0 = tl.exp(a0 - lse)
     a = tl.where(both, a, 0.0)
-    dp = rstd[None, :] * (raw - mean[None, :] * dz_sum[:, None])
+    dp = rstd[None, :] * raw
+    if not CENTRE:
+        dp = rstd[None, :] * (raw - mean[None, :] * dz_sum[:, None])
     delta = tl.sum(p * dp, 1) + p0 * dp0
     da = p * (dp - delta[:, None])
     da0 = p0 * (dp0 - delta)
@@ -200,14 +225,20 @@ def attention_pool_bwd_kernel(
         dz = tl.load(dz_ptr + by_head + start, mask=mask_h[:, None], other=0.0)
         u = tl.load(u_tile + start, mask=mask_h[:, None], other=0.0)
         c = tl.load(c_tile + start).to(ACC)
+        if CENTRE:
+            x -= mean[:, None]
         du = tl.dot(g, x, input_precision="ieee", out_dtype=ACC)
-        du += da0[:, None] * c[None, :] - shift[:, None]
+        du += da0[:, None] * c[None, :]
+        if not CENTRE:
+            du -= shift[:, None]
         tl.store(du_ptr + by_head + start, du.to(low), mask=mask_h[:, None])
         dxh0 = tl.sum(p0[:, None] * dz.to(ACC) + da0[:, None] * u.to(ACC), 0)
         tl.store(dxh0_ptr + row * D + start + offs_d, dxh0.to(low))
         dxh = tl.dot(p_low, dz, input_precision="ieee", out_dtype=ACC)
         dxh = tl.dot(da_low, u, dxh, input_precision="ieee", out_dtype=ACC)
-        xh = (x.to(ACC) - mean[:, None]) * rstd[:, None]
+        xh = x.to(ACC) * rstd[:, None]
+        if not CENTRE:
+            xh = (x.to(ACC) - mean[:, None]) * rstd[:, None]
         dx = rstd[:, None] * (dxh - m[:, None] - xh * k[:, None])
         tl.store(dx_tile + start, dx.to(low), mask=mask_n[:, None])
 
@@ -221,12 +252,14 @@ def block_d(width: int) -> int:
 
 
 def heuristic(direction: str, n: int, width: int, itemsize: int) -> dict[str, int]:
-    """Blocks, warps and stages where nothing was measured (benchmarks/records/registers.md)."""
+    """Blocks, warps and stages where nothing was measured: none spills (benchmarks/records/registers.md)."""
     block = block_d(width)
     if itemsize > 2:
         # fp32 tiles of 64 columns spill
-        block = min(block, 32)
-    return {"BLOCK_D": block, "num_warps": 8 if n > 64 else 4, "num_stages": 2}
+        return {"BLOCK_D": min(block, 32), "num_warps": 8, "num_stages": 1}
+    # with two stages these spill a word on one architecture or another
+    one = n <= 128 and (block < 64 or (direction == "fwd" and n > 64))
+    return {"BLOCK_D": block, "num_warps": 8 if n > 64 else 4, "num_stages": 1 if one else 2}
 
 
 def _options(direction: str, x: Tensor, heads: int) -> dict:
@@ -241,6 +274,7 @@ def _options(direction: str, x: Tensor, heads: int) -> dict:
         "H": heads,
         "BLOCK_N": triton.next_power_of_2(max(n, 16)),
         "BLOCK_H": HEADS,
+        "CENTRE": x.element_size() > 2,
         "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
     } | chosen
 
@@ -266,8 +300,8 @@ def forward(
         mu, rstd = stats[0].contiguous(), stats[1].contiguous()
     _launch.launch(
         attention_pool_fwd_kernel, (rows,), x, x, xh0, u, z, scores, lse, mu, rstd,
-        x.stride(0), x.stride(1), _row_stride(xh0, 0), u.stride(0), _row_stride(u, 1), z.stride(0), eps,
-        HAS_STATS=stats is not None, **_options("fwd", x, heads),
+        x.stride(0), x.stride(1), _row_stride(xh0, 0), u.stride(0), _row_stride(u, 1), z.stride(0),
+        EPS=eps, HAS_STATS=stats is not None, **_options("fwd", x, heads),
     )  # fmt: skip
     return z, scores, lse, mu, rstd
 

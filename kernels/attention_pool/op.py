@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _launch
-from .._check import FLOATS, check
+from .._check import FLOATS, autocast_dtype, check
 from .reference import PoolWeights, attention_pool_absorbed
 
 MAX_TOKENS = 256
@@ -21,6 +21,17 @@ for _schema in (
     " Tensor rstd) -> (Tensor, Tensor, Tensor)",
 ):
     torch.library.define(f"extrema_fast::{_schema.split('(')[0]}", "(" + _schema.split("(", 1)[1])
+
+
+def fits(dtype: torch.dtype, n: int) -> bool:
+    """Whether a GPU's registers hold the kernel for tokens of this type (README.md)."""
+    # fp32 products take no tensor cores: their tiles spill above 64 tokens. There are none in fp64
+    return dtype.itemsize == 2 or (dtype == torch.float32 and n <= 64)
+
+
+def _runs(x: Tensor) -> bool:
+    # the interpreter holds everything
+    return _launch.use_triton(x) and (x.device.type == "cpu" or fits(x.dtype, x.shape[1]))
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -76,7 +87,7 @@ def token_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl("extrema_fast::attention_pool_fwd", "CompositeExplicitAutograd")
 def _fwd(x: Tensor, xh0: Tensor, u: Tensor, eps: float) -> tuple[Tensor, ...]:
-    if _launch.use_triton(x):
+    if _runs(x):
         from .kernel import forward
 
         return forward(x, xh0, u, eps, None)
@@ -86,7 +97,7 @@ def _fwd(x: Tensor, xh0: Tensor, u: Tensor, eps: float) -> tuple[Tensor, ...]:
 
 @torch.library.impl("extrema_fast::attention_pool_fwd_stats", "CompositeExplicitAutograd")
 def _fwd_stats(x: Tensor, xh0: Tensor, u: Tensor, mu: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
-    if _launch.use_triton(x):
+    if _runs(x):
         from .kernel import forward
 
         return forward(x, xh0, u, 0.0, (mu, rstd))[:3]
@@ -97,7 +108,7 @@ def _fwd_stats(x: Tensor, xh0: Tensor, u: Tensor, mu: Tensor, rstd: Tensor) -> t
 def _bwd(
     x: Tensor, xh0: Tensor, u: Tensor, dz: Tensor, scores: Tensor, lse: Tensor, mu: Tensor, rstd: Tensor
 ) -> tuple[Tensor, ...]:
-    if _launch.use_triton(x):
+    if _runs(x):
         from .kernel import backward
 
         return backward(x, xh0, u, dz, scores, lse, mu, rstd)
@@ -140,11 +151,15 @@ class _Core(torch.autograd.Function):
             made = (mu.detach(), rstd.detach())
         ctx.save_for_backward(x, xh0, u, scores, lse, mu, rstd)
         ctx.mark_non_differentiable(scores, lse, *made)
+        # or zeros would be filled in for each of them
+        ctx.set_materialize_grads(False)
         return z, scores, lse, *made
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dz, *_):
+        if dz is None:
+            return (None,) * 6
         x, xh0, u, scores, lse, mu, rstd = ctx.saved_tensors
         dx, du, dxh0 = torch.ops.extrema_fast.attention_pool_bwd.default(
             x, xh0, u, dz.to(x.dtype), scores, lse, mu, rstd
@@ -172,7 +187,7 @@ def attention_pool(
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
     """Class attention of one query over its own row (ExtreMA section 3.2, a CaiT block), before the residual.
 
-    tokens   [R, n, D] bf16 | fp16 | fp32 | fp64; under autocast, computed in its dtype
+    tokens   [R, n, D] bf16 | fp16 | fp32 | fp64; under autocast, computed in its dtype (fp64 is left alone)
     cls      [R, D], or [1, D] shared by all rows (cheaper)
     weights  PoolWeights: LayerNorm and the q, k, v, output projections, any float dtype
     stats    (mean, 1 / deviation) [R, n] of the same tokens, as an earlier call returned them: successive
@@ -181,29 +196,35 @@ def attention_pool(
              class row, or None unless `return_weights`; stats for the next block)
     raises   TypeError, ValueError naming the argument, what it got and what it needs
     falls back to `attention_pool_absorbed` (stats None) above 256 tokens or 16 heads, or for a width that is
-             no multiple of 16
+             no multiple of 16; to plain torch inside on a GPU for fp64, and for fp32 above 64 tokens
     maths    kernels/attention_pool/README.md
     """
     check("tokens", tokens, ("R", "n", "D"), FLOATS)
     rows, n, width = tokens.shape
-    check("cls", cls, (1 if cls.dim() == 2 and cls.shape[0] == 1 else rows, width), FLOATS, tokens)
-    if heads < 1 or width % heads:
+    shared = isinstance(cls, Tensor) and cls.dim() == 2 and cls.shape[0] == 1
+    check("cls", cls, (1 if shared else rows, width), FLOATS, tokens)
+    if heads < 1 or width < 1 or width % heads:
         raise ValueError(f"heads: {heads} does not divide the width {width}")
+    if len(weights) != len(PoolWeights._fields):
+        raise ValueError(f"weights: expected PoolWeights{PoolWeights._fields}, got {len(weights)} tensors")
     for name, w in zip(PoolWeights._fields, weights, strict=True):
         shape = (width, width) if name in ("wq", "wk", "wv", "wo") else (width,)
         check(f"weights.{name}", w, shape, FLOATS, tokens)
     if stats is not None:
+        if len(stats) != 2:
+            raise ValueError(f"stats: expected (mean, 1 / deviation), got {len(stats)} tensors")
         for name, s in zip(("stats[0]", "stats[1]"), stats, strict=True):
             check(name, s, (rows, n), (torch.float32, torch.float64), tokens)
 
-    kind = tokens.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
     if n > MAX_TOKENS or n < 1 or heads > MAX_HEADS or width % 16:
         out, p = attention_pool_absorbed(tokens, cls.expand(rows, -1), weights, heads, eps)
         return out, p.detach().float() if return_weights else None, None
 
-    with torch.autocast(kind, enabled=False):
-        out, scores, lse, stats = _folded(tokens.to(dtype), cls, weights, heads, eps, stats)
+    x = tokens.to(autocast_dtype(tokens))
+    if stats is not None:
+        stats = stats[0].to(_wide(x)), stats[1].to(_wide(x))
+    with torch.autocast(tokens.device.type, enabled=False):
+        out, scores, lse, stats = _folded(x, cls, weights, heads, eps, stats)
     p = (scores - lse[..., None]).exp().float() if return_weights else None
     return out, p, stats
 

@@ -6,61 +6,72 @@ import torch
 import torch.nn.functional as F
 
 from .._spec import Case, Spec, Variant
-from .op import attention_pool
+from .op import attention_pool, fits
 from .reference import PoolWeights, attention_pool_absorbed, attention_pool_reference
 
-SHAPES = ((384, 6, 39), (384, 6, 196), (768, 12, 19), (768, 12, 39), (768, 12, 196), (1024, 16, 39))
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def variants() -> list[Variant]:
-    """Forward (with and without given statistics) and backward; bf16 everywhere, fp16 and fp32 once."""
+def _variant(direction: str, dtype: torch.dtype, n: int, width: int, heads: int) -> Variant:
     import triton
     import triton.language as tl
 
     from . import kernel
 
-    found = []
-    shapes = [(torch.bfloat16, *s) for s in SHAPES]
-    shapes += [(torch.float16, 384, 6, 39), (torch.float32, 384, 6, 39)]
-    for dtype, width, heads, n in shapes:
-        t = TYPES[dtype]
-        sizes = {
-            "n": n, "D": width, "H": heads, "BLOCK_N": triton.next_power_of_2(max(n, 16)),
-            "BLOCK_H": kernel.HEADS, "ACC": tl.float32,
-        }  # fmt: skip
-        strides = ("stride_xr", "stride_xn", "stride_cr", "stride_uh", "stride_ur", "stride_zh")
-        for direction in ("fwd", "fwd_stats", "bwd"):
-            if direction == "fwd_stats" and (width, n, dtype) != (768, 39, torch.bfloat16):
-                continue
-            chosen = kernel.heuristic(direction, n, width, dtype.itemsize)
-            warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
-            low = ("x_ptr", "xh0_ptr", "u_ptr")
-            if direction == "bwd":
-                fn, constexprs = kernel.attention_pool_bwd_kernel, sizes | chosen
-                pointers = dict.fromkeys((*low, "dz_ptr", "dx_ptr", "du_ptr", "dxh0_ptr"), f"*{t}")
-                pointers |= dict.fromkeys(("scores_ptr", "lse_ptr", "mu_ptr", "rstd_ptr"), "*fp32")
-                scalars = {}
-            else:
-                fn = kernel.attention_pool_fwd_kernel
-                constexprs = sizes | chosen | {"HAS_STATS": direction == "fwd_stats"}
-                pointers = dict.fromkeys((*low, "z_ptr"), f"*{t}")
-                pointers |= dict.fromkeys(("scores_ptr", "lse_ptr", "mu_ptr", "rstd_ptr"), "*fp32")
-                scalars = {"eps": "fp32"}
-            found.append(
-                Variant(
-                    f"{direction} {t} D{width} H{heads} n{n}",
-                    fn,
-                    pointers | dict.fromkeys(strides, "i32") | scalars,
-                    constexprs,
-                    warps,
-                    stages,
-                    aligned=(*pointers, *strides),
-                    # the tokens are streamed: read by both, written by the backward pass
-                    wide_stores=direction == "bwd",
-                )
-            )
-    return found
+    t, chosen = TYPES[dtype], kernel.heuristic(direction[:3], n, width, dtype.itemsize)
+    warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
+    constexprs = {
+        "n": n, "D": width, "H": heads, "BLOCK_N": triton.next_power_of_2(max(n, 16)),
+        "BLOCK_H": kernel.HEADS, "CENTRE": dtype.itemsize > 2, "ACC": tl.float32,
+    }  # fmt: skip
+    rows = ("x_ptr", "xh0_ptr", "u_ptr")
+    rows += ("dz_ptr", "dx_ptr", "du_ptr", "dxh0_ptr") if direction == "bwd" else ("z_ptr",)
+    pointers = dict.fromkeys(rows, f"*{t}")
+    pointers |= dict.fromkeys(("scores_ptr", "lse_ptr", "mu_ptr", "rstd_ptr"), "*fp32")
+    if direction != "bwd":
+        constexprs |= {"EPS": 1e-6, "HAS_STATS": direction == "fwd_stats"}
+    strides = ("stride_xr", "stride_xn", "stride_cr", "stride_uh", "stride_ur", "stride_zh")
+    streamed = {"x_tile": constexprs["BLOCK_N"], "u_tile": kernel.HEADS}
+    if direction == "bwd":
+        streamed |= {"dz_ptr": kernel.HEADS, "du_ptr": kernel.HEADS, "dx_tile": constexprs["BLOCK_N"]}
+    else:
+        streamed |= {"z_tile": kernel.HEADS}
+    # a block of 16 heads holds less than 16 bytes for each of 256 threads; whole rows of it still lie side by side
+    held = {k: rows * chosen["BLOCK_D"] * dtype.itemsize // (32 * warps) for k, rows in streamed.items()}
+    return Variant(
+        f"{direction} {t} D{width} H{heads} n{n}",
+        getattr(kernel, f"attention_pool_{direction.removesuffix('_stats')}_kernel"),
+        pointers | dict.fromkeys(strides, "i32"),
+        constexprs | chosen,
+        warps,
+        stages,
+        aligned=(*pointers, *strides),
+        streamed=tuple(streamed),
+        narrow={k: (size, "a small block") for k, size in held.items() if size < 16},
+    )
+
+
+def variants(every: bool = False) -> list[Variant]:
+    """Views and whole images of ViT-S, B and L; bf16 everywhere, fp16 and fp32 once."""
+    bf16, fp16, fp32 = TYPES
+    shapes = [
+        (bf16, 39, 384, 6), (bf16, 196, 384, 6), (bf16, 19, 768, 12), (bf16, 39, 768, 12),
+        (bf16, 196, 768, 12), (bf16, 39, 1024, 16), (fp16, 39, 384, 6), (fp32, 39, 384, 6),
+    ]  # fmt: skip
+    both = ("fwd", "bwd")
+    found = [_variant(d, *shape) for shape in shapes for d in both]
+    found.append(_variant("fwd_stats", bf16, 39, 768, 12))
+    if every:
+        # every BLOCK_N, BLOCK_D; full and partly empty blocks
+        blocks = [
+            (dtype, n, width, heads)
+            for dtype in TYPES
+            for n in (7, 16, 19, 32, 49, 64, 100, 128, 197, 256)
+            for width, heads in ((48, 3), (96, 3), (768, 12))
+            if fits(dtype, n)
+        ]
+        found += [_variant(d, *block) for block in blocks for d in (*both, "fwd_stats")]
+    return list({v.name: v for v in found}.values())
 
 
 def _case(label: str, rows: int, n: int, width: int, heads: int) -> Case:
@@ -104,6 +115,7 @@ def _case(label: str, rows: int, n: int, width: int, heads: int) -> Case:
         bytes_bwd=2 * (2 * rows * n * width + 3 * rows * heads * width),
         flops_fwd=projections + streamed,
         flops_bwd=2 * (projections + streamed),
+        sizes={d: {"D": width, "H": heads, "n": 1 << (max(n, 16) - 1).bit_length()} for d in ("fwd", "bwd")},
     )
 
 
@@ -130,7 +142,7 @@ def space(direction: str, dtype: torch.dtype, sizes: dict[str, int]) -> list[dic
 
 SPEC = Spec(
     name="attention_pool",
-    version=1,
+    version=2,
     summary="LayerNorm, key and value projections and one-query attention over a row; keys are never formed",
     public=("attention_pool", "PoolWeights"),
     torch_ops=("attention_pool_fwd", "attention_pool_fwd_stats", "attention_pool_bwd"),

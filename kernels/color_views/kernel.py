@@ -6,6 +6,8 @@ order, applies everything and stores. No atomics, no random numbers inside.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -65,12 +67,17 @@ def _apply(r, g, b, op, base, mean):
 
 
 @triton.jit
-def _pixels(images_ptr, image, offs, mask, stride_b):
-    """[BLOCK] red, green, blue in [0, 1]."""
-    base = images_ptr + image * stride_b + offs * 3
-    r = tl.load(base, mask=mask, other=0).to(tl.float32) / 255.0
-    g = tl.load(base + 1, mask=mask, other=0).to(tl.float32) / 255.0
-    b = tl.load(base + 2, mask=mask, other=0).to(tl.float32) / 255.0
+def _pixels(images_ptr, image, tile, stride_b, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK] red, green, blue in [0, 1]; beyond the image 0."""
+    # whole bytes of the tile, 16 per thread, then every third one: blocks must be powers of two, so 4 BLOCK
+    offs_b = tl.arange(0, 4 * BLOCK)
+    inside = (offs_b < 3 * BLOCK) & (offs_b < 3 * (PIXELS - tile * BLOCK))
+    pixel_bytes = images_ptr + image * stride_b + tile * (3 * BLOCK) + offs_b
+    raw = tl.load(pixel_bytes, mask=inside, other=0)
+    offs = 3 * tl.arange(0, BLOCK)
+    r = tl.gather(raw, offs, 0).to(tl.float32) / 255.0
+    g = tl.gather(raw, offs + 1, 0).to(tl.float32) / 255.0
+    b = tl.gather(raw, offs + 2, 0).to(tl.float32) / 255.0
     return r, g, b
 
 
@@ -92,7 +99,7 @@ def color_sums_kernel(
     if tl.load(base) > 0.0:
         offs = tile * BLOCK + tl.arange(0, BLOCK)
         mask = offs < PIXELS
-        r, g, b = _pixels(images_ptr, which // 2, offs, mask, stride_b)
+        r, g, b = _pixels(images_ptr, which // 2, tile, stride_b, PIXELS, BLOCK)
         before = 1
         for place in range(4):
             op = tl.load(base + 6 + place).to(tl.int32)
@@ -104,14 +111,20 @@ def color_sums_kernel(
         tl.store(sums_ptr + which * TILES + tile, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def color_views_kernel(
-    # as above; fp32 [2 C]: means, 1 / deviations; out [2, B, C, H, W] or [2, B, N, C P P]
+    # as above; out [2, B, C, H, W] or [2, B, N, C P P]
     images_ptr,
     params_ptr,
     sums_ptr,
-    norm_ptr,
     out_ptr,
+    # of each channel: mean, 1 / deviation
+    mean_r,
+    mean_g,
+    mean_b,
+    scale_r,
+    scale_g,
+    scale_b,
     batch,
     stride_b,
     PIXELS: tl.constexpr,
@@ -122,14 +135,16 @@ def color_views_kernel(
     COLUMNS: tl.constexpr,
     C: tl.constexpr,
     PATCH: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     which = tl.program_id(0).to(tl.int64)
     image = which // 2
     view = which - image * 2
     base = params_ptr + which * COLUMNS
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tile = tl.program_id(1)
+    offs = tile * BLOCK + tl.arange(0, BLOCK)
     mask = offs < PIXELS
-    r, g, b = _pixels(images_ptr, image, offs, mask, stride_b)
+    r, g, b = _pixels(images_ptr, image, tile, stride_b, PIXELS, BLOCK)
     if tl.load(base) > 0.0:
         tiles = tl.arange(0, BLOCK_T)
         sums = tl.load(sums_ptr + which * TILES + tiles, mask=tiles < TILES, other=0.0)
@@ -149,22 +164,40 @@ def color_views_kernel(
         x = offs - y * WIDTH
         patch = (y // PATCH) * (WIDTH // PATCH) + x // PATCH
         place0 = patch * (C * PATCH * PATCH) + (y % PATCH) * PATCH + x % PATCH
+        # not seen through the divisions: a patch's row is RUN neighbouring pixels at a time
+        place0 = tl.max_contiguous(tl.multiple_of(place0, RUN), RUN)
         step: tl.constexpr = PATCH * PATCH
     low = out_ptr.dtype.element_ty
     if C == 1:
         r = _gray(r, g, b)
-    tl.store(target + place0, ((r - tl.load(norm_ptr)) * tl.load(norm_ptr + C)).to(low), mask=mask)
+    r = (r - tl.cast(mean_r, tl.float32)) * tl.cast(scale_r, tl.float32)
+    tl.store(target + place0, r.to(low), mask=mask)
     if C == 3:
-        g = (g - tl.load(norm_ptr + 1)) * tl.load(norm_ptr + 4)
-        b = (b - tl.load(norm_ptr + 2)) * tl.load(norm_ptr + 5)
+        g = (g - tl.cast(mean_g, tl.float32)) * tl.cast(scale_g, tl.float32)
+        b = (b - tl.cast(mean_b, tl.float32)) * tl.cast(scale_b, tl.float32)
         tl.store(target + place0 + step, g.to(low), mask=mask)
         tl.store(target + place0 + 2 * step, b.to(low), mask=mask)
 
 
+def run(patch: int) -> int:
+    """Neighbouring pixels that stay neighbours in patch-major order, a power of two."""
+    return min(16, patch & -patch) or 1
+
+
 def render(
-    images: Tensor, params: Tensor, norm: Tensor, channels: int, dtype: torch.dtype, patch: int
+    images: Tensor,
+    params: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    channels: int,
+    dtype: torch.dtype,
+    patch: int,
 ) -> Tensor:
-    """[2, B, C, H, W], or [2, B, N, C P P] when `patch`; norm [2 C]: means, 1 / deviations."""
+    """[2, B, C, H, W], or [2, B, N, C P P] when `patch`."""
+    if channels == 1:
+        mean, std = [sum(mean) / 3] * 3, [sum(std) / 3] * 3
+    # numbers, not a tensor: copying one to a GPU waits, and cannot be captured in a graph
+    norm = (*map(float, mean), *(1 / float(s) for s in std))
     images, params = images.contiguous(), params.contiguous()
     batch, height, width, _ = images.shape
     pixels, tiles = height * width, triton.cdiv(height * width, BLOCK)
@@ -180,7 +213,8 @@ def render(
     grid = (2 * batch, tiles)
     _launch.launch(color_sums_kernel, grid, images, images, params, sums, images.stride(0), **sizes, **config)
     _launch.launch(
-        color_views_kernel, grid, images, images, params, sums, norm, out, batch, images.stride(0),
-        WIDTH=width, BLOCK_T=triton.next_power_of_2(tiles), C=channels, PATCH=patch, **sizes, **config,
+        color_views_kernel, grid, images, images, params, sums, out, *norm, batch, images.stride(0),
+        WIDTH=width, BLOCK_T=triton.next_power_of_2(tiles), C=channels, PATCH=patch, RUN=run(patch), **sizes,
+        **config,
     )  # fmt: skip
     return out

@@ -9,6 +9,9 @@ from .. import _launch
 from .._check import check
 from .reference import COLUMNS, color_views_reference
 
+# tiles' sums are added by one program each
+MAX_PIXELS = 1 << 22
+
 torch.library.define(
     "extrema_fast::color_views",
     "(Tensor images, Tensor params, float[] mean, float[] std, int channels, ScalarType dtype, int patch) -> Tensor",
@@ -17,15 +20,11 @@ torch.library.define(
 
 @torch.library.impl("extrema_fast::color_views", "CompositeExplicitAutograd")
 def _color_views(images, params, mean, std, channels, dtype, patch) -> Tensor:
-    if _launch.use_triton(images) and dtype != torch.float64:
+    pixels = images.shape[1] * images.shape[2]
+    if _launch.use_triton(images) and dtype != torch.float64 and pixels <= MAX_PIXELS:
         from .kernel import render
 
-        if channels == 1:
-            mean, std = [sum(mean) / 3], [sum(std) / 3]
-        norm = torch.tensor([*mean, *(1 / s for s in std)], dtype=torch.float32).to(
-            images.device, non_blocking=True
-        )
-        return render(images, params, norm, channels, dtype, patch)
+        return render(images, params, mean, std, channels, dtype, patch)
     layout = "patches" if patch else "nchw"
     return torch.stack(
         color_views_reference(
@@ -64,6 +63,7 @@ def color_views(
     layout    `nchw`: [B, C, H, W]; `patches`: [B, N, C P P] with `patch` = P, as `patch_gather` reads it
     returns   (student's, teacher's), views of one tensor
     raises    TypeError, ValueError naming the argument
+    falls back to the plain definition where Triton cannot run, for float64, above 4 million pixels
     maths     kernels/color_views/README.md
     """
     check("images", images, ("B", "H", "W", 3), (torch.uint8,))

@@ -6,19 +6,27 @@ image as it stands when contrast is reached; hue is a rotation of HSV.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
+from .._launch import constants
 from .._philox import uniform
 
 _GRAY = (0.299, 0.587, 0.114)
-_ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 # columns of a parameter row [10]: colour jitter on, four factors, gray, four operations in their order
 ON, FACTORS, GRAY_ON, ORDER, COLUMNS = 0, slice(1, 5), 5, slice(6, 10), 10
+
+
+def permutation(number: Tensor) -> Tensor:
+    """[B] integers 0 to 23 -> [B, 4]: that permutation of 0..3 in lexicographic order, without a table."""
+    first, second, third = number // 6, number % 6 // 2, number % 2
+    second = second + (second >= first)
+    low, high = torch.minimum(first, second), torch.maximum(first, second)
+    third = third + (third >= low)
+    third = third + (third >= high)
+    return torch.stack([first, second, third, 6 - first - second - third], 1)
 
 
 def color_params(
@@ -38,8 +46,8 @@ def color_params(
     streams    of the student's and the teacher's coins
     returns    [B, 2, 10] fp32 on the index's device: on, b, c, s, h, gray, then a permutation of 0..3
     """
-    width = torch.tensor(strength, device=index.device)
-    centre = torch.tensor([1.0, 1.0, 1.0, 0.0], device=index.device)
+    width = constants(strength, torch.float32, index.device)
+    centre = constants((1.0, 1.0, 1.0, 0.0), torch.float32, index.device)
     low = torch.cat([(centre - width)[:3].clamp_min(0), -width[3:]])
     views = []
     for stream in streams:
@@ -50,7 +58,7 @@ def color_params(
                     (u[:, :1] < jitter_prob).float(),
                     low + u[:, 1:5] * (centre + width - low),
                     (u[:, 6:7] < gray_prob).float(),
-                    _ORDERS.to(index.device)[(u[:, 5] * 24).long()].float(),
+                    permutation((u[:, 5] * 24).long()).float(),
                 ],
                 1,
             )
@@ -69,7 +77,7 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], i
 def finish(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...], in_chans: int) -> Tensor:
     if in_chans == 1:
         x, mean, std = _gray(x), (sum(mean) / 3,), (sum(std) / 3,)
-    m, s = (torch.tensor(v, dtype=x.dtype, device=x.device).view(1, -1, 1, 1) for v in (mean, std))
+    m, s = (constants(v, x.dtype, x.device).view(1, -1, 1, 1) for v in (mean, std))
     return ((x - m) / s).contiguous()
 
 
@@ -87,7 +95,7 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     hue = torch.where(top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     hue = torch.remainder(hue / 6 + shift, 1.0)
     # V S = spread, so saturation itself is not needed
-    n = torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=x.dtype).view(1, 3, 1, 1)
+    n = constants((5.0, 3.0, 1.0), x.dtype, x.device).view(1, 3, 1, 1)
     k = torch.remainder(n + 6 * hue[:, None], 6)
     return top[:, None] - spread[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 

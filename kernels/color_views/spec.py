@@ -11,28 +11,29 @@ from .reference import color_params, color_views_reference
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def variants() -> list[Variant]:
+def variants(every: bool = False) -> list[Variant]:
     """224-pixel crops: the sums, and the views as images and as patches."""
     from . import kernel
 
     sizes = {"PIXELS": 224 * 224, "TILES": 49, "BLOCK": kernel.BLOCK, "COLUMNS": kernel.COLUMNS}
     reads = {"images_ptr": "*u8", "params_ptr": "*fp32", "sums_ptr": "*fp32"}
-    # three bytes a pixel: accesses of 16 bytes are not to be had without a transposition
-    narrow = {"num_warps": 4, "num_stages": 1, "wide_loads": False, "wide_stores": False}
+    plain = {"num_warps": 4, "num_stages": 1}
+    numbers = dict.fromkeys(("mean_r", "mean_g", "mean_b", "scale_r", "scale_g", "scale_b"), "fp32")
     found = [
-        Variant("sums n50176", kernel.color_sums_kernel, reads | {"stride_b": "i32"}, sizes, **narrow,
-                aligned=(*reads, "stride_b"))
+        Variant("sums n50176", kernel.color_sums_kernel, reads | {"stride_b": "i32"}, sizes, **plain,
+                aligned=(*reads, "stride_b"), streamed=("pixel_bytes",))
     ]  # fmt: skip
     for t, patch in (("bf16", 0), ("bf16", 16), ("fp32", 0)):
-        pointers = reads | {"norm_ptr": "*fp32", "out_ptr": f"*{t}"}
+        pointers = reads | {"out_ptr": f"*{t}"}
         found.append(
             Variant(
                 f"views {t} n50176 patch{patch}",
                 kernel.color_views_kernel,
-                pointers | {"batch": "i32", "stride_b": "i32"},
-                sizes | {"WIDTH": 224, "BLOCK_T": 64, "C": 3, "PATCH": patch},
-                **narrow,
+                pointers | numbers | {"batch": "i32", "stride_b": "i32"},
+                sizes | {"WIDTH": 224, "BLOCK_T": 64, "C": 3, "PATCH": patch, "RUN": kernel.run(patch)},
+                **plain,
                 aligned=(*pointers, "stride_b"),
+                streamed=("pixel_bytes", "target"),
             )
         )
     return found

@@ -69,7 +69,7 @@ def _column(offs, stride_c, stride_h, P: tl.constexpr, C: tl.constexpr, LAYOUT: 
     return c.to(tl.int64) * stride_c + py.to(tl.int64) * stride_h + (rest - py * P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "batch"])
 def patch_gather_kernel(
     # image by strides (the last axis dense); [V, B, K] int32 by strides
     image_ptr,
@@ -140,7 +140,7 @@ def patch_gather_kernel(
     tl.store(out_ptr + row[:, None] * D + offs_n[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "batch"])
 def patch_pack_kernel(
     # as above; out [M, F]
     image_ptr,
@@ -189,10 +189,13 @@ def heuristic(direction: str, itemsize: int, patch: int) -> dict[str, int]:
     if direction == "pack":
         return {"BLOCK_M": 16, "BLOCK_F": 128, "num_warps": 4, "num_stages": 2}
     if itemsize > 2:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_F": 32, "num_warps": 8, "num_stages": 1}
+        # other tiles, and eight warps, spill on some architecture
+        columns = 32 if patch % 8 else 16
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_F": columns, "num_warps": 4, "num_stages": 1}
     # patches that are no multiple of 16 pixels are read in small pieces, which takes registers
     rows = 128 if patch % 16 == 0 else 64
-    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_F": 64, "num_warps": 8, "num_stages": 2}
+    columns = 64 if patch > 4 else 32
+    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_F": columns, "num_warps": 8, "num_stages": 2}
 
 
 def _prepare(images: Tensor, keep: Tensor | None, patch: int, layout: int):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _launch
-from .._check import FLOATS, check, check_keep, describe
+from .._check import FLOATS, autocast_dtype, check, check_keep, describe
 from .reference import gather_patches, patch_gather_reference, pick
 
 NHWC, NCHW, PATCHES = 0, 1, 2
@@ -50,13 +50,13 @@ def _pack(images: Tensor, keep: Tensor | None, patch: int, layout: int, dtype: t
 def _fwd(
     images: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor, pos: Tensor, patch: int, layout: int
 ) -> Tensor:
-    # a GPU's tl.dot has no fp64; the interpreter does
-    runs = weight.dtype != torch.float64 or images.device.type == "cpu"
+    # fp32 and fp64 products take no tensor cores: cuBLAS has the better ones. The interpreter tests all
+    runs = weight.dtype.itemsize == 2 or images.device.type == "cpu"
     if runs and _launch.use_triton(images):
         from .kernel import embed
 
         return embed(images, keep, weight, bias, pos, patch, layout)
-    a = _plain_pack(images, keep, patch, layout, weight.dtype)
+    a = torch.ops.extrema_fast.patch_pack.default(images, keep, patch, layout, weight.dtype)
     out = F.linear(a, weight).to(bias.dtype) + bias
     if keep is None:
         batch = images.shape[0]
@@ -161,18 +161,14 @@ def patch_gather(
     if keep is not None:
         keep = check_keep(keep, batch, n, weight)
 
-    kind = images.device.type
-    dtype = weight.dtype if layout == NHWC else images.dtype
-    # autocast leaves fp64 alone
-    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(weight if layout == NHWC else images)
     if torch.is_grad_enabled() and (images.requires_grad or pos.requires_grad):
         low = None if bias is None else bias.to(dtype)
         images = images if layout == NHWC else images.to(dtype)
         return patch_gather_reference(images, keep, weight.to(dtype), low, pos, mean=mean, std=std)
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(images.device.type, enabled=False):
         w, b = weight.to(wide), (weight.new_zeros(width) if bias is None else bias).to(wide)
         if layout == NHWC:
             # pixels come as (x - 128) / 128: exact in bf16, small enough for fp16 gradients. Numbers, not a

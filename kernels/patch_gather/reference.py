@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._launch import constants
+
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     """`(x / 255 - mean) / std` per channel.
@@ -16,7 +18,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype
     returns  [B, C, H, W] of `dtype`; 16-bit ones are computed in fp32 and rounded once
     """
     wide = dtype if dtype.itemsize > 2 else torch.float32
-    m, s = (torch.tensor(x, dtype=wide, device=images.device) for x in (mean, std))
+    m, s = (constants(x, wide, images.device) for x in (mean, std))
     return ((images.to(wide) / 255 - m) / s).to(dtype).permute(0, 3, 1, 2)
 
 

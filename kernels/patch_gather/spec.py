@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -13,56 +15,83 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def variants() -> list[Variant]:
-    """The embedding from every layout, and the gather alone, patches of 16 and 14 pixels."""
+def _variant(
+    direction: str, dtype: torch.dtype, layout: int, patch: int, width: int, kept: int | None = 39
+) -> Variant:
     import triton.language as tl
 
     from . import kernel
 
-    found = []
+    t, chosen = TYPES[dtype], kernel.heuristic(direction, dtype.itemsize, patch)
+    warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
+    strides = ("stride_b", "stride_c", "stride_h", "stride_kv", "stride_kb", "stride_kk")
+    source = {kernel.NHWC: "*u8", kernel.NCHW: "*fp32", kernel.PATCHES: f"*{t}"}[layout]
+    pointers = {"image_ptr": source, "keep_ptr": "*i32", "out_ptr": f"*{t}"}
+    constexprs = {
+        "GW": 224 // patch,
+        "P": patch,
+        "C": 3,
+        "K": kept or (224 // patch) ** 2,
+        "F": 3 * patch**2,
+        "LAYOUT": layout,
+        "HAS_KEEP": kept is not None,
+    }
+    if direction == "fwd":
+        pointers |= {"weight_ptr": f"*{t}", "bias_ptr": "*fp32", "pos_ptr": "*fp32"}
+        constexprs |= {"D": width, "ACC": tl.float32}
+    # what lies side by side: a row of a patch, a row of the weight, of the result
+    size, row = dtype.itemsize, 3 * patch**2
+    runs = {
+        "image_ptr": {kernel.NHWC: 3 * patch, kernel.NCHW: 4 * patch, kernel.PATCHES: row * size}[layout],
+        "out_ptr": (width if direction == "fwd" else row) * size,
+    }
+    if direction == "fwd":
+        runs["weight_ptr"] = row * size
+    narrow = {k: (math.gcd(run, 16), "rows of a patch start there") for k, run in runs.items() if run % 16}
+    if row % chosen["BLOCK_F"]:
+        narrow["image_ptr"] = ({"*u8": 1, "*fp32": 4}.get(source, size), "columns of a last block")
+    elif direction == "fwd" and layout == kernel.NHWC:
+        least = min(8, math.gcd(3 * patch, 16))
+        narrow["image_ptr"] = (least, "sm_90 and newer copy bytes for a 16-bit product 8 at a time")
+    name = {kernel.NHWC: "nhwc", kernel.NCHW: "nchw", kernel.PATCHES: "patches"}[layout]
+    return Variant(
+        f"{direction} {t} {name} P{patch} D{width}" + ("" if kept else " all"),
+        kernel.patch_gather_kernel if direction == "fwd" else kernel.patch_pack_kernel,
+        pointers | {"rows": "i32", "batch": "i32"} | dict.fromkeys(strides, "i32"),
+        constexprs | chosen,
+        warps,
+        stages,
+        aligned=(*pointers, "stride_b", "stride_c", "stride_h"),
+        streamed=tuple(runs),
+        narrow=narrow,
+    )
+
+
+def variants(every: bool = False) -> list[Variant]:
+    """The embedding from every layout, and the gather alone, patches of 16 and 14 pixels; kept ones and all."""
+    from . import kernel
+
+    bf16, fp16, fp32 = TYPES
+    both, layouts = ("fwd", "pack"), (kernel.NHWC, kernel.NCHW, kernel.PATCHES)
     shapes = [
-        (torch.bfloat16, kernel.NHWC, "*u8", 16, 768), (torch.bfloat16, kernel.NCHW, "*fp32", 16, 384),
-        (torch.bfloat16, kernel.PATCHES, "*bf16", 16, 768), (torch.float16, kernel.NHWC, "*u8", 16, 1024),
-        (torch.float32, kernel.NCHW, "*fp32", 16, 384), (torch.bfloat16, kernel.NHWC, "*u8", 14, 384),
+        (bf16, kernel.NHWC, 16, 768), (bf16, kernel.NCHW, 16, 384), (bf16, kernel.PATCHES, 16, 768),
+        (fp16, kernel.NHWC, 16, 1024), (bf16, kernel.NHWC, 14, 384),
     ]  # fmt: skip
-    names = {kernel.NHWC: "nhwc", kernel.NCHW: "nchw", kernel.PATCHES: "patches"}
-    for dtype, layout, source, patch, width in shapes:
-        t = TYPES[dtype]
-        strides = dict.fromkeys(
-            ("stride_b", "stride_c", "stride_h", "stride_kv", "stride_kb", "stride_kk"), "i32"
-        )
-        sizes = {
-            "GW": 224 // patch,
-            "P": patch,
-            "C": 3,
-            "K": 39,
-            "F": 3 * patch**2,
-            "LAYOUT": layout,
-            "HAS_KEEP": True,
-        }
-        for direction in ("fwd", "pack"):
-            chosen = kernel.heuristic(direction, dtype.itemsize, patch)
-            warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
-            pointers = {"image_ptr": source, "keep_ptr": "*i32", "out_ptr": f"*{t}"}
-            constexprs = sizes | chosen
-            if direction == "fwd":
-                pointers |= {"weight_ptr": f"*{t}", "bias_ptr": "*fp32", "pos_ptr": "*fp32"}
-                constexprs |= {"D": width, "ACC": tl.float32}
-            found.append(
-                Variant(
-                    f"{direction} {t} {names[layout]} P{patch} D{width}",
-                    kernel.patch_gather_kernel if direction == "fwd" else kernel.patch_pack_kernel,
-                    pointers | {"rows": "i32", "batch": "i32"} | strides,
-                    constexprs,
-                    warps,
-                    stages,
-                    aligned=(*pointers, "stride_b", "stride_c", "stride_h"),
-                    # 14-pixel patches start anywhere: 2-byte accesses (README.md)
-                    wide_loads=patch == 16,
-                    wide_stores=patch == 16,
-                )
-            )
-    return found
+    found = [_variant(d, *shape) for shape in shapes for d in both]
+    found.append(_variant("fwd", bf16, kernel.NCHW, 16, 384, None))
+    found.append(_variant("pack", fp32, kernel.NCHW, 16, 384))
+    if every:
+        found += [
+            _variant(d, dtype, layout, patch, width, kept)
+            for dtype in TYPES
+            for layout in layouts
+            for patch, width in ((4, 96), (8, 384), (14, 384), (16, 192), (16, 1024), (32, 768))
+            for kept in (39, None)
+            for d in both
+            # fp32 is left to cuBLAS
+            if d == "pack" or dtype.itemsize == 2
+        ]
+    return list({v.name: v for v in found}.values())
 
 
 def _case(label: str, batch: int, side: int, patch: int, views: int, kept: int, width: int) -> Case:
@@ -106,6 +135,7 @@ def _case(label: str, batch: int, side: int, patch: int, views: int, kept: int, 
         bytes_bwd=2 * tokens * (2 * 3 * patch**2 + width),
         flops_fwd=2 * tokens * 3 * patch**2 * width,
         flops_bwd=2 * tokens * 3 * patch**2 * width,
+        sizes={"fwd": {"D": width, "P": patch}, "pack": {"D": 3 * patch**2, "P": patch}},
     )
 
 

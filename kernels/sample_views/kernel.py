@@ -23,7 +23,7 @@ def _word(row, place, seed, epoch, STREAM: tl.constexpr):
     return tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "seed", "epoch"])
 def sample_views_kernel(
     # [B] int64; [V, B, K] int32
     index_ptr,
@@ -40,10 +40,11 @@ def sample_views_kernel(
     BLOCK_J: tl.constexpr,
 ):
     image = tl.program_id(0).to(tl.int64)
-    # one permutation per image, or one per view
-    draw = tl.program_id(1)
+    # one permutation per image, or one per view; a program ranks BLOCK_N of its words
+    blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    draw = tl.program_id(1) // blocks
     row = tl.load(index_ptr + image)
-    i = tl.arange(0, BLOCK_N)
+    i = tl.program_id(1) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     mine = _word(row, draw * N + i, seed, epoch, STREAM)
     rank = tl.zeros([BLOCK_N], tl.int32)
     for start in range(0, N, BLOCK_J):
@@ -65,6 +66,11 @@ def sample_views_kernel(
     tl.store(keep_ptr + (view.to(tl.int64) * batch + image) * K + slot, i, mask=kept)
 
 
+def heuristic(num_patches: int) -> dict[str, int]:
+    """Words of one program, warps and stages, until something else is measured faster."""
+    return {"BLOCK_N": min(256, triton.next_power_of_2(num_patches)), "num_warps": 8, "num_stages": 1}
+
+
 def sample(
     index: Tensor, num_patches: int, num_keep: int, num_views: int, disjoint: bool, seed: int, epoch: int
 ) -> Tensor:
@@ -72,11 +78,12 @@ def sample(
     batch = index.shape[0]
     keep = _launch.empty((num_views, batch, num_keep), index, torch.int32)
     config = _launch.settings(
-        "sample_views", f"sample|N{num_patches}", index.device, lambda: {"num_warps": 4, "num_stages": 1}
+        "sample_views", f"sample|N{num_patches}", index.device, lambda: heuristic(num_patches)
     )
+    blocks = triton.cdiv(num_patches, config["BLOCK_N"])
     _launch.launch(
-        sample_views_kernel, (batch, 1 if disjoint else num_views), index,
+        sample_views_kernel, (batch, blocks * (1 if disjoint else num_views)), index,
         index.contiguous(), keep, batch, seed, epoch, N=num_patches, K=num_keep, V=num_views, DISJOINT=disjoint,
-        STREAM=STREAM, BLOCK_N=triton.next_power_of_2(num_patches), BLOCK_J=32, **config,
+        STREAM=STREAM, BLOCK_J=32, **config,
     )  # fmt: skip
     return keep

@@ -9,30 +9,30 @@ from .op import sample_views
 from .reference import STREAM, sample_views_reference
 
 
-def variants() -> list[Variant]:
-    """The paper's views of 196 patches, and of 256."""
+def variants(every: bool = False) -> list[Variant]:
+    """The paper's views of 196 patches, and of 256; small and 64-bit seeds."""
     from . import kernel
 
-    return [
-        Variant(
-            f"{'disjoint' if disjoint else 'independent'} N{n} K{k} V{v}",
-            kernel.sample_views_kernel,
-            {"index_ptr": "*i64", "keep_ptr": "*i32", "batch": "i32", "seed": "i64", "epoch": "i32"},
-            {"N": n, "K": k, "V": v, "DISJOINT": disjoint, "STREAM": STREAM, "BLOCK_N": 256, "BLOCK_J": 32},
-            num_warps=4,
-            num_stages=1,
-            aligned=("index_ptr", "keep_ptr"),
-            # one number in, scattered numbers out: nothing is streamed
-            wide_loads=False,
-            wide_stores=False,
+    shapes = [(196, 39, 5, True, "i32"), (196, 39, 5, False, "i32"), (256, 51, 5, True, "i64")]
+    if every:
+        shapes += [(n, 1, 1, True, "i64") for n in (1, 19, 49, 1024, 4096)]
+    found = []
+    for n, k, v, disjoint, seed in shapes:
+        chosen = kernel.heuristic(n)
+        warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
+        found.append(
+            Variant(
+                f"{'disjoint' if disjoint else 'independent'} N{n} K{k} V{v}",
+                kernel.sample_views_kernel,
+                {"index_ptr": "*i64", "keep_ptr": "*i32", "batch": "i32", "seed": seed, "epoch": "i32"},
+                {"N": n, "K": k, "V": v, "DISJOINT": disjoint, "STREAM": STREAM, "BLOCK_J": 32} | chosen,
+                # one number in, scattered numbers out: nothing is streamed
+                warps,
+                stages,
+                aligned=("index_ptr", "keep_ptr"),
+            )
         )
-        for n, k, v, disjoint in (
-            (196, 39, 5, True),
-            (196, 19, 8, True),
-            (196, 39, 5, False),
-            (256, 51, 5, True),
-        )
-    ]
+    return found
 
 
 def _case(label: str, batch: int, n: int, kept: int, views: int) -> Case:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def short_attention_fwd_kernel(
     # [R, n, 3, H, d] by strides; [R, n, H, d] dense
     qkv_ptr,
@@ -68,7 +68,7 @@ def short_attention_fwd_kernel(
         tl.store(out_ptr + target + head * D, o.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def short_attention_bwd_kernel(
     # qkv by strides; dout [R, n, H, d] dense; dqkv [R, n, 3, H, d] dense
     qkv_ptr,
@@ -137,14 +137,15 @@ def short_attention_bwd_kernel(
 def heuristic(direction: str, n: int, heads: int, d: int, itemsize: int, pack: int = 1) -> dict[str, int]:
     """One sequence per tile and all heads in a program's loop, until something else is measured faster."""
     backward = direction == "bwd"
-    warps = 2 if n <= 32 else 4
+    # two warps spill in the forward pass of narrow heads
+    warps = 2 if n <= 32 and (backward or d > 32) else 4
     if itemsize > 2 or pack > 1:
         warps = 8
     # a loop over heads costs registers: without it fp32 and the backward pass of 128-token tiles do not spill
-    # (but fp32 still does in the backward pass of large tiles: README.md)
+    # (larger fp32 tiles than those of `op.fits` do all the same)
     alone = itemsize > 2 or (backward and pack * n > 64)
-    # two stages of the backward pass spill on sm_80 and sm_120; fp32 and padded head dims as well
-    stages = 1 if backward or d > 64 or itemsize > 2 else 2
+    # two stages of the backward pass and of short tiles spill on some architecture; fp32 and padded head dims, too
+    stages = 1 if backward or n <= 32 or d > 64 or itemsize > 2 else 2
     return {"PACK": pack, "HEADS": 1 if alone else heads, "num_warps": warps, "num_stages": stages}
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _launch
-from .._check import FLOATS, check
+from .._check import FLOATS, autocast_dtype, check, describe
 from .reference import short_attention_reference
 
 MAX_TOKENS = 64
@@ -17,9 +19,23 @@ torch.library.define("extrema_fast::short_attention_fwd", "(Tensor qkv) -> Tenso
 torch.library.define("extrema_fast::short_attention_bwd", "(Tensor qkv, Tensor dout) -> Tensor")
 
 
+def fits(dtype: torch.dtype, n: int, d: int) -> bool:
+    """Whether a GPU's registers and shared memory hold the tile of n tokens and d columns (README.md)."""
+    # fp32 products take no tensor cores: larger tiles spill, the largest cannot start where a block has 99 KB.
+    # There are none in fp64
+    tile = math.prod(1 << (max(size, 16) - 1).bit_length() for size in (n, d))
+    return dtype.itemsize == 2 or (dtype == torch.float32 and tile <= 2048)
+
+
+def _runs(qkv: Tensor) -> bool:
+    # the interpreter holds everything
+    held = qkv.device.type == "cpu" or fits(qkv.dtype, qkv.shape[1], qkv.shape[4])
+    return _launch.use_triton(qkv) and held
+
+
 @torch.library.impl("extrema_fast::short_attention_fwd", "CompositeExplicitAutograd")
 def _fwd(qkv: Tensor) -> Tensor:
-    if _launch.use_triton(qkv):
+    if _runs(qkv):
         from .kernel import forward
 
         return forward(qkv)
@@ -28,7 +44,7 @@ def _fwd(qkv: Tensor) -> Tensor:
 
 @torch.library.impl("extrema_fast::short_attention_bwd", "CompositeExplicitAutograd")
 def _bwd(qkv: Tensor, dout: Tensor) -> Tensor:
-    if _launch.use_triton(qkv):
+    if _runs(qkv):
         from .kernel import backward
 
         return backward(qkv, dout)
@@ -82,11 +98,12 @@ def short_attention(qkv: Tensor) -> Tensor:
     """`softmax(q k^T / sqrt(d)) v` per sequence and head, for short sequences (ExtreMA's views).
 
     qkv      [R, n, 3, H, d] bf16 | fp16 | fp32 | fp64, n <= 64, d in 16, 32, 64, 80: the projection's output,
-             viewed; any strides (copied unless the last axis is dense)
+             viewed; any strides (copied unless the last axis is dense); under autocast, computed in its dtype
     returns  [R, n, H, d] contiguous, so that reshaping to [R, n, H * d] costs nothing
     raises   TypeError, ValueError naming what came and what is wanted
     saves    nothing but qkv for the backward pass
-    falls back to plain torch, equal but for rounding, where Triton cannot run (CPU, not installed)
+    falls back to plain torch, equal but for rounding, where Triton cannot run (CPU, not installed), and on a
+             GPU for fp64 and for fp32 tiles that it cannot hold (README.md)
     maths    kernels/short_attention/README.md
 
         qkv = self.qkv(x).view(rows, n, 3, heads, d)
@@ -98,8 +115,10 @@ def short_attention(qkv: Tensor) -> Tensor:
         raise ValueError(
             f"qkv: expected 1 to {MAX_TOKENS} tokens, got {n}; use torch's scaled_dot_product_attention"
         )
+    if qkv.shape[3] < 1:
+        raise ValueError(f"qkv: expected one head or more, got {describe(qkv)}")
     if d not in HEAD_DIMS:
         raise ValueError(
             f"qkv: head_dim {d} is not one of {HEAD_DIMS}; use torch's scaled_dot_product_attention"
         )
-    return _ShortAttention.apply(qkv)
+    return _ShortAttention.apply(qkv.to(autocast_dtype(qkv)))

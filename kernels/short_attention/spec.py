@@ -8,60 +8,66 @@ import torch
 import torch.nn.functional as F
 
 from .._spec import Case, Spec, Variant
-from .op import short_attention
+from .op import fits, short_attention
 from .reference import short_attention_reference
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def variants() -> list[Variant]:
-    """n 19, 39, 64 at head_dim 64; 32 and 80; block-diagonal tiles both ways; bf16, one fp16, some fp32.
-
-    Left out, since it spills: the backward pass of fp32 above 32 tokens at head_dim 64 and 80 (README.md).
-    """
+def _variant(direction: str, dtype: torch.dtype, n: int, heads: int, d: int, pack: int = 1) -> Variant:
     import triton
     import triton.language as tl
 
     from . import kernel
 
+    t, chosen = TYPES[dtype], kernel.heuristic(direction, n, heads, d, dtype.itemsize, pack)
+    warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
+    names = ("qkv_ptr", "out_ptr") if direction == "fwd" else ("qkv_ptr", "dout_ptr", "dqkv_ptr")
+    strides = ("stride_r", "stride_n", "stride_3", "stride_h")
+    constexprs = {
+        "n": n,
+        "H": heads,
+        "D": d,
+        "SCALE": d**-0.5,
+        "BLOCK_N": triton.next_power_of_2(max(16, pack * n)),
+        "BLOCK_D": triton.next_power_of_2(max(16, d)),
+        "ACC": tl.float32,
+    }
+    held = constexprs["BLOCK_N"] * constexprs["BLOCK_D"] * dtype.itemsize // (32 * warps)
+    return Variant(
+        f"{direction} {t} n{n} H{heads} d{d}" + (f" pack{pack}" if pack > 1 else ""),
+        getattr(kernel, f"short_attention_{direction}_kernel"),
+        dict.fromkeys(names, f"*{t}") | {"rows": "i32"} | dict.fromkeys(strides, "i32"),
+        constexprs | chosen,
+        warps,
+        stages,
+        aligned=(*names, *strides),
+        streamed=names,
+        narrow=dict.fromkeys(names, (held, "a small block")) if held < 16 else {},
+    )
+
+
+def variants(every: bool = False) -> list[Variant]:
+    """n 19, 39, 64 at head_dim 64; 32 and 80; block-diagonal tiles both ways; bf16, one fp16, some fp32."""
+    bf16, fp16, fp32 = TYPES
     both = ("fwd", "bwd")
     shapes = [
-        (torch.bfloat16, 19, 6, 64, 1, both), (torch.bfloat16, 39, 12, 64, 1, both),
-        (torch.bfloat16, 64, 6, 64, 1, both), (torch.bfloat16, 39, 3, 32, 1, both),
-        (torch.bfloat16, 39, 16, 80, 1, both), (torch.bfloat16, 39, 12, 64, 3, both),
-        (torch.bfloat16, 19, 12, 64, 6, both), (torch.float16, 39, 12, 64, 1, both),
-        (torch.float32, 19, 6, 64, 1, both), (torch.float32, 39, 12, 32, 1, both),
-        (torch.float32, 39, 12, 64, 1, ("fwd",)),
+        (bf16, 19, 6, 64, 1), (bf16, 39, 12, 64, 1), (bf16, 64, 6, 64, 1), (bf16, 39, 3, 32, 1),
+        (bf16, 39, 16, 80, 1), (bf16, 39, 12, 64, 3), (bf16, 19, 12, 64, 6), (fp16, 39, 12, 64, 1),
+        (fp32, 19, 6, 64, 1), (fp32, 39, 12, 32, 1),
     ]  # fmt: skip
-    found = []
-    for dtype, n, heads, d, pack, directions in shapes:
-        t = TYPES[dtype]
-        for direction in directions:
-            chosen = kernel.heuristic(direction, n, heads, d, dtype.itemsize, pack)
-            warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
-            names = ("qkv_ptr", "out_ptr") if direction == "fwd" else ("qkv_ptr", "dout_ptr", "dqkv_ptr")
-            strides = ("stride_r", "stride_n", "stride_3", "stride_h")
-            constexprs = {
-                "n": n,
-                "H": heads,
-                "D": d,
-                "SCALE": d**-0.5,
-                "BLOCK_N": triton.next_power_of_2(max(16, pack * n)),
-                "BLOCK_D": triton.next_power_of_2(max(16, d)),
-                "ACC": tl.float32,
-            }
-            found.append(
-                Variant(
-                    f"{direction} {t} n{n} H{heads} d{d}" + (f" pack{pack}" if pack > 1 else ""),
-                    getattr(kernel, f"short_attention_{direction}_kernel"),
-                    dict.fromkeys(names, f"*{t}") | {"rows": "i32"} | dict.fromkeys(strides, "i32"),
-                    constexprs | chosen,
-                    warps,
-                    stages,
-                    aligned=(*names, *strides),
-                )
-            )
-    return found
+    found = [_variant(d, *shape) for shape in shapes for d in both]
+    if every:
+        # every block; full and partly empty ones
+        found += [
+            _variant(direction, dtype, n, heads, d)
+            for dtype in TYPES
+            for n in (7, 16, 17, 25, 32, 39, 49, 64)
+            for heads, d in ((6, 16), (3, 32), (1, 64), (16, 64), (16, 80))
+            for direction in both
+            if fits(dtype, n, d)
+        ]
+    return list({v.name: v for v in found}.values())
 
 
 def sdpa(qkv):
@@ -109,6 +115,7 @@ def _case(label: str, rows: int, n: int, heads: int, d: int) -> Case:
         bytes_bwd=2 * 7 * tokens,
         flops_fwd=4 * tokens * n,
         flops_bwd=10 * tokens * n,
+        sizes={way: {"d": d, "H": heads, "n": n} for way in ("fwd", "bwd")},
     )
 
 
@@ -143,7 +150,7 @@ def space(direction: str, dtype: torch.dtype, sizes: dict[str, int]) -> list[dic
 
 SPEC = Spec(
     name="short_attention",
-    version=1,
+    version=2,
     summary="self-attention to 64 tokens on packed q, k, v; nothing but them is saved",
     public=("short_attention",),
     torch_ops=("short_attention_fwd", "short_attention_bwd"),

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def token_gather_fwd_kernel(
     # [B, N, D] by strides; [V, B, K] int32 by strides; [N, D]; [V*B, K, D]
     tokens_ptr,
@@ -50,7 +50,7 @@ def token_gather_fwd_kernel(
         tl.store(target + start, x, mask=mask[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def token_gather_bwd_kernel(
     # [V*B, K, D]; int32 [T, B, N] slots v K + k, or -1; [B, N, D]
     dout_ptr,

@@ -11,7 +11,7 @@ from .reference import token_gather_reference
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def variants() -> list[Variant]:
+def variants(every: bool = False) -> list[Variant]:
     """Forward with positions, backward for disjoint and for five overlapping views."""
     import triton.language as tl
 
@@ -36,6 +36,7 @@ def variants() -> list[Variant]:
                 warps,
                 stages,
                 aligned=(*pointers, "stride_tb", "stride_tn"),
+                streamed=("source", "target", "pos_ptr"),
             )
         )
         pointers = {"dout_ptr": f"*{t}", "inverse_ptr": "*i32", "dtokens_ptr": f"*{t}"}
@@ -50,6 +51,7 @@ def variants() -> list[Variant]:
                     warps,
                     stages,
                     aligned=tuple(pointers),
+                    streamed=("source", "target"),
                 )
             )
     return found
@@ -79,6 +81,7 @@ def _case(label: str, batch: int, n: int, views: int, kept: int, width: int) -> 
         },
         bytes_fwd=batch * views * kept * (4 * width + 4),
         bytes_bwd=2 * width * batch * (views * kept + n),
+        sizes={d: {"D": width} for d in ("fwd", "bwd")},
     )
 
 

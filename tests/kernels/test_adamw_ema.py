@@ -294,7 +294,7 @@ def test_every_tensor_has_its_own_step_count(path):
 def test_little_is_sent_to_the_device(monkeypatch):
     sent, send = [], op._send
     monkeypatch.setattr(op, "_send", lambda *args: sent.append(args[1]) or send(*args))
-    op._table.cache_clear(), op._chunks.cache_clear()
+    op._cache.clear()
     a, _ = make(sizes=[(5000,), (3,)])
     ours = AdamWEma(a, **OPTIONS)
     set_grads(a)

@@ -206,10 +206,14 @@ def test_tests_that_all_skip_have_shown_nothing(tmp_path):
     }
 
 
-def test_pictures_are_on_the_page(tmp_path):
-    code = "import pathlib, sys; p = pathlib.Path(sys.argv[1], 'dated'); p.mkdir(); (p / 'bars.png').touch()"
+def test_pictures_and_records_are_on_the_page(tmp_path):
+    code = (
+        "import pathlib, sys; p = pathlib.Path(sys.argv[1], 'dated'); p.mkdir(); "
+        "(p / 'bars.png').touch(); (p / 'README.md').touch()"
+    )
     run([fake("step", code)], tmp_path)
-    assert "![bars](step/dated/bars.png)" in (tmp_path / "summary.md").read_text()
+    page = (tmp_path / "summary.md").read_text()
+    assert "![bars](step/dated/bars.png)" in page and "* all of it: [dated](step/dated/README.md)" in page
 
 
 # ---- the command ------------------------------------------------------------------------------------

@@ -229,6 +229,23 @@ def test_kernels_by_their_launches():
     assert found.wall_us == found.busy_us == 145
 
 
+def test_launches_from_threads_with_other_names():
+    t = OnDevice()
+    mm = {"Input Dims": [[4, 3], [3, 5]], "External id": 17}
+
+    def one_step():
+        t.range("student/trunk", lambda: t.op("aten::mm", 5, **mm))
+        t.launch("nvjet_tst", 40, tid=-123456)
+        t.events[-1]["args"]["External id"] = 17
+        t.launch("decode", 3, tid=-123456)
+        t.events[-1]["args"]["External id"] = 99
+
+    t.range("STEP", one_step)
+    found = rows(trace.read(t.events))
+    assert found["student", trace.LINEARS].products_us == 40 and found["student", trace.LINEARS].flop == 120
+    assert found["", trace.DATA].us == 3
+
+
 def test_streams_overlap_and_wait():
     t = OnDevice()
 
