@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from . import augment, encoder, losses, masking, trace
+from . import augment, encoder, masking, trace
 from .config import Config, local_batch, to_dict
 from .data import Batch
 from .dist import World, start
@@ -43,12 +43,11 @@ _SCOPES = (
     (masking, "sample_views", "masks"),
     (encoder, "drop_path_scale", "masks"),
     (encoder, "compact_path", "masks"),
-    (losses, "gather_targets", "loss"),
     (torch.nn.utils, "get_total_norm", trace.ACCUMULATE),
     (torch.nn.utils, "clip_grads_with_norm_", trace.ACCUMULATE),
 )
 # methods of `ExtreMA` -> component
-_OF_METHOD = (("loss", "loss"), ("move_teacher", "optimizer and EMA"), ("refresh_low", "optimizer and EMA"))
+_OF_METHOD = (("move_teacher", "optimizer and EMA"), ("refresh_low", "optimizer and EMA"))
 # methods of an encoder -> component, under the name of its branch
 _OF_ENCODER = (("embed", "embed"), ("trunk", "trunk"), ("pool", "pooling"))
 # compile modes whose graph holds the encoders: ranges inside would be lost, and are left out
@@ -152,6 +151,7 @@ def _ranges(run: Run) -> Iterator[None]:
     for name, component in _OF_METHOD:
         replace(method, name, _ranged(getattr(method, name), component))
     if compile_mode(run.cfg, run.world.device.type) not in _WHOLE:
+        replace(method, "loss", _ranged(method.loss, "loss"))
         for branch, side in (("student", method.student_branch), ("teacher", method.teacher_branch)):
             for name, component in _OF_ENCODER:
                 replace(side.encoder, name, _ranged(getattr(side.encoder, name), f"{branch}/{component}"))

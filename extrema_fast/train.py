@@ -178,6 +178,7 @@ def too_large(run: Run) -> str:
     if recomputed(cfg, kind) != "norm":
         remedies.append("--train.recompute norm (a quarter less of the trunk's)")
     remedies.append(f"--train.batch-size {max(1, cfg.train.batch_size // 2)}")
+    remedies.append(f"more processes (torchrun --nproc-per-node {2 * run.world.size})")
     if precision(cfg, kind) == "fp32":
         remedies.append("--train.precision bf16")
     return (

@@ -1,14 +1,14 @@
 """What only a GPU shows of the kernels: `make test-gpu`.
 
 Covers, for every op and case: bf16, fp16 and fp32 against the definition in fp64; bitwise repeatability; capture
-in a CUDA graph, replayed on new values; one training step with kernels against one without.
+in a CUDA graph, replayed on new values, the optimizer's included; tensors of more than 2^31 elements.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from extrema_fast.kernels import tune
+from extrema_fast.kernels import AdamWEma, sample_views, short_attention, token_gather, tune
 from extrema_fast.kernels._spec import OPS, spec
 
 pytestmark = pytest.mark.gpu
@@ -58,3 +58,63 @@ def test_capture(op):
     torch.cuda.synchronize()
     expected = tune.run_case(case, args, "ours")
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_capture_of_the_optimizer():
+    """Two recorded steps equal two that ran as they are, with gradients in new storage at the recording."""
+    results = []
+    for recorded in (False, True):
+        generator = torch.Generator("cuda").manual_seed(0)
+        params = [torch.randn(n, device="cuda", generator=generator).requires_grad_() for n in (5000, 7)]
+        teacher = [p.detach().clone() for p in params]
+        lr, weight = (torch.tensor(x, device="cuda", dtype=torch.float64) for x in (1e-2, 0.1))
+        optimizer = AdamWEma(params, lr=lr, teacher=zip(params, teacher, strict=True))
+        inputs = [torch.randn(p.shape, device="cuda", generator=generator) for p in params]
+
+        def step(params=params, inputs=inputs, optimizer=optimizer, weight=weight):
+            optimizer.zero_grad(set_to_none=True)
+            sum((p * x).square().sum() for p, x in zip(params, inputs, strict=True)).backward()
+            optimizer.step(momentum_weight=weight)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        if recorded:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            run = graph.replay
+        else:
+            run = step
+        for rate in (1e-2, 5e-3):
+            lr.fill_(rate)
+            run()
+        torch.cuda.synchronize()
+        results.append([*(p.detach().clone() for p in params), *teacher])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def last_rows_are_right(device: str, elements: int) -> None:
+    """Rows at the end of tensors of more than `elements` elements equal the same rows alone."""
+    n, heads, d, width, views = 39, 12, 64, 768, 5
+    rows = elements // (n * 3 * heads * d) + 8
+    qkv = torch.empty(rows, n, 3, heads, d, device=device, dtype=torch.float16).normal_()
+    assert qkv.numel() > elements
+    assert torch.equal(short_attention(qkv)[-3:], short_attention(qkv[-3:].clone()))
+    del qkv
+    batch = elements // (views * n * width) + 8
+    tokens = torch.empty(batch, 196, width, device=device, dtype=torch.float16).normal_()
+    keep = sample_views(torch.arange(batch, device=device), 196, n, views)
+    out = token_gather(tokens, keep, disjoint=True)
+    assert out.numel() > elements
+    expected = tokens[-1, keep[-1, -1].long()]
+    assert torch.equal(out[-1], expected)
+
+
+def test_tensors_of_more_than_two_to_the_31_elements():
+    if torch.cuda.get_device_properties(0).total_memory < 40e9:
+        pytest.skip("needs 40 GB of GPU memory")
+    last_rows_are_right("cuda", 2**31)
