@@ -99,7 +99,7 @@ class Event:
             return 0.0
         first, second, axis = _FACTORS[self.name]
         try:
-            return 2.0 * self.dims[first][0] * self.dims[second][axis]
+            return 2.0 * math.prod(self.dims[first]) * self.dims[second][axis]
         except (IndexError, TypeError):
             return 0.0
 
