@@ -143,12 +143,27 @@ def test_killed_in_an_evaluation(tmp_path, run_cli):
     assert [r["step"] for r in history(tmp_path / "run" / "log.jsonl", "eval", STEPS)] == [0, 4, 8, 12]
 
 
+# writes the CPU seconds of a whole run into a file
+TIMED = """
+import pathlib, time, extrema_fast.cli as cli
+main = cli.main
+def timed(args):
+    code = main(args)
+    pathlib.Path({file!r}).write_text(str(time.process_time()))
+    return code
+cli.main = timed
+"""
+
+
 def test_killed_at_random_moments(tmp_path, run_cli, straight, seed):
     moments = random.Random(seed)
+    codes, text = run_cli(*flags(tmp_path / "whole"), setup=TIMED.format(file=str(tmp_path / "seconds")))
+    assert codes == [0], text
+    # in CPU seconds, which a busy machine does not stretch, and in parts of what a whole run takes
+    whole = float((tmp_path / "seconds").read_text())
     args, died = flags(tmp_path / "run"), 0
-    # in CPU seconds, which a busy machine does not stretch; the first comes while the run is being set up
-    for latest in (0.02, 0.1, 0.25, 0.5):
-        codes, text = run_cli(*args, cpu_seconds=moments.uniform(0.01, latest))
+    for latest in (0.5, 0.9, 0.9, 0.9):
+        codes, text = run_cli(*args, cpu_seconds=whole * moments.uniform(0.02, latest))
         assert codes in ([-signal.SIGPROF], [0]), text
         died += codes != [0]
     codes, text = run_cli(*args)
