@@ -259,7 +259,10 @@ def heuristic(direction: str, n: int, width: int, itemsize: int) -> dict[str, in
         return {"BLOCK_D": min(block, 32), "num_warps": 8, "num_stages": 1}
     # with two stages these spill a word on one architecture or another
     one = n <= 128 and (block < 64 or (direction == "fwd" and n > 64))
-    return {"BLOCK_D": block, "num_warps": 8 if n > 64 else 4, "num_stages": 1 if one else 2}
+    warps = 8 if n > 64 else 4
+    if direction == "bwd" and one:
+        warps = 4
+    return {"BLOCK_D": block, "num_warps": warps, "num_stages": 1 if one else 2}
 
 
 def _options(direction: str, x: Tensor, heads: int) -> dict:

@@ -189,9 +189,8 @@ def heuristic(direction: str, itemsize: int, patch: int) -> dict[str, int]:
     if direction == "pack":
         return {"BLOCK_M": 16, "BLOCK_F": 128, "num_warps": 4, "num_stages": 2}
     if itemsize > 2:
-        # other tiles, and eight warps, spill on some architecture
-        columns = 32 if patch % 8 else 16
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_F": columns, "num_warps": 4, "num_stages": 1}
+        # in the interpreter only (op.py)
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_F": 32, "num_warps": 4, "num_stages": 1}
     # patches that are no multiple of 16 pixels are read in small pieces, which takes registers
     rows = 128 if patch % 16 == 0 else 64
     columns = 64 if patch > 4 else 32
