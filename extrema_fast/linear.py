@@ -1,9 +1,9 @@
 """Linear layers with fp32 weights and low-precision products, forward and backward written out.
 
 `y = W f(x) + b`, where f is nothing, LayerNorm or GELU: the three a transformer block is made of. Against
-autocast this reads each weight once per step (or its low-precision copy, kept by the optimizer), writes
-weight gradients where they stay, adds the bias inside the product on a CPU, and lets the caller choose what
-the backward pass makes again (`train.recompute`). In fp32 and fp64 the plain formula runs.
+autocast this keeps no low-precision weight between forward and backward (or reads the copy that the optimizer
+renews), writes weight gradients where they stay, adds the bias inside the product on a CPU, and lets the caller
+choose what the backward pass makes again (`train.recompute`). In fp32 and fp64 the plain formula runs.
 """
 
 from __future__ import annotations
@@ -49,17 +49,14 @@ def linear(
     returns [..., out] in autocast's type, else that of x
     """
     dtype = compute_dtype(x)
-    low_precision = dtype in (torch.bfloat16, torch.float16)
-    if (
-        not isinstance(layer, Linear)
-        or not low_precision
-        or not isinstance(before, (nn.LayerNorm, str, type(None)))
-    ):
-        # an Identity stands where a norm has been taken out
+    is_norm, ours = isinstance(before, nn.LayerNorm), isinstance(layer, Linear)
+    # an Identity stands where a norm has been taken out
+    written_out = is_norm or before in (None, "gelu")
+    if not (ours and written_out and dtype in (torch.bfloat16, torch.float16)):
         u = F.gelu(x) if before == "gelu" else x if before is None else before(x)
-        return layer(u) if not isinstance(layer, Linear) else F.linear(u, layer.weight, layer.bias)
-    norm = (before.weight, before.bias, before.eps) if isinstance(before, nn.LayerNorm) else (None, None, 0.0)
-    kind = "norm" if norm[0] is not None else before
+        return F.linear(u, layer.weight, layer.bias) if ours else layer(u)
+    norm = (before.weight, before.bias, before.eps) if is_norm else (None, None, 0.0)
+    kind = "norm" if is_norm else before
     return _Linear.apply(x, layer.weight, layer.bias, *norm, layer.low, kind, again, dtype)
 
 
@@ -122,7 +119,6 @@ class _Linear(torch.autograd.Function):
         needs, dtype = ctx.needs_input_grad, ctx.dtype
         dx = dweight = dbias = dgain = dshift = None
         with _in_place_of_autocast(dy):
-            # a sum's gradient arrives expanded
             dy = dy.to(dtype)
             flat = dy.reshape(-1, dy.shape[-1])
             if needs[1]:

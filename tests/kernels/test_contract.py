@@ -103,11 +103,22 @@ def test_listing(monkeypatch):
 # ---- tuning ---------------------------------------------------------------------------------------
 
 
+class FakeKernel:
+    """What a launch of a compiled kernel returns: here one that spills registers under the fastest setting."""
+
+    def __init__(self, setting: int) -> None:
+        self.n_spills = 8 if setting == 2 else 0
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self
+
+
 def fake_spec() -> Spec:
-    """An op whose result is wrong under one setting and whose time is its setting."""
+    """An op whose result is wrong under one setting, that spills under another, and whose time is its setting."""
 
     def ours(x):
         config = _launch.settings("fake", _launch.config_key("fwd", x.dtype, D=8), x.device, lambda: {"B": 1})
+        _launch.launch(FakeKernel(config["B"]), (1,), x)
         return x * 2 if config["B"] != 3 else x * 2.5
 
     case = Case(
@@ -118,11 +129,18 @@ def fake_spec() -> Spec:
         backward=False,
     )
     return Spec(
-        "fake", 1, "", (), (), lambda: [], lambda quick: [case], lambda *a: [{"B": b} for b in (3, 9, 4, 7)]
+        "fake",
+        1,
+        "",
+        (),
+        (),
+        lambda: [],
+        lambda quick: [case],
+        lambda *a: [{"B": b} for b in (3, 9, 4, 2, 7)],
     )
 
 
-def test_tuning_takes_the_fastest_correct_settings(tmp_path):
+def test_tuning_takes_the_fastest_settings_that_are_correct_and_do_not_spill(tmp_path):
     seen = []
 
     def timer(call):
