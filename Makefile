@@ -85,7 +85,7 @@ $(DEMO_READY): $(INPUTS)
 $(TEST_READY): $(INPUTS)
 	$(make_venv)
 	@echo "installing what the tests need into $(VENV) (first time: minutes)"
-	@$(PIP_INSTALL) -e ".[train,$(DALI),timm,dev]"
+	@$(PIP_INSTALL) -e ".[train,$(DALI),hf,onnx,parquet,dev]"
 	@touch $@ $(DEMO_READY)
 
 # a venv whose creation was interrupted, or whose Python is gone, has no working pip: it is made anew

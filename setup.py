@@ -35,7 +35,10 @@ EXTRAS = {
     "dali-cuda13": [f"nvidia-dali-cuda130>=2.0; {LINUX}"],
     "dali-cuda12": [f"nvidia-dali-cuda120>=2.0; {LINUX}"],
     "xformers": ["xformers>=0.0.35"],
-    "timm": ["timm>=1.0.20"],
+    "timm": ["timm>=1.0.20", "torchvision>=0.25"],
+    "hf": ["transformers>=5", "timm>=1.0.20", "torchvision>=0.25"],
+    "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
+    "parquet": ["pyarrow>=17"],
     "fp8": [f"torchao>=0.18; {LINUX}"],
     "bench": ["matplotlib>=3.8", "rich>=13"],
     "dev": [

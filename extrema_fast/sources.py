@@ -1,26 +1,25 @@
 """Which images there are: a built-in set, a folder of classes, a flat folder or a list file.
 
-An `ImageSource` is a list of rows in a fixed order. The row number is what travels through training:
-it keys every random coin, and labels are looked up by it.
+`open_source` tells them apart and gives an `ImageSource` (`image_source.py`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import os
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from . import rng
 from .config import did_you_mean
 from .errors import DataError, UsageError
+from .image_source import ImageSource, match_classes, subset
 from .photos import write_photos, write_synthetic
+
+__all__ = ["ImageSource", "match_classes", "open_source", "subset"]
 
 log = logging.getLogger(__name__)
 
@@ -32,26 +31,6 @@ _SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 _SPLIT_NAMES = {name for names in _SPLITS.values() for name in names}
 # no epoch of training has this number, so `limit` does not repeat the order of one
 _LIMIT_EPOCH = 2**32 - 1
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """Image files in a fixed order.
-
-    name         what was asked for
-    paths        one file per row
-    labels       [n] int64 index into `classes`; None when the images have no labels
-    fingerprint  sha256 over the names (below the root), sizes in bytes and labels of all rows
-    """
-
-    name: str
-    paths: list[str]
-    labels: Tensor | None
-    classes: list[str]
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
 
 def open_source(spec: str, split: str = "train", *, limit: int = 0, seed: int = 0) -> ImageSource:
@@ -90,34 +69,6 @@ def open_source(spec: str, split: str = "train", *, limit: int = 0, seed: int = 
         rows = rng.permutation(len(source), seed=seed, epoch=_LIMIT_EPOCH)[:limit].sort().values
         source = subset(source, rows)
     return source
-
-
-def subset(source: ImageSource, rows: Tensor) -> ImageSource:
-    """The given rows ([k] int64) of a source, labels and classes kept."""
-    key = hashlib.sha256(source.fingerprint.encode() + rows.numpy().tobytes())
-    return dataclasses.replace(
-        source,
-        paths=[source.paths[r] for r in rows.tolist()],
-        labels=None if source.labels is None else source.labels[rows],
-        fingerprint=key.hexdigest(),
-    )
-
-
-def match_classes(test: ImageSource, train: ImageSource) -> ImageSource:
-    """`test` with labels that index `train.classes`; UsageError when a class is unknown there.
-
-    Without it, a class folder that only one of two trees has would shift every later label.
-    """
-    if test.labels is None or train.labels is None or test.classes == train.classes:
-        return test
-    unknown = sorted(set(test.classes) - set(train.classes))
-    if unknown:
-        raise UsageError(
-            f"{test.name}: {len(unknown)} of {len(test.classes)} classes are not in {train.name}, "
-            f"first: {unknown[0]!r}{did_you_mean(unknown[0], train.classes[:20])}"
-        )
-    new = torch.tensor([train.classes.index(c) for c in test.classes])
-    return dataclasses.replace(test, labels=new[test.labels], classes=train.classes)
 
 
 _EXPECTED = (

@@ -35,7 +35,7 @@ LAYERS = [
         "memory",
         "trace",
     ],
-    ["nvidia_apex", "products"],
+    ["nvidia_apex", "products", "image_source"],
     ["attention"],
     ["ops", "losses", "heads", "photos", "probes", "run_folder"],
     ["masking", "augment"],
