@@ -1,7 +1,7 @@
 """What every op has: files, registration with a fake, documentation, cases, variants, tests.
 
 Covers: the registry against the folders; public names exported and documented; schemas registered; README
-sections; every kernel in a compiled variant; forbidden constructs; the quick cases, ours against the plain
+sections and examples; every kernel in a compiled variant; forbidden constructs; the quick cases, ours against the plain
 definition through the interpreter; the listing; tuning with an injected timer; tuning without a GPU.
 """
 
@@ -48,6 +48,16 @@ def test_files_names_and_registration(op, repository):
             torch._library.simple_registry.singleton.find(f"extrema_fast::{name}").fake_impl.kernel
             is not None
         )
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("op", OPS)
+def test_the_readme_example_runs(op, repository, plain):
+    text = (repository / "kernels" / op / "README.md").read_text(encoding="utf-8")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, object] = {}
+    exec(compile(code, f"kernels/{op}/README.md", "exec"), names)
+    assert any(name in names for name in spec(op).public)
 
 
 @pytest.mark.plain
