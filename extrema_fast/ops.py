@@ -158,8 +158,8 @@ def _parse(setting: str) -> dict[str, str]:
     return wanted
 
 
-def choice(op: str, device: torch.device | str = "cpu") -> tuple[str, str]:
-    """(implementation, reason) for `op` on tensors of `device`, decided once and logged.
+def choice(op: str, device: torch.device | str = "cpu", *, say: bool = True) -> tuple[str, str]:
+    """(implementation, reason) for `op` on tensors of `device`, decided once and logged (unless not `say`).
 
     raises UsageError when Triton or apex is asked for by name and cannot run there
     """
@@ -194,7 +194,7 @@ def choice(op: str, device: torch.device | str = "cpu") -> tuple[str, str]:
                 raise backends.refusal(name, asker, torch.device(kind), torch.bfloat16, None, 64, False)
         _chosen[op, kind] = (name, why)
         # a logger call inside torch.compile would break the graph
-        if not torch.compiler.is_compiling():
+        if say and not torch.compiler.is_compiling():
             log.info("op %s: %s (%s)", op, name, why)
     return _chosen[op, kind]
 
@@ -210,8 +210,16 @@ def _require_triton(op: str, asker: str, device: torch.device | str) -> None:
 
 def choices(device: torch.device | str = "cpu") -> dict[str, dict[str, Any]]:
     """`{op: {"implementation": ..., "reason": ...}}` for every op; for attention also the plans `decided` so far."""
+    # optimizers are logged where they are built, attention with its plans
     found: dict[str, dict[str, Any]] = {
-        op: dict(zip(("implementation", "reason"), choice(op, device), strict=True)) for op in IMPLEMENTATIONS
+        op: dict(
+            zip(
+                ("implementation", "reason"),
+                choice(op, device, say=op not in ("adamw_ema", "lamb", "attention")),
+                strict=True,
+            )
+        )
+        for op in IMPLEMENTATIONS
     }
     found["attention"]["decided"] = [why for key, (_, why) in _chosen.items() if len(key) > 2]
     return found
