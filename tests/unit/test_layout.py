@@ -33,6 +33,7 @@ LAYERS = [
         "graph",
         "linear",
         "memory",
+        "resample",
         "trace",
     ],
     ["nvidia_apex", "products", "image_source"],
