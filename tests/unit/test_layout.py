@@ -241,6 +241,18 @@ def test_import_loads_nothing_heavy():
     assert not loaded & (OPTIONAL | {"torch"})
 
 
+def test_public_names_are_not_replaced_by_modules():
+    code = (
+        "import importlib, types, extrema_fast\n"
+        "for name, home in extrema_fast._HOME.items():\n"
+        "    first = getattr(extrema_fast, name)\n"
+        "    module = importlib.import_module(f'extrema_fast.{home}')\n"
+        "    assert getattr(extrema_fast, name) is first is getattr(module, name), name\n"
+        "    assert not isinstance(first, types.ModuleType), name\n"
+    )
+    run_python(code)
+
+
 def test_encoder_needs_torch_alone():
     blocked = sorted(OPTIONAL)
     code = BLOCK.format(packages=blocked) + (
