@@ -48,16 +48,37 @@ def linear(
     again   the backward pass makes f(x) again from x; else it is kept
     returns [..., out] in autocast's type, else that of x
     """
+    if isinstance(layer, Linear):
+        return affine(x, layer.weight, layer.bias, before, again, layer.low)
+    return layer(_prologue(x, before))
+
+
+def affine(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: nn.LayerNorm | str | None = None,
+    again: bool = False,
+    low: Tensor | None = None,
+) -> Tensor:
+    """`f(x) weight^T + bias`, as `linear`, of parameters that may be any module's.
+
+    weight  [out, in];  bias [out] or None
+    low     the weight in low precision, or None
+    """
     dtype = compute_dtype(x)
-    is_norm, ours = isinstance(before, nn.LayerNorm), isinstance(layer, Linear)
+    is_norm = isinstance(before, nn.LayerNorm)
     # an Identity stands where a norm has been taken out
     written_out = is_norm or before in (None, "gelu")
-    if not (ours and written_out and dtype in (torch.bfloat16, torch.float16)):
-        u = F.gelu(x) if before == "gelu" else x if before is None else before(x)
-        return F.linear(u, layer.weight, layer.bias) if ours else layer(u)
+    if not (written_out and dtype in (torch.bfloat16, torch.float16)):
+        return F.linear(_prologue(x, before), weight, bias)
     norm = (before.weight, before.bias, before.eps) if is_norm else (None, None, 0.0)
     kind = "norm" if is_norm else before
-    return _Linear.apply(x, layer.weight, layer.bias, *norm, layer.low, kind, again, dtype)
+    return _Linear.apply(x, weight, bias, *norm, low, kind, again, dtype)
+
+
+def _prologue(x: Tensor, before: nn.Module | str | None) -> Tensor:
+    return F.gelu(x) if before == "gelu" else x if before is None else before(x)
 
 
 def _in_place_of_autocast(x: Tensor) -> Any:

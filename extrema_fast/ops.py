@@ -43,6 +43,8 @@ from .kernels.patch_gather import patch_gather as patch_gather_triton
 from .kernels.patch_gather import patch_gather_reference
 from .kernels.sample_views import sample_views as sample_views_triton
 from .kernels.sample_views import sample_views_reference
+from .kernels.token_gather import token_gather as token_gather_triton
+from .kernels.token_gather import token_gather_reference
 from .lamb import ForeachAdamW, Lamb
 
 log = logging.getLogger(__name__)
@@ -95,6 +97,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "triton": attention_pool_triton,
     },
     "patch_gather": {"reference": patch_gather_reference, "triton": patch_gather_triton},
+    "token_gather": {"reference": token_gather_reference, "triton": token_gather_triton},
     "color_views": {"reference": color_views_reference, "triton": color_views_triton},
     "sample_views": {"reference": sample_views_reference, "triton": sample_views_triton},
     "adamw_ema": {
@@ -114,6 +117,7 @@ _WHY = {
     "attention": "the fastest measured one per dtype, head_dim and tokens, else torch's fused attention",
     "attention_pool": "same result as the reference, fewer multiplications",
     "patch_gather": "plain torch",
+    "token_gather": "plain torch",
     "color_views": "plain torch",
     "sample_views": "plain torch",
     "adamw_ema": "torch's fused AdamW, then the teacher's move",
@@ -426,6 +430,14 @@ def patch_gather(
 ) -> Tensor:
     """Embedded kept patches plus positions; images [B, C, H, W], keep [V, B, K] or None -> [V*B, K, D]."""
     return _chosen_for("patch_gather", images)(images, keep, weight, bias, pos)
+
+
+def token_gather(tokens: Tensor, keep: Tensor, pos: Tensor | None = None) -> Tensor:
+    """Kept rows of embedded tokens plus positions; tokens [B, N, D], keep [V, B, K], pos [N, D] -> [V*B, K, D].
+
+    `triton`: an index that is twice within a view gets one of its gradients only
+    """
+    return _chosen_for("token_gather", tokens)(tokens, keep, pos)
 
 
 def color_views(images: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:

@@ -128,6 +128,7 @@ def test_the_public_functions_run_what_was_chosen(setting, monkeypatch):
     ops.attention(torch.zeros(1, 1, 3, 1, 8))
     ops.attention_pool(x, x, None, 1, 1e-6)
     ops.patch_gather(x, None, x, None, x)
+    ops.token_gather(x, x)
     ops.color_views(x)
     ops.sample_views(x)
     ops.adamw([{"params": [x]}], {})
