@@ -15,28 +15,35 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import Config, preset
     from .convert import import_released, load_encoder
+    from .embed import embed
+    from .embeddings import Embeddings, load_embeddings
     from .encoder import Encoded, Encoder, create_encoder, list_models
     from .evals import evaluate
     from .masking import keep_from_mask, sample_views
     from .method import ExtreMA
     from .report import report
+    from .search import search
     from .train import pretrain
 
 _HOME = {
     "Config": "config",
+    "Embeddings": "embeddings",
     "Encoded": "encoder",
     "Encoder": "encoder",
     "ExtreMA": "method",
     "create_encoder": "encoder",
+    "embed": "embed",
     "evaluate": "evals",
     "import_released": "convert",
     "keep_from_mask": "masking",
     "list_models": "encoder",
+    "load_embeddings": "embeddings",
     "load_encoder": "convert",
     "preset": "config",
     "pretrain": "train",
     "report": "report",
     "sample_views": "masking",
+    "search": "search",
 }
 __all__ = sorted(_HOME)
 

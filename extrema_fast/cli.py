@@ -2,6 +2,7 @@
 
     pretrain -> train.pretrain    evaluate, knn, probe -> evals    report -> report.report
     import -> convert.import_released    encoders -> encoder.list_models
+    embed -> embed.embed    search -> search.search
     kernels -> ops.choices, kernels.listing    tune -> kernels.tune    profile -> profile.profile
 
 Errors a user can act on are one line on standard error; the exit code is the error's own.
@@ -407,6 +408,75 @@ def _import(args: list[str]) -> None:
     print(import_released(Path(options.file), Path(options.out)))
 
 
+def _embed(args: list[str]) -> None:
+    p = _Parser("embed")
+    p.add_argument("data", metavar="DATA", help="folder, list file, shards, manifest, or photos")
+    p.add_argument("out", metavar="OUT", help="folder for the features; the same command again continues")
+    p.add_argument(
+        "--weights", required=True, metavar="PATH", help="run folder, weights folder or released .pth"
+    )
+    p.add_argument("--which", choices=("teacher", "student"), default="teacher")
+    p.add_argument("--tokens", default="class", metavar="KIND", help="class (default), mean or patch")
+    p.add_argument("--no-norm", dest="norm", action="store_false", help="before the final LayerNorm")
+    p.add_argument("--dtype", default="fp32", metavar="TYPE", help="fp32 (default), fp16 or bf16")
+    p.add_argument("--format", default="npy", metavar="NAME", help="npy (default), parquet or safetensors")
+    p.add_argument("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width")
+    p.add_argument(
+        "--keep-ratio", type=float, default=1.0, metavar="R", help="encode a random share of patches"
+    )
+    p.add_argument("--batch-size", type=int, metavar="N", help="images at a time (32 on a CPU, 256 on a GPU)")
+    p.add_argument("--part-images", type=int, metavar="N", help="images per file (about 1024)")
+    p.add_argument("--split", choices=("train", "test"), default="train", help="of a built-in image set")
+    p.add_argument("--limit", type=int, default=0, metavar="N", help="a random N of the images (0: all)")
+    p.add_argument("--loader", choices=("auto", "dali", "pil"), default="auto")
+    p.add_argument("--threads", type=int, metavar="N", help="decoding threads")
+    p.add_argument("--exif", action="store_true", help="rotate by the EXIF tag")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    p.add_argument("--strict", action="store_true", help="stop at an image that cannot be read")
+    p.add_argument("--force", action="store_true", help="replace features of other settings in OUT")
+    p.add_argument("--quiet", action="store_true", help="warnings and errors only")
+    options = vars(p.parse_all(args))
+    quiet = options.pop("quiet")
+    _set_up_logging(quiet)
+    options["img_size"] = _size(options["img_size"])
+
+    from .embed import describe, embed
+
+    result = embed(
+        options.pop("data"), options.pop("out"), options.pop("weights"), progress=not quiet, **options
+    )
+    if os.environ.get("RANK", "0") == "0":
+        print(describe(result))
+
+
+def _size(sides: list[int] | None) -> int | tuple[int, int] | None:
+    if sides is None or len(sides) == 1:
+        return sides and sides[0]
+    if len(sides) != 2:
+        raise UsageError(f"--img-size: expected a side, or height and width, got {len(sides)} numbers")
+    return sides[0], sides[1]
+
+
+def _search(args: list[str]) -> None:
+    p = _Parser("search")
+    p.add_argument("query", metavar="QUERY", help="an image, a path in the index, or images as for embed")
+    p.add_argument("index", metavar="INDEX", help="features made by embed")
+    p.add_argument("--k", type=int, default=10, metavar="N", help="images found for each query (default 10)")
+    p.add_argument("--out", metavar="FILE.png", help="a picture: each query with what was found")
+    p.add_argument("--weights", metavar="PATH", help="where the weights of the index are now")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    p.add_argument("--force", action="store_true", help="replace a file in --out that is no earlier picture")
+    p.add_argument("--json", action="store_true", help="print the result as JSON")
+    options = vars(p.parse_all(args))
+    _set_up_logging(quiet=True)
+    as_json = options.pop("json")
+
+    from . import search
+
+    result = search.search(options.pop("query"), options.pop("index"), **options)
+    print(json.dumps(result, indent=1) if as_json else search.format_table(result))
+
+
 def _encoders(args: list[str]) -> None:
     p = _Parser("encoders")
     p.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="shell pattern")
@@ -481,6 +551,16 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
         _import,
         "convert a released ExtreMA checkpoint into a weights folder",
         "import extrema_base.pth weights/extrema_base",
+    ),
+    "embed": (
+        _embed,
+        "features of every image: class token, mean or patch tokens, as files",
+        "embed photos features --weights runs/photos",
+    ),
+    "search": (
+        _search,
+        "the nearest images by features, with a picture",
+        "search query.jpg features --k 8 --out found.png",
     ),
     "encoders": (_encoders, "list the encoder names", "encoders '*base*'"),
     "kernels": (_kernels, "list the ops, what runs on this machine and why", "kernels --device cuda"),
