@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from extrema_fast.config import Config, from_dict
-from extrema_fast.encoder import drop_path_scale
+from extrema_fast.drop_path import drop_path_scale
 from extrema_fast.errors import UsageError
 from extrema_fast.masking import sample_views
 

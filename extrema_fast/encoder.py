@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from . import ops, rng
+from . import ops
+from .blocks import NORM_EPS, Block, Kept, PatchEmbed, PoolBlock, check_sides, pair
 from .config import SIZES, ModelConfig, did_you_mean
+from .dino import Dino
+from .drop_path import scale_from_coins
 from .errors import UsageError
-from .linear import RECOMPUTE, Linear, linear
-
-NORM_EPS = 1e-6
+from .linear import RECOMPUTE
+from .positions import SinCos
+from .positions import sincos_table as sincos_table
+from .timm_methods import POOLS, TimmMethods
 
 
 class Encoded(NamedTuple):
@@ -39,156 +44,13 @@ class Encoded(NamedTuple):
     grid: tuple[int, int]
 
 
-def sincos_table(width: int, grid: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Fixed position table, computed in float64 for any grid (method.md section 1).
-
-    width:   D, a multiple of 4;  grid: (rows, columns)
-    returns  [rows * columns, D]: [sin(b w), cos(b w), sin(a w), cos(a w)] for row a, column b,
-             w_k = 10000 ** (-k / (D / 4))
-    """
-    if width % 4:
-        raise UsageError(f"width: the sin-cos table needs a multiple of 4, got {width}")
-    w = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    a, b = torch.meshgrid(*(torch.arange(g, dtype=torch.float64) for g in grid), indexing="ij")
-    across, down = b.reshape(-1, 1) * w, a.reshape(-1, 1) * w
-    return torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], 1).to(dtype)
-
-
-class PatchEmbed(nn.Module):
-    """The patch convolution (stride = kernel), applied to kept patches only."""
-
-    def __init__(self, in_chans: int, width: int, patch: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, width, patch, patch)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention; [R, n, D] -> [R, n, D]."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        # which implementation (`Encoder.set_attention`); no part of the state
-        self.backend = "auto"
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
-
-    def forward(self, x: Tensor, norm: nn.Module | None = None, again: bool = False) -> Tensor:
-        """Of `norm(x)` where a norm is given; again: the backward pass makes the normalised tokens again."""
-        r, n, width = x.shape
-        qkv = linear(x, self.qkv, norm, again).view(r, n, 3, self.heads, width // self.heads)
-        return self.proj(ops.attention(qkv, self.backend).reshape(r, n, width))
-
-
-class Mlp(nn.Module):
-    """D -> hidden -> D with exact GELU."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
-
-    def forward(
-        self, x: Tensor, norm: nn.Module | None = None, again: frozenset[str] = frozenset()
-    ) -> Tensor:
-        """Of `norm(x)` where a norm is given; again: `norm`, `gelu`: what the backward pass makes again."""
-        return linear(linear(x, self.fc1, norm, "norm" in again), self.fc2, "gelu", "gelu" in again)
-
-
-class Block(nn.Module):
-    """Pre-norm trunk block: `x += s0 SA(LN x)`, `x += s1 MLP(LN x)`, no layer scale."""
-
-    # what the backward pass makes again (`Encoder.set_recompute`)
-    again: frozenset[str] = frozenset()
-
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
-
-    def forward(self, x: Tensor, path: Sequence[Tensor | Kept] | Tensor | None = None) -> Tensor:
-        """x [R, n, D]; path: drop-path of the two branches, [2, R] factors or two `Kept`; None: no drop-path."""
-        attend, mix = (None, None) if path is None else path
-        x = _add_branch(x, lambda x: self.attn(x, self.norm1, "norm" in self.again), attend)
-        return _add_branch(x, lambda x: self.mlp(x, self.norm2, self.again), mix)
-
-
-class Kept(NamedTuple):
-    """Rows that a drop-path branch is computed for (`compact_path`).
-
-    rows    [C] int64, different rows of the batch: every kept one, padded with dropped ones
-    weight  [C] fp32: 1 / (1 - rate) for kept rows, 0 for padding
-    """
-
-    rows: Tensor
-    weight: Tensor
-
-
-def _add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], path: Tensor | Kept | None) -> Tensor:
-    if path is None:
-        return x + branch(x)
-    if isinstance(path, Tensor):
-        return x + path.to(x.dtype)[:, None, None] * branch(x)
-    # rows are unique, so the sum has one order
-    return x.index_add(
-        0, path.rows, path.weight.to(x.dtype)[:, None, None] * branch(x.index_select(0, path.rows))
-    )
-
-
-class PoolAttention(nn.Module):
-    """The projections of a class-attention block."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.q = Linear(width, width)
-        self.k = Linear(width, width)
-        self.v = Linear(width, width)
-        self.proj = Linear(width, width)
-
-
-class PoolBlock(nn.Module):
-    """Class-attention block: `c += g1 Wo att([c; x])`, `c += g2 MLP(LN c)`; the tokens stay as they are."""
-
-    def __init__(self, width: int, heads: int, mlp_ratio: float, layer_scale: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.gamma_1 = nn.Parameter(torch.full((width,), layer_scale))
-        self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale))
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = PoolAttention(width)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
-
-    def forward(
-        self,
-        cls: Tensor,
-        tokens: Tensor,
-        stats: tuple[Tensor, Tensor] | None = None,
-        return_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-        """cls [R, D], tokens [R, n, D] -> (class token [R, D], attention [R, H, 1 + n] or None, stats).
-
-        stats: LayerNorm statistics of the tokens, which every block shares (`ops.attention_pool`)
-        """
-        a = self.attn
-        weights = ops.PoolWeights(
-            self.norm1.weight, self.norm1.bias, a.q.weight, a.q.bias, a.k.weight, a.k.bias,
-            a.v.weight, a.v.bias, a.proj.weight, a.proj.bias,
-        )  # fmt: skip
-        out, attention, stats = ops.attention_pool(
-            tokens, cls, weights, self.heads, NORM_EPS, stats=stats, return_weights=return_weights
-        )
-        cls = cls + self.gamma_1 * out
-        return cls + self.gamma_2 * self.mlp(cls, self.norm2), attention, stats
-
-
-class Encoder(nn.Module):
-    """ViT trunk and pooling head.
+class Encoder(TimmMethods, nn.Module):
+    """ViT trunk and pooling head; `TimmMethods` has what timm and its users call.
 
     Built by `create_encoder`, `load_encoder` or `build_encoder`. `global_pool='avg'` has no class head: the
     pooled feature is the mean of the patch tokens after the final norm (or before `fc_norm` in its place).
+    With '' `forward` gives the tokens of `forward_features`. `pos_grid` is the grid trained on, for
+    `pos_coords='rescaled'` (default: that of the configuration).
     """
 
     def __init__(
@@ -197,13 +59,18 @@ class Encoder(nn.Module):
         num_classes: int = 0,
         *,
         global_pool: str = "token",
-        fc_norm: bool = False,
+        fc_norm: bool | None = False,
         pos_embed: str = "sincos",
+        pos_coords: str = "absolute",
+        pos_grid: Sequence[int] | None = None,
         in_chans: int | None = None,
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if global_pool not in ("token", "avg"):
-            raise UsageError(f"global_pool: expected 'token' or 'avg', got {global_pool!r}")
+        if global_pool not in POOLS:
+            raise UsageError(
+                f"global_pool: expected 'token' or 'avg', got {global_pool!r} (or '': no pooling)"
+            )
         if pos_embed not in ("sincos", "learned"):
             raise UsageError(f"pos_embed: expected 'sincos' or 'learned', got {pos_embed!r}")
         if fc_norm and global_pool != "avg":
@@ -214,24 +81,25 @@ class Encoder(nn.Module):
             raise UsageError(f"num_classes: expected 0 (features) or more, got {num_classes}")
         width, depth, heads = config.shape
         self.config = config
-        self.embed_dim = self.num_features = width
-        self.depth, self.heads = depth, heads
-        self.img_size, self.patch_size, self.grid = config.img_size, config.patch_size, config.grid
-        self.num_patches = config.num_patches
+        self.embed_dim = self.num_features = self.head_hidden_size = width
+        self.heads = heads
         self.in_chans = in_chans or config.in_chans
         self.num_classes, self.global_pool = num_classes, global_pool
-        self.drop_path_rate = config.drop_path
+        self.drop_path_rate, self.grad_checkpointing = config.drop_path, False
         self.mean, self.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        self.interpolation, self.crop_pct = "bilinear", 0.875
 
-        self.patch_embed = PatchEmbed(self.in_chans, width, config.patch_size)
-        table = sincos_table(width, self.grid)[None]
+        self.patch_embed = PatchEmbed(self.in_chans, width, config.patch_size, config.img_size)
+        self.sincos = SinCos(width, pos_coords, pair(pos_grid or self.grid, "pos_grid"))
+        table = self.sincos.compute(self.grid)[None]
         if pos_embed == "learned":
             self.pos_embed = nn.Parameter(table)
         else:
             # a buffer: it has no gradient; persistent: saved with the weights
             self.register_buffer("pos_embed", table)
         self.blocks = nn.ModuleList(Block(width, heads, config.mlp_ratio) for _ in range(depth))
-        if global_pool == "token":
+        self.cls_token, self.blocks_token = None, None
+        if global_pool != "avg":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
             self.blocks_token = nn.ModuleList(
                 PoolBlock(width, heads, config.mlp_ratio, config.layer_scale)
@@ -239,8 +107,37 @@ class Encoder(nn.Module):
             )
         self.norm = nn.Identity() if fc_norm else nn.LayerNorm(width, eps=NORM_EPS)
         self.fc_norm = nn.LayerNorm(width, eps=NORM_EPS) if fc_norm else nn.Identity()
+        self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
         self.init_weights()
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """(height, width) in pixels it is meant for; others work with the sin-cos table."""
+        return self.patch_embed.img_size
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.patch_embed.patch_size[0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches at `img_size`."""
+        return self.patch_embed.grid_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.patch_embed.num_patches
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def architecture(self) -> str:
+        """The registered name of this size; with other sizes, one that `timm_config` says the changes to."""
+        return f"{_PREFIX}{self.config.size}{_SUFFIX}"
 
     def extra_repr(self) -> str:
         return f"img_size={self.img_size}, patch={self.patch_size}, grid={self.grid}, pool={self.global_pool}"
@@ -254,7 +151,7 @@ class Encoder(nn.Module):
         kernel = self.patch_embed.proj.weight
         # the patch bias keeps the convolution's default, as in the release
         nn.init.xavier_uniform_(kernel.data.view(kernel.shape[0], -1))
-        if self.global_pool == "token":
+        if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
         if self.num_classes:
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
@@ -263,26 +160,55 @@ class Encoder(nn.Module):
 
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """images [B, C, H, W], keep [V, B, K] or None (all) -> tokens with positions [V*B, K, D]."""
-        proj = self.patch_embed.proj
-        pos, p = self.pos_embed[0], self.patch_size
-        grid = images.shape[-2] // p, images.shape[-1] // p
-        if grid != self.grid:
-            if isinstance(self.pos_embed, nn.Parameter):
-                raise UsageError(
-                    f"images: {tuple(images.shape[-2:])} is not the size {self.img_size} "
-                    "of the learned position table"
-                )
-            pos = sincos_table(self.embed_dim, grid).to(pos)
+        proj, p = self.patch_embed.proj, self.patch_size
+        pos = self.positions((images.shape[-2] // p, images.shape[-1] // p))
         return ops.patch_gather(images, keep, proj.weight, proj.bias, pos)
 
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table of a grid, [N, D]: the saved one at its own grid, else computed.
+
+        raises UsageError for a learned table and another grid than its own
+        """
+        # a patch size set on `patch_embed` alone shows in the number of rows
+        if grid == self.grid and self.pos_embed.shape[1] == grid[0] * grid[1]:
+            return self.pos_embed[0]
+        if isinstance(self.pos_embed, nn.Parameter):
+            size = tuple(g * self.patch_size for g in grid)
+            raise UsageError(
+                f"images: {size} is not the size {self.img_size} of the learned position table; "
+                f"encoder.set_input_size({size}) resamples it"
+            )
+        return self.sincos.table(grid, self.pos_embed)
+
     def trunk(self, tokens: Tensor, path: Tensor | list[tuple[Kept, Kept]] | None = None) -> Tensor:
-        """[R, n, D] -> [R, n, D] before the final norm; path as of `drop_path_scale` or `compact_path`."""
+        """[R, n, D] -> [R, n, D] before the final norm; path as of `drop_path.drop_path_scale` or `compact_path`."""
+        return self.trunk_layers(tokens, path=path)[0]
+
+    def trunk_layers(
+        self,
+        tokens: Tensor,
+        take: Sequence[int] = (),
+        path: Tensor | list[tuple[Kept, Kept]] | None = None,
+        stop: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`trunk`, and the tokens after the blocks `take` (ascending); stop: nothing runs after the last of them."""
         if path is None and self.training and self.drop_path_rate > 0:
             coins = torch.rand(self.depth, 2, tokens.shape[0], device=tokens.device)
-            path = _scale_from_coins(coins, self.drop_path_rate)
+            path = scale_from_coins(coins, self.drop_path_rate)
+        again = self.grad_checkpointing and torch.is_grad_enabled()
+        taken = []
         for i, block in enumerate(self.blocks):
-            tokens = block(tokens, None if path is None else path[i])
-        return tokens
+            factors = None if path is None else path[i]
+            if again:
+                # the coins are given: no block draws a random number
+                tokens = checkpoint(block, tokens, factors, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens, factors)
+            if i in take:
+                taken.append(tokens)
+                if stop and i == take[-1]:
+                    break
+        return tokens, taken
 
     def set_attention(
         self, backend: str, *, tokens: int | None = None, dtype: torch.dtype | None = None
@@ -331,14 +257,14 @@ class Encoder(nn.Module):
                  model's use the sin-cos table of that grid)
         keep:    None (all), [B, K], or [B, V, K] integer in [0, N); order is kept, repeats are allowed
         norm     apply the final LayerNorm (False: raw tokens, as the paper's linear probe uses)
-        returns  Encoded(cls, patches, keep, grid)
+        returns  Encoded(cls, patches, keep, grid); without class head `cls` is the mean of the patch tokens
         raises   UsageError naming the argument, what it got and what it needs
         """
         grid = self._check_images(images)
         rows, keep = self._check_keep(images, keep, grid)
         tokens = self.trunk(self.embed(images, rows))
         normed = self.norm(tokens) if norm else tokens
-        if self.global_pool == "token":
+        if self.num_prefix_tokens:
             cls, _ = self.pool(tokens)
             cls = self.norm(cls) if norm else cls
         else:
@@ -356,7 +282,7 @@ class Encoder(nn.Module):
         returns  [B, P, H, 1 + K] fp32 (with views [B, V, P, H, 1 + K]); rows sum to 1, column 0 is the
                  class token
         """
-        if self.global_pool != "token":
+        if not self.num_prefix_tokens:
             raise UsageError("get_attention: this encoder has no class head (global_pool='avg')")
         grid = self._check_images(images)
         rows, keep = self._check_keep(images, keep, grid)
@@ -367,14 +293,13 @@ class Encoder(nn.Module):
             out = out.view(v, b, *out.shape[1:]).transpose(0, 1)
         return out
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Tokens after the final norm: [B, 1 + N, D], class token first; [B, N, D] without class head."""
-        out = self.encode(images)
-        return out.patches if self.global_pool == "avg" else torch.cat([out.cls[:, None], out.patches], 1)
-
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> pooled feature [B, D], or logits [B, num_classes]."""
-        return self.head(self.fc_norm(self.encode(images).cls))
+        return self.forward_head(self.forward_features(images))
+
+    def as_dino(self, version: int = 2, layer_class: str = "head") -> Dino:
+        """The interface of DINOv2 or DINOv3 (`version`) on the same parameters; see `extrema_fast.dino`."""
+        return Dino(self, version, layer_class)
 
     def preprocess(self):
         """A callable for these weights: PIL image or uint8 [H, W, 3] -> normalised float32 [C, H, W].
@@ -384,7 +309,9 @@ class Encoder(nn.Module):
         """
         from .preprocess import Preprocess
 
-        return Preprocess(self.img_size, self.in_chans, self.mean, self.std)
+        return Preprocess(
+            self.img_size, self.in_chans, self.mean, self.std, self.interpolation, self.crop_pct
+        )
 
     # ---- checks ----------------------------------------------------------------------------------
 
@@ -398,14 +325,7 @@ class Encoder(nn.Module):
             raise UsageError(
                 f"images: expected normalised floats, got {images.dtype}; see encoder.preprocess()"
             )
-        p = self.patch_size
-        for side, pixels in zip(("height", "width"), images.shape[-2:], strict=True):
-            if pixels < p or pixels % p:
-                low = max(p, pixels // p * p)
-                raise UsageError(
-                    f"images: {side} {pixels} is not a multiple of the patch size {p}; use {low} or {low + p}"
-                )
-        return images.shape[-2] // p, images.shape[-1] // p
+        return check_sides(images.shape[-2:], self.patch_size)
 
     def _check_keep(
         self, images: Tensor, keep: Tensor | None, grid: tuple[int, int]
@@ -426,68 +346,6 @@ class Encoder(nn.Module):
         return (keep[None] if keep.dim() == 2 else keep.transpose(0, 1)), keep
 
 
-def _scale_from_coins(coins: Tensor, rate: float) -> Tensor:
-    # block i drops with probability rate * i / (L - 1); survivors are divided by what they had to survive
-    depth = coins.shape[0]
-    drop = torch.linspace(0, rate, depth, device=coins.device)[:, None, None]
-    return (coins >= drop).float() / (1 - drop)
-
-
-def drop_path_scale(
-    index: Tensor, views: int, depth: int, rate: float, *, seed: int, epoch: int
-) -> Tensor | None:
-    """Keyed drop-path factors of the student trunk (method.md section 6): each view is its own sample.
-
-    index:   [B] int64 sample rows
-    returns  [L, 2, V*B] fp32: 0, or 1 / (1 - p_l) with p_l = rate * l / (L - 1); None when the rate is 0
-    """
-    if rate == 0:
-        return None
-    b = index.shape[0]
-    coins = rng.uniform(index, views * depth * 2, seed=seed, epoch=epoch, stream=rng.DROP_PATH)
-    coins = coins.view(b, views, depth, 2).permute(2, 3, 1, 0).reshape(depth, 2, views * b)
-    return _scale_from_coins(coins, rate)
-
-
-def compact_path(scale: Tensor, capacity: Sequence[int] | None = None) -> list[tuple[Kept, Kept]] | None:
-    """The same coins as rows to compute: dropped rows cost nothing (step.md section 5).
-
-    scale:    [L, 2, R] of `drop_path_scale`
-    capacity  rows computed per layer (static shapes), or None: just the kept ones (reads `scale` on the host)
-    returns   per layer (attention's, MLP's) `Kept`; None where a layer keeps more rows than its capacity
-    """
-    kept = scale > 0
-    # kept rows first, in order, then dropped ones
-    order = torch.argsort((~kept).to(torch.uint8), dim=-1, stable=True)
-    most = kept.sum(-1).amax(-1).tolist() if scale.device.type == "cpu" else None
-    if capacity is None:
-        counts = kept.sum(-1).tolist()
-    else:
-        if most is not None and any(m > c for m, c in zip(most, capacity, strict=True)):
-            return None
-        counts = [(c, c) for c in capacity]
-    return [
-        tuple(Kept(order[i, j, :c], scale[i, j].take(order[i, j, :c])) for j, c in enumerate(pair))
-        for i, pair in enumerate(counts)
-    ]  # type: ignore[misc]
-
-
-def compact_capacity(rows: int, depth: int, rate: float, classes: int = 4) -> list[int]:
-    """Rows per layer that hold every kept one but for one branch in a thousand million (6 deviations).
-
-    rows     R;  rate: of the last layer
-    classes  different sizes over depth at most: each is one more compiled graph of a block
-    """
-    out = []
-    for i in range(depth):
-        p = rate * i / max(depth - 1, 1)
-        most = rows * (1 - p) + 6 * math.sqrt(rows * p * (1 - p))
-        out.append(min(rows, -(-math.ceil(most) // 64) * 64))
-    # the layers of a group share the size of its first, the largest
-    size = -(-depth // classes)
-    return [out[i // size * size] for i in range(depth)]
-
-
 # ---- building -------------------------------------------------------------------------------------
 
 _PREFIX, _SUFFIX = "extrema_vit_", "_patch16_224"
@@ -498,43 +356,97 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter([f"{_PREFIX}{size}{_SUFFIX}" for size in SIZES], pattern))
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+# what `create_encoder` passes on to the configuration
+_SHAPE = ("width", "depth", "heads", "mlp_ratio", "pool_depth", "layer_scale")
 
 
 def create_encoder(
     name: str,
     num_classes: int = 0,
-    img_size: int | tuple[int, int] = 224,
+    img_size: int | Sequence[int] = 224,
     in_chans: int = 3,
     drop_path_rate: float = 0.0,
     *,
-    patch_size: int = 16,
+    patch_size: int | Sequence[int] = 16,
     global_pool: str = "token",
-    fc_norm: bool = False,
+    fc_norm: bool | None = False,
     pos_embed: str = "sincos",
+    pos_coords: str = "absolute",
+    pos_grid: Sequence[int] | None = None,
+    drop_rate: float = 0.0,
+    **shape: Any,
 ) -> Encoder:
     """A randomly initialised encoder.
 
     name         one of `list_models()`
     num_classes  0: features; else a linear head on the pooled feature
     img_size     pixels, or (height, width); multiples of `patch_size`
-    global_pool  'token' (class head) or 'avg' (mean of patch tokens, no class head)
+    global_pool  'token' (class head), 'avg' (mean of patch tokens, no class head), or '' (class head; `forward`
+                 gives all tokens)
     fc_norm      with 'avg': normalise after pooling instead of before (the paper's fine-tuning)
     pos_embed    'sincos' (fixed) or 'learned' (a parameter started from the table)
-    raises       UsageError for an unknown name (with the nearest) or a size that does not divide
+    pos_coords   'absolute' or 'rescaled': coordinates of grids other than `pos_grid`, the one trained on
+                 (default: that of `img_size`); see `positions.SinCos`
+    drop_rate    dropout before the linear head
+    shape        width, depth, heads, mlp_ratio, pool_depth, layer_scale in place of the name's
+    raises       UsageError for an unknown name or keyword (with the nearest), or a size that does not divide
     """
     if name not in list_models():
         raise UsageError(f"unknown model {name!r}{did_you_mean(name, list_models())}")
+    if unknown := sorted(shape.keys() - set(_SHAPE)):
+        known = [*_SHAPE, "patch_size", "pos_embed", "pos_coords", "pos_grid", "drop_rate", "drop_path_rate"]
+        raise UsageError(f"create_encoder: unknown option {unknown[0]!r}{did_you_mean(unknown[0], known)}")
+    patch = pair(patch_size, "patch_size")
+    if patch[0] != patch[1]:
+        raise UsageError(f"patch_size: patches are square, got {patch[0]} x {patch[1]}")
     config = ModelConfig(
         size=name.removeprefix(_PREFIX).removesuffix(_SUFFIX),
-        img_size=_pair(img_size),
-        patch_size=patch_size,
+        img_size=pair(img_size),
+        patch_size=patch[0],
         drop_path=drop_path_rate,
+        **shape,
     )
     return Encoder(
-        config, num_classes, global_pool=global_pool, fc_norm=fc_norm, pos_embed=pos_embed, in_chans=in_chans
-    )
+        config, num_classes, global_pool=global_pool, fc_norm=fc_norm, pos_embed=pos_embed,
+        pos_coords=pos_coords, pos_grid=pos_grid, in_chans=in_chans, drop_rate=drop_rate,
+    )  # fmt: skip
+
+
+def model_args(encoder: Encoder) -> dict[str, Any]:
+    """Arguments with which `create_encoder(encoder.architecture, encoder.num_classes, ...)` builds it again.
+
+    Plain JSON data, without number of classes and drop rates. What has been pruned is not told.
+    """
+    config, plain = encoder.config, ModelConfig(size=encoder.config.size)
+    args: dict[str, Any] = {
+        "img_size": list(encoder.img_size),
+        "patch_size": encoder.patch_size,
+        "in_chans": encoder.in_chans,
+        "global_pool": encoder.global_pool,
+        "fc_norm": isinstance(encoder.fc_norm, nn.LayerNorm),
+        "pos_embed": "learned" if isinstance(encoder.pos_embed, nn.Parameter) else "sincos",
+        "pos_coords": encoder.sincos.coords,
+        "pos_grid": list(encoder.sincos.trained),
+    }
+    if config.shape != plain.shape:
+        args |= dict(zip(("width", "depth", "heads"), config.shape, strict=True))
+    for name in ("mlp_ratio", "pool_depth", "layer_scale"):
+        if getattr(config, name) != getattr(plain, name):
+            args[name] = getattr(config, name)
+    return args
+
+
+def timm_config(encoder: Encoder) -> dict[str, Any]:
+    """`config.json` beside `model.safetensors`, as timm's `local-dir:` and Hugging Face's timm wrapper read it."""
+    cfg = {k: v for k, v in encoder.own_cfg().items() if k != "architecture"}
+    return {
+        "architecture": encoder.architecture,
+        "num_classes": encoder.num_classes,
+        "num_features": encoder.num_features,
+        "global_pool": encoder.global_pool,
+        "model_args": model_args(encoder),
+        "pretrained_cfg": cfg,
+    }
 
 
 def build_encoder(config: ModelConfig, seed: int | None = None) -> Encoder:
@@ -546,9 +458,9 @@ def build_encoder(config: ModelConfig, seed: int | None = None) -> Encoder:
         return Encoder(config)
 
 
-def with_img_size(config: ModelConfig, img_size: int | tuple[int, int]) -> ModelConfig:
+def with_img_size(config: ModelConfig, img_size: int | Sequence[int]) -> ModelConfig:
     """The same architecture at another image size."""
-    return replace(config, img_size=_pair(img_size))
+    return replace(config, img_size=pair(img_size))
 
 
 def count_flops(config: ModelConfig, rows: int, n: int) -> float:

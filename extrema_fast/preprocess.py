@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,37 +12,63 @@ from .augment import normalize
 from .errors import UsageError
 
 CROP_PCT = 224 / 256
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 
-def resize_crop(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Short side to size * 256 / 224 (bilinear, antialiased), then the centre.
+def resize_crop(
+    image: Tensor, size: tuple[int, int], interpolation: str = "bilinear", crop_pct: float = CROP_PCT
+) -> Tensor:
+    """Short side to size / crop_pct (size * 256 / 224), antialiased, then the centre.
 
-    image:   [H, W, 3] uint8;  size: (height, width) of the result
-    returns  [height, width, 3] uint8; an image of exactly that size is returned as it is
+    image:   [H, W, C] uint8;  size: (height, width) of the result
+    returns  [height, width, C] uint8; an image of exactly that size is returned as it is
     """
     h, w = image.shape[:2]
     if (h, w) == size:
         return image
     # the smallest scale at which the enlarged target box still fits
-    scale = max(round(s / CROP_PCT) / side for s, side in zip(size, (h, w), strict=True))
+    scale = max(round(s / crop_pct) / side for s, side in zip(size, (h, w), strict=True))
     new = [max(t, round(side * scale)) for side, t in zip((h, w), size, strict=True)]
-    x = F.interpolate(image.permute(2, 0, 1)[None].float(), size=new, mode="bilinear", antialias=True)
+    x = F.interpolate(image.permute(2, 0, 1)[None].float(), size=new, mode=interpolation, antialias=True)
     top, left = (new[0] - size[0]) // 2, (new[1] - size[1]) // 2
     x = x[0, :, top : top + size[0], left : left + size[1]]
     return x.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
 
 
 class Preprocess:
-    """PIL image or uint8 [H, W, 3] tensor -> fp32 [C, H, W]; see `Encoder.preprocess`."""
+    """PIL image or uint8 [H, W, 3] tensor -> fp32 [C, H, W]; see `Encoder.preprocess`.
+
+    in_chans  3; or 1: the gray value of RGB, or one channel as it is; another number takes uint8 tensors
+              [H, W, in_chans], and `mean` and `std` need that many entries
+    """
 
     def __init__(
-        self, size: tuple[int, int], in_chans: int, mean: tuple[float, ...], std: tuple[float, ...]
+        self,
+        size: tuple[int, int],
+        in_chans: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str = "bilinear",
+        crop_pct: float = CROP_PCT,
     ) -> None:
-        if in_chans not in (1, 3):
+        if interpolation not in INTERPOLATIONS:
             raise UsageError(
-                f"preprocess: pictures have 3 channels or 1 (gray), this encoder takes {in_chans}"
+                f"preprocess: interpolation: expected 'bilinear' or 'bicubic', got {interpolation!r}"
             )
-        self.size, self.in_chans, self.mean, self.std = size, in_chans, tuple(mean), tuple(std)
+        if not 0 < crop_pct <= 1:
+            raise UsageError(f"preprocess: crop_pct: expected above 0, to 1, got {crop_pct}")
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != in_chans and not (in_chans == 1 and len(values) == 3):
+                raise UsageError(
+                    f"preprocess: this encoder takes {in_chans} channels, {name} has {len(values)} entries; "
+                    f"set encoder.{name} to {in_chans} numbers"
+                )
+        self.size, self.in_chans = tuple(size), in_chans
+        # the gray value of RGB has the mean of the means
+        gray = in_chans == 1
+        self.mean = (sum(mean) / len(mean),) if gray else tuple(mean)
+        self.std = (sum(std) / len(std),) if gray else tuple(std)
+        self.interpolation, self.crop_pct = interpolation, crop_pct
 
     @property
     def metadata(self) -> dict:
@@ -49,22 +77,37 @@ class Preprocess:
             "input_size": (self.in_chans, *self.size),
             "mean": self.mean,
             "std": self.std,
-            "interpolation": "bilinear",
-            "crop_pct": CROP_PCT,
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
         }
 
     def __call__(self, image) -> Tensor:
         if not isinstance(image, Tensor):
-            if not hasattr(image, "convert"):
-                raise UsageError(
-                    f"image: expected a PIL image or a uint8 tensor [H, W, 3], got {type(image).__name__}"
-                )
-            rgb = image.convert("RGB")
-            pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-            image = pixels.view(rgb.height, rgb.width, 3)
-        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3:
-            raise UsageError(f"image: expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
-        return normalize(resize_crop(image, self.size)[None], self.mean, self.std, self.in_chans)[0]
+            image = self._pixels(image)
+        channels = (1, 3) if self.in_chans == 1 else (self.in_chans,)
+        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] not in channels:
+            raise UsageError(
+                f"image: expected uint8 [H, W, {channels[-1]}], got {image.dtype} {list(image.shape)}"
+            )
+        pixels, mean, std = image, self.mean, self.std
+        if self.in_chans == 1:
+            # as RGB, which `normalize` makes gray
+            pixels, mean, std = image.expand(-1, -1, 3), mean * 3, std * 3
+        pixels = resize_crop(pixels, self.size, self.interpolation, self.crop_pct)
+        return normalize(pixels[None], mean, std, self.in_chans)[0]
+
+    def _pixels(self, image) -> Tensor:
+        if not hasattr(image, "convert"):
+            raise UsageError(
+                f"image: expected a PIL image or a uint8 tensor [H, W, C], got {type(image).__name__}"
+            )
+        if self.in_chans not in (1, 3):
+            raise UsageError(
+                f"image: a picture has 3 channels, this encoder takes {self.in_chans}; "
+                f"give a uint8 tensor [H, W, {self.in_chans}]"
+            )
+        rgb = image.convert("RGB")
+        return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
 
     def __repr__(self) -> str:
         return f"Preprocess({self.metadata})"

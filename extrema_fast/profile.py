@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from . import augment, encoder, masking, trace
+from . import augment, drop_path, masking, trace
 from .config import Config, local_batch, to_dict
 from .data import Batch
 from .dist import World, start
@@ -41,8 +41,8 @@ _SCOPES = (
     (augment, "color_coins", "augment"),
     (augment, "paint", "augment"),
     (masking, "sample_views", "masks"),
-    (encoder, "drop_path_scale", "masks"),
-    (encoder, "compact_path", "masks"),
+    (drop_path, "drop_path_scale", "masks"),
+    (drop_path, "compact_path", "masks"),
     (torch.nn.utils, "get_total_norm", trace.ACCUMULATE),
     (torch.nn.utils, "clip_grads_with_norm_", trace.ACCUMULATE),
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import ops
 from .augment import color_coins, paint
 from .config import Config
-from .encoder import compact_capacity, compact_path, drop_path_scale
+from .drop_path import compact_capacity, compact_path, drop_path_scale
 from .errors import UsageError
 from .losses import gather_targets
 from .masking import sample_views

@@ -4,30 +4,35 @@ This folder is installed as `extrema_fast.kernels` and imports nothing of the re
 needs Triton or a GPU to be imported: where a kernel cannot run, an op computes the same in plain PyTorch.
 """
 
-if __name__ != "extrema_fast.kernels":
-    # under a second name every op would be registered twice; and `kernels` on PyPI is another package
-    raise ImportError(
-        f"this folder was imported as {__name__!r}: use `import extrema_fast.kernels` "
-        "(installed by `pip install -e .` in the repository root)"
-    )
+if __name__ == "extrema_fast.kernels":
+    from ._launch import can_run
+    from .adamw_ema import AdamWEma
+    from .attention_pool import PoolWeights, attention_pool
+    from .color_views import color_views
+    from .patch_gather import patch_gather
+    from .sample_views import sample_views
+    from .short_attention import short_attention
+    from .token_gather import token_gather
 
-from ._launch import can_run
-from .adamw_ema import AdamWEma
-from .attention_pool import PoolWeights, attention_pool
-from .color_views import color_views
-from .patch_gather import patch_gather
-from .sample_views import sample_views
-from .short_attention import short_attention
-from .token_gather import token_gather
+    __all__ = [
+        "AdamWEma",
+        "PoolWeights",
+        "attention_pool",
+        "can_run",
+        "color_views",
+        "patch_gather",
+        "sample_views",
+        "short_attention",
+        "token_gather",
+    ]
+else:
+    # `kernels` on PyPI is another package, which others (transformers) look for and import: found here instead,
+    # it must be empty and not fail. Under a second name every op would be registered twice.
+    __path__ = []
 
-__all__ = [
-    "AdamWEma",
-    "PoolWeights",
-    "attention_pool",
-    "can_run",
-    "color_views",
-    "patch_gather",
-    "sample_views",
-    "short_attention",
-    "token_gather",
-]
+    def __getattr__(name: str):
+        text = (
+            f"this folder was imported as {__name__!r}: use `import extrema_fast.kernels` "
+            "(installed by `pip install -e .` in the repository root)"
+        )
+        raise (AttributeError if name.startswith("__") else ImportError)(text)

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 import extrema_fast
 from extrema_fast import ops
 from extrema_fast.config import ModelConfig
+from extrema_fast.drop_path import drop_path_scale
 from extrema_fast.encoder import (
     Encoder,
     build_encoder,
     create_encoder,
-    drop_path_scale,
     list_models,
     sincos_table,
     with_img_size,

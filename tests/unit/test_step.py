@@ -19,7 +19,8 @@ from extrema_fast import ops, step
 from extrema_fast.config import Config, from_dict, smoke
 from extrema_fast.data import Batch
 from extrema_fast.dist import World
-from extrema_fast.encoder import Encoder, compact_capacity, compact_path, drop_path_scale
+from extrema_fast.drop_path import compact_capacity, compact_path, drop_path_scale
+from extrema_fast.encoder import Encoder
 from extrema_fast.errors import UsageError
 from extrema_fast.graph import StepGraph
 from extrema_fast.linear import Linear

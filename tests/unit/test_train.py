@@ -23,8 +23,8 @@ from extrema_fast.augment import color_views
 from extrema_fast.config import Config, from_dict, paper_base_80x5, smoke
 from extrema_fast.data import TrainLoader
 from extrema_fast.dist import Signals, World
+from extrema_fast.drop_path import drop_path_scale
 from extrema_fast.dry_run import dry_run
-from extrema_fast.encoder import drop_path_scale
 from extrema_fast.errors import NonFiniteError, OutOfMemoryError, UsageError
 from extrema_fast.masking import sample_views
 from extrema_fast.method import ExtreMA

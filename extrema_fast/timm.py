@@ -1,0 +1,162 @@
+"""Registers the encoders with timm: `import extrema_fast.timm`, then `timm.create_model("extrema_vit_...")`.
+
+Hugging Face's `AutoModel` and `AutoBackbone` build timm models through the same registry, so that they know these
+after this import as well. `import extrema_fast` alone never imports timm.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .encoder import Encoder, create_encoder, list_models
+from .errors import UsageError
+from .resample import resample_patch_kernel, resample_table
+
+# what saved weights may hold beside the encoder's own keys: projector, predictor
+_TRAINING_HEADS = re.compile(r"(?:head\.\d+|predictor)\.")
+_CLASS_HEAD = ("cls_token", "blocks_token.")
+# in a released checkpoint both networks lie side by side; frozen features are the teacher's
+_TEACHER, _STUDENT = "momentum_encoder.", "base_encoder."
+
+
+def checkpoint_filter_fn(state: Mapping[str, Any], model: Encoder) -> dict[str, Tensor]:
+    """Saved weights -> what `model` loads, whatever of head, pool, size and patch differs.
+
+    state    encoder keys, also of this project's `teacher.safetensors`, or of a released checkpoint (teacher)
+    returns  the keys of `model`: without projector and predictor; class head dropped where the model has none;
+             a fresh `fc_norm` in place of `norm`; the sin-cos table of another grid replaced, a learned one
+             resampled; the patch kernel resampled. Channels and classifier are timm's to adapt.
+    raises   UsageError when encoder weights are missing or unknown
+    """
+    state = dict(state)
+    for prefix in ("module.", _TEACHER):
+        found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        state = found or state
+    state = {k: v for k, v in state.items() if not _TRAINING_HEADS.match(k) and not k.startswith(_STUDENT)}
+    own = model.state_dict()
+    if not model.num_prefix_tokens:
+        state = {k: v for k, v in state.items() if not k.startswith(_CLASS_HEAD)}
+    for norm in ("norm", "fc_norm"):
+        if isinstance(getattr(model, norm), nn.Identity):
+            state = {k: v for k, v in state.items() if not k.startswith(f"{norm}.")}
+    fresh = {k: v for k, v in own.items() if k.startswith("fc_norm.") and k not in state}
+    state |= {
+        k: torch.ones_like(v) if k.endswith("weight") else torch.zeros_like(v) for k, v in fresh.items()
+    }
+    _check_keys(state, own)
+    state["pos_embed"] = _fit_table(state["pos_embed"], state["patch_embed.proj.weight"], model)
+    state["patch_embed.proj.weight"] = resample_patch_kernel(
+        state["patch_embed.proj.weight"], model.patch_size
+    )
+    return state
+
+
+def _check_keys(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    # the linear head may be another, or none
+    missing = sorted(k for k in own.keys() - state.keys() if not k.startswith("head."))
+    unknown = sorted(k for k in state.keys() - own.keys() if not k.startswith("head."))
+    if missing or unknown:
+        parts = [f"{n}: {', '.join(k[:3])}" + " ..." * (len(k) > 3) for n, k in
+                 (("missing", missing), ("unknown", unknown)) if k]  # fmt: skip
+        raise UsageError(f"the weights do not fit this architecture ({'; '.join(parts)})")
+
+
+def _fit_table(table: Tensor, kernel: Tensor, model: Encoder) -> Tensor:
+    """The saved position table [1, N, D] for the grid of `model`."""
+    grid = _saved_grid(table.shape[1], kernel.shape[-1], model)
+    if isinstance(model.pos_embed, nn.Parameter):
+        if grid is None:
+            raise UsageError(
+                f"pos_embed: cannot tell the grid of {table.shape[1]} learned positions; "
+                "write img_size into model_args of config.json"
+            )
+        return resample_table(table, grid, model.grid)
+    saved = getattr(model, "pretrained_model_args", {})
+    if grid is not None and "pos_grid" not in saved and model.sincos.trained == model.grid:
+        # nothing said what these weights were trained on: the grid they were saved at
+        model.sincos.trained = grid
+    if grid == model.grid:
+        return table
+    return model.sincos.compute(model.grid)[None].to(model.pos_embed)
+
+
+def _saved_grid(count: int, patch: int, model: Encoder) -> tuple[int, int] | None:
+    """(rows, columns) of `count` saved positions: by the saved image size, else a square."""
+    size = getattr(model, "pretrained_model_args", {}).get("img_size")
+    size = size or (model.pretrained_cfg.get("input_size") or (3, 0, 0))[-2:]
+    rows, columns = (s // patch for s in ((size, size) if isinstance(size, int) else size))
+    if rows * columns == count:
+        return rows, columns
+    side = round(count**0.5)
+    return (side, side) if side * side == count else None
+
+
+def _build(name: str, device: Any = None, dtype: Any = None, **options: Any) -> Encoder:
+    """`create_encoder` with the two arguments that timm's factory takes for every model."""
+    with nullcontext() if device is None else torch.device(device):
+        encoder = create_encoder(name, **options)
+    return encoder if dtype is None else encoder.to(dtype=dtype)
+
+
+def _create(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
+    from timm.models import build_model_with_cfg
+
+    if options.get("pos_embed") == "learned":
+        overlay = options.pop("pretrained_cfg_overlay", None) or {}
+        options["pretrained_cfg_overlay"] = {"fixed_input_size": True, **overlay}
+    return build_model_with_cfg(
+        partial(_build, name),
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"},
+        **options,
+    )
+
+
+def _default_cfgs() -> Any:
+    from timm.models import generate_default_cfgs
+
+    # the numbers of the released weights; features, no classifier
+    cfg = {
+        "num_classes": 0,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "fixed_input_size": False,
+        "interpolation": "bilinear",
+        "crop_pct": 0.875,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    return generate_default_cfgs({name: dict(cfg) for name in list_models()})
+
+
+def _register(name: str) -> None:
+    from timm.models import register_model
+
+    def entry(pretrained: bool = False, **options: Any) -> nn.Module:
+        return _create(name, pretrained, **options)
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = f"{name}; options as of `extrema_fast.create_encoder`."
+    globals()[name] = register_model(entry)
+
+
+try:
+    # under this name timm's registry looks for them
+    default_cfgs = _default_cfgs()
+except ImportError as error:
+    raise ImportError(
+        f'extrema_fast.timm: timm cannot be imported ({error}); pip install "extrema-fast[timm]"'
+    ) from error
+for _name in list_models():
+    _register(_name)
