@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .accelerate import accelerate
     from .config import Config, preset
     from .convert import import_released, load_encoder
     from .embed import embed
@@ -31,6 +32,7 @@ _HOME = {
     "Encoded": "encoder",
     "Encoder": "encoder",
     "ExtreMA": "method",
+    "accelerate": "accelerate",
     "create_encoder": "encoder",
     "embed": "embed",
     "evaluate": "evals",
