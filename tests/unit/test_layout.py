@@ -39,7 +39,7 @@ LAYERS = [
     ],
     ["nvidia_apex", "products", "image_source", "timm_methods"],
     ["attention", "dino"],
-    ["ops", "losses", "heads", "photos", "probes", "run_folder"],
+    ["ops", "losses", "heads", "photos", "probes", "run_folder", "manifest"],
     ["masking", "augment", "blocks", "accelerate_blocks"],
     ["preprocess", "recorder", "drop_path", "embeddings", "contact_sheet"],
     ["encoder", "sources", "accelerate"],
