@@ -17,6 +17,7 @@ from . import rng
 from .config import did_you_mean
 from .errors import DataError, UsageError
 from .image_source import ImageSource, match_classes, subset
+from .manifest import is_manifest, manifest_source
 from .photos import write_photos, write_synthetic
 
 __all__ = ["ImageSource", "match_classes", "open_source", "subset"]
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # what both decoders read; GIF is left out because DALI does not
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+# images that no loader reads; `index` reports them
+UNREAD = (".avif", ".gif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".psd", ".svg")
 BUILT_IN = {"photos": write_photos, "synthetic": write_synthetic}
 
 _SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
@@ -33,7 +36,9 @@ _SPLIT_NAMES = {name for names in _SPLITS.values() for name in names}
 _LIMIT_EPOCH = 2**32 - 1
 
 
-def open_source(spec: str, split: str = "train", *, limit: int = 0, seed: int = 0) -> ImageSource:
+def open_source(
+    spec: str, split: str = "train", *, limit: int = 0, seed: int = 0, check: bool = True
+) -> ImageSource:
     """The images `spec` names.
 
     spec     `photos` or `synthetic` (built in; `./photos` is a folder of that name), a folder with one
@@ -41,6 +46,7 @@ def open_source(spec: str, split: str = "train", *, limit: int = 0, seed: int = 
              optionally a tab and a label; relative paths start at the folder of that file
     split    `train` or `test`: which part of a built-in set; no effect on a folder or list file
     limit    only the first N of a shuffle keyed by `seed`, in row order (0: all)
+    check    False keeps rows that are gone, have 0 bytes or a kind that no loader reads, for `index` to report
     raises   UsageError: nothing there, or not what is expected; DataError: files of 0 bytes
 
     Folders below a class folder belong to it, links are followed, hidden files are skipped.
@@ -50,7 +56,7 @@ def open_source(spec: str, split: str = "train", *, limit: int = 0, seed: int = 
     if limit < 0:
         raise UsageError(f"data.limit: expected 0 (all) or more, got {limit}")
     if spec in BUILT_IN:
-        source = _from_folder(spec, BUILT_IN[spec]() / split, split)
+        source = _from_folder(spec, BUILT_IN[spec]() / split, split, check)
     elif not spec:
         raise UsageError(f"no {split} images given; expected {_EXPECTED}")
     else:
@@ -60,9 +66,11 @@ def open_source(spec: str, split: str = "train", *, limit: int = 0, seed: int = 
         except OSError as e:
             raise UsageError(f"{spec}: cannot be read ({e.strerror})") from e
         if is_folder:
-            source = _from_folder(spec, path, split)
+            source = _from_folder(spec, path, split, check)
+        elif is_file and is_manifest(path):
+            source = manifest_source(spec)
         elif is_file:
-            source = _from_list(spec, path)
+            source = _from_list(spec, path, check)
         else:
             raise UsageError(f"{spec}: {_what_is_there(path)}; expected {_EXPECTED}")
     if 0 < limit < len(source):
@@ -94,13 +102,14 @@ def _what_is_there(path: Path) -> str:
 # ---- folders --------------------------------------------------------------------------------------
 
 
-def _from_folder(name: str, root: Path, split: str) -> ImageSource:
+def _from_folder(name: str, root: Path, split: str, check: bool) -> ImageSource:
+    kinds = EXTENSIONS if check else EXTENSIONS + UNREAD
     folders, files = _list(root)
     found = Counter(_suffix(f) for f in files)
-    flat = [f for f in files if _is_image(f)]
+    flat = [f for f in files if f.lower().endswith(kinds)]
     _refuse_splits(name, root, folders, split)
     seen = {os.path.realpath(root)}
-    inside = {folder: _walk(root / folder, seen, found) for folder in folders}
+    inside = {folder: _walk(root / folder, seen, found, kinds) for folder in folders}
     if not flat and not any(inside.values()):
         raise UsageError(_no_images(name, len(inside), found))
     if flat:
@@ -112,13 +121,13 @@ def _from_folder(name: str, root: Path, split: str) -> ImageSource:
                 len(flat),
                 len(nested),
             )
-        return _finish(name, root, sorted([str(root / f) for f in flat] + nested), None, [])
+        return _finish(name, root, sorted([str(root / f) for f in flat] + nested), None, [], check)
     paths = [p for folder in folders for p in inside[folder]]
     labels = [label for label, folder in enumerate(folders) for _ in inside[folder]]
     empty = [folder for folder in folders if not inside[folder]]
     if empty:
         log.warning("%s: no images in %d of %d class folders: %s", name, len(empty), len(folders), empty[:3])
-    return _finish(name, root, paths, labels, folders)
+    return _finish(name, root, paths, labels, folders, check)
 
 
 def _list(folder: Path) -> tuple[list[str], list[str]]:
@@ -132,7 +141,7 @@ def _list(folder: Path) -> tuple[list[str], list[str]]:
     return folders, [e.name for e, is_dir in zip(entries, kinds, strict=True) if not is_dir]
 
 
-def _walk(folder: Path, seen: set[str], found: Counter[str]) -> list[str]:
+def _walk(folder: Path, seen: set[str], found: Counter[str], kinds: tuple[str, ...]) -> list[str]:
     real = os.path.realpath(folder)
     # a link to a folder above would be followed for ever
     if any(real == s or s.startswith(real + os.sep) for s in seen):
@@ -140,18 +149,14 @@ def _walk(folder: Path, seen: set[str], found: Counter[str]) -> list[str]:
         return []
     folders, files = _list(folder)
     found.update(_suffix(f) for f in files)
-    paths = [str(folder / f) for f in files if _is_image(f)]
+    paths = [str(folder / f) for f in files if f.lower().endswith(kinds)]
     for name in folders:
-        paths += _walk(folder / name, seen | {real}, found)
+        paths += _walk(folder / name, seen | {real}, found, kinds)
     return sorted(paths)
 
 
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "no extension"
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
 
 
 def _refuse_splits(name: str, root: Path, folders: list[str], split: str) -> None:
@@ -180,8 +185,8 @@ def _no_images(name: str, folders: int, found: Counter[str]) -> str:
 # ---- list files -----------------------------------------------------------------------------------
 
 
-def _from_list(name: str, path: Path) -> ImageSource:
-    if _is_image(path.name):
+def _from_list(name: str, path: Path, check: bool) -> ImageSource:
+    if path.name.lower().endswith(EXTENSIONS):
         raise UsageError(f"{name}: is one image; expected {_EXPECTED}")
     try:
         # not splitlines(), which also splits at characters that a file name may contain
@@ -205,19 +210,19 @@ def _from_list(name: str, path: Path) -> ImageSource:
     root = path.parent
     paths = [str(root / row[0]) for _, row in rows]
     if fields == 1:
-        return _finish(name, root, paths, None, [])
+        return _finish(name, root, paths, None, [], check)
     names = {row[1].strip() for _, row in rows}
     # numbers in numeric order, so that a label that is a number usually keeps it
     classes = sorted(names, key=int) if all(c.isdecimal() for c in names) else sorted(names)
     number_of = {c: i for i, c in enumerate(classes)}
-    return _finish(name, root, paths, [number_of[row[1].strip()] for _, row in rows], classes)
+    return _finish(name, root, paths, [number_of[row[1].strip()] for _, row in rows], classes, check)
 
 
 # ---- both -----------------------------------------------------------------------------------------
 
 
 def _finish(
-    name: str, root: Path, paths: list[str], labels: list[int] | None, classes: list[str]
+    name: str, root: Path, paths: list[str], labels: list[int] | None, classes: list[str], check: bool
 ) -> ImageSource:
     digest, prefix = hashlib.sha256(), str(root) + os.sep
     missing, empty = [], []
@@ -226,22 +231,23 @@ def _finish(
             size = os.stat(path).st_size
         except (OSError, ValueError):
             missing.append(path)
-            continue
-        if not size:
-            empty.append(path)
+            size = 0
+        else:
+            if not size:
+                empty.append(path)
         # below the root, so that a moved data set is still the same
         shown = path[len(prefix) :] if path.startswith(prefix) else path
         label = "" if labels is None else classes[labels[row]]
         digest.update(f"{shown}\t{size}\t{label}\n".encode("utf-8", "surrogateescape"))
-    if missing:
+    if missing and check:
         whole = "; is it a list of images?" if len(missing) == len(paths) else ""
         raise UsageError(
             f"{name}: {len(missing)} of {len(paths)} files do not exist, first: {missing[0][:300]}{whole}"
         )
-    if empty:
+    if empty and check:
         raise DataError(
             f"{name}: {len(empty)} of {len(paths)} files are empty (0 bytes), first: {empty[0]}; "
-            "remove them, or name only the good files in a list file"
+            "remove them, or leave them out with `extrema-fast index`"
         )
     tensor = None if labels is None else torch.tensor(labels, dtype=torch.int64)
     return ImageSource(name, paths, tensor, classes, digest.hexdigest())
