@@ -471,10 +471,10 @@ def _search(args: list[str]) -> None:
     _set_up_logging(quiet=True)
     as_json = options.pop("json")
 
-    from . import search
+    from .search import format_table, search
 
-    result = search.search(options.pop("query"), options.pop("index"), **options)
-    print(json.dumps(result, indent=1) if as_json else search.format_table(result))
+    result = search(options.pop("query"), options.pop("index"), **options)
+    print(json.dumps(result, indent=1) if as_json else format_table(result))
 
 
 def _encoders(args: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from pathlib import Path
@@ -85,7 +86,8 @@ def write_sheet(path: Path, lines: list[list[Tile]], *, exif: bool = False) -> N
         sheet.save(temporary, format="PNG", pnginfo=marks)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise StorageError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 

@@ -12,6 +12,7 @@ In rows.tsv a backslash, tab, line end or byte that is no UTF-8 is written as an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -106,7 +107,8 @@ def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise StorageError(
             f"{path}: cannot be written ({error.strerror or error}); what is finished stays, and the same "
             "command continues once there is room"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import convert
 from .config import DataConfig
+from .data import choose_loader
 from .dist import World, pick_device
 from .embed_parts import Job, Settings, encode_batch
 from .embeddings import Embeddings, Row, load_embeddings
@@ -167,7 +168,15 @@ def _encode(
             f"{path}: other weights ({weights_hash(encoder)}) than those of the index ({made['hash']}), so features "
             "cannot be compared; give the right ones with --weights PATH, or embed again with these"
         )
-    cfg = DataConfig(exif=settings.exif)
+    try:
+        loader = choose_loader(settings.loader)
+    except UsageError:
+        log.warning(
+            "the index was made with the %s loader, which is not here; pixels differ by rounding",
+            settings.loader,
+        )
+        loader = "auto"
+    cfg = DataConfig(loader=loader, exif=settings.exif)
     job = Job(encoder.to(device).eval(), images, settings, cfg, 32, World(device), strict=True)
     return torch.cat(
         [encode_batch(job, batch, rows) for batch, rows in job.images(torch.arange(len(images)))]

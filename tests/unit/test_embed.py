@@ -1,0 +1,466 @@
+"""Features of image sets: what `embed` writes, how it goes on, what it refuses.
+
+Covers: class token, mean and patch tokens, raw and normed, equal to `Encoder.encode` in every file format and
+type; rows.tsv, labels, odd file names; parts and batches; a share of the patches keyed by image; killed after
+every kind of write and continued to the same bytes without computing a part again; two processes, the same
+bytes; broken images listed and left out, or an error with --strict; none left; a full disk; damaged parts; a
+second job; other settings, weights or images, foreign folders; diverged weights, numbers beyond fp16; memory
+holds a few parts only; the command line.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import extrema_fast
+from extrema_fast.augment import normalize
+from extrema_fast.config import DataConfig, from_dict
+from extrema_fast.convert import load_encoder, save_weights, weights_meta
+from extrema_fast.data import EvalLoader, open_source
+from extrema_fast.embed import describe, embed
+from extrema_fast.embeddings import escape, load_embeddings, unescape
+from extrema_fast.errors import DataError, NonFiniteError, StorageError, UsageError
+from extrema_fast.method import ExtreMA
+
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
+
+CFG = from_dict(
+    {
+        "model": {
+            "img_size": [24, 24],
+            "patch_size": 8,
+            "width": 16,
+            "depth": 1,
+            "heads": 2,
+            "drop_path": 0.0,
+        },
+        "mask": {"ratio": 0.5, "views": 1},
+        "head": {"hidden": 16, "out": 8, "predictor_hidden": 16},
+        "data": {"mean": [0.4, 0.5, 0.6]},
+    }
+)
+SMALL = {"batch_size": 3, "part_images": 6, "loader": "pil", "progress": False}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A weights folder of a tiny encoder whose class token depends visibly on the image."""
+    torch.manual_seed(1)
+    method = ExtreMA(CFG)
+    with torch.no_grad():
+        for p in method.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return save_weights(tmp_path_factory.mktemp("w") / "weights", method, weights_meta(CFG, 7))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """19 images in two class folders."""
+    root = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(5)
+    for i in range(19):
+        path = root / ("ape", "bee")[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        coarse = draw.integers(0, 256, (3, 4, 3)).astype(np.uint8)
+        Image.fromarray(coarse).resize((30 + i, 41 - i)).save(path)
+    return root
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def expected(weights: Path, images: Path, which="teacher", norm=True):
+    encoder = load_encoder(weights, which)
+    loader = EvalLoader(open_source(str(images)), DataConfig(loader="pil"), encoder.img_size, batch_size=64)
+    pixels = torch.cat([x for x, _ in loader])
+    with torch.no_grad():
+        return encoder.encode(normalize(pixels, encoder.mean, encoder.std), norm=norm)
+
+
+# ---- what is written ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file_format", ["npy", "parquet", "safetensors"])
+@pytest.mark.parametrize(
+    ("tokens", "norm", "which"),
+    [("class", True, "teacher"), ("mean", False, "student"), ("patch", True, "teacher")],
+)
+def test_features_are_the_encoders(tmp_path, weights, images, file_format, tokens, norm, which):
+    if file_format == "parquet":
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra: parquet)")
+    options = dict(tokens=tokens, norm=norm, which=which, format=file_format)
+    got = embed(str(images), tmp_path / "f", weights, **options, **SMALL)
+    out = expected(weights, images, which, norm)
+    want = {"class": out.cls, "mean": out.patches.mean(1), "patch": out.patches}[tokens]
+    assert got.shape == want.shape[1:] and len(got) == 19 and got.broken == 0
+    torch.testing.assert_close(got.features(), want, rtol=1e-5, atol=1e-6)
+    assert want.std(0).min() > 1e-3
+    # each format is readable without this project
+    part = tmp_path / "f" / "features" / f"00001.{file_format}"
+    if file_format == "npy":
+        alone = torch.from_numpy(np.load(part))
+    elif file_format == "safetensors":
+        alone = load_file(part)["features"]
+        assert load_file(part)["rows"].tolist() == list(range(6, 12))
+    else:
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(tmp_path / "f" / "features")
+        assert table["row"].to_pylist() == list(range(19))
+        assert table["path"].to_pylist() == open_source(str(images)).paths
+        assert table["label"].to_pylist() == ["ape"] * 10 + ["bee"] * 9
+        alone = torch.tensor(pq.read_table(part)["features"].to_pylist()).reshape(6, *got.shape)
+    assert torch.equal(alone, got.features()[6:12])
+
+
+def test_rows_say_which_image_is_where(tmp_path, weights, images):
+    got = embed(str(images), tmp_path / "f", weights, **SMALL)
+    source = open_source(str(images))
+    lines = (tmp_path / "f" / "rows.tsv").read_text().splitlines()
+    assert lines[0] == "row\tpath\tlabel" and lines[11] == f"10\t{source.paths[10]}\tbee"
+    assert [tuple(r) for r in got.rows()] == [
+        (i, p, source.classes[source.labels[i]]) for i, p in enumerate(source.paths)
+    ]
+    assert "19 images\nclass token of the teacher, [16] fp32 each, in 4 npy files" in describe(got)
+    # a part is the same whatever is beside it
+    few = embed(str(images), tmp_path / "g", weights, **{**SMALL, "part_images": 3})
+    assert torch.equal(few.features(), got.features()) and len(list((tmp_path / "g/features").iterdir())) == 7
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_short_types(tmp_path, weights, images, dtype):
+    got = embed(str(images), tmp_path / "f", weights, dtype=dtype, format="safetensors", **SMALL).features()
+    assert got.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    # computed with bf16 products where the processor has them: 8 bits through a few layers
+    torch.testing.assert_close(got.float(), expected(weights, images).cls, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("file_format", ["npy", "parquet"])
+def test_bf16_needs_safetensors(tmp_path, weights, images, file_format):
+    with pytest.raises(UsageError, match=f"{file_format} files have no such type; use --dtype fp16 or fp32"):
+        embed(str(images), tmp_path / "f", weights, dtype="bf16", format=file_format)
+    assert not (tmp_path / "f").exists()
+
+
+def test_fp16_parquet(tmp_path, weights, images):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra: parquet)")
+    options = dict(dtype="fp16", tokens="patch", **SMALL)
+    a = embed(str(images), tmp_path / "a", weights, format="parquet", **options).features()
+    b = embed(str(images), tmp_path / "b", weights, format="npy", **options).features()
+    assert a.shape == (19, 9, 16) and torch.equal(a, b)
+
+
+def test_parquet_needs_pyarrow(tmp_path, weights, images, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UsageError, match=r"pyarrow, which is not installed; pip install .*\[parquet\]"):
+        embed(str(images), tmp_path / "f", weights, format="parquet")
+
+
+def test_another_size(tmp_path, weights, images):
+    got = embed(str(images), tmp_path / "f", weights, tokens="patch", img_size=(16, 40), **SMALL)
+    assert got.shape == (2 * 5, 16) and got.config["grid"] == [2, 5]
+
+
+def test_part_of_the_patches(tmp_path, weights, images):
+    half = {**SMALL, "keep_ratio": 0.5}
+    a = embed(str(images), tmp_path / "a", weights, **half).features()
+    b = embed(str(images), tmp_path / "b", weights, **{**half, "batch_size": 2}).features()
+    # which patches follows from the image, not from the batch
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert (a - expected(weights, images).cls).abs().max() > 1e-2
+    with pytest.raises(UsageError, match="--keep-ratio: patch tokens"):
+        embed(str(images), tmp_path / "c", weights, tokens="patch", **half)
+
+
+@pytest.mark.parametrize("text", ["a\tb\nc\r\\d\\n", "tab\\t", os.fsdecode(b"\xff\xfe.png"), "ünï 😀"])
+def test_escapes(text):
+    assert unescape(escape(text)) == text
+    escape(text).encode()
+    assert not set("\t\n\r") & set(escape(text))
+
+
+def test_odd_file_names(tmp_path, weights, images):
+    folder = tmp_path / "i"
+    folder.mkdir()
+    names = ["a\tb.png", "c\nd.png", os.fsdecode(b"\xff.png"), "e\\t.png"]
+    for name in names:
+        shutil.copy(images / "ape" / "00.png", folder / name)
+    got = embed(str(folder), tmp_path / "f", weights, **SMALL)
+    assert [r.path for r in got.rows()] == open_source(str(folder)).paths
+    assert {Path(r.path).name for r in got.rows()} == set(names)
+
+
+# ---- going on -------------------------------------------------------------------------------------
+
+# dies after so many files have come into place
+DIE = """
+import os, signal
+real, left = os.replace, [{}]
+def replace(a, b):
+    real(a, b)
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replace
+"""
+
+
+def test_killed_and_continued(tmp_path, weights, images, run_cli):
+    args = ["embed", images, tmp_path / "f", "--weights", weights]
+    args += ["--batch-size", 3, "--part-images", 6, "--loader", "pil", "--format", "safetensors"]
+    whole = embed(str(images), tmp_path / "whole", weights, format="safetensors", **SMALL)
+    first = tmp_path / "f" / "features" / "00000.safetensors"
+    # settings; a part without its record; a part with it; all parts; rows.tsv
+    for after, done in ((1, 0), (2, 1), (3, 1), (7, 4), (2, 4)):
+        codes, text = run_cli(*args, setup=DIE.format(after))
+        assert codes == [-9], text
+        assert len(list((tmp_path / "f" / "features").glob("0*"))) == done
+        with pytest.raises(UsageError, match="not finished"):
+            load_embeddings(tmp_path / "f")
+        if (after, done) == (3, 1):
+            made = first.stat().st_mtime_ns
+    codes, text = run_cli(*args)
+    assert codes == [0] and "continues, 4 of 4 parts are finished" in text and "19 images" in text
+    assert files(tmp_path / "f") == files(tmp_path / "whole")
+    assert first.stat().st_mtime_ns == made
+    codes, text = run_cli(*args)
+    assert codes == [0] and "nothing to compute" in text
+    assert len(whole) == 19
+
+
+def test_two_processes(tmp_path, weights, images, run_cli):
+    embed(str(images), tmp_path / "one", weights, **SMALL)
+    args = ["embed", images, tmp_path / "two", "--weights", weights]
+    args += ["--batch-size", 3, "--part-images", 6, "--loader", "pil"]
+    codes, text = run_cli(*args, processes=2)
+    assert codes == [0, 0] and text.count("19 images\n") == 1, text
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    codes, text = run_cli(*args, "--dtype", "fp16", processes=2)
+    assert codes == [2, 2] and "dtype: fp32 there, fp16 now" in text
+
+
+def test_error_of_one_process_ends_both(tmp_path, weights, images, run_cli):
+    shutil.copytree(images, tmp_path / "i")
+    (tmp_path / "i" / "bee" / "17.png").write_text("no image")
+    args = ["embed", tmp_path / "i", tmp_path / "f", "--weights", weights, "--strict"]
+    codes, text = run_cli(*args, "--batch-size", 3, "--part-images", 6, "--loader", "pil", processes=2)
+    assert codes == [4, 4] and "17.png" in text and "another process has stopped" in text
+
+
+def test_full_disk(tmp_path, weights, images, monkeypatch):
+    calls = []
+
+    def full(fd):
+        calls.append(fd)
+        if len(calls) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="No space left on device"):
+            embed(str(images), tmp_path / "f", weights, **SMALL)
+    assert not list((tmp_path / "f").rglob(".tmp*"))
+    embed(str(images), tmp_path / "f", weights, **SMALL)
+    embed(str(images), tmp_path / "g", weights, **SMALL)
+    assert files(tmp_path / "f") == files(tmp_path / "g")
+
+
+def test_damaged_part_is_made_again(tmp_path, weights, images):
+    want = embed(str(images), tmp_path / "f", weights, **SMALL).features()
+    part, other = (tmp_path / "f" / "features" / f"0000{n}.npy" for n in (1, 2))
+    made = other.stat().st_mtime_ns
+    part.write_bytes(part.read_bytes()[:-5])
+    with pytest.raises(UsageError, match=r"not finished \(3 of 4 parts\)"):
+        load_embeddings(tmp_path / "f")
+    again = embed(str(images), tmp_path / "f", weights, **SMALL)
+    assert torch.equal(again.features(), want) and other.stat().st_mtime_ns == made
+    # same size, other bytes
+    part.write_bytes(b"x" * part.stat().st_size)
+    with pytest.raises(UsageError, match=r"00001\.npy: damaged"):
+        load_embeddings(tmp_path / "f").features()
+
+
+def test_one_job_at_a_time(tmp_path, weights, images):
+    import fcntl
+
+    embed(str(images), tmp_path / "f", weights, **SMALL)
+    with open(tmp_path / "f" / ".lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="another job is writing features here"):
+            embed(str(images), tmp_path / "f", weights, **SMALL)
+    embed(str(images), tmp_path / "f", weights, **SMALL)
+
+
+# ---- refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"tokens": "mean"}, "tokens: class there, mean now"),
+        ({"dtype": "fp16"}, "dtype: fp32 there, fp16 now"),
+        ({"which": "student"}, "weights which: teacher there, student now; weights hash: "),
+        ({"img_size": 32}, r"img_size: \[24, 24\] there, \[32, 32\] now"),
+        ({"limit": 5}, "data images: 19 there, 5 now"),
+        ({"part_images": 9}, "part_images: 6 there, 9 now"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path, weights, images, change, named):
+    embed(str(images), tmp_path / "f", weights, **SMALL)
+    before = files(tmp_path / "f")
+    with pytest.raises(UsageError, match=f"{named}.*--force"):
+        embed(str(images), tmp_path / "f", weights, **{**SMALL, **change})
+    assert files(tmp_path / "f") == before
+    (tmp_path / "f" / "notes.txt").write_text("mine")
+    again = embed(str(images), tmp_path / "f", weights, **{**SMALL, **change}, force=True)
+    assert len(again) == change.get("limit", 19)
+    fresh = embed(str(images), tmp_path / "g", weights, **{**SMALL, **change})
+    assert torch.equal(again.features(), fresh.features())
+    assert (tmp_path / "f" / "notes.txt").read_text() == "mine"
+
+
+def test_changed_images_are_refused(tmp_path, weights, images):
+    shutil.copytree(images, tmp_path / "i")
+    embed(str(tmp_path / "i"), tmp_path / "f", weights, **SMALL)
+    Image.new("RGB", (60, 60), (1, 2, 3)).save(tmp_path / "i" / "ape" / "00.png")
+    with pytest.raises(UsageError, match="data fingerprint: "):
+        embed(str(tmp_path / "i"), tmp_path / "f", weights, **SMALL)
+
+
+def test_foreign_folders_are_left_alone(tmp_path, weights, images):
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "config.json").write_text('{"format": "another"}')
+    (tmp_path / "file").write_text("text")
+    for force in (False, True):
+        with pytest.raises(UsageError, match="holds other files; nothing was touched"):
+            embed(str(images), tmp_path / "f", weights, force=force, **SMALL)
+        with pytest.raises(UsageError, match="is a file"):
+            embed(str(images), tmp_path / "file", weights, force=force, **SMALL)
+    assert files(tmp_path) == {"f/config.json": b'{"format": "another"}', "file": b"text"}
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ({"tokens": "cls"}, "--tokens: expected class, mean, patch, got 'cls'"),
+        ({"dtype": "fp64"}, "--dtype: expected fp32, fp16, bf16, got 'fp64'"),
+        ({"format": "csv"}, "--format: expected npy, parquet, safetensors, got 'csv'"),
+        ({"keep_ratio": 0.0}, "--keep-ratio: expected a share"),
+        ({"batch_size": 0}, "--batch-size: expected at least 1, got 0"),
+        ({"part_images": 7}, "--part-images: 7 is not a multiple of the 3 images"),
+        ({"which": "both"}, "which"),
+        ({"img_size": 25}, "25"),
+        ({"limit": -1}, "limit"),
+    ],
+)
+def test_bad_options(tmp_path, weights, images, option, named):
+    with pytest.raises(UsageError, match=named):
+        embed(str(images), tmp_path / "f", weights, **{**SMALL, **option})
+    assert not (tmp_path / "f").exists()
+
+
+def test_diverged_weights(tmp_path, weights, images):
+    bad = tmp_path / "w"
+    shutil.copytree(weights, bad)
+    from safetensors.torch import save_file
+
+    tensors = load_file(bad / "teacher.safetensors")
+    large = {**tensors, "norm.weight": tensors["norm.weight"] * 1e6}
+    save_file(large, bad / "teacher.safetensors")
+    with pytest.raises(UsageError, match="does not fit --dtype fp16; use fp32"):
+        embed(str(images), tmp_path / "f", bad, dtype="fp16", **SMALL)
+    save_file({**tensors, "norm.bias": tensors["norm.bias"] * float("nan")}, bad / "teacher.safetensors")
+    with pytest.raises(NonFiniteError, match=r"00\.png: its features are not finite"):
+        embed(str(images), tmp_path / "g", bad, **SMALL)
+
+
+# ---- broken images --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loader", ["pil", "dali"])
+def test_broken_images_are_left_out_and_listed(tmp_path, weights, images, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed (extra: dali-cuda13)")
+    shutil.copytree(images, tmp_path / "i")
+    whole = (tmp_path / "i" / "ape" / "04.png").read_bytes()
+    bad = {"ape/04.png": whole[: len(whole) // 2], "ape/06.png": b"no image", "bee/17.png": b"\x89PNG"}
+    for name, content in bad.items():
+        (tmp_path / "i" / name).write_bytes(content)
+    options = {**SMALL, "loader": loader}
+    good = embed(str(images), tmp_path / "good", weights, **options)
+    got = embed(str(tmp_path / "i"), tmp_path / "f", weights, **options)
+    assert (len(got), got.broken) == (16, 3)
+    rows = [2, 3, 18]
+    kept = [i for i in range(19) if i not in rows]
+    assert [r.row for r in got.rows()] == kept
+    torch.testing.assert_close(got.features(), good.features()[kept], rtol=1e-5, atol=1e-6)
+    lines = [line.split("\t") for line in (tmp_path / "f" / "broken.tsv").read_text().splitlines()]
+    assert lines[0] == ["row", "path", "reason"] and [int(line[0]) for line in lines[1:]] == rows
+    assert [line[1] for line in lines[1:]] == [str(tmp_path / "i" / name) for name in bad]
+    assert all(line[2] and "remove it" not in line[2] for line in lines[1:])
+    assert "3 more could not be read, listed in broken.tsv" in describe(got)
+    with pytest.raises(DataError, match=r"04\.png"):
+        embed(str(tmp_path / "i"), tmp_path / "strict", weights, strict=True, **options)
+
+
+def test_no_image_left(tmp_path, weights):
+    (tmp_path / "i").mkdir()
+    for i in range(7):
+        (tmp_path / "i" / f"{i}.png").write_text("no image")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"none of the 7 images can be read, first: .*0\.png \("):
+            embed(str(tmp_path / "i"), tmp_path / "f", weights, **SMALL)
+
+
+def test_memory_holds_a_few_parts(tmp_path, weights, images, monkeypatch):
+    from extrema_fast import embed_parts
+    from extrema_fast.embeddings import write_part as write
+
+    encode = embed_parts.encode_batch
+    encoded, ahead = [0], []
+
+    def count(job, batch, rows):
+        encoded[0] += len(batch)
+        return encode(job, batch, rows)
+
+    def written(folder, number, *rest):
+        ahead.append(encoded[0] - 3 * (number + 1))
+        write(folder, number, *rest)
+
+    monkeypatch.setattr(embed_parts, "encode_batch", count)
+    monkeypatch.setattr(importlib.import_module("extrema_fast.embed"), "write_part", written)
+    embed(str(images), tmp_path / "f", weights, **{**SMALL, "part_images": 3})
+    # the one being written, and the one being computed
+    assert len(ahead) == 7 and max(ahead) <= 6
+
+
+# ---- the command line -----------------------------------------------------------------------------
+
+
+def test_command(tmp_path, weights, images, capsys):
+    from extrema_fast.cli import main
+
+    args = ["embed", str(images), str(tmp_path / "f"), "--weights", str(weights), "--tokens", "patch"]
+    args += ["--img-size", "16", "40", "--no-norm", "--loader", "pil", "--batch-size", "4", "--limit", "5"]
+    assert main(args) == 0
+    printed = capsys.readouterr()
+    assert "5 images\npatch tokens of the teacher, [10, 16] fp32 each, in 1 npy file;" in printed.out
+    config = json.loads((tmp_path / "f" / "config.json").read_text())
+    assert config["complete"] and config["settings"]["norm"] is False
+    assert main([*args, "--img-size", "1", "2", "3"]) == 2
+    assert main(["embed", "/nowhere", str(tmp_path / "g"), "--weights", str(weights)]) == 2
+    assert main(["embed", str(images), str(tmp_path / "g")]) == 2
+    assert not (tmp_path / "g").exists()
+    assert extrema_fast.load_embeddings(tmp_path / "f").shape == (10, 16)

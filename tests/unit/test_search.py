@@ -1,0 +1,350 @@
+"""Nearest images by features.
+
+Covers: scores and order against a plain fp64 computation, over parts, ties in row order, empty parts; the query
+as an image file, a path of the index (left out of its own results, also among equal images), a folder, one
+image in a list; memory by part; the picture: tiles, text, what it may replace, images that are gone or changed;
+patch tokens, unfinished indexes, weights that are gone or others, moved weights, k, queries that are no images;
+the command line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from extrema_fast.cli import main
+from extrema_fast.config import from_dict
+from extrema_fast.contact_sheet import GAP, MARGIN, SIDE, Tile, write_sheet
+from extrema_fast.convert import save_weights, weights_meta
+from extrema_fast.embed import embed
+from extrema_fast.errors import DataError, StorageError, UsageError
+from extrema_fast.method import ExtreMA
+from extrema_fast.search import format_table, nearest, search
+
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
+
+CFG = from_dict(
+    {
+        "model": {
+            "img_size": [24, 24],
+            "patch_size": 8,
+            "width": 16,
+            "depth": 1,
+            "heads": 2,
+            "drop_path": 0.0,
+        },
+        "mask": {"ratio": 0.5, "views": 1},
+        "head": {"hidden": 16, "out": 8, "predictor_hidden": 16},
+    }
+)
+SMALL = {"batch_size": 3, "part_images": 3, "loader": "pil", "progress": False}
+
+
+def random_weights(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    method = ExtreMA(CFG)
+    with torch.no_grad():
+        for p in method.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return save_weights(folder, method, weights_meta(CFG, 7))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with `images` (13, in two classes), `weights` and `index`."""
+    root = tmp_path_factory.mktemp("made")
+    draw = np.random.default_rng(7)
+    for i in range(13):
+        path = root / "images" / ("ape", "bee")[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = draw.integers(0, 256, (3, 4, 3)).astype(np.uint8)
+        Image.fromarray(coarse).resize((30 + i, 41 - i)).save(path)
+    random_weights(root / "weights", 1)
+    embed(str(root / "images"), root / "index", root / "weights", **SMALL)
+    return root
+
+
+@pytest.fixture
+def moving(made, tmp_path) -> Path:
+    """A copy that a test may spoil; its index knows the copy's weights and images."""
+    shutil.copytree(made / "images", tmp_path / "images")
+    shutil.copytree(made / "weights", tmp_path / "weights")
+    embed(str(tmp_path / "images"), tmp_path / "index", tmp_path / "weights", **SMALL)
+    return tmp_path
+
+
+class Bank:
+    """Features in parts, as `Embeddings` gives them."""
+
+    def __init__(self, *parts: torch.Tensor) -> None:
+        self._parts = parts
+
+    def parts(self):
+        first = 0
+        for part in self._parts:
+            yield first, part
+            first += len(part)
+
+
+# ---- the arithmetic -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(1,), (19,), (7, 0, 1, 11), (2, 2, 2, 2, 39)])
+@pytest.mark.parametrize("k", [1, 5])
+def test_nearest_is_exact(sizes, k):
+    parts = [torch.randn(n, 6) for n in sizes]
+    queries = torch.randn(3, 6)
+    k = min(k, sum(sizes))
+    scores, places = nearest(queries, Bank(*parts), k)
+    bank = torch.cat(parts).double()
+    cosine = (queries.double() @ bank.T) / queries.double().norm(dim=1)[:, None] / bank.norm(dim=1)
+    want, where = cosine.topk(k, dim=1)
+    assert torch.equal(places, where)
+    torch.testing.assert_close(scores, want.float(), rtol=0, atol=1e-6)
+
+
+def test_equal_features_come_in_row_order():
+    one = torch.tensor([[1.0, 0.0]])
+    _, places = nearest(one, Bank(one.repeat(3, 1), torch.tensor([[0.0, 1.0]]), one.repeat(3, 1)), 5)
+    assert places.tolist() == [[0, 1, 2, 4, 5]]
+
+
+def test_many_queries_are_cut(monkeypatch):
+    queries, bank = torch.randn(11, 4), Bank(torch.randn(9, 4), torch.randn(5, 4))
+    want = nearest(queries, bank, 3)
+    monkeypatch.setattr(importlib.import_module("extrema_fast.search"), "QUERIES", 4)
+    got = nearest(queries, bank, 3)
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(got[0], want[0])
+
+
+# ---- queries --------------------------------------------------------------------------------------
+
+
+def test_image_file(made, tmp_path):
+    # the same picture in another file: found with a similarity of 1
+    copy = tmp_path / "copy.png"
+    shutil.copy(made / "images" / "bee" / "07.png", copy)
+    (found,) = search(copy, made / "index", k=3)
+    assert found["query"] == str(copy) and len(found["neighbours"]) == 3
+    first = found["neighbours"][0]
+    assert first["path"] == str(made / "images/bee/07.png") and first["label"] == "bee" and first["row"] == 10
+    assert first["score"] == pytest.approx(1, abs=1e-5)
+    scores = [n["score"] for n in found["neighbours"]]
+    assert scores == sorted(scores, reverse=True) and scores[1] < 0.9999
+
+
+def test_path_of_the_index(made, tmp_path, monkeypatch):
+    path = str(made / "images/bee/07.png")
+    copy = tmp_path / "copy.png"
+    shutil.copy(path, copy)
+    (found,) = search(path, made / "index", k=12)
+    (from_file,) = search(copy, made / "index", k=13)
+    # its own features, less itself
+    assert [n["row"] for n in found["neighbours"]] == [n["row"] for n in from_file["neighbours"][1:]]
+    for a, b in zip(found["neighbours"], from_file["neighbours"][1:], strict=True):
+        assert a["score"] == pytest.approx(b["score"], abs=1e-5)
+    monkeypatch.chdir(made / "images")
+    assert search("bee/07.png", made / "index", k=12) == [found]
+
+
+def test_path_among_equal_images(tmp_path, made):
+    (tmp_path / "i").mkdir()
+    for i in range(5):
+        shutil.copy(made / "images/ape/00.png", tmp_path / "i" / f"{i}.png")
+    embed(str(tmp_path / "i"), tmp_path / "f", made / "weights", **SMALL)
+    (found,) = search(tmp_path / "i" / "4.png", tmp_path / "f", k=2)
+    assert [n["row"] for n in found["neighbours"]] == [0, 1]
+    (found,) = search(tmp_path / "i" / "1.png", tmp_path / "f", k=4)
+    assert [n["row"] for n in found["neighbours"]] == [0, 2, 3, 4]
+
+
+def test_folder_of_queries(made):
+    found = search(made / "images", made / "index", k=1)
+    assert [f["neighbours"][0]["row"] for f in found] == list(range(13))
+    assert all(f["neighbours"][0]["score"] == pytest.approx(1, abs=1e-5) for f in found)
+    table = format_table(found)
+    assert table.count("+1.0000  ape  ") == 7 and table.splitlines()[0] == str(made / "images/ape/00.png")
+
+
+def test_means_and_short_types(made, tmp_path):
+    for i, options in enumerate(({"tokens": "mean"}, {"dtype": "bf16", "format": "safetensors"})):
+        embed(str(made / "images"), tmp_path / f"{i}", made / "weights", **options, **SMALL)
+        found = search(made / "images/ape", tmp_path / f"{i}", k=1)
+        assert [f["neighbours"][0]["row"] for f in found] == list(range(7))
+
+
+# ---- refused --------------------------------------------------------------------------------------
+
+
+def test_patch_tokens(made, tmp_path):
+    embed(str(made / "images"), tmp_path / "f", made / "weights", tokens="patch", **SMALL)
+    with pytest.raises(UsageError, match=r"holds patch tokens, \[9, 16\] per image.*--tokens class"):
+        search(made / "images/ape/00.png", tmp_path / "f")
+
+
+def test_index_that_is_none(made, tmp_path):
+    with pytest.raises(UsageError, match="does not exist; make one with: extrema-fast embed"):
+        search(made / "images/ape/00.png", tmp_path / "none")
+    with pytest.raises(UsageError, match="is no folder of features"):
+        search(made / "images/ape/00.png", made / "weights")
+
+
+def test_unfinished_index(moving):
+    (moving / "index" / "features" / "00002.npy").unlink()
+    with pytest.raises(UsageError, match=r"not finished \(4 of 5 parts\); the same embed command"):
+        search(moving / "images/ape/00.png", moving / "index")
+
+
+def test_weights_gone_moved_or_others(moving):
+    query = moving / "query.png"
+    shutil.copy(moving / "images/ape/00.png", query)
+    (moving / "weights").rename(moving / "elsewhere")
+    with pytest.raises(UsageError, match=r"the weights of this index are gone; .*--weights PATH"):
+        search(query, moving / "index", k=2)
+    found = search(query, moving / "index", k=2, weights=moving / "elsewhere")
+    assert found[0]["neighbours"][0]["row"] == 0
+    # an image of the index needs none
+    assert len(search(moving / "images/ape/00.png", moving / "index", k=2)[0]["neighbours"]) == 2
+    random_weights(moving / "weights", 2)
+    with pytest.raises(UsageError, match=r"other weights .* than those of the index"):
+        search(query, moving / "index", k=2)
+
+
+@pytest.mark.parametrize("k", [0, 13, -1])
+def test_k(made, k):
+    with pytest.raises(UsageError, match=r"--k: expected 1 to 12, the other images of .*index, got"):
+        search(made / "images/ape/00.png", made / "index", k=k)
+
+
+def test_k_of_foreign_queries(made, tmp_path):
+    shutil.copy(made / "images/ape/00.png", tmp_path / "q.png")
+    with pytest.raises(UsageError, match=r"--k: expected 1 to 13, the images of .*index, got 14"):
+        search(tmp_path / "q.png", made / "index", k=14)
+
+
+def test_queries_that_are_no_images(made, tmp_path):
+    (tmp_path / "broken.png").write_text("no image")
+    with pytest.raises(DataError, match=r"broken\.png"):
+        search(tmp_path / "broken.png", made / "index", k=1)
+    with pytest.raises(UsageError, match="neither an image file nor a path in the index"):
+        search(tmp_path / "none.png", made / "index", k=1)
+    with pytest.raises(UsageError, match="none: does not exist"):
+        search(tmp_path / "none", made / "index", k=1)
+
+
+# ---- the picture ----------------------------------------------------------------------------------
+
+
+def tile(sheet, line: int, column: int):
+    """The square of a tile as an array."""
+    row = (sheet.height - 2 * MARGIN + 2 * GAP) // max(1, round(sheet.height / 210))
+    x, y = MARGIN + column * (SIDE + GAP) + (GAP if column else 0), MARGIN + line * row
+    return np.asarray(sheet.convert("RGB").crop((x, y, x + SIDE, y + SIDE)))
+
+
+def colours(folder: Path) -> list[str]:
+    """Six images of one colour each."""
+    folder.mkdir()
+    paths = []
+    for i in range(6):
+        paths.append(str(folder / f"{i}.png"))
+        Image.new("RGB", (30, 30), (40 * i, 255 - 40 * i, 128)).save(paths[-1])
+    return paths
+
+
+def test_sheet_shows_query_and_found(made, tmp_path):
+    paths = colours(tmp_path / "i")
+    embed(str(tmp_path / "i"), tmp_path / "f", made / "weights", **SMALL)
+    found = search(tmp_path / "i", tmp_path / "f", k=3, out=tmp_path / "new" / "sheet.png")
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
+        sheet.load()
+    assert sheet.width == 2 * MARGIN + 4 * (SIDE + GAP)
+    for line, one in enumerate(found):
+        for column, path in enumerate([paths[line], *(n["path"] for n in one["neighbours"])]):
+            i = int(Path(path).stem)
+            assert (tile(sheet, line, column)[SIDE // 2, SIDE // 2] == (40 * i, 255 - 40 * i, 128)).all()
+    # something is written under each
+    assert len(np.unique(np.asarray(sheet.convert("L"))[MARGIN + SIDE + 2 : MARGIN + SIDE + 34])) > 10
+
+
+def test_what_a_sheet_may_replace(made, tmp_path):
+    query, index = made / "images/ape/00.png", made / "index"
+    sheet = tmp_path / "sheet.png"
+    for _ in range(2):
+        search(query, index, k=2, out=sheet)
+    shutil.copy(query, tmp_path / "photo.png")
+    before = (tmp_path / "photo.png").read_bytes()
+    with pytest.raises(UsageError, match=r"there is another file; .*--force"):
+        search(query, index, k=2, out=tmp_path / "photo.png")
+    assert (tmp_path / "photo.png").read_bytes() == before
+    search(query, index, k=2, out=tmp_path / "photo.png", force=True)
+    assert (tmp_path / "photo.png").read_bytes() == sheet.read_bytes()
+    with pytest.raises(UsageError, match=r"expected a file that ends in \.png"):
+        search(query, index, k=2, out=tmp_path / "sheet.jpg")
+    (tmp_path / "d.png").mkdir()
+    with pytest.raises(UsageError, match="is a folder"):
+        search(query, index, k=2, out=tmp_path / "d.png")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        search(query, index, k=2, out=tmp_path / "file" / "x.png")
+
+
+@pytest.mark.parametrize("change", ["gone", "changed", "one gone"])
+def test_images_that_cannot_be_shown(moving, caplog, change):
+    query = moving / "query.png"
+    shutil.copy(moving / "images/ape/00.png", query)
+    if change == "gone":
+        (moving / "images").rename(moving / "moved")
+    elif change == "changed":
+        Image.new("RGB", (50, 50)).save(moving / "images/ape/02.png")
+    else:
+        os.remove(moving / "images/ape/02.png")
+    found = search(query, moving / "index", k=13, out=moving / "sheet.png")
+    assert len(found[0]["neighbours"]) == 13
+    assert "cannot be shown" in caplog.text or "have changed" in caplog.text
+    with Image.open(moving / "sheet.png") as sheet:
+        assert len(np.unique(tile(sheet, 0, 0))) > 10 and len(np.unique(tile(sheet, 0, 1))) == 3
+
+
+def test_tiles(tmp_path):
+    data = (tmp_path / "wide.png", tmp_path / "sheet.png")
+    Image.new("RGB", (90, 30), (255, 0, 0)).save(data[0])
+    long = "a_very_long_file_name_that_cannot_fit_under_a_tile_0123456789.png"
+    write_sheet(data[1], [[Tile(data[0].read_bytes(), "query", long), Tile(b"damaged", "0.5", "x")], []])
+    with Image.open(data[1]) as sheet:
+        square = tile(sheet.convert("RGB"), 0, 0)
+        wide = (square == (255, 0, 0)).all(2)
+        # the long name does not run into the next tile
+        assert (
+            len(
+                np.unique(
+                    np.asarray(sheet.convert("L"))[MARGIN + SIDE + 24, MARGIN + SIDE : MARGIN + SIDE + 8]
+                )
+            )
+            == 1
+        )
+    # whole image with its own proportions
+    assert wide[SIDE // 2].all() and wide.sum() == SIDE * SIDE // 3
+
+
+# ---- the command line -----------------------------------------------------------------------------
+
+
+def test_command(made, capsys, tmp_path):
+    query = str(made / "images/bee/07.png")
+    args = ["search", query, str(made / "index"), "--k", "2", "--out", str(tmp_path / "sheet.png")]
+    assert main(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == query and len(lines) == 3 and lines[1].split()[1] in ("ape", "bee")
+    assert main([*args, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["query"] == query and lines[1].endswith(found["neighbours"][0]["path"])
+    assert main([*args, "--k", "0"]) == 2 and "--k: expected 1 to 12" in capsys.readouterr().err
