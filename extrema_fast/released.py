@@ -38,9 +38,9 @@ _HEADS = {
 }
 # what an encoder has at least, and all it can have
 _NEEDED = (
-    "patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed", "cls_token", "norm.weight", "norm.bias",
-    "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight",
-    "blocks_token.0.attn.q.weight", "blocks_token.0.gamma_1",
+    "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks_token.0.attn.q.weight",
+    "blocks_token.0.gamma_1", "cls_token", "blocks.0.mlp.fc1.weight", "norm.weight", "norm.bias",
+    "patch_embed.proj.bias",
 )  # fmt: skip
 _KNOWN = re.compile(
     r"(patch_embed\.proj|norm|fc_norm|head|predictor)\.|(pos_embed|cls_token)$"

@@ -1,17 +1,15 @@
-"""Weights in and out.
+"""Weights folders and what `load_encoder` makes of them.
 
-Covers: save and load of a method's weights, both networks; a run folder's newest complete weights; options
-of `load_encoder`; the run's own initial encoder; filling a method; released files made here in the
-published layout; every refusal: missing, empty, damaged, truncated, other architecture, unknown keys,
-pickled code that must not run.
+Covers: save and load of a method's weights, both networks; a run folder's newest complete weights; a single
+file with and without its description; every option of loading, the run's own initial encoder; filling a
+method; every refusal: missing, empty, damaged, truncated, another architecture, unknown keys, a wrong
+`which`, options that the weights cannot give.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import shutil
 
 import pytest
 import torch
@@ -19,36 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from extrema_fast import config as c
 from extrema_fast import convert
-from extrema_fast.errors import UsageError
+from extrema_fast.encoder import sincos_table
 from extrema_fast.method import ExtreMA
-
-CFG = c.from_dict(
-    {
-        "model": {
-            "img_size": [16, 16],
-            "patch_size": 8,
-            "width": 64,
-            "depth": 2,
-            "heads": 1,
-            "mlp_ratio": 2.0,
-        },
-        "head": {"hidden": 24, "out": 12, "predictor_hidden": 20},
-        "data": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
-        "mask": {"views": 1, "keep": 2},
-        "train": {"seed": 3},
-    },
-    c.smoke(),
-)
-IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-
-
-def trained() -> ExtreMA:
-    """A method whose two networks differ from each other and from their start."""
-    method = ExtreMA(CFG)
-    with torch.no_grad():
-        for p in method.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
-    return method
+from extrema_fast.resample import adapt_in_chans, resample_patch_kernel
+from tests.unit._weights import CFG, IMAGES, refused, trained
 
 
 @pytest.fixture
@@ -59,16 +31,6 @@ def method() -> ExtreMA:
 @pytest.fixture
 def folder(tmp_path, method):
     return convert.save_weights(tmp_path / "w", method, convert.weights_meta(CFG, 7))
-
-
-def refused(call, *words: str) -> str:
-    with pytest.raises(UsageError) as error:
-        call()
-    text = str(error.value)
-    assert error.value.exit_code == 2 and "\n" not in text
-    for word in words:
-        assert word in text, text
-    return text
 
 
 # ---- save and load --------------------------------------------------------------------------------
@@ -131,6 +93,89 @@ def test_options_of_loading(folder):
     refused(lambda: convert.load_encoder(folder, img_size=20), "20", "patch size 8", "16 or 24")
 
 
+def test_other_channels_and_patches(folder, method):
+    own = method.teacher.state_dict()["patch_embed.proj.weight"]
+    for chans in (1, 2, 4, 5):
+        encoder = convert.load_encoder(folder, in_chans=chans)
+        assert torch.equal(encoder.patch_embed.proj.weight, adapt_in_chans(own, chans))
+        assert encoder(torch.randn(1, chans, 16, 16)).shape == (1, 64)
+        assert len(encoder.mean) == len(encoder.std) == max(3, chans)
+    small = convert.load_encoder(folder, patch_size=4)
+    assert small.patch_size == 4 and small.grid == (4, 4)
+    assert torch.equal(small.patch_embed.proj.weight, resample_patch_kernel(own, 4))
+    assert torch.equal(small.pos_embed[0], sincos_table(64, (4, 4)))
+    # the same grid on a larger image: features hardly change
+    large = convert.load_encoder(folder, patch_size=16, img_size=32)
+    assert large.grid == (2, 2)
+    smooth = torch.nn.functional.interpolate(torch.randn(2, 3, 2, 2), size=16, mode="bicubic")
+    wide = torch.nn.functional.interpolate(smooth, size=32, mode="bicubic")
+    with torch.no_grad():
+        near, far = convert.load_encoder(folder)(smooth), convert.load_encoder(folder)(smooth.flip(0))
+        assert (large(wide) - near).norm() < 0.1 * (far - near).norm()
+    refused(lambda: convert.load_encoder(folder, in_chans=0), "in_chans", "0")
+    refused(lambda: convert.load_encoder(folder, patch_size=5), "patch", "5")
+
+
+def test_position_coordinates(folder):
+    wide = convert.load_encoder(folder, img_size=(24, 32), pos_coords="rescaled")
+    table = sincos_table(64, (3, 4), trained=(2, 2))
+    assert torch.equal(wide.pos_embed[0], table)
+    assert not torch.equal(convert.load_encoder(folder, img_size=(24, 32)).pos_embed[0], table)
+    # where it was trained the two are the same
+    same = convert.load_encoder(folder, pos_coords="rescaled")
+    assert torch.allclose(same.pos_embed[0], sincos_table(64, (2, 2)), atol=1e-6)
+    refused(lambda: convert.load_encoder(folder, pos_coords="relative"), "pos_coords", "'relative'")
+
+
+def test_hints_that_contradict_the_description(folder):
+    assert convert.load_encoder(folder, grid=(2, 2), num_heads=4).heads == 4
+    refused(lambda: convert.load_encoder(folder, grid=(4, 1)), "grid: 4 x 1", "2 x 2", "img_size")
+    refused(lambda: convert.load_encoder(folder, grid=(4,)), "grid", "(rows, columns)")
+    refused(lambda: convert.load_encoder(folder, num_heads=5), "num_heads: 5", "64")
+    refused(lambda: convert.load_encoder(folder, pos_embed="none"), "pos_embed", "'none'")
+    refused(lambda: convert.load_encoder(folder, fc_norm=True), "fc_norm", "avg")
+    refused(lambda: convert.load_encoder(folder, global_pool="max"), "global_pool", "'max'")
+
+
+def test_drop_path_for_fine_tuning(folder):
+    assert convert.load_encoder(folder, "student", drop_path_rate=0.25).drop_path_rate == 0.25
+
+
+# ---- single files ---------------------------------------------------------------------------------
+
+
+def test_a_file_of_a_folder_is_one_network(folder, method):
+    student = folder / "student.safetensors"
+    assert torch.equal(convert.load_encoder(student, "student").cls_token, method.student.cls_token)
+    # asking for the other one must not read the file beside it
+    refused(lambda: convert.load_encoder(student, "teacher"), "holds no teacher weights", "student")
+    refused(lambda: convert.load_encoder(student), "holds no teacher weights", "student")
+
+
+def test_a_bare_file_tells_its_architecture(folder, tmp_path, method):
+    bare = tmp_path / "bare" / "any_name.safetensors"
+    bare.parent.mkdir()
+    bare.write_bytes((folder / "teacher.safetensors").read_bytes())
+    encoder = convert.load_encoder(bare)
+    assert encoder.heads == 1 and encoder.config.shape == (64, 2, 1) and encoder.img_size == (16, 16)
+    with torch.no_grad():
+        assert torch.equal(encoder(IMAGES), method.teacher.eval()(IMAGES))
+    # a description beside it that is somebody else's changes nothing, neither does the name of a network
+    (bare.parent / "config.json").write_text('{"architectures": ["Evil"], "model_type": "evil"}')
+    assert torch.equal(convert.load_encoder(bare).cls_token, method.teacher.cls_token)
+    bare.rename(bare.parent / "student.safetensors")
+    assert torch.equal(
+        convert.load_encoder(bare.parent / "student.safetensors").cls_token, method.teacher.cls_token
+    )
+    assert convert.load_encoder(bare.parent / "student.safetensors", num_heads=2).heads == 2
+    refused(lambda: convert.load_encoder(bare.parent), "config.json", "Hugging Face", "evil")
+
+
+def test_a_run_folders_checkpoint_is_not_its_weights(tmp_path):
+    (tmp_path / "COMPLETE").touch()
+    refused(lambda: convert.load_encoder(tmp_path), "a checkpoint of a run", "weights/step_*")
+
+
 def test_the_runs_own_start(folder):
     start = convert.random_encoder_like(folder)
     assert not start.training and start.mean == (0.1, 0.2, 0.3)
@@ -165,7 +210,16 @@ def test_folders_without_weights(tmp_path):
     (tmp_path / "log.jsonl").touch()
     refused(lambda: convert.load_encoder(tmp_path), "saved no weights yet")
     save_file({"a": torch.ones(1)}, tmp_path / "alone.safetensors")
-    refused(lambda: convert.load_encoder(tmp_path / "alone.safetensors"), "alone.safetensors", "config.json")
+    refused(
+        lambda: convert.load_encoder(tmp_path / "alone.safetensors"),
+        "alone.safetensors",
+        "not ExtreMA weights",
+        "missing: patch_embed.proj.weight",
+        "extra: a",
+    )
+    # tensors without a description say how to read them
+    (tmp_path / "log.jsonl").unlink()
+    refused(lambda: convert.load_encoder(tmp_path), "config.json is missing", "alone.safetensors")
 
 
 # ---- damage ---------------------------------------------------------------------------------------
@@ -186,6 +240,8 @@ def test_weights_that_are_something_else(folder):
     refused(lambda: convert.load_encoder(folder), "teacher.safetensors", "damaged")
     (folder / "teacher.safetensors").unlink()
     refused(lambda: convert.load_encoder(folder), "no teacher weights")
+    # nothing is taken in place of what was asked for
+    assert convert.load_encoder(folder, "student").cls_token is not None
     refused(lambda: convert.load_encoder(folder, "momentum"), "'teacher' or 'student'", "'momentum'")
 
 
@@ -221,14 +277,23 @@ def test_weights_of_another_architecture(folder):
             json.dumps(meta | {"model": meta["model"] | changes}), encoding="utf-8"
         )
 
-    describe(depth=3)
-    refused(lambda: convert.load_encoder(folder), "do not fit", "missing: blocks.2.")
-    describe(depth=1)
-    refused(lambda: convert.load_encoder(folder), "do not fit", "unknown: blocks.1.")
-    describe(width=128, heads=2)
-    refused(lambda: convert.load_encoder(folder), "do not fit", "shape:", "[64", "[128")
-    describe(pool_depth=1)
-    refused(lambda: convert.load_encoder(folder), "unknown: blocks_token.1.")
+    for change, words in (
+        ({"depth": 3}, "depth is 3 in its description, 2 in its tensors"),
+        ({"depth": 1}, "depth is 1 in its description, 2"),
+        ({"width": 128, "heads": 2}, "width is 128 in its description, 64"),
+        ({"pool_depth": 1}, "pool_depth is 1 in its description, 2"),
+        ({"mlp_ratio": 3.0}, "hidden is 192 in its description, 128"),
+        ({"patch_size": 4}, "patch_size is 4 in its description, 8"),
+        ({"in_chans": 1}, "in_chans is 1 in its description, 3"),
+        ({"img_size": [24, 16]}, "patches is 6 in its description, 4"),
+    ):
+        describe(**change)
+        refused(lambda: convert.load_encoder(folder), "do not fit", words)
+        if change.keys() != {"img_size"}:
+            refused(lambda: convert.random_encoder_like(folder), "do not fit", words)
+    # heads leave no trace in the shapes: the description is all there is
+    describe(heads=2)
+    assert convert.load_encoder(folder).heads == 2
 
 
 def test_keys_too_many_or_too_few(folder):
@@ -239,6 +304,21 @@ def test_keys_too_many_or_too_few(folder):
     del tensors["norm.bias"]
     save_file(tensors, file)
     refused(lambda: convert.load_encoder(folder), "missing: norm.bias")
+    tensors |= {"norm.bias": torch.zeros(64), "blocks.1.norm2.weight": torch.ones(63)}
+    save_file(tensors, file)
+    refused(lambda: convert.load_encoder(folder), "shape: blocks.1.norm2.weight [63] for [64]")
+
+
+def test_a_table_that_is_not_the_fixed_one(folder):
+    file = folder / "teacher.safetensors"
+    save_file(load_file(file) | {"pos_embed": torch.zeros(1, 4, 64)}, file)
+    refused(lambda: convert.load_encoder(folder), "not the fixed sin-cos table")
+
+
+def test_weights_of_a_newer_version(folder):
+    meta = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(meta | {"version": 2, "software": "extrema-fast 7"}))
+    refused(lambda: convert.load_encoder(folder), "version 2", "extrema-fast 7", "update extrema-fast")
 
 
 # ---- filling a method -----------------------------------------------------------------------------
@@ -262,195 +342,3 @@ def test_initialise_a_method_from_weights(folder, method):
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
     deeper = ExtreMA(c.from_dict({"model": {"depth": 3}}, CFG))
     refused(lambda: convert.load_method_weights(deeper, folder), "blocks.2", "nothing")
-
-
-# ---- released files -------------------------------------------------------------------------------
-
-
-def released(method: ExtreMA, **extra) -> dict:
-    """What the release's training script saved: wrapped modules, projector as `head`, optimizer, scaler."""
-    state = {}
-    for old, encoder, projector in (
-        ("base_encoder", method.student, method.projector),
-        ("momentum_encoder", method.teacher, method.teacher_projector),
-    ):
-        state |= {f"module.{old}.{k}": v.clone() for k, v in encoder.state_dict().items()}
-        state |= {f"module.{old}.head.{k}": v.clone() for k, v in projector.state_dict().items()}
-    state |= {f"module.predictor.{k}": v.clone() for k, v in method.predictor.state_dict().items()}
-    optimizer = torch.optim.AdamW(method.student_branch.parameters())
-    return {
-        "epoch": 300,
-        "arch": "vit_base",
-        "state_dict": state,
-        "optimizer": optimizer.state_dict(),
-        "scaler": {"scale": 65536.0},
-    } | extra
-
-
-@pytest.fixture
-def file(tmp_path, method):
-    torch.save(released(method), tmp_path / "checkpoint.pth")
-    return tmp_path / "checkpoint.pth"
-
-
-def resave(file, change) -> None:
-    data = torch.load(file, weights_only=True)
-    change(data)
-    torch.save(data, file)
-
-
-def test_import(file, tmp_path, method):
-    out = convert.import_released(file, tmp_path / "out")
-    assert out == tmp_path / "out"
-    meta = convert.load_metadata(out)
-    model = c.from_dict({"model": meta["model"]}, CFG).model
-    assert model.shape == (64, 2, 1) and model.img_size == (16, 16) and model.patch_size == 8
-    assert model.mlp_ratio == 2.0 and model.pool_depth == 2
-    assert meta["head"] == {"hidden": 24, "out": 12, "predictor_hidden": 20}
-    assert meta["source"] == {"file": "checkpoint.pth", "arch": "vit_base", "epoch": 300}
-    assert meta["data"]["mean"] == [0.485, 0.456, 0.406]
-    for which in ("student", "teacher"):
-        own = getattr(method, which).state_dict()
-        for source in (out, file):
-            loaded = convert.load_encoder(source, which)
-            assert not loaded.training
-            assert all(torch.equal(v, own[k]) for k, v in loaded.state_dict().items())
-    fresh = ExtreMA(CFG)
-    for source in (out, file):
-        convert.load_method_weights(fresh, source)
-        assert all(torch.equal(v, method.state_dict()[k]) for k, v in fresh.state_dict().items())
-
-
-def test_import_overwrites_nothing(file, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine.txt").write_text("mine", encoding="utf-8")
-    refused(lambda: convert.import_released(file, out), "out", "not empty")
-    assert [p.name for p in out.iterdir()] == ["mine.txt"]
-    refused(lambda: convert.import_released(file, out / "mine.txt"), "not empty")
-    refused(lambda: convert.import_released(tmp_path / "none.pth", tmp_path / "b"), "no such file")
-    assert not (tmp_path / "b").exists()
-
-
-def test_files_of_older_torch_and_files_with_plain_arguments(file, tmp_path, method):
-    torch.save(released(method), file, _use_new_zipfile_serialization=False)
-    assert torch.equal(convert.load_encoder(file).cls_token, method.teacher.cls_token)
-    torch.save(released(method, args=argparse.Namespace(lr=0.1, batch=[1, 2])), file)
-    assert torch.equal(convert.load_encoder(file).cls_token, method.teacher.cls_token)
-    # the allowance ends with the call
-    with pytest.raises(Exception, match="Namespace"):
-        torch.load(file, weights_only=True)
-
-
-class Malicious:
-    def __init__(self, target) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
-
-
-@pytest.mark.parametrize("place", ["state_dict", "optimizer", "extra"])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_pickled_code_does_not_run(tmp_path, method, place, zipped):
-    target = tmp_path / "was_here"
-    data = released(method) | {place: Malicious(target)}
-    file = tmp_path / "bad.pth"
-    torch.save(data, file, _use_new_zipfile_serialization=zipped)
-    for call in (
-        lambda: convert.load_encoder(file),
-        lambda: convert.import_released(file, tmp_path / "out"),
-        lambda: convert.load_method_weights(method, file),
-    ):
-        text = refused(call, "bad.pth", "read safely", "mkdir")
-        # torch's own text advises to load it anyway
-        assert "weights_only" not in text
-    assert not target.exists() and not (tmp_path / "out").exists()
-    # the test can fail: unsafe loading does run it
-    torch.load(file, weights_only=False)
-    assert target.exists()
-
-
-@pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped", "zip of something else"])
-def test_damaged_released_files(file, tmp_path, damage):
-    data = file.read_bytes()
-    if damage == "cut":
-        file.write_bytes(data[: len(data) // 2])
-    elif damage == "flipped":
-        # in the pickle, near the front
-        file.write_bytes(data[:90] + bytes(255 - b for b in data[90:400]) + data[400:])
-    elif damage == "zip of something else":
-        (tmp_path / "zipped").mkdir()
-        file.unlink()
-        shutil.move(shutil.make_archive(str(tmp_path / "z"), "zip", tmp_path / "zipped"), file)
-    else:
-        file.write_bytes(b"" if damage == "empty" else b"not a checkpoint at all\n" * 9)
-    refused(
-        lambda: convert.load_encoder(file), "checkpoint.pth", "cannot be read" if False else "read safely"
-    )
-    refused(lambda: convert.import_released(file, tmp_path / "out"), "read safely")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda d: d.pop("state_dict"), ["`state_dict`", "found: epoch, arch"]),
-        (lambda d: d.update(state_dict={1: torch.ones(1)}), ["`state_dict`"]),
-        (lambda d: d.update(state_dict={"a": 1}), ["`state_dict`"]),
-        (lambda d: d["state_dict"].update({"module.queue": torch.ones(1)}), ["unknown keys: module.queue"]),
-        (
-            lambda d: d["state_dict"].pop("module.momentum_encoder.norm.bias"),
-            ["(teacher)", "missing: norm.bias"],
-        ),
-        (lambda d: d["state_dict"].pop("module.base_encoder.norm.bias"), ["(student)", "missing: norm.bias"]),
-        (lambda d: d["state_dict"].pop("module.momentum_encoder.pos_embed"), ["pos_embed is missing"]),
-        (
-            lambda d: d["state_dict"].update({"module.base_encoder.extra": torch.ones(1)}),
-            ["(student)", "unknown: extra"],
-        ),
-        (
-            lambda d: d["state_dict"].update({"module.momentum_encoder.pos_embed": torch.zeros(1, 4, 64)}),
-            ["not the fixed sin-cos table"],
-        ),
-        (
-            lambda d: d["state_dict"].update({"module.momentum_encoder.pos_embed": torch.zeros(1, 5, 64)}),
-            ["5 rows", "square"],
-        ),
-        (
-            lambda d: d["state_dict"].update({"module.momentum_encoder.pos_embed": torch.zeros(4, 64)}),
-            ["pos_embed [4, 64]"],
-        ),
-        (
-            lambda d: d["state_dict"].update({"module.momentum_encoder.pos_embed": torch.zeros(1, 4, 32)}),
-            ["pos_embed [1, 4, 32]"],
-        ),
-        (
-            lambda d: d["state_dict"].update(
-                {"module.momentum_encoder.patch_embed.proj.weight": torch.zeros(64, 9)}
-            ),
-            ["patch_embed.proj.weight is [64, 9]"],
-        ),
-        (
-            lambda d: d.update(state_dict={k: v for k, v in d["state_dict"].items() if "momentum" not in k}),
-            ["module.momentum_encoder"],
-        ),
-    ],
-)
-def test_released_files_that_do_not_fit(file, tmp_path, change, words):
-    resave(file, change)
-    refused(lambda: convert.import_released(file, tmp_path / "out"), "checkpoint.pth", *words)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("epoch", [None, "300", [1]])
-def test_an_odd_epoch_is_no_obstacle(file, tmp_path, epoch):
-    resave(file, lambda d: d.update(epoch=epoch))
-    out = convert.import_released(file, tmp_path / "out")
-    assert convert.load_metadata(out)["source"]["epoch"] is None
-
-
-def test_a_bare_tensor_or_list(tmp_path):
-    for data in (torch.ones(3), [1, 2]):
-        torch.save(data, tmp_path / "x.pth")
-        refused(lambda: convert.load_encoder(tmp_path / "x.pth"), "x.pth", "found: " + type(data).__name__)
