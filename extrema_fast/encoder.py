@@ -304,7 +304,7 @@ class Encoder(TimmMethods, nn.Module):
     def preprocess(self):
         """A callable for these weights: PIL image or uint8 [H, W, 3] -> normalised float32 [C, H, W].
 
-        Resizes the short side to size * 256 / 224 (bilinear, antialiased) and crops the centre; the numbers
+        Resizes the short side to size / crop_pct (size * 256 / 224, antialiased) and crops the centre; the numbers
         are in the callable's `metadata` (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
         """
         from .preprocess import Preprocess

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,21 +19,30 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 def resize_crop(
     image: Tensor, size: tuple[int, int], interpolation: str = "bilinear", crop_pct: float = CROP_PCT
 ) -> Tensor:
-    """Short side to size / crop_pct (size * 256 / 224), antialiased, then the centre.
+    """Short side to size / crop_pct (size * 256 / 224), antialiased, then the centre; as timm and torchvision.
 
     image:   [H, W, C] uint8;  size: (height, width) of the result
     returns  [height, width, C] uint8; an image of exactly that size is returned as it is
     """
-    h, w = image.shape[:2]
-    if (h, w) == size:
+    if tuple(image.shape[:2]) == size:
         return image
-    # the smallest scale at which the enlarged target box still fits
-    scale = max(round(s / crop_pct) / side for s, side in zip(size, (h, w), strict=True))
-    new = [max(t, round(side * scale)) for side, t in zip((h, w), size, strict=True)]
+    new = _scaled(image.shape[:2], size, crop_pct)
     x = F.interpolate(image.permute(2, 0, 1)[None].float(), size=new, mode=interpolation, antialias=True)
-    top, left = (new[0] - size[0]) // 2, (new[1] - size[1]) // 2
+    # round half to even, as torchvision centres
+    top, left = (round((n - s) / 2) for n, s in zip(new, size, strict=True))
     x = x[0, :, top : top + size[0], left : left + size[1]]
     return x.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+
+
+def _scaled(old: Sequence[int], size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
+    """(height, width) before the crop: the smallest with the sides' ratio that hold size / crop_pct."""
+    box = [math.floor(s / crop_pct) for s in size]
+    # torchvision cuts the long side, timm rounds both where the box is not square
+    whole = int if size[0] == size[1] else round
+    short = min(range(2), key=lambda i: old[i] / box[i])
+    new = [whole(side * box[short] / old[short]) for side in old]
+    new[short] = box[short]
+    return max(new[0], size[0]), max(new[1], size[1])
 
 
 class Preprocess:

@@ -33,8 +33,10 @@ def picture(h: int, w: int) -> torch.Tensor:
         ((400, 300), (341, 256), (224, 224)),
         ((100, 100), (256, 256), (224, 224)),
         ((2000, 500), (1024, 256), (224, 224)),
-        ((96, 96), (37, 37), (32, 32)),
-        ((90, 90), (110, 110), (32, 96)),
+        # the long side is cut, not rounded
+        ((300, 431), (256, 367), (224, 224)),
+        ((96, 96), (36, 36), (32, 32)),
+        ((90, 90), (109, 109), (32, 96)),
     ],
 )
 def test_against_pil(size, scaled, result):
@@ -43,7 +45,7 @@ def test_against_pil(size, scaled, result):
 
     image = picture(*size)
     wanted = Image.fromarray(image.numpy()).resize(scaled[::-1], Image.Resampling.BILINEAR)
-    top, left = (scaled[0] - result[0]) // 2, (scaled[1] - result[1]) // 2
+    top, left = (round((s - r) / 2) for s, r in zip(scaled, result, strict=True))
     wanted = np.asarray(wanted.crop((left, top, left + result[1], top + result[0])), dtype=np.int16)
     out = resize_crop(image, result)
     assert out.dtype == torch.uint8 and out.shape == (*result, 3)
