@@ -95,7 +95,7 @@ def embed(
     check_format(format, dtype)
     _check(tokens, keep_ratio, batch_size, part_images)
     with start(device) as world:
-        source = world.main_first(lambda: open_source(data, split, limit=limit))
+        source = world.main_first(lambda: open_source(data, split, limit=limit, check=False))
         encoder = convert.load_encoder(weights, which, img_size=img_size)
         if tokens == "class" and encoder.global_pool != "token":
             raise UsageError(f"{weights}: this encoder has no class token; use --tokens mean")

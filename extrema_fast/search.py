@@ -228,7 +228,7 @@ def _index_images(embeddings: Embeddings) -> ImageSource | None:
     """The images of the index, to be shown; None, with a warning, where they are not what they were."""
     d = embeddings.config["data"]
     try:
-        source = open_source(d["path"], d["split"], limit=d["limit"])
+        source = open_source(d["path"], d["split"], limit=d["limit"], check=False)
     except ExtremaError as error:
         log.warning("the images of the index cannot be shown: %s", error)
         return None

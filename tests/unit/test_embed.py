@@ -415,6 +415,16 @@ def test_broken_images_are_left_out_and_listed(tmp_path, weights, images, loader
         embed(str(tmp_path / "i"), tmp_path / "strict", weights, strict=True, **options)
 
 
+def test_files_that_are_gone_or_empty(tmp_path, weights, images):
+    (tmp_path / "empty.png").touch()
+    paths = [images / "ape" / "00.png", tmp_path / "empty.png", tmp_path / "gone.png", images / "bee" / "01.png"]
+    (tmp_path / "list.txt").write_text("".join(f"{p}\tlabel {i}\n" for i, p in enumerate(paths)))
+    got = embed(str(tmp_path / "list.txt"), tmp_path / "f", weights, **SMALL)
+    assert [(r.row, r.label) for r in got.rows()] == [(0, "label 0"), (3, "label 3")]
+    broken = (tmp_path / "f" / "broken.tsv").read_text().splitlines()
+    assert [line.split("\t")[1] for line in broken[1:]] == [str(paths[1]), str(paths[2])]
+
+
 def test_no_image_left(tmp_path, weights):
     (tmp_path / "i").mkdir()
     for i in range(7):
