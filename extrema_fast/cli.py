@@ -1,7 +1,7 @@
 """The command line: parses, calls one Python function, prints its result.
 
     pretrain -> train.pretrain    evaluate, knn, probe -> evals    report -> report.report
-    import -> convert.import_released    encoders -> encoder.list_models
+    import -> convert.import_released    export -> export.export    encoders -> encoder.list_models
     embed -> embed.embed    search -> search.search
     kernels -> ops.choices, kernels.listing    tune -> kernels.tune    profile -> profile.profile
 
@@ -399,13 +399,45 @@ def _report(args: list[str]) -> None:
 
 def _import(args: list[str]) -> None:
     p = _Parser("import")
-    p.add_argument("file", metavar="FILE", help="released ExtreMA checkpoint (.pth)")
+    p.add_argument("file", metavar="FILE", help="released ExtreMA checkpoint (.pth), or bare encoder weights")
     p.add_argument("out", metavar="OUT", help="new weights folder")
-    options = p.parse_all(args)
+    p.add_argument("--which", choices=("teacher", "student"), help="keep one network (default: both)")
+    p.add_argument("--grid", type=int, nargs=2, metavar=("R", "C"), help="of a learned table not square")
+    p.add_argument("--num-heads", type=int, metavar="N", help="default: width / 64")
+    p.add_argument("--force", action="store_true", help="replace an earlier import or export at OUT")
+    options = vars(p.parse_all(args))
     _set_up_logging(False)
     from .convert import import_released
 
-    print(import_released(Path(options.file), Path(options.out)))
+    print(import_released(options.pop("file"), options.pop("out"), **options))
+
+
+def _export(args: list[str]) -> None:
+    p = _Parser("export")
+    p.add_argument("weights", metavar="WEIGHTS", help="run, weights folder, weights file or released .pth")
+    p.add_argument("out", metavar="OUT", help="new folder")
+    p.add_argument("--format", default="extrema", help="extrema (= timm), vit, cait, hf, onnx, torch-export, "
+                   "torchscript (default extrema)")  # fmt: skip
+    p.add_argument("--which", choices=("teacher", "student"), help="default: teacher")
+    p.add_argument("--img-size", type=int, nargs="+", metavar="PIXELS", help="another size: side, or H W")
+    p.add_argument("--fc-norm", action="store_true", default=None, help="vit, hf: fresh norm after pooling")
+    p.add_argument("--class-token", action="store_true", help="hf: whole encoder; loads with extrema_fast")
+    p.add_argument("--opset", type=int, metavar="N", help="onnx: operator set (default 18)")
+    p.add_argument("--force", action="store_true", help="replace an earlier import or export at OUT")
+    options = vars(p.parse_all(args))
+    _set_up_logging(False)
+    size = options.pop("img_size")
+    if size is not None and len(size) > 2:
+        raise UsageError(f"--img-size: expected one side, or height and width, got {len(size)} numbers")
+    from .export import export
+
+    result = export(
+        options.pop("weights"), options.pop("out"), img_size=size[0] if size and len(size) == 1 else size,
+        **options,
+    )  # fmt: skip
+    print(f"{result.folder}: {', '.join(result.files)}")
+    for check, difference in result.differences.items():
+        print(f"  {check}: largest difference {difference:.1e}")
 
 
 def _embed(args: list[str]) -> None:
@@ -551,6 +583,11 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
         _import,
         "convert a released ExtreMA checkpoint into a weights folder",
         "import extrema_base.pth weights/extrema_base",
+    ),
+    "export": (
+        _export,
+        "write an encoder for timm, Hugging Face, ONNX or torch.export, checked on the way out",
+        "export runs/photos exported/photos --format onnx",
     ),
     "embed": (
         _embed,

@@ -19,7 +19,7 @@ from .architecture import check_agrees, first, is_projector, is_sincos
 from .config import ModelConfig
 from .encoder import Encoder, build_encoder
 from .errors import UsageError
-from .released import read_checkpoint
+from .released import own_names, read_checkpoint
 from .resample import adapt_in_chans
 from .safe_files import read_safetensors, safetensors_shapes
 from .weights import (
@@ -78,7 +78,7 @@ def open_weights(path: str | Path, grid: Sequence[int] | None = None, num_heads:
     _check_hints(model_config(meta), grid, num_heads, folder)
     if num_heads is not None:
         meta = {**meta, "model": {**meta["model"], "heads": num_heads}}
-    return Opened(meta, list(files), lambda name: read_safetensors(files[name]))
+    return Opened(meta, list(files), lambda name: own_names(read_safetensors(files[name])))
 
 
 def _grid(grid: Sequence[int]) -> tuple[int, int]:

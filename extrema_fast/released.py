@@ -158,7 +158,7 @@ def _pretraining(state: Mapping[str, Tensor], file: Path) -> Networks:
 
 def _single(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     """The tensors of one encoder; without class head its class token is not used."""
-    state = _fold_layer_scale(dict(state))
+    state = _fold_layer_scale(own_names(state))
     has_head = any(k.startswith("blocks_token.") for k in state)
     fine_tuned = "fc_norm.weight" in state and "norm.weight" not in state
     if not has_head and fine_tuned:
@@ -172,6 +172,11 @@ def _single(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     if any(k.startswith("head.0.running_") for k in state):
         log.info("%s: the linear probe's head is left out; features are as pretrained", file.name)
     return _complete_bias(state)
+
+
+def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by our names, also of an export as timm's Cait."""
+    return {k.replace("blocks_token_only.", "blocks_token."): v for k, v in state.items()}
 
 
 def _fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
