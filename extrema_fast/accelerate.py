@@ -127,7 +127,8 @@ class Accelerated:
         if masked:
             _check_keep(keep, b, n)
             views = keep.shape[1] if keep.dim() == 3 else None
-            rows = keep[None] if views is None else keep.transpose(0, 1)
+            # one layout: a traced gather relies on the strides it was traced with
+            rows = keep[None] if views is None else keep.transpose(0, 1).contiguous()
             x = self._masked(images, embedded, rows, grid)
         else:
             keep = torch.arange(n, device=images.device).expand(b, n)
