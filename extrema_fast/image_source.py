@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,16 @@ class ImageSource:
         if len(data) != length:
             raise OSError(f"{self.paths[row]} ends after {offset + len(data)} bytes, not {offset + length}")
         return data
+
+
+def number_classes(names: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """Labels ([n] int64) and class names of rows whose classes have these names."""
+    different = set(names)
+    # numbers in numeric order, so that a label that is a number usually keeps it
+    numeric = all(c.isdecimal() for c in different)
+    classes = sorted(different, key=lambda c: (int(c), c)) if numeric else sorted(different)
+    number_of = {c: i for i, c in enumerate(classes)}
+    return torch.tensor([number_of[c] for c in names], dtype=torch.int64), classes
 
 
 def subset(source: ImageSource, rows: Tensor) -> ImageSource:

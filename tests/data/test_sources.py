@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from extrema_fast import sources
+from extrema_fast import folders
 from extrema_fast.errors import DataError, UsageError
 from extrema_fast.sources import match_classes, open_source
 
@@ -173,7 +173,7 @@ def test_unreadable(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
         return real(path)
 
-    monkeypatch.setattr(sources.os, "scandir", refuse)
+    monkeypatch.setattr(folders.os, "scandir", refuse)
     fails(tmp_path, r"/a: cannot be read \(Permission denied\); check its permissions")
 
 
@@ -206,9 +206,9 @@ def test_bad_lists(tmp_path):
     fails(listing, "the list is empty")
     listing.write_bytes(b"\xff\xfe\x00")
     fails(listing, "list.txt: not a text file; expected")
-    archive = tmp_path / "set.tar"
-    archive.write_bytes(b"\xff\xfe\x00")
-    fails(archive, "set.tar: an archive: unpack it first; expected")
+    archive = tmp_path / "set.zip"
+    archive.write_bytes(b"PK\x03\x04\xff\xfe\x00")
+    fails(archive, r"set\.zip: a compressed archive: unpack it first, or decompress it to a \.tar; expected")
     fails(tmp_path / "a.png", "is one image; expected")
 
 
