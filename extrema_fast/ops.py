@@ -38,7 +38,7 @@ from .kernels.attention_pool import (
 )
 from .kernels.attention_pool import attention_pool as attention_pool_triton
 from .kernels.color_views import color_views as color_views_triton
-from .kernels.color_views import color_views_reference
+from .kernels.color_views import color_views_plain, color_views_reference
 from .kernels.patch_gather import patch_gather as patch_gather_triton
 from .kernels.patch_gather import patch_gather_reference
 from .kernels.sample_views import sample_views as sample_views_triton
@@ -98,7 +98,11 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     },
     "patch_gather": {"reference": patch_gather_reference, "triton": patch_gather_triton},
     "token_gather": {"reference": token_gather_reference, "triton": token_gather_triton},
-    "color_views": {"reference": color_views_reference, "triton": color_views_triton},
+    "color_views": {
+        "plain": color_views_plain,
+        "reference": color_views_reference,
+        "triton": color_views_triton,
+    },
     "sample_views": {"reference": sample_views_reference, "triton": sample_views_triton},
     "adamw_ema": {
         "fused": _adamw_fused,
@@ -118,7 +122,7 @@ _WHY = {
     "attention_pool": "same result as the reference, fewer multiplications",
     "patch_gather": "plain torch",
     "token_gather": "plain torch",
-    "color_views": "plain torch",
+    "color_views": "plain torch, image by image on a CPU",
     "sample_views": "plain torch",
     "adamw_ema": "torch's fused AdamW, then the teacher's move",
     "lamb": "torch's fused Adam update, then one scale per tensor",

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import _launch
 from .._check import check
+from .by_image import color_views_by_image
 from .reference import COLUMNS, color_views_reference
 
 # tiles' sums are added by one program each
 MAX_PIXELS = 1 << 22
+# on a CPU, images of fewer pixels are computed all together: calls cost more than their arithmetic
+FEW_PIXELS = 48 * 48
 
 torch.library.define(
     "extrema_fast::color_views",
@@ -27,7 +32,7 @@ def _color_views(images, params, mean, std, channels, dtype, patch) -> Tensor:
         return render(images, params, mean, std, channels, dtype, patch)
     layout = "patches" if patch else "nchw"
     return torch.stack(
-        color_views_reference(
+        color_views_plain(
             images, params, mean, std, channels=channels, dtype=dtype, layout=layout, patch=patch
         )
     )
@@ -40,6 +45,15 @@ def _fake(images, params, mean, std, channels, dtype, patch) -> Tensor:
     if patch:
         shape = (2, batch, (height // patch) * (width // patch), channels * patch**2)
     return images.new_empty(shape, dtype=dtype)
+
+
+def color_views_plain(
+    images: Tensor, params: Tensor, mean: tuple[float, ...], std: tuple[float, ...], **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`color_views` in plain torch: image by image on a CPU, where that is faster, else the plain definition."""
+    many = images.shape[1] * images.shape[2] >= FEW_PIXELS
+    by_image = images.device.type == "cpu" and many and not torch.compiler.is_compiling()
+    return (color_views_by_image if by_image else color_views_reference)(images, params, mean, std, **options)
 
 
 def color_views(

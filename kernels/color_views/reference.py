@@ -12,7 +12,7 @@ from torch import Tensor
 from .._launch import constants
 from .._philox import uniform
 
-_GRAY = (0.299, 0.587, 0.114)
+GRAY = (0.299, 0.587, 0.114)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 # columns of a parameter row [10]: colour jitter on, four factors, gray, four operations in their order
@@ -83,7 +83,7 @@ def finish(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...], in_chans:
 
 def _gray(x: Tensor) -> Tensor:
     r, g, b = x.unbind(1)
-    return (_GRAY[0] * r + _GRAY[1] * g + _GRAY[2] * b)[:, None]
+    return (GRAY[0] * r + GRAY[1] * g + GRAY[2] * b)[:, None]
 
 
 def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -153,12 +153,12 @@ def color_views_reference(
             y = torch.where(on.view(-1, 1, 1, 1), jitter(x, p[:, FACTORS], p[:, ORDER].long()), x)
         y = torch.where((p[:, GRAY_ON] > 0).view(-1, 1, 1, 1), _gray(y).expand_as(y), y)
         y = finish(y, mean, std, channels).to(dtype)
-        if layout == "patches":
-            b, c, h, w = y.shape
-            y = (
-                y.view(b, c, h // patch, patch, w // patch, patch)
-                .permute(0, 2, 4, 1, 3, 5)
-                .reshape(b, -1, c * patch**2)
-            )
-        out.append(y.contiguous())
+        out.append(in_patches(y, patch) if layout == "patches" else y.contiguous())
     return out[0], out[1]
+
+
+def in_patches(x: Tensor, patch: int) -> Tensor:
+    """[B, C, H, W] -> [B, N, C P P], contiguous: patch-major, as `patch_gather` reads it."""
+    b, c, h, w = x.shape
+    x = x.view(b, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(b, -1, c * patch**2).contiguous()

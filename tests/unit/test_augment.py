@@ -1,15 +1,19 @@
 """Two colour versions of one crop.
 
-Covers: each operation against PIL (hue against colorsys) within data.md's tolerances; all 24 orders against
-a plain loop over images; clamping; black, white and grey images; the distribution of every coin; keyed by
-sample, epoch, seed and view, so equal for any split of the batch; normalisation; one channel; policies
-without colour.
+Covers: each operation against PIL (hue against colorsys) within data.md's tolerances; whole chains in all 24
+orders against PIL's 8-bit chain, also on photographs; all 24 orders against a plain loop over images; clamping;
+black, white and grey images; the distribution of every coin (chi-square and Kolmogorov-Smirnov), and that coins,
+views and neighbouring samples are independent; keyed by sample, epoch, seed and view, so equal for any split of the
+batch; normalisation; one channel; policies without colour.
 """
 
 from __future__ import annotations
 
 import colorsys
 import itertools
+import os
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +21,7 @@ import torch
 from extrema_fast.kernels.color_views import reference
 from extrema_fast.kernels.color_views.reference import BRIGHTNESS, CONTRAST, HUE, SATURATION, jitter
 
-from extrema_fast import rng
+from extrema_fast import ops, rng
 from extrema_fast.augment import color_views, normalize
 from extrema_fast.config import DataConfig
 
@@ -37,6 +41,7 @@ def color_params(index: torch.Tensor, cfg: DataConfig, *, seed: int, epoch: int,
     }
 
 
+SHARED = Path(os.environ.get("EXTREMA_FAST_SHARED", Path(__file__).parents[3] / "shared"))
 PLAIN = DataConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
@@ -107,6 +112,60 @@ def test_hue_against_pil(steps):
         wanted = Image.merge("HSV", (Image.fromarray(turned.astype(np.uint8)), s, v)).convert("RGB")
         difference = np.abs(mine.round().numpy() - np.asarray(wanted, dtype=np.float64))
         assert np.percentile(difference, 99) <= 4 and difference.max() <= 12
+
+
+def pil_chain(picture, factors: list[float], order: list[int]):
+    """What torchvision does to a PIL image: 8 bits after each operation, hue in PIL's 8-bit HSV."""
+    from PIL import Image, ImageEnhance
+
+    for op in order:
+        if op == HUE:
+            h, s, v = picture.convert("HSV").split()
+            turned = (np.asarray(h, dtype=np.int16) + int(factors[HUE] * 255)) % 256
+            picture = Image.merge("HSV", (Image.fromarray(turned.astype(np.uint8)), s, v)).convert("RGB")
+        else:
+            picture = getattr(ImageEnhance, ("Brightness", "Contrast", "Color")[op])(picture).enhance(
+                factors[op]
+            )
+    return picture
+
+
+def against_pil_chain(pictures_: list) -> np.ndarray:
+    """Absolute differences in levels, all 24 orders and drawn factors; both views, as training makes them."""
+    images = torch.stack([torch.from_numpy(np.array(p)) for p in pictures_])
+    coins = reference.color_params(torch.arange(24), PLAIN.jitter, 1.0, 0.0, seed=4, epoch=0)
+    coins[..., reference.ORDER] = torch.tensor(ORDERS)[:, None].float()
+    found = []
+    for i, view in itertools.product(range(24), range(2)):
+        which = (i * 2 + view) % len(images)
+        ours = ops.color_views(images[which : which + 1], coins[i : i + 1], PLAIN.mean, PLAIN.std)[view][0]
+        row = coins[i, view]
+        wanted = pil_chain(pictures_[which], row[reference.FACTORS].tolist(), list(ORDERS[i]))
+        found.append(
+            np.abs((ours * 255).round().permute(1, 2, 0).numpy() - np.asarray(wanted, dtype=np.float64))
+        )
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("size", [(24, 32), (57, 91)], ids=["all together", "image by image"])
+def test_chains_against_pil(size):
+    Image = pytest.importorskip("PIL.Image")
+    # pale, as above
+    pale = (pictures(5, *size).float() * 0.5 + 64).to(torch.uint8)
+    difference = against_pil_chain([Image.fromarray(p.numpy()) for p in pale])
+    assert difference.mean() <= 2 and difference.max() <= 13
+
+
+def test_chains_against_pil_on_photographs():
+    Image = pytest.importorskip("PIL.Image")
+    archive = SHARED / "data/imagenet-photos-250.tar"
+    if not archive.is_file():
+        pytest.skip(f"no photographs at {archive} (EXTREMA_FAST_SHARED)")
+    with tarfile.open(archive) as tar:
+        members = [m for m in tar if m.isfile()][:48]
+        photos = [Image.open(tar.extractfile(m)).convert("RGB").resize((120, 90)) for m in members]
+    difference = against_pil_chain(photos)
+    assert difference.mean() <= 2 and difference.max() <= 13
 
 
 def slow_jitter(x: torch.Tensor, factors: list[float], order: list[int]) -> torch.Tensor:
@@ -197,6 +256,46 @@ def test_coins_have_the_papers_distribution():
     assert float((counts - 20_000 / 24).square().sum() / (20_000 / 24)) < 56
     columns = [p["on"], p["gray"], code, *p["factors"].unbind(1)]
     assert torch.corrcoef(torch.stack([x.double() for x in columns])).fill_diagonal_(0).abs().max() < 0.04
+
+
+def test_factors_are_uniform_in_both_views():
+    stats = pytest.importorskip("scipy.stats")
+    low, high = np.array([0.6, 0.6, 0.8, -0.1]), np.array([1.4, 1.4, 1.2, 0.1])
+    for stream in (rng.COLOR_STUDENT, rng.COLOR_TEACHER):
+        f = params(stream=stream)["factors"].double().numpy()
+        for i in range(4):
+            found = stats.kstest(f[:, i], "uniform", (low[i], high[i] - low[i]))
+            assert found.pvalue > 1e-3, (stream, i, found)
+
+
+def test_probabilities_and_orders_in_both_views():
+    stats = pytest.importorskip("scipy.stats")
+    for stream in (rng.COLOR_STUDENT, rng.COLOR_TEACHER):
+        p = params(stream=stream)
+        for name, chance in (("on", 0.8), ("gray", 0.2)):
+            assert stats.binomtest(int(p[name].sum()), 20_000, chance).pvalue > 1e-3, (stream, name)
+        code = (p["order"] * torch.tensor([64, 16, 4, 1])).sum(1)
+        _, counts = np.unique(code.numpy(), return_counts=True)
+        assert len(counts) == 24 and stats.chisquare(counts).pvalue > 1e-3, stream
+
+
+def test_coins_of_views_and_of_neighbouring_samples_are_independent():
+    stats = pytest.importorskip("scipy.stats")
+    student, teacher = params(), params(stream=rng.COLOR_TEACHER)
+
+    def columns(p):
+        number = (p["order"] * torch.tensor([64, 16, 4, 1])).sum(1).unique(return_inverse=True)[1]
+        factors = [(f.argsort().argsort() * 8 // len(f)) for f in p["factors"].unbind(1)]
+        return [c.long().numpy() for c in (p["on"], p["gray"], number, *factors)]
+
+    mine, theirs = columns(student), columns(teacher)
+    pairs = [(a, b) for a in mine for b in theirs]
+    pairs += [(a[:-1], a[1:]) for a in mine] + list(itertools.combinations(mine, 2))
+    for a, b in pairs:
+        table = np.zeros((a.max() + 1, b.max() + 1))
+        np.add.at(table, (a, b), 1)
+        # 77 pairs: one chance in a thousand each would fail in one of 13 seeds
+        assert stats.chi2_contingency(table).pvalue > 1e-5
 
 
 def test_the_last_order_is_the_last_of_the_table(monkeypatch):
