@@ -187,20 +187,29 @@ def compare_hf(
     encoder: Encoder, folder: Path, images: Sequence[Tensor], options: Mapping[str, Any]
 ) -> dict[str, float]:
     from transformers import AutoModel, AutoModelForImageClassification
+    from transformers.utils import logging as noise
 
     if options["class_token"]:
         from . import timm as _registered  # noqa: F401
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    bar, _ = noise.is_progress_bar_enabled(), noise.disable_progress_bar()
+    try:
+        models = [AutoModel.from_pretrained(folder, local_files_only=True).eval()]
+        if encoder.num_classes:
+            models.append(
+                AutoModelForImageClassification.from_pretrained(folder, local_files_only=True).eval()
+            )
+    finally:
+        if bar:
+            noise.enable_progress_bar()
     worst = 0.0
     for x in images:
-        ours, theirs = encoder.forward_features(x), model(pixel_values=x)
+        ours, theirs = encoder.forward_features(x), models[0](pixel_values=x)
         pooled = encoder.forward_head(ours, pre_logits=True)
         worst = max(
             worst, largest_difference([ours, pooled], [theirs.last_hidden_state, theirs.pooler_output])
         )
     found = {"AutoModel, tokens and pooled": worst}
-    if encoder.num_classes:
-        classifier = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True).eval()
+    for classifier in models[1:]:
         found["AutoModelForImageClassification, logits"] = max(
             largest_difference([encoder(x)], [classifier(pixel_values=x).logits]) for x in images
         )

@@ -2,11 +2,13 @@
 
 Covers, for every vector found: keep indices and position table, features, projections, prediction,
 target, trunk tokens, loss, every gradient, the EMA update and the AdamW step; relative error <= 1e-9.
-And the published checkpoint format through `extrema-fast import`.
+And the published checkpoint format through `extrema-fast import`, and its exports (TorchScript, stock timm ViT,
+ONNX) against the same numbers.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from benchmarks.with_timm import mend_torchvision
 from extrema_fast import ops
 from extrema_fast.config import from_dict, photos
 from extrema_fast.convert import load_encoder, load_metadata
@@ -202,3 +205,43 @@ def test_import_of_the_released_format(tmp_path, capsys):
     # a second import must not overwrite the first
     assert main(["import", str(FOLDER / "released_format.pth"), str(out)]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (FOLDER / "released_format.pth").is_file(), reason=WHY)
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_exports_of_the_released_format(tmp_path, which):
+    from extrema_fast.export import export
+
+    expected = load_file(FOLDER / "released_format.expected.safetensors")
+    images = expected["input/images"]
+    features = expected[f"out/{which}_features"]
+    raw = expected[f"out/{which}_tokens_before_norm"]
+    norm = load_encoder(FOLDER / "released_format.pth", which).norm
+    with torch.no_grad():
+        tokens = norm(raw)
+
+    export(FOLDER / "released_format.pth", tmp_path / "script", "torchscript", which=which)
+    with torch.no_grad():
+        script = torch.jit.load(str(tmp_path / "script" / "model.ts"))(images)
+    assert error(script[0], features) <= 1e-5 and error(script[1], tokens) <= 1e-5
+
+    mend_torchvision()
+    if importlib.util.find_spec("timm"):
+        import timm
+
+        export(FOLDER / "released_format.pth", tmp_path / "vit", "vit", which=which)
+        model = timm.create_model(f"local-dir:{tmp_path / 'vit'}", pretrained=True).eval()
+        with torch.no_grad():
+            assert error(model.forward_features(images), tokens) <= 1e-5
+            assert error(model.get_intermediate_layers(images, n=1, norm=False)[0], raw) <= 1e-5
+            assert error(model(images), tokens.mean(1)) <= 1e-5
+
+    if all(importlib.util.find_spec(p) for p in ("onnx", "onnxruntime", "onnxscript")):
+        import onnxruntime
+
+        export(FOLDER / "released_format.pth", tmp_path / "onnx", "onnx", which=which)
+        session = onnxruntime.InferenceSession(
+            str(tmp_path / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"]
+        )
+        found = [torch.from_numpy(y) for y in session.run(None, {"images": images.numpy()})]
+        assert error(found[0], features) <= 1e-4 and error(found[1], tokens) <= 1e-4

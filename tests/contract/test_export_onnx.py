@@ -1,0 +1,78 @@
+"""Exports as ONNX, checked with onnxruntime.
+
+Covers: names and shapes of inputs and outputs, any batch, all outputs within 1e-4, logits; an image of another
+size is refused by onnxruntime, naming the sizes; standard operators only; the description inside the model;
+operator sets.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from extrema_fast import convert
+from extrema_fast.encoder import Encoder
+from extrema_fast.export import export
+from tests.unit._weights import CFG, refused, trained
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+def session(folder):
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    return onnxruntime.InferenceSession(
+        str(folder / "model.onnx"), settings, providers=["CPUExecutionProvider"]
+    )
+
+
+def test_an_encoder_in_onnxruntime(tmp_path):
+    weights = convert.save_weights(tmp_path / "w", trained(), convert.weights_meta(CFG, 7))
+    result = export(weights, tmp_path / "out", "onnx", img_size=(24, 40))
+    assert max(result.differences.values()) <= 1e-4
+    run = session(tmp_path / "out")
+    (images,), outputs = run.get_inputs(), run.get_outputs()
+    assert images.name == "images" and images.shape[1:] == [3, 24, 40] and isinstance(images.shape[0], str)
+    assert [(o.name, o.shape[1:]) for o in outputs] == [("class_token", [64]), ("patch_tokens", [15, 64])]
+    encoder = convert.load_encoder(weights, img_size=(24, 40))
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 3, 24, 40)
+        cls, patches = run.run(None, {"images": x.numpy()})
+        with torch.no_grad():
+            wanted = encoder.encode(x)
+        assert torch.allclose(torch.from_numpy(cls), wanted.cls, atol=1e-4)
+        assert torch.allclose(torch.from_numpy(patches), wanted.patches, atol=1e-4)
+    # as many patches in another arrangement, and another number
+    for size in ((40, 24), (16, 16)):
+        with pytest.raises(Exception, match="invalid dimensions for input: images"):
+            run.run(None, {"images": torch.zeros(1, 3, *size).numpy()})
+
+    model = onnx.load(str(tmp_path / "out" / "model.onnx"))
+    assert {node.domain for node in model.graph.node} == {""} and not model.functions
+    assert {o.domain: o.version for o in model.opset_import}[""] == 18
+    own = json.loads({p.key: p.value for p in model.metadata_props}["extrema_fast"])
+    assert own["step"] == 7 and own["input"]["input_size"] == [3, 24, 40]
+    refused(lambda: convert.load_encoder(tmp_path / "out"), "an exported graph (model.onnx)")
+    refused(lambda: export(weights, tmp_path / "low", "onnx", opset=11), "--opset", "18", "11")
+    assert not (tmp_path / "low").exists()
+
+
+def test_a_classifier_and_a_newer_operator_set(tmp_path):
+    encoder = Encoder(CFG.model, 5, global_pool="avg", fc_norm=True, pos_embed="learned").eval()
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    torch.save(encoder.state_dict(), tmp_path / "bare.pth")
+    export(tmp_path / "bare.pth", tmp_path / "out", "onnx", opset=20)
+    run = session(tmp_path / "out")
+    assert [o.name for o in run.get_outputs()] == ["pooled", "patch_tokens", "logits"]
+    x = torch.randn(3, 3, 16, 16)
+    logits = torch.from_numpy(run.run(["logits"], {"images": x.numpy()})[0])
+    with torch.no_grad():
+        assert torch.allclose(logits, encoder(x), atol=1e-4)
+    model = onnx.load(str(tmp_path / "out" / "model.onnx"))
+    assert {o.domain: o.version for o in model.opset_import}[""] == 20
