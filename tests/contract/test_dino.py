@@ -1,0 +1,201 @@
+"""An encoder under the interfaces of DINOv2 and DINOv3.
+
+Covers: types, shapes, keys and defaults of both; the class token of the last layer and of earlier ones; layers
+against `forward_intermediates`; lists of images; shared parameters, gradients, modes; what DPT and Depth-Anything
+heads touch; refusals; one compiled graph.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from extrema_fast.config import ModelConfig
+from extrema_fast.encoder import Encoder
+from extrema_fast.errors import UsageError
+
+CONFIG = ModelConfig(
+    img_size=(12, 20), patch_size=4, width=48, depth=4, heads=3, mlp_ratio=2.0, drop_path=0.0
+)
+N = 15
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    encoder = Encoder(CONFIG).double().eval()
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return encoder
+
+
+def images(b: int = 2, h: int = 12, w: int = 20) -> torch.Tensor:
+    return torch.randn(b, 3, h, w, dtype=torch.float64)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(
+        a, b, rtol=0, atol=1e-11 * max(1.0, float(b.detach().abs().max()))
+    )
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_dictionary(encoder, version):
+    model, x = encoder.as_dino(version), images()
+    out = model.forward_features(x)
+    extra = {2: "x_norm_regtokens", 3: "x_storage_tokens"}[version]
+    assert set(out) == {"x_norm_clstoken", "x_norm_patchtokens", extra, "x_prenorm", "masks"}
+    features, raw = encoder.forward_features(x), encoder.encode(x, norm=False)
+    assert same(out["x_norm_clstoken"], features[:, 0]) and same(out["x_norm_patchtokens"], features[:, 1:])
+    assert out[extra].shape == (2, 0, 48) and out["masks"] is None
+    assert same(out["x_prenorm"][:, 0], raw.cls) and same(out["x_prenorm"][:, 1:], raw.patches)
+
+
+def test_forward(encoder):
+    model, x = encoder.as_dino(), images()
+    assert same(model(x), encoder(x))
+    assert set(model(x, is_training=True)) == set(model.forward_features(x))
+
+
+def test_list_of_crops(encoder):
+    model, crops = encoder.as_dino(), [images(), images(3, 8, 8)]
+    out = model.forward_features(crops)
+    assert isinstance(out, list) and [o["x_norm_patchtokens"].shape[:2] for o in out] == [(2, N), (3, 4)]
+    assert same(out[1]["x_norm_clstoken"], encoder(crops[1]))
+    assert (
+        same(model(crops)[0], encoder(crops[0]))
+        and model(crops, [None, None], is_training=True)[1]["masks"] is None
+    )
+    with pytest.raises(UsageError, match="mask token"):
+        model(crops, [None, torch.zeros(3, 4, dtype=torch.bool)])
+
+
+def test_layers_of_version_2(encoder):
+    model, x = encoder.as_dino(), images()
+    layers = model.get_intermediate_layers(x)
+    assert isinstance(layers, tuple) and len(layers) == 1
+    # the norm is on by default, unlike timm's
+    assert same(layers[0], encoder.get_intermediate_layers(x, 1, norm=True)[0])
+    for n in (3, [0, 2], (-1, 1)):
+        for reshape in (False, True):
+            for norm in (False, True):
+                ours = model.get_intermediate_layers(x, n, reshape, False, norm)
+                wanted = encoder.get_intermediate_layers(x, n, reshape=reshape, norm=norm)
+                assert isinstance(ours, tuple) and all(same(a, b) for a, b in zip(ours, wanted, strict=True))
+    assert ours[0].shape == (2, 48, 3, 5)
+    pairs = model.get_intermediate_layers(x, 2, return_class_token=True)
+    assert [[t.shape for t in pair] for pair in pairs] == [[(2, N, 48), (2, 48)]] * 2
+    assert all(isinstance(pair, tuple) for pair in pairs)
+    with pytest.raises(TypeError):
+        model.get_intermediate_layers(x, return_extra_tokens=True)
+
+
+def test_layers_of_version_3(encoder):
+    model, x = encoder.as_dino(3), images()
+    with pytest.raises(TypeError):
+        model.get_intermediate_layers(x, 2)
+    (alone,) = model.get_intermediate_layers(x)
+    assert same(alone, encoder.forward_features(x)[:, 1:])
+    out = model.get_intermediate_layers(
+        x, n=2, reshape=True, return_class_token=True, return_extra_tokens=True
+    )
+    assert [[t.shape for t in parts] for parts in out] == [[(2, 48, 3, 5), (2, 48), (2, 0, 48)]] * 2
+    out = model.get_intermediate_layers(x, n=1, return_extra_tokens=True)
+    assert [t.shape for t in out[0]] == [(2, N, 48), (2, 0, 48)]
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("norm", [False, True])
+def test_class_token_of_a_layer(encoder, version, norm):
+    x = images()
+    head, last = encoder.as_dino(version), encoder.as_dino(version, layer_class="last")
+    layers = {"n": [1, 3], "return_class_token": True, "norm": norm}
+    ours, repeated = head.get_intermediate_layers(x, **layers), last.get_intermediate_layers(x, **layers)
+    true = encoder.encode(x, norm=norm).cls
+    # exact at the last layer
+    assert same(ours[1][1], true) and same(repeated[1][1], true) and same(repeated[0][1], true)
+    # before it, the class head on that layer's tokens: what an encoder of so many blocks computes
+    short = copy.deepcopy(encoder)
+    short.prune_intermediate_layers([1], prune_head=False)
+    assert same(ours[0][1], short.encode(x, norm=norm).cls) and not same(ours[0][1], true)
+    assert all(same(a[0], b[0]) for a, b in zip(ours, repeated, strict=True))
+    # also where the last layer is not asked for
+    (pair,) = last.get_intermediate_layers(x, n=[1], return_class_token=True, norm=norm)
+    assert same(pair[1], true)
+
+
+def test_attributes(encoder):
+    model = encoder.as_dino()
+    assert model.patch_size == 4 and isinstance(model.patch_size, int)
+    assert (model.embed_dim, model.num_features, model.num_heads, model.n_blocks) == (48, 48, 3, 4)
+    assert model.num_register_tokens == model.n_storage_tokens == 0
+    assert isinstance(model.head, torch.nn.Identity) and model.norm is encoder.norm
+    assert model.cls_token is encoder.cls_token
+    # Depth-Anything asks a block for the width
+    assert model.blocks[0].attn.qkv.in_features == 48 and model.patch_embed.patch_size == (4, 4)
+
+
+def test_parameters_are_shared(encoder):
+    model, x = encoder.as_dino(), images()
+    assert {id(p) for p in model.parameters()} == {id(p) for p in encoder.parameters()}
+    assert not model.training and not model.encoder.training
+    model(x).square().sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+    with torch.no_grad():
+        encoder.cls_token.add_(1)
+    assert same(model(x), encoder(x))
+    assert encoder.train().as_dino().training and model.train().encoder.training
+    model.float()
+    assert encoder.cls_token.dtype == torch.float32
+
+
+def test_a_dense_prediction_head(encoder):
+    # the loop of DPT heads over (patches, class token)
+    model, x = encoder.as_dino(), images(1, 16, 24)
+    h, w = x.shape[-2] // model.patch_size, x.shape[-1] // model.patch_size
+    maps = []
+    for tokens, cls in model.get_intermediate_layers(x, 4, return_class_token=True):
+        readout = cls.unsqueeze(1).expand_as(tokens)
+        both = torch.cat((tokens, readout), -1)
+        maps.append(both.permute(0, 2, 1).reshape(1, 2 * model.embed_dim, h, w))
+    assert [m.shape for m in maps] == [(1, 96, 4, 6)] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"version": 1}, "expected 2 or 3, got 1"), ({"layer_class": "first"}, "'head' or 'last', got 'first'")],
+)
+def test_refusals(encoder, options, words):
+    with pytest.raises(UsageError, match=words):
+        encoder.as_dino(**options)
+
+
+def test_refusals_of_inputs(encoder):
+    model, x = encoder.as_dino(), images()
+    with pytest.raises(UsageError, match=r"no mask token; encoder\.encode"):
+        model.forward_features(x, torch.zeros(2, N, dtype=torch.bool))
+    with pytest.raises(UsageError, match="n: expected the last 1 to 4 layers, got 5"):
+        model.get_intermediate_layers(x, 5)
+    with pytest.raises(UsageError, match="multiple of the patch size 4"):
+        model.get_intermediate_layers(images(1, 13, 20))
+    with pytest.raises(UsageError, match="no class head"):
+        Encoder(CONFIG, global_pool="avg").as_dino()
+
+
+def test_compiles_into_one_graph(encoder):
+    model, x = encoder.as_dino(), images()
+    model(x)  # decides which implementations run
+    try:
+        layers = torch.compile(model.get_intermediate_layers, backend="eager", fullgraph=True)
+        for ours, wanted in zip(
+            layers(x, n=2, return_class_token=True),
+            model.get_intermediate_layers(x, n=2, return_class_token=True),
+            strict=True,
+        ):
+            assert same(ours[0], wanted[0]) and same(ours[1], wanted[1])
+        whole = torch.compile(model, backend="eager", fullgraph=True)
+        assert same(whole(x), model(x))
+    finally:
+        torch.compiler.reset()

@@ -1,0 +1,183 @@
+"""Our encoders through Hugging Face transformers, from a local folder, without network.
+
+Covers: `AutoModel`, hidden states, pooling, a head; `AutoImageProcessor` and the feature-extraction pipeline;
+backbones from a folder and from a name; weights saved by transformers and read back; half precision; a mean-pooled
+and a learned-position encoder; gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from extrema_fast.encoder import create_encoder, timm_config
+
+pytest.importorskip("timm")
+pytest.importorskip("PIL")
+
+
+@pytest.fixture(scope="module")
+def hf():
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    # read at its import, which timm's has brought about
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    transformers = pytest.importorskip("transformers")
+    importlib.import_module("extrema_fast.timm")
+    yield transformers
+    patch.undo()
+
+
+def folder_of(path, **options):
+    """(exported folder, its encoder in eval mode)."""
+    options = {"img_size": (16, 40), "patch_size": 8, "width": 48, "depth": 3, "heads": 3, **options}
+    encoder = create_encoder("extrema_vit_tiny_patch16_224", **options).eval()
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    path.mkdir(exist_ok=True)
+    save_file(encoder.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(timm_config(encoder)))
+    return path, encoder
+
+
+@pytest.fixture
+def exported(tmp_path):
+    return folder_of(tmp_path / "weights")
+
+
+def close(a, b) -> bool:
+    # transformers maps the file: weights lie differently in memory, and products round differently
+    return a.shape == b.shape and torch.allclose(
+        a, b, rtol=0, atol=2e-6 * max(1.0, float(b.detach().abs().max()))
+    )
+
+
+def picture():
+    from PIL import Image
+
+    return Image.fromarray((torch.rand(33, 57, 3) * 255).to(torch.uint8).numpy())
+
+
+def test_auto_model(hf, exported):
+    path, encoder = exported
+    model = hf.AutoModel.from_pretrained(path).eval()
+    assert type(model).__name__ == "TimmWrapperModel"
+    # built on the meta device: the position table is restored like a weight
+    assert torch.equal(model.timm_model.pos_embed, encoder.pos_embed)
+    x = torch.randn(2, 3, 16, 40)
+    out = model(x, output_hidden_states=True)
+    assert close(out.last_hidden_state, encoder.forward_features(x))
+    assert close(out.pooler_output, encoder(x))
+    assert [h.shape for h in out.hidden_states] == [(2, 48, 2, 5)] * 3
+    some = model(x, output_hidden_states=[0, -1]).hidden_states
+    assert close(some[0], out.hidden_states[0]) and len(some) == 2
+    assert model(x, do_pooling=False).pooler_output is None
+    y = torch.randn(1, 3, 24, 32)
+    assert close(model(y).pooler_output, encoder(y))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"global_pool": "avg"},
+        {"global_pool": "avg", "fc_norm": True},
+        {"pos_embed": "learned"},
+        {"in_chans": 1},
+        {"img_size": 24, "pos_coords": "rescaled", "pos_grid": (2, 5)},
+    ],
+)
+def test_other_encoders(hf, tmp_path, options):
+    path, encoder = folder_of(tmp_path / "weights", **options)
+    model = hf.AutoModel.from_pretrained(path).eval()
+    x = torch.randn(2, encoder.in_chans, *encoder.img_size)
+    assert close(model(x).pooler_output, encoder(x))
+    assert close(model(x).last_hidden_state, encoder.forward_features(x))
+
+
+def test_half_precision(hf, exported):
+    path, encoder = exported
+    model = hf.AutoModel.from_pretrained(path, dtype=torch.bfloat16).eval()
+    # a buffer is restored in the type it was saved in
+    assert model.timm_model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    x = torch.randn(2, 3, 16, 40)
+    low = model(x).pooler_output
+    assert low.dtype == torch.bfloat16 and (low.float() - encoder(x)).abs().max() < 0.3
+    y = torch.randn(1, 3, 24, 32)
+    assert model(y).pooler_output.dtype == torch.bfloat16
+
+
+def test_classification(hf, tmp_path):
+    path, encoder = folder_of(tmp_path / "weights", num_classes=4)
+    model = hf.AutoModelForImageClassification.from_pretrained(path).eval()
+    x = torch.randn(2, 3, 16, 40)
+    assert close(model(x).logits, encoder(x))
+    fresh = hf.AutoModelForImageClassification.from_pretrained(
+        path, num_labels=3, ignore_mismatched_sizes=True
+    )
+    fresh.gradient_checkpointing_enable()
+    assert fresh.timm_model.grad_checkpointing
+    out = fresh.train()(x, labels=torch.tensor([0, 2]))
+    out.loss.backward()
+    assert out.logits.shape == (2, 3)
+    assert all(p.grad is not None for n, p in fresh.named_parameters() if p.requires_grad), "no gradient"
+
+
+def test_saved_by_transformers_and_read_back(hf, exported, tmp_path):
+    path, encoder = exported
+    hf.AutoModel.from_pretrained(path).save_pretrained(tmp_path / "again")
+    x = torch.randn(2, 3, 16, 40)
+    again = hf.AutoModel.from_pretrained(tmp_path / "again").eval()
+    assert close(again(x).pooler_output, encoder(x))
+    # and by timm
+    timm = importlib.import_module("timm")
+    model = timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True).eval()
+    assert close(model(x), encoder(x))
+    keys = load_file(tmp_path / "again" / "model.safetensors").keys()
+    assert {k.removeprefix("timm_model.") for k in keys} == encoder.state_dict().keys()
+
+
+def test_image_processor_is_preprocess(hf, exported):
+    path, encoder = exported
+    processor, image = hf.AutoImageProcessor.from_pretrained(path), picture()
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 16, 40)
+    # both round to bytes after the resize
+    assert float((pixels[0] - encoder.preprocess()(image)).abs().max()) <= 2.01 / 255 / 0.224
+
+
+def test_pipeline(hf, exported):
+    path, encoder = exported
+    image = picture()
+    features = hf.pipeline("image-feature-extraction", model=str(path), return_tensors=True)
+    processor = hf.AutoImageProcessor.from_pretrained(path)
+    x = processor(image, return_tensors="pt")["pixel_values"]
+    assert close(features(image), encoder.forward_features(x))
+    pooled = hf.pipeline("image-feature-extraction", model=str(path), return_tensors=True, pool=True)
+    assert close(pooled(image), encoder(x))
+
+
+def test_backbones(hf, exported):
+    path, encoder = exported
+    x = torch.randn(2, 3, 16, 40)
+    wanted = encoder.forward_intermediates(x, [0, 2], intermediates_only=True)
+    config = hf.TimmBackboneConfig(backbone=f"local-dir:{path}", out_indices=(0, 2))
+    for model in (
+        hf.AutoBackbone.from_config(config, pretrained=True),
+        hf.TimmBackbone.from_pretrained(f"local-dir:{path}", out_indices=(0, 2)),
+    ):
+        maps = model.eval()(x).feature_maps
+        assert all(close(a, b) for a, b in zip(maps, wanted, strict=True))
+        assert model.channels == [48, 48] and model.out_features == ["blocks.0", "blocks.2"]
+
+
+def test_backbone_by_name(hf):
+    config = hf.TimmBackboneConfig(backbone="extrema_vit_tiny_patch16_224", out_indices=(3, -1))
+    model = hf.AutoBackbone.from_config(config).eval()
+    out = model(torch.randn(1, 3, 32, 64))
+    assert [m.shape for m in out.feature_maps] == [(1, 192, 2, 4)] * 2
+    assert model.out_features == ["blocks.3", "blocks.11"]
