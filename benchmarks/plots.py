@@ -187,6 +187,39 @@ def memory(plt: Any, record: dict[str, Any], folder: Path) -> list[str]:
 
 
 @_drawn
+def encode(plt: Any, record: dict[str, Any], folder: Path) -> list[str]:
+    """encode.png: images/s (p20 to p80) over the share of patches kept, a picture per dtype and batch."""
+    rows = [r for r in record["rows"] if "p50_ms" in r]
+    groups = list(dict.fromkeys((r["dtype"], r["batch"]) for r in rows))
+    if not groups:
+        return []
+    names = list(dict.fromkeys(r["provider"] for r in rows))
+    shades = plt.get_cmap("tab10").colors
+    high = (len(groups) + 1) // 2
+    figure, plots = plt.subplots(high, 2, figsize=(WIDTH, 3.0 * high), squeeze=False)
+    for ax, (dtype, batch) in zip(plots.flat, groups, strict=False):
+        for i, name in enumerate(names):
+            mine = [r for r in rows if (r["provider"], r["dtype"], r["batch"]) == (name, dtype, batch)]
+            x, y = [r["mask"] for r in mine], [r["images_per_s"] for r in mine]
+            ends = [[1000 * batch / r[f"p{q}_ms"] for r in mine] for q in (80, 20)]
+            bars = [[max(0.0, b - low) for b, low in zip(y, ends[0], strict=True)],
+                    [max(0.0, top - b) for b, top in zip(y, ends[1], strict=True)]]  # fmt: skip
+            style = "--" if "compiled" in name else "-"
+            ax.errorbar(x, y, yerr=bars, ls=style, marker=MARKERS[i % len(MARKERS)], ms=4, lw=1.2,
+                        capsize=2, color=shades[i % 10], label=name)  # fmt: skip
+        ax.set(title=f"{dtype}, batch {batch}", xlabel="% of the patches left out", ylabel="images per second",
+               ylim=(0, None))  # fmt: skip
+        ax.grid(axis="y", lw=0.5, color="#dddddd")
+    for ax in list(plots.flat)[len(groups) :]:
+        ax.remove()
+    handles, labels = plots.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, bbox_to_anchor=(1.0, 0.9), loc="upper left")
+    figure.suptitle(record["what"], x=0.01, ha="left", fontsize=10)
+    figure.tight_layout()
+    return [_save(plt, figure, folder, "encode.png")]
+
+
+@_drawn
 def roofline(plt: Any, record: dict[str, Any], folder: Path) -> list[str]:
     """roofline.png: every op's rate over its FLOPs per byte, under the rates measured in the same run."""
     rows = [r for r in record["rows"] if r.get("flop_per_byte") and r.get("tflops")]

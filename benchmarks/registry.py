@@ -24,6 +24,7 @@ MEASUREMENTS = (
     Entry("step", "the training step: released, strong, ours, yardsticks; --scaling: how ours grows"),
     Entry("kernels", "every op beside its plain definition and strong baselines"),
     Entry("attention", "self-attention backends over lengths and dtypes"),
+    Entry("encode", "encoding images, dense and masked: ours, accelerated timm, timm's ViT, Hugging Face's"),
     Entry("memory", "peak memory over batch sizes and recomputation options"),
     Entry("loader", "images/s of the data path: decode, crop, end to end"),
     Entry("startup", "imports, building, first step per compile mode, first image"),

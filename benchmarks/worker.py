@@ -184,6 +184,26 @@ class Service:
         checked = gates.exact([Provider(**p) for p in providers], cfg, on, file.parent)
         return {"first_loss": truth, "gates": [vars(g) for g in checked]}
 
+    def encoder(self, threads: int, device: str, dtype: str, **case: Any) -> dict[str, Any]:
+        """Instead of `build`: an encoder of `encode` (case: arguments of `encoders.Encoding`)."""
+        import torch
+
+        if threads:
+            torch.set_num_threads(threads)
+        if dtype == "fp32":
+            whole_fp32(torch)
+        from .encoders import Encoding
+
+        self.torch, self.device = torch, torch.device(device)
+        self.gpu, self.count = self.device.type == "cuda", 0
+        self.stepper = Encoding(device=self.device, dtype=dtype, **case)
+        return {"patches": self.stepper.patches, "threads": torch.get_num_threads()}
+
+    def encoding(self, kept: int, check: bool) -> dict[str, Any]:
+        """Of an `encoder`: keeps so many patches (0: all) from now on; check: its first pass, against float64."""
+        self.inputs = self.stepper.choose(kept)
+        return self.stepper.check() if check else {}
+
     def rates(self, device: str, precisions: list[str], threads: int) -> dict[str, Any]:
         """Instead of `build`: gets ready to measure large products and copies."""
         import torch

@@ -296,7 +296,7 @@ def test_recomputation_changes_nothing():
     for enable in (False, True):
         vit.set_grad_checkpointing(enable)
         count = []
-        handle = vit.blocks[1].register_forward_pre_hook(lambda *_: count.append(1))
+        handle = vit.blocks[1].register_forward_pre_hook(lambda *_, count=count: count.append(1))
         torch.manual_seed(3)
         out = fast.encode(images, keep).tokens
         found.append(gradients(vit, images, out, torch.ones_like(out)))
@@ -633,7 +633,7 @@ def test_strict_also_at_later_passes():
     images = images_for(vit)
     fast.encode(images)
     handle = vit.blocks[0].norm1.register_forward_hook(lambda *_: None)
-    with pytest.raises(UsageError, match="strict, but 16 of 17 parts replaced\nblocks.0.norm1: .*has hooks"):
+    with pytest.raises(UsageError, match=r"strict, but 16 of 17 parts replaced\nblocks\.0\.norm1: .*has hooks"):
         fast.encode(images)
     handle.remove()
     fast.encode(images)
@@ -732,7 +732,7 @@ def test_more_bad_input(monkeypatch):
     with pytest.raises(UsageError, match="24 x 41 is not a multiple of the patch size 8"):
         accelerate(vit).encode(torch.zeros(2, 3, 24, 41), KEEP)
     for masks in ({"attn_mask": torch.zeros(16, 16)}, {"is_causal": True}):
-        with pytest.raises(UsageError, match="attends to all tokens; use vit.forward_features"):
+        with pytest.raises(UsageError, match=r"attends to all tokens; use vit\.forward_features"):
             accelerate(vit).forward_features(torch.zeros(2, 3, *SIZE), **masks)
     with pytest.raises(UsageError, match="unknown backend 'sdpaa'; did you mean 'sdpa'"):
         accelerate(vit, attention="sdpaa")
