@@ -71,9 +71,13 @@ class SinCos:
                     "positions of %d x %d patches, trained on %d x %d: %s coordinates",
                     *grid, *self.trained, self.coords,
                 )  # fmt: skip
-            while len(self._kept) >= _KEPT_TABLES:
-                del self._kept[next(iter(self._kept))]
             # a table made under inference_mode could not be used in training afterwards
             with torch.inference_mode(False):
-                self._kept[key] = self.compute(grid).to(like)
+                made = self.compute(grid).to(like)
+            # shapes alone are no table (FakeTensor)
+            if type(made) is not Tensor:
+                return made
+            while len(self._kept) >= _KEPT_TABLES:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = made
         return self._kept[key]
