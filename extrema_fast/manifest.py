@@ -233,12 +233,8 @@ def is_manifest(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def read_header(f: TextIO, name: str) -> dict[str, Any]:
-    """Reads the first two lines of an open manifest: the JSON object of the first.
-
-    raises UsageError naming the line
-    """
-    first, columns = f.readline(), f.readline()
+def parse_header(first: str, columns: str, name: str) -> dict[str, Any]:
+    """The JSON object in the first of the two lines that begin a manifest; UsageError naming the line."""
     version, _, about = first.removeprefix(MAGIC).partition("\t")
     if not first.startswith(MAGIC):
         raise UsageError(f"{name}: line 1: not a manifest (expected {MAGIC + str(VERSION)!r}); see {_MAKE}")
@@ -274,7 +270,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     name = str(path)
     try:
         with open(path, encoding="utf-8", newline="\n") as f:
-            header = read_header(f, name)
+            header = parse_header(f.readline(), f.readline(), name)
             root, classes = header.pop("root"), header.pop("classes")
             chunks = list(_read_rows(f, name, classes))
     except UnicodeDecodeError as e:
@@ -353,7 +349,8 @@ def write_manifest(path: str | os.PathLike[str], manifest: Manifest) -> None:
 
 def write_lines(path: str | os.PathLike[str], head: str, lines: Iterable[str]) -> None:
     """Writes `head` and `lines` to a file atomically; StorageError when that fails, the old file untouched."""
-    target = Path(path)
+    # through a link, so that it stays one
+    target = Path(os.path.realpath(path))
     temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     try:
         try:
@@ -385,12 +382,13 @@ def root_for(path: str | os.PathLike[str], folder: str) -> str:
 # ---- as images ------------------------------------------------------------------------------------
 
 
-def manifest_source(path: str | os.PathLike[str]) -> ImageSource:
+def manifest_source(path: str | os.PathLike[str], *, check: bool = True) -> ImageSource:
     """The good rows of a manifest as an image source.
 
     Sizes and orientations come from the table; the fingerprint is sha256 over path, offset, bytes, crc32
     and label of the good rows, so a data set that has moved is the same and a changed one is not.
 
+    check   False: files are not looked at
     raises UsageError for a damaged manifest, a root that is gone, or files that changed since (a few rows
     are looked at); DataError when no row is good
     """
@@ -408,7 +406,8 @@ def manifest_source(path: str | os.PathLike[str]) -> ImageSource:
     rows = good.tolist()
     paths = [os.path.join(root, manifest.path[r]) for r in rows]
     offset, size, label = manifest.offset[good], manifest.bytes[good], manifest.label[good]
-    _probe(name, paths, offset, size, manifest.mtime_ns[good])
+    if check:
+        _probe(name, paths, offset, size)
     labels = None
     if manifest.classes:
         if (label < 0).any():
@@ -441,13 +440,13 @@ def manifest_source(path: str | os.PathLike[str]) -> ImageSource:
     )
 
 
-def _probe(name: str, paths: list[str], offset: np.ndarray, size: np.ndarray, mtime: np.ndarray) -> None:
+def _probe(name: str, paths: list[str], offset: np.ndarray, size: np.ndarray) -> None:
     rows = np.unique(np.linspace(0, len(paths) - 1, _PROBES).astype(int)).tolist()
     changed = []
     for r in rows:
         try:
             stat = os.stat(paths[r])
-            # a copy has new times and is still the same; a shard's size is not in the table
+            # a shard's own size is not in the table
             same = stat.st_size == size[r] if offset[r] < 0 else stat.st_size >= offset[r] + size[r]
         except (OSError, ValueError):
             same = False

@@ -1,0 +1,316 @@
+"""Whether a file is an image that both loaders read, decoded once in full; and the process that does it.
+
+`index` starts `serve` in processes of their own, which talk in lines of JSON. A decoder that crashes on a
+damaged file then takes a process with it that can be replaced, what a decoder prints while it decodes is
+caught, and when `index` is gone its processes end with it.
+
+How much damage shows, of 250 photographs each (none of them is flagged undamaged):
+
+    written over the picture data   structure   Pillow   nvImageCodec's image   with libjpeg-turbo's warnings
+    2 kB of random bytes                  250      232                      0                            250
+    cut short                             250      250                    250                            250
+    cut short, end marker appended          0        0                      0                            250
+    4 kB of zeros                           0        0                      0                            247
+    4 kB of another photograph              1        0                      0                            243
+    16 flipped bits                        22       21                      0                            187
+    one flipped bit                         4        3                      0                             31
+
+The warnings are libjpeg-turbo's "Corrupt JPEG data", which Pillow keeps to itself; so only nvImageCodec (it
+comes with DALI) gives the last column. PNG has checksums, which catch every flip.
+
+Only the standard library is imported here, and in `serve` Pillow and nvImageCodec: a process starts quickly.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import stat
+import sys
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .jpeg_scan import scan
+
+# Pillow's own limit: what it calls a decompression bomb
+MAX_PIXELS = 178_956_970
+# a file is held in memory as a whole; no image that passes the limit above comes near it
+MAX_BYTES = 1 << 31
+
+READ = ("jpeg", "png", "bmp", "webp", "tiff", "pnm")
+_MAGIC = [
+    ("jpeg", rb"\xff\xd8"),
+    ("png", rb"\x89PNG\r\n\x1a\n"),
+    ("bmp", rb"BM"),
+    ("webp", rb"RIFF....WEBP"),
+    ("tiff", rb"II[*+]\x00|MM\x00[*+]"),
+    ("pnm", rb"P[1-6]\s"),
+    ("gif", rb"GIF8"),
+    ("avif", rb"....ftypavi[fs]"),
+    ("heic", rb"....ftyp(?:hei|hev|mif|msf)"),
+    ("jpeg2000", rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51"),
+    ("jpegxl", rb"\xff\x0a|\x00\x00\x00\x0cJXL "),
+    ("ico", rb"\x00\x00[\x01\x02]\x00"),
+    ("psd", rb"8BPS"),
+    ("svg", rb"\s*<(?:\?xml|svg)"),
+]
+_KINDS = [(kind, re.compile(magic, re.DOTALL)) for kind, magic in _MAGIC]
+# libjpeg-turbo, as nvImageCodec has it print them, means damage by these; its other warnings are harmless
+_DAMAGE = re.compile(r"(Corrupt JPEG data: .*|Unsupported marker type .*|Premature end of JPEG file.*)")
+# a few bytes too many at the very end, after all of the picture: some encoders leave them
+_LEFT_OVER = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
+_ORIENTATION_TAG = 0x0112
+
+OK = "ok"
+
+
+class Verdict(NamedTuple):
+    """What is in a file and whether it can be used; the fields as in a manifest (`manifest.py`).
+
+    status: `ok`, or the kind of trouble, then often a colon and the details.
+    """
+
+    bytes: int = 0
+    mtime_ns: int = 0
+    crc32: int = 0
+    kind: str = ""
+    width: int = 0
+    height: int = 0
+    orientation: int = 1
+    status: str = OK
+
+
+# bytes of a file -> why it cannot be decoded, None when it can
+Decode = Callable[[bytes], "str | None"]
+
+
+def kind_of(data: bytes) -> str:
+    """What the first bytes say: jpeg, png, ...; "" when they say nothing."""
+    return next((kind for kind, magic in _KINDS if magic.match(data)), "")
+
+
+def read(path: str, offset: int, length: int) -> tuple[bytes, int]:
+    """The bytes of a file (or `length` of them from `offset` on, unless it is -1) and its mtime in ns.
+
+    raises OSError, also for what is no plain file or ends too early
+    """
+    # a named pipe would wait for a writer
+    f = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(f, "rb", buffering=0) as file:
+        about = os.fstat(f)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError("not a plain file")
+        size = about.st_size if length < 0 else length
+        if size > MAX_BYTES:
+            raise OSError(f"{size} bytes are no image")
+        if length >= 0:
+            file.seek(offset)
+        data = file.read(size) if length >= 0 else file.read()
+    if length >= 0 and len(data) != length:
+        raise OSError(f"the shard ends after {offset + len(data)} bytes, not {offset + length}")
+    return data, about.st_mtime_ns
+
+
+def check_file(path: str, offset: int, length: int, decode: Decode, max_pixels: int) -> Verdict:
+    """`check` of a file or a part of one; what cannot be read is a verdict too."""
+    try:
+        data, mtime_ns = read(path, offset, length)
+    # ValueError: a name with a zero byte
+    except (OSError, ValueError) as e:
+        reason = "gone" if isinstance(e, FileNotFoundError) else getattr(e, "strerror", None) or e
+        return Verdict(status=f"cannot be read: {reason}")
+    return check(data, decode, max_pixels)._replace(mtime_ns=mtime_ns)
+
+
+def check(data: bytes, decode: Decode, max_pixels: int) -> Verdict:
+    """Whether these bytes are an image that both loaders read, decoded in full."""
+    found = Verdict(bytes=len(data), crc32=zlib.crc32(data), kind=kind_of(data))
+    if not data:
+        return found._replace(status="empty: 0 bytes")
+    if found.kind not in READ:
+        what = f"kind not read: {found.kind}; convert it to JPEG or PNG" if found.kind else ""
+        return found._replace(status=what or f"not an image: begins with {_shown(data[:16])}")
+    try:
+        width, height, orientation = header(data)
+    # a broken file makes Pillow raise nearly anything: OSError, SyntaxError, ValueError, struct.error
+    except Exception as e:
+        return found._replace(status=f"broken header: {reason(e)}")
+    found = found._replace(width=width, height=height, orientation=orientation)
+    if width * height > max_pixels:
+        size = f"{width} x {height} = {width * height} pixels, the limit is {max_pixels}"
+        return found._replace(status=f"too large: {size} (--max-pixels)")
+    damage = structure(data, found.kind)
+    if damage:
+        return found._replace(status=f"damaged: {damage}")
+    problem = decode(data)
+    return found._replace(status=problem) if problem else found
+
+
+def _shown(start: bytes) -> str:
+    text = start.decode("latin-1")
+    return repr(text) if text.isascii() and text.isprintable() else f"bytes {start.hex()}"
+
+
+def header(data: bytes) -> tuple[int, int, int]:
+    """Width and height as stored, and the EXIF orientation; raises what Pillow raises."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as im:
+        width, height = im.size
+        try:
+            orientation = im.getexif().get(_ORIENTATION_TAG, 1)
+        # the picture is good without it
+        except Exception:
+            orientation = 1
+    return width, height, orientation if orientation in range(1, 9) else 1
+
+
+def structure(data: bytes, kind: str) -> str | None:
+    """Damage that shows without decoding; None when there is none, or the kind has no such signs."""
+    if kind == "jpeg":
+        return scan(data)
+    return png_scan(data) if kind == "png" else None
+
+
+def png_scan(data: bytes) -> str | None:
+    """What is wrong with the chunks of a PNG file: their lengths, checksums, the end; None when nothing is."""
+    at = 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        name = data[at + 4 : at + 8]
+        if end > len(data):
+            break
+        # a chunk that begins with a small letter may be ignored, and some programs write wrong checksums
+        wrong = zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big")
+        if wrong and name[:1].isupper():
+            return f"wrong checksum of chunk {name.decode('latin-1')!r} at byte {at}"
+        if name == b"IEND":
+            return None
+        at = end
+    return "no end of image: the file is cut"
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line, without the address of an object in it."""
+    text = " ".join(str(error).split())[:200]
+    unnamed = "cannot identify image file" in text
+    return "not recognised" if unnamed else text.strip(" '\"") or type(error).__name__
+
+
+# ---- decoders -------------------------------------------------------------------------------------
+
+
+def pillow(data: bytes) -> str | None:
+    """Decodes with Pillow: why it fails, None when it does not."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as im:
+            im.load()
+    except Exception as e:
+        return f"cannot be decoded: {reason(e)}"
+    return None
+
+
+def nvimagecodec(printed: Callable[[], str]) -> Decode:
+    """A decoder by nvImageCodec on the CPU; ImportError or RuntimeError where it is not there.
+
+    printed  what was written to standard error since it was last asked
+    """
+    from nvidia import nvimgcodec
+
+    cpu = [nvimgcodec.Backend(nvimgcodec.CPU_ONLY)]
+    decoder = nvimgcodec.Decoder(nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=cpu)
+    rgb = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
+
+    def decode(data: bytes) -> str | None:
+        printed()
+        try:
+            image = decoder.decode([nvimgcodec.CodeStream(data)], params=rgb)[0]
+        except RuntimeError:
+            image = None
+        if image is None:
+            return pillow(data) or "cannot be decoded: by nvImageCodec, which DALI uses; Pillow can"
+        warning = damage_in(printed())
+        return f"damaged: {warning}" if warning else None
+
+    return decode
+
+
+def damage_in(text: str) -> str | None:
+    """The first warning of libjpeg-turbo in `text` that means damage; None without one."""
+    for found in _DAMAGE.finditer(text):
+        left_over = _LEFT_OVER.search(found[0])
+        if not (left_over and int(left_over[1]) <= 16):
+            return found[0].removeprefix("Corrupt JPEG data: ")
+    return None
+
+
+def choose_decoder(printed: Callable[[], str], strict: bool) -> tuple[str, Decode]:
+    """Name and function of the best decoder here; with `strict` Pillow has to agree.
+
+    raises ImportError without Pillow, which reads the headers
+    """
+    import PIL
+    from PIL import Image
+
+    # sizes are looked at before anything is decoded
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        from nvidia import nvimgcodec
+
+        first = nvimagecodec(printed)
+    except (ImportError, OSError, RuntimeError, AttributeError):
+        return f"Pillow {PIL.__version__}", pillow
+    name = f"nvImageCodec {nvimgcodec.__version__}"
+    if not strict:
+        return name, first
+    return f"{name} and Pillow {PIL.__version__}", lambda data: first(data) or pillow(data)
+
+
+# ---- the process ----------------------------------------------------------------------------------
+
+
+def _catch_stderr() -> Callable[[], str]:
+    """Standard error goes to a file from here on; the result gives what is new in it."""
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+
+    def printed() -> str:
+        size = os.fstat(2).st_size
+        if not size:
+            return ""
+        text = os.pread(2, size, 0).decode("utf-8", "replace")
+        os.ftruncate(2, 0)
+        os.lseek(2, 0, os.SEEK_SET)
+        return text
+
+    return printed
+
+
+def serve(strict: bool, max_pixels: int) -> None:
+    """Answers lines on standard input until it ends.
+
+    First line out: the decoder's name, or {"error": ...}. Then in: [[path, offset, length], ...] and out:
+    the verdicts, as lists.
+    """
+    out = os.fdopen(os.dup(1), "w", encoding="ascii")
+    # nothing that a library prints may get between the answers
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
+    warnings.simplefilter("ignore")
+    printed = _catch_stderr()
+    try:
+        name, decode = choose_decoder(printed, strict)
+    except ImportError:
+        print(json.dumps({"error": "Pillow"}), file=out, flush=True)
+        return
+    print(json.dumps(name), file=out, flush=True)
+    for line in sys.stdin:
+        answers = [check_file(*file, decode, max_pixels) for file in json.loads(line)]
+        print(json.dumps(answers), file=out, flush=True)
