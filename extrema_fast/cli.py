@@ -2,7 +2,7 @@
 
     pretrain -> train.pretrain    evaluate, knn, probe -> evals    report -> report.report
     import -> convert.import_released    export -> export.export    encoders -> encoder.list_models
-    embed -> embed.embed    search -> search.search
+    pack -> pack.pack    embed -> embed.embed    search -> search.search
     kernels -> ops.choices, kernels.listing    tune -> kernels.tune    profile -> profile.profile
 
 Errors a user can act on are one line on standard error; the exit code is the error's own.
@@ -481,6 +481,37 @@ def _embed(args: list[str]) -> None:
         print(describe(result))
 
 
+def _pack(args: list[str]) -> None:
+    p = _Parser("pack")
+    p.add_argument("data", metavar="MANIFEST", help="made by index; or any images: folder, list, shards")
+    p.add_argument("out", metavar="OUT", help="folder for the shards; the same command again continues")
+    p.add_argument(
+        "--size", type=int, default=256, metavar="N", help="pixels (default 256); 0: bytes as they are"
+    )
+    p.add_argument("--side", choices=("short", "long"), default="short", help="the side that becomes --size")
+    p.add_argument("--quality", type=int, default=90, metavar="Q", help="of JPEG files (default 90)")
+    p.add_argument("--shard-mb", type=float, default=512, metavar="MB", help="size of a shard (default 512)")
+    p.add_argument("--seed", type=int, default=0, metavar="S", help="of the shuffle")
+    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: one per core")
+    p.add_argument(
+        "--max-bad", type=float, default=0.01, metavar="SHARE", help="unreadable images (default 0.01)"
+    )
+    p.add_argument("--force", action="store_true", help="move what is in OUT aside and start anew")
+    p.add_argument(
+        "--no-measure", dest="measure", action="store_false", help="do not measure the loader's rate"
+    )
+    p.add_argument("--json", action="store_true", help="print the result as JSON")
+    p.add_argument("--quiet", action="store_true", help="warnings and errors only")
+    options = vars(p.parse_all(args))
+    quiet, as_json = options.pop("quiet"), options.pop("json")
+    _set_up_logging(quiet)
+
+    from .pack import describe, pack
+
+    result = pack(options.pop("data"), options.pop("out"), progress=not quiet, **options)
+    print(json.dumps(result, indent=1) if as_json else describe(result))
+
+
 def _size(sides: list[int] | None) -> int | tuple[int, int] | None:
     if sides is None or len(sides) == 1:
         return sides and sides[0]
@@ -507,6 +538,28 @@ def _search(args: list[str]) -> None:
 
     result = search(options.pop("query"), options.pop("index"), **options)
     print(json.dumps(result, indent=1) if as_json else format_table(result))
+
+
+def _index(args: list[str]) -> None:
+    p = _Parser("index")
+    p.add_argument("data", metavar="DATA", help="folder, list file, shards, or a manifest to check again")
+    p.add_argument(
+        "--out", required=True, metavar="M.tsv", help="the manifest; the same command again continues"
+    )
+    p.add_argument("--strict", action="store_true", help="Pillow, too, has to decode each image")
+    p.add_argument("--threads", type=int, metavar="N", help="images decoded at a time (default: the cores)")
+    p.add_argument(
+        "--max-pixels", type=int, metavar="N", help="larger images are not good (default: 178956970)"
+    )
+    p.add_argument("--force", action="store_true", help="replace another file in --out, look at all again")
+    p.add_argument("--quiet", action="store_true", help="warnings, errors and the result only")
+    options = {k: v for k, v in vars(p.parse_all(args)).items() if v is not None}
+    quiet = options.pop("quiet")
+    _set_up_logging(quiet)
+
+    from .index import describe, index
+
+    print(describe(index(options.pop("data"), options.pop("out"), progress=not quiet, **options)))
 
 
 def _encoders(args: list[str]) -> None:
@@ -589,6 +642,11 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
         "write an encoder for timm, Hugging Face, ONNX or torch.export, checked on the way out",
         "export runs/photos exported/photos --format onnx",
     ),
+    "pack": (
+        _pack,
+        "shuffled tar shards of smaller images, for fast reading",
+        "pack images.tsv packed --size 256",
+    ),
     "embed": (
         _embed,
         "features of every image: class token, mean or patch tokens, as files",
@@ -598,6 +656,11 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
         _search,
         "the nearest images by features, with a picture",
         "search query.jpg features --k 8 --out found.png",
+    ),
+    "index": (
+        _index,
+        "decode every image once and list the good and the bad ones in a manifest, which training reads",
+        "index imagenet/train --out imagenet.tsv",
     ),
     "encoders": (_encoders, "list the encoder names", "encoders '*base*'"),
     "kernels": (_kernels, "list the ops, what runs on this machine and why", "kernels --device cuda"),
