@@ -32,6 +32,10 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "large": (1024, 24, 16),
 }
 
+# far above any vision transformer
+MAX_PARAMETERS = 100_000_000_000
+MAX_PATCHES = 1 << 20
+
 
 def did_you_mean(word: str, known: list[str]) -> str:
     """`"; did you mean 'x'?"`, or the list of what is known when nothing is near."""
@@ -175,6 +179,24 @@ class ModelConfig:
         _require(0 <= self.drop_path < 1, f"model.drop_path: expected [0, 1), got {self.drop_path}")
         _require(self.pool_depth >= 1, f"model.pool_depth: expected at least 1, got {self.pool_depth}")
         _require(self.layer_scale != 0, "model.layer_scale: 0 makes the pooled output constant; try 0.1")
+        self._check_size()
+
+    def _check_size(self) -> None:
+        # configurations come from files of others, too: an absurd one is refused before anything is allocated
+        width, depth, _ = self.shape
+        layers = depth + self.pool_depth
+        block = width * (4 * width + 2 * int(width * self.mlp_ratio))
+        count = layers * block + width * self.in_chans * self.patch_size**2
+        _require(
+            layers <= 4096 and count <= MAX_PARAMETERS,
+            f"model: {layers} blocks of width {width} are {count:.1e} parameters, no size that can be built "
+            f"(at most {MAX_PARAMETERS:.0e})",
+        )
+        _require(
+            self.num_patches <= MAX_PATCHES,
+            f"model.img_size: {self.img_size[0]} x {self.img_size[1]} makes {self.num_patches} patches of "
+            f"{self.patch_size}, at most {MAX_PATCHES}",
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
