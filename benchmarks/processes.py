@@ -42,10 +42,15 @@ class Worker:
     Use as a context manager, or `close` it.
 
     environment  variables of the process on top of ours
+    module       of the benchmarks, whose service answers
     """
 
     def __init__(
-        self, threads: int = 0, patience: float = PATIENCE, environment: dict[str, str] | None = None
+        self,
+        threads: int = 0,
+        patience: float = PATIENCE,
+        environment: dict[str, str] | None = None,
+        module: str = "worker",
     ) -> None:
         self.patience = patience
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
@@ -54,7 +59,7 @@ class Worker:
         if threads:
             env["OMP_NUM_THREADS"] = str(threads)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker"],
+            [sys.executable, "-m", f"benchmarks.{module}"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=env,
         )  # fmt: skip
 

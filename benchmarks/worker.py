@@ -242,9 +242,8 @@ class Service:
             forget_peak()
 
 
-def serve(requests: TextIO, answers: TextIO) -> None:
-    """Until the requests end; an exception is an answer with `error`."""
-    service = Service()
+def serve(requests: TextIO, answers: TextIO, service: Any) -> None:
+    """Calls `service`'s methods until the requests end; an exception is an answer with `error`."""
     for line in requests:
         request = json.loads(line)
         try:
@@ -257,12 +256,12 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         answers.flush()
 
 
-def main() -> None:
+def main(service: Any) -> None:
     """Keeps standard output for answers: whatever else is printed goes to standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    serve(sys.stdin, answers)
+    serve(sys.stdin, answers, service)
 
 
 if __name__ == "__main__":
-    main()
+    main(Service())
