@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -69,11 +70,21 @@ def _list(folder: Path) -> tuple[list[str], list[str]]:
     """Sorted names of the folders and of the files in a folder, hidden ones left out."""
     try:
         entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
-        kinds = [e.is_dir() for e in entries]
+        kinds = [_is_dir(e) for e in entries]
     except OSError as e:
         raise UsageError(f"{folder}: cannot be read ({e.strerror}); check its permissions") from e
     folders = [e.name for e, is_dir in zip(entries, kinds, strict=True) if is_dir]
     return folders, [e.name for e, is_dir in zip(entries, kinds, strict=True) if not is_dir]
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as e:
+        # a link to itself is a broken file, not a reason to give up the folder
+        if e.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def _walk(folder: Path, seen: set[str], found: Counter[str], kinds: tuple[str, ...]) -> list[str]:
