@@ -90,6 +90,13 @@ def check_agrees(
                 f"{source}: the weights do not fit this architecture: {name} is {value} in its description, "
                 f"{told[name]} in its tensors"
             )
+    classes = options["num_classes"]
+    if classes and shapes.get("head.weight") != (classes, width):
+        found = list(shapes["head.weight"]) if "head.weight" in shapes else "missing"
+        raise UsageError(
+            f"{source}: the weights do not fit this architecture: {classes} classes in its description, "
+            f"head.weight is {found}"
+        )
 
 
 def find_grid(table: Tensor, grid: tuple[int, int] | None, source: str) -> tuple[tuple[int, int], bool]:

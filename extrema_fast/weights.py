@@ -204,6 +204,8 @@ def weights_folder(path: str | Path) -> Path:
         raise UsageError(
             f"{path}: not a weights folder; expected a folder with config.json and teacher.safetensors"
         )
+    if not path.is_dir():
+        raise UsageError(f"{path}: neither a file nor a folder")
     if networks_in(path):
         return path
     found = sorted(p for p in (path / "weights").glob("step_*") if networks_in(p))
@@ -332,6 +334,9 @@ def _positive_pair(value: Any) -> bool:
 
 def _check_input(meta: Mapping[str, Any]) -> None:
     encoder_options(meta)
+    for name in ("data", "input"):
+        if not isinstance(meta.get(name, {}), dict):
+            raise UsageError(f"{name}: expected a table, got {str(meta[name])[:40]}")
     for name in ("mean", "std"):
         values = meta["data"][name] if "data" in meta else [0.5]
         if not isinstance(values, list) or not values or not all(_is_number(v) for v in values):
