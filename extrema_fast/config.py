@@ -87,8 +87,18 @@ class DataConfig:
     """Rotate by the EXIF tag (off matches the paper's pipeline)."""
     loader: Literal["auto", "dali", "pil"] = "auto"
     """`auto`: DALI where it is installed, else PIL."""
-    threads: int = 2
-    """Decoding threads per process."""
+    threads: int = 0
+    """Decoding threads per process; 0: the cores shared by the processes of this machine, at most 16."""
+    hw_decoder_load: float = 0.65
+    """Share of the JPEG images that a GPU's own decoder takes, where it has one and DALI decodes there."""
+    order: Literal["global", "shards"] = "global"
+    """`global`: all rows shuffled; `shards`: tar shards shuffled, their rows within a moving window of shards."""
+    window: int = 16
+    """Shards whose rows mix with `order` shards; as many as there are: the same as `global`."""
+    max_pixels: int = 178_956_970
+    """Images of more pixels count as unreadable (the default is Pillow's limit)."""
+    bad_budget: float = 1e-4
+    """Share of the rows that may be unreadable before the run stops; at least one row, 0: none."""
     limit: int = 0
     """Use only the first N images of a keyed shuffle of the training set (0: all)."""
 
@@ -105,7 +115,16 @@ class DataConfig:
             f"data.jitter: expected non-negative strengths with hue <= 0.5, got {self.jitter}",
         )
         _require(min(self.std) > 0, f"data.std: expected positive numbers, got {self.std}")
-        _require(self.threads >= 1, f"data.threads: expected at least 1, got {self.threads}")
+        _require(self.threads >= 0, f"data.threads: expected 0 (all cores) or more, got {self.threads}")
+        _require(
+            0 <= self.hw_decoder_load <= 1,
+            f"data.hw_decoder_load: expected a share in [0, 1], got {self.hw_decoder_load}",
+        )
+        _require(self.window >= 1, f"data.window: expected at least 1, got {self.window}")
+        _require(self.max_pixels >= 1, f"data.max_pixels: expected at least 1, got {self.max_pixels}")
+        _require(
+            0 <= self.bad_budget <= 1, f"data.bad_budget: expected a share in [0, 1], got {self.bad_budget}"
+        )
         _require(self.limit >= 0, f"data.limit: expected 0 (all) or more, got {self.limit}")
 
 
@@ -539,6 +558,8 @@ FREE_FIELDS = (
     "system.",
     "data.loader",
     "data.threads",
+    "data.hw_decoder_load",
+    "data.bad_budget",
     "train.compile",
     "train.cuda_graph",
     "train.compact",
@@ -631,7 +652,7 @@ def _paper(size: str, ratio: float, views: int, layer_scale: float = 0.1) -> Con
     short = f"paper_{size}_{round(ratio * 100)}x{views}"
     return Config(
         out=f"runs/{short}",
-        data=DataConfig(train="imagenet/train", test="imagenet/val", threads=8),
+        data=DataConfig(train="imagenet/train", test="imagenet/val"),
         mask=MaskConfig(ratio=ratio, views=views),
         model=ModelConfig(size=size, layer_scale=layer_scale),
         train=TrainConfig(epochs=300, batch_size=2048),

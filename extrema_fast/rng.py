@@ -15,10 +15,17 @@ from .kernels._philox import philox, uniform, words
 __all__ = ["permutation", "philox", "uniform", "words"]
 
 # what a stream of numbers is for; the value is part of the counter and must not change
-ORDER, CROP, COLOR_STUDENT, COLOR_TEACHER, MASK, DROP_PATH, INIT = range(7)
+ORDER, CROP, COLOR_STUDENT, COLOR_TEACHER, MASK, DROP_PATH, INIT, PASS, SHARD, SUBSTITUTE = range(10)
+
+# rows drawn at a time: whole tables of counters need tens of times the memory of the result
+_CHUNK = 1 << 16
 
 
-def permutation(n: int, *, seed: int, epoch: int) -> Tensor:
+def permutation(n: int, *, seed: int, epoch: int, stream: int = ORDER) -> Tensor:
     """[n] int64 on the CPU: the order of an epoch, a stable argsort of 63-bit keys."""
-    w = words(torch.arange(n), 2, seed=seed, epoch=epoch, stream=ORDER)
-    return torch.argsort((w[:, 0] << 31) ^ w[:, 1], stable=True)
+    keys = torch.empty(n, dtype=torch.int64)
+    for start in range(0, n, _CHUNK):
+        rows = torch.arange(start, min(start + _CHUNK, n))
+        w = words(rows, 2, seed=seed, epoch=epoch, stream=stream)
+        keys[start : start + _CHUNK] = (w[:, 0] << 31) ^ w[:, 1]
+    return torch.argsort(keys, stable=True)
