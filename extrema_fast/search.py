@@ -98,7 +98,7 @@ def search(
 def nearest(
     queries: Tensor, embeddings: Embeddings, k: int, device: str | torch.device = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Cosine similarity and feature row of the k nearest to each query, best first; equal ones in row order.
+    """Cosine similarity and feature row of the k nearest to each query, best first; equal scores in row order.
 
     queries  [Q, D] float
     returns  [Q, k] fp32 and [Q, k] int64, on the CPU
@@ -112,8 +112,11 @@ def nearest(
         bank = F.normalize(part.float().to(device), dim=1)
         found = []
         for q, b, a in zip(queries.split(QUERIES), best.split(QUERIES), at.split(QUERIES), strict=True):
-            score, place = (q @ bank.T).topk(min(k, len(bank)), dim=1)
-            # in row order before a stable sort, so that equal images do not change places
+            every = q @ bank.T
+            score, place = every.topk(min(k, len(bank)), dim=1)
+            if ((every >= score[:, -1:]).sum(1) > score.shape[1]).any():
+                # which of equal ones topk takes is not said
+                score, place = (x[:, :k] for x in every.sort(dim=1, descending=True, stable=True))
             place, order = place.sort(dim=1)
             score, place = torch.cat([b, score.gather(1, order)], 1), torch.cat([a, place + first], 1)
             score, order = score.sort(dim=1, descending=True, stable=True)

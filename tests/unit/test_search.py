@@ -114,6 +114,17 @@ def test_equal_features_come_in_row_order():
     one = torch.tensor([[1.0, 0.0]])
     _, places = nearest(one, Bank(one.repeat(3, 1), torch.tensor([[0.0, 1.0]]), one.repeat(3, 1)), 5)
     assert places.tolist() == [[0, 1, 2, 4, 5]]
+    # more equal ones than fit, in long parts
+    bank = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]).repeat(200, 1)
+    for k in (7, 250):
+        _, places = nearest(one, Bank(bank[:301], bank[301:]), k)
+        want = [i for i in range(600) if i % 3 == 1][:k] + [i for i in range(600) if i % 3 == 2]
+        assert places.tolist() == [want[:k]]
+    # equal ones that all fit
+    bank = torch.nn.functional.normalize(torch.rand(500, 2) + torch.tensor([0.0, 1.0]), dim=1)
+    bank[::3] = one
+    _, places = nearest(one, Bank(bank), 170)
+    assert places[0, :167].tolist() == list(range(0, 500, 3))
 
 
 def test_many_queries_are_cut(monkeypatch):
