@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .embeddings import Embeddings, load_embeddings
     from .encoder import Encoded, Encoder, create_encoder, list_models
     from .evals import evaluate
+    from .export import export
     from .masking import keep_from_mask, sample_views
     from .method import ExtreMA
     from .report import report
@@ -36,6 +37,7 @@ _HOME = {
     "create_encoder": "encoder",
     "embed": "embed",
     "evaluate": "evals",
+    "export": "export",
     "import_released": "convert",
     "keep_from_mask": "masking",
     "list_models": "encoder",

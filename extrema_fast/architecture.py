@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import ModelConfig, to_dict
+from .config import SIZES, ModelConfig, to_dict
 from .encoder import sincos_table
 from .errors import UsageError
 
@@ -157,6 +157,7 @@ def tell(
     grid, fixed = find_grid(state["pos_embed"], grid, source)
     gamma = state.get("blocks_token.0.gamma_1")
     model = ModelConfig(
+        size=_size(width, told["depth"], heads),
         img_size=(grid[0] * patch, grid[1] * patch),
         patch_size=patch,
         in_chans=chans if chans in (1, 3) else 3,
@@ -176,6 +177,12 @@ def tell(
         "pos_embed": "sincos" if fixed else "learned",
     }
     return to_dict(model), options
+
+
+def _size(width: int, depth: int, heads: int) -> str:
+    """The name of this shape, or of the one nearest in width."""
+    named = [name for name, shape in SIZES.items() if shape == (width, depth, heads)]
+    return named[0] if named else min(SIZES, key=lambda name: abs(SIZES[name][0] - width))
 
 
 def _ratio(hidden: int, width: int) -> float:

@@ -57,7 +57,11 @@ def method_tensors(method: Any, which: str) -> dict[str, Tensor]:
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file of `tensors`, each in memory of its own."""
+    file.touch()
+    mode = file.stat().st_mode
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
+    # safetensors makes files that their owner alone may read, whatever the umask says
+    file.chmod(mode)
 
 
 def write_json(file: Path, data: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import json
 import pytest
 import torch
 
-from extrema_fast import convert
+from extrema_fast import convert, export_graph
 from extrema_fast.encoder import Encoder
 from extrema_fast.export import export
 from tests.unit._weights import CFG, refused, trained
@@ -61,7 +61,7 @@ def test_an_encoder_in_onnxruntime(tmp_path):
     assert not (tmp_path / "low").exists()
 
 
-def test_a_classifier_and_a_newer_operator_set(tmp_path):
+def test_a_classifier_a_newer_operator_set_and_a_file_beside(tmp_path, monkeypatch):
     encoder = Encoder(CFG.model, 5, global_pool="avg", fc_norm=True, pos_embed="learned").eval()
     with torch.no_grad():
         for p in encoder.parameters():
@@ -76,3 +76,13 @@ def test_a_classifier_and_a_newer_operator_set(tmp_path):
         assert torch.allclose(logits, encoder(x), atol=1e-4)
     model = onnx.load(str(tmp_path / "out" / "model.onnx"))
     assert {o.domain: o.version for o in model.opset_import}[""] == 20
+    # weights of more than 2 GiB go into a file beside it
+    monkeypatch.setattr(export_graph, "_ONNX_IN_ONE_FILE", 0)
+    result = export(tmp_path / "bare.pth", tmp_path / "out", "onnx", force=True)
+    assert result.files == ["config.json", "model.onnx", "model.onnx.data"]
+    logits = torch.from_numpy(session(tmp_path / "out").run(["logits"], {"images": x.numpy()})[0])
+    with torch.no_grad():
+        assert torch.allclose(logits, encoder(x), atol=1e-4)
+    # and what --force replaces is this kind of folder, too
+    export(tmp_path / "bare.pth", tmp_path / "out", "torchscript", force=True)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.ts"]

@@ -231,3 +231,32 @@ def test_pickled_code_beside_the_weights_does_not_run(weights, method, tmp_path,
     with pytest.raises(ValueError, match=r"neither a run folder|config.json"):
         convert.load_encoder(tmp_path / "out")
     assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architecture": "os.system"}, "Unknown model"),
+        ({"model_args": {"evil": 1}}, "evil"),
+        ({"model_args": {"width": 10**9, "heads": 1}}, "parameters"),
+        ({"model_args": {"depth": 10**9}}, "blocks"),
+        ({"model_args": {"img_size": [16 * 10**8, 16 * 10**8]}}, "patches"),
+        ({"model_args": {"width": 64, "depth": 3, "heads": 1}}, "missing: blocks.2|do not fit|size mismatch"),
+    ],
+)
+def test_timm_with_a_strangers_description(weights, tmp_path, changes, words):
+    export(weights, tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["model_args"] |= changes.pop("model_args", {})
+    file.write_text(json.dumps(config | changes), encoding="utf-8")
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=words):
+        local(tmp_path / "out")
+
+
+def test_timm_with_a_damaged_file(weights, tmp_path):
+    export(weights, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(Exception, match="deserializing header"):
+        local(tmp_path / "out")

@@ -9,7 +9,9 @@ existing output folder, `--force` and what it never replaces.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import stat
 from dataclasses import replace
 
 import pytest
@@ -18,6 +20,7 @@ import torch
 from extrema_fast import config as c
 from extrema_fast import convert
 from extrema_fast.architecture import _ratio
+from extrema_fast.config import ModelConfig
 from extrema_fast.encoder import Encoder
 from extrema_fast.errors import StorageError
 from extrema_fast.method import ExtreMA
@@ -188,6 +191,26 @@ def test_a_bare_tensor_or_list(tmp_path):
 
 
 # ---- parts of a checkpoint, and replacing ---------------------------------------------------------
+
+
+def test_sizes_are_named_where_they_have_a_name(tmp_path):
+    for model, name in (
+        (ModelConfig("tiny", img_size=(16, 16)), "tiny"),
+        (replace(CFG.model, width=192, heads=3), "tiny"),
+        (replace(CFG.model, width=448, heads=7), "small"),
+    ):
+        torch.save(Encoder(model).state_dict(), tmp_path / "bare.pth")
+        assert convert.load_metadata(tmp_path / "bare.pth")["model"]["size"] == name
+        assert convert.load_encoder(tmp_path / "bare.pth").config.shape == model.shape
+
+
+def test_files_are_readable_as_the_umask_says(file, tmp_path):
+    before = os.umask(0o027)
+    try:
+        out = convert.import_released(file, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in out.iterdir()} == {0o640}
 
 
 def test_importing_one_network(file, tmp_path, method):

@@ -26,6 +26,8 @@ from extrema_fast.export import FORMATS, export
 from extrema_fast.method import ExtreMA
 from tests.unit._weights import CFG, IMAGES, refused, released, trained
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
+
 
 @pytest.fixture
 def method() -> ExtreMA:
