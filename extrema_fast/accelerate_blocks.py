@@ -17,7 +17,6 @@ from torch.nn.modules import module as torch_module
 from . import ops
 from .linear import affine
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NONE: frozenset[str] = frozenset()
 
 
@@ -73,22 +72,26 @@ def timm_classes() -> Timm:
 
 def why_called(module: nn.Module, known: dict[type, frozenset[str]]) -> str:
     """Why calling the module could do more than its class's formula; empty when it could not."""
-    cls = type(module)
+    cls, own = type(module), module.__dict__
     if cls not in known:
         return f"{cls.__name__} is not stock"
-    if cls.forward.__module__ != cls.__module__ or "forward" in module.__dict__:
+    if "forward" in own or cls.forward.__module__ != cls.__module__:
         return f"the forward method of this {cls.__name__} is replaced"
-    for kind in HOOKS:
-        if getattr(module, kind):
-            return "it has hooks"
-    if module._compiled_call_impl is not None:
+    if (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    ):
+        return "it has hooks"
+    if own.get("_compiled_call_impl") is not None:
         return "it is compiled by itself"
-    for name, p in module._parameters.items():
-        if p is not None and type(p) not in (nn.Parameter, Tensor):
+    for name, p in own["_parameters"].items():
+        if p is not None and type(p) is not nn.Parameter and type(p) is not Tensor:
             return f"its {name} is a {type(p).__name__}"
-    for name in module._modules:
-        if name not in known[cls]:
-            return f"it has a part that stock lacks: {name}"
+    if not own["_modules"].keys() <= known[cls]:
+        extra = ", ".join(sorted(own["_modules"].keys() - known[cls]))
+        return f"it has a part that stock lacks: {extra}"
     return ""
 
 

@@ -78,6 +78,9 @@ Plan = tuple[tuple[int, str], ...]
 def _sdpa(order: list[SDPBackend]) -> Callable[[Tensor], Tensor]:
     def run(qkv: Tensor) -> Tensor:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        # a CPU has one fused kernel and no order; the block would take longer than a small product
+        if order is ORDER and qkv.device.type == "cpu":
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         # the backward pass needs no such block: autograd and compiled graphs hold the chosen kernel's own node,
         # and a recomputed forward pass comes through here again
         with sdpa_kernel(order, set_priority=True):

@@ -8,6 +8,7 @@ choose what the backward pass makes again (`train.recompute`). In fp32 and fp64 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ def affine(
         return F.linear(_prologue(x, before), weight, bias)
     norm = (before.weight, before.bias, before.eps) if is_norm else (None, None, 0.0)
     kind = "norm" if is_norm else before
+    if not torch.is_grad_enabled():
+        return _forward(x, weight, bias, *norm, low, kind, dtype)[0]
     return _Linear.apply(x, weight, bias, *norm, low, kind, again, dtype)
 
 
@@ -81,8 +84,12 @@ def _prologue(x: Tensor, before: nn.Module | str | None) -> Tensor:
     return F.gelu(x) if before == "gelu" else x if before is None else before(x)
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def _in_place_of_autocast(x: Tensor) -> Any:
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
 def _eager_on_cpu(x: Tensor) -> bool:
@@ -109,22 +116,37 @@ def _norm(
     return u.to(dtype), mean, rstd
 
 
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    low: Tensor | None,
+    kind: str | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(the product, what was multiplied, the norm's mean and 1 / deviation)."""
+    with _in_place_of_autocast(x):
+        w = weight.to(dtype) if low is None else low
+        mean = rstd = None
+        if kind == "norm":
+            u, mean, rstd = _norm(x, gain, shift, eps, dtype)
+        elif kind == "gelu":
+            u = F.gelu(x).to(dtype)
+        else:
+            u = x.to(dtype)
+        return _product(u, w, None if bias is None else bias.to(dtype)), u, mean, rstd
+
+
 class _Linear(torch.autograd.Function):
     """One prologue and one product; gradients of x, weight, bias, and the norm's gain and shift."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, gain, shift, eps, low, kind, again, dtype):
         ctx.kind, ctx.eps, ctx.dtype, ctx.wide = kind, eps, dtype, weight.dtype
-        with _in_place_of_autocast(x):
-            w = weight.to(dtype) if low is None else low
-            mean = rstd = None
-            if kind == "norm":
-                u, mean, rstd = _norm(x, gain, shift, eps, dtype)
-            elif kind == "gelu":
-                u = F.gelu(x).to(dtype)
-            else:
-                u = x.to(dtype)
-            y = _product(u, w, None if bias is None else bias.to(dtype))
+        y, u, mean, rstd = _forward(x, weight, bias, gain, shift, eps, low, kind, dtype)
         # x itself is needed by a prologue's own gradient
         first = x if kind else None
         kept = None if again and kind else u
