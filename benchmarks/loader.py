@@ -1,196 +1,309 @@
-"""Images per second of the data path: decoding, decoding and cropping, and training end to end.
+"""Images per second of the data path beside the pipelines that a user would otherwise write, in turns.
 
 python -m benchmarks loader --data imagenet/train --threads 8
+python -m benchmarks loader --data imagenet/train --memory-epochs 50 --limit 500
+python -m benchmarks loader --data imagenet/train --ways ours-gpu --stages crop --sweep 0 0.65 0.9 --threads 8 15
 
-Three separate numbers, as decoding, the data path and training are three separate limits. `decode`: whole images,
-nothing else. `crop`: what training reads, random crops of 224 (the loader alone). `end to end`: the loader feeding
-training steps of a model.
+Stages: `decode`, whole images; `crop`, decoding, random crop, resize and flip; `views`, two normalised colour views of
+each crop on top; `end to end`, that and training steps. First every way's pictures are compared with PIL's for the
+same boxes and factors: nothing is concluded about one whose differ. Each way runs in a process of its own, all of them
+on the same cores, as many as `--threads`; they take turns, and each is at rest while another one is timed.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from extrema_fast.config import Config, DataConfig, from_dict
-from extrema_fast.data import ImageSource, TrainLoader, choose_loader, open_source
-from extrema_fast.data_decode import load_rgb
-from extrema_fast.dist import World, pick_device
+from extrema_fast.data import open_source
 from extrema_fast.errors import UsageError
-from extrema_fast.state import build, wrap
-from extrema_fast.train import train_step
 
-from .providers import configuration
-from .records import heading, new_record, parser, write_record
-from .stats import percentiles
-from .tables import Page, Table
+from . import plots
+from .loader_page import page
+from .loader_ways import STAGES, WAYS
+from .processes import Worker, WorkerError
+from .providers import PROVIDERS
+from .records import new_record, parser, write_record
+from .stats import percentiles, ratio, verdict
 
-STAGES = ("decode", "crop", "end to end")
-LOADERS = ("dali", "pil")
+# the issue of a data path: as much faster than PIL and a DataLoader
+GOAL, GOAL_STAGE = 1.3, "views"
+MADE = "made"
+
+
+@dataclass
+class Job:
+    """A way at a stage; `key` names its row."""
+
+    way: str
+    stage: str
+    threads: int
+    data: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+    @property
+    def key(self) -> str:
+        return " | ".join(filter(None, [self.way, self.stage, self.label]))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Ours with the memory settings of the command line, the others with the system's."""
+        return next(p for p in PROVIDERS if p.name == "ours").environment if WAYS[self.way].ours else {}
 
 
 def main(argv: list[str]) -> int:
-    """Images/s of DALI and PIL: decoding, decoding and cropping, training end to end."""
+    """Images/s of the data path, ours and what a user would write: decode, crop, colour views, end to end."""
     p = parser("loader", main.__doc__)
-    p.add_argument("--data", default="photos", help="as data.train: a folder, a list file, or `photos`")
+    p.add_argument("--data", default="photos",
+                   help="as data.train: a folder, a list file, shards; `made`: 128 JPEGs of noise")  # fmt: skip
     p.add_argument("--limit", type=int, default=0, help="use only this many images")
-    p.add_argument("--loaders", nargs="+", choices=LOADERS, default=list(LOADERS))
-    p.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    p.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    p.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     p.add_argument("--img-size", type=int, default=224)
     p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--batches", type=int, default=0, help="timed batches per round")
-    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--batches", type=int, default=0, help="timed batches per turn")
+    p.add_argument("--rounds", type=int, default=0, help="turns of every way")
+    p.add_argument("--threads", type=int, nargs="+", default=[2],
+                   help="decoding threads or worker processes, and cores (several: with --sweep)")  # fmt: skip
     p.add_argument(
         "--model", choices=("tiny", "small", "base", "large"), default="tiny", help="of end to end"
     )
-    p.add_argument("--threads", type=int, default=2, help="decoding threads")
-    p.add_argument("--device", default="cpu", help="where DALI decodes and the model trains")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where `end to end` trains")
+    p.add_argument("--sweep", type=float, nargs="*", metavar="LOAD",
+                   help="one by one: every --threads; for ours-gpu, these shares of the hardware decoder")  # fmt: skip
+    p.add_argument(
+        "--memory-epochs", type=int, default=0, metavar="N", help="instead: resident memory over N epochs"
+    )
     args = p.parse_args(argv)
-    device = pick_device(args.device)
-    batches = args.batches or (4 if args.quick else 20)
+    if args.sweep is None and len(args.threads) > 1:
+        raise UsageError("--threads: several numbers need --sweep")
+    for name in ("batch", "img_size"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if min(args.threads) < 1:
+        raise UsageError(f"--threads: expected at least 1, got {min(args.threads)}")
+    unable = {name: why for name in args.ways if (why := WAYS[name].missing())}
     if args.list:
-        print(f"  {', '.join(args.stages)} with {', '.join(args.loaders)} of {args.data}")
+        for name in args.ways:
+            print(
+                f"  {name:12} {WAYS[name].about}"
+                + (f"  [not here: {unable[name]}]" if name in unable else "")
+            )
+        print("  stages: " + "; ".join(f"{s}, {STAGES[s]}" for s in args.stages))
         return 0
-    source = open_source(args.data, "train", limit=args.limit)
-    if len(source) < args.batch:
-        raise UsageError(f"--batch: {args.batch} is more than the {len(source)} images of {args.data}")
-    cfg = from_dict({"model": {"img_size": [args.img_size, args.img_size]}},
-                    configuration(args.model, batch=args.batch))  # fmt: skip
-    rows = []
-    for loader in args.loaders:
-        try:
-            choose_loader(loader)
-        except UsageError as error:
-            rows.append({"key": loader, "error": str(error)})
-            continue
-        data = DataConfig(train=args.data, loader=loader, threads=args.threads)  # type: ignore[arg-type]
-        for stage in args.stages:
-            key = f"{loader} | {stage}"
-            print(key, file=sys.stderr, flush=True)
-            with opened(stage, source, data, cfg, device) as step:
-                step()
-                samples = [_clock(step, device) for _ in range(args.rounds * batches)]
-            rows.append(
-                {"key": key, "loader": loader, "stage": stage, "batch": args.batch, "samples_ms": samples}
-                | percentiles(samples)
-            )  # fmt: skip
-            rows[-1]["images_per_s"] = 1000 * args.batch * len(samples) / sum(samples)
+    able = [name for name in args.ways if name not in unable]
+    if not able:
+        raise UsageError(f"--ways: none of them runs here: {unable}")
+    args.batches = args.batches or (3 if args.quick else 8)
+    args.rounds = args.rounds or (5 if args.quick else 10)
+    with tempfile.TemporaryDirectory() as folder:
+        data = made(Path(folder)) if args.data == MADE else args.data
+        images = len(open_source(data, "train", limit=args.limit))
+        if images < args.batch:
+            raise UsageError(f"--batch: {args.batch} is more than the {images} images of {args.data}")
+        record = memory(able, data, args, argv) if args.memory_epochs else run(able, data, args, argv)
+    record["settings"] |= {"data": args.data, "images": images}
+    record["not_run"] = unable
+    write_record(record, page(record), args.name, args.out, plots.loader)
+    return 1 if any(not g["passed"] for g in record["gates"]) else 0
+
+
+def say(text: str) -> None:
+    """Progress, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def made(folder: Path, count: int = 128) -> str:
+    """`count` JPEGs of 500 x 375 with about the bytes and detail of photographs: noise of several scales."""
+    import numpy as np
+    from PIL import Image
+
+    for i in range(count):
+        random = np.random.default_rng(i)
+        picture = np.full((375, 500, 3), 128.0)
+        for scale in (4, 8, 16, 64, 250):
+            noise = random.normal(size=(375 // scale + 1, 500 // scale + 2, 3)) * 8 * scale**0.4
+            rough = Image.fromarray((128 + noise).clip(0, 255).astype(np.uint8))
+            picture += np.asarray(rough.resize((500, 375), Image.Resampling.BICUBIC), float) - 128
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"{i:04}.jpg", quality=92)
+    return str(folder)
+
+
+# ---- what is measured -------------------------------------------------------------------------------
+
+
+def settings(data: str, args: argparse.Namespace, threads: int, own: dict[str, Any]) -> dict[str, Any]:
+    """What a process is told."""
+    return {
+        "data": {"train": data, "limit": args.limit, "threads": threads} | own,
+        "size": [args.img_size, args.img_size], "batch": args.batch, "threads": threads, "model": args.model,
+        "device": args.device, "warmup": 4 if args.quick else 64,
+    }  # fmt: skip
+
+
+def planned(ways: list[str], args: argparse.Namespace) -> list[list[Job]]:
+    """Jobs by group: those of a group take turns."""
+    if args.sweep is None:
+        return [[Job(way, stage, args.threads[0]) for way in ways] for stage in args.stages]
+    found = []
+    for stage in args.stages:
+        for way in ways:
+            for threads in args.threads:
+                loads = args.sweep if WAYS[way].device == "cuda" else []
+                jobs = [Job(way, stage, threads, {"hw_decoder_load": v}, f"{threads} threads, load {v:g}")
+                        for v in loads]  # fmt: skip
+                found += [[j] for j in jobs or [Job(way, stage, threads, {}, f"{threads} threads")]]
+    return found
+
+
+def run(ways: list[str], data: str, args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    """Gates, then times in turns: the record."""
+    gates = check(ways, data, args)
+    rows: list[dict[str, Any]] = []
+    for jobs in planned(ways, args):
+        rows += measure(jobs, data, args)
     record = new_record(
-        f"data path, {source.name}", "loader", argv, args.note,
-        settings={"data": args.data, "images": len(source), "img_size": args.img_size, "batch": args.batch,
-                  "threads": args.threads, "device": str(device), "model": args.model},
-        rows=rows,
+        f"data path, {args.data}, {args.img_size} px", "loader", argv, args.note,
+        settings={"img_size": args.img_size, "batch": args.batch, "threads": args.threads, "model": args.model,
+                  "device": args.device, "rounds": args.rounds, "batches_per_turn": args.batches,
+                  "in_turns": args.sweep is None},
+        gates=gates, rows=rows,
+    )  # fmt: skip
+    record["ratios"] = ratios(record)
+    record["headline"] = "; ".join(
+        f"{r['stage']} {r['ratio']:.2f}x {r['other']}" for r in record["ratios"] if "ratio" in r
+    )
+    return record
+
+
+def check(ways: list[str], data: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every way's pictures against PIL's, in a process of their own; raises UsageError when that fails."""
+    say(f"comparing the pictures of {', '.join(ways)}")
+    try:
+        with Worker(args.threads[0], module="loader_worker") as worker:
+            return worker("gates", ways=ways, settings=settings(data, args, args.threads[0], {}))["gates"]
+    except WorkerError as error:
+        raise UsageError(f"the comparison of pictures failed: {error}") from None
+
+
+def measure(jobs: list[Job], data: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per job; what fails has an `error`."""
+    rows = {
+        job.key: {"key": job.key, "way": job.way, "stage": job.stage, "label": job.label, "batch": args.batch}
+        for job in jobs
+    }
+    # a batch in work per worker and two prepared, or DALI's four: used up before the clock starts
+    warm = {job.key: 1 if job.stage == "end to end" else 3 * job.threads + 4 for job in jobs}
+    batches = max(1, args.batches // 4) if jobs[0].stage == "end to end" else args.batches
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+
+        def ask(job: Job, do: str, **arguments: Any) -> dict[str, Any]:
+            try:
+                return workers[job.key](do, **arguments)
+            except WorkerError as error:
+                rows[job.key] |= {"error": str(error)}
+                workers.pop(job.key).close()
+                say(f"{job.key}: {error}")
+                return {}
+
+        for job in jobs:
+            worker = Worker(job.threads, environment=job.environment, module="loader_worker")
+            workers[job.key] = stack.enter_context(worker)
+            told = settings(data, args, job.threads, job.data)
+            rows[job.key] |= ask(job, "build", way=job.way, stage=job.stage, settings=told)
+        turns: dict[str, list[dict[str, Any]]] = {job.key: [] for job in jobs}
+        for i in range(args.rounds):
+            # another one begins each round
+            for job in jobs[i % len(jobs) :] + jobs[: i % len(jobs)]:
+                if job.key in workers and (found := ask(job, "turn", warm=warm[job.key], batches=batches)):
+                    turns[job.key].append(found)
+                    say(
+                        f"round {i + 1}/{args.rounds} {job.key}: {1000 * args.batch / found['ms']:.1f} images/s"
+                    )
+        for job in jobs:
+            if job.key in workers:
+                ask(job, "finish")
+                rows[job.key] |= summary(turns[job.key], args.batch, rows[job.key]["cores"])
+    return list(rows.values())
+
+
+def summary(turns: list[dict[str, Any]], batch: int, cores: int) -> dict[str, Any]:
+    """Percentiles over turns of the milliseconds per batch, and what follows from them."""
+    samples = [t["ms"] for t in turns]
+    found: dict[str, Any] = {"samples_ms": samples} | percentiles(samples)
+    cpu = [t["cpu_ms_per_image"] for t in turns]
+    found["cpu_ms_per_image_samples"] = cpu
+    found["cpu_ms_per_image"] = percentiles(cpu)["p50_ms"]
+    found["images_per_s"] = 1000 * batch / found["p50_ms"]
+    found["images_per_s_per_core"] = found["images_per_s"] / cores
+    found["images_per_cpu_s"] = 1000 / found["cpu_ms_per_image"]
+    found["waited"] = percentiles([t["waited"] for t in turns])["p50_ms"]
+    return found
+
+
+def ratios(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every way of ours against each baseline at each stage; refused after a failed check."""
+    passed = {g["name"] for g in record["gates"] if g["passed"]}
+    found = []
+    for stage in dict.fromkeys(r["stage"] for r in record["rows"]):
+        here = {r["way"]: r for r in record["rows"] if r["stage"] == stage and not r["label"]}
+        for mine in (w for w in ("ours", "ours-gpu", "ours-pil") if w in here):
+            for other in (w for w in ("dataloader", "torchvision") if w in here):
+                goal = GOAL if stage == GOAL_STAGE and (mine, other) == ("ours", "dataloader") else None
+                entry = {"stage": stage, "ours": mine, "other": other, "goal": goal}
+                bad = [w for w in (mine, other) if w not in passed or "samples_ms" not in here[w]]
+                if bad:
+                    found.append(entry | {"refused": f"{', '.join(bad)}: no result to compare"})
+                    continue
+                entry |= ratio(here[other]["samples_ms"], here[mine]["samples_ms"])
+                entry["verdict"] = verdict(entry)
+                cpu = ratio(*(here[w]["cpu_ms_per_image_samples"] for w in (other, mine)))
+                found.append(entry | {f"cpu_{k}": cpu[k] for k in ("ratio", "low", "high")})
+    return found
+
+
+# ---- memory -----------------------------------------------------------------------------------------
+
+
+def memory(ways: list[str], data: str, args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    """Resident memory of ours at the end of each epoch, crops and colour views: the record."""
+    rows = []
+    for way in (w for w in ways if WAYS[w].ours):
+        job = Job(way, "views", args.threads[0])
+        say(f"{args.memory_epochs} epochs of {way}")
+        row: dict[str, Any] = {"key": f"{way} | memory", "way": way, "stage": "memory", "label": ""}
+        try:
+            with Worker(job.threads, environment=job.environment, module="loader_worker") as worker:
+                told = settings(data, args, job.threads, {})
+                row |= worker("build", way=way, stage="views", settings=told)
+                row |= growth(worker("epochs", count=args.memory_epochs))
+                worker("finish")
+        except WorkerError as error:
+            row["error"] = str(error)
+        rows.append(row)
+    record = new_record(
+        f"memory of the data path over {args.memory_epochs} epochs", "loader", argv, args.note,
+        settings={"img_size": args.img_size, "batch": args.batch, "threads": args.threads,
+                  "epochs": args.memory_epochs},
+        gates=[], ratios=[], rows=rows,
     )  # fmt: skip
     record["headline"] = "; ".join(
-        f"{r['key']} {r['images_per_s']:.0f}/s" for r in rows if "images_per_s" in r
+        f"{r['way']} {r['mb_per_epoch']:+.3f} MB per epoch" for r in rows if "mb_per_epoch" in r
     )
-    write_record(record, page(record), args.name, args.out)
-    return 0
+    return record
 
 
-def _clock(step: Callable[[], None], device: torch.device) -> float:
-    began = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - began)
+def growth(found: dict[str, Any]) -> dict[str, Any]:
+    """`mb_per_epoch`: slope of the resident memory over the last four fifths of the epochs, by least squares."""
+    import numpy as np
 
-
-@contextmanager
-def opened(
-    stage: str, source: ImageSource, data: DataConfig, cfg: Config, device: torch.device
-) -> Iterator[Callable[[], None]]:
-    """A function that does one batch of a stage's work."""
-    if stage == "decode":
-        decoder = _pil_decoder if data.loader == "pil" else _dali_decoder
-        with closing(decoder(source, data.threads, cfg.train.batch_size, device)) as batches:
-            yield lambda: next(batches)
-        return
-    where = "cpu" if data.loader == "pil" else device
-    with TrainLoader(
-        source, data, cfg.model.img_size, batch_size=cfg.train.batch_size, seed=0, device=where
-    ) as loader:
-        if stage == "crop":
-            yield lambda: next(loader)
-            return
-        run = build(cfg, World(device), source)
-        wrap(run)
-
-        def train() -> None:
-            train_step(run, next(loader))
-            run.step += 1
-
-        yield train
-
-
-def _rows(count: int, batch: int) -> Iterator[list[int]]:
-    start = 0
-    while True:
-        yield [(start + i) % count for i in range(batch)]
-        start += batch
-
-
-def _pil_decoder(source: ImageSource, threads: int, batch: int, device: torch.device) -> Iterator[None]:
-    with ThreadPoolExecutor(threads) as pool:
-        for rows in _rows(len(source), batch):
-            list(pool.map(lambda row: load_rgb(source.paths[row], False), rows))
-            yield
-
-
-def _dali_decoder(source: ImageSource, threads: int, batch: int, device: torch.device) -> Iterator[None]:
-    import nvidia.dali as dali
-    from nvidia.dali import fn
-
-    rows = _rows(len(source), batch)
-
-    def feed() -> list[np.ndarray]:
-        return [np.frombuffer(source.paths[row].encode(), np.uint8) for row in next(rows)]
-
-    gpu = device.type == "cuda"
-    pipe = dali.Pipeline(
-        batch_size=batch, num_threads=threads, device_id=(device.index or 0) if gpu else None
-    )
-    with pipe:
-        encoded = fn.io.file.read(fn.external_source(source=feed))
-        pipe.set_outputs(fn.decoders.image(encoded, device="mixed" if gpu else "cpu"))
-    pipe.build()
-    while True:
-        pipe.run()
-        yield
-
-
-def page(record: dict[str, Any]) -> Page:
-    """The record to read."""
-    s = record["settings"]
-    out = heading(record)
-    out.append(
-        f"{s['images']} images of {s['data']}, crops of {s['img_size']}, batch {s['batch']}, {s['threads']} decoding "
-        f"threads, {s['device']}; end to end trains ViT-{s['model']}."
-    )
-    rows = [r for r in record["rows"] if "images_per_s" in r]
-    out.append(
-        Table(
-            ["loader", "stage", "images/s", "p20 ms", "p50 ms", "p80 ms"],
-            [
-                [
-                    r["loader"],
-                    r["stage"],
-                    f"{r['images_per_s']:.1f}",
-                    *(f"{r[f'p{q}_ms']:.1f}" for q in (20, 50, 80)),
-                ]
-                for r in rows
-            ],
-        )
-    )
-    out.append(
-        "images/s: all timed batches together, as loaders deliver in bursts; percentiles: milliseconds of a batch."
-    )
-    lost = [f"* {r['key']}: {r['error']}" for r in record["rows"] if "error" in r]
-    return [*out, "\n".join(lost)] if lost else out
+    rss = np.asarray(found["rss_mb"])
+    late = np.arange(len(rss))[len(rss) // 5 :]
+    slope = float(np.polyfit(late, rss[late], 1)[0]) if len(late) > 1 else 0.0
+    return found | {"mb_per_epoch": slope, "first_mb": float(rss[late[0]]), "last_mb": float(rss[-1])}

@@ -248,3 +248,44 @@ def roofline(plt: Any, record: dict[str, Any], folder: Path) -> list[str]:
     ax.grid(lw=0.5, color="#dddddd")
     ax.legend(frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
     return [_save(plt, figure, folder, "roofline.png")]
+
+
+@_drawn
+def loader(plt: Any, record: dict[str, Any], folder: Path) -> list[str]:
+    """loader.png: images/s of every way at every stage (p20 to p80); memory.png: resident memory over epochs."""
+    grown = [r for r in record["rows"] if r.get("rss_mb")]
+    if grown:
+        figure, ax = plt.subplots(figsize=(WIDTH, 3))
+        for r in grown:
+            ax.plot(range(1, len(r["rss_mb"]) + 1), r["rss_mb"], marker=".", label=r["way"])
+        ax.set(xlabel="epoch", ylabel="resident memory, MB", ylim=(0, None), title=record["what"])
+        ax.legend(frameon=False)
+        return [_save(plt, figure, folder, "memory.png")]
+    rows = [r for r in record["rows"] if "images_per_s" in r]
+    stages = list(dict.fromkeys(r["stage"] for r in rows))
+    if not rows:
+        return []
+    most = max(sum(r["stage"] == stage for r in rows) for stage in stages)
+    figure, axes = plt.subplots(
+        len(stages), 1, figsize=(WIDTH, len(stages) * (0.7 + 0.28 * most)), squeeze=False
+    )
+    failed = {g["name"] for g in record["gates"] if not g["passed"]}
+    for ax, stage in zip(axes.flat, stages, strict=True):
+        here = [r for r in rows if r["stage"] == stage][::-1]
+        speed = [r["images_per_s"] for r in here]
+        bars = [[max(0.0, s - 1000 * r["batch"] / r["p80_ms"]) for s, r in zip(speed, here, strict=True)],
+                [max(0.0, 1000 * r["batch"] / r["p20_ms"] - s) for s, r in zip(speed, here, strict=True)]]  # fmt: skip
+        labels = [
+            f"{r['way']} {r['label']}".strip() + (" CHECK FAILED" if r["way"] in failed else "") for r in here
+        ]
+        colors = [COLORS["ours" if r["way"].startswith("ours") else "strong"] for r in here]
+        ax.barh(labels, speed, xerr=bars, color=colors, error_kw={"lw": 1, "ecolor": "#333333"})
+        for i, (s, high) in enumerate(zip(speed, bars[1], strict=True)):
+            ax.text(s + high, i, f"  {s:.0f} ({here[i]['cpu_ms_per_image']:.2f} ms CPU)", va="center")
+        ax.set_title(f"{stage}: images per second", loc="left")
+        ax.set(xlim=(0, 1.35 * max(s + high for s, high in zip(speed, bars[1], strict=True))))
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x", lw=0.5, color="#dddddd")
+    figure.suptitle(record["what"], x=0.01, ha="left", fontsize=10)
+    figure.tight_layout()
+    return [_save(plt, figure, folder, "loader.png")]
