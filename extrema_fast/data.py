@@ -1,14 +1,16 @@
-"""From image files to batches: the order of an epoch, the crop of each image, and the two loaders.
+"""From image files to batches: the crop of each image, and the loaders for training and evaluation.
 
-The step number alone says which rows a batch holds, and (seed, row, epoch) alone says how each row is
-cropped and flipped. So a run continues exactly where it stopped, any number of processes sees the
-same global batches, and DALI and PIL (`data_decode.py`) carry out the same plan.
+The step number alone says which rows a batch holds (`data_order.py`), and (seed, row, epoch) alone says how each row
+is cropped and flipped. So a run continues exactly where it stopped, any number of processes sees the
+same global batches, and DALI and PIL (`data_decode.py`) carry out the same plan. A file that cannot be decoded does
+not end a run (`data_recover.py`).
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, NamedTuple
@@ -19,16 +21,23 @@ from torch import Tensor
 
 from . import rng
 from .config import DataConfig
-from .data_decode import Headers, Work, dali_batches, pil_batches
-from .errors import UsageError
+from .data_decode import Mender, Settings, Work, dali_batches, pil_batches
+from .data_files import REMEDY, Files
+from .data_order import Order, epoch_length
+from .data_recover import BadRows
+from .dist import World
+from .errors import DataError, UsageError
 from .sources import ImageSource, match_classes, open_source, subset
 
 __all__ = [
+    "BadRows",
     "Batch",
     "EvalLoader",
     "ImageSource",
     "TrainLoader",
     "center_boxes",
+    "decoding_threads",
+    "epoch_length",
     "match_classes",
     "open_source",
     "random_boxes",
@@ -105,32 +114,23 @@ def center_boxes(sizes: np.ndarray, img_size: tuple[int, int]) -> np.ndarray:
     return np.concatenate([start, start + side], 1)
 
 
-class _Order:
-    """Rows of a global batch: a permutation per epoch, the incomplete last batch left out."""
-
-    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.steps = rows // batch_size
-        self._epoch, self._permutation = -1, np.empty(0, np.int64)
-
-    def __call__(self, step: int) -> tuple[int, np.ndarray]:
-        epoch, batch = divmod(step, self.steps)
-        if epoch != self._epoch:
-            self._permutation = rng.permutation(self.rows, seed=self.seed, epoch=epoch).numpy()
-            self._epoch = epoch
-        return epoch, self._permutation[batch * self.batch_size : (batch + 1) * self.batch_size]
-
-
 class TrainLoader:
     """Endless training batches from `start_step` on; decodes about two batches ahead.
 
     img_size    (height, width) of the crops
     batch_size  global; each of `world` processes gets its part, `batch_size // world` images
     device      where images are decoded: "cpu", "cuda" (DALI only), None: the GPU when there is one
-    raises      UsageError for sizes that do not fit; while iterating DataError naming the file
+    bad         rows known to be unusable; what is found is added
+    pinned      batches decoded on the CPU lie in page-locked memory
+    raises      UsageError for sizes or an order that do not fit; while iterating DataError: more rows are unusable
+                than `data.bad_budget` allows
 
-    Iterating yields `Batch`. Rows of a global batch do not depend on `world`. With
-    `policy="centercrop"` each image is resized and centre-cropped as for evaluation, never flipped.
+    Iterating yields `Batch`. Rows of a global batch do not depend on `world`. A row that cannot be read or decoded
+    is named in the log, and another takes its place (`data_order.Order.substitutes`); all others stay where they
+    were. With several processes none ends by itself: one that cannot go on yields empty images until `agree`, which
+    all call after the same step, raises everywhere.
+
+    With `policy="centercrop"` each image is resized and centre-cropped as for evaluation, never flipped.
     """
 
     def __init__(
@@ -145,32 +145,33 @@ class TrainLoader:
         world: int = 1,
         start_step: int = 0,
         device: str | torch.device | None = None,
+        bad: BadRows | None = None,
+        pinned: bool = False,
     ) -> None:
         if batch_size % world:
             raise UsageError(f"train.batch_size: {batch_size} is not a multiple of the {world} processes")
-        if len(source) < batch_size:
-            raise UsageError(
-                f"train.batch_size: {batch_size} is more than the {len(source)} images of {source.name}; "
-                f"use at most {len(source)}"
-            )
-        self.steps_per_epoch = len(source) // batch_size
         self.kind = choose_loader(cfg.loader)
-        self._seed, self._cfg, self._img_size = seed, cfg, img_size
-        self._order = _Order(len(source), batch_size, seed)
-        self._part = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-        self._headers = Headers(source.paths, cfg.exif)
-        self._step = start_step
+        self.bad = BadRows(source, cfg.bad_budget) if bad is None else bad
+        self._order = Order(source, cfg, batch_size, seed)
+        self.steps_per_epoch = self._order.steps
+        self._seed, self._cfg = seed, cfg
+        self._first, self._size = rank * batch_size // world, batch_size // world
+        self._files = Files(source, cfg)
+        self._step, self._world, self._failure = start_step, world, ""
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
-        self._batches = _decode(
-            self.kind,
-            self._headers,
-            self._plans(start_step),
-            cfg,
+        self._how = Settings(
             img_size,
-            batch_size // world,
+            self._size,
+            decoding_threads(cfg.threads),
             whole=cfg.policy == "centercrop",
-            device=device,
+            device=_decoding_device(self.kind, device),
+            hw=cfg.hw_decoder_load,
+            pinned=pinned,
         )
+        # planned in one thread, also when a batch is mended
+        mender = Mender(self.bad, lambda step: self._planner.submit(self._plan, step).result())
+        decode = pil_batches if self.kind == "pil" else dali_batches
+        self._batches = decode(self._plans(start_step), self._files, self._how, mender)
 
     def _plans(self, step: int) -> Iterator[Future[Work]]:
         while True:
@@ -178,25 +179,69 @@ class TrainLoader:
             step += 1
 
     def _plan(self, step: int) -> Work:
-        epoch, rows = self._order(step)
-        rows = rows[self._part]
-        sizes = self._headers.sizes(rows)
-        if self._cfg.policy == "centercrop":
-            return Work(rows, center_boxes(sizes, self._img_size), np.zeros(len(rows), bool))
-        return Work(rows, *random_boxes(sizes, rows, self._cfg, seed=self._seed, epoch=epoch))
+        epoch, batch = self._order(step)
+        drawn = batch[self._first : self._first + self._size]
+        while True:
+            rows = self._usable(drawn, step)
+            seen = self._files.look(rows)
+            if not seen.failed:
+                break
+            for place, error in sorted(seen.failed.items()):
+                self.bad.add(int(rows[place]), str(error))
+        if self._how.whole:
+            boxes, flips = center_boxes(seen.sizes, self._how.img_size), np.zeros(len(rows), bool)
+        else:
+            boxes, flips = random_boxes(seen.sizes, rows, self._cfg, seed=self._seed, epoch=epoch)
+        return Work(rows, boxes, flips, seen.data, step)
+
+    def _usable(self, drawn: np.ndarray, step: int) -> np.ndarray:
+        """The rows of a batch, each one known to be unusable replaced by its first substitute that is not."""
+        rows = drawn.copy()
+        for place in np.flatnonzero(self.bad.known[drawn]).tolist():
+            others = self._order.substitutes(step, self._first + place)
+            usable = others[~self.bad.known[others]]
+            if not len(usable):
+                raise DataError(
+                    f"{self.bad.source.name}: {len(self.bad)} images cannot be used, hardly one can"
+                )
+            rows[place] = usable[0]
+        return rows
 
     def __iter__(self) -> TrainLoader:
         return self
 
     def __next__(self) -> Batch:
-        work, images = next(self._batches)
         step, self._step = self._step, self._step + 1
-        return Batch(images, torch.from_numpy(work.rows.copy()), step // self.steps_per_epoch, step)
+        if not self._failure:
+            try:
+                work, images = next(self._batches)
+                index = torch.from_numpy(work.rows)
+                return Batch(
+                    images,
+                    index.pin_memory() if self._how.pinned else index,
+                    step // self.steps_per_epoch,
+                    step,
+                )
+            except DataError as error:
+                self._failure = str(error)
+        if self._world == 1:
+            raise DataError(self._failure)
+        images = torch.zeros(self._size, *self._how.img_size, 3, dtype=torch.uint8, device=self._how.device)
+        return Batch(images, torch.zeros(self._size, dtype=torch.int64), step // self.steps_per_epoch, step)
+
+    def agree(self, world: World) -> int:
+        """How many rows are known to be unusable, after all processes have told each other.
+
+        raises DataError, everywhere alike: more than `data.bad_budget` allows, or a process that cannot go on
+        """
+        return self.bad.agree(world, self._failure)
 
     def close(self) -> None:
         """Stops decoding; the loader cannot be used afterwards."""
         self._batches.close()
         self._planner.shutdown(wait=True, cancel_futures=True)
+        self._order.close()
+        self._files.close()
 
     def __enter__(self) -> TrainLoader:
         return self
@@ -223,55 +268,63 @@ class EvalLoader:
         device: str | torch.device | None = None,
     ) -> None:
         self.kind = choose_loader(cfg.loader)
-        self._rows, self._cfg, self._img_size = len(source), cfg, img_size
-        self._batch_size, self._device = min(batch_size, max(1, len(source))), device
-        self._headers = Headers(source.paths, cfg.exif)
+        self._rows, self._img_size = len(source), img_size
+        self._batch_size = min(batch_size, max(1, len(source)))
+        self._files = Files(source, cfg)
+        self._how = Settings(
+            img_size,
+            self._batch_size,
+            decoding_threads(cfg.threads),
+            whole=True,
+            device=_decoding_device(self.kind, device),
+            hw=cfg.hw_decoder_load,
+        )
 
     def __len__(self) -> int:
         return self._rows
 
-    def _plan(self, start: int) -> Work:
+    def _plan(self, step: int) -> Work:
+        start = step * self._batch_size
         rows = np.arange(start, min(start + self._batch_size, self._rows))
-        boxes = center_boxes(self._headers.sizes(rows), self._img_size)
-        return Work(rows, boxes, np.zeros(len(rows), bool))
+        seen = self._files.look(rows)
+        if seen.failed:
+            raise DataError(f"{seen.failed[min(seen.failed)]}; {REMEDY}")
+        boxes = center_boxes(seen.sizes, self._img_size)
+        return Work(rows, boxes, np.zeros(len(rows), bool), seen.data, step)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
-        batches = _decode(
-            self.kind,
-            self._headers,
-            (planner.submit(self._plan, start) for start in range(0, self._rows, self._batch_size)),
-            self._cfg,
-            self._img_size,
-            self._batch_size,
-            whole=True,
-            device=self._device,
-        )
+        steps = range(-(-self._rows // self._batch_size))
+        decode = pil_batches if self.kind == "pil" else dali_batches
+        batches = decode((planner.submit(self._plan, step) for step in steps), self._files, self._how)
         try:
             for work, images in batches:
                 yield images, torch.from_numpy(work.rows)
         finally:
             batches.close()
             planner.shutdown(wait=True, cancel_futures=True)
+            self._files.close()
 
 
-def _decode(
-    kind: str,
-    headers: Headers,
-    plans: Iterator[Future[Work]],
-    cfg: DataConfig,
-    img_size: tuple[int, int],
-    batch: int,
-    *,
-    whole: bool,
-    device: str | torch.device | None,
-) -> Iterator[tuple[Work, Tensor]]:
+def decoding_threads(wanted: int) -> int:
+    """`data.threads`; 0: this process's share of the cores, at least 1 and at most 16."""
+    if wanted:
+        return wanted
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        cores = os.cpu_count() or 1
+    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
+    return max(1, min(16, cores // max(1, int(here) if here.isdecimal() else 1)))
+
+
+def _decoding_device(kind: str, device: str | torch.device | None) -> torch.device:
     if kind == "pil":
-        return pil_batches(plans, headers, img_size, threads=cfg.threads, whole=whole)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return dali_batches(
-        plans, headers, img_size, batch=batch, threads=cfg.threads, whole=whole, device=torch.device(device)
+        return torch.device("cpu")
+    return (
+        torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device is None
+        else torch.device(device)
     )
 
 

@@ -59,14 +59,19 @@ class World:
 
     def share(self, value: Any) -> Any:
         """Rank 0's value (plain JSON data) on every process."""
-        if self.size == 1:
-            return value
+        return value if self.size == 1 else self._from(0, value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each process's value (plain JSON data) on every process, in the order of ranks."""
+        return [value] if self.size == 1 else [self._from(rank, value) for rank in range(self.size)]
+
+    def _from(self, rank: int, value: Any) -> Any:
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         length = torch.tensor([data.numel()], device=self.device)
-        dist.broadcast(length, 0)
-        if not self.main:
+        dist.broadcast(length, rank)
+        if self.rank != rank:
             data = torch.empty(int(length.item()), dtype=torch.uint8, device=self.device)
-        dist.broadcast(data, 0)
+        dist.broadcast(data, rank)
         return json.loads(bytes(data.cpu().tolist()))
 
     def on_main(self, function: Callable[[], T]) -> T | None:

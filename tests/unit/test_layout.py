@@ -54,6 +54,8 @@ LAYERS = [
     ["attention", "check_pool", "dino"],
     ["ops", "losses", "heads", "photos", "probes", "run_folder", "manifest"],
     ["masking", "augment", "blocks", "accelerate_blocks", "folders", "mixture", "tar_index"],
+    ["data_files", "data_order"],
+    ["data_recover"],
     ["preprocess", "recorder", "drop_path", "embeddings", "contact_sheet", "shards", "pack_shard"],
     ["encoder", "sources", "accelerate", "pack_folder", "pack_image"],
     ["method", "data_decode", "index_rows", "timm", "architecture"],
