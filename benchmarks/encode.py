@@ -142,60 +142,92 @@ def measure(
     providers: list[EncodeProvider], case: Case, args: argparse.Namespace, device: str
 ) -> list[dict[str, Any]]:
     """One row per provider and mask, with `samples_ms`, or `error`; the providers take turns mask by mask."""
-    patches = (args.img_size // PATCH) ** 2
-    kept = {mask: kept_at(patches, mask) if mask else 0 for mask in args.masks}
-    rows = {
-        (p.name, mask): head(p, case, mask, kept[mask] or patches) for p in providers for mask in args.masks
-    }
-    kind = device.partition(":")[0]
-    workers: dict[str, Worker] = {}
-
-    def ask(name: str, mask: int | None, do: str, **arguments: Any) -> dict[str, Any] | None:
-        # a provider that fails at one mask is left out from there on
-        try:
-            return workers[name](do, **arguments)
-        except WorkerError as error:
-            for (other, at), row in rows.items():
-                if other == name and (mask is None or at == mask or not row["samples_ms"]):
-                    row["error"] = str(error)
-            say(f"{name}: {error}")
-            workers.pop(name).close()
-            return None
-
-    try:
-        for p in providers:
-            workers[p.name] = Worker(args.threads, environment=p.environment)
-            ask(
-                p.name, None, "encoder", threads=args.threads, device=device, dtype=case.dtype, provider=p.name,
-                size=args.model, img_size=args.img_size, batch=case.batch,
-            )  # fmt: skip
+    with _Bench(providers, case, args, device) as bench:
+        bench.start()
         for mask in args.masks:
-            for name in list(workers):
-                checked = ask(name, mask, "encoding", kept=kept[mask], check=True)
-                if checked is None:
-                    continue
-                rows[name, mask] |= checked
-                say(f"{rows[name, mask]['key']}: off float64 by {checked['error_of']:.1e}")
-                ask(name, mask, "turn", warm=WARMUP[kind] - 1, steps=1)
+            bench.check(mask)
         for i in range(args.rounds):
             for mask in args.masks:
-                # another one begins each round
-                names = list(workers)
-                for name in names[i % max(1, len(names)) :] + names[: i % max(1, len(names))]:
-                    ask(name, mask, "encoding", kept=kept[mask], check=False)
-                    if name not in workers:
-                        continue
-                    took = ask(name, mask, "turn", warm=WARM_PER_TURN[kind], steps=args.steps)
-                    rows[name, mask]["samples_ms"] += took["samples_ms"] if took else []
+                bench.turn(mask, i)
             say(f"{case.dtype}, batch {case.batch}: round {i + 1} of {args.rounds}")
-    finally:
-        for worker in workers.values():
-            worker.close()
-    for row in rows.values():
+    for row in bench.rows.values():
         if row["samples_ms"] and "error" not in row:
             row |= percentiles(row["samples_ms"])
             row["images_per_s"] = 1000 * row["batch"] / row["p50_ms"]
-    return list(rows.values())
+    return list(bench.rows.values())
+
+
+class _Bench:
+    """The providers' processes; `live` holds the rows that are still measured, by (provider, mask)."""
+
+    def __init__(
+        self, providers: list[EncodeProvider], case: Case, args: argparse.Namespace, device: str
+    ) -> None:
+        self.providers, self.case, self.args, self.device = providers, case, args, device
+        patches = (args.img_size // PATCH) ** 2
+        self.kept = {mask: kept_at(patches, mask) if mask else 0 for mask in args.masks}
+        self.rows = {
+            (p.name, mask): head(p, case, mask, self.kept[mask] or patches)
+            for mask in args.masks
+            for p in providers
+        }
+        self.live = set(self.rows)
+        self.workers: dict[str, Worker] = {}
+
+    def __enter__(self) -> _Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers.values():
+            worker.close()
+
+    def ask(self, name: str, mask: int | None, do: str, **arguments: Any) -> dict[str, Any] | None:
+        """The answer; None after noting why there is none, for that mask, or for all when the process is gone."""
+        worker = self.workers[name]
+        try:
+            return worker(do, **arguments)
+        except WorkerError as error:
+            gone = mask is None or worker.process.poll() is not None
+            for key in [k for k in self.live if k[0] == name and (gone or k[1] == mask)]:
+                self.live.discard(key)
+                self.rows[key]["error"] = str(error)
+            say(f"{name}: {error}")
+            return None
+
+    def start(self) -> None:
+        """Builds every provider in its process."""
+        args = self.args
+        for p in self.providers:
+            self.workers[p.name] = Worker(args.threads, environment=p.environment)
+            self.ask(
+                p.name, None, "encoder", threads=args.threads, device=self.device, dtype=self.case.dtype,
+                provider=p.name, size=args.model, img_size=args.img_size, batch=self.case.batch,
+            )  # fmt: skip
+
+    def names(self, mask: int) -> list[str]:
+        return [p.name for p in self.providers if (p.name, mask) in self.live]
+
+    def check(self, mask: int) -> None:
+        """Every provider's first pass, against float64, and the rest of its warm-up."""
+        for name in self.names(mask):
+            checked = self.ask(name, mask, "encoding", kept=self.kept[mask], check=True)
+            if checked is None:
+                continue
+            row = self.rows[name, mask]
+            row |= checked
+            say(f"{row['key']}: off float64 by {row['error_of']:.1e}")
+            self.ask(name, mask, "turn", warm=WARMUP[self.device.partition(":")[0]] - 1, steps=1)
+
+    def turn(self, mask: int, count: int) -> None:
+        """One turn of every provider; another one begins each round."""
+        names = self.names(mask)
+        first = count % max(1, len(names))
+        for name in names[first:] + names[:first]:
+            if self.ask(name, mask, "encoding", kept=self.kept[mask], check=False) is None:
+                continue
+            warm = WARM_PER_TURN[self.device.partition(":")[0]]
+            took = self.ask(name, mask, "turn", warm=warm, steps=self.args.steps)
+            self.rows[name, mask]["samples_ms"] += took["samples_ms"] if took else []
 
 
 def head(p: EncodeProvider, case: Case, mask: int, kept: int) -> dict[str, Any]:

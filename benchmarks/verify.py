@@ -17,7 +17,7 @@ from extrema_fast.kernels.tune import is_correct
 from extrema_fast.config import Config
 from extrema_fast.dist import pick_device
 
-from . import attention
+from . import attention, encoders
 from .gates import Gate, exact
 from .providers import chosen, configuration
 from .rates import DTYPES
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     device = pick_device(args.device)
     size = args.model or ("small" if args.released_code else "")
     cfg = configuration(size, batch=2) if size else tiny()
-    gates = [*steps(cfg, device, args.released_code), *ops(device), *attentions(device)]
+    gates = [*steps(cfg, device, args.released_code), *ops(device), *attentions(device), *encodings(device)]
     show(
         [
             Table(
@@ -108,3 +108,20 @@ def attentions(device: torch.device) -> Iterator[Gate]:
                 not wrong,
                 f"{len(mine)} shapes, largest error {worst:.2f} of the allowed",
             )
+
+
+def encodings(device: torch.device) -> Iterator[Gate]:
+    """Every encoder of `encode` that runs here, eager, dense and masked, against its definition in float64."""
+    for p in encoders.PROVIDERS:
+        if p.compiled or p.environment or p.missing(str(device)):
+            continue
+        for dtype in encoders.DTYPES:
+            encoding = encoders.Encoding(p.name, "tiny", 48, 2, dtype, device)
+            found = []
+            for kept in (0, 1, 4):
+                encoding.choose(kept)
+                found.append(encoding.check())
+            # a NaN is larger than any error
+            worst = max((f["error_of"] for f in found), key=lambda e: (e != e, e))
+            passed = all(f["error_of"] <= f["limit"] for f in found)
+            yield Gate(f"encode {p.name} {dtype}", passed, f"off float64 by {worst:.1e}")
