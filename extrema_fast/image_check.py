@@ -185,9 +185,9 @@ def png_scan(data: bytes) -> str | None:
         name = data[at + 4 : at + 8]
         if end > len(data):
             break
-        # a chunk that begins with a small letter may be ignored, and some programs write wrong checksums
         wrong = zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big")
-        if wrong and name[:1].isupper():
+        # a chunk whose name begins with a small letter may be ignored, and some programs get its checksum wrong
+        if wrong and not name[0] & 0x20:
             return f"wrong checksum of chunk {name.decode('latin-1')!r} at byte {at}"
         if name == b"IEND":
             return None
