@@ -97,6 +97,19 @@ def check_agrees(
             f"{source}: the weights do not fit this architecture: {classes} classes in its description, "
             f"head.weight is {found}"
         )
+    _check_numbers(told, shapes, source)
+
+
+def _check_numbers(told: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    # a few small tensors with the right names could else ask for an encoder of any depth
+    width, hidden = told["width"], told["hidden"]
+    needed = (told["depth"] + told["pool_depth"]) * width * (4 * width + 2 * hidden)
+    held = sum(math.prod(shape) for shape in shapes.values())
+    if needed > 2 * held + 1_000_000:
+        raise UsageError(
+            f"{source}: not an ExtreMA encoder, {told['depth']} blocks of width {width} have {needed} numbers, "
+            f"the file holds {held}"
+        )
 
 
 def find_grid(table: Tensor, grid: tuple[int, int] | None, source: str) -> tuple[tuple[int, int], bool]:
@@ -127,8 +140,8 @@ def is_sincos(table: Tensor, grid: tuple[int, int], trained: tuple[int, int] | N
         wanted = sincos_table(table.shape[2], grid, torch.float64)
     else:
         wanted = sincos_table(table.shape[2], grid, torch.float64, trained)
-    # half-precision files hold it rounded
-    tolerance = max(SINCOS_TOLERANCE, torch.finfo(table.dtype).eps)
+    # files of half precision hold it rounded, values below 1 by a quarter of eps at most
+    tolerance = SINCOS_TOLERANCE + torch.finfo(table.dtype).eps / 4
     return bool((table[0].double() - wanted).abs().max() <= tolerance)
 
 
@@ -156,19 +169,23 @@ def tell(
         raise UsageError(f"{source}: num_heads {num_heads} does not divide the width {width}")
     grid, fixed = find_grid(state["pos_embed"], grid, source)
     gamma = state.get("blocks_token.0.gamma_1")
-    model = ModelConfig(
-        size=_size(width, told["depth"], heads),
-        img_size=(grid[0] * patch, grid[1] * patch),
-        patch_size=patch,
-        in_chans=chans if chans in (1, 3) else 3,
-        width=width,
-        depth=told["depth"],
-        heads=heads,
-        mlp_ratio=_ratio(told["hidden"], width),
-        pool_depth=told["pool_depth"] or 2,
-        # trained values differ by channel; only a new encoder would start from it
-        layer_scale=0.1 if gamma is None else float(gamma.float().mean()) or 0.1,
-    )
+    # trained values differ by channel; only a new encoder would start from their mean
+    scale = 0.1 if gamma is None else float(gamma.float().mean())
+    try:
+        model = ModelConfig(
+            size=_size(width, told["depth"], heads),
+            img_size=(grid[0] * patch, grid[1] * patch),
+            patch_size=patch,
+            in_chans=chans if chans in (1, 3) else 3,
+            width=width,
+            depth=told["depth"],
+            heads=heads,
+            mlp_ratio=_ratio(told["hidden"], width),
+            pool_depth=told["pool_depth"] or 2,
+            layer_scale=scale if math.isfinite(scale) and scale else 0.1,
+        )
+    except UsageError as error:
+        raise UsageError(f"{source}: not an ExtreMA encoder, {error}") from None
     options = {
         "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
         "in_chans": chans,

@@ -147,15 +147,29 @@ def load_encoder(
     raises       UsageError for a missing, damaged or unknown file, naming what was found, and for options that
                  do not fit it
     """
-    opened = open_weights(path, grid, num_heads)
-    tensors = opened.read(choose(opened.names, which, path, opened.meta))
-    own = encoder_options(opened.meta)
-    wanted = _options(own, str(path), num_classes=num_classes, in_chans=in_chans, global_pool=global_pool,
-                      fc_norm=fc_norm, pos_embed=pos_embed, pos_coords=pos_coords)  # fmt: skip
-    config = model_config(opened.meta)
+    return encoder_from(
+        open_weights(path, grid, num_heads), path, which, img_size=img_size, patch_size=patch_size,
+        drop_path_rate=drop_path_rate, num_classes=num_classes, in_chans=in_chans, global_pool=global_pool,
+        fc_norm=fc_norm, pos_embed=pos_embed, pos_coords=pos_coords,
+    )  # fmt: skip
+
+
+def encoder_from(
+    opened: Opened,
+    source: str | Path,
+    which: str | None = None,
+    *,
+    img_size: int | Sequence[int] | None = None,
+    patch_size: int | None = None,
+    drop_path_rate: float | None = None,
+    **asked: Any,
+) -> Encoder:
+    """`load_encoder` from what is open already; `source` is its name in messages."""
+    tensors = opened.read(choose(opened.names, which, source, opened.meta))
+    config, own = model_config(opened.meta), encoder_options(opened.meta)
     if drop_path_rate is not None:
         config = replace(config, drop_path=drop_path_rate)
-    encoder = _build(config, own, wanted, tensors, str(path))
+    encoder = _build(config, own, _options(own, str(source), **asked), tensors, str(source))
     _set_input(encoder, opened.meta)
     if img_size is not None or patch_size is not None:
         encoder.set_input_size(img_size, patch_size)
@@ -164,16 +178,17 @@ def load_encoder(
 
 def _options(own: Mapping[str, Any], source: str, **asked: Any) -> dict[str, Any]:
     """The encoder's options: those asked for over the file's own; checked where the file cannot give them."""
-    wanted = {**own, **{k: v for k, v in asked.items() if v is not None}}
+    asked = {k: v for k, v in asked.items() if v is not None}
+    wanted = {**own, **asked}
     if wanted["global_pool"] == "token" and own["global_pool"] == "avg":
         raise UsageError(f"global_pool: {source} has no class head; use 'avg'")
-    if asked["fc_norm"] is None and wanted["global_pool"] != "avg":
+    if "fc_norm" not in asked and wanted["global_pool"] != "avg":
         wanted["fc_norm"] = False
     if own["fc_norm"] and not wanted["fc_norm"]:
         raise UsageError(f"fc_norm: {source} was trained with a norm after pooling and has no other")
     if own["pos_embed"] == "learned" and wanted["pos_embed"] == "sincos":
         raise UsageError(f"pos_embed: {source} was trained with a learned table; 'sincos' would lose it")
-    if asked["num_classes"] is None and not _same_pool(own, wanted):
+    if "num_classes" not in asked and not _same_pool(own, wanted):
         wanted["num_classes"] = 0
     return wanted
 
@@ -213,10 +228,9 @@ def _build(
 def _fill(encoder: Encoder, state: Mapping[str, Tensor], source: str) -> None:
     """Loads encoder keys strictly; what this variant does not have is left out, a new head or norm stays."""
     own = encoder.state_dict()
-    left = () if encoder.blocks_token is not None else ("cls_token", "blocks_token.")
-    if isinstance(encoder.norm, torch.nn.Identity):
-        left += ("norm.",)
-    state = {k: v for k, v in state.items() if not k.startswith(left)} if left else dict(state)
+    left = ("norm.",) if isinstance(encoder.norm, torch.nn.Identity) else ()
+    left += ("cls_token", "blocks_token.") if encoder.blocks_token is None else ()
+    state = {k: v for k, v in state.items() if not k.startswith(left)}
     optional = {k for k in own if k.startswith(("head.", "fc_norm."))}
     missing, unknown = sorted(own.keys() - state.keys() - optional), sorted(state.keys() - own.keys())
     wrong = sorted(
@@ -234,11 +248,12 @@ def _fill(encoder: Encoder, state: Mapping[str, Tensor], source: str) -> None:
 def _set_input(encoder: Encoder, meta: Mapping[str, Any]) -> None:
     """How images are made for these weights."""
     if "data" in meta:
-        # more channels than statistics: repeated, as the patch kernel is
-        count = max(encoder.in_chans, len(meta["data"]["mean"]))
         for name in ("mean", "std"):
             values = meta["data"][name]
-            setattr(encoder, name, tuple((values * count)[:count] if encoder.in_chans > 3 else values))
+            if encoder.in_chans not in (1, len(values)):
+                # repeated, as the patch kernel is; gray is made from colours
+                values = (values * encoder.in_chans)[: encoder.in_chans]
+            setattr(encoder, name, tuple(values))
     for name in ("interpolation", "crop_pct"):
         if name in meta.get("input", {}):
             setattr(encoder, name, meta["input"][name])

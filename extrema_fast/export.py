@@ -23,7 +23,7 @@ import torch
 
 from . import export_graph, export_timm
 from .config import did_you_mean, to_dict
-from .convert import load_encoder, open_weights
+from .convert import encoder_from, open_weights
 from .encoder import Encoder, model_args
 from .errors import ExtremaError, UsageError
 from .weights import ENCODER_OPTIONS, SINGLE, check_free, choose, described, input_meta, new_folder
@@ -119,7 +119,6 @@ def export(
         differences = _compare(name, encoder, folder, images, options)
         export_timm.add_differences(folder, differences)
         files = sorted(p.name for p in folder.iterdir())
-    log.info("exported %s as %s: %s", weights, name, out)
     return Exported(Path(out), files, differences)
 
 
@@ -164,7 +163,7 @@ def _load(
     changes: dict[str, Any] = {}
     if name == "vit" or (name == "hf" and not options["class_token"]):
         changes = {"global_pool": "avg", "fc_norm": options["fc_norm"]}
-    encoder = load_encoder(weights, which, img_size=img_size, **changes)
+    encoder = encoder_from(opened, weights, which, img_size=img_size, **changes)
     if name == "cait" and encoder.blocks_token is None:
         raise UsageError(f"--format cait: {weights} has no class head; use --format vit")
     return encoder.requires_grad_(False), {**opened.meta, "which": None if chosen == SINGLE else chosen}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .encoder import Encoder
 from .errors import ExtremaError, UsageError
 from .export_timm import largest_difference
@@ -46,7 +47,7 @@ class Graph(nn.Module):
 
 
 def output_names(encoder: Encoder) -> list[str]:
-    first = "class_token" if encoder.global_pool == "token" else "pooled"
+    first = "class_token" if encoder.num_prefix_tokens else "pooled"
     return [first, "patch_tokens", "logits"][: 3 if encoder.num_classes else 2]
 
 
@@ -61,34 +62,31 @@ def _write_config(encoder: Encoder, folder: Path, own: Mapping[str, Any]) -> Non
 
 
 def program(encoder: Encoder) -> torch.export.ExportedProgram:
-    """The encoder as an exported program of standard operators, with a dynamic batch."""
-    encoder.set_attention("sdpa")
+    """The encoder as an exported program of torch's own operators, with a dynamic batch."""
+    _only_torch(encoder)
     batch = torch.export.Dim("batch", max=65535)
     with torch.no_grad():
-        made = torch.export.export(
+        return torch.export.export(
             Graph(encoder), (_example(encoder),), dynamic_shapes={"images": {0: batch}}
         )
-    strange = {
-        str(node.target)
-        for node in made.graph.nodes
-        if node.op == "call_function"
-        and not str(node.target).startswith(("aten", "<built-in", "sym_", "_op"))
-    }
-    if strange := {name for name in strange if "extrema_fast" in name or "xformers" in name}:
-        raise UsageError(
-            f"the graph holds operators of this project ({', '.join(sorted(strange))}); "
-            "unset EXTREMA_FAST_BACKEND and export again"
-        )
-    return made
 
 
-def _compare(
-    encoder: Encoder, run: Any, images: Sequence[Tensor], what: str, other_size: bool = True
-) -> dict[str, float]:
+def _only_torch(encoder: Encoder) -> None:
+    """raises UsageError where a setting would put operators into the graph that nobody else has."""
+    encoder.set_attention("sdpa")
+    for op in ("attention", "attention_pool", "patch_gather"):
+        name = ops.choice(op, "cpu", say=False)[0]
+        if name not in ("auto", "sdpa", "absorbed", "reference", "products"):
+            raise UsageError(
+                f"export: {op}={name} is asked for, and a graph holds torch's own operators alone; "
+                "unset EXTREMA_FAST_BACKEND"
+            )
+
+
+def _compare(encoder: Encoder, run: Any, images: Sequence[Tensor], what: str) -> dict[str, float]:
     graph = Graph(encoder)
     found = max(largest_difference(graph(x), run(x)) for x in images)
-    if other_size:
-        _check_refuses(encoder, run, what)
+    _check_refuses(encoder, run, what)
     return {f"{what}, {', '.join(output_names(encoder))}": found}
 
 
@@ -188,7 +186,7 @@ class _Checked(nn.Module):
 
 def write_script(encoder: Encoder, folder: Path, own: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     _write_config(encoder, folder, own)
-    encoder.set_attention("sdpa")
+    _only_torch(encoder)
     with _quiet(), torch.no_grad():
         traced = torch.jit.trace(Graph(encoder), _example(encoder), check_trace=False)
         script = torch.jit.script(_Checked(traced, encoder.in_chans, *encoder.img_size))

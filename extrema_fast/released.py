@@ -85,8 +85,7 @@ def _read(file: Path) -> tuple[Any, dict[str, Tensor]]:
     """(everything in the file, its state dict)."""
     kind = kind_of(file)
     if kind == "safetensors":
-        state = read_safetensors(file)
-        return {}, state
+        return {}, read_safetensors(file)
     if kind in ("torchscript", "torch-export", "onnx"):
         raise UsageError(
             f"{file}: an exported graph ({kind}), which runs without this project; "
@@ -183,11 +182,12 @@ def _fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Layer scale of trunk blocks (an option of the official fine-tuning) put into the projections before it."""
     for key in [k for k in state if re.match(r"blocks\.\d+\.gamma_[12]$", k)]:
         block, _, which = key.rpartition(".")
-        gamma, target = state.pop(key), f"{block}.{'attn.proj' if which == 'gamma_1' else 'mlp.fc2'}"
-        for name in (f"{target}.weight", f"{target}.bias"):
-            if name in state and state[name].shape[0] == gamma.shape[0]:
-                scale = gamma.view(-1, *[1] * (state[name].dim() - 1))
-                state[name] = state[name] * scale
+        target = f"{block}.{'attn.proj' if which == 'gamma_1' else 'mlp.fc2'}"
+        parts = [state.get(f"{target}.{part}") for part in ("weight", "bias")]
+        if all(p is not None and p.shape[:1] == state[key].shape for p in parts):
+            gamma = state.pop(key).float()
+            for part, value in zip(("weight", "bias"), parts, strict=True):
+                state[f"{target}.{part}"] = value.float() * gamma.view(-1, *[1] * (value.dim() - 1))
     return state
 
 

@@ -71,11 +71,13 @@ def _kind_of_zip(path: Path) -> str:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, in memory of their own."""
+    """All tensors of a safetensors file, in memory of their own; weights alone (`check_tensors`)."""
     try:
-        return load_file(path)
+        state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{path}: damaged or not a safetensors file ({_line(error)})") from None
+    check_tensors(state, path)
+    return state
 
 
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -128,6 +130,8 @@ def check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
             raise UsageError(f"{path}: {name} is {value.dtype}; weights are floating-point numbers")
         if value.device.type != "cpu":
             raise UsageError(f"{path}: {name} holds no values (device {value.device.type})")
+        if value.dim() == 0:
+            raise UsageError(f"{path}: {name} is a single number; weights have at least one dimension")
     claimed = sum(v.numel() * v.element_size() for v in state.values())
     # tied tensors are counted twice
     if claimed > 2 * path.stat().st_size:

@@ -134,6 +134,7 @@ def new_folder(out: str | Path, force: bool = False) -> Iterator[Path]:
     """
     out = Path(out)
     check_free(out, force)
+    out = out.resolve()
     new = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     old = out.with_name(f".tmp-old-{out.name}-{os.getpid()}")
     try:
