@@ -255,7 +255,8 @@ class EvalLoader:
 
     Iterating yields (images [b, H, W, 3] uint8, index [b] int64); the last batch may be smaller. The
     short side is resized to round(img_size * 256/224); an image of exactly `img_size` stays as it is.
-    `len()` is the number of images. Raises DataError naming a file that cannot be decoded.
+    `len()` is the number of images. Raises DataError naming a file that cannot be decoded; with `bad` it is left
+    out and noted there, and only having no usable image at all is an error.
     """
 
     def __init__(
@@ -266,9 +267,10 @@ class EvalLoader:
         *,
         batch_size: int = 256,
         device: str | torch.device | None = None,
+        bad: BadRows | None = None,
     ) -> None:
         self.kind = choose_loader(cfg.loader)
-        self._rows, self._img_size = len(source), img_size
+        self._rows, self._img_size, self._bad = len(source), img_size, bad
         self._batch_size = min(batch_size, max(1, len(source)))
         self._files = Files(source, cfg)
         self._how = Settings(
@@ -286,20 +288,32 @@ class EvalLoader:
     def _plan(self, step: int) -> Work:
         start = step * self._batch_size
         rows = np.arange(start, min(start + self._batch_size, self._rows))
+        if self._bad is not None:
+            rows = rows[~self._bad.known[rows]]
         seen = self._files.look(rows)
         if seen.failed:
-            raise DataError(f"{seen.failed[min(seen.failed)]}; {REMEDY}")
+            if self._bad is None:
+                raise DataError(f"{seen.failed[min(seen.failed)]}; {REMEDY}")
+            for place, error in sorted(seen.failed.items()):
+                self._bad.add(int(rows[place]), str(error))
+            return self._plan(step)
         boxes = center_boxes(seen.sizes, self._img_size)
         return Work(rows, boxes, np.zeros(len(rows), bool), seen.data, step)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
         steps = range(-(-self._rows // self._batch_size))
+        mender = None if self._bad is None else Mender(self._bad, self._plan)
         decode = pil_batches if self.kind == "pil" else dali_batches
-        batches = decode((planner.submit(self._plan, step) for step in steps), self._files, self._how)
+        batches = decode((planner.submit(self._plan, step) for step in steps), self._files, self._how, mender)
         try:
             for work, images in batches:
-                yield images, torch.from_numpy(work.rows)
+                if len(work.rows):
+                    yield images, torch.from_numpy(work.rows)
+            if self._bad and len(self._bad) == self._rows:
+                raise DataError(
+                    f"{next(iter(self._bad.reasons.values()))}; nor can any other of {self._rows}"
+                )
         finally:
             batches.close()
             planner.shutdown(wait=True, cancel_futures=True)

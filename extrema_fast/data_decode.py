@@ -145,7 +145,13 @@ def pil_batches(
         for work, images, parts in _ahead(map(start, _ahead(plans, AHEAD)), AHEAD):
             while failed := {i: e for done in parts for i, e in done.result().items()}:
                 old, work = work, _replace(mender, work, failed)
-                parts = begin(work, images, np.flatnonzero(work.rows != old.rows).tolist())
+                if len(work.rows) == len(old.rows):
+                    places = np.flatnonzero(work.rows != old.rows).tolist()
+                else:
+                    # left out, not replaced
+                    places = list(range(len(work.rows)))
+                    images = images[: len(places)]
+                parts = begin(work, images, places)
             yield work, images
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -220,6 +226,9 @@ def dali_batches(
     def feed() -> tuple[Any, ...]:
         try:
             work = again.popleft() if again else next(planned).result()
+            while not len(work.rows):
+                # all left out; DALI takes no empty batch
+                work = next(planned).result()
         except DataError as e:
             # an end, so that the batches before this one are still delivered
             ended.append(e)
@@ -296,6 +305,8 @@ def _mended(
             work = _replace(mender, work, failed)
         elif last:
             break
+        if not len(work.rows):
+            return work, torch.empty(0)
         try:
             return work, decode(work)
         except RuntimeError as e:

@@ -30,10 +30,11 @@ class BadRows:
     """The rows of a source that were found to be unusable, with the reason; safe to use from several threads.
 
     share  of the rows that may be unusable (`data.bad_budget`): at least one row, none with 0
+    quiet  nothing is said of each row
     """
 
-    def __init__(self, source: ImageSource, share: float) -> None:
-        self.source = source
+    def __init__(self, source: ImageSource, share: float, *, quiet: bool = False) -> None:
+        self.source, self.quiet = source, quiet
         self.limit = max(1, int(share * len(source))) if share else 0
         self.known = np.zeros(len(source), bool)
         self.reasons: dict[int, str] = {}
@@ -50,7 +51,7 @@ class BadRows:
             if not self._note(row, reason):
                 return
             self._unshared.append(row)
-            log.warning("left out from now on: %s", reason)
+            log.log(logging.DEBUG if self.quiet else logging.WARNING, "left out from now on: %s", reason)
             self._write()
             self.check()
 

@@ -89,12 +89,13 @@ def online_eval(
     method.eval()
     try:
         test = cap(held, cfg.eval.max_test, seed)
-        args = {"batch_size": cfg.eval.batch_size, "device": device}
+        # a file that breaks while training does not end the run
+        args = {"batch_size": cfg.eval.batch_size, "device": device, "strict": False}
         features = extract(method.teacher, test, cfg.data, **args)
         out: dict[str, float | int] = {}
         both = [s for s in (train_source, test_source) if s is not None and s.labels is not None]
         if len(both) == 2:
-            truth = labelled(both[0], test).labels
+            truth = labelled(both[0], test).labels[features.rows]
             bank = extract(method.teacher, cap(both[0], cfg.eval.max_train, seed), cfg.data, **args)
             for name in ("cls", "mean"):
                 a, b = (getattr(f, name).to(device) for f in (bank, features))
@@ -111,11 +112,11 @@ def online_eval(
                 out[f"{name}_{key}"] = value
             for key, value in indicators(projection).items():
                 out[f"{name}_proj_{key}"] = value
-        images = load_batch(test, cfg.data, size, VIEW_IMAGES).to(device)
+        images = load_batch(test, cfg.data, size, VIEW_IMAGES, strict=False).to(device)
         x = normalize(images, cfg.data.mean, cfg.data.std, cfg.model.in_chans)
         out["view_cosine"] = _view_cosine(method, x, cfg)
         out["attention_entropy"] = attention_entropy(method.teacher.get_attention(x))
-        return out | {"images": len(test), "dim": features.cls.shape[1], "proj_dim": projection.shape[1]}
+        return out | {"images": len(features.cls), "dim": features.cls.shape[1], "proj_dim": projection.shape[1]}
     finally:
         for module, mode in modes:
             module.training = mode

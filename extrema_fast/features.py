@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,14 @@ from torch import Tensor
 from . import rng
 from .augment import normalize
 from .config import DataConfig
-from .data import EvalLoader
+from .data import BadRows, EvalLoader
 from .errors import UsageError
 from .sources import ImageSource, match_classes, subset
 
 if TYPE_CHECKING:
     from .encoder import Encoder
+
+log = logging.getLogger(__name__)
 
 PIXEL_BUDGET = 4e8
 """Numbers a raw-pixel matrix may hold; beyond that images are averaged to a coarser grid."""
@@ -25,11 +28,12 @@ PIXEL_BUDGET = 4e8
 
 @dataclass(frozen=True)
 class Features:
-    """cls [n, D] fp32 and mean [n, D] fp32 on the CPU; labels [n] int64 or None."""
+    """cls [n, D] fp32 and mean [n, D] fp32 on the CPU; labels [n] int64 or None; rows [n] int64: which images."""
 
     cls: Tensor
     mean: Tensor
     labels: Tensor | None
+    rows: Tensor
 
 
 @torch.inference_mode()
@@ -40,21 +44,38 @@ def extract(
     *,
     batch_size: int = 256,
     device: str | torch.device = "cpu",
+    strict: bool = True,
 ) -> Features:
     """Class token and mean of the patch tokens, both after the final norm, of every image in order.
 
+    strict  an image that cannot be decoded is a DataError; else it is left out, and the log says how many were
+
     The encoder is moved to `device` and left there; its training flags are restored.
     """
+    bad = None if strict else BadRows(source, 1.0, quiet=True)
     modes = [(m, m.training) for m in encoder.modules()]
     encoder.to(device).eval()
-    cls, mean = [], []
-    for images, _ in EvalLoader(source, cfg, encoder.img_size, batch_size=batch_size, device=device):
+    cls, mean, rows = [], [], []
+    for images, index in EvalLoader(
+        source, cfg, encoder.img_size, batch_size=batch_size, device=device, bad=bad
+    ):
+        rows.append(index)
         out = encoder.encode(normalize(images.to(device), cfg.mean, cfg.std, encoder.in_chans))
         cls.append(out.cls.float().cpu())
         mean.append(out.patches.float().mean(1).cpu())
     for module, mode in modes:
         module.training = mode
-    return Features(torch.cat(cls), torch.cat(mean), source.labels)
+    if bad:
+        log.warning(
+            "%s: %d of %d images cannot be decoded and are left out, first: %s",
+            source.name,
+            len(bad),
+            len(source),
+            next(iter(bad.reasons.values())),
+        )
+    kept = torch.cat(rows)
+    labels = None if source.labels is None else source.labels[kept]
+    return Features(torch.cat(cls), torch.cat(mean), labels, kept)
 
 
 @torch.inference_mode()
@@ -76,7 +97,7 @@ def raw_pixels(
     if x.shape[1] == 3 and torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2]):
         x = x[:, :1]
     x = x.flatten(1)
-    return Features(x, x, source.labels)
+    return Features(x, x, source.labels, torch.arange(len(source)))
 
 
 def cap(source: ImageSource, limit: int, seed: int) -> ImageSource:
@@ -97,8 +118,15 @@ def labelled(train: ImageSource, test: ImageSource) -> ImageSource:
     return match_classes(test, train)
 
 
-def load_batch(source: ImageSource, cfg: DataConfig, img_size: tuple[int, int], count: int) -> Tensor:
-    """[min(count, n), H, W, 3] uint8: evenly spaced images of a source, the same every time."""
+def load_batch(
+    source: ImageSource, cfg: DataConfig, img_size: tuple[int, int], count: int, *, strict: bool = True
+) -> Tensor:
+    """[min(count, n), H, W, 3] uint8: evenly spaced images of a source, the same every time.
+
+    strict  as for `extract`
+    """
     n = len(source)
     rows = [int((j + 0.5) * n / min(count, n)) for j in range(min(count, n))]
-    return torch.cat([images for images, _ in EvalLoader(subset(source, torch.tensor(rows)), cfg, img_size)])
+    few = subset(source, torch.tensor(rows))
+    bad = None if strict else BadRows(few, 1.0, quiet=True)
+    return torch.cat([images for images, _ in EvalLoader(few, cfg, img_size, bad=bad)])
