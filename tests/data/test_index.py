@@ -1,0 +1,529 @@
+"""`extrema-fast index`: verdicts, odd names, resuming, refusals, and a run that trains on the result.
+
+Covers: every odd image with and without nvImageCodec; class trees, list files, tar shards, manifests as data; files
+that are gone, empty, links to themselves, pipes, kinds that no loader reads, too large; what is decoded again
+and what is not; stopped, killed, no space left, a decoder that crashes; existing files in --out.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import shutil
+import signal
+import tarfile
+import zlib
+
+import pytest
+
+from extrema_fast import check_pool, index_rows
+from extrema_fast import index as index_module
+from extrema_fast.errors import DataError, Preempted, StorageError, UsageError
+from extrema_fast.image_check import check, pillow
+from extrema_fast.index import describe, index
+from extrema_fast.manifest import is_manifest, manifest_source, read_manifest
+from extrema_fast.sources import open_source
+from tests.data.conftest import picture
+
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
+
+OK = 16  # of the odd images
+
+
+def save(path, height=19, width=39, seed=0, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture(seed, height, width)).save(path, **options)
+    return path
+
+
+def run(data, out, **kw):
+    return index(str(data), out, **{"threads": 1, "progress": False, **kw})
+
+
+def statuses(out):
+    table = read_manifest(out)
+    return dict(zip(table.path, table.status, strict=True))
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Three classes, 40 JPEG and PNG files: three batches."""
+    for n in range(40):
+        save(tmp_path / "images" / "abc"[n % 3] / f"{n:02d}.{'png' if n % 2 else 'jpg'}", 5 + n, 7 + n, n)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "m.tsv"
+
+
+@pytest.fixture(params=["nvimagecodec", "pillow"])
+def decoder(request, monkeypatch):
+    """Each test that names it runs with both decoders."""
+    if request.param == "nvimagecodec":
+        pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed (comes with DALI)")
+        return "nvImageCodec"
+    monkeypatch.setattr(check_pool, "_CODE", "import sys; sys.modules['nvidia'] = None; " + check_pool._CODE)
+    return "Pillow"
+
+
+# ---- verdicts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_odd_images(odd_images, out, decoder, strict):
+    result = run(odd_images, out, strict=strict)
+    assert result.decoder.startswith(decoder) and ("Pillow" in result.decoder) == (
+        strict or decoder == "Pillow"
+    )
+    found = statuses(out)
+    assert {n for n, s in found.items() if s == "ok"} == {n for n in found if n.startswith("ok_")}
+    assert (result.rows, result.good, result.fresh) == (len(found), OK, len(found))
+    assert found["bad_zero_bytes.jpg"] == "empty: 0 bytes"
+    assert found["bad_header_only.jpg"].startswith("broken header")
+    assert found["bad_text.jpg"] == "not an image: begins with 'this is not an i'"
+    assert found["bad_random_bytes.jpg"].startswith("not an image: begins with bytes 5f82")
+    for name in ("bad_truncated.png", "bad_truncated_half.jpg"):
+        assert found[name] == "damaged: no end of image: the file is cut"
+    # flipped bits of others may pass; these left a marker that may not be there
+    assert found["bad_flipped_bits.jpg"].startswith("damaged: marker 1E")
+    table = read_manifest(out)
+    for row in table.good().tolist():
+        data = (odd_images / table.path[row]).read_bytes()
+        im = Image.open(io.BytesIO(data))
+        assert (table.width[row], table.height[row]) == im.size
+        assert table.orientation[row] == im.getexif().get(0x0112, 1)
+        assert (table.bytes[row], table.crc32[row]) == (len(data), zlib.crc32(data))
+        assert table.kind[row] == im.format.lower().replace("ppm", "pnm")
+    assert table.orientation.max() == 6
+
+
+def test_a_tree_trains_like_its_folder(tree, out):
+    result = run(tree, out)
+    assert (result.good, result.troubles, result.bare) == (23, [], [])
+    folder, table = open_source(str(tree)), open_source(str(out))
+    assert table.paths == folder.paths and table.classes == folder.classes
+    assert table.labels.tolist() == folder.labels.tolist()
+    for path, header in zip(table.paths, table.headers.tolist(), strict=True):
+        assert (header[1], header[0]) == Image.open(path).size
+
+
+def test_everything_that_is_no_image(tmp_path, out):
+    root = tmp_path / "d"
+    for name in (
+        b"t\tab.png",
+        b"n\nl.png",
+        b"\xff\xfe.png",
+        "ünï.png".encode(),
+        b"back\\slash.png",
+        b" .jpg",
+    ):
+        save(root / "a" / os.fsdecode(name))
+    (root / "b").mkdir()
+    save(root / "b/a.gif")
+    (root / "b/b.heic").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(30))
+    (root / "b/c.jpg").symlink_to("c.jpg")
+    (root / "b/d.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(root / "b/e.jpg")
+    (root / "b/f.png").touch()
+    (root / "b/g.jpg").write_bytes(b"GIF89a in disguise")
+    (root / "b/up").symlink_to(root)
+    result = run(root, out)
+    assert result.good == 6 and result.bare == ["b"]
+    found = statuses(out)
+    assert {os.path.basename(n): s for n, s in found.items() if s != "ok"} == {
+        "a.gif": "kind not read: gif; convert it to JPEG or PNG",
+        "b.heic": "kind not read: heic; convert it to JPEG or PNG",
+        "c.jpg": "cannot be read: Too many levels of symbolic links",
+        "d.jpg": "cannot be read: gone",
+        "e.jpg": "cannot be read: not a plain file",
+        "f.png": "empty: 0 bytes",
+        "g.jpg": "kind not read: gif; convert it to JPEG or PNG",
+    }
+    source = manifest_source(out)
+    assert sorted(os.fsencode(os.path.basename(p)) for p in source.paths) == sorted(
+        [b"t\tab.png", b"n\nl.png", b"\xff\xfe.png", "ünï.png".encode(), b"back\\slash.png", b" .jpg"]
+    )
+    assert all(source.read(row) for row in range(6))
+    text = describe(result)
+    assert (
+        f"{out}: 6 of 13 images are good, 7 are not:" in text
+        and "no good image in 1 classes, first: b" in text
+    )
+    assert "\n       3  kind not read   " in text and "\n       3  cannot be read  " in text
+    text.encode()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_without_permission(tmp_path, out):
+    save(tmp_path / "d/a/1.png")
+    save(tmp_path / "d/b/2.png").chmod(0)
+    assert run(tmp_path / "d", out).good == 1
+    assert statuses(out)["b/2.png"] == "cannot be read: Permission denied"
+    (tmp_path / "d/b").chmod(0)
+    try:
+        with pytest.raises(
+            UsageError, match=r"d/b: cannot be read \(Permission denied\); check its permissions"
+        ):
+            run(tmp_path / "d", out)
+    finally:
+        (tmp_path / "d/b").chmod(0o755)
+
+
+def too_large(path, width, height):
+    """A JPEG whose frame says it is larger than it is: decoding it would take long, and fail."""
+    data = bytearray(save(path).read_bytes())
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    path.write_bytes(data)
+
+
+def test_the_pixel_limit(tmp_path, out):
+    too_large(tmp_path / "d/large.jpg", 20_000, 20_000)
+    save(tmp_path / "d/edge.png", 10, 30)
+    save(tmp_path / "d/small.png", 9, 33)
+    run(tmp_path / "d", out)
+    size = "20000 x 20000 = 400000000 pixels, the limit is 178956970"
+    assert statuses(out) == {
+        "edge.png": "ok",
+        "large.jpg": f"too large: {size} (--max-pixels)",
+        "small.png": "ok",
+    }
+    assert manifest_source(out).headers.tolist() == [[10, 30, 1], [9, 33, 1]]
+    # another limit: only what it changes is looked at again
+    result = run(tmp_path / "d", out, max_pixels=299)
+    assert result.fresh == 2 and [s[:9] for s in statuses(out).values()] == ["too large", "too large", "ok"]
+    result = run(tmp_path / "d", out, max_pixels=300)
+    assert result.fresh == 2 and statuses(out)["edge.png"] == "ok"
+
+
+def test_damage_that_decoders_go_on_after(tmp_path, out):
+    """Zeros over part of the data: well-formed, and libjpeg-turbo says so on standard error only."""
+    pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed (comes with DALI)")
+    good = save(tmp_path / "d/good.jpg", 240, 320, quality=95).read_bytes()
+    at = good.rindex(b"\xff\xda") + 500
+    bad = good[:at] + bytes(4096) + good[at + 4096 :]
+    (tmp_path / "d/zeros.jpg").write_bytes(bad)
+    assert check(bad, pillow, 10**6).status == "ok"
+    run(tmp_path / "d", out)
+    assert statuses(out)["good.jpg"] == "ok" and statuses(out)["zeros.jpg"].startswith("damaged: ")
+
+
+def test_list_file_with_windows_line_ends(tmp_path, out):
+    one, two = save(tmp_path / "x/1.png"), save(tmp_path / "y/2.png")
+    listing = tmp_path / "lists" / "list.txt"
+    listing.parent.mkdir()
+    listing.write_bytes(f"../x/1.png\tu\r\n{two}\tv\r\n../x/gone.png\tv\r\n".encode())
+    result = run(listing, out)
+    assert (result.good, result.rows) == (2, 3) and list(statuses(out).values())[2] == "cannot be read: gone"
+    source = manifest_source(out)
+    assert [os.path.realpath(p) for p in source.paths] == [str(one), str(two)]
+    assert source.classes == ["u", "v"] and source.labels.tolist() == [0, 1]
+
+
+def test_shards(tmp_path, out, images):
+    files = sorted(images.rglob("*.*"))[:5]
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for number, path in enumerate(files):
+            data = path.read_bytes()
+            # one is cut
+            data = data[: len(data) // 2] if number == 3 else data
+            for name, content in (
+                (f"k/{number}{path.suffix}", data),
+                (f"k/{number}.cls", b"%d" % (number % 2)),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    result = run(tmp_path / "s.tar", out)
+    assert result.good == 4 and [t.title for t in result.troubles] == [
+        f"{tmp_path}/s.tar:k/3{files[3].suffix}"
+    ]
+    shards, table = open_source(str(tmp_path / "s.tar")), manifest_source(out)
+    assert [table.read(n) for n in range(4)] == [shards.read(n) for n in (0, 1, 2, 4)]
+    assert table.labels.tolist() == [0, 1, 0, 0] and table.shards.tolist() == [0] * 4
+    assert [table.title(n) for n in range(4)] == [shards.title(n) for n in (0, 1, 2, 4)]
+    assert run(tmp_path / "s.tar", out).fresh == 0
+    # one file holds them all: when it changes, all are looked at
+    os.utime(tmp_path / "s.tar", ns=(1, 1))
+    assert run(tmp_path / "s.tar", out).fresh == 5
+
+
+def test_a_manifest_checked_again(tmp_path, images, out):
+    run(images, out)
+    victim = images / "a/00.jpg"
+    data = victim.read_bytes()
+    # the same size and a good image: only the checksum knows
+    other = data.replace(b"JFIF\x00\x01\x01", b"JFIF\x00\x01\x02")
+    assert len(other) == len(data) and other != data
+    victim.write_bytes(other)
+    (images / "b/01.png").unlink()
+    again = tmp_path / "again.tsv"
+    result = run(out, again)
+    found = {n: s for n, s in statuses(again).items() if s != "ok"}
+    assert result.rows == 40 and sorted(found) == ["a/00.jpg", "b/01.png"]
+    assert found["b/01.png"] == "cannot be read: gone"
+    assert (
+        found["a/00.jpg"]
+        == f"changed: its crc32 is {zlib.crc32(other):08x}, m.tsv has {zlib.crc32(data):08x}"
+    )
+
+
+# ---- again and again ------------------------------------------------------------------------------
+
+
+def test_only_changed_files_are_looked_at_again(images, out, caplog):
+    first = run(images, out)
+    assert (first.rows, first.fresh) == (40, 40)
+    before = out.read_bytes()
+    caplog.set_level("INFO", logger="extrema_fast")
+    again = run(images, out)
+    assert again.fresh == 0 and "complete, and no file has changed since" in caplog.text
+    assert out.read_bytes() == before and "looked at" not in describe(again)
+    os.utime(images / "a/00.jpg", ns=(10**18, 10**18))
+    (images / "c/05.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (images / "c/08.jpg").unlink()
+    save(images / "d/new.png")
+    result = run(images, out)
+    assert (result.rows, result.fresh, result.good) == (40, 3, 39)
+    table = read_manifest(out)
+    assert table.classes == ["a", "b", "c", "d"] and "c/08.jpg" not in table.path
+    assert statuses(out)["c/05.png"].startswith("broken header")
+    # labels are those of today, though nothing is decoded
+    (images / "a").rename(images / "z")
+    assert run(images, out).fresh == 14
+    (images / "0").mkdir()
+    assert run(images, out).fresh == 0
+    assert read_manifest(out).classes == ["0", "b", "c", "d", "z"]
+    assert os.path.dirname(manifest_source(out).paths[0]) == str(images / "b")
+    assert run(images, out, force=True).fresh == 40
+
+
+def test_what_could_not_be_read_is_tried_again(images, out):
+    (images / "a/99.jpg").symlink_to(images / "later.txt")
+    assert run(images, out).good == 40
+    shutil.copy(images / "a/00.jpg", images / "later.txt")
+    result = run(images, out)
+    assert (result.fresh, result.good) == (1, 41)
+
+
+def test_strict_looks_at_all_again(images, out):
+    run(images, out)
+    assert run(images, out, strict=True).fresh == 40
+    assert run(images, out).fresh == 0
+
+
+def stopped(monkeypatch, error, batches=2):
+    """`append` raises `error` instead of keeping the batch after the first `batches`."""
+    real, count = index_rows.append, []
+
+    def append(*args, **kw):
+        count.append(1)
+        # the first one is the header
+        if len(count) == batches + 2:
+            raise error
+        real(*args, **kw)
+
+    monkeypatch.setattr(index_module, "append", append)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 30])
+def test_stopped_and_continued(images, out, tmp_path, monkeypatch, cut):
+    run(images, tmp_path / "whole.tsv")
+    with monkeypatch.context() as patch:
+        stopped(patch, KeyboardInterrupt())
+        with pytest.raises(Preempted, match=rf"stopped; 32 of 40 images looked at are kept in {out}\.part"):
+            run(images, out)
+    assert not out.exists()
+    part = tmp_path / "m.tsv.part"
+    # a line that was being written when the power went
+    part.write_bytes(part.read_bytes()[: -cut or None])
+    assert run(images, out).fresh == (8 if not cut else 9)
+    assert out.read_bytes() == (tmp_path / "whole.tsv").read_bytes() and not part.exists()
+
+
+def test_damage_in_what_was_kept_is_looked_at_again(images, out, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stopped(patch, KeyboardInterrupt())
+        with pytest.raises(Preempted):
+            run(images, out)
+    part = tmp_path / "m.tsv.part"
+    data = part.read_bytes()
+    at = data.index(b"\n", len(data) // 2)
+    part.write_bytes(data[: at - 40] + bytes(40) + data[at:] + b"\x00" * 500 + b"\n")
+    result = run(images, out)
+    assert (result.fresh, result.good) == (9, 40)
+
+
+def test_killed_and_continued(images, out, tmp_path, run_cli):
+    run(images, tmp_path / "whole.tsv")
+    die = (
+        "import os, extrema_fast.index as index\n"
+        "real, count = index.append, []\n"
+        "def append(*a, **k):\n"
+        "    real(*a, **k)\n"
+        "    count.append(1)\n"
+        "    if len(count) == 3: os.kill(os.getpid(), 9)\n"
+        "index.append = append\n"
+    )
+    args = ["index", images, "--out", out, "--threads", "2"]
+    codes, _ = run_cli(*args, setup=die)
+    assert codes == [-signal.SIGKILL] and not out.exists()
+    codes, text = run_cli(*args)
+    assert codes == [0] and "32 of 40 images are known" in text and "looked at 8 images" in text
+    assert out.read_bytes() == (tmp_path / "whole.tsv").read_bytes()
+
+
+def test_no_space_left(images, out, tmp_path, run_cli):
+    small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))"
+    args = ["index", images, "--out", out, "--threads", "1"]
+    codes, text = run_cli(*args, setup=small)
+    assert codes == [StorageError.exit_code] and not out.exists()
+    assert f"{out}.part: cannot be written (File too large); what it holds is kept, and the same" in text
+    codes, text = run_cli(*args)
+    assert codes == [0] and "of 40 images are known" in text
+    assert len(manifest_source(out)) == 40
+
+
+def test_no_space_left_for_the_manifest(images, out, tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("extrema_fast.manifest_text.os.fsync", full)
+        with pytest.raises(
+            StorageError, match=r"m\.tsv: cannot be written \(No space .* kept in .*m\.tsv\.part"
+        ):
+            run(images, out)
+    assert not out.exists()
+    assert run(images, out).fresh == 0 and len(manifest_source(out)) == 40
+
+
+def test_a_decoder_that_crashes(images, out, monkeypatch):
+    crash = (
+        "import os, extrema_fast.image_check as c; real = c.check_file\n"
+        "c.check_file = lambda p, *a: os.kill(os.getpid(), 11) if p.endswith('/07.png') else real(p, *a)\n"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(check_pool, "_CODE", crash + check_pool._CODE)
+        result = run(images, out, threads=2)
+    assert result.good == 39
+    assert statuses(out)["b/07.png"] == "crashes the decoder: the process ended with -11"
+    # perhaps the memory was short
+    result = run(images, out)
+    assert (result.fresh, result.good) == (1, 40)
+
+
+def test_processes_end_with_their_pool(images):
+    with check_pool.Pool(2, strict=False, max_pixels=10**6) as pool:
+        files = [(str(p), 0, -1) for p in sorted(images.rglob("*.*"))]
+        verdicts = [v for part in pool.check(files) for v in part]
+        assert [v.bytes for v in verdicts] == [os.path.getsize(f[0]) for f in files]
+        processes = list(pool._running)
+    assert len(processes) == 2 and all(p.returncode is not None for p in processes)
+
+
+# ---- refusals -------------------------------------------------------------------------------------
+
+
+def refused(data, out, words, error=UsageError, **kw):
+    before = out.read_bytes() if out.is_file() else None
+    with pytest.raises(error, match=words) as caught:
+        run(data, out, **kw)
+    assert "\n" not in str(caught.value)
+    assert before is None or out.read_bytes() == before
+
+
+def test_other_files_in_out(images, out, tmp_path):
+    refused(images, tmp_path, r"is a folder; name the manifest, as in .*/manifest\.tsv")
+    refused(images, images / "a/00.jpg", "is the name of an image or shard", force=True)
+    out.write_text("my notes\n")
+    refused(images, out, r"m\.tsv: exists and is no manifest; choose another --out, or --force")
+    save(tmp_path / "other/1.png")
+    assert run(images, out, force=True).good == 40
+    refused(
+        tmp_path / "other", out, r"m\.tsv is of .*/images, not of .*/other; choose another --out, or --force"
+    )
+    assert run(tmp_path / "other", out, force=True).rows == 1
+    out.write_text(out.read_text().replace('"data": ', '"from": '))
+    refused(tmp_path / "other", out, "m.tsv is of other images, not of")
+    out.unlink()
+    (tmp_path / "m.tsv.part").write_text("half a download")
+    refused(images, out, r"finished rows go to .*m\.tsv\.part, which is something else")
+    assert (tmp_path / "m.tsv.part").read_text() == "half a download"
+    (tmp_path / "file").touch()
+    refused(images, tmp_path / "file/m.tsv", "its folder cannot be made", StorageError)
+    run(images, tmp_path / "new/folder/m.tsv")
+    assert is_manifest(tmp_path / "new/folder/m.tsv")
+
+
+def test_out_is_the_data(tmp_path, images, out):
+    run(images, out)
+    refused(out, out, "is what is to be indexed; choose another --out", force=True)
+    listing = tmp_path / "list.txt"
+    listing.write_text("images/a/00.jpg\n")
+    refused(listing, listing, "is what is to be indexed", force=True)
+
+
+def test_two_at_a_time(images, out, tmp_path):
+    with open(tmp_path / "m.tsv.part", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        refused(images, out, "another `index` is writing it")
+
+
+def test_wrong_arguments(images, out, tmp_path):
+    refused(images, out, "--threads: expected 1 or more, got 0", threads=0)
+    refused(images, out, "--max-pixels: expected 1 or more, got 0", max_pixels=0)
+    refused(tmp_path / "gone", out, "gone: does not exist")
+    (tmp_path / "mixture.toml").write_text('[[source]]\npath = "images"\n')
+    refused(tmp_path / "mixture.toml", out, "is a mixture; index each of its sources")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", out, "no images")
+
+
+def test_no_good_image(tmp_path, out):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/1.png").touch()
+    refused(
+        tmp_path / "d", out, r"none of the 1 images is good, first: .*1\.png \(empty: 0 bytes\)", DataError
+    )
+    assert statuses(out) == {"1.png": "empty: 0 bytes"}
+
+
+def test_without_pillow(images, out, monkeypatch):
+    monkeypatch.setattr(check_pool, "_CODE", "import sys; sys.modules['PIL'] = None; " + check_pool._CODE)
+    refused(images, out, r'needs Pillow: pip install "extrema-fast\[train\]"')
+
+
+# ---- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command(images, out, run_cli):
+    (images / "a/bad.jpg").write_text("no image")
+    codes, text = run_cli("index", images, "--out", out, "--threads", "1", "--strict", "--max-pixels", "1000")
+    assert codes == [0], text
+    assert "too large" in text and "not an image" in text and "images/s" in text
+    assert f"extrema-fast pretrain --data.train {out}" in text
+    codes, text = run_cli("index", images)
+    assert codes == [2] and "--out" in text
+    codes, text = run_cli("index", images, "--out", out, "--thread", "1")
+    assert codes == [2] and "unknown option --thread; did you mean --threads?" in text
+    stop = (
+        "import extrema_fast.index as index\n"
+        "def stop(*a, **k): raise KeyboardInterrupt\n"
+        "index.ImageProgress.reached = stop\n"
+    )
+    codes, text = run_cli("index", images, "--out", f"{out}2", "--threads", "1", setup=stop)
+    assert codes == [Preempted.exit_code] and f"to continue: extrema-fast index {images} --out {out}2" in text
+
+
+def test_a_run_reads_the_manifest(images, out, tmp_path, run_cli):
+    for n in range(3):
+        (images / f"a/broken{n}.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    run(images, out)
+    args = ["pretrain", "smoke", "--data.train", out, "--data.test", "", "--out", tmp_path / "run"]
+    codes, text = run_cli(*args, "--train.epochs", "1", "--train.batch-size", "8", "--data.loader", "pil")
+    assert codes == [0], text
+    assert f"{out}: 40 images, 1 epochs of 5 steps" in text
