@@ -73,6 +73,10 @@ def plan() -> list[Part]:
         )  # fmt: skip
         return Part(name, about, command, seconds)
 
+    loader = (
+        python, "-m", "benchmarks", "loader", "--data", "made", "--quick", "--batch", "64", "--device", "cuda",
+        "--out", "{out}",
+    )  # fmt: skip
     baselines, alone = "released strong ours", "ours ours-cuda-graph"
     modes = "ours ours-compile-none ours-compile-loss ours-cuda-graph ours-compact"
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
@@ -93,10 +97,16 @@ def plan() -> list[Part]:
         Part("profile", "where the time of a ViT-B step goes",
              (python, "-m", "extrema_fast", "profile", "paper_base_80x5", "--train.batch-size", "256",
               "--synthetic", "--out", "{out}"), 70),
+        Part("loader", "the data path: DALI on CPU and GPU beside a DataLoader of PIL, 15 threads",
+             (*loader, "--ways", "ours", "ours-gpu", "dataloader", "--stages", "crop", "views", "--threads", "15",
+              "--batches", "8", "--rounds", "4"), 150),
         step("base", "90x8", 256, baselines, 120, "ViT-B, 90 % x 8: released, strong, ours", "step-base-90x8"),
         step("small", "90x8", 256, alone, 80, "ViT-S, 90 % x 8: ours, with a CUDA graph", "step-small-90x8"),
         step("base", "80x5", 64, alone, 80, "ViT-B, 64 images: ours, with a CUDA graph", "step-base-batch64"),
         step("base", "80x5", 1024, "ours", 90, "ViT-B, 1024 images: ours", "step-base-batch1024"),
+        Part("loader-sweep", "DALI's hardware decoder: its share over threads, decoding and cropping",
+             (*loader, "--ways", "ours-gpu", "--stages", "crop", "--sweep", "0", "0.65", "0.9", "--threads", "8", "15",
+              "--batches", "8", "--rounds", "3"), 120),
         *(Part(f"sanitizer-{tool}", f"compute-sanitizer's {tool} over one small case of every kernel",
                (*sanitizer, tool, *own, "kernels"), 60, "compute-sanitizer") for tool in ("memcheck", "racecheck")),
         Part("tune", "launch settings of the kernels on this GPU",
@@ -294,7 +304,13 @@ def of_record(record: dict[str, Any]) -> list[str]:
     """A benchmark's record in a few lines: its headline, and images/s where it has them."""
     lines = [": ".join(filter(None, [record.get("what", ""), record.get("headline", "")]))]
     for row in record.get("rows", []):
-        if isinstance(row, dict) and row.get("images_per_s") and "provider" in row:
+        if not isinstance(row, dict) or not row.get("images_per_s"):
+            continue
+        if "way" in row:
+            lines.append(
+                f"{row['key']}: {row['images_per_s']:.0f} images/s, {row['cpu_ms_per_image']:.2f} ms CPU each"
+            )
+        elif "provider" in row:
             mfu = f", MFU {100 * row['mfu']:.1f} %" if row.get("mfu") else ""
             peak = f", {row['peak_mb'] / 1024:.1f} GiB" if row.get("peak_mb") else ""
             lines.append(f"{row['provider']}: {row['images_per_s']:.0f} images/s{mfu}{peak}")

@@ -24,6 +24,7 @@ from extrema_fast.data import open_source
 from extrema_fast.errors import UsageError
 
 from . import plots
+from .loader_baselines import PREFETCH
 from .loader_page import page
 from .loader_ways import STAGES, WAYS
 from .processes import Worker, WorkerError
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
     """Images/s of the data path, ours and what a user would write: decode, crop, colour views, end to end."""
     p = parser("loader", main.__doc__)
     p.add_argument("--data", default="photos",
-                   help="as data.train: a folder, a list file, shards; `made`: 128 JPEGs of noise")  # fmt: skip
+                   help="as data.train: a folder, a list file, shards; `made`: JPEGs of noise")  # fmt: skip
     p.add_argument("--limit", type=int, default=0, help="use only this many images")
     p.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     p.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> int:
     args.batches = args.batches or (3 if args.quick else 8)
     args.rounds = args.rounds or (5 if args.quick else 10)
     with tempfile.TemporaryDirectory() as folder:
-        data = made(Path(folder)) if args.data == MADE else args.data
+        data = made(Path(folder), max(128, 2 * args.batch)) if args.data == MADE else args.data
         images = len(open_source(data, "train", limit=args.limit))
         if images < args.batch:
             raise UsageError(f"--batch: {args.batch} is more than the {images} images of {args.data}")
@@ -118,7 +119,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def made(folder: Path, count: int = 128) -> str:
+def made(folder: Path, count: int) -> str:
     """`count` JPEGs of 500 x 375 with about the bytes and detail of photographs: noise of several scales."""
     import numpy as np
     from PIL import Image
@@ -197,8 +198,7 @@ def measure(jobs: list[Job], data: str, args: argparse.Namespace) -> list[dict[s
         job.key: {"key": job.key, "way": job.way, "stage": job.stage, "label": job.label, "batch": args.batch}
         for job in jobs
     }
-    # a batch in work per worker and two prepared, or DALI's four: used up before the clock starts
-    warm = {job.key: 1 if job.stage == "end to end" else 3 * job.threads + 4 for job in jobs}
+    warm = {job.key: 1 if job.stage == "end to end" else ahead(job) + 2 for job in jobs}
     batches = max(1, args.batches // 4) if jobs[0].stage == "end to end" else args.batches
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
@@ -231,6 +231,11 @@ def measure(jobs: list[Job], data: str, args: argparse.Namespace) -> list[dict[s
                 ask(job, "finish")
                 rows[job.key] |= summary(turns[job.key], args.batch, rows[job.key]["cores"])
     return list(rows.values())
+
+
+def ahead(job: Job) -> int:
+    """Batches that a way may have prepared when its turn begins, used up before the clock starts."""
+    return 6 if WAYS[job.way].ours else PREFETCH * job.threads
 
 
 def summary(turns: list[dict[str, Any]], batch: int, cores: int) -> dict[str, Any]:

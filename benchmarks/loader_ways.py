@@ -27,7 +27,7 @@ from . import loader_baselines as baselines
 STAGES = {
     "decode": "whole images",
     "crop": "decoding, random crop, resize, flip",
-    "views": "crop, then two colour views, normalised",
+    "views": "crop, then two colour views, normalised, where the step runs",
     "end to end": "views feeding training steps",
 }
 
@@ -94,7 +94,8 @@ def opened(way: Way, stage: str, setting: Setting) -> Iterator[tuple[Fetch, Use]
             setting.source, setting.data, setting.size, "views" if stage == "end to end" else stage
         )
         with closing(baselines.batches(dataset, setting.batch, setting.threads)) as made:
-            yield made.__next__, _train_on_views(setting) if stage == "end to end" else _nothing
+            use = {"views": _move(setting), "end to end": None}.get(stage, _nothing)
+            yield made.__next__, use or _train_on_views(setting)
         return
     if stage == "decode":
         decoder = _pil_decoder if way.kind == "pil" else _dali_decoder
@@ -105,7 +106,7 @@ def opened(way: Way, stage: str, setting: Setting) -> Iterator[tuple[Fetch, Use]
     with TrainLoader(
         setting.source, data, setting.size, batch_size=setting.batch, seed=0, device=way.device
     ) as loader:
-        use = {"crop": _nothing, "views": _color(data), "end to end": None}[stage]
+        use = {"crop": _nothing, "views": _color(data, setting.device), "end to end": None}[stage]
         yield loader.__next__, use or _train_on_crops(setting, data)
 
 
@@ -113,10 +114,17 @@ def _nothing(batch: Any) -> None:
     pass
 
 
-def _color(data: DataConfig) -> Use:
+def _move(setting: Setting) -> Use:
+    def use(views: Tensor) -> None:
+        views.to(setting.device, non_blocking=True)
+
+    return use
+
+
+def _color(data: DataConfig, device: str) -> Use:
     def use(batch: Batch) -> None:
-        index = batch.index.to(batch.images.device)
-        color_views(batch.images, index, data, seed=0, epoch=batch.epoch)
+        images, index = (t.to(device, non_blocking=True) for t in (batch.images, batch.index))
+        color_views(images, index, data, seed=0, epoch=batch.epoch)
 
     return use
 

@@ -19,7 +19,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import loader, loader_baselines, loader_gates, loader_page, loader_ways, loader_worker, plots
+from benchmarks import (
+    gpu_suite,
+    loader,
+    loader_baselines,
+    loader_gates,
+    loader_page,
+    loader_ways,
+    loader_worker,
+    plots,
+)
 from benchmarks.__main__ import main
 from benchmarks.loader_ways import STAGES, WAYS, Setting
 from benchmarks.tables import markdown
@@ -296,3 +305,8 @@ def test_nothing_that_runs_here(capsys):
         pytest.skip("there is a GPU")
     assert main(["loader", "--ways", "ours-gpu"]) == 2
     assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_a_gpu_visits_summary_tells_the_rates():
+    lines = gpu_suite.of_record(record([row("ours", ms=98), row("dataloader")]))
+    assert "ours | views: 320 images/s, 4.00 ms CPU each" in lines and len(lines) == 3
