@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,8 +61,9 @@ class ImageSource:
                 return f.read()
             f.seek(offset)
             data = f.read(length)
+            size = os.fstat(f.fileno()).st_size
         if len(data) != length:
-            raise OSError(f"{self.paths[row]} ends after {offset + len(data)} bytes, not {offset + length}")
+            raise OSError(f"{self.paths[row]} ends after {size} bytes, not {offset + length}")
         return data
 
 

@@ -104,6 +104,9 @@ def scan(path: str) -> list[Member]:
             while (m := tar.next()) is not None:
                 # it keeps every member otherwise
                 tar.members.clear()
+                # tarfile believes a negative size, and goes round for ever
+                if m.size < 0 or tar.offset <= m.offset:
+                    raise ValueError(f"{m.name} claims {m.size} bytes")
                 if is_hidden(m.name):
                     continue
                 if m.isreg() and not m.issparse():
