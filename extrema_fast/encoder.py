@@ -68,9 +68,7 @@ class Encoder(TimmMethods, nn.Module):
     ) -> None:
         super().__init__()
         if global_pool not in POOLS:
-            raise UsageError(
-                f"global_pool: expected 'token' or 'avg', got {global_pool!r} (or '': no pooling)"
-            )
+            raise UsageError(f"global_pool: expected 'token', 'avg' or '' (no pooling), got {global_pool!r}")
         if pos_embed not in ("sincos", "learned"):
             raise UsageError(f"pos_embed: expected 'sincos' or 'learned', got {pos_embed!r}")
         if fc_norm and global_pool != "avg":

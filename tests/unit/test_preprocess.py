@@ -120,7 +120,55 @@ def test_errors(image, words):
     assert words in str(error.value)
 
 
+def test_gray_is_the_gray_value_of_rgb_or_one_channel_as_it_is():
+    mean, std = (0.1, 0.2, 0.6), (0.5, 0.4, 0.3)
+    f, image = Preprocess((16, 16), 1, mean, std), picture(16, 16)
+    assert f.metadata["mean"] == (pytest.approx(0.3),) and f.metadata["std"] == (pytest.approx(0.4),)
+    gray = (image.double() / 255) @ torch.tensor([0.2989, 0.587, 0.114], dtype=torch.float64)
+    assert torch.allclose(f(image)[0].double(), (gray - 0.3) / 0.4, atol=1e-3)
+    one = image[..., :1]
+    assert torch.allclose(f(one)[0].double(), (one[..., 0].double() / 255 - 0.3) / 0.4, atol=1e-3)
+    # numbers of one channel, as timm keeps them
+    assert torch.allclose(Preprocess((16, 16), 1, (0.3,), (0.4,))(image), f(image), atol=1e-6)
+
+
 def test_more_channels_than_a_picture_has():
+    pytest.importorskip("PIL")
+    from PIL import Image
+
     assert ModelConfig().in_chans == 3
-    with pytest.raises(UsageError, match="this encoder takes 5"):
-        create_encoder(NAME, img_size=16, in_chans=5).preprocess()
+    encoder = create_encoder(NAME, img_size=16, in_chans=5)
+    with pytest.raises(UsageError, match=r"takes 5 channels, mean has 3 entries; set encoder\.mean to 5"):
+        encoder.preprocess()
+    encoder.mean, encoder.std = (0.1, 0.2, 0.3, 0.4, 0.5), (0.5,) * 5
+    f, pixels = encoder.preprocess(), (torch.rand(16, 16, 5) * 255).to(torch.uint8)
+    wanted = (pixels.double() / 255 - torch.tensor(encoder.mean).double()) / 0.5
+    assert torch.allclose(f(pixels).double(), wanted.permute(2, 0, 1), atol=1e-5)
+    assert f((torch.rand(40, 30, 5) * 255).to(torch.uint8)).shape == (5, 16, 16)
+    assert encoder(f(pixels)[None]).shape == (1, 192)
+    with pytest.raises(UsageError, match="a picture has 3 channels, this encoder takes 5"):
+        f(Image.fromarray(picture(16, 16).numpy()))
+    with pytest.raises(UsageError, match=r"expected uint8 \[H, W, 5\]"):
+        f(picture(16, 16))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"interpolation": "nearest"}, "'bilinear' or 'bicubic', got 'nearest'"),
+        ({"crop_pct": 1.2}, "got 1.2"),
+    ],
+)
+def test_numbers_that_cannot_be(options, words):
+    with pytest.raises(UsageError, match=words):
+        Preprocess((16, 16), 3, **PLAIN, **options)
+    encoder = create_encoder(NAME, img_size=16)
+    encoder.interpolation, encoder.crop_pct = "bicubic", 1.0
+    assert encoder.preprocess().metadata["crop_pct"] == 1.0
+    image = picture(24, 24)
+    wanted = torch.nn.functional.interpolate(
+        image.permute(2, 0, 1)[None].float(), size=(16, 16), mode="bicubic", antialias=True
+    )
+    assert torch.equal(
+        resize_crop(image, (16, 16), "bicubic", 1.0), wanted[0].round().clamp(0, 255).byte().permute(1, 2, 0)
+    )
