@@ -88,7 +88,7 @@ def _entry(name: str, number: int, fields: dict[str, Any]) -> Entry:
             )
     path, passes, label = fields.get("path"), fields.get("passes", 1.0), fields.get("label")
     if not isinstance(path, str) or not path:
-        raise UsageError(f"{where}: path: expected the place of images as text, got {path!r}")
+        raise UsageError(f"{where}: path: expected the place of images, got {path!r}")
     number_given = isinstance(passes, (int, float)) and not isinstance(passes, bool)
     if not number_given or not 0 < passes <= MAX_PASSES:
         raise UsageError(f"{where}: passes: expected a number above 0, at most {MAX_PASSES}, got {passes!r}")
