@@ -221,6 +221,9 @@ def test_list_file_with_windows_line_ends(tmp_path, out):
     source = manifest_source(out)
     assert [os.path.realpath(p) for p in source.paths] == [str(one), str(two)]
     assert source.classes == ["u", "v"] and source.labels.tolist() == [0, 1]
+    # labels are those of today, though nothing is decoded
+    listing.write_bytes(f"../x/1.png\tv\r\n{two}\tu\r\n".encode())
+    assert run(listing, out).fresh == 0 and manifest_source(out).labels.tolist() == [1, 0]
 
 
 def test_shards(tmp_path, out, images):
@@ -291,7 +294,6 @@ def test_only_changed_files_are_looked_at_again(images, out, caplog):
     table = read_manifest(out)
     assert table.classes == ["a", "b", "c", "d"] and "c/08.jpg" not in table.path
     assert statuses(out)["c/05.png"].startswith("broken header")
-    # labels are those of today, though nothing is decoded
     (images / "a").rename(images / "z")
     assert run(images, out).fresh == 14
     (images / "0").mkdir()
@@ -340,6 +342,12 @@ def test_stopped_and_continued(images, out, tmp_path, monkeypatch, cut):
     part = tmp_path / "m.tsv.part"
     # a line that was being written when the power went
     part.write_bytes(part.read_bytes()[: -cut or None])
+    with monkeypatch.context() as patch:
+        stopped(patch, KeyboardInterrupt(), batches=0)
+        with pytest.raises(Preempted, match="stopped; 0 of"):
+            run(images, out)
+    # a header of its own, on a line of its own
+    assert part.read_text().count("\n# extrema-fast manifest 1\t") == 1
     assert run(images, out).fresh == (8 if not cut else 9)
     assert out.read_bytes() == (tmp_path / "whole.tsv").read_bytes() and not part.exists()
 
@@ -469,7 +477,7 @@ def test_out_is_the_data(tmp_path, images, out):
 
 def test_two_at_a_time(images, out, tmp_path):
     with open(tmp_path / "m.tsv.part", "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+        fcntl.flock(f, fcntl.LOCK_SH)
         refused(images, out, "another `index` is writing it")
 
 
