@@ -127,8 +127,7 @@ class Accelerated:
         if masked:
             _check_keep(keep, b, n)
             views = keep.shape[1] if keep.dim() == 3 else None
-            # one layout: a traced gather relies on the strides it was traced with
-            rows = keep[None] if views is None else keep.transpose(0, 1).contiguous()
+            rows = keep[None] if views is None else keep.transpose(0, 1)
             x = self._masked(images, embedded, rows, grid)
         else:
             keep = torch.arange(n, device=images.device).expand(b, n)

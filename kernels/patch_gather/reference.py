@@ -35,7 +35,8 @@ def gather_patches(images: Tensor, keep: Tensor | None, patch: int) -> Tensor:
     cells = images.reshape(b, c, gh, patch, gw, patch).permute(0, 2, 4, 1, 3, 5)
     if keep is None:
         return cells.reshape(b, gh * gw, c * patch * patch)
-    keep = keep.long()
+    # contiguous: a traced gather relies on the layout it was traced with, which follows that of the indices
+    keep = keep.long().contiguous()
     row, column = keep // gw, keep % gw
     image = torch.arange(b, device=images.device)[None, :, None].expand_as(keep)
     v, _, k = keep.shape

@@ -17,6 +17,7 @@ import copy
 import socket
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -84,7 +85,8 @@ VARIANTS = {
     "packed SwiGLU": {"mlp_layer": SwiGLUPacked},
     "gated, gate last": {"mlp_layer": GluMlp},
     "another activation": {"act_layer": nn.SiLU},
-    "tanh GELU": {"act_layer": "gelu_tanh"},
+    "tanh GELU": {"act_layer": partial(nn.GELU, approximate="tanh")},
+    "timm's tanh GELU": {"act_layer": "gelu_tanh"},
     "timm's own GELU": {"act_layer": "gelu"},
     "RMSNorm": {"norm_layer": RmsNorm},
     "norm without weights": {"norm_layer": lambda d, **k: nn.LayerNorm(d, elementwise_affine=False, **k)},
