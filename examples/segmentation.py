@@ -21,7 +21,7 @@ from extrema_fast.augment import normalize
 from extrema_fast.config import DataConfig
 from extrema_fast.data import EvalLoader, open_source
 
-CLASSES = ("brick", "chelsea", "coins", "grass", "page", "retina")
+CLASSES = ("brick", "grass", "gravel", "hubble_deep_field", "ihc", "page")
 COLOURS = np.array(
     [(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75)]
 )
@@ -48,10 +48,10 @@ def main(argv: list[str] | None = None) -> float:
     p.add_argument("--weights", help="run folder or weights; default: a small encoder made for the examples")
     p.add_argument("--out", default="runs/segmentation.png", help="the picture")
     p.add_argument(
-        "--side", type=int, default=64, help="pixels; another size than in pretraining is no trouble"
+        "--side", type=int, default=48, help="pixels; another size than in pretraining is no trouble"
     )
-    p.add_argument("--images", type=int, default=600, help="training images")
-    p.add_argument("--steps", type=int, default=400, help="steps of the head")
+    p.add_argument("--images", type=int, default=1500, help="training images")
+    p.add_argument("--steps", type=int, default=1000, help="steps of the head")
     p.add_argument("--quick", action="store_true", help="little data, for a test")
     args = p.parse_args(argv)
     if args.quick:

@@ -104,8 +104,8 @@ def test_segmentation(run, weights):
     # one class everywhere would give about a thirty-sixth
     assert run("segmentation", "--weights", weights, "--out", "s.png") > 0.05
     sheet = picture("s.png")
-    assert sheet.shape == (6 * 64 * 3, 3 * 64 * 3, 3)
-    truth = {tuple(c) for c in sheet[:, 64 * 3 : 128 * 3].reshape(-1, 3)}
+    assert sheet.shape == (6 * 48 * 3, 3 * 48 * 3, 3)
+    truth = {tuple(c) for c in sheet[:, 48 * 3 : 96 * 3].reshape(-1, 3)}
     assert truth <= {tuple(c) for c in importlib.import_module("segmentation").COLOURS} and len(truth) > 2
 
 
