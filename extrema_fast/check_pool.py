@@ -78,7 +78,8 @@ class Pool:
             answer = process.stdout.readline()
         except OSError:
             answer = ""
-        if answer:
+        # it may have died over its answer
+        if answer.endswith("\n"):
             return [Verdict(*fields) for fields in json.loads(answer)]
         self._own.code, self._own.process = process.wait(), None
         return None

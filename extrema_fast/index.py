@@ -22,14 +22,7 @@ from .check_pool import BATCH, Pool
 from .errors import DataError, Preempted, StorageError, UsageError
 from .image_check import MAX_PIXELS, OK, Verdict
 from .index_rows import LABEL, STATUS, Job, append, finish, holds, known_rows, open_part, take_over
-from .manifest import (
-    Row,
-    escape,
-    is_manifest,
-    manifest_source,
-    read_manifest,
-    row_line,
-)
+from .manifest import Row, escape, is_manifest, manifest_source, read_manifest, row_line
 from .progress import ImageProgress
 from .sources import BUILT_IN, EXTENSIONS, open_source
 
@@ -162,7 +155,8 @@ def _plan(data: str, out: Path, strict: bool, max_pixels: int) -> Job:
         else:
             source = open_source(data, check=False)
     paths = [os.path.join(os.getcwd(), p) for p in source.paths]
-    root = where if os.path.isdir(where) else os.path.commonpath({os.path.dirname(p) for p in paths})
+    is_folder = data not in BUILT_IN and os.path.isdir(where)
+    root = where if is_folder else os.path.commonpath({os.path.dirname(p) for p in paths})
     prefix = root.rstrip(os.sep) + os.sep
     offsets = [-1] * len(paths)
     if source.spans is not None:

@@ -303,6 +303,17 @@ def test_only_changed_files_are_looked_at_again(images, out, caplog):
     assert run(images, out, force=True).fresh == 40
 
 
+def test_a_built_in_set(tmp_path, out, monkeypatch):
+    """Not the folder of its name, here as elsewhere."""
+    save(tmp_path / "synthetic/1.png")
+    monkeypatch.chdir(tmp_path)
+    result = run("synthetic", out)
+    assert result.good == len(open_source("synthetic")) and not manifest_source(out).paths[0].startswith(
+        str(tmp_path)
+    )
+    assert read_manifest(out).path[0][0] != "/" and run("synthetic", out).fresh == 0
+
+
 def test_what_could_not_be_read_is_tried_again(images, out):
     (images / "a/99.jpg").symlink_to(images / "later.txt")
     assert run(images, out).good == 40

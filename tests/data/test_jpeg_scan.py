@@ -64,6 +64,8 @@ def test_padding_and_trailing_bytes_pass():
     assert scan(data + b"anything \xff\xd8 at all") is None
     # FF before a marker is padding, also at the end of the compressed data
     assert scan(data[:-2] + b"\xff\xff\xff\xd9") is None
+    # the height once more, after the data
+    assert scan(data[:-2] + b"\xff\xdc\x00\x04\x00\x27" + data[-2:]) is None
     at = data.index(b"\xff\xdb")
     assert scan(data[:at] + b"\xff\xff" + data[at:]) is None
 
@@ -115,7 +117,8 @@ def broken(name: str) -> bytes:
         "restart missing": replaced(restarts, first, b"\x11\x11"),
         "last restart missing": replaced(restarts, last, b"\x11\x11"),
         "interval": replaced(restarts, restarts.index(b"\xff\xdd") + 2, b"\x00\x03"),
-        "height by DNL": data[:-2] + b"\xff\xdc\x00\x04\x00\x27" + data[-2:],
+        "two restarts too many": restarts[:-2] + b"\xff" + bytes([(restarts[last + 1] - 0xD0 + 1) % 8 + 0xD0])
+        + b"\xff" + bytes([(restarts[last + 1] - 0xD0 + 2) % 8 + 0xD0]) + restarts[-2:],
     }[name]  # fmt: skip
 
 
@@ -148,7 +151,7 @@ def broken(name: str) -> bytes:
         ("restart missing", "restart marker D1 out of turn"),
         ("last restart missing", r"\d+ restart markers instead of \d+"),
         ("interval", "a restart interval of 1 bytes"),
-        ("height by DNL", "height is missing"),
+        ("two restarts too many", r"\d+ restart markers instead of \d+"),
     ],
 )
 def test_damage_is_named(name, words):
