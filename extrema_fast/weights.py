@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -133,12 +134,15 @@ def new_folder(out: str | Path, force: bool = False) -> Iterator[Path]:
             written
     """
     out = Path(out)
-    check_free(out, force)
-    out = out.resolve()
-    new = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    old = out.with_name(f".tmp-old-{out.name}-{os.getpid()}")
     try:
+        _tidy(out.resolve())
+        check_free(out, force)
+        out = out.resolve()
+        new, old = (out.with_name(f"{prefix}{out.name}-{os.getpid()}") for prefix in (_NEW, _OLD))
         new.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written ({error})") from None
+    try:
         yield new
         for path in (*new.iterdir(), new):
             _sync(path)
@@ -155,6 +159,31 @@ def new_folder(out: str | Path, force: bool = False) -> Iterator[Path]:
             os.rename(old, out)
         for path in (new, old):
             shutil.rmtree(path, ignore_errors=True)
+
+
+_NEW, _OLD = ".tmp-", ".replaced-"
+
+
+def _tidy(out: Path) -> None:
+    """Ends what a killed process left beside `out`: half-written folders go, one just moved aside comes back."""
+    names = re.compile(rf"(\.tmp-|\.replaced-){re.escape(out.name)}-(\d+)")
+    for path in sorted(out.parent.iterdir()) if out.parent.is_dir() else ():
+        match = names.fullmatch(path.name)
+        if match and not _runs(int(match[2])):
+            if match[1] == _OLD and not out.exists():
+                os.rename(path, out)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _sync(path: Path) -> None:

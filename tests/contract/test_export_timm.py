@@ -2,8 +2,9 @@
 
 Covers: `timm.create_model("local-dir:DIR", pretrained=True)` of our own format after `import extrema_fast.timm`,
 with another head, size and channels; the stock ViT strictly loaded, with timm, transformers' AutoModel, its
-image processor and classification in a process that cannot import this project; the whole encoder through
-AutoModel; `cait`; the model card; a pickle beside the weights that must not run.
+image processor and classification, and both graphs of torch, in a process that cannot import this project; the
+whole encoder through AutoModel; `cait`; the model card; a pickle beside the weights that must not run;
+descriptions by strangers.
 """
 
 from __future__ import annotations
@@ -83,6 +84,9 @@ SHAPES = {
 def test_every_shape(tmp_path, shape, format):
     if format == "hf":
         pytest.importorskip("transformers")
+        if shape not in ("odd grid", "fine-tuned"):
+            # a `vit` with a card; what differs is its own
+            return
     encoder = SHAPES[shape]().eval()
     file = bare(tmp_path, encoder)
     if "heads" in shape:
@@ -133,6 +137,11 @@ with torch.no_grad():
     out["class"] = type(model).__module__
     out["timm"] = model(images).flatten()[:5].tolist()
     out["parameters"] = sum(1 for _ in model.state_dict())
+    for name, run in (
+        ("torchscript", torch.jit.load({root!r} + "/torchscript/model.ts")),
+        ("torch-export", torch.export.load({root!r} + "/torch-export/model.pt2").module()),
+    ):
+        out[name] = run(images)[0].flatten()[:5].tolist()
     try:
         from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
     except ImportError:
@@ -152,7 +161,8 @@ print(json.dumps(out))
 
 def test_without_this_project(weights, method, tmp_path, repository):
     image = pytest.importorskip("PIL.Image")
-    export(weights, tmp_path / "vit", "vit")
+    for format in ("vit", "torchscript", "torch-export"):
+        export(weights, tmp_path / format, format)
     tuned = SHAPES["fine-tuned"]().eval()
     try:
         import transformers  # noqa: F401
@@ -174,6 +184,9 @@ def test_without_this_project(weights, method, tmp_path, repository):
         logits = tuned(IMAGES).flatten()[:5].tolist()
     assert out["class"] == "timm.models.vision_transformer"
     assert out["timm"] == pytest.approx(wanted, abs=1e-5)
+    with torch.no_grad():
+        token = method.teacher.eval()(IMAGES).flatten()[:5].tolist()
+    assert out["torchscript"] == out["torch-export"] == pytest.approx(token, abs=1e-5)
     assert out["parameters"] == len(encoder.state_dict())
     if "hf" in out:
         assert out["hf"] == pytest.approx(wanted, abs=1e-5) and out["tokens"] == [2, 4, 64]

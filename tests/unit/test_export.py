@@ -1,14 +1,15 @@
 """Exports that need the core installation alone, and the rules that all formats share.
 
 Covers: our own format back through `load_encoder` with its metadata, other sizes, channels, heads and pools;
-torch.export and TorchScript reloaded in this process and without this project, dynamic batch, images of
-another size; unknown formats, options of other formats, missing packages; an output folder that exists;
-`--force`; a comparison that fails, a full disk: nothing is left; the command line.
+torch.export and TorchScript reloaded, dynamic batch, images of another size; unknown formats, options of other
+formats, missing packages; an output folder that exists; `--force`; a comparison that fails, a full disk, an
+interrupt, a killed process: nothing is left, or what was there before; the command line.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -173,32 +174,6 @@ def test_graphs(weights, method, tmp_path, format):
     refused(lambda: convert.load_encoder(file), file.name, "an exported graph")
 
 
-def test_graphs_run_without_this_project(weights, tmp_path):
-    for format in GRAPHS:
-        export(weights, tmp_path / format, format)
-    torch.save(IMAGES, tmp_path / "images.pt")
-    code = f"""
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("extrema_fast", "triton", "xformers"):
-            raise ImportError(name)
-sys.meta_path.insert(0, Blocked())
-import torch
-images = torch.load({str(tmp_path / "images.pt")!r})
-for run in (torch.jit.load({str(tmp_path / "torchscript" / "model.ts")!r}),
-            torch.export.load({str(tmp_path / "torch-export" / "model.pt2")!r}).module()):
-    print(*[round(v, 4) for v in run(images)[0].flatten()[:5].tolist()])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    with torch.no_grad():
-        wanted = convert.load_encoder(weights)(IMAGES).flatten()[:5].tolist()
-    for line in done.stdout.splitlines():
-        assert [float(v) for v in line.split()] == pytest.approx(wanted, abs=1e-4)
-    assert len(done.stdout.splitlines()) == 2
-
-
 # ---- refusals -------------------------------------------------------------------------------------
 
 
@@ -316,6 +291,41 @@ def test_an_interrupt_keeps_nothing(weights, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         export(weights, tmp_path / "out")
     assert left(tmp_path) == ["w"]
+
+
+def test_what_a_killed_process_left(weights, tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    out = tmp_path / "out"
+    export(weights, out)
+    # killed while writing, and between moving the old folder aside and the new one in
+    (tmp_path / f".tmp-out-{dead.pid}").mkdir()
+    (tmp_path / f".tmp-out-{dead.pid}" / "model.safetensors").touch()
+    out.rename(tmp_path / f".replaced-out-{dead.pid}")
+    # of a process that is still at it, and of another folder
+    running = [f".tmp-out-{os.getppid()}", f".tmp-out2-{dead.pid}"]
+    for name in running:
+        (tmp_path / name).mkdir()
+    refused(lambda: export(weights, out, "torchscript"), "not empty", "--force")
+    assert left(tmp_path) == sorted([*running, "out", "w"])
+    assert left(out) == ["config.json", "model.safetensors"]
+    export(weights, out, "torchscript", force=True)
+    assert left(out) == ["config.json", "model.ts"]
+
+
+def test_a_run_killed_while_it_writes(weights, tmp_path):
+    code = f"""
+import os
+from extrema_fast import export_timm
+from extrema_fast.export import export
+export_timm.load_encoder = lambda *_: os.kill(os.getpid(), 9)
+export({str(weights)!r}, {str(tmp_path / "out")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=120)
+    assert done.returncode == -9
+    assert not (tmp_path / "out").exists() and len(left(tmp_path)) == 2
+    export(weights, tmp_path / "out")
+    assert left(tmp_path) == ["out", "w"]
 
 
 # ---- command line ---------------------------------------------------------------------------------
