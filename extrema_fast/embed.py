@@ -11,8 +11,6 @@ import fcntl
 import logging
 import os
 import shutil
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,13 +34,13 @@ from .embeddings import (
     remove,
     write_config,
     write_part,
-    write_rows,
 )
 from .encoder import Encoder
 from .errors import DataError, ExtremaError, StorageError, UsageError
 from .evals import weights_hash
-from .metrics import duration
+from .manifest_text import escape, write_lines
 from .plan import precision
+from .progress import ImageProgress
 from .run_folder import read_json
 from .sources import BUILT_IN, ImageSource, open_source
 
@@ -228,6 +226,9 @@ def _prepare(out: Path, config: dict[str, Any], force: bool) -> list[int] | None
     if changes:
         remove(out)
         old = {}
+    for torn in out.rglob(".tmp-*"):
+        # of a process that was killed while writing
+        torn.unlink(missing_ok=True)
     done = finished(out, old) if old else {}
     todo = [n for n in range(config["part_count"]) if n not in done]
     if not todo and old.get("complete") and (out / ROWS).is_file():
@@ -275,60 +276,15 @@ def _finish(job: Job, out: Path) -> None:
         )
     left_out = {row for row, _ in broken}
     rows = (job.row(n) for n in range(len(job.source)) if n not in left_out)
-    write_rows(out / ROWS, "row\tpath\tlabel", rows)
+    write_lines(out / ROWS, "row\tpath\tlabel\n", (f"{n}\t{escape(p)}\t{escape(c)}\n" for n, p, c in rows))
     if broken:
-        write_rows(out / BROKEN, "row\tpath\treason", ((n, job.source.title(n), why) for n, why in broken))
+        lines = (f"{n}\t{escape(job.source.title(n))}\t{escape(why)}\n" for n, why in broken)
+        write_lines(out / BROKEN, "row\tpath\treason\n", lines)
     write_config(out, config | {"parts": [p._asdict() for p in parts], "complete": True})
     shutil.rmtree(out / RECORDS, ignore_errors=True)
 
 
 # ---- the work -------------------------------------------------------------------------------------
-
-
-class Progress:
-    """Images done: a bar on a terminal, else a line at the start of every twentieth, at most one a second."""
-
-    def __init__(self, what: str, total: int, enabled: bool) -> None:
-        self.what, self.total, self.enabled = what, total, enabled
-        self.began, self.shown, self.shown_at = time.monotonic(), 0, 0.0
-        self.bar: Any = self._rich() if enabled and sys.stderr.isatty() else None
-
-    def _rich(self) -> Any:
-        try:
-            from rich import progress
-            from rich.console import Console
-        except ImportError:
-            return None
-        columns = (
-            progress.TextColumn(self.what),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[rate]}"),
-            progress.TextColumn("left"),
-            progress.TimeRemainingColumn(),
-        )
-        bar = progress.Progress(*columns, console=Console(file=sys.stderr))
-        self.task = bar.add_task("", total=self.total, rate="")
-        bar.start()
-        return bar
-
-    def reached(self, images: int) -> None:
-        """So many images are done."""
-        now = time.monotonic()
-        rate = f"{images / max(now - self.began, 1e-9):.0f} images/s"
-        if self.bar is not None:
-            self.bar.update(self.task, completed=images, rate=rate)
-        elif self.enabled and now - self.shown_at > 1 and images - self.shown >= self.total / 20:
-            self.shown, self.shown_at = images, now
-            left = duration((now - self.began) / images * (self.total - images))
-            log.info("%s: %d of %d images, %s, left %s", self.what, images, self.total, rate, left)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
 
 
 def _make(job: Job, out: Path, todo: list[int], progress: bool) -> None:
@@ -337,7 +293,7 @@ def _make(job: Job, out: Path, todo: list[int], progress: bool) -> None:
     mine = todo[rank * len(todo) // size : (rank + 1) * len(todo) // size]
     failure = None
     try:
-        with Progress(
+        with ImageProgress(
             "embedding", sum(len(job.part_rows(n)) for n in mine), progress and job.world.main
         ) as bar:
             _write_parts(job, out, mine, bar)
@@ -349,7 +305,7 @@ def _make(job: Job, out: Path, todo: list[int], progress: bool) -> None:
         )
 
 
-def _write_parts(job: Job, out: Path, numbers: list[int], bar: Progress) -> None:
+def _write_parts(job: Job, out: Path, numbers: list[int], bar: ImageProgress) -> None:
     # one part is written while the next is computed; more would only fill the memory
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
         pending = None

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .augment import normalize
 from .config import DataConfig
 from .data import EvalLoader
+from .data_recover import BadRows
 from .dist import World
 from .embeddings import DTYPES, FORMAT, VERSION, Row
 from .encoder import Encoder
@@ -25,8 +27,6 @@ from .errors import DataError, NonFiniteError, OutOfMemoryError, UsageError
 from .masking import sample_views
 from .memory import is_out_of_memory
 from .sources import ImageSource, subset
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,15 @@ class Job:
         width, patches = self.encoder.embed_dim, self.encoder.num_patches
         return (patches, width) if self.settings.tokens == "patch" else (width,)
 
-    def images(self, rows: Tensor) -> EvalLoader:
-        """The images of these rows, [b, H, W, 3] uint8 with their places in `rows`."""
+    def images(self, source: ImageSource, bad: BadRows | None = None) -> EvalLoader:
+        """The images of a source, [b, H, W, 3] uint8 with their row numbers; `bad` takes those left out."""
         return EvalLoader(
-            subset(self.source, rows),
+            source,
             self.data,
             self.settings.img_size,
             batch_size=self.batch_size,
             device=self.world.device,
+            bad=bad,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -121,83 +122,49 @@ class Job:
 def encode_parts(
     job: Job, numbers: list[int], reached: Callable[[int], None] = lambda images: None
 ) -> Iterator[tuple[int, Tensor, list[tuple[int, str]]]]:
-    """(number, features, [(row, reason) of images left out]) of each part.
+    """(number, features, [(row, reason) of images left out]) of each part, by one reader over all of them.
 
+    numbers  ascending
     reached  called after every batch with the number of images so far
     raises   DataError for an image that cannot be read, with `job.strict`; NonFiniteError
     """
-    waiting, done = list(numbers), 0
-    while waiting:
-        try:
-            for features in _stream(job, tuple(waiting), lambda seen, before=done: reached(before + seen)):
-                done += len(features)
-                yield waiting.pop(0), features, []
-        except DataError as error:
-            if job.strict:
-                raise
-            log.debug("part %d: %s", waiting[0], error)
-            number = waiting.pop(0)
-            done += len(job.part_rows(number))
-            features, broken = _mend(job, job.part_rows(number))
-            reached(done)
-            yield number, features, broken
-
-
-def _stream(job: Job, numbers: tuple[int, ...], reached: Callable[[int], None]) -> Iterator[Tensor]:
-    """Features of whole parts from one reader over all of them."""
-    sizes = [len(job.part_rows(n)) for n in numbers]
+    if not numbers:
+        return
     rows = torch.cat([torch.arange(r.start, r.stop) for r in map(job.part_rows, numbers)])
+    source = subset(job.source, rows)
+    # any number of them: what cannot be read is a result here
+    bad = BadRows(source, 1.0, quiet=True)
+    # where in `rows` a part begins and ends
+    ends = np.cumsum([len(job.part_rows(n)) for n in numbers]).tolist()
+    waiting = deque(zip(numbers, [0, *ends], ends, strict=False))
     batches: list[Tensor] = []
-    seen = 0
-    for features in _batches(job, rows):
-        batches.append(features)
-        seen += len(features)
-        reached(seen)
-        if sum(map(len, batches)) == sizes[0]:
-            yield torch.cat(batches)
-            batches.clear()
-            sizes.pop(0)
 
+    def part() -> tuple[int, Tensor, list[tuple[int, str]]]:
+        number, first, end = waiting.popleft()
+        none = torch.empty(0, *job.shape, dtype=DTYPES[job.settings.dtype])
+        features = torch.cat([none, *batches])
+        batches.clear()
+        found = [place for place in range(first, end) if bad.known[place]]
+        return number, features, [(int(rows[place]), _reason(source, bad, place)) for place in found]
 
-def _mend(job: Job, part: range) -> tuple[Tensor, list[tuple[int, str]]]:
-    """Features of the images of one part that can be read, and the (row, reason) of the others."""
-    rows = torch.arange(part.start, part.stop)
-    broken: list[tuple[int, str]] = []
-    while len(rows):
-        try:
-            features = torch.cat(list(_batches(job, rows)))
-            break
-        except DataError:
-            found = _refused(job, rows)
-            if not found:
-                # no image's fault
-                raise
-            broken += found
-            rows = rows[~torch.isin(rows, torch.tensor([row for row, _ in found]))]
-    else:
-        features = torch.empty(0, *job.shape, dtype=DTYPES[job.settings.dtype])
-    return features, sorted(broken)
-
-
-def _refused(job: Job, rows: Tensor) -> list[tuple[int, str]]:
-    """(row, reason) of the images the reader cannot decode, found by halving."""
     try:
-        for _ in job.images(rows):
-            pass
-    except DataError as error:
-        if len(rows) > 1:
-            half = len(rows) // 2
-            return _refused(job, rows[:half]) + _refused(job, rows[half:])
-        row = int(rows)
-        # without the path, which stands beside it, and without the advice for training
-        reason = str(error).removeprefix(f"{job.source.title(row)}: ").partition("; remove it")[0]
-        return [(row, reason)]
-    return []
+        for images, index in job.images(source, None if job.strict else bad):
+            # batches do not cross parts
+            while int(index[0]) >= waiting[0][2]:
+                yield part()
+            batches.append(encode_batch(job, images, rows[index]))
+            reached(int(index[-1]) + 1)
+    except DataError:
+        # of all images not one can be read: no error of this process's share alone
+        if len(bad) < len(rows):
+            raise
+    while waiting:
+        yield part()
 
 
-def _batches(job: Job, rows: Tensor) -> Iterator[Tensor]:
-    for images, index in job.images(rows):
-        yield encode_batch(job, images, rows[index])
+def _reason(source: ImageSource, bad: BadRows, place: int) -> str:
+    # without the path, which stands beside it
+    return bad.reasons[place].removeprefix(f"{source.title(place)}: ")
 
 
 @torch.inference_mode()

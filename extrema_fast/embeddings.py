@@ -7,7 +7,7 @@
 
 Features are [n, D] for one vector per image, [n, N, D] for patch tokens. Broken images are left out, so feature
 row i over all parts is line i of rows.tsv. Files are written beside and renamed: each is whole or not there.
-In rows.tsv a backslash, tab, line end or byte that is no UTF-8 is written as an escape (`unescape`).
+In the tables a tab, line end, backslash or byte that is no UTF-8 is escaped as in a manifest (`manifest_text`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .errors import StorageError, UsageError
+from .manifest_text import escape, unescape
 from .run_folder import read_json
 
 FORMAT, VERSION = "extrema-fast-embeddings", 1
@@ -48,26 +48,6 @@ class Record(NamedTuple):
     rows: int
     bytes: int
     broken: list[tuple[int, str]]
-
-
-_ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
-_PLAIN = {escape: char for char, escape in _ESCAPES.items()}
-
-
-def escape(text: str) -> str:
-    """`text` on one line of UTF-8 without tabs; `unescape` is the inverse."""
-    text = re.sub(r"[\\\t\n\r]", lambda m: _ESCAPES[m[0]], text)
-    # bytes of a file name that are no UTF-8 are lone surrogates in Python
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def unescape(text: str) -> str:
-    """The inverse of `escape`."""
-    return re.sub(
-        r"\\(?:[\\tnr]|u[0-9a-f]{4})",
-        lambda m: _PLAIN[m[0]] if m[0] in _PLAIN else chr(int(m[0][2:], 16)),
-        text,
-    )
 
 
 # ---- writing --------------------------------------------------------------------------------------
@@ -183,17 +163,6 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Replaces config.json."""
     text = (json.dumps(config, indent=1) + "\n").encode()
     replace_file(folder / CONFIG, lambda f: f.write(text))
-
-
-def write_rows(path: Path, header: str, lines: Iterator[tuple[Any, ...]]) -> None:
-    """A table of escaped columns, one line each."""
-
-    def write(f: BinaryIO) -> None:
-        f.write(f"{header}\n".encode())
-        for line in lines:
-            f.write(("\t".join(escape(str(value)) for value in line) + "\n").encode())
-
-    replace_file(path, write)
 
 
 def remove(folder: Path) -> None:

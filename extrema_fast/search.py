@@ -181,9 +181,7 @@ def _encode(
         loader = "auto"
     cfg = DataConfig(loader=loader, exif=settings.exif)
     job = Job(encoder.to(device).eval(), images, settings, cfg, 32, World(device), strict=True)
-    return torch.cat(
-        [encode_batch(job, batch, rows) for batch, rows in job.images(torch.arange(len(images)))]
-    )
+    return torch.cat([encode_batch(job, batch, index) for batch, index in job.images(images)])
 
 
 # ---- the result -----------------------------------------------------------------------------------

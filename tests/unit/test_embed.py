@@ -29,7 +29,7 @@ from extrema_fast.config import DataConfig, from_dict
 from extrema_fast.convert import load_encoder, save_weights, weights_meta
 from extrema_fast.data import EvalLoader, open_source
 from extrema_fast.embed import describe, embed
-from extrema_fast.embeddings import escape, load_embeddings, unescape
+from extrema_fast.embeddings import load_embeddings
 from extrema_fast.errors import DataError, NonFiniteError, StorageError, UsageError
 from extrema_fast.method import ExtreMA
 
@@ -184,13 +184,6 @@ def test_part_of_the_patches(tmp_path, weights, images):
         embed(str(images), tmp_path / "c", weights, tokens="patch", **half)
 
 
-@pytest.mark.parametrize("text", ["a\tb\nc\r\\d\\n", "tab\\t", os.fsdecode(b"\xff\xfe.png"), "ünï 😀"])
-def test_escapes(text):
-    assert unescape(escape(text)) == text
-    escape(text).encode()
-    assert not set("\t\n\r") & set(escape(text))
-
-
 def test_odd_file_names(tmp_path, weights, images):
     folder = tmp_path / "i"
     folder.mkdir()
@@ -204,13 +197,14 @@ def test_odd_file_names(tmp_path, weights, images):
 
 # ---- going on -------------------------------------------------------------------------------------
 
-# dies after so many files have come into place
+# dies before or after the n-th file has come into place
 DIE = """
 import os, signal
-real, left = os.replace, [{}]
+real, left, late = os.replace, [{}], {}
 def replace(a, b):
-    real(a, b)
     left[0] -= 1
+    if left[0] or late:
+        real(a, b)
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
 os.replace = replace
@@ -222,14 +216,14 @@ def test_killed_and_continued(tmp_path, weights, images, run_cli):
     args += ["--batch-size", 3, "--part-images", 6, "--loader", "pil", "--format", "safetensors"]
     whole = embed(str(images), tmp_path / "whole", weights, format="safetensors", **SMALL)
     first = tmp_path / "f" / "features" / "00000.safetensors"
-    # settings; a part without its record; a part with it; all parts; rows.tsv
-    for after, done in ((1, 0), (2, 1), (3, 1), (7, 4), (2, 4)):
-        codes, text = run_cli(*args, setup=DIE.format(after))
+    # settings; a part not in place; without its record; with it; all parts; rows.tsv
+    for after, late, done in ((1, 1, 0), (2, 0, 0), (2, 1, 1), (3, 1, 1), (7, 1, 4), (2, 1, 4)):
+        codes, text = run_cli(*args, setup=DIE.format(after, late))
         assert codes == [-9], text
         assert len(list((tmp_path / "f" / "features").glob("0*"))) == done
         with pytest.raises(UsageError, match="not finished"):
             load_embeddings(tmp_path / "f")
-        if (after, done) == (3, 1):
+        if after == 3:
             made = first.stat().st_mtime_ns
     codes, text = run_cli(*args)
     assert codes == [0] and "continues, 4 of 4 parts are finished" in text and "19 images" in text
@@ -417,7 +411,12 @@ def test_broken_images_are_left_out_and_listed(tmp_path, weights, images, loader
 
 def test_files_that_are_gone_or_empty(tmp_path, weights, images):
     (tmp_path / "empty.png").touch()
-    paths = [images / "ape" / "00.png", tmp_path / "empty.png", tmp_path / "gone.png", images / "bee" / "01.png"]
+    paths = [
+        images / "ape" / "00.png",
+        tmp_path / "empty.png",
+        tmp_path / "gone.png",
+        images / "bee" / "01.png",
+    ]
     (tmp_path / "list.txt").write_text("".join(f"{p}\tlabel {i}\n" for i, p in enumerate(paths)))
     got = embed(str(tmp_path / "list.txt"), tmp_path / "f", weights, **SMALL)
     assert [(r.row, r.label) for r in got.rows()] == [(0, "label 0"), (3, "label 3")]
