@@ -80,7 +80,7 @@ def _open(spec: str, split: str, check: bool) -> ImageSource:
         source = from_folder(spec, path, split, check)
         return _of_tars(spec, path, source, check) if isinstance(source, list) else source
     if is_file and is_manifest(path):
-        return manifest_source(spec)
+        return manifest_source(path, check=check)
     if is_file and is_tar(path):
         return shard_source(spec, [str(path)], EXTENSIONS if check else EXTENSIONS + UNREAD, check=check)
     if is_file and path.suffix.lower() == ".toml":
