@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -56,12 +56,14 @@ class Batch(NamedTuple):
 
     images  [b, H, W, 3] uint8, one crop per image (on the GPU when DALI decodes there)
     index   [b] int64 row numbers in the source, on the CPU
+    parts   what the step draws of it, where that has been done ahead (`data_feed.py`)
     """
 
     images: Tensor
     index: Tensor
     epoch: int
     step: int
+    parts: Any = None
 
 
 def random_boxes(
@@ -235,6 +237,19 @@ class TrainLoader:
         raises DataError, everywhere alike: more than `data.bad_budget` allows, or a process that cannot go on
         """
         return self.bad.agree(world, self._failure)
+
+    def remedy(self) -> str:
+        """What makes waiting for images shorter, on this machine with these settings."""
+        cores, ways = decoding_threads(0), []
+        if self._how.threads < cores:
+            ways.append(f"raise data.threads from {self._how.threads} to {cores}")
+        if self.kind == "pil":
+            ways.append('install DALI (pip install "extrema-fast[dali-cuda13]")')
+        if self._files.as_bytes:
+            ways.append("put the shards on a faster disk")
+        else:
+            ways.append("pack the images (extrema-fast pack), or put them on a faster disk")
+        return "; ".join(ways)
 
     def close(self) -> None:
         """Stops decoding; the loader cannot be used afterwards."""

@@ -12,6 +12,7 @@ that each comes once in 1/p epochs.
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -29,9 +30,9 @@ _LEFT_OVER_FIRST = 4
 _CHUNK = 1 << 16
 
 
-def epoch_length(source: ImageSource) -> int:
-    """Rows of an epoch, those of its incomplete last batch included."""
-    return sum(_count(*part) for part in source.parts) or len(source)
+def epoch_length(source: Sized) -> int:
+    """Rows of an epoch, those of its incomplete last batch included; of anything but a mixture, its length."""
+    return sum(_count(*part) for part in getattr(source, "parts", ())) or len(source)
 
 
 def _count(first: int, end: int, passes: float) -> int:

@@ -68,7 +68,8 @@ class StepGraph:
         self.inputs = [t.clone() if isinstance(t, Tensor) else t for t in tensors]
         self.spec, graph = spec, torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # decoding threads may allocate meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.compute(pytree.tree_unflatten(self.inputs, spec))
         except RuntimeError as error:
             self.failed, self.inputs = True, []

@@ -109,9 +109,34 @@ class Meter:
             "data_wait": self.waited / spent,
         }
 
+    @property
+    def seconds(self) -> float:
+        """Length of the interval so far."""
+        return time.perf_counter() - self.start
+
     def pause(self, since: float) -> None:
         """Leaves out what was spent (evaluating, saving) since `time.perf_counter()` read `since`."""
         self.start += time.perf_counter() - since
+
+
+class WaitWatch:
+    """Says when steps wait for images: once, and again only when it has become clearly worse.
+
+    The first interval of a start is left out (files not cached, kernels not compiled), so are those below a second.
+    """
+
+    LIMIT, WORSE, SHORTEST = 0.05, 2.0, 1.0
+
+    def __init__(self, remedy: str) -> None:
+        self.remedy, self.told, self.intervals = remedy, 0.0, 0
+
+    def look(self, share: float, seconds: float) -> str:
+        """What to say of an interval in which `share` of the time was spent waiting; empty: nothing."""
+        self.intervals += 1
+        if self.intervals == 1 or seconds < self.SHORTEST or share <= max(self.LIMIT, self.WORSE * self.told):
+            return ""
+        self.told = share
+        return f"steps wait for images {100 * share:.0f} % of the time; {self.remedy}"
 
 
 def memory_gb(device: torch.device) -> float:
@@ -278,6 +303,8 @@ class Progress:
         step, loss = record["step"], record["loss"]
         shown = "not finite" if loss is None else f"{loss:.4f}"
         text = f"loss {shown}  {record['images_per_s']:.0f} img/s"
+        if "data_wait" in record:
+            text += f"  wait {100 * record['data_wait']:.0f} %"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, text=text)
             return

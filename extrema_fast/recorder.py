@@ -79,6 +79,12 @@ class Recorder:
         if self.folder is not None and texts:
             self.folder.status("running", step, self.total, self._reason())
 
+    def note(self, step: int, text: str) -> None:
+        """A loud line of the moment; status.json keeps what it says."""
+        if self.folder is not None:
+            log.warning("WARNING step %d: %s", step, text)
+            self._write("warning", step, {"text": text})
+
     def _reason(self) -> str:
         return "; ".join(self.warnings)
 

@@ -14,7 +14,8 @@ from . import ops
 from .checkpoint import Checkpoint, Saver, check_same, collect, newest, remove_temporaries, restore
 from .config import Config, SystemConfig, config_hash, to_dict
 from .convert import load_method_weights, save_weights, weights_meta
-from .data import TrainLoader
+from .data import BadRows, TrainLoader, epoch_length
+from .data_files import Files
 from .dist import World
 from .errors import UsageError
 from .fp8 import apply_fp8
@@ -47,10 +48,10 @@ def prepare_torch(cfg: SystemConfig) -> None:
 def open_train(cfg: Config) -> ImageSource:
     """The training images; raises UsageError when they do not fill one batch."""
     source = open_source(cfg.data.train, "train", limit=cfg.data.limit, seed=cfg.train.seed)
-    if len(source) < cfg.train.batch_size:
+    if epoch_length(source) < cfg.train.batch_size:
         raise UsageError(
-            f"train.batch_size: {cfg.train.batch_size} is more than the {len(source)} images of "
-            f"{source.name}; use at most {len(source)}"
+            f"train.batch_size: {cfg.train.batch_size} is more than the {epoch_length(source)} images of "
+            f"{source.name}; use at most {epoch_length(source)}"
         )
     return source
 
@@ -82,7 +83,7 @@ def build(cfg: Config, world: World, source: ImageSource) -> Run:
         method,
         student=method.student_branch,
         optimizer=build_optimizer(method, cfg, tensor_lr=cfg.train.cuda_graph),
-        schedule=Schedule(cfg, len(source) // cfg.train.batch_size),
+        schedule=Schedule(cfg, epoch_length(source) // cfg.train.batch_size),
         counters=Counters(world.device),
         teacher_weight=torch.zeros((), dtype=torch.float64, device=world.device),
     )
@@ -96,9 +97,18 @@ def set_attention(method: ExtreMA, cfg: Config, kind: str) -> None:
     method.teacher.set_attention(teacher, tokens=cfg.model.num_patches, dtype=dtype)
 
 
-def open_loader(run: Run) -> TrainLoader:
-    """This process's batches from the run's step on."""
+def open_loader(run: Run, file: Path | None = None) -> TrainLoader:
+    """This process's batches from the run's step on.
+
+    file  where rows that cannot be used were listed by an earlier start; rank 0 writes them there
+    raises UsageError; DataError when there are too many of them
+    """
     cfg, world = run.cfg, run.world
+    bad = BadRows(run.source, cfg.data.bad_budget)
+    if file is not None:
+        bad.read(file, Files(run.source, cfg.data))
+        if world.main:
+            bad.keep_in(file)
     return TrainLoader(
         run.source,
         cfg.data,
@@ -109,6 +119,8 @@ def open_loader(run: Run) -> TrainLoader:
         world=world.size,
         start_step=run.step,
         device=world.device,
+        bad=bad,
+        pinned=world.device.type == "cuda",
     )
 
 

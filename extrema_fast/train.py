@@ -17,11 +17,13 @@ import torch
 from .checkpoint import Saver, fault
 from .config import Config, local_batch
 from .data import Batch
+from .data_feed import feed
+from .data_recover import BAD_ROWS
 from .dist import Signals, start
 from .errors import NonFiniteError, OutOfMemoryError, Preempted
 from .evals import collapse_warnings, online_eval
 from .memory import is_out_of_memory
-from .metrics import Meter, Reading, memory_gb
+from .metrics import Meter, Reading, WaitWatch, memory_gb
 from .plan import flops_per_image, headline, precision
 from .recorder import Recorder
 from .run_folder import RunFolder
@@ -96,7 +98,8 @@ def _loop(
     on_cpu, meter, stop = world.device.type == "cpu", Meter(batch_size), False
     line: Line | None = None
     try:
-        with open_loader(run) as loader:
+        with open_loader(run, Path(cfg.out) / BAD_ROWS) as loader:
+            batches, watch = feed(loader, partial(draw, run), world.device), WaitWatch(loader.remedy())
             if folder is not None:
                 describe(run, folder, loader.kind)
                 recorder.screen.say(
@@ -106,7 +109,7 @@ def _loop(
                 _evaluate(run, recorder, test)
             meter.restart()
             while not (run.last or stop):
-                lr = _step(run, meter.next(loader))
+                lr = _step(run, meter.next(batches))
                 run.step += 1
                 recorder.advance(run.step)
                 due = run.last or run.step % cfg.log.every_steps == 0
@@ -114,12 +117,17 @@ def _loop(
                     stop = world.any(signals.stop) and not run.last
                 evaluates = run.epochs_end(cfg.eval.every_epochs) or bool(run.last and cfg.eval.every_epochs)
                 saves = run.last or stop or run.saves()
+                if due or evaluates or saves:
+                    bad = loader.agree(world)
 
                 # numbers are written when they have come from the device: a GPU is not waited for between saves
                 if line and (due or line.reading.arrived()):
                     line = _write(line, recorder, run)
                 if due:
-                    line = Line(run.step, lr, schedule.momentum(run.step), run.counters.read(), meter.read())
+                    spent = meter.read()
+                    line = Line(run.step, lr, schedule.momentum(run.step), run.counters.read(), spent, bad)
+                    if slow := watch.look(spent["data_wait"], meter.seconds):
+                        recorder.note(run.step, slow)
                     run.counters.restart()
                     meter.restart()
                 if line and (evaluates or saves or line.reading.arrived()):
@@ -145,8 +153,10 @@ def _loop(
 
 def train_step(run: Run, batch: Batch) -> float:
     """One optimizer step on this process's part of a batch; returns the learning rate used."""
-    images = batch.images.to(run.world.device, non_blocking=True)
-    parts = draw(run, images, batch.index, batch.epoch)
+    parts = batch.parts
+    if parts is None:
+        images = batch.images.to(run.world.device, non_blocking=True)
+        parts = draw(run, images, batch.index, batch.epoch)
     lr = set_schedule(run)
     if run.compute is None:
         compute(run, parts)
@@ -196,6 +206,7 @@ class Line(NamedTuple):
     momentum: float
     reading: Reading
     meter: dict[str, float]
+    bad: int
 
 
 def _write(line: Line, recorder: Recorder, run: Run) -> None:
@@ -208,6 +219,7 @@ def _write(line: Line, recorder: Recorder, run: Run) -> None:
         momentum=line.momentum,
         tflops_per_s=line.meter["images_per_s"] * flops_per_image(run.cfg) / 1e12,
         memory_gb=memory_gb(run.world.device),
+        bad_images=line.bad,
         **values,
         **line.meter,
     )

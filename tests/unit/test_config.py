@@ -401,7 +401,7 @@ def test_every_other_field_is_reported_with_both_values():
         "data.train": "photos", "data.policy": "spatial", "data.area": [0.5, 1.0],
         "data.ratio": [1.0, 1.0], "data.flip": 0.1, "data.jitter": [0.1] * 4, "data.jitter_prob": 0.1,
         "data.gray_prob": 0.1, "data.mean": [0.5] * 3, "data.std": [0.5] * 3,
-        "data.exif": True, "data.limit": 32,
+        "data.exif": True, "data.limit": 32, "data.order": "shards", "data.window": 2, "data.max_pixels": 10**6,
         "mask.ratio": 0.8, "mask.views": 1, "mask.mode": "independent", "mask.keep": 2,
         "model.size": "small", "model.img_size": [64, 32], "model.patch_size": 4, "model.in_chans": 1,
         "model.width": 32, "model.depth": 3, "model.heads": 2, "model.mlp_ratio": 2.0, "model.pool_depth": 1,

@@ -60,7 +60,7 @@ LAYERS = [
     ["encoder", "sources", "accelerate", "pack_folder", "pack_image"],
     ["method", "data_decode", "index_rows", "timm", "architecture"],
     ["data", "index", "optim", "released"],
-    ["features", "plan", "checkpoint", "run", "convert", "embed_parts"],
+    ["data_feed", "features", "plan", "checkpoint", "run", "convert", "embed_parts"],
     ["step", "export_timm"],
     ["state", "export_graph"],
     ["evals", "pictures", "export"],
