@@ -111,6 +111,7 @@ def test_a_table_made_in_inference_mode_serves_in_training():
     encoder, x = make(), images((4, 4))
     with torch.inference_mode():
         encoder(x)
+    assert not encoder.positions((4, 4)).is_inference()
     encoder(x).sum().backward()
     assert encoder.cls_token.grad is not None
 
@@ -184,7 +185,9 @@ def test_set_patch_size():
     large = large.view(2, 3, 3, 5, 16, 16).transpose(3, 4).reshape(2, 3, 48, 80)
     assert torch.allclose(encoder(large), small, atol=2e-5)
     encoder.set_input_size(patch_size=4)
-    assert encoder.grid == (12, 20) and encoder(images((12, 20), 4)).shape == (2, 32)
+    x = images((12, 20), 4)
+    assert encoder.grid == (12, 20) and encoder(x).shape == (2, 32)
+    assert torch.allclose(encoder.patch_embed(x) + encoder.pos_embed, encoder.embed(x), atol=1e-5)
     assert {p.requires_grad for p in encoder.patch_embed.parameters()} == {True}
 
 

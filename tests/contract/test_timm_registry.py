@@ -375,6 +375,12 @@ def test_what_timm_saves_it_builds_again_after_changes(tmp_path):
     assert again.img_size == (24, 24) and again.num_prefix_tokens == 0
     assert close(again(x), model(x))
 
+    model = timm.create_model(TINY, img_size=SIZE, pos_coords="rescaled", **SMALL).eval()
+    model.set_input_size((24, 24), patch_size=4)
+    save_for_hf(model, tmp_path)
+    again = load(f"local-dir:{tmp_path}")
+    assert again.patch_size == 4 and again.sincos.trained == (2, 5) and close(again(x), model(x))
+
 
 # ---- optimizers -----------------------------------------------------------------------------------
 
