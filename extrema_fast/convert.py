@@ -325,11 +325,12 @@ def import_released(
     raises   UsageError for an unreadable, incomplete or foreign file, or when `out` exists; nothing is written
     """
     file, out = Path(file), Path(out)
-    if not file.exists():
-        raise UsageError(f"{file}: no such file")
-    if not file.is_file():
-        raise UsageError(f"{file}: not a file; a run or weights folder needs no import, see `export`")
     check_free(out, force)
+    try:
+        if file.exists() and not file.is_file():
+            raise UsageError(f"{file}: not a file; a run or weights folder needs no import, see `export`")
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read ({error})") from None
     opened = open_weights(file, grid, num_heads)
     names = opened.names if which is None else [choose(opened.names, which, file, opened.meta)]
     networks = {name: opened.read(name) for name in names}
@@ -340,10 +341,9 @@ def import_released(
         if bad := [k for k, v in tensors.items() if not torch.isfinite(v).all()]:
             raise UsageError(f"{file} ({name}): values that are not finite: {first(bad)}")
     meta = {"source": {"file": file.name}, **opened.meta}
-    if names != opened.names:
+    if len(names) == 1 and names[0] in WHICH:
         meta["which"] = names[0]
     with new_folder(out, force) as folder:
         write_folder(folder, meta, networks)
-    dropped = "; optimizer and scaler state left out" if "student" in opened.names else ""
-    log.info("imported %s: %s%s", file.name, " and ".join(names), dropped)
+    log.info("imported %s: %s; optimizer and scaler state, if any, left out", file.name, " and ".join(names))
     return out

@@ -26,7 +26,16 @@ from .config import did_you_mean, to_dict
 from .convert import encoder_from, open_weights
 from .encoder import Encoder, model_args
 from .errors import ExtremaError, UsageError
-from .weights import ENCODER_OPTIONS, SINGLE, check_free, choose, described, input_meta, new_folder
+from .weights import (
+    ENCODER_OPTIONS,
+    SINGLE,
+    check_free,
+    choose,
+    described,
+    encoder_options,
+    input_meta,
+    new_folder,
+)
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +173,8 @@ def _load(
     if name == "vit" or (name == "hf" and not options["class_token"]):
         changes = {"global_pool": "avg", "fc_norm": options["fc_norm"]}
     encoder = encoder_from(opened, weights, which, img_size=img_size, **changes)
+    if encoder_options(opened.meta)["num_classes"] and not encoder.num_classes:
+        log.info("the classifier is left out: it was trained on another pooled feature")
     if name == "cait" and encoder.blocks_token is None:
         raise UsageError(f"--format cait: {weights} has no class head; use --format vit")
     return encoder.requires_grad_(False), {**opened.meta, "which": None if chosen == SINGLE else chosen}

@@ -196,6 +196,13 @@ def _sync(path: Path) -> None:
 
 def check_free(out: Path, force: bool = False) -> None:
     """raises UsageError unless `out` is free (or empty), or an earlier import or export that `force` replaces."""
+    try:
+        _check_free(out, force)
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written ({error})") from None
+
+
+def _check_free(out: Path, force: bool) -> None:
     if out.is_symlink():
         raise UsageError(f"{out}: is a symbolic link; name the folder itself, or another one")
     if not out.exists():
@@ -288,7 +295,10 @@ def read_description(folder: Path) -> dict[str, Any]:
     data = read_json(file)
     meta = _own_part(data)
     if meta.get("format") != FORMAT:
-        raise UsageError(f"{file}: not a weights description ({_whose(data)})")
+        alone = "".join(
+            f"; to read tensors alone give {folder / n}.safetensors" for n in networks_in(folder)[:1]
+        )
+        raise UsageError(f"{file}: not a weights description ({_whose(data)}){alone}")
     version = meta.get("version")
     if type(version) is not int or version > VERSION:
         raise UsageError(

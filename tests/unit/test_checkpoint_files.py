@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from extrema_fast import convert
 from extrema_fast.architecture import _ratio
 from extrema_fast.config import ModelConfig
 from extrema_fast.encoder import Encoder
-from extrema_fast.errors import StorageError
+from extrema_fast.errors import StorageError, UsageError
 from extrema_fast.method import ExtreMA
 from tests.unit._weights import CFG, IMAGES, Malicious, refused, released, trained
 
@@ -221,6 +222,9 @@ def test_importing_one_network(file, tmp_path, method):
     refused(lambda: convert.load_encoder(out, "teacher"), "no teacher weights", "student")
     refused(lambda: convert.load_method_weights(method, out), "holds student, no teacher", "both")
     refused(lambda: convert.import_released(file, tmp_path / "x", which="ema"), "which", "'ema'")
+    # and so does a folder made of its file
+    again = convert.import_released(out / "student.safetensors", tmp_path / "again")
+    assert torch.equal(convert.load_encoder(again).cls_token, method.student.cls_token)
     assert not (tmp_path / "x").exists()
 
 
@@ -258,6 +262,18 @@ def test_a_failing_write_leaves_the_earlier_import(file, tmp_path, monkeypatch):
     assert error.value.exit_code == 5
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".tmp")]
+
+
+def test_places_that_may_not_be_looked_at(file, tmp_path, monkeypatch):
+    def denied(self, *_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    for name in ("is_file", "exists"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, denied)
+            refused(lambda: convert.load_encoder(tmp_path / "closed"), "closed", "Permission denied")
+            with pytest.raises((UsageError, StorageError), match="Permission denied"):
+                convert.import_released(file, tmp_path / "out")
 
 
 def test_values_that_are_not_finite(file, tmp_path):

@@ -169,7 +169,14 @@ def test_a_bare_file_tells_its_architecture(folder, tmp_path, method):
         convert.load_encoder(bare.parent / "student.safetensors").cls_token, method.teacher.cls_token
     )
     assert convert.load_encoder(bare.parent / "student.safetensors", num_heads=2).heads == 2
-    refused(lambda: convert.load_encoder(bare.parent), "config.json", "Hugging Face", "evil")
+    refused(
+        lambda: convert.load_encoder(bare.parent),
+        "config.json",
+        "Hugging Face",
+        "evil",
+        "to read tensors alone give",
+        "student.safetensors",
+    )
 
 
 def test_a_run_folders_checkpoint_is_not_its_weights(tmp_path):
