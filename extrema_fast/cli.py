@@ -2,7 +2,7 @@
 
     pretrain -> train.pretrain    evaluate, knn, probe -> evals    report -> report.report
     import -> convert.import_released    export -> export.export    encoders -> encoder.list_models
-    pack -> pack.pack    embed -> embed.embed    search -> search.search
+    index -> index.index    pack -> pack.pack    embed -> embed.embed    search -> search.search
     kernels -> ops.choices, kernels.listing    tune -> kernels.tune    profile -> profile.profile
 
 Errors a user can act on are one line on standard error; the exit code is the error's own.
@@ -552,14 +552,17 @@ def _index(args: list[str]) -> None:
         "--max-pixels", type=int, metavar="N", help="larger images are not good (default: 178956970)"
     )
     p.add_argument("--force", action="store_true", help="replace another file in --out, look at all again")
+    p.add_argument("--json", action="store_true", help="print the result as JSON")
     p.add_argument("--quiet", action="store_true", help="warnings, errors and the result only")
     options = {k: v for k, v in vars(p.parse_all(args)).items() if v is not None}
-    quiet = options.pop("quiet")
+    quiet, as_json = options.pop("quiet"), options.pop("json")
     _set_up_logging(quiet)
 
     from .index import describe, index
 
-    print(describe(index(options.pop("data"), options.pop("out"), progress=not quiet, **options)))
+    result = index(options.pop("data"), options.pop("out"), progress=not quiet, **options)
+    troubles = [t._asdict() for t in result.troubles]
+    print(json.dumps(result._asdict() | {"troubles": troubles}, indent=1) if as_json else describe(result))
 
 
 def _encoders(args: list[str]) -> None:

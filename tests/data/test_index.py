@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import os
 import shutil
 import signal
@@ -525,6 +526,11 @@ def test_the_command(images, out, run_cli):
     assert codes == [0], text
     assert "too large" in text and "not an image" in text and "images/s" in text
     assert f"extrema-fast pretrain --data.train {out}" in text
+    codes, text = run_cli("index", images, "--out", out, "--max-pixels", "1000", "--json", "--quiet")
+    result = json.loads(text)
+    assert (
+        codes == [0] and (result["rows"], result["fresh"]) == (41, 0) and result["troubles"][1]["count"] == 1
+    )
     codes, text = run_cli("index", images)
     assert codes == [2] and "--out" in text
     codes, text = run_cli("index", images, "--out", out, "--thread", "1")
