@@ -461,7 +461,7 @@ def _embed(args: list[str]) -> None:
     p.add_argument("--split", choices=("train", "test"), default="train", help="of a built-in image set")
     p.add_argument("--limit", type=int, default=0, metavar="N", help="a random N of the images (0: all)")
     p.add_argument("--loader", choices=("auto", "dali", "pil"), default="auto")
-    p.add_argument("--threads", type=int, metavar="N", help="decoding threads")
+    p.add_argument("--threads", type=int, default=0, metavar="N", help="decoding threads (0: the cores)")
     p.add_argument("--exif", action="store_true", help="rotate by the EXIF tag")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     p.add_argument("--strict", action="store_true", help="stop at an image that cannot be read")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -22,15 +23,15 @@ from .dist import start
 from .embed_parts import Job, Settings, encode_parts
 from .embeddings import (
     BROKEN,
-    CONFIG,
     DTYPES,
-    FORMAT,
+    FEATURES,
     RECORDS,
     ROWS,
     Embeddings,
     check_format,
     finished,
     load_embeddings,
+    read_config,
     remove,
     write_config,
     write_part,
@@ -41,7 +42,6 @@ from .evals import weights_hash
 from .manifest_text import escape, write_lines
 from .plan import precision
 from .progress import ImageProgress
-from .run_folder import read_json
 from .sources import BUILT_IN, ImageSource, open_source
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def embed(
     split: str = "train",
     limit: int = 0,
     loader: str = "auto",
-    threads: int | None = None,
+    threads: int = 0,
     exif: bool = False,
     device: str = "auto",
     strict: bool = False,
@@ -97,9 +97,12 @@ def embed(
         encoder = convert.load_encoder(weights, which, img_size=img_size)
         if tokens == "class" and encoder.global_pool != "token":
             raise UsageError(f"{weights}: this encoder has no class token; use --tokens mean")
-        batch_size = batch_size or (256 if world.device.type == "cuda" else 32)
         image_bytes = (
             encoder.embed_dim * (encoder.num_patches if tokens == "patch" else 1) * DTYPES[dtype].itemsize
+        )
+        default = 256 if world.device.type == "cuda" else 32
+        batch_size, part_images = world.share(
+            world.on_main(lambda: _sizes(out, batch_size, default, part_images, image_bytes, force))
         )
         settings = Settings(
             tokens=tokens,
@@ -112,12 +115,10 @@ def embed(
             keep_ratio=keep_ratio,
             exif=exif,
             loader=choose_loader(loader),
-            part_images=world.share(
-                world.on_main(lambda: _part_images(out, part_images, batch_size, image_bytes, force))
-            ),
+            part_images=part_images,
             precision="fp32" if dtype == "fp32" else precision(Config(), world.device.type),
         )
-        cfg = DataConfig(loader=loader, exif=exif, **({} if threads is None else {"threads": threads}))
+        cfg = DataConfig(loader=loader, exif=exif, threads=threads)
         job = Job(encoder.to(world.device).eval(), source, settings, cfg, batch_size, world, strict)
         config = job.describe() | {
             "weights": _weights(encoder, weights, which),
@@ -159,18 +160,19 @@ def _check(tokens: str, keep_ratio: float, batch_size: int | None, part_images: 
             raise UsageError(f"{name}: expected at least 1, got {value}")
 
 
-def _part_images(out: Path, wanted: int | None, batch: int, image_bytes: int, force: bool) -> int:
-    if wanted is not None:
-        if wanted % batch:
-            raise UsageError(
-                f"--part-images: {wanted} is not a multiple of the {batch} images of --batch-size"
-            )
-        return wanted
-    old = read_json(out / CONFIG).get("settings", {}).get("part_images", 0)
-    if old and old % batch == 0 and not force:
-        # begun with another batch size, of which a part is a multiple as well
-        return old
-    return batch * max(1, min(PART_IMAGES, PART_BYTES // image_bytes) // batch)
+def _sizes(
+    out: Path, batch: int | None, default: int, part: int | None, image_bytes: int, force: bool
+) -> tuple[int, int]:
+    """Images in a batch and in a part, a multiple of it; as they were begun with where nothing else is asked."""
+    begun = 0 if force else (read_config(out).get("settings", {}).get("part_images", 0))
+    if batch is None:
+        # another device has another default
+        batch = math.gcd(begun, default)
+    if part is None:
+        part = begun if begun and begun % batch == 0 else 0
+    elif part % batch:
+        raise UsageError(f"--part-images: {part} is not a multiple of the {batch} images of --batch-size")
+    return batch, part or batch * max(1, min(PART_IMAGES, PART_BYTES // image_bytes) // batch)
 
 
 def _weights(encoder: Encoder, path: str | Path, which: str) -> dict[str, Any]:
@@ -195,7 +197,7 @@ def _open(out: Path) -> int | None:
     """The folder, there and ours: the descriptor of its lock."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; give a new folder for the features")
-    if out.is_dir() and read_json(out / CONFIG).get("format") != FORMAT and set(os.listdir(out)) - {_LOCK}:
+    if out.is_dir() and not read_config(out) and set(os.listdir(out)) - {_LOCK}:
         raise UsageError(f"{out}: holds other files; nothing was touched, give a new folder for the features")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -216,7 +218,7 @@ def _open(out: Path) -> int | None:
 
 def _prepare(out: Path, config: dict[str, Any], force: bool) -> list[int] | None:
     """Numbers of the parts to make; None when everything is finished."""
-    old = read_json(out / CONFIG)
+    old = read_config(out)
     changes = _changes(old, config) if old else []
     if changes and not force:
         raise UsageError(
@@ -226,9 +228,10 @@ def _prepare(out: Path, config: dict[str, Any], force: bool) -> list[int] | None
     if changes:
         remove(out)
         old = {}
-    for torn in out.rglob(".tmp-*"):
-        # of a process that was killed while writing
-        torn.unlink(missing_ok=True)
+    for folder in (out, out / FEATURES, out / RECORDS):
+        for torn in folder.glob(".tmp-*"):
+            # of a process that was killed while writing
+            torn.unlink(missing_ok=True)
     done = finished(out, old) if old else {}
     todo = [n for n in range(config["part_count"]) if n not in done]
     if not todo and old.get("complete") and (out / ROWS).is_file():
@@ -261,7 +264,7 @@ def _short(value: Any) -> str:
 
 def _finish(job: Job, out: Path) -> None:
     """The tables of a folder whose parts are all there; rows.tsv last but for the mark in config.json."""
-    config = read_json(out / CONFIG)
+    config = read_config(out)
     parts = finished(out, config)
     if len(parts) < job.part_count:
         raise StorageError(

@@ -159,6 +159,22 @@ def finished(folder: Path, config: dict[str, Any]) -> dict[int, Record]:
     return found
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder of features; empty when there is none; UsageError when it is damaged."""
+    config = read_json(folder / CONFIG)
+    if config.get("format") != FORMAT:
+        return {}
+    settings, kinds = config.get("settings"), (("part_count", int), ("shape", list), ("parts", list))
+    whole = isinstance(settings, dict) and all(isinstance(config.get(k), kind) for k, kind in kinds)
+    whole = whole and all(isinstance(config.get(k), dict) for k in ("weights", "data"))
+    whole = whole and all(
+        isinstance(p, dict) and {"rows", "bytes", "broken"} <= p.keys() for p in config["parts"]
+    )
+    if not whole or settings.get("format") not in SUFFIX or settings.get("dtype") not in DTYPES:
+        raise UsageError(f"{folder / CONFIG}: damaged; move {folder} away and embed again")
+    return config
+
+
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Replaces config.json."""
     text = (json.dumps(config, indent=1) + "\n").encode()
@@ -187,8 +203,8 @@ def load_embeddings(folder: str | Path) -> Embeddings:
     raises UsageError when there is none, or it is unfinished or damaged
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG)
-    if config.get("format") != FORMAT:
+    config = read_config(folder)
+    if not config:
         what = "is no folder of features" if folder.is_dir() else "does not exist"
         raise UsageError(f"{folder}: {what}; make one with: extrema-fast embed DATA {folder} --weights PATH")
     if config.get("version") != VERSION:
@@ -253,10 +269,12 @@ class Embeddings:
     def rows(self) -> Iterator[Row]:
         """The images, in the order of the features."""
         with open(self.folder / ROWS, encoding="utf-8", newline="\n") as f:
-            next(f)
-            for line in f:
-                row, path, label = line.rstrip("\n").split("\t")
-                yield Row(int(row), unescape(path), unescape(label))
+            next(f, None)
+            for number, line in enumerate(f, 2):
+                row, *texts = line.rstrip("\n").split("\t")
+                if not row.isdecimal() or len(texts) != 2:
+                    raise UsageError(f"{self.folder / ROWS}: line {number} is damaged; embed again")
+                yield Row(int(row), *map(unescape, texts))
 
 
 def _read_npy(path: Path) -> Tensor:

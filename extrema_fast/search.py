@@ -20,7 +20,7 @@ from .config import DataConfig
 from .data import choose_loader
 from .dist import World, pick_device
 from .embed_parts import Job, Settings, encode_batch
-from .embeddings import Embeddings, Row, load_embeddings
+from .embeddings import ROWS, Embeddings, Row, load_embeddings
 from .errors import ExtremaError, UsageError
 from .evals import weights_hash
 from .sources import EXTENSIONS, ImageSource, open_source
@@ -196,7 +196,10 @@ def _without(scores: Tensor, places: Tensor, own: int) -> tuple[Tensor, Tensor]:
 
 
 def _rows_at(embeddings: Embeddings, places: set[int]) -> dict[int, Row]:
-    return {place: row for place, row in enumerate(embeddings.rows()) if place in places}
+    found = {place: row for place, row in enumerate(embeddings.rows()) if place in places}
+    if len(found) < len(places):
+        raise UsageError(f"{embeddings.folder / ROWS}: has fewer lines than there are features; embed again")
+    return found
 
 
 def _draw(

@@ -286,6 +286,36 @@ def test_damaged_part_is_made_again(tmp_path, weights, images):
         load_embeddings(tmp_path / "f").features()
 
 
+def test_another_batch_size_continues(tmp_path, weights, images):
+    options = {**SMALL, "batch_size": None, "part_images": None}
+    want = embed(str(images), tmp_path / "f", weights, **options).features()
+    # begun with parts of 6; no batch size asked for, and one that divides a part
+    small = embed(str(images), tmp_path / "g", weights, **SMALL)
+    for batch in (None, 2):
+        (tmp_path / "g" / "features" / "00002.npy").unlink()
+        again = embed(str(images), tmp_path / "g", weights, **{**options, "batch_size": batch})
+        assert again.config["part_count"] == small.config["part_count"] == 4
+        torch.testing.assert_close(again.features(), want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UsageError, match="part_images: 6 there"):
+        embed(str(images), tmp_path / "g", weights, **{**options, "batch_size": 4})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("settings", None), ("settings", {"format": "../x", "dtype": "fp32"}), ("parts", [1]), ("shape", 5)],
+)
+def test_damaged_config(tmp_path, weights, images, key, value):
+    embed(str(images), tmp_path / "f", weights, **SMALL)
+    config = json.loads((tmp_path / "f" / "config.json").read_text())
+    (tmp_path / "f" / "config.json").write_text(json.dumps({**config, key: value}))
+    for call in (
+        lambda: load_embeddings(tmp_path / "f"),
+        lambda: embed(str(images), tmp_path / "f", weights),
+    ):
+        with pytest.raises(UsageError, match=r"config\.json: damaged"):
+            call()
+
+
 def test_one_job_at_a_time(tmp_path, weights, images):
     import fcntl
 

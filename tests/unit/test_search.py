@@ -214,6 +214,17 @@ def test_unfinished_index(moving):
         search(moving / "images/ape/00.png", moving / "index")
 
 
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("row\tpath\tlabel\n0\tx\t\n", "has fewer lines"), ("row\n0\tx\n", "line 2 is damaged")],
+)
+def test_damaged_rows(moving, text, named):
+    shutil.copy(moving / "images/ape/00.png", moving / "query.png")
+    (moving / "index" / "rows.tsv").write_text(text)
+    with pytest.raises(UsageError, match=rf"rows\.tsv: {named}"):
+        search(moving / "query.png", moving / "index", k=5)
+
+
 def test_weights_gone_moved_or_others(moving):
     query = moving / "query.png"
     shutil.copy(moving / "images/ape/00.png", query)
