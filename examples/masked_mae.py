@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import extrema_fast
 from extrema_fast.config import DataConfig
-from extrema_fast.data import EvalLoader, TrainLoader, open_source
+from extrema_fast.data import EvalLoader, TrainLoader, open_source, subset
 
 SIDE, PATCH, KEPT = 32, 4, 16  # 16 of 64 patches: 75 % masked
 
@@ -64,7 +64,7 @@ def masked_loss(guess: Tensor, images: Tensor, keep: Tensor) -> Tensor:
 def main(argv: list[str] | None = None) -> float:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="photos", help="images: a folder, list file, shards or manifest")
-    p.add_argument("--steps", type=int, default=1500)
+    p.add_argument("--steps", type=int, default=800)
     p.add_argument("--out", default="runs/masked_mae.png", help="the picture")
     p.add_argument("--quick", action="store_true", help="few steps, for a test")
     args = p.parse_args(argv)
@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> float:
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
     test = open_source("photos", "test") if args.data == "photos" else open_source(args.data)
-    test, index = next(iter(EvalLoader(test, DataConfig(), (SIDE, SIDE), batch_size=256)))
+    test = subset(test, torch.arange(0, len(test), max(1, len(test) // 256)))
+    test, index = next(iter(EvalLoader(test, DataConfig(), (SIDE, SIDE), batch_size=512)))
     test, test_keep = scaled(test), extrema_fast.sample_views(index, 64, KEPT, 1)[0]
 
     def test_loss() -> float:
