@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from extrema_fast import augment, cli, encoder, masking, ops, profile, step, trace, train
+from extrema_fast import augment, cli, drop_path, masking, ops, profile, step, trace, train
 from extrema_fast.config import from_dict, preset
 from extrema_fast.data import Batch
 from extrema_fast.dist import World
@@ -378,7 +378,7 @@ def test_the_training_code_is_as_before():
     run = build(TINY, World(torch.device("cpu")), range(1000))
     watched = [
         (augment, "paint"), (step, "paint"), (masking, "sample_views"), (step, "sample_views"),
-        (encoder, "drop_path_scale"), (torch.nn.utils, "get_total_norm"),
+        (drop_path, "drop_path_scale"), (torch.nn.utils, "get_total_norm"),
     ]  # fmt: skip
     before = [getattr(m, n) for m, n in watched]
     modules = [(m, set(vars(m))) for m in run.method.modules()]
