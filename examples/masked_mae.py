@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> float:
     p.add_argument("--out", default="runs/masked_mae.png", help="the picture")
     p.add_argument("--quick", action="store_true", help="few steps, for a test")
     args = p.parse_args(argv)
-    steps = 40 if args.quick else args.steps
+    steps = 24 if args.quick else args.steps
 
     torch.manual_seed(0)
     mae = MAE()
