@@ -66,7 +66,8 @@ class DataConfig:
     """Where images come from and how a crop is made (paper section 3.3, method.md section 5)."""
 
     train: str = "photos"
-    """`photos` (built in), `synthetic` (built in), a folder of classes, a flat folder, or a list file."""
+    """`photos` or `synthetic` (built in), a folder of classes, a flat folder, a list file, a manifest, tar
+    shards (file, folder or pattern), or a mixture (TOML)."""
     test: str = ""
     """Labelled images for k-NN and probe; empty: the built-in test half, or no evaluation."""
     policy: Literal["spatial", "spatial+color", "centercrop"] = "spatial+color"

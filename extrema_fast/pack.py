@@ -22,6 +22,7 @@ import errno
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import struct
 import time
@@ -156,6 +157,9 @@ def pack(
             f"{out}: cannot be written ({e.strerror or e}); {done} finished shards stay, and the same command goes on "
             "from there" + (" once there is space" if e.errno in _NO_SPACE else "")
         ) from e
+    if finished:
+        # it may have been killed just before it could
+        shutil.rmtree(out / WORK, ignore_errors=True)
     result = _summary(out) | {"finished_before": finished}
     if measure:
         try:
@@ -182,7 +186,10 @@ def describe(result: dict[str, Any]) -> str:
             f"loader: {m['images_per_s']:.0f} images/s, decode and crop to 224, measured now over {m['images']} of "
             f"them, from memory, {m['kind']} on {m['threads']} threads"
         )
-    lines.append(f"check: cd {out} && sha256sum -c {SUMS}    train: extrema-fast pretrain --data.train {out}")
+    place = shlex.quote(str(out))
+    lines.append(
+        f"check: cd {place} && sha256sum -c {SUMS}    train: extrema-fast pretrain --data.train {place}"
+    )
     return "\n".join(lines)
 
 
