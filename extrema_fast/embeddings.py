@@ -161,7 +161,10 @@ def finished(folder: Path, config: dict[str, Any]) -> dict[int, Record]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder of features; empty when there is none; UsageError when it is damaged."""
-    config = read_json(folder / CONFIG)
+    try:
+        config = read_json(folder / CONFIG)
+    except RecursionError:
+        raise UsageError(f"{folder / CONFIG}: is no description, it nests too deep") from None
     if config.get("format") != FORMAT:
         return {}
     settings, kinds = config.get("settings"), (("part_count", int), ("shape", list), ("parts", list))

@@ -245,6 +245,16 @@ def test_two_processes(tmp_path, weights, images, run_cli):
     assert codes == [2, 2] and "dtype: fp32 there, fp16 now" in text
 
 
+def test_share_without_a_good_image(tmp_path, weights, images, run_cli):
+    shutil.copytree(images, tmp_path / "i")
+    for path in open_source(str(tmp_path / "i")).paths[:12]:
+        Path(path).write_text("no image")
+    args = ["embed", tmp_path / "i", tmp_path / "f", "--weights", weights, "--format", "safetensors"]
+    codes, text = run_cli(*args, "--batch-size", 3, "--part-images", 6, "--loader", "pil", processes=2)
+    assert codes == [0, 0] and "7 images; 12 more could not be read" in text, text
+    assert [len(part) for _, part in load_embeddings(tmp_path / "f").parts()] == [0, 0, 6, 1]
+
+
 def test_error_of_one_process_ends_both(tmp_path, weights, images, run_cli):
     shutil.copytree(images, tmp_path / "i")
     (tmp_path / "i" / "bee" / "17.png").write_text("no image")
@@ -314,6 +324,12 @@ def test_damaged_config(tmp_path, weights, images, key, value):
     ):
         with pytest.raises(UsageError, match=r"config\.json: damaged"):
             call()
+
+
+def test_config_that_nests_too_deep(tmp_path):
+    (tmp_path / "config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(UsageError, match="nests too deep"):
+        load_embeddings(tmp_path)
 
 
 def test_one_job_at_a_time(tmp_path, weights, images):
