@@ -30,7 +30,7 @@ DEPENDENCIES = [
 
 # never apex: the package of that name on PyPI is an unrelated toolkit
 EXTRAS = {
-    "train": ["pillow>=10", "scikit-image>=0.22", "tyro>=1.0", "rich>=13"],
+    "train": ["pillow>=10.1", "scikit-image>=0.22", "tyro>=1.0", "rich>=13"],
     "tensorboard": ["tensorboard>=2.15"],
     "dali-cuda13": [f"nvidia-dali-cuda130>=2.0; {LINUX}"],
     "dali-cuda12": [f"nvidia-dali-cuda120>=2.0; {LINUX}"],
