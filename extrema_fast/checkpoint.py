@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,16 +310,23 @@ _NOT_SHAPES = ("model.drop_path", "model.layer_scale")
 
 
 def check_same(
-    run: Path, old: dict[str, Any], fingerprint: str | None, cfg: Config, new_fingerprint: str, allow: bool
+    run: Path,
+    old: dict[str, Any],
+    fingerprint: str | None,
+    cfg: Config,
+    new_fingerprint: str,
+    allow: bool,
+    data: Sequence[str] = (),
 ) -> list[str]:
     """The differences a resumed run is allowed to have, as `["mask.ratio: 0.8 -> 0.9", ...]`.
 
+    data    what else is known to differ where the fingerprints do, in the same form
     raises UsageError naming every difference and the remedies, unless allowed; other shapes never are
     """
     changes = changed_maths(old, to_dict(cfg))
     shapes = [c for c in changes if c.startswith(_SHAPES) and not c.startswith(_NOT_SHAPES)]
     if fingerprint is not None and new_fingerprint and fingerprint != new_fingerprint:
-        changes.append(f"data fingerprint: {fingerprint[:12]} -> {new_fingerprint[:12]}")
+        changes += [f"data fingerprint: {fingerprint[:12]} -> {new_fingerprint[:12]}", *data]
     if not changes or (allow and not shapes):
         return changes
     remedy = "--overwrite (moves the old run aside) or another --out"

@@ -183,7 +183,11 @@ def _resumable(run: Run, allow: bool) -> Checkpoint | None:
     known = found.state if found else read_json(out / "env.json")
     if config:
         fingerprint = known.get("fingerprint")
-        for change in check_same(out, config, fingerprint, run.cfg, run.source.fingerprint, allow):
+        held = data_set(run.source)
+        more = [
+            f"{k}: {known[k]} -> {held[k]}" for k in ("images", "shards") if known.get(k, held[k]) != held[k]
+        ]
+        for change in check_same(out, config, fingerprint, run.cfg, run.source.fingerprint, allow, more):
             log.warning("--allow-config-change: %s", change)
     return found
 
@@ -198,9 +202,14 @@ def describe(run: Run, folder: RunFolder, loader: str) -> None:
         loader=loader,
         precision=precision(run.cfg, run.world.device.type),
         config_hash=config_hash(run.cfg),
-        images=len(run.source),
-        fingerprint=run.source.fingerprint,
+        **data_set(run.source),
     )
+
+
+def data_set(source: ImageSource) -> dict[str, Any]:
+    """What must not change about the images of a run: how many, in how many shards, and which."""
+    shards = 0 if source.shards is None else len(set(source.shards.tolist()))
+    return {"images": len(source), "shards": shards, "fingerprint": source.fingerprint}
 
 
 def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:
@@ -214,7 +223,7 @@ def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:
         "ema_ahead": not run.last,
         "config": to_dict(run.cfg),
         "config_hash": config_hash(run.cfg),
-        "fingerprint": run.source.fingerprint,
+        **data_set(run.source),
         "optimizer": type(run.optimizer).__name__,
         "world_size": run.world.size,
         "versions": versions(),

@@ -1,0 +1,381 @@
+"""A file that cannot be decoded does not end a run, and disturbs nothing but its own place.
+
+Covers: one bad file of each kind and moment (never an image, cut, gone, emptied, a shard cut short); all other samples
+identical; the same substitutes whether a row was known, found, or found by another process, after restarts and for
+any world; every good row as itself exactly once per epoch over all broken files, at several batch sizes and by
+shards; the pixel limit; the budget; the list in a file; a process that cannot go on; failures of DALI itself;
+evaluation; memory.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import shutil
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from extrema_fast import data_decode
+from extrema_fast.config import DataConfig
+from extrema_fast.data import BadRows, EvalLoader, TrainLoader, epoch_length, open_source
+from extrema_fast.data_files import Files
+from extrema_fast.data_recover import BAD_ROWS
+from extrema_fast.dist import World
+from extrema_fast.errors import DataError
+
+from .conftest import picture
+
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
+
+SIZE = (24, 32)
+
+
+def batches(source, cfg, count, **kw):
+    with TrainLoader(source, cfg, SIZE, **{"batch_size": 5, "seed": 3, **kw}) as loader:
+        return list(itertools.islice(loader, count)), loader.bad
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of 23 images, fresh for each test."""
+    for i in range(23):
+        pixels = picture(i, 40 + 7 * i % 60, 44 + 11 * i % 70)
+        Image.fromarray(pixels).save(tmp_path / f"{i:02d}.{'jpg' if i % 2 else 'png'}", quality=92)
+    return tmp_path
+
+
+def spoil(path, how):
+    data = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"text": b"no image at all", "empty": b"", "cut": data[: len(data) // 2]}[how])
+
+
+def assert_only(places, clean, mended):
+    """The same batches but for the images of some rows, which are others."""
+    changed = 0
+    for a, b in zip(clean, mended, strict=True):
+        same = torch.tensor([row not in places for row in a.index.tolist()])
+        assert torch.equal(a.index[same], b.index[same]) and torch.equal(a.images[same], b.images[same])
+        assert not set(b.index.tolist()) & set(places)
+        changed += int((~same).sum())
+    return changed
+
+
+@pytest.mark.parametrize("how", ["text", "cut", "empty", "gone"])
+@pytest.mark.parametrize("bad", [[7], [6, 12]])
+def test_all_other_samples_are_undisturbed(images, config, kind, how, bad, caplog):
+    source, cfg = open_source(str(images)), config(loader=kind, bad_budget=0.1)
+    clean, _ = batches(source, cfg, 12)
+    for row in bad:
+        spoil(images / source.paths[row], how)
+    with caplog.at_level(logging.WARNING, "extrema_fast"):
+        mended, found = batches(source, cfg, 12)
+    drawn = sum(row in bad for b in clean for row in b.index.tolist())
+    assert assert_only(bad, clean, mended) == drawn >= 2
+    assert sorted(found.reasons) == bad
+    # each is named once, with what is wrong
+    told = [r.getMessage() for r in caplog.records if "left out from now on" in r.getMessage()]
+    assert len(told) == len(bad)
+    assert all(source.paths[row] in text for row, text in zip(bad, sorted(told), strict=True))
+    # known from the start, found by someone else, another start, another world: nothing changes
+    again, _ = batches(source, cfg, 12, bad=found)
+    assert_same(mended, again)
+    later, _ = batches(source, cfg, 5, start_step=7)
+    assert_same(mended[7:], later)
+    parts = [batches(source, cfg, 12, rank=r, world=5)[0] for r in range(5)]
+    for step, whole in enumerate(mended):
+        assert torch.equal(torch.cat([p[step].index for p in parts]), whole.index)
+        assert torch.equal(torch.cat([p[step].images for p in parts]), whole.images)
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x.index, y.index) and torch.equal(x.images, y.images) and x.step == y.step
+
+
+def test_a_left_over_row_takes_the_place(images, config, kind):
+    source, cfg = open_source(str(images)), config(loader=kind)
+    spoil(images / source.paths[4], "cut")
+    seen, _ = batches(source, cfg, 24)
+    for epoch in range(6):
+        rows = torch.cat([b.index for b in seen[4 * epoch : 4 * epoch + 4]])
+        # 20 of 23 places, one row unusable: still no row twice
+        assert len(rows.unique()) == 20
+
+
+def test_a_file_that_breaks_while_training(images, config, kind):
+    """Its header is known and its batch may be on its way; it is found wherever it is drawn next."""
+    source, cfg = open_source(str(images)), config(loader=kind)
+    clean, _ = batches(source, cfg, 12)
+    with TrainLoader(source, cfg, SIZE, batch_size=5, seed=3) as loader:
+        mended = [next(loader) for _ in range(8)]
+        row = int(clean[11].index[2])
+        spoil(images / source.paths[row], "gone")
+        mended += [next(loader) for _ in range(4)]
+    assert_same(clean[:8], mended[:8])
+    assert assert_only([row], clean[8:], mended[8:]) == 1
+    assert "gone" in loader.bad.reasons[row]
+
+
+def test_a_shard_that_is_cut_short(tree, tmp_path, config, kind):
+    paths = open_source(str(tree)).paths
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for i, path in enumerate(paths[11 * number : 11 * number + 11]):
+                data = Path(path).read_bytes()
+                info = tarfile.TarInfo(f"{i:04d}.{path[-3:]}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    source = open_source(str(tmp_path))
+    cfg = config(loader=kind, bad_budget=0.2)
+    clean, _ = batches(source, cfg, 8)
+    with open(tmp_path / "1.tar", "r+b") as f:
+        f.truncate(int(source.spans[19, 0]) + 100)
+    mended, found = batches(source, cfg, 8)
+    assert sorted(found.reasons) == [19, 20, 21]
+    assert assert_only([19, 20, 21], clean, mended) >= 3
+    assert all("ends after" in reason and "1.tar" in reason for reason in found.reasons.values())
+
+
+# ---- all broken files -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def everything(odd_images, tmp_path_factory):
+    """241 small images and all 23 odd ones, the empty one emptied after listing: 264 rows."""
+    folder = tmp_path_factory.mktemp("everything")
+    for i in range(241):
+        Image.fromarray(picture(i, 30 + i % 17, 30 + i % 23)).save(folder / f"{i:03d}.jpg")
+    for path in odd_images.iterdir():
+        shutil.copy(path, folder)
+    empty = folder / "bad_zero_bytes.jpg"
+    empty.write_bytes(b"x")
+    source = open_source(str(folder))
+    empty.write_bytes(b"")
+    assert len(source) == 264
+    return source
+
+
+@pytest.mark.parametrize(("batch", "world"), [(8, 1), (33, 1), (24, 2), (44, 2), (264, 2)])
+def test_every_good_row_once_per_epoch(everything, config, kind, batch, world):
+    source, steps = everything, 264 // batch
+    cfg = config(loader=kind, bad_budget=0.1)
+    parts = [batches(source, cfg, 5 * steps, batch_size=batch, rank=r, world=world) for r in range(world)]
+    unusable = {i for i, p in enumerate(source.paths) if "/bad_" in p}
+    if kind == "dali":
+        # flipped bits inside the scan, which its decoder does not notice
+        unusable -= {i for i, p in enumerate(source.paths) if "flipped_bits" in p}
+    assert len(unusable) == (7 if kind == "pil" else 6)
+    for epoch in range(5):
+        rows = np.concatenate(
+            [b.index for seen, _ in parts for b in seen[epoch * steps : (epoch + 1) * steps]]
+        )
+        counts = np.bincount(rows, minlength=264)
+        assert all(counts[row] == 0 for row in unusable)
+        # once as itself; the places of the unusable hold substitutes, which are then there once more
+        assert (np.delete(counts, list(unusable)) >= 1).all() and counts.sum() == 264
+    assert set().union(*(bad.reasons for _, bad in parts)) == unusable
+
+
+def test_no_row_twice_where_enough_are_left_over(everything, config):
+    # 260 of 264 places: the four rows left over, unusable ones among them, take places first
+    seen, _ = batches(everything, config(loader="pil", bad_budget=0.1), 13 * 3, batch_size=20)
+    for epoch in range(3):
+        rows = torch.cat([b.index for b in seen[13 * epoch : 13 * epoch + 13]])
+        assert len(rows) == 260 and 260 - len(rows.unique()) <= 6
+
+
+# ---- limits -----------------------------------------------------------------------------------------
+
+
+def huge_png(path, side):
+    """A PNG file that says it has side x side pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    data = zlib.compress(b"\0" * 1000)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
+
+
+def test_a_picture_of_20000_x_20000(images, config, kind):
+    huge_png(images / "08.png", 20_000)
+    source = open_source(str(images))
+    _, found = batches(source, config(loader=kind), 8)
+    assert list(found.reasons) == [8]
+    assert "pixels are more than data.max_pixels 178956970" in found.reasons[8]
+    with pytest.raises(DataError, match=r"08\.png.*pixels are more than data\.max_pixels"):
+        list(EvalLoader(source, config(loader=kind), SIZE))
+    # a limit of one's own
+    limit = max(w * h for w, h in (Image.open(p).size for p in source.paths if not p.endswith("08.png"))) - 1
+    _, found = batches(source, config(loader=kind, max_pixels=limit, bad_budget=0.1), 8)
+    (row,) = set(found.reasons) - {8}
+    width, height = Image.open(source.paths[row]).size
+    assert f"{width} x {height} pixels are more than data.max_pixels {limit}" in found.reasons[row]
+
+
+@pytest.mark.parametrize("budget", [1e-4, 0.0])
+def test_over_the_budget(images, config, kind, budget):
+    for i in (3, 8, 13):
+        spoil(images / f"{i:02d}.{'jpg' if i % 2 else 'png'}", "text")
+    source = open_source(str(images))
+    said = rf"{images}: {2 if budget else 1} of 23 images cannot be used, data\.bad_budget allows {1 if budget else 0}"
+    with (
+        pytest.raises(
+            DataError, match=said + r"; first: .*extrema-fast index .* --data\.train M\.tsv"
+        ) as error,
+        TrainLoader(source, config(loader=kind, bad_budget=budget), SIZE, batch_size=5, seed=3) as loader,
+    ):
+        list(itertools.islice(loader, 12))
+    assert error.value.exit_code == 4
+    # once over, always over
+    with pytest.raises(DataError, match="cannot be used"):
+        next(loader)
+
+
+def test_everything_gone(images, config, kind):
+    source, cfg = open_source(str(images)), config(loader=kind, bad_budget=1.0)
+    for path in images.iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=r"2\d images cannot be used"):
+        batches(source, cfg, 5)
+
+
+def test_one_process_of_several_waits_for_the_others(images, config, kind):
+    """It yields empty images; `agree` is where all learn of it."""
+    source = open_source(str(images))
+    for path in images.iterdir():
+        path.unlink()
+    cfg = config(loader=kind)
+    with TrainLoader(source, cfg, SIZE, batch_size=6, seed=3, rank=1, world=2) as loader:
+        for step in range(3):
+            batch = next(loader)
+            assert batch.step == step and batch.images.shape == (3, *SIZE, 3) and not batch.images.any()
+        with pytest.raises(DataError, match="2 of 23 images cannot be used"):
+            loader.agree(World(torch.device("cpu")))
+
+
+def test_the_list_in_a_file(images, config, tmp_path, caplog):
+    for i in (3, 8):
+        spoil(images / f"{i:02d}.{'jpg' if i % 2 else 'png'}", "text")
+    source, cfg, file = open_source(str(images)), config(loader="pil", bad_budget=0.1), tmp_path / BAD_ROWS
+    bad = BadRows(source, 0.1)
+    bad.keep_in(file)
+    batches(source, cfg, 8, bad=bad)
+    head, names, *rows = file.read_text().splitlines()
+    assert source.fingerprint in head and names == "row\tname\treason" and len(rows) == 2
+    assert rows[0].startswith(f"3\t{images}/03.jpg\t") and "cannot be decoded" in rows[0]
+
+    def read(source, share=0.1):
+        again = BadRows(source, share)
+        again.read(file, Files(source, cfg))
+        return sorted(again.reasons)
+
+    assert read(source) == [3, 8]
+    with pytest.raises(DataError, match="2 of 23 images cannot be used"):
+        read(source, 1e-4)
+    # what has been mended is used again
+    Image.new("RGB", (40, 40)).save(images / "03.jpg")
+    assert read(source) == [8]
+    # another data set, a damaged file, none
+    assert read(open_source(str(images), limit=22)) == []
+    file.write_bytes(b"\xff\xfe\0")
+    assert read(source) == []
+    file.unlink()
+    assert read(source) == []
+
+
+def test_a_full_disk_is_no_reason_to_stop(images, config, caplog):
+    spoil(images / "03.jpg", "text")
+    source = open_source(str(images))
+    bad = BadRows(source, 0.1)
+    bad.keep_in(images / "not there" / BAD_ROWS)
+    batches(source, config(loader="pil"), 8, bad=bad)
+    assert list(bad.reasons) == [3] and "training goes on" in caplog.text
+
+
+# ---- DALI itself, evaluation, memory ------------------------------------------------------------------
+
+
+def test_dali_loses_batches_without_a_file_to_blame(images, config, monkeypatch):
+    pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
+    source, cfg = open_source(str(images)), config(loader="dali")
+    clean, _ = batches(source, cfg, 12)
+    real, runs = data_decode._ours, itertools.count()
+
+    def unsteady(pipe, *rest):
+        images = real(pipe, *rest)
+        # the third batch, and the one that takes its place
+        if next(runs) in (2, 4):
+            raise RuntimeError("Critical error\nencountered:\na hiccup\nCurrent pipeline is gone")
+        return images
+
+    monkeypatch.setattr(data_decode, "_ours", unsteady)
+    monkeypatch.setattr(data_decode, "_find", lambda *args: {})
+    seen, found = batches(source, cfg, 12)
+    assert_same(clean, seen)
+    assert not found
+
+    monkeypatch.setattr(data_decode, "_ours", always_lost(real))
+    with pytest.raises(DataError, match=r"not because of a file: lost again; try --data\.loader pil"):
+        batches(source, cfg, 12)
+
+
+def always_lost(real):
+    def lost(pipe, *rest):
+        images = real(pipe, *rest)
+        if len(images) > 1:
+            raise RuntimeError("encountered:\nlost again\nCurrent pipeline is gone")
+        return images
+
+    return lost
+
+
+@pytest.mark.parametrize("batch", [1, 4, 23])
+def test_evaluation_leaves_out_what_it_is_allowed_to(images, config, kind, batch):
+    for i in (0, 3, 22):
+        spoil(images / f"{i:02d}.{'jpg' if i % 2 else 'png'}", "cut")
+    source, cfg = open_source(str(images)), config(loader=kind)
+    with pytest.raises(DataError, match=r"0[03]\.(png|jpg): cannot be decoded .*extrema-fast index"):
+        list(EvalLoader(source, cfg, SIZE, batch_size=batch))
+    bad = BadRows(source, 1.0, quiet=True)
+    seen = list(EvalLoader(source, cfg, SIZE, batch_size=batch, bad=bad))
+    rows = torch.cat([index for _, index in seen]).tolist()
+    assert rows == [r for r in range(23) if r not in (0, 3, 22)] and sorted(bad.reasons) == [0, 3, 22]
+    assert all(len(a) == len(b) > 0 for a, b in seen)
+    for path in images.iterdir():
+        path.write_bytes(b"nothing")
+    with pytest.raises(DataError, match="nor can any other of 23"):
+        list(EvalLoader(source, cfg, SIZE, batch_size=batch, bad=BadRows(source, 1.0, quiet=True)))
+
+
+def test_memory_stays_flat(tree, kind):
+    source, used = open_source(str(tree)), []
+    with TrainLoader(source, DataConfig(loader=kind, threads=1), SIZE, batch_size=11, seed=0) as loader:
+        for _ in range(2 * 50):
+            next(loader)
+            used.append(resident())
+    assert epoch_length(source) == 23
+    # 40 epochs after the tenth: their crops alone, if kept, would be 2 MB, their pixels 13 MB
+    assert used[-1] - used[20] < 8e6
+
+
+def resident() -> int:
+    """Bytes of memory of this process."""
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * 4096
+    except OSError:
+        pytest.skip("no /proc here")
