@@ -22,7 +22,7 @@ NORM_EPS = 1e-6
 
 def pair(size: int | Sequence[int], name: str = "img_size") -> tuple[int, int]:
     """(height, width) of a square side or of a pair; raises UsageError naming `name`."""
-    sides = (size, size) if isinstance(size, int) else tuple(size)
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
     if len(sides) != 2 or not all(isinstance(s, int) for s in sides):
         raise UsageError(f"{name}: expected pixels or (height, width), got {size!r}")
     return sides

@@ -44,7 +44,7 @@ class Encoded(NamedTuple):
     grid: tuple[int, int]
 
 
-class Encoder(TimmMethods, nn.Module):
+class Encoder(TimmMethods):
     """ViT trunk and pooling head; `TimmMethods` has what timm and its users call.
 
     Built by `create_encoder`, `load_encoder` or `build_encoder`. `global_pool='avg'` has no class head: the
@@ -77,6 +77,11 @@ class Encoder(TimmMethods, nn.Module):
             raise UsageError(f"in_chans: expected at least 1, got {in_chans}")
         if num_classes < 0:
             raise UsageError(f"num_classes: expected 0 (features) or more, got {num_classes}")
+        if not 0 <= drop_rate < 1:
+            raise UsageError(f"drop_rate: expected from 0 to below 1, got {drop_rate}")
+        trained = pair(config.grid if pos_grid is None else pos_grid, "pos_grid")
+        if min(trained) < 1:
+            raise UsageError(f"pos_grid: expected rows and columns, got {pos_grid}")
         width, depth, heads = config.shape
         self.config = config
         self.embed_dim = self.num_features = self.head_hidden_size = width
@@ -88,7 +93,7 @@ class Encoder(TimmMethods, nn.Module):
         self.interpolation, self.crop_pct = "bilinear", 0.875
 
         self.patch_embed = PatchEmbed(self.in_chans, width, config.patch_size, config.img_size)
-        self.sincos = SinCos(width, pos_coords, pair(pos_grid or self.grid, "pos_grid"))
+        self.sincos = SinCos(width, pos_coords, trained)
         table = self.sincos.compute(self.grid)[None]
         if pos_embed == "learned":
             self.pos_embed = nn.Parameter(table)
@@ -394,6 +399,10 @@ def create_encoder(
     if unknown := sorted(shape.keys() - set(_SHAPE)):
         known = [*_SHAPE, "patch_size", "pos_embed", "pos_coords", "pos_grid", "drop_rate", "drop_path_rate"]
         raise UsageError(f"create_encoder: unknown option {unknown[0]!r}{did_you_mean(unknown[0], known)}")
+    for option, value in shape.items():
+        number = (int, float) if option in ("mlp_ratio", "layer_scale") else int
+        if isinstance(value, bool) or not isinstance(value, number):
+            raise UsageError(f"{option}: expected a {'whole ' * (number is int)}number, got {value!r}")
     patch = pair(patch_size, "patch_size")
     if patch[0] != patch[1]:
         raise UsageError(f"patch_size: patches are square, got {patch[0]} x {patch[1]}")

@@ -45,11 +45,25 @@ def _scaled(old: Sequence[int], size: tuple[int, int], crop_pct: float) -> tuple
     return max(new[0], size[0]), max(new[1], size[1])
 
 
+def _per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+    if len(values) == in_chans:
+        return tuple(values)
+    if len(values) == 1:
+        return tuple(values) * in_chans
+    # the gray value of RGB has the mean of the means
+    if in_chans == 1 and len(values) == 3:
+        return (sum(values) / 3,)
+    raise UsageError(
+        f"preprocess: this encoder takes {in_chans} channels, {name} has {len(values)} entries; "
+        f"set encoder.{name} to {in_chans} numbers"
+    )
+
+
 class Preprocess:
     """PIL image or uint8 [H, W, 3] tensor -> fp32 [C, H, W]; see `Encoder.preprocess`.
 
     in_chans  3; or 1: the gray value of RGB, or one channel as it is; another number takes uint8 tensors
-              [H, W, in_chans], and `mean` and `std` need that many entries
+              [H, W, in_chans], and `mean` and `std` need that many entries, or one for all
     """
 
     def __init__(
@@ -67,17 +81,8 @@ class Preprocess:
             )
         if not 0 < crop_pct <= 1:
             raise UsageError(f"preprocess: crop_pct: expected above 0, to 1, got {crop_pct}")
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != in_chans and not (in_chans == 1 and len(values) == 3):
-                raise UsageError(
-                    f"preprocess: this encoder takes {in_chans} channels, {name} has {len(values)} entries; "
-                    f"set encoder.{name} to {in_chans} numbers"
-                )
         self.size, self.in_chans = tuple(size), in_chans
-        # the gray value of RGB has the mean of the means
-        gray = in_chans == 1
-        self.mean = (sum(mean) / len(mean),) if gray else tuple(mean)
-        self.std = (sum(std) / len(std),) if gray else tuple(std)
+        self.mean, self.std = _per_channel("mean", mean, in_chans), _per_channel("std", std, in_chans)
         self.interpolation, self.crop_pct = interpolation, crop_pct
 
     @property

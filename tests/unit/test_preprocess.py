@@ -146,6 +146,9 @@ def test_more_channels_than_a_picture_has():
     assert torch.allclose(f(pixels).double(), wanted.permute(2, 0, 1), atol=1e-5)
     assert f((torch.rand(40, 30, 5) * 255).to(torch.uint8)).shape == (5, 16, 16)
     assert encoder(f(pixels)[None]).shape == (1, 192)
+    # one number for all channels
+    one, five = (Preprocess((16, 16), 5, (0.3,) * n, (0.5,) * n) for n in (1, 5))
+    assert torch.equal(one(pixels), five(pixels)) and one.metadata == five.metadata
     with pytest.raises(UsageError, match="a picture has 3 channels, this encoder takes 5"):
         f(Image.fromarray(picture(16, 16).numpy()))
     with pytest.raises(UsageError, match=r"expected uint8 \[H, W, 5\]"):
