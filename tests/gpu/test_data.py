@@ -1,0 +1,235 @@
+"""The data path on a GPU: `make test-gpu`.
+
+Covers: the feed's buffers are not read too early nor written over too early, with either stream far behind; the host
+does not wait; steps fed equal steps that draw for themselves, plain and recorded; pinned batches; DALI decoding on the
+GPU against the CPU, every policy, hardware load 0 and default; recovery there: all other samples undisturbed, each
+kind of broken file, restarts; a loader whose consumer is far behind.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from extrema_fast import step
+from extrema_fast.config import DataConfig, from_dict, smoke
+from extrema_fast.data import Batch, TrainLoader, open_source
+from extrema_fast.data_feed import feed
+from extrema_fast.dist import World
+from extrema_fast.state import build, wrap
+from extrema_fast.train import train_step
+
+pytestmark = pytest.mark.gpu
+
+SIZE = (64, 64)
+# about 50 ms: longer than anything else here
+LONG = 100_000_000
+
+TINY = {
+    "model": {"width": 128, "depth": 2, "heads": 2, "img_size": [64, 64], "patch_size": 8, "drop_path": 0.3},
+    "mask": {"ratio": 0.75, "views": 3},
+    "head": {"hidden": 64, "out": 32, "predictor_hidden": 64},
+    "train": {"batch_size": 16, "compile": "none", "compact": False, "precision": "fp32", "accumulation": 2},
+    "system": {"backend": "reference"},
+}
+
+
+def random_batches(count: int, pinned: bool = True) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for t in range(count):
+        images = torch.randint(0, 256, (16, *SIZE, 3), dtype=torch.uint8, generator=generator)
+        index = torch.arange(16) + 16 * t
+        made.append(
+            Batch(images.pin_memory(), index.pin_memory(), 0, t) if pinned else Batch(images, index, 0, t)
+        )
+    return made
+
+
+@pytest.mark.parametrize("behind", ["step", "side"])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_no_buffer_is_read_or_written_too_early(behind, pinned):
+    device, given = torch.device("cuda", 0), random_batches(9, pinned)
+
+    def draw(images, index, epoch):
+        if behind == "side":
+            torch.cuda._sleep(LONG)
+        return [images, index.to(device, non_blocking=True)]
+
+    sums, rows = [], []
+    for batch in feed(iter(given), draw, device):
+        if behind == "step":
+            torch.cuda._sleep(LONG)
+        images, index = batch.parts
+        sums.append(images.long().sum())
+        rows.append(index.clone())
+        assert images.data_ptr() == batch.images.data_ptr()
+    torch.cuda.synchronize()
+    assert [int(s) for s in sums] == [int(b.images.long().sum()) for b in given]
+    assert all(torch.equal(r.cpu(), b.index) for r, b in zip(rows, given, strict=True))
+
+
+def test_two_buffers_take_turns():
+    device = torch.device("cuda", 0)
+    fed = feed(iter(random_batches(6)), lambda *args: [], device)
+    places = [batch.images.data_ptr() for batch in fed]
+    assert len(set(places)) == 2 and places[::2] == places[:1] * 3 and places[1::2] == places[1:2] * 3
+
+
+def test_the_host_only_enqueues():
+    device = torch.device("cuda", 0)
+    run = begin({})
+    fed = feed(iter(random_batches(8)), lambda *args: step.draw(run, *args), device)
+    for _ in range(3):
+        next(fed)
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        # the step's stream is busy for as long as four of these
+        done = torch.cuda.Event()
+        torch.cuda._sleep(4 * LONG)
+        done.record()
+        next(fed), next(fed)
+        assert not done.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def begin(train: dict):
+    cfg = from_dict(TINY | {"train": TINY["train"] | train}, smoke())
+    run = build(cfg, World(torch.device("cuda", 0)), range(1000))
+    wrap(run)
+    return run
+
+
+@pytest.mark.parametrize("train", [{}, {"cuda_graph": True}, {"compact": True}])
+def test_fed_steps_equal_steps_that_draw_for_themselves(train):
+    results = []
+    for ahead in (False, True):
+        run, given = begin(train), iter(random_batches(10))
+        batches: Iterator[Batch] = given
+        if ahead:
+            batches = feed(given, lambda *args, run=run: step.draw(run, *args), run.world.device)
+        for batch in batches:
+            assert (batch.parts is not None) == ahead
+            train_step(run, batch)
+            run.step += 1
+        results.append({k: v.clone() for k, v in run.method.state_dict().items()})
+    for name, value in results[0].items():
+        # sums over threads in another order now and then
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# ---- DALI on the GPU ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    for i in range(23):
+        y, x = np.mgrid[0 : 90 + 7 * i, 0 : 110 + 5 * i] / 17
+        pixels = 127 + 100 * np.stack([np.sin(y + i), np.sin(x), np.sin(x + y)], -1)
+        suffix = "jpg" if i % 2 else "png"
+        image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{i:02d}.{suffix}", quality=95)
+    return tmp_path
+
+
+def batches(source, count, device="cuda", **kw):
+    loader_kw = {k: kw.pop(k) for k in ("start_step", "bad") if k in kw}
+    cfg = DataConfig(loader="dali", threads=2, **{"hw_decoder_load": 0.0, **kw})
+    with TrainLoader(source, cfg, SIZE, batch_size=5, seed=3, device=device, **loader_kw) as loader:
+        return [b._replace(images=b.images.cpu()) for b in itertools.islice(loader, count)], loader.bad
+
+
+@pytest.mark.parametrize("policy", ["spatial", "centercrop"])
+@pytest.mark.parametrize("load", [0.0, 0.65])
+def test_the_gpu_decodes_what_the_cpu_decodes(images, policy, load):
+    source = open_source(str(images))
+    for a, b in zip(
+        batches(source, 9, policy=policy, hw_decoder_load=load)[0],
+        batches(source, 9, "cpu", policy=policy)[0],
+        strict=True,
+    ):
+        assert torch.equal(a.index, b.index)
+        gap = (a.images.int() - b.images.int()).abs().float()
+        assert gap.mean() < 2, gap.mean()
+
+
+def test_restarts_are_exact(images):
+    source = open_source(str(images))
+    whole, _ = batches(source, 10)
+    for start in (1, 6):
+        for a, b in zip(whole[start:], batches(source, 10 - start, start_step=start)[0], strict=True):
+            assert torch.equal(a.index, b.index) and torch.equal(a.images, b.images)
+
+
+@pytest.mark.parametrize("how", ["text", "cut", "gone"])
+def test_all_other_samples_are_undisturbed(images, how):
+    source = open_source(str(images))
+    clean, _ = batches(source, 12)
+    path = Path(source.paths[6])
+    data = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"no image" if how == "text" else data[: len(data) // 2])
+    mended, bad = batches(source, 12)
+    assert list(bad.reasons) == [6]
+    for a, b in zip(clean, mended, strict=True):
+        same = a.index != 6
+        assert torch.equal(a.index[same], b.index[same]) and torch.equal(a.images[same], b.images[same])
+        assert 6 not in b.index
+    again, _ = batches(source, 12, bad=bad)
+    assert all(torch.equal(a.images, b.images) for a, b in zip(mended, again, strict=True))
+
+
+def test_every_odd_file_is_used_or_named(images):
+    shared = Path(__file__).resolve().parents[3] / "shared" / "data" / "odd-images"
+    if not shared.is_dir():
+        pytest.skip(f"no odd images at {shared}")
+    for path in shared.iterdir():
+        if path.stat().st_size:
+            shutil.copy(path, images)
+    source = open_source(str(images))
+    count = len(source)
+    seen, bad = batches(source, 3 * (count // 5), bad_budget=0.5)
+    names = {Path(source.paths[row]).name for row in bad.reasons}
+    # what its decoder makes of broken JPEG files differs from a CPU's; good ones are never named
+    assert all(name.startswith("bad_") for name in names), names
+    assert {"bad_text.jpg", "bad_random_bytes.jpg", "bad_header_only.jpg", "bad_truncated_half.jpg"} <= names
+    rows = torch.cat([b.index for b in seen]).tolist()
+    assert not set(rows) & set(bad.reasons)
+
+
+def test_a_consumer_that_is_far_behind(images):
+    """Batches stay what they were although the stream that reads them is busy while DALI goes on."""
+    source = open_source(str(images))
+    want, _ = batches(source, 8)
+    cfg = DataConfig(loader="dali", threads=2, hw_decoder_load=0.0)
+    sums = []
+    with TrainLoader(source, cfg, SIZE, batch_size=5, seed=3, device="cuda") as loader:
+        for batch in itertools.islice(loader, 8):
+            torch.cuda._sleep(LONG)
+            sums.append(batch.images.long().sum())
+            del batch
+    assert [int(s) for s in sums] == [int(b.images.long().sum()) for b in want]
+
+
+def test_batches_of_the_cpu_lie_in_pinned_memory(images):
+    source = open_source(str(images))
+    for kind in ("pil", "dali"):
+        cfg = DataConfig(loader=kind, threads=2)
+        with (
+            TrainLoader(source, cfg, SIZE, batch_size=5, seed=3, device="cpu", pinned=True) as pinned,
+            TrainLoader(source, cfg, SIZE, batch_size=5, seed=3, device="cpu") as plain,
+        ):
+            for a, b in itertools.islice(zip(pinned, plain, strict=True), 3):
+                assert a.images.is_pinned() and a.index.is_pinned() and not b.images.is_pinned()
+                assert torch.equal(a.images, b.images) and torch.equal(a.index, b.index)
