@@ -168,8 +168,9 @@ class Encoder(TimmMethods):
         return ops.patch_gather(images, keep, proj.weight, proj.bias, pos)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position table of a grid, [N, D]: the saved one at its own grid, else computed.
+        """The position table of a grid, [N, D]: the saved one at its own grid, else computed, once.
 
+        A compiled graph computes it at every call; `set_input_size` makes that grid its own.
         raises UsageError for a learned table and another grid than its own
         """
         # a patch size set on `patch_embed` alone shows in the number of rows
