@@ -246,9 +246,7 @@ class TimmMethods(nn.Module):
         old = self.grid
         self.patch_embed.set_input_size(img_size, patch_size)
         self.config = replace(self.config, img_size=self.img_size, patch_size=self.patch_size)
-        self._note(
-            img_size=self.img_size, patch_size=self.patch_size, pos_grid=tuple(self.sincos.trained)
-        )
+        self._note(img_size=self.img_size, patch_size=self.patch_size, pos_grid=tuple(self.sincos.trained))
         if self.grid == old:
             return
         table = self.pos_embed
