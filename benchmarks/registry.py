@@ -26,7 +26,7 @@ MEASUREMENTS = (
     Entry("attention", "self-attention backends over lengths and dtypes"),
     Entry("encode", "encoding images, dense and masked: ours, accelerated timm, timm's ViT, Hugging Face's"),
     Entry("memory", "peak memory over batch sizes and recomputation options"),
-    Entry("loader", "images/s of the data path: decode, crop, end to end"),
+    Entry("loader", "images/s of the data path beside a DataLoader: decode, crop, views, end to end; memory"),
     Entry("startup", "imports, building, first step per compile mode, first image"),
     Entry("learning", "does it learn: a preset over seeds against the random encoder"),
     Entry("registers", "registers and shared memory of every kernel, no GPU needed"),
