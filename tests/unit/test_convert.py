@@ -128,6 +128,22 @@ def test_position_coordinates(folder):
     refused(lambda: convert.load_encoder(folder, pos_coords="relative"), "pos_coords", "'relative'")
 
 
+def test_a_table_saved_at_another_grid_than_trained(folder):
+    file = folder / "teacher.safetensors"
+    meta = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    meta["encoder"] = {"pos_coords": "rescaled", "pos_grid": [4, 4]}
+    (folder / "config.json").write_text(json.dumps(meta), encoding="utf-8")
+    refused(lambda: convert.load_encoder(folder), "not the fixed sin-cos table")
+    table = sincos_table(64, (2, 2), trained=(4, 4))
+    save_file(load_file(file) | {"pos_embed": table[None]}, file)
+    assert torch.equal(convert.load_encoder(folder).pos_embed[0], table)
+    absolute = convert.load_encoder(folder, pos_coords="absolute")
+    assert torch.allclose(absolute.pos_embed[0], sincos_table(64, (2, 2)))
+    # back at the grid trained on there is nothing to rescale
+    whole = convert.load_encoder(folder, img_size=32)
+    assert torch.allclose(whole.pos_embed[0], sincos_table(64, (4, 4)), atol=1e-6)
+
+
 def test_hints_that_contradict_the_description(folder):
     assert convert.load_encoder(folder, grid=(2, 2), num_heads=4).heads == 4
     refused(lambda: convert.load_encoder(folder, grid=(4, 1)), "grid: 4 x 1", "2 x 2", "img_size")

@@ -141,9 +141,11 @@ def test_tensors_that_are_not_what_they_claim(tmp_path, method, nothing_is_built
     data = released(method)
     key = "module.momentum_encoder.patch_embed.proj.weight"
     data["state_dict"][key] = views(data["state_dict"][key])[kind]
-    torch.save(data, tmp_path / "claims.pth")
-    word = {"expanded": "claim", "sparse": "dense", "without values": "no values"}.get(kind, "floating-point")
-    all_refuse(tmp_path / "claims.pth", tmp_path, "claims.pth", word)
+    torch.save(data, tmp_path / "data.pth")
+    word = {"expanded": "its tensors claim", "sparse": "dense", "without values": "no values"}.get(
+        kind, "floating-point"
+    )
+    all_refuse(tmp_path / "data.pth", tmp_path, "data.pth", word)
 
 
 def safetensors_file(
@@ -191,6 +193,19 @@ def test_tensors_without_values(tmp_path, nothing_is_built):
     }
     safetensors_file(tmp_path / "bare.safetensors", header)
     all_refuse(tmp_path / "bare.safetensors", tmp_path, "without values")
+
+
+def test_few_numbers_that_claim_many_blocks(tmp_path, nothing_is_built):
+    state = {
+        "patch_embed.proj.weight": torch.zeros(1024, 1, 1, 1),
+        "pos_embed": torch.zeros(1, 1, 1024),
+        "cls_token": torch.zeros(1, 1, 1),
+        "blocks.0.mlp.fc1.weight": torch.zeros(4096, 1),
+        "blocks.3999.norm1.weight": torch.zeros(1),
+        "blocks_token.0.gamma_1": torch.zeros(1),
+    }
+    torch.save(state, tmp_path / "bare.pth")
+    all_refuse(tmp_path / "bare.pth", tmp_path, "4000 blocks of width 1024", "the file holds")
 
 
 # ---- descriptions ---------------------------------------------------------------------------------
