@@ -116,12 +116,16 @@ class Accelerated:
         returns  EncodedViT(cls, patches, keep, grid, prefix, tokens)
         raises   UsageError naming the argument, what it got and what it needs; in training also for a model with
                  patch dropout
+
+        Gradients of gradients: in fp32 and fp64 only, as the products in 16 bits have a written-out backward pass.
         """
         self._check(images)
         masked = keep is not None
-        embedded, grid = (
-            (None, self._stock_grid(images)) if masked and self._gathers_first() else self._embed(images)
-        )
+        one_by_one = self._gathers_first()
+        grid = self._stock_grid(images) if one_by_one else None
+        embedded = None
+        if not (masked and one_by_one):
+            embedded, grid = self._embed(images)
         b, n = images.shape[0], grid[0] * grid[1]
         views = None
         if masked:

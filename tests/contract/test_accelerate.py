@@ -635,7 +635,9 @@ def test_strict_also_at_later_passes():
     images = images_for(vit)
     fast.encode(images)
     handle = vit.blocks[0].norm1.register_forward_hook(lambda *_: None)
-    with pytest.raises(UsageError, match=r"strict, but 16 of 17 parts replaced\nblocks\.0\.norm1: .*has hooks"):
+    with pytest.raises(
+        UsageError, match=r"strict, but 16 of 17 parts replaced\nblocks\.0\.norm1: .*has hooks"
+    ):
         fast.encode(images)
     handle.remove()
     fast.encode(images)
@@ -725,8 +727,19 @@ KEEP = torch.zeros(2, 4, dtype=torch.long)
     ],
 )
 def test_bad_input(images, keep, words):
+    fast = accelerate(build(torch.float32))
     with pytest.raises(UsageError, match=words):
-        accelerate(build(torch.float32)).encode(images, keep)
+        fast.encode(images, keep)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 1, *SIZE), torch.zeros(2, 3, 24, 48), torch.zeros(3, *SIZE),
+                                    torch.zeros(2, 3, *SIZE).double()])  # fmt: skip
+def test_bad_images_of_a_dense_pass(images):
+    fast = accelerate(build(torch.float32))
+    with pytest.raises(UsageError, match="images: "):
+        fast.encode(images)
+    with pytest.raises(UsageError, match="images: "):
+        fast.forward_features(images)
 
 
 def test_more_bad_input(monkeypatch):
