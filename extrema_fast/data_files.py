@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import threading
@@ -18,7 +19,7 @@ _ORIENTATION_TAG = 0x0112
 # reading waits for disks and networks rather than computing
 _READERS = 8
 # files kept open: shards; a set with more of them opens one per image
-_OPEN = 512
+_OPEN = 256
 # where the end marker of a JPEG file is looked for: some cameras and tools append to it
 _TAIL = 4096
 
@@ -53,7 +54,8 @@ class Files:
         self._pool: ThreadPoolExecutor | None = None
         self._fds: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._keep_open = self.as_bytes and len(set(source.paths)) <= _OPEN
+        shards = source.shards if source.shards is not None else np.arange(len(source))
+        self._keep_open = self.as_bytes and len(np.unique(shards)) <= _OPEN
         _allow_pixels(cfg.max_pixels)
 
     def look(self, rows: np.ndarray) -> Seen:
@@ -82,6 +84,9 @@ class Files:
         """The error for a row that is no image, or a damaged one."""
         path, name = self.source.paths[row], self.source.title(row)
         text = str(reason).replace(path, "").strip(" '\"") or type(reason).__name__
+        if type(reason).__name__ == "UnidentifiedImageError":
+            # PIL shows the object that it was given
+            text = "no known image format"
         try:
             size = os.stat(path).st_size
             if self.source.spans is not None and self.source.spans[row, 1] >= 0:
@@ -93,13 +98,14 @@ class Files:
 
     def bytes(self, row: int) -> bytes:
         """The bytes of a row's file; DataError."""
-        try:
-            if self._keep_open and self.source.spans[row, 1] >= 0:  # type: ignore[index]
-                offset, length = self.source.spans[row].tolist()  # type: ignore[index]
+        if self._keep_open and self.source.spans[row, 1] >= 0:  # type: ignore[index]
+            offset, length = self.source.spans[row].tolist()  # type: ignore[index]
+            # a network disk may have lost the open file: then once more, below
+            with contextlib.suppress(OSError):
                 data = os.pread(self._fd(self.source.paths[row]), length, offset)
                 if len(data) == length:
                     return data
-            # anew: a network disk may have lost the open file
+        try:
             return self.source.read(row)
         except OSError as e:
             raise self.error(row, e.strerror or e) from e

@@ -3,6 +3,8 @@
 Whether a row can be used is a property of its file, and what takes its place one of (seed, epoch, place in the epoch)
 (`data_order.Order.substitutes`): the first candidate that can be used. So it makes no difference when a row is
 found, by which process, or whether the list below is still there after a restart; the list saves finding it again.
+(The exception is damage inside a picture that DALI notices in some crops only. A JPEG file without its end, the usual
+kind, is not among them: `data_files.Files` looks for that.)
 """
 
 from __future__ import annotations

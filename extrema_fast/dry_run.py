@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from .config import Config, local_batch
+from .data import epoch_length
 from .dist import start
 from .metrics import memory_gb
 from .plan import checkpoint_bytes, derived
@@ -33,7 +34,7 @@ def dry_run(cfg: Config, steps: int = 3) -> dict[str, Any]:
                 values = run.counters.read().values()
                 times.append(time.perf_counter() - began)
         tokens = cfg.mask.views * cfg.num_keep
-        return derived(cfg, world.size, len(run.source)) | {
+        return derived(cfg, world.size, epoch_length(run.source)) | {
             "device": str(world.device),
             "loader": loader.kind,
             "step_ms": [round(1000 * t, 1) for t in times],
