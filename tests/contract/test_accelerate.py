@@ -1,7 +1,7 @@
 """`accelerate` on timm's VisionTransformer.
 
 Covers, for every variant (class token or not, registers, positions learned, without the prefix, or none, LayerScale,
-qk-norm, scale norms, SwiGLU and gated MLPs, RMSNorm, pre-norm, head_dim of its own, non-square images, a norm or a
+qk-norm, scale norms, gated attention and MLPs, SwiGLU, RMSNorm, pre-norm, head_dim of its own, a norm or a
 convolutional stem before the blocks, gaps and rectangles in place of patches): dense output bit-equal to timm's in
 fp64; kept tokens and all gradients equal to the slow way, with views, permuted and repeated indices; prefix, class
 token and patches of the result. Real model names of timm. Other image sizes with dynamic_img_size. Training:
@@ -178,6 +178,19 @@ def test_variants(name, seed):
     assert out.cls is None or torch.equal(out.cls, out.tokens[:, 0])
     assert out.grid == ((3, 10) if name == "rectangles" else GRID)
     assert bool(fast.report().called.get("patch_embed")) == (name in WHOLE)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale_norm": True, "qk_norm": True}, {"attn_head_dim": 6}])
+def test_gated_attention(options, seed):
+    vit = build()
+    options = {"gated": True, "qkv_bias": True, "norm_layer": nn.LayerNorm} | options
+    vit.blocks[1].attn = type(vit.blocks[1].attn)(24, 3, **options).double()
+    images, keep, fast = images_for(vit).requires_grad_(), draw(2, 5), accelerate(vit, strict=True)
+    assert torch.equal(fast.forward_features(images), vit.forward_features(images))
+    out, wanted = fast.encode(images, keep).tokens, slow(vit, images, keep)
+    weight = torch.randn_like(wanted)
+    assert_same(gradients(vit, images, out, weight), gradients(vit, images, wanted, weight))
+    assert "blocks.1.attn.gate" in fast.report().replaced
 
 
 @pytest.mark.parametrize("kept", [1, 7, N])
