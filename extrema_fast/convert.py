@@ -19,19 +19,18 @@ from .architecture import check_agrees, first, is_projector, is_sincos
 from .config import ModelConfig
 from .encoder import Encoder, build_encoder
 from .errors import UsageError
+from .new_folder import check_free, new_folder
 from .released import own_names, read_checkpoint
 from .resample import adapt_in_chans
 from .safe_files import read_safetensors, safetensors_shapes
 from .weights import (
     WHICH,
-    check_free,
     choose,
     encoder_options,
     is_described,
     method_tensors,
     model_config,
     networks_in,
-    new_folder,
     read_description,
     read_tensors,
     save_weights,

@@ -26,15 +26,14 @@ from .config import did_you_mean, to_dict
 from .convert import encoder_from, open_weights
 from .encoder import Encoder, model_args
 from .errors import ExtremaError, UsageError
+from .new_folder import check_free, new_folder
 from .weights import (
     ENCODER_OPTIONS,
     SINGLE,
-    check_free,
     choose,
     described,
     encoder_options,
     input_meta,
-    new_folder,
 )
 
 log = logging.getLogger(__name__)

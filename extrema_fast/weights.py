@@ -14,11 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +23,7 @@ from torch import Tensor
 
 from . import __version__
 from .config import Config, ModelConfig, config_hash, did_you_mean, from_dict, to_dict
-from .errors import StorageError, UsageError
+from .errors import UsageError
 from .safe_files import read_json, read_safetensors
 
 FORMAT = "extrema-fast-weights"
@@ -35,12 +31,6 @@ VERSION = 1
 WHICH = ("teacher", "student")
 # of a network that is not said to be either
 SINGLE = "model"
-
-# what a folder made by `import` or `export` may hold; with anything else --force does not replace it
-OWN_FILES = (
-    "config.json", "README.md", "preprocessor_config.json", "teacher.safetensors", "student.safetensors",
-    "model.safetensors", "model.onnx", "model.onnx.data", "model.pt2", "model.ts",
-)  # fmt: skip
 
 
 # ---- writing --------------------------------------------------------------------------------------
@@ -125,106 +115,6 @@ def input_meta(
     }
 
 
-@contextmanager
-def new_folder(out: str | Path, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends well, and disappears otherwise.
-
-    force   replace an earlier import or export; anything else is never replaced
-    raises  UsageError when `out` exists (without force) or holds other things, StorageError when it cannot be
-            written
-    """
-    out = Path(out)
-    try:
-        _tidy(out.resolve())
-        check_free(out, force)
-        out = out.resolve()
-        new, old = (out.with_name(f"{prefix}{out.name}-{os.getpid()}") for prefix in (_NEW, _OLD))
-        new.mkdir(parents=True)
-    except OSError as error:
-        raise StorageError(f"{out}: cannot be written ({error})") from None
-    try:
-        yield new
-        for path in (*new.iterdir(), new):
-            _sync(path)
-        # a long write: the place may have been taken since
-        check_free(out, force)
-        if out.exists():
-            os.rename(out, old)
-        os.rename(new, out)
-        _sync(out.parent)
-    except OSError as error:
-        raise StorageError(f"{out}: cannot be written ({error})") from None
-    finally:
-        if old.exists() and not out.exists():
-            os.rename(old, out)
-        for path in (new, old):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-_NEW, _OLD = ".tmp-", ".replaced-"
-
-
-def _tidy(out: Path) -> None:
-    """Ends what a killed process left beside `out`: half-written folders go, one just moved aside comes back."""
-    names = re.compile(rf"(\.tmp-|\.replaced-){re.escape(out.name)}-(\d+)")
-    for path in sorted(out.parent.iterdir()) if out.parent.is_dir() else ():
-        match = names.fullmatch(path.name)
-        if match and not _runs(int(match[2])):
-            if match[1] == _OLD and not out.exists():
-                os.rename(path, out)
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def check_free(out: Path, force: bool = False) -> None:
-    """raises UsageError unless `out` is free (or empty), or an earlier import or export that `force` replaces."""
-    try:
-        _check_free(out, force)
-    except OSError as error:
-        raise StorageError(f"{out}: cannot be written ({error})") from None
-
-
-def _check_free(out: Path, force: bool) -> None:
-    if out.is_symlink():
-        raise UsageError(f"{out}: is a symbolic link; name the folder itself, or another one")
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UsageError(f"{out}: exists and is not a folder; choose another one")
-    inside = sorted(p.name for p in out.iterdir())
-    if not inside:
-        return
-    if not force:
-        raise UsageError(f"{out}: exists and is not empty; choose another folder, or --force to replace it")
-    foreign = [name for name in inside if name not in OWN_FILES or not (out / name).is_file()]
-    if foreign:
-        raise UsageError(f"{out}: --force replaces an import or an export only, and here is {foreign[0]}")
-    try:
-        meta = _own_part(read_json(out / "config.json"))
-    except UsageError:
-        meta = {}
-    if meta.get("format") != FORMAT or not ({"source", "export"} & meta.keys()):
-        raise UsageError(f"{out}: --force replaces an import or an export only, and this is neither")
-
-
 # ---- finding --------------------------------------------------------------------------------------
 
 
@@ -293,7 +183,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """The checked description of a weights folder; raises UsageError for another one's config.json."""
     file = folder / "config.json"
     data = read_json(file)
-    meta = _own_part(data)
+    meta = own_part(data)
     if meta.get("format") != FORMAT:
         alone = "".join(
             f"; to read tensors alone give {folder / n}.safetensors" for n in networks_in(folder)[:1]
@@ -313,7 +203,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _own_part(data: dict[str, Any]) -> dict[str, Any]:
+def own_part(data: dict[str, Any]) -> dict[str, Any]:
     own = data.get("extrema_fast")
     return own if isinstance(own, dict) else data
 
@@ -321,7 +211,7 @@ def _own_part(data: dict[str, Any]) -> dict[str, Any]:
 def is_described(folder: Path) -> bool:
     """Whether the folder's config.json is ours, whole or in part (it may still make no sense)."""
     try:
-        return _own_part(read_json(folder / "config.json")).get("format") == FORMAT
+        return own_part(read_json(folder / "config.json")).get("format") == FORMAT
     except UsageError:
         return False
 

@@ -51,7 +51,7 @@ LAYERS = [
         "timm_methods",
         "weights",
     ],
-    ["attention", "check_pool", "dino"],
+    ["attention", "check_pool", "dino", "new_folder"],
     ["ops", "losses", "heads", "photos", "probes", "run_folder", "manifest"],
     ["masking", "augment", "blocks", "accelerate_blocks", "folders", "mixture", "tar_index"],
     ["data_files", "data_order"],
