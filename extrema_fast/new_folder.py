@@ -35,7 +35,8 @@ def new_folder(out: str | Path, force: bool = False) -> Iterator[Path]:
         out = out.resolve()
         new, old = (out.with_name(f"{prefix}{out.name}-{os.getpid()}") for prefix in (_NEW, _OLD))
         new.mkdir(parents=True)
-    except OSError as error:
+    # before Python 3.13 a loop of links is a RuntimeError
+    except (OSError, RuntimeError) as error:
         raise StorageError(f"{out}: cannot be written ({error})") from None
     try:
         yield new

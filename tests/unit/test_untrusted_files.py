@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from extrema_fast import convert, safe_files, weights
 from extrema_fast.__main__ import main
-from extrema_fast.errors import UsageError
+from extrema_fast.errors import StorageError, UsageError
 from extrema_fast.export import export
 from tests.unit._weights import CFG, Malicious, refused, released, trained
 
@@ -318,6 +318,8 @@ def test_links(tmp_path, folder, method):
         refused(lambda: convert.load_encoder(linked), "linked")
     (tmp_path / "loop").symlink_to("loop")
     refused(lambda: convert.load_encoder(tmp_path / "loop"), "loop")
+    with pytest.raises(StorageError, match="loop"):
+        export(folder, tmp_path / "loop" / "out")
     # a link is never replaced, and nothing is written through it
     for name, target in (("out", "elsewhere"), ("out2", str(folder))):
         (tmp_path / name).symlink_to(target)
