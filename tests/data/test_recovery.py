@@ -102,6 +102,21 @@ def assert_same(a, b):
         assert torch.equal(x.index, y.index) and torch.equal(x.images, y.images) and x.step == y.step
 
 
+def test_a_cut_jpeg_is_found_whatever_the_crop(images, config, kind):
+    """DALI decodes the rows of a crop only: a small one at the top does not come to the damage."""
+    path = images / "07.jpg"
+    Image.fromarray(picture(7, 300, 200)).save(path, quality=95)
+    path.write_bytes(path.read_bytes()[:-3000])
+    cfg = config(loader=kind, area=(0.05, 0.06))
+    seen, found = batches(open_source(str(images)), cfg, 20)
+    assert list(found.reasons) == [7] and not any(7 in b.index for b in seen)
+    # bytes behind the end are no damage
+    Image.fromarray(picture(7, 300, 200)).save(path, quality=95)
+    path.write_bytes(path.read_bytes() + b"\0" * 1000)
+    seen, found = batches(open_source(str(images)), cfg, 20)
+    assert not found and any(7 in b.index for b in seen)
+
+
 def test_a_left_over_row_takes_the_place(images, config, kind):
     source, cfg = open_source(str(images)), config(loader=kind)
     spoil(images / source.paths[4], "cut")
@@ -328,9 +343,34 @@ def test_dali_loses_batches_without_a_file_to_blame(images, config, monkeypatch)
     assert_same(clean, seen)
     assert not found
 
+    # every batch is lost, and only decoding it once more helps: slow for ever, so it ends
+    runs = itertools.count()
+    with monkeypatch.context() as m:
+        m.setattr(data_decode, "_ours", every_other_lost(real))
+        with (
+            pytest.raises(DataError, match=r"not because of a file: lost again"),
+            TrainLoader(source, cfg, SIZE, batch_size=5, seed=3) as loader,
+        ):
+            for want in clean:
+                assert torch.equal(next(loader).images, want.images)
+                next(runs)
+    assert next(runs) == 3
+
     monkeypatch.setattr(data_decode, "_ours", always_lost(real))
     with pytest.raises(DataError, match=r"not because of a file: lost again; try --data\.loader pil"):
         batches(source, cfg, 12)
+
+
+def every_other_lost(real):
+    runs = itertools.count()
+
+    def lost(pipe, *rest):
+        images = real(pipe, *rest)
+        if next(runs) % 2 == 0:
+            raise RuntimeError("encountered:\nlost again\nCurrent pipeline is gone")
+        return images
+
+    return lost
 
 
 def always_lost(real):
