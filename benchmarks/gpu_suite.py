@@ -27,8 +27,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from extrema_fast.atomic import write_atomically
 from extrema_fast.errors import ExtremaError, UsageError
-from extrema_fast.run_folder import read_json, replace_text
+from extrema_fast.run_folder import read_json
 
 ROOT = Path(__file__).parents[1]
 MINUTES = 9.0
@@ -341,8 +342,8 @@ def result(entry: dict[str, Any]) -> str:
 
 def write(summary: dict[str, Any], out: Path) -> None:
     """summary.json and summary.md, whole at any time."""
-    replace_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    replace_text(out / "summary.md", page(summary, out))
+    write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(out / "summary.md", page(summary, out))
 
 
 def page(summary: dict[str, Any], out: Path) -> str:
@@ -389,11 +390,11 @@ def environment(out: Path) -> None:
     from .records import machine
 
     values = machine() | {"choices": ops.choices("cuda"), "apex": nvidia_apex.find("FusedAdam", "cuda")[1]}
-    replace_text(out / "environment.json", json.dumps(values, indent=1, default=str) + "\n")
+    write_atomically(out / "environment.json", json.dumps(values, indent=1, default=str) + "\n")
     print(json.dumps(values, indent=1, default=str))
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(["nvidia-smi", "-q"], capture_output=True, text=True, timeout=15)
-        replace_text(out / "nvidia-smi.txt", done.stdout)
+        write_atomically(out / "nvidia-smi.txt", done.stdout)
 
 
 def ceilings(out: Path, repeats: int = 30) -> None:
@@ -404,7 +405,7 @@ def ceilings(out: Path, repeats: int = 30) -> None:
     rates = Rates("cuda", ["bf16", "fp16", "fp32"])
     samples = [rates.sample() for _ in range(repeats)]
     result = {"rates": medians(samples), "samples": samples, "gpu_state": gpu_state()}
-    replace_text(out / "ceilings.json", json.dumps(result, indent=1) + "\n")
+    write_atomically(out / "ceilings.json", json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["rates"], indent=1))
 
 

@@ -30,11 +30,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .atomic import sync, write_atomically
 from .config import CheckpointConfig, Config, changed_maths, to_dict
 from .errors import StorageError, UsageError
 from .method import ExtreMA
 from .optim import check_family
-from .run_folder import read_json, replace_text
+from .run_folder import read_json
 
 log = logging.getLogger(__name__)
 
@@ -126,14 +127,6 @@ def _one_line(error: Exception) -> str:
 # ---- writing ---------------------------------------------------------------------------------------
 
 
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 @contextmanager
 def _replacing(target: Path, point: str) -> Iterator[Path]:
     """A temporary sibling folder that becomes `target` when the block ends well, and disappears otherwise."""
@@ -145,13 +138,13 @@ def _replacing(target: Path, point: str) -> Iterator[Path]:
         new.mkdir(parents=True)
         yield new
         for path in (*new.iterdir(), new):
-            _sync(path)
+            sync(path)
         fault(point)
         if target.exists():
             # only a damaged one, or weights of a step that is being repeated
             os.rename(target, old)
         os.rename(new, target)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         if old.exists() and not target.exists():
             os.rename(old, target)
@@ -183,10 +176,10 @@ def write(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
         fault("state")
         files = {n: {"size": (new / n).stat().st_size, "sha256": _digest(new / n)} for n in (TENSORS, STATE)}
         for name in files:
-            _sync(new / name)
+            sync(new / name)
         (new / COMPLETE).write_text(json.dumps(files), encoding="utf-8")
     fault("renamed")
-    replace_text(run / "latest", target.name + "\n")
+    write_atomically(run / "latest", target.name + "\n")
     fault("latest")
     return target
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .atomic import new_file
 from .errors import StorageError, UsageError
 
 SOFTWARE = "extrema-fast search"
@@ -80,14 +79,10 @@ def write_sheet(path: Path, lines: list[list[Tile]], *, exif: bool = False) -> N
         draw.line([(x, y), (x, y + SIDE + text)], fill=LINE, width=2)
     marks = PngInfo()
     marks.add_text("Software", SOFTWARE)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(temporary, format="PNG", pnginfo=marks)
-        os.replace(temporary, path)
+        with new_file(path) as f:
+            sheet.save(f, format="PNG", pnginfo=marks)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise StorageError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 

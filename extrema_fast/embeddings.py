@@ -12,9 +12,7 @@ In the tables a tab, line end, backslash or byte that is no UTF-8 is escaped as 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .atomic import new_file
 from .errors import StorageError, UsageError
 from .manifest_text import escape, unescape
 from .run_folder import read_json
@@ -78,17 +77,10 @@ def _parquet() -> tuple[Any, Any]:
 
 def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Lets `write` fill a file that a reader sees whole or not at all; StorageError when it cannot."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
+        with new_file(path) as f:
             write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise StorageError(
             f"{path}: cannot be written ({error.strerror or error}); what is finished stays, and the same "
             "command continues once there is room"

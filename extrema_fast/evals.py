@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import convert, ops
+from .atomic import write_atomically
 from .augment import normalize
 from .collapse import collapse_warnings
 from .config import Config, DataConfig, EvalConfig, from_dict
@@ -116,7 +116,11 @@ def online_eval(
         x = normalize(images, cfg.data.mean, cfg.data.std, cfg.model.in_chans)
         out["view_cosine"] = _view_cosine(method, x, cfg)
         out["attention_entropy"] = attention_entropy(method.teacher.get_attention(x))
-        return out | {"images": len(features.cls), "dim": features.cls.shape[1], "proj_dim": projection.shape[1]}
+        return out | {
+            "images": len(features.cls),
+            "dim": features.cls.shape[1],
+            "proj_dim": projection.shape[1],
+        }
     finally:
         for module, mode in modes:
             module.training = mode
@@ -368,10 +372,7 @@ def _read_result(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def _write_result(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
 
 
 def format_table(result: dict[str, Any]) -> str:

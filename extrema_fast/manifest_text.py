@@ -35,6 +35,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .atomic import new_file
 from .errors import StorageError, UsageError
 
 MAGIC = "# extrema-fast manifest "
@@ -183,16 +184,9 @@ def write_lines(path: str | os.PathLike[str], head: str, lines: Iterable[str]) -
     """Writes `head` and `lines` to a file atomically; StorageError when that fails, the old file untouched."""
     # through a link, so that it stays one
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     try:
-        try:
-            with open(temporary, "w", encoding="utf-8", newline="\n") as f:
-                f.write(head)
-                f.writelines(lines)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with new_file(target) as f:
+            f.write(head.encode())
+            f.writelines(line.encode() for line in lines)
     except OSError as e:
         raise StorageError(f"{target}: cannot be written ({e.strerror})") from e

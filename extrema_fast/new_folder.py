@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .atomic import sync
 from .errors import StorageError, UsageError
 from .safe_files import read_json
 from .weights import FORMAT, own_part
@@ -41,13 +42,13 @@ def new_folder(out: str | Path, force: bool = False) -> Iterator[Path]:
     try:
         yield new
         for path in (*new.iterdir(), new):
-            _sync(path)
+            sync(path)
         # a long write: the place may have been taken since
         check_free(out, force)
         if out.exists():
             os.rename(out, old)
         os.rename(new, out)
-        _sync(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise StorageError(f"{out}: cannot be written ({error})") from None
     finally:
@@ -80,14 +81,6 @@ def _runs(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def check_free(out: Path, force: bool = False) -> None:

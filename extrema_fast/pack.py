@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from . import rng
+from .atomic import write_atomically
 from .errors import DataError, ExtremaError, StorageError, UsageError
 from .manifest import Row, escape, header_lines, is_manifest, row_line
 from .pack_folder import (
@@ -53,7 +54,6 @@ from .pack_shard import END, WORK, Done, ShardWriter, finished_shards, space
 from .progress import ImageProgress
 from .shards import CLASSES
 from .sources import BUILT_IN, MANIFEST, ImageSource, open_source
-from .tar_index import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from .atomic import write_atomically
 from .errors import UsageError
 from .image_source import ImageSource
 from .pack_shard import WORK
-from .tar_index import write_atomically
 
 log = logging.getLogger(__name__)
 

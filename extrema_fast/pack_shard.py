@@ -10,8 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from .atomic import write_atomically
 from .manifest import Row
-from .tar_index import BLOCK, Member, index_text, write_atomically
+from .tar_index import BLOCK, Member, index_text
 
 # the folder of what is not finished, in that of the set
 WORK = ".pack"

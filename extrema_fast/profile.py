@@ -23,13 +23,14 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 
 from . import augment, drop_path, masking, trace
+from .atomic import write_atomically
 from .config import Config, local_batch, to_dict
 from .data import Batch
 from .dist import World, start
 from .errors import UsageError
 from .metrics import memory_gb
 from .plan import flops_per_image, precision
-from .run_folder import replace_text, versions
+from .run_folder import versions
 from .state import Run, build, open_loader, open_train, prepare_torch, wrap
 from .step import compile_mode
 from .train import train_step
@@ -97,8 +98,8 @@ def profile(
     os.replace(temporary, folder / "trace.json.gz")
     found = trace.read(trace.load(folder / "trace.json.gz"))
     result = _result(run, found, times, synthetic)
-    replace_text(folder / "profile.json", json.dumps(result, indent=1) + "\n")
-    replace_text(folder / "profile.txt", describe(result) + "\n")
+    write_atomically(folder / "profile.json", json.dumps(result, indent=1) + "\n")
+    write_atomically(folder / "profile.txt", describe(result) + "\n")
     return result
 
 

@@ -7,7 +7,6 @@ unfinished or crashed: what cannot be shown is left out, with a note saying why.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import convert, pictures, svg
+from .atomic import write_atomically
 from .config import Config, flatten
 from .errors import UsageError
 from .evals import CLS, MEAN, PIXELS, PRETRAINED, RANDOM, resolve_data, run_config
@@ -65,10 +65,7 @@ def report(run_dir: str | Path, *, images: int = 8) -> Path:
         "</main></body></html>\n"
     )
     path = folder / "reports" / "report.html"
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(html, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, html)
     return path
 
 

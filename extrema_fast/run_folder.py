@@ -20,21 +20,12 @@ from typing import Any
 
 import torch
 
+from .atomic import write_atomically
 from .errors import StorageError, UsageError
 
 log = logging.getLogger(__name__)
 
 MARKER = ".extrema-fast-run"
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a text file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -151,7 +142,7 @@ class RunFolder:
 
     def write_json(self, name: str, data: dict[str, Any]) -> None:
         """Replaces a JSON file of the folder."""
-        replace_text(self.path / name, json.dumps(data, indent=1) + "\n")
+        write_atomically(self.path / name, json.dumps(data, indent=1) + "\n")
 
     def status(self, state: str, step: int, total: int, reason: str = "") -> None:
         """status.json: `running`, `complete`, `preempted` or `failed`; `running` at most once a second."""

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from .atomic import write_atomically
 from .errors import DataError
 from .photos import cache_root
 
@@ -239,18 +240,3 @@ def _header_at(f: object, offset: int) -> tarfile.TarInfo | None:
         return tarfile.TarInfo.frombuf(f.read(BLOCK), "utf-8", "surrogateescape")  # type: ignore[attr-defined]
     except tarfile.TarError:
         return None
-
-
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Writes a file so that a reader sees the old one or the new, never a part; OSError when it cannot."""
-    raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(raw)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
