@@ -86,7 +86,7 @@ def plan() -> list[Part]:
         Part("ceilings", "copies and large matrix products", (*own, "ceilings"), 40),
         step("base", "80x5", 256, baselines, 150, "ViT-B, 80 % x 5: released, strong, ours", "step-base-80x5"),
         Part("tests-step", "tests of the step, attention and optimizers",
-             (*pytest, *(f"tests/gpu/test_{n}.py" for n in ("step", "optimizers", "attention"))), 150),
+             (*pytest, *(f"tests/gpu/test_{n}.py" for n in ("step", "optimizers", "attention", "data"))), 150),
         Part("attention", "self-attention backends, for the table `auto` follows",
              (python, "-m", "benchmarks", "attention", "--models", "S", "B", "--dtypes", "bfloat16", "--repeats",
               "10", "--out", "{out}"), 60),

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .errors import DataError, UsageError
-from .image_source import ImageSource, number_classes
+from .errors import UsageError
+from .image_source import ImageSource, number_classes, warn_of_empty
 
 log = logging.getLogger(__name__)
 
@@ -192,10 +192,7 @@ def _finish(
         raise UsageError(
             f"{name}: {len(missing)} of {len(paths)} files do not exist, first: {missing[0][:300]}{whole}"
         )
-    if empty and check:
-        raise DataError(
-            f"{name}: {len(empty)} of {len(paths)} files are empty (0 bytes), first: {empty[0]}; "
-            "remove them, or leave them out with `extrema-fast index`"
-        )
+    if check:
+        warn_of_empty(name, len(empty), len(paths), empty[0] if empty else "")
     tensor = None if labels is None else torch.tensor(labels, dtype=torch.int64)
     return ImageSource(name, paths, tensor, classes, digest.hexdigest())

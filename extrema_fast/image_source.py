@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 
 from .config import did_you_mean
-from .errors import UsageError
+from .errors import DataError, UsageError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,3 +111,12 @@ def match_classes(test: ImageSource, train: ImageSource) -> ImageSource:
         )
     new = torch.tensor([train.classes.index(c) for c in test.classes])
     return dataclasses.replace(test, labels=new[test.labels], classes=train.classes)
+
+
+def warn_of_empty(name: str, empty: int, images: int, first: str) -> None:
+    """Says that images have no bytes: training replaces them as any unreadable image; DataError when all have none."""
+    what = f"{name}: {empty} of {images} images are empty (0 bytes), first: {first}"
+    if images and empty == images:
+        raise DataError(what)
+    if empty:
+        log.warning("%s; `extrema-fast index` lists the good ones", what)

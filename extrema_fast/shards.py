@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import DataError, UsageError
-from .image_source import ImageSource, number_classes
+from .image_source import ImageSource, number_classes, warn_of_empty
 from .manifest import unescape
 from .tar_index import Member, members, split_name
 
@@ -201,9 +201,9 @@ def shard_source(
 
     name        what messages call them
     extensions  of images, in lower case, with the dot
-    check       False keeps images of 0 bytes, for `index` to report
+    check       False: nothing is said of images of 0 bytes
     raises      UsageError: a shard that cannot be read, or no image in any; DataError: no tar, a truncated or
-                compressed one, a key that comes twice in a shard, images of 0 bytes
+                compressed one, a key that comes twice in a shard, or nothing but images of 0 bytes
 
     Labels are kept where every image has one. A file `classes.txt` beside the first shard names the classes
     of labels that are line numbers, counted from 0. The same key in two shards is two images.
@@ -221,12 +221,9 @@ def shard_source(
     _warn(name, shards)
     spans = np.array([s.image[1:] for shard in shards for s in shard.samples], np.int64)
     names = [f"{shard.path}:{s.image.name}" for shard in shards for s in shard.samples]
-    if check and not spans[:, 1].all():
-        first = names[int((spans[:, 1] == 0).argmax())]
-        raise DataError(
-            f"{name}: {int((spans[:, 1] == 0).sum())} of {len(names)} images are empty (0 bytes), first: "
-            f"{first}; `extrema-fast index` lists the good ones for training"
-        )
+    if check:
+        void = spans[:, 1] == 0
+        warn_of_empty(name, int(void.sum()), len(names), names[int(void.argmax())])
     labels, classes = _labels(name, shards)
     counts = [len(shard.samples) for shard in shards]
     return ImageSource(

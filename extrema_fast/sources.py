@@ -47,8 +47,8 @@ def open_source(
              a mixture of these (.toml, see `mixture.py`)
     split    `train` or `test`: which part of a built-in set; no effect on any other
     limit    only the first N of a shuffle keyed by `seed`, in row order (0: all)
-    check    False keeps rows that are gone, have 0 bytes or a kind that no loader reads, for `index` to report
-    raises   UsageError: nothing there, or not what is expected; DataError: files of 0 bytes, a broken shard
+    check    False keeps rows that are gone or of a kind that no loader reads, for `index` to report
+    raises   UsageError: nothing there, or not what is expected; DataError: no image with bytes, a broken shard
 
     Folders below a class folder belong to it, links are followed, hidden files are skipped. A folder of shards
     that holds the manifest of exactly these shards (`manifest.tsv`, as `pack` writes it) is read by that.

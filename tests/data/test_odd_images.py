@@ -107,11 +107,13 @@ def test_flipped_bits_decode_or_are_named(odd_images, tmp_path, config, kind):
         assert images.shape == (1, 32, 32, 3)
 
 
-def test_an_empty_file_is_found_when_the_folder_is_opened(odd_images, tmp_path):
+def test_an_empty_file_is_found_when_the_folder_is_opened(odd_images, tmp_path, caplog):
     shutil.copy(odd_images / "bad_zero_bytes.jpg", tmp_path)
-    shutil.copy(odd_images / "ok_rgb.jpg", tmp_path)
-    with pytest.raises(DataError, match=r"1 of 2 files are empty \(0 bytes\), first: .*bad_zero_bytes\.jpg"):
+    with pytest.raises(DataError, match=r"1 of 1 images are empty \(0 bytes\), first: .*bad_zero_bytes\.jpg"):
         open_source(str(tmp_path))
+    shutil.copy(odd_images / "ok_rgb.jpg", tmp_path)
+    assert len(open_source(str(tmp_path))) == 2
+    assert "1 of 2 images are empty (0 bytes), first: " in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["no header", "cut"])

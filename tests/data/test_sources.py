@@ -212,13 +212,18 @@ def test_bad_lists(tmp_path):
     fails(tmp_path / "a.png", "is one image; expected")
 
 
-def test_broken_links_and_empty_files(tmp_path):
+def test_broken_links_and_empty_files(tmp_path, caplog):
     image(tmp_path / "a/1.png")
     (tmp_path / "a/2.png").symlink_to(tmp_path / "gone.png")
     fails(tmp_path, r"1 of 2 files do not exist, first: .*a/2\.png$")
     (tmp_path / "a/2.png").unlink()
     (tmp_path / "a/2.png").touch()
-    fails(tmp_path, r"1 of 2 files are empty \(0 bytes\), first: .*a/2\.png; remove them", DataError)
+    assert len(open_source(str(tmp_path))) == 2
+    assert (
+        f"1 of 2 images are empty (0 bytes), first: {tmp_path}/a/2.png; `extrema-fast index`" in caplog.text
+    )
+    (tmp_path / "a/1.png").write_bytes(b"")
+    fails(tmp_path, r"2 of 2 images are empty \(0 bytes\), first: .*a/1\.png$", DataError)
 
 
 def test_bad_arguments(tree):
