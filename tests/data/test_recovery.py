@@ -247,7 +247,8 @@ def test_over_the_budget(images, config, kind, budget):
         spoil(images / f"{i:02d}.{'jpg' if i % 2 else 'png'}", "text")
     source = open_source(str(images))
     # decoding threads may find another before the first of them stops
-    said = rf"{images}: [{'23' if budget else '123'}] of 23 images cannot be used, data\.bad_budget allows {1 if budget else 0}"
+    count, allowed = ("[23]", 1) if budget else ("[123]", 0)
+    said = rf"{images}: {count} of 23 images cannot be used, data\.bad_budget allows {allowed}"
     with (
         pytest.raises(
             DataError, match=said + r"; first: .*extrema-fast index .* --data\.train M\.tsv"
