@@ -1,7 +1,7 @@
 """Imports point one way, optional packages stay optional, and torch alone is enough for the encoder.
 
 Covers: every import statement of extrema_fast/ and kernels/ against the layers below; optional packages
-only inside functions; no module without a place in the table; packages complete (`__init__.py`);
+only inside functions; no module without a place in the table, and in the package's own map; packages complete (`__init__.py`);
 `import extrema_fast` loads nothing heavy; the encoder runs with all optional packages blocked; the checker
 itself notices each kind of violation.
 """
@@ -9,6 +9,7 @@ itself notices each kind of violation.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -189,6 +190,14 @@ def test_imports_point_one_way(repository):
     for path, module in files:
         found += violations(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
     assert not found, "\n" + "\n".join(found)
+
+
+def test_every_module_has_its_place_in_the_map(repository):
+    named = re.findall(
+        r"`(\w+\.py)`", (repository / "extrema_fast/README.md").read_text().partition("| --- |")[2]
+    )
+    there = {p.name for p in (repository / "extrema_fast").glob("*.py") if not p.name.startswith("__")}
+    assert sorted(named) == sorted(there)
 
 
 def test_every_folder_is_a_package(repository):
