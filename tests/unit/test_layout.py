@@ -1,9 +1,9 @@
 """Imports point one way, optional packages stay optional, and torch alone is enough for the encoder.
 
 Covers: every import statement of extrema_fast/ and kernels/ against the layers below; optional packages
-only inside functions; no module without a place in the table, and in the package's own map; packages complete (`__init__.py`);
-`import extrema_fast` loads nothing heavy; the encoder runs with all optional packages blocked; the checker
-itself notices each kind of violation.
+only inside functions; no module without a place in the table, and in the package's own map; packages
+complete (`__init__.py`); `import extrema_fast` loads nothing heavy; the encoder runs with all optional
+packages blocked; the checker itself notices each kind of violation.
 """
 
 from __future__ import annotations
