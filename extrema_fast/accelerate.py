@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from . import ops
 from .accelerate_blocks import Blocks, Part, Timm, any_global_hook, timm_classes, why_called
+from .blocks import check_images
 from .errors import UsageError
 from .linear import compute_dtype
+from .masking import check_keep
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +131,7 @@ class Accelerated:
         b, n = images.shape[0], grid[0] * grid[1]
         views = None
         if masked:
-            _check_keep(keep, b, n)
+            check_keep(keep, b, n)
             views = keep.shape[1] if keep.dim() == 3 else None
             rows = keep[None] if views is None else keep.transpose(0, 1)
             x = self._masked(images, embedded, rows, grid)
@@ -270,13 +272,7 @@ class Accelerated:
         """The grid of a stock PatchEmbed, with its checks of the size."""
         embed, (height, width) = self.vit.patch_embed, images.shape[-2:]
         p = embed.patch_size[0]
-        if images.shape[1] != embed.proj.in_channels:
-            raise UsageError(
-                f"images: expected [B, {embed.proj.in_channels}, H, W], got {list(images.shape)}"
-            )
-        dtype = embed.proj.weight.dtype
-        if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
-            raise UsageError(f"images: expected {dtype} as the weights, got {images.dtype}; or use autocast")
+        check_images(images, embed.proj.in_channels, embed.proj.weight.dtype)
         if embed.img_size is not None and embed.strict_img_size and (height, width) != tuple(embed.img_size):
             raise UsageError(
                 f"images: {height} x {width} is not the size {tuple(embed.img_size)} of this model; use "
@@ -291,13 +287,7 @@ class Accelerated:
     # ---- checks ----------------------------------------------------------------------------------
 
     def _check(self, images: Tensor) -> None:
-        if images.dim() != 4:
-            raise UsageError(
-                f"images: expected [B, C, H, W], got {list(images.shape)}"
-                + ("; a single image needs images[None]" if images.dim() == 3 else "")
-            )
-        if not images.is_floating_point():
-            raise UsageError(f"images: expected normalised floats, got {images.dtype}")
+        check_images(images)
         _check_refused(self.vit, self.blocks.timm)
         if self.strict and not torch.compiler.is_compiling():
             self._check_strict(self.report())
@@ -351,21 +341,6 @@ def _check_refused(vit: Any, timm: Timm) -> None:
             f"accelerate: {type(drop).__name__} is active and would drop patches of its own; give `keep` instead, "
             "and set vit.patch_drop = torch.nn.Identity()"
         )
-
-
-def _check_keep(keep: Tensor, b: int, n: int) -> None:
-    if keep.is_floating_point() or keep.dtype == torch.bool:
-        raise UsageError(f"keep: expected integer indices, got {keep.dtype}; see extrema_fast.keep_from_mask")
-    if keep.dim() not in (2, 3) or keep.shape[0] != b or keep.shape[-1] < 1:
-        raise UsageError(f"keep: expected [{b}, K] or [{b}, V, K] with K >= 1, got {list(keep.shape)}")
-    # on a GPU the check would wait for the device (there the gather itself asserts); torch.compile cannot branch
-    # on values
-    if keep.device.type == "cpu" and keep.numel() and not torch.compiler.is_compiling():
-        low, high = int(keep.min()), int(keep.max())
-        if low < 0 or high >= n:
-            raise UsageError(
-                f"keep: expected indices in [0, {n}), which count patches only, got {low} to {high}"
-            )
 
 
 def _grid_of(n: int, height: int, width: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import UsageError
-from .linear import Linear, linear
+from .linear import Linear, autocasts, linear
 from .resample import resample_patch_kernel
 
 NORM_EPS = 1e-6
@@ -26,6 +26,24 @@ def pair(size: int | Sequence[int], name: str = "img_size") -> tuple[int, int]:
     if len(sides) != 2 or not all(isinstance(s, int) for s in sides):
         raise UsageError(f"{name}: expected pixels or (height, width), got {size!r}")
     return sides
+
+
+def check_images(images: Tensor, chans: int | None = None, dtype: torch.dtype | None = None) -> None:
+    """raises UsageError unless images are [B, C, H, W] floats; chans: C; dtype: that of the weights (not asked of
+    images under autocast)."""
+    if not isinstance(images, Tensor):
+        raise UsageError(
+            f"images: expected a tensor [B, C, H, W], got {type(images).__name__}; use torch.as_tensor(images)"
+        )
+    if images.dim() != 4 or chans not in (None, images.shape[1]):
+        raise UsageError(
+            f"images: expected [B, {chans or 'C'}, H, W], got {list(images.shape)}"
+            + ("; a single image needs images[None]" if images.dim() == 3 else "")
+        )
+    if not images.is_floating_point():
+        raise UsageError(f"images: expected normalised floats, got {images.dtype}; see encoder.preprocess()")
+    if dtype not in (None, images.dtype) and not autocasts(images.device.type):
+        raise UsageError(f"images: expected {dtype} as the weights, got {images.dtype}; or use autocast")
 
 
 def check_sides(size: Sequence[int], patch: int, name: str = "images") -> tuple[int, int]:

@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import ops
-from .blocks import NORM_EPS, Block, Kept, PatchEmbed, PoolBlock, check_sides, pair
+from .blocks import NORM_EPS, Block, Kept, PatchEmbed, PoolBlock, check_images, check_sides, pair
 from .config import SIZES, ModelConfig, did_you_mean
 from .dino import Dino
 from .drop_path import scale_from_coins
 from .errors import UsageError
 from .linear import RECOMPUTE
+from .masking import check_keep
 from .positions import SinCos
 from .positions import sincos_table as sincos_table
-from .timm_methods import POOLS, TimmMethods
+from .timm_methods import POOLS, TimmMethods, check_classes
 
 
 class Encoded(NamedTuple):
@@ -73,10 +74,9 @@ class Encoder(TimmMethods):
             raise UsageError(f"pos_embed: expected 'sincos' or 'learned', got {pos_embed!r}")
         if fc_norm and global_pool != "avg":
             raise UsageError("fc_norm: only with global_pool='avg'")
-        if in_chans is not None and in_chans < 1:
-            raise UsageError(f"in_chans: expected at least 1, got {in_chans}")
-        if num_classes < 0:
-            raise UsageError(f"num_classes: expected 0 (features) or more, got {num_classes}")
+        if in_chans is not None and (not isinstance(in_chans, int) or in_chans < 1):
+            raise UsageError(f"in_chans: expected a whole number, at least 1, got {in_chans!r}")
+        check_classes(num_classes)
         if not 0 <= drop_rate < 1:
             raise UsageError(f"drop_rate: expected from 0 to below 1, got {drop_rate}")
         trained = pair(config.grid if pos_grid is None else pos_grid, "pos_grid")
@@ -274,9 +274,8 @@ class Encoder(TimmMethods):
         else:
             cls = normed.mean(1)
         if keep.dim() == 3:
-            b, v, k = keep.shape
-            cls = cls.view(v, b, -1).transpose(0, 1)
-            normed = normed.view(v, b, k, -1).transpose(0, 1)
+            views = (keep.shape[1], keep.shape[0])
+            cls, normed = (t.unflatten(0, views).transpose(0, 1) for t in (cls, normed))
         return Encoded(cls, normed, keep, grid)
 
     def get_attention(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -293,8 +292,7 @@ class Encoder(TimmMethods):
         _, maps = self.pool(self.trunk(self.embed(images, rows)), return_weights=True)
         out = torch.stack(maps, 1).float()
         if keep.dim() == 3:
-            b, v, _ = keep.shape
-            out = out.view(v, b, *out.shape[1:]).transpose(0, 1)
+            out = out.unflatten(0, (keep.shape[1], keep.shape[0])).transpose(0, 1)
         return out
 
     def forward(self, images: Tensor) -> Tensor:
@@ -320,33 +318,17 @@ class Encoder(TimmMethods):
     # ---- checks ----------------------------------------------------------------------------------
 
     def _check_images(self, images: Tensor) -> tuple[int, int]:
-        if images.dim() != 4 or images.shape[1] != self.in_chans:
-            raise UsageError(
-                f"images: expected [B, {self.in_chans}, H, W], got {list(images.shape)}"
-                + ("; a single image needs images[None]" if images.dim() == 3 else "")
-            )
-        if not images.is_floating_point():
-            raise UsageError(
-                f"images: expected normalised floats, got {images.dtype}; see encoder.preprocess()"
-            )
+        check_images(images, self.in_chans, self.patch_embed.proj.weight.dtype)
         return check_sides(images.shape[-2:], self.patch_size)
 
     def _check_keep(
         self, images: Tensor, keep: Tensor | None, grid: tuple[int, int]
     ) -> tuple[Tensor | None, Tensor]:
+        """(rows [V, B, K] for the gather or None, keep as returned)."""
         b, n = images.shape[0], grid[0] * grid[1]
         if keep is None:
             return None, torch.arange(n, device=images.device).expand(b, n)
-        if keep.is_floating_point() or keep.dtype == torch.bool:
-            raise UsageError(f"keep: expected integer indices, got {keep.dtype}; see masking.keep_from_mask")
-        if keep.dim() not in (2, 3) or keep.shape[0] != b or keep.shape[-1] < 1:
-            raise UsageError(f"keep: expected [{b}, K] or [{b}, V, K] with K >= 1, got {list(keep.shape)}")
-        # on a GPU the check would wait for the device (there the gather itself asserts); torch.compile cannot
-        # branch on values
-        if keep.device.type == "cpu" and keep.numel() and not torch.compiler.is_compiling():
-            low, high = int(keep.min()), int(keep.max())
-            if low < 0 or high >= n:
-                raise UsageError(f"keep: expected indices in [0, {n}), got {low} to {high}")
+        check_keep(keep, b, n)
         return (keep[None] if keep.dim() == 2 else keep.transpose(0, 1)), keep
 
 
@@ -396,7 +378,7 @@ def create_encoder(
     raises       UsageError for an unknown name or keyword (with the nearest), or a size that does not divide
     """
     if name not in list_models():
-        raise UsageError(f"unknown model {name!r}{did_you_mean(name, list_models())}")
+        raise UsageError(f"unknown model {name!r}{did_you_mean(str(name), list_models())}")
     if unknown := sorted(shape.keys() - set(_SHAPE)):
         known = [*_SHAPE, "patch_size", "pos_embed", "pos_coords", "pos_grid", "drop_rate", "drop_path_rate"]
         raise UsageError(f"create_encoder: unknown option {unknown[0]!r}{did_you_mean(unknown[0], known)}")

@@ -22,7 +22,13 @@ RECOMPUTE = {"none": frozenset(), "gelu": frozenset({"gelu"}), "norm": frozenset
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Autocast's type inside autocast, else that of `x`."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(kind) if autocasts(kind) else x.dtype
+
+
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for this type of device."""
+    # torch raises for devices that have none
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 class Linear(nn.Linear):
@@ -89,7 +95,7 @@ _NOTHING = contextlib.nullcontext()
 
 def _in_place_of_autocast(x: Tensor) -> Any:
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else _NOTHING
 
 
 def _eager_on_cpu(x: Tensor) -> bool:

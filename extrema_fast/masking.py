@@ -46,6 +46,28 @@ def sample_views(
     return ops.sample_views(index, num_patches, num_keep, num_views, mode=mode, seed=seed, epoch=epoch)
 
 
+def check_keep(keep: Tensor, batch: int, num_patches: int) -> None:
+    """raises UsageError unless `keep` is [B, K] or [B, V, K] of integers in [0, N), V and K at least 1."""
+    if not isinstance(keep, Tensor):
+        raise UsageError(
+            f"keep: expected a tensor of integer indices, got {type(keep).__name__}; use torch.as_tensor(keep)"
+        )
+    if keep.is_floating_point() or keep.is_complex() or keep.dtype == torch.bool:
+        raise UsageError(f"keep: expected integer indices, got {keep.dtype}; see extrema_fast.keep_from_mask")
+    if keep.dim() not in (2, 3) or keep.shape[0] != batch or 0 in keep.shape[1:]:
+        raise UsageError(
+            f"keep: expected [{batch}, K] or [{batch}, V, K] with V and K >= 1, got {list(keep.shape)}"
+        )
+    # on a GPU the check would wait for the device (there the gather itself asserts); torch.compile cannot
+    # branch on values
+    if keep.device.type == "cpu" and keep.numel() and not torch.compiler.is_compiling():
+        low, high = int(keep.min()), int(keep.max())
+        if low < 0 or high >= num_patches:
+            raise UsageError(
+                f"keep: expected indices in [0, {num_patches}), which count patches only, got {low} to {high}"
+            )
+
+
 def keep_from_mask(mask: Tensor) -> Tensor:
     """Keep indices from a boolean mask (True = kept).
 

@@ -40,6 +40,12 @@ def take_indices(depth: int, indices: int | Sequence[int] | None, name: str = "i
     return sorted({i % depth for i in indices})
 
 
+def check_classes(num_classes: int) -> None:
+    """raises UsageError unless it is a number of classes."""
+    if not isinstance(num_classes, int) or num_classes < 0:
+        raise UsageError(f"num_classes: expected 0 (features) or more, got {num_classes!r}")
+
+
 class TimmMethods(nn.Module):
     """The methods of timm's contract, on an `Encoder` (which has the modules and `encode`)."""
 
@@ -212,8 +218,7 @@ class TimmMethods(nn.Module):
         where it is not wanted.
         raises  UsageError for 'token' without class head
         """
-        if num_classes < 0:
-            raise UsageError(f"num_classes: expected 0 (features) or more, got {num_classes}")
+        check_classes(num_classes)
         if global_pool is not None:
             if global_pool not in POOLS:
                 raise UsageError(f"global_pool: expected 'token', 'avg' or '', got {global_pool!r}")

@@ -19,6 +19,7 @@ import sys
 import types
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -728,8 +729,8 @@ KEEP = torch.zeros(2, 4, dtype=torch.long)
         (torch.zeros(2, 3, *SIZE).double(), KEEP, "expected torch.float32 as the weights, got torch.float64"),
         (torch.zeros(2, 3, *SIZE), KEEP.float(), "keep: expected integer indices, got torch.float32"),
         (torch.zeros(2, 3, *SIZE), KEEP.bool(), "see extrema_fast.keep_from_mask"),
-        (torch.zeros(2, 3, *SIZE), KEEP[0], r"expected \[2, K\] or \[2, V, K\] with K >= 1, got \[4\]"),
-        (torch.zeros(3, 3, *SIZE), KEEP, r"expected \[3, K\] or \[3, V, K\] with K >= 1, got \[2, 4\]"),
+        (torch.zeros(2, 3, *SIZE), KEEP[0], r"expected \[2, K\] or \[2, V, K\] with V and K >= 1, got \[4\]"),
+        (torch.zeros(3, 3, *SIZE), KEEP, r"expected \[3, K\] or \[3, V, K\] with V and K >= 1, got \[2, 4\]"),
         (torch.zeros(2, 3, *SIZE), KEEP[:, :0], r"K >= 1, got \[2, 0\]"),
         (
             torch.zeros(2, 3, *SIZE),
@@ -737,6 +738,8 @@ KEEP = torch.zeros(2, 4, dtype=torch.long)
             r"indices in \[0, 15\), which count patches only, got 15 to 15",
         ),
         (torch.zeros(2, 3, *SIZE), KEEP - 1, r"got -1 to -1"),
+        (torch.zeros(2, 3, *SIZE), KEEP.tolist(), "keep: expected a tensor of integer indices, got list"),
+        (np.zeros((2, 3, *SIZE), "float32"), KEEP, r"images: expected a tensor \[B, C, H, W\], got ndarray"),
     ],
 )
 def test_bad_input(images, keep, words):

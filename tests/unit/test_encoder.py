@@ -550,6 +550,14 @@ def test_drop_path_in_training_mode_only():
         (torch.zeros(2, 3, 24, 40), torch.zeros(3, 4, dtype=torch.int64), ["[2, K]", "[3, 4]"]),
         (torch.zeros(2, 3, 24, 40), torch.zeros(2, dtype=torch.int64), ["[2, K]", "[2]"]),
         (torch.zeros(2, 3, 24, 40), torch.zeros(2, 0, dtype=torch.int64), ["K >= 1", "[2, 0]"]),
+        (torch.zeros(2, 3, 24, 40), torch.zeros(2, 0, 3, dtype=torch.int64), ["V and K", "[2, 0, 3]"]),
+        (torch.zeros(2, 3, 24, 40), [[0], [1]], ["keep: expected a tensor", "list", "torch.as_tensor(keep)"]),
+        (np.zeros((2, 3, 24, 40), "float32"), None, ["images: expected a tensor", "ndarray"]),
+        (
+            torch.zeros(2, 3, 24, 40).double(),
+            None,
+            ["torch.float32 as the weights", "torch.float64", "autocast"],
+        ),
     ],
 )
 @pytest.mark.parametrize("call", ["encode", "get_attention"])
@@ -580,7 +588,9 @@ def test_errors_name_what_was_wrong(x, keep, words, call):
         ({"drop_rate": 1.0}, "drop_rate: expected from 0 to below 1, got 1.0"),
         ({"pos_embed": "rope"}, "'sincos' or 'learned', got 'rope'"),
         ({"fc_norm": True}, "fc_norm: only with"),
-        ({"in_chans": 0}, "in_chans: expected at least 1, got 0"),
+        ({"in_chans": 0}, "in_chans: expected a whole number, at least 1, got 0"),
+        ({"in_chans": "3"}, "in_chans: expected a whole number, at least 1, got '3'"),
+        ({"num_classes": 2.5}, "num_classes: expected 0 (features) or more, got 2.5"),
         ({"num_classes": -1}, "num_classes"),
         ({"drop_path_rate": 1.0}, "drop_path"),
     ],
@@ -592,6 +602,23 @@ def test_building_errors(options, words):
 
 
 # ---- other modes of use ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (0, 3, 4)])
+def test_no_images(shape):
+    encoder, images, keep = Encoder(SMALL), torch.zeros(0, 3, 24, 40), torch.zeros(shape, dtype=torch.int64)
+    out = encoder.encode(images, keep)
+    assert out.cls.shape == (*shape[:-1], encoder.embed_dim)
+    assert out.patches.shape == (*shape, encoder.embed_dim)
+    assert encoder.get_attention(images, keep).shape == (*shape[:-1], 2, encoder.heads, 1 + shape[-1])
+
+
+def test_shapes_without_memory():
+    with torch.device("meta"):
+        encoder, images = Encoder(SMALL), torch.zeros(2, 3, 32, 40)
+        out = encoder.encode(images, torch.zeros(2, 3, 4, dtype=torch.int64))
+        assert encoder(images).device.type == "meta"
+    assert out.cls.shape == (2, 3, encoder.embed_dim) and out.patches.device.type == "meta"
 
 
 def test_compiles_into_one_graph():
