@@ -27,6 +27,7 @@ from .data_order import Order, epoch_length
 from .data_recover import BadRows
 from .dist import World
 from .errors import DataError, UsageError
+from .preprocess import center_of, scaled_size
 from .sources import ImageSource, match_classes, open_source, subset
 
 __all__ = [
@@ -46,8 +47,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# evaluation resizes the short side to this multiple of the crop (256 for 224; method.md section 7)
-EVAL_RESIZE = 256 / 224
 TRIES = 10
 
 
@@ -102,18 +101,22 @@ def random_boxes(
 
 
 def center_boxes(sizes: np.ndarray, img_size: tuple[int, int]) -> np.ndarray:
-    """Boxes of "resize so that the short side fits 256/224 of the crop, then crop the centre".
+    """Boxes of "resize so that the short side fits 256/224 of the crop, then crop the centre", as `preprocess` does.
 
     sizes    [b, 2] height and width of the images in pixels
     returns  [b, 4] float64 (top, left, bottom, right) in pixels of the image, fractions included; the
              whole image where it already has `img_size`
     """
-    target = np.asarray(img_size, np.float64)
-    resized = np.rint(target * EVAL_RESIZE)
-    scale = (resized / sizes).max(1, keepdims=True)
-    side = np.where((sizes == target).all(1, keepdims=True), sizes, target / scale)
-    start = ((sizes - side) / 2).clip(0)
-    return np.concatenate([start, start + side], 1)
+    return np.array([_center_box(size, img_size) for size in sizes.tolist()], np.float64).reshape(-1, 4)
+
+
+def _center_box(size: list[int], img_size: tuple[int, int]) -> list[float]:
+    if tuple(size) == tuple(img_size):
+        return [0, 0, *size]
+    new = scaled_size(size, img_size)
+    start = center_of(new, img_size)
+    end = [at + side for at, side in zip(start, img_size, strict=True)]
+    return [at * old / to for at, old, to in zip((*start, *end), size * 2, new * 2, strict=True)]
 
 
 class TrainLoader:
@@ -269,7 +272,8 @@ class EvalLoader:
     """Every image once, in row order, resized and centre-cropped; iterate as often as needed.
 
     Iterating yields (images [b, H, W, 3] uint8, index [b] int64); the last batch may be smaller. The
-    short side is resized to round(img_size * 256/224); an image of exactly `img_size` stays as it is.
+    short side is resized to 256/224 of `img_size`, cut to whole pixels, as by `Encoder.preprocess`; an image of
+    exactly `img_size` stays as it is.
     `len()` is the number of images. Raises DataError naming a file that cannot be decoded; with `bad` it is left
     out and noted there, and only having no usable image at all is an error.
     """

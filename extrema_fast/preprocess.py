@@ -26,15 +26,14 @@ def resize_crop(
     """
     if tuple(image.shape[:2]) == size:
         return image
-    new = _scaled(image.shape[:2], size, crop_pct)
+    new = scaled_size(image.shape[:2], size, crop_pct)
     x = F.interpolate(image.permute(2, 0, 1)[None].float(), size=new, mode=interpolation, antialias=True)
-    # round half to even, as torchvision centres
-    top, left = (round((n - s) / 2) for n, s in zip(new, size, strict=True))
+    top, left = center_of(new, size)
     x = x[0, :, top : top + size[0], left : left + size[1]]
     return x.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
 
 
-def _scaled(old: Sequence[int], size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
+def scaled_size(old: Sequence[int], size: tuple[int, int], crop_pct: float = CROP_PCT) -> tuple[int, int]:
     """(height, width) before the crop: the smallest with the sides' ratio that hold size / crop_pct."""
     box = [math.floor(s / crop_pct) for s in size]
     # torchvision cuts the long side, timm rounds both where the box is not square
@@ -43,6 +42,13 @@ def _scaled(old: Sequence[int], size: tuple[int, int], crop_pct: float) -> tuple
     new = [whole(side * box[short] / old[short]) for side in old]
     new[short] = box[short]
     return max(new[0], size[0]), max(new[1], size[1])
+
+
+def center_of(scaled: Sequence[int], size: tuple[int, int]) -> tuple[int, int]:
+    """(top, left) of the crop of `size` from an image of (height, width) `scaled`."""
+    # round half to even, as torchvision centres
+    top, left = (round((n - s) / 2) for n, s in zip(scaled, size, strict=True))
+    return top, left
 
 
 def _per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:

@@ -1,4 +1,5 @@
-"""The loaders: order, epochs, worlds, resume, DALI against PIL, policies, EXIF, evaluation, shutdown."""
+"""The loaders: order, epochs, worlds, resume, DALI against PIL, policies, EXIF, evaluation (also beside
+`preprocess`), shutdown."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from extrema_fast import data
 from extrema_fast.config import DataConfig
 from extrema_fast.data import EvalLoader, TrainLoader, open_source
 from extrema_fast.errors import UsageError
+from extrema_fast.preprocess import resize_crop
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 
@@ -146,6 +148,21 @@ def test_eval_resizes_and_crops_like_the_paper(tmp_path, config, kind):
     resized = Image.fromarray(pixels).resize((85, 64), Image.Resampling.BILINEAR)
     want = np.asarray(resized.crop((15, 4, 71, 60))).astype(int)
     assert np.abs(want - got[0].numpy()).max() <= 3
+
+
+@pytest.mark.parametrize("size", [(32, 32), (384, 384), (224, 224), (40, 96), (19, 39)])
+def test_eval_gives_the_pictures_of_preprocess(tmp_path, config, kind, size):
+    shapes = [(90, 121), (300, 197), (33, 410), (37, 36), size]
+    for number, (h, w) in enumerate(shapes):
+        y, x = np.mgrid[0:h, 0:w]
+        # waves short enough that a pixel of scale shows, long enough that the decoders' filters agree
+        pixels = np.stack([np.sin(y / h * 40), np.sin(x / w * 40), np.cos((y / h + x / w) * 30)], -1)
+        Image.fromarray((127 + 120 * pixels).astype(np.uint8)).save(tmp_path / f"{number}.png")
+    source = open_source(str(tmp_path))
+    ((images, _),) = EvalLoader(source, config(loader=kind), size)
+    for path, got in zip(source.paths, images, strict=True):
+        want = resize_crop(torch.from_numpy(np.array(Image.open(path))), size)
+        assert (got.int() - want.int()).abs().float().mean() < 1, path
 
 
 def test_eval_leaves_an_image_of_the_right_size_alone(tmp_path, config, kind):
