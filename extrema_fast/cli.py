@@ -524,7 +524,9 @@ def _search(args: list[str]) -> None:
     p = _Parser("search")
     p.add_argument("query", metavar="QUERY", help="an image, a path in the index, or images as for embed")
     p.add_argument("index", metavar="INDEX", help="features made by embed")
-    p.add_argument("--k", type=int, default=10, metavar="N", help="images found for each query (default 10)")
+    p.add_argument(
+        "--k", type=int, metavar="N", help="images found for each query (default 10, if there are)"
+    )
     p.add_argument("--out", metavar="FILE.png", help="a picture: each query with what was found")
     p.add_argument("--weights", metavar="PATH", help="where the weights of the index are now")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")

@@ -141,6 +141,9 @@ def write_onnx(encoder: Encoder, folder: Path, own: Mapping[str, Any], options: 
             raise UsageError(
                 f"--opset {opset}: torch cannot write it ({' '.join(str(error).split())[:200]})"
             ) from None
+    if (written := made.model.opset_imports.get("")) != opset:
+        # torch logs that it failed to convert, and goes on with what it had
+        raise UsageError(f"--opset {opset}: torch wrote {written} instead; give a lower one")
     made.model.metadata_props["extrema_fast"] = json.dumps(own)
     size = sum(p.numel() * p.element_size() for p in encoder.state_dict().values())
     made.save(folder / ONNX, external_data=size > _ONNX_IN_ONE_FILE)

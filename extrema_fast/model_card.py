@@ -43,7 +43,8 @@ def model_card(config: Mapping[str, Any]) -> str:
         "from transformers import AutoImageProcessor, AutoModel",
         "",
         'model = AutoModel.from_pretrained("path/to/this/folder").eval()',
-        'images = AutoImageProcessor.from_pretrained("path/to/this/folder")(Image.open("photo.jpg"))',
+        f'photo = Image.open("photo.jpg"){_mode(config)}',
+        'images = AutoImageProcessor.from_pretrained("path/to/this/folder")(photo)',
         "features = model(**images)",
         first,
         f"features.pooler_output      # [1, width]: {'class token' if whole else 'mean of the patch tokens'}",
@@ -54,6 +55,12 @@ def model_card(config: Mapping[str, Any]) -> str:
         "No licence is stated: it is that of the weights this was exported from.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _mode(config: Mapping[str, Any]) -> str:
+    # transformers leaves a grey picture grey, whatever the model's channels
+    mode = {1: "L", 3: "RGB"}.get(config["extrema_fast"]["input"]["input_size"][0])
+    return f'.convert("{mode}")' if mode else ""
 
 
 def _table(config: Mapping[str, Any]) -> list[str]:

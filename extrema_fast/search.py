@@ -27,6 +27,8 @@ from .sources import EXTENSIONS, ImageSource, open_source
 
 log = logging.getLogger(__name__)
 
+# found for each query where nobody says how many
+NEIGHBOURS = 10
 # queries compared at a time, and queries in one picture
 QUERIES, SHEET_QUERIES = 4096, 24
 
@@ -35,7 +37,7 @@ def search(
     query: str | Path,
     index: str | Path,
     *,
-    k: int = 10,
+    k: int | None = None,
     out: str | Path | None = None,
     weights: str | Path | None = None,
     device: str = "auto",
@@ -43,6 +45,7 @@ def search(
 ) -> list[dict[str, Any]]:
     """The `k` nearest images of `index` to each query, by cosine similarity of their features.
 
+    k        how many (None: 10, or all where there are fewer)
     query    an image file; a path as in the index's rows.tsv (its own features are used and it is not among
              the results); or any images that `open_source` takes
     index    a folder of `extrema-fast embed` with class tokens or means
@@ -70,6 +73,8 @@ def search(
         images = _query_images(str(query))
         names = [images.title(i) for i in range(len(images))]
     there = len(embeddings) - (own is not None)
+    if k is None:
+        k = min(NEIGHBOURS, there)
     if not 1 <= k <= there:
         raise UsageError(
             f"--k: expected 1 to {there}, the {'other ' * (own is not None)}images of {index}, got {k}"

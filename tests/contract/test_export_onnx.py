@@ -58,7 +58,10 @@ def test_an_encoder_in_onnxruntime(tmp_path):
     assert own["step"] == 7 and own["input"]["input_size"] == [3, 24, 40]
     refused(lambda: convert.load_encoder(tmp_path / "out"), "an exported graph (model.onnx)")
     refused(lambda: export(weights, tmp_path / "low", "onnx", opset=11), "--opset", "18", "11")
-    assert not (tmp_path / "low").exists()
+    refused(
+        lambda: export(weights, tmp_path / "high", "onnx", opset=99), "--opset 99: torch wrote 18 instead"
+    )
+    assert not (tmp_path / "low").exists() and not (tmp_path / "high").exists()
 
 
 def test_a_classifier_a_newer_operator_set_and_a_file_beside(tmp_path, monkeypatch):

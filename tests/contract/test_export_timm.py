@@ -208,8 +208,9 @@ def test_the_whole_encoder_for_hugging_face(weights, method, tmp_path):
     assert "import extrema_fast.timm" in card and "class token" in card
 
 
-def test_the_model_card(weights, tmp_path):
+def test_the_model_card(weights, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
+    image = pytest.importorskip("PIL.Image")
     export(weights, tmp_path / "out", "hf")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     head, _, body = card.removeprefix("---\n").partition("---\n")
@@ -222,6 +223,12 @@ def test_the_model_card(weights, tmp_path):
         assert fact in body, fact
     # what the stock model does not have is said
     assert "class-attention head is left out" in body and "import extrema_fast" not in body
+    # its lines run as they are, also for a grey picture
+    image.new("L", (40, 30), 77).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    code, names = body.split("```python\n")[1].split("```")[0], {}
+    exec(code.replace("path/to/this/folder", "out"), names)
+    assert names["features"].last_hidden_state.shape == (1, 4, 64)
     try:
         from huggingface_hub import ModelCard
     except ImportError:
