@@ -318,12 +318,16 @@ def check_same(
     """
     changes = changed_maths(old, to_dict(cfg))
     shapes = [c for c in changes if c.startswith(_SHAPES) and not c.startswith(_NOT_SHAPES)]
-    if fingerprint is not None and new_fingerprint and fingerprint != new_fingerprint:
+    settings = bool(changes)
+    other_images = bool(fingerprint and new_fingerprint and fingerprint != new_fingerprint)
+    if other_images:
         changes += [f"data fingerprint: {fingerprint[:12]} -> {new_fingerprint[:12]}", *data]
     if not changes or (allow and not shapes):
         return changes
     remedy = "--overwrite (moves the old run aside) or another --out"
     if not shapes:
         remedy += ", or --allow-config-change to continue with the change"
-    what = "another architecture" if shapes else "other settings"
+    if other_images:
+        remedy = "the images as they were (their names, sizes in bytes and labels count), " + remedy
+    what = "another architecture" if shapes else "other settings" if settings else "other images"
     raise UsageError(f"--out {run}: holds a run with {what} ({'; '.join(changes)}); use {remedy}")

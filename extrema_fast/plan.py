@@ -53,7 +53,7 @@ def derived(cfg: Config, processes: int = 1, images: int | None = None) -> dict[
 
 
 def headline(cfg: Config, processes: int, images: int, device: str, loader: str) -> str:
-    """The run in two lines: what is trained on what, and the values derived from the batch size."""
+    """The run in two lines: what is trained on how many images an epoch, and the values derived from the batch size."""
     v = derived(cfg, processes, images)
     parts = f"{processes} x {cfg.train.accumulation} x {v['local_batch']}"
     return (

@@ -63,7 +63,8 @@ def open_source(
     if 0 < limit < len(source):
         if source.parts:
             raise UsageError(
-                f"data.limit: {limit} of a mixture with parts of an epoch would change its shares; lower its passes"
+                f"data.limit: {limit} of a mixture with parts of an epoch would change its shares; use "
+                "--data.limit 0 (all) and lower its passes"
             )
         rows = rng.permutation(len(source), seed=seed, epoch=_LIMIT_EPOCH)[:limit].sort().values
         source = subset(source, rows)
@@ -71,6 +72,10 @@ def open_source(
 
 
 def _open(spec: str, split: str, check: bool) -> ImageSource:
+    if spec in BUILT_IN and os.path.exists(spec):
+        log.warning(
+            "%s: the built-in images, not what is here under that name; for that, say ./%s", spec, spec
+        )
     path = BUILT_IN[spec]() / split if spec in BUILT_IN else Path(spec).expanduser()
     try:
         is_folder, is_file = path.is_dir(), path.is_file()

@@ -16,7 +16,7 @@ import torch
 
 from .checkpoint import Saver, fault
 from .config import Config, local_batch
-from .data import Batch
+from .data import Batch, epoch_length
 from .data_feed import feed
 from .data_recover import BAD_ROWS
 from .dist import Signals, start
@@ -103,7 +103,7 @@ def _loop(
             if folder is not None:
                 describe(run, folder, loader.kind)
                 recorder.screen.say(
-                    headline(cfg, world.size, len(run.source), str(world.device), loader.kind)
+                    headline(cfg, world.size, epoch_length(run.source), str(world.device), loader.kind)
                 )
             if run.step == 0 and cfg.eval.every_epochs:
                 _evaluate(run, recorder, test)

@@ -100,6 +100,16 @@ def test_unusual_names_reach_both_decoders(tmp_path, config, kind):
     assert images[:, 0, 0, 0].tolist() == [100, 200]
 
 
+def test_a_built_in_set_beside_a_folder_of_its_name(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert len(open_source("synthetic")) > 1 and not caplog.text
+    image(tmp_path / "synthetic/1.png")
+    assert len(open_source("./synthetic")) == 1 and not caplog.text
+    assert len(open_source("synthetic")) > 1
+    assert "synthetic: the built-in images, not what is here under that name" in caplog.text
+
+
 def test_limit_is_a_keyed_sample_with_its_labels(tree):
     whole = open_source(str(tree))
     some = open_source(str(tree), limit=7, seed=1)

@@ -244,8 +244,13 @@ def test_which_differences_a_resumed_run_may_have(tmp_path, change, allow, words
 
 
 def test_other_images_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="data fingerprint: aaa -> bbb"):
+    words = r"run with other images \(data fingerprint: aaa -> bbb\); use the images as they were .*--allow-config"
+    with pytest.raises(UsageError, match=words):
         check_same(tmp_path, to_dict(CFG), "aaa", CFG, "bbb", False)
+    with pytest.raises(
+        UsageError, match=r"other settings .*data fingerprint: aaa -> bbb.*the images as they were"
+    ):
+        check_same(tmp_path, to_dict(CFG), "aaa", from_dict({"train": {"seed": 4}}, CFG), "bbb", False)
     assert check_same(tmp_path, to_dict(CFG), "aaa", CFG, "bbb", True) == ["data fingerprint: aaa -> bbb"]
 
 
