@@ -83,7 +83,8 @@ class Files:
     def error(self, row: int, reason: object) -> DataError:
         """The error for a row that is no image, or a damaged one."""
         path, name = self.source.paths[row], self.source.title(row)
-        text = str(reason).replace(path, "").strip(" '\"") or type(reason).__name__
+        text = getattr(reason, "strerror", None) or str(reason)
+        text = text.replace(path, "").strip(" '\"") or type(reason).__name__
         if type(reason).__name__ == "UnidentifiedImageError":
             # PIL shows the object that it was given
             text = "no known image format"

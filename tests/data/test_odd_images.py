@@ -11,6 +11,7 @@ import torch
 from extrema_fast import data_decode
 from extrema_fast.data import EvalLoader, TrainLoader, center_boxes, open_source
 from extrema_fast.data_decode import load_rgb
+from extrema_fast.data_files import Files
 from extrema_fast.errors import DataError
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
@@ -140,6 +141,16 @@ def test_a_file_that_vanishes_is_named(tmp_path, config, kind):
     (tmp_path / "2.png").unlink()
     with pytest.raises(DataError, match=r"2\.png: cannot be decoded \(.*gone\)"):
         list(loader)
+
+
+def test_a_file_that_may_not_be_read_says_so_in_plain_words(tmp_path, config):
+    Image.new("RGB", (40, 40)).save(tmp_path / "1.png")
+    files = Files(open_source(str(tmp_path)), config())
+    error = files.error(0, PermissionError(13, "Permission denied", str(tmp_path / "1.png")))
+    assert (
+        f"1.png: cannot be decoded (Permission denied; {(tmp_path / '1.png').stat().st_size} bytes)"
+        in str(error)
+    )
 
 
 def test_a_kind_that_only_pil_reads_is_named(tmp_path, config):

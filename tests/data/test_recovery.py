@@ -2,8 +2,8 @@
 
 Covers: one bad file of each kind and moment (never an image, cut, gone, emptied, a shard cut short); all other samples
 identical; the same substitutes whether a row was known, found, or found by another process, after restarts and for
-any world; every good row as itself exactly once per epoch over all broken files, at several batch sizes and by
-shards; the pixel limit; the budget; the list in a file; a process that cannot go on; failures of DALI itself;
+any world; every good row as itself exactly once per epoch over all broken files, at several batch sizes, and over their
+manifest; the pixel limit; the budget; the list in a file; a process that cannot go on; failures of DALI itself;
 evaluation; memory.
 """
 
@@ -29,6 +29,7 @@ from extrema_fast.data_files import Files
 from extrema_fast.data_recover import BAD_ROWS
 from extrema_fast.dist import World
 from extrema_fast.errors import DataError
+from extrema_fast.index import index
 
 from .conftest import picture
 
@@ -71,8 +72,9 @@ def assert_only(places, clean, mended):
 
 
 @pytest.mark.parametrize("how", ["text", "cut", "empty", "gone"])
-@pytest.mark.parametrize("bad", [[7], [6, 12]])
-def test_all_other_samples_are_undisturbed(images, config, kind, how, bad, caplog):
+def test_all_other_samples_are_undisturbed(images, config, kind, how, caplog):
+    # a JPEG and a PNG file
+    bad = [7, 12]
     source, cfg = open_source(str(images)), config(loader=kind, bad_budget=0.1)
     clean, _ = batches(source, cfg, 12)
     for row in bad:
@@ -199,6 +201,21 @@ def test_every_good_row_once_per_epoch(everything, config, kind, batch, world):
         # once as itself; the places of the unusable hold substitutes, which are then there once more
         assert (np.delete(counts, list(unusable)) >= 1).all() and counts.sum() == 264
     assert set().union(*(bad.reasons for _, bad in parts)) == unusable
+
+
+@pytest.mark.parametrize(("batch", "world"), [(1, 1), (257, 1), (64, 2)])
+def test_over_a_manifest_every_good_row_exactly_once(everything, config, tmp_path, batch, world):
+    index(everything.name, tmp_path / "m.tsv", threads=1, progress=False)
+    source, steps = open_source(str(tmp_path / "m.tsv")), 257 // batch
+    assert len(source) == 257 and not any("/bad_" in p for p in source.paths)
+    parts = [
+        batches(source, config(loader="pil", bad_budget=0), 5 * steps, batch_size=batch, rank=r, world=world)
+        for r in range(world)
+    ]
+    for epoch in range(5):
+        rows = np.concatenate([b.index for seen, _ in parts for b in seen[epoch * steps :][:steps]])
+        assert len(rows) == steps * batch == len(set(rows.tolist()))
+    assert not any(len(bad) for _, bad in parts)
 
 
 def test_no_row_twice_where_enough_are_left_over(everything, config):
