@@ -197,7 +197,7 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def _open_source(data: str) -> ImageSource:
-    path = Path(data).expanduser()
+    source, path = open_source(data), Path(data).expanduser()
     if data not in BUILT_IN and not (path.is_file() and is_manifest(path)):
         log.info(
             "%s: no manifest; unreadable images show up only as they are packed "
@@ -205,7 +205,6 @@ def _open_source(data: str) -> ImageSource:
             data,
             data,
         )
-    source = open_source(data)
     if source.parts:
         raise UsageError(
             f"{data}: a mixture with parts of an epoch; pack its sources and mix the packed sets"
