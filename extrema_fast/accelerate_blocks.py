@@ -229,7 +229,7 @@ class Blocks:
             q, k, v = qkv.unbind(2)
             # autocast may have the norms return fp32
             qkv = torch.stack([attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype), v], 2)
-        x = ops.attention(qkv, self.backend).reshape(r, n, -1)
+        x = ops.attention(qkv, self.backend).flatten(2)
         inner = getattr(attn, "norm", None)
         if gate is not None:
             x = (x if inner is None else self.maybe(inner, x)) * gate

@@ -18,8 +18,8 @@ def adapt_in_chans(weight: Tensor, in_chans: int) -> Tensor:
     returns   [D, in_chans, p, p] of the same type; `weight` itself where nothing changes
     raises    UsageError for fewer than one channel
     """
-    if in_chans < 1:
-        raise UsageError(f"in_chans: expected at least 1, got {in_chans}")
+    if not isinstance(in_chans, int) or in_chans < 1:
+        raise UsageError(f"in_chans: expected a whole number, at least 1, got {in_chans!r}")
     have = weight.shape[1]
     if in_chans == have:
         return weight

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import UsageError
+from .foreign import name_of
 
 # descriptions are a few kB
 MAX_JSON = 16 << 20
@@ -127,7 +128,11 @@ def check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
         if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided:
             raise UsageError(f"{path}: {name} is not a dense tensor")
         if not value.is_floating_point():
-            raise UsageError(f"{path}: {name} is {value.dtype}; weights are floating-point numbers")
+            closest = name_of(state.keys())
+            raise UsageError(
+                f"{path}: {name} is {value.dtype}; weights are floating-point numbers"
+                + (f"; this looks like {closest}" if closest else "")
+            )
         if value.device.type != "cpu":
             raise UsageError(f"{path}: {name} holds no values (device {value.device.type})")
         if value.dim() == 0:

@@ -14,7 +14,6 @@ Refused models and bad input.
 from __future__ import annotations
 
 import copy
-import socket
 import sys
 import types
 from functools import partial
@@ -207,6 +206,15 @@ def test_views_run_at_once_and_equal_one_by_one(kept, seed):
     assert out.cls.shape == (3, 4, 24) and out.patches.shape == (3, 4, kept, 24)
     for v in range(4):
         assert (out.tokens[:, v] - slow(vit, images, keep[:, v])).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["registers", "qk-norm"])
+def test_no_images(name):
+    vit = build(**({"reg_tokens": 1} if name == "registers" else {"qk_norm": True}))
+    images, fast = images_for(vit, 0), accelerate(vit)
+    p = vit.num_prefix_tokens
+    assert fast.encode(images).tokens.shape == vit.forward_features(images).shape == (0, p + N, 24)
+    assert fast.encode(images, torch.zeros(0, 4, 5, dtype=torch.int64)).tokens.shape == (0, 4, p + 5, 24)
 
 
 def test_all_patches_raw_tokens_and_order():
@@ -571,11 +579,12 @@ def test_the_owner_notices_nothing():
     assert model(images, keep) == second != copied(images, keep)
 
 
-def _ddp(rank: int, port: int, file: str) -> None:
+def train_with_another_process(file: str) -> None:
+    """What one process of two runs; the first saves its weights."""
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     images, keep, model = _ddp_inputs()
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.5)
@@ -594,11 +603,13 @@ def _ddp_inputs() -> tuple[Tensor, Tensor, Project]:
     return torch.randn(4, 3, *SIZE).double(), draw(4, 5), model
 
 
-def test_two_processes_step_as_one(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_ddp, (port, str(tmp_path / "w.pt")), nprocs=2)
+def test_two_processes_step_as_one(tmp_path, run_cli):
+    here = (
+        "from benchmarks.with_timm import mend_torchvision\nmend_torchvision()\n"
+        "from tests.contract.test_accelerate import train_with_another_process as train\n"
+    )
+    codes, output = run_cli("encoders", processes=2, setup=f"{here}train({str(tmp_path / 'w.pt')!r})")
+    assert codes == [0, 0], output
     images, keep, model = _ddp_inputs()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for _ in range(2):

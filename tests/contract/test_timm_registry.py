@@ -13,8 +13,6 @@ import argparse
 import importlib
 import json
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -60,23 +58,15 @@ def close(a, b) -> bool:
     )
 
 
-def run_python(code: str) -> str:
-    command = [
-        sys.executable,
-        "-c",
-        "from benchmarks.with_timm import mend_torchvision\nmend_torchvision()\n" + code,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 # ---- registration ---------------------------------------------------------------------------------
 
 
-def test_registered_by_the_import_alone(repository, monkeypatch):
-    monkeypatch.chdir(repository)
-    out = run_python(
+def test_registered_by_the_import_alone(run_cli):
+    # a process that has imported this project, and not timm
+    codes, out = run_cli(
+        "encoders",
+        setup="from benchmarks.with_timm import mend_torchvision\n"
+        "mend_torchvision()\n"
         "import sys, extrema_fast\n"
         "encoder = extrema_fast.create_encoder('extrema_vit_tiny_patch16_224', img_size=32)\n"
         "loaded, sys.modules['timm'] = 'timm' in sys.modules, None\n"
@@ -88,9 +78,10 @@ def test_registered_by_the_import_alone(repository, monkeypatch):
         "import timm\n"
         "print(len(timm.list_models('extrema*')))\n"
         "import extrema_fast.timm\n"
-        "print(*timm.list_models('extrema*'), timm.is_model('extrema_vit_base_patch16_224'))\n"
+        "print(*timm.list_models('extrema*'), timm.is_model('extrema_vit_base_patch16_224'))\n",
     )
-    first, error, before, after = out.splitlines()
+    assert codes == [0], out
+    first, error, before, after = out.splitlines()[:4]
     assert first == "False 192" and before == "0" and after.split() == [*list_models(), "True"]
     assert error.startswith("extrema_fast.timm: timm cannot be imported")
     assert error.endswith('pip install "extrema-fast[timm]"')

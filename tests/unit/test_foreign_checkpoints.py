@@ -60,3 +60,13 @@ def test_parts_that_an_encoder_has_no_place_for(tmp_path):
     state = trained().teacher.state_dict() | {"register_tokens": torch.ones(1, 4, 64)}
     torch.save(state, tmp_path / "more.pth")
     refused(lambda: convert.load_encoder(tmp_path / "more.pth"), "extra: register_tokens")
+
+
+def test_counters_among_the_weights_do_not_hide_whose_they_are(tmp_path):
+    state = {"layer1.0.conv1.weight": torch.ones(2), "bn1.num_batches_tracked": torch.tensor(3)}
+    torch.save(state, tmp_path / "resnet.pth")
+    refused(
+        lambda: convert.load_encoder(tmp_path / "resnet.pth"),
+        "num_batches_tracked is torch.int64",
+        "a ResNet",
+    )
