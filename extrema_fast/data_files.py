@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .config import DataConfig
-from .errors import DataError
+from .errors import DataError, UsageError
 from .image_source import ImageSource
 
 _ORIENTATION_TAG = 0x0112
@@ -147,8 +147,10 @@ class Files:
         return data
 
     def _header(self, row: int, data: bytes) -> tuple[int, int]:
-        from PIL import Image
-
+        try:
+            from PIL import Image
+        except ImportError:
+            raise UsageError('reading images needs Pillow: pip install "extrema-fast[train]"') from None
         try:
             with (
                 io.BytesIO(data) if self.as_bytes else open(self.source.paths[row], "rb") as f,

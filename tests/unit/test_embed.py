@@ -162,6 +162,16 @@ def test_fp16_parquet(tmp_path, weights, images):
     assert a.shape == (19, 9, 16) and torch.equal(a, b)
 
 
+@pytest.mark.parametrize("loader", ["pil", "dali"])
+def test_reading_images_needs_pillow(tmp_path, weights, images, monkeypatch, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    for name in [n for n in sys.modules if n.partition(".")[0] == "PIL"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UsageError, match=r'needs Pillow: pip install "extrema-fast\[train\]"'):
+        embed(images, tmp_path / "out", weights, **SMALL | {"loader": loader})
+
+
 def test_parquet_needs_pyarrow(tmp_path, weights, images, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match=r"pyarrow, which is not installed; pip install .*\[parquet\]"):
