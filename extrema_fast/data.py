@@ -56,6 +56,7 @@ class Batch(NamedTuple):
     images  [b, H, W, 3] uint8, one crop per image (on the GPU when DALI decodes there)
     index   [b] int64 row numbers in the source, on the CPU
     parts   what the step draws of it, where that has been done ahead (`data_feed.py`)
+    waited  seconds that a GPU stood still for a batch, known a few steps later; None: as long as the host waits
     """
 
     images: Tensor
@@ -63,6 +64,7 @@ class Batch(NamedTuple):
     epoch: int
     step: int
     parts: Any = None
+    waited: float | None = None
 
 
 def random_boxes(

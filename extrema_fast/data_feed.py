@@ -7,7 +7,9 @@ the batch (keep indices of all views, colour coins, drop-path). The host only en
     side stream           copy, draw t      copy, draw t+1      copy, draw t+2
     waits                 t-2 is read       t-1 is read         t is read
 
-Two events per buffer keep the order: `filled` before the step reads it, `read` before it is filled again. The
+Two events per buffer keep the order: `filled` before the step reads it, `read` before it is filled again. Before they
+are used again their times tell how long the step's stream stood still for its batch; the host's own waiting says
+nothing of that, since it is ahead. It is at most two steps ahead, so that batches do not pile up in memory. The
 buffers have fixed shapes and places; a recorded step (`graph.StepGraph`) copies from them when it is replayed. On a
 CPU batches pass through, and the step draws for itself.
 """
@@ -48,13 +50,13 @@ class _Feed:
         self.loader, self.draw, self.device = loader, draw, device
         self.side = torch.cuda.Stream(device)
         self.buffers: list[_Buffer] = []
-        self.turn = 0
+        self.turn, self.given = 0, 0
 
     def __iter__(self) -> _Feed:
         return self
 
     def __next__(self) -> Batch:
-        step = torch.cuda.current_stream(self.device)
+        step, waited = torch.cuda.current_stream(self.device), self._waited()
         if self.buffers:
             # all that reads the last batch has been enqueued by now
             self.buffers[self.turn].read.record(step)
@@ -70,13 +72,24 @@ class _Feed:
             # made on the side, read by the step: its memory is free when the step has read it
             if isinstance(tensor, Tensor) and tensor.is_cuda:
                 tensor.record_stream(step)
-        return batch._replace(images=buffer.images, parts=parts)
+        self.given += 1
+        return batch._replace(images=buffer.images, parts=parts, waited=waited)
+
+    def _waited(self) -> float:
+        """Seconds the step before the last one waited for its batch after the step before it had ended."""
+        if self.given < 3:
+            return 0.0
+        ended, filled = self.buffers[self.turn].read, self.buffers[1 - self.turn].filled
+        ended.synchronize()
+        filled.synchronize()
+        return max(0.0, ended.elapsed_time(filled) / 1000)
 
     def _next_buffer(self, images: Tensor) -> _Buffer:
         if not self.buffers:
             for _ in range(2):
-                # an event that was never recorded is not waited for
                 mine = torch.empty(images.shape, dtype=images.dtype, device=self.device)
-                self.buffers.append(_Buffer(mine, torch.cuda.Event(), torch.cuda.Event()))
+                # one that was never recorded is not waited for
+                filled, read = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
+                self.buffers.append(_Buffer(mine, filled, read))
         self.turn = 1 - self.turn
         return self.buffers[self.turn]

@@ -84,7 +84,10 @@ class Counters:
 
 
 class Meter:
-    """Wall time of an interval, split into waiting for images and the rest; pauses are left out."""
+    """Wall time of an interval, split into waiting for images and the rest; pauses are left out.
+
+    Waiting is the host's, unless a batch knows of its device's (`Batch.waited`).
+    """
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -97,7 +100,8 @@ class Meter:
         """next(batches), timed."""
         before = time.perf_counter()
         batch = next(batches)
-        self.waited += time.perf_counter() - before
+        host = time.perf_counter() - before
+        self.waited += host if batch.waited is None else batch.waited
         self.steps += 1
         return batch
 

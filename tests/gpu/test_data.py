@@ -1,9 +1,9 @@
 """The data path on a GPU: `make test-gpu`.
 
 Covers: the feed's buffers are not read too early nor written over too early, with either stream far behind; the host
-does not wait; steps fed equal steps that draw for themselves, plain and recorded; pinned batches; DALI decoding on the
-GPU against the CPU, every policy, hardware load 0 and default; recovery there: all other samples undisturbed, each
-kind of broken file, restarts; a loader whose consumer is far behind.
+does not wait; what is told of waiting; steps fed equal steps that draw for themselves, plain and recorded; pinned
+batches; DALI decoding on the GPU against the CPU, every policy, hardware load 0 and default; recovery there: all
+other samples undisturbed, each kind of broken file, restarts; a loader whose consumer is far behind.
 """
 
 from __future__ import annotations
@@ -73,6 +73,34 @@ def test_no_buffer_is_read_or_written_too_early(behind, pinned):
     torch.cuda.synchronize()
     assert [int(s) for s in sums] == [int(b.images.long().sum()) for b in given]
     assert all(torch.equal(r.cpu(), b.index) for r, b in zip(rows, given, strict=True))
+
+
+@pytest.mark.parametrize("behind", ["step", "side"])
+def test_what_is_told_of_waiting_is_the_devices(behind):
+    """A step that takes long does not wait for images, however long the host does; a slow copy is waited for."""
+    device = torch.device("cuda", 0)
+
+    def draw(images, index, epoch):
+        if behind == "side":
+            torch.cuda._sleep(LONG)
+        return []
+
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    torch.cuda._sleep(LONG)
+    ended.record()
+    torch.cuda.synchronize()
+    long_s = began.elapsed_time(ended) / 1000
+    waited = []
+    for batch in feed(iter(random_batches(9)), draw, device):
+        waited.append(batch.waited)
+        if behind == "step":
+            torch.cuda._sleep(LONG)
+    assert waited[:3] == [0, 0, 0]
+    if behind == "step":
+        assert max(waited) < 0.2 * long_s
+    else:
+        assert min(waited[3:]) > 0.5 * long_s
 
 
 def test_two_buffers_take_turns():

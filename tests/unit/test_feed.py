@@ -1,12 +1,13 @@
 """From loader to step on a CPU, and what is said of waiting.
 
 Covers: batches pass through and are the loader's; a step with parts drawn ahead equals one that draws for itself; when
-waiting is told (not at first, not twice, again when worse); the remedy that fits; the share on the progress line;
-threads from the cores. The stream and its buffers: tests/gpu/test_data.py.
+waiting is told (not at first, not twice, again when worse), a GPU's by the times of its streams (simulated); the remedy
+that fits; the share on the progress line; threads from the cores. The stream and its buffers: tests/gpu/test_data.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 
@@ -15,9 +16,9 @@ import torch
 
 from extrema_fast import data, state
 from extrema_fast.config import from_dict, smoke
-from extrema_fast.data_feed import feed
+from extrema_fast.data_feed import _Feed, feed
 from extrema_fast.dist import World
-from extrema_fast.metrics import Progress, WaitWatch
+from extrema_fast.metrics import Meter, Progress, WaitWatch
 from extrema_fast.step import draw
 from extrema_fast.train import train_step
 
@@ -56,6 +57,65 @@ def test_parts_drawn_ahead_change_nothing():
                 run.step += 1
     one, two = (run.method.state_dict() for run in runs)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+class Stream:
+    """A stream as a clock: `ends` is when all that has been enqueued is done."""
+
+    def __init__(self, device=None):
+        self.ends = 0.0
+
+    def wait_event(self, event):
+        self.ends = max(self.ends, event.time)
+
+
+class Event:
+    def __init__(self, enable_timing, blocking):
+        assert enable_timing and blocking
+        self.time, self.recorded, self.waited_for = 0.0, 0, []
+
+    def record(self, stream):
+        self.time, self.recorded = stream.ends, self.recorded + 1
+
+    def synchronize(self):
+        assert self.recorded
+        self.waited_for.append(self.time)
+
+    def elapsed_time(self, end):
+        return 1000 * (end.time - self.time)
+
+
+@pytest.mark.parametrize(("fill_s", "step_s", "waits"), [(1.0, 3.0, 0.0), (3.0, 1.0, 2.0), (2.0, 2.0, 0.0)])
+def test_how_long_a_gpu_waits_is_told_by_its_streams(monkeypatch, fill_s, step_s, waits):
+    step, cpu = Stream(), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: step)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    given = [data.Batch(images + t, torch.arange(2), 0, t) for t in range(9)]
+
+    def fill(*_):
+        fed.side.ends += fill_s
+
+    fed, told, ended = _Feed(iter(given), fill, cpu), [], []
+    for t, batch in enumerate(fed):
+        assert (batch.images == t).all() and step.ends >= (t + 1) * fill_s
+        # the host is ahead of no more than what has been enqueued since the step three before
+        held = [time for buffer in fed.buffers for time in buffer.read.waited_for]
+        assert max(held, default=0.0) == (ended[t - 3] if t >= 3 else 0.0)
+        told.append(batch.waited)
+        step.ends += step_s
+        ended.append(step.ends)
+    assert told == [0.0] * 3 + [waits] * 6
+
+
+def test_the_meter_takes_the_devices_word():
+    meter, batch = Meter(8), data.Batch(torch.zeros(1), torch.zeros(1), 0, 0)
+    meter.next(iter([batch._replace(waited=1000.0)]))
+    assert meter.waited == 1000
+    meter.next(iter([batch]))
+    assert 1000 < meter.waited < 1001
 
 
 def test_waiting_is_told_once_and_again_when_worse():
