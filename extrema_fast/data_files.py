@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -162,15 +163,16 @@ class Files:
                 if w * h <= self.max_pixels and im.format in ("JPEG", "MPO") and not _has_end(f):
                     # whether DALI minds depends on the crop; found now, it is the same in every epoch
                     im.load()
-        except Image.DecompressionBombError:
-            raise self._too_large(row) from None
+        except Image.DecompressionBombError as e:
+            # the first number in its words
+            raise self._too_large(row, next(iter(re.findall(r"\d+", str(e))), "its")) from None
         except Exception as e:
             raise self.error(row, e) from e
         return h, w
 
-    def _too_large(self, row: int) -> DataError:
+    def _too_large(self, row: int, size: str = "") -> DataError:
         h, w = self._sizes[row].tolist()
-        size = f"{w} x {h}" if h else "its"
+        size = size or f"{w} x {h}"
         return self.error(row, f"{size} pixels are more than data.max_pixels {self.max_pixels}")
 
 

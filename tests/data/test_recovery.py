@@ -247,7 +247,7 @@ def test_a_picture_of_20000_x_20000(images, config, kind):
     source = open_source(str(images))
     _, found = batches(source, config(loader=kind), 8)
     assert list(found.reasons) == [8]
-    assert "pixels are more than data.max_pixels 178956970" in found.reasons[8]
+    assert "400000000 pixels are more than data.max_pixels 178956970" in found.reasons[8]
     with pytest.raises(DataError, match=r"08\.png.*pixels are more than data\.max_pixels"):
         list(EvalLoader(source, config(loader=kind), SIZE))
     # a limit of one's own
