@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"{PROG}: error: {' '.join(str(error).split())}")
         return error.exit_code
     except KeyboardInterrupt:
-        _say(f"\n{PROG}: interrupted; the same command goes on from what it has kept")
+        _say(f"\n{PROG}: interrupted; the same command continues from what it has kept")
         return 130
     except BrokenPipeError:
         # the reader (head, less) has left; what Python still holds goes nowhere
