@@ -301,11 +301,11 @@ class TrainConfig:
     cuda_graph: bool = False
     """Record the whole step, optimizer and teacher included, as one CUDA graph and replay it."""
     compact: bool = False
-    """Compute a drop-path branch for the kept rows only; the same result given the same coins. Off: its records
-    show little."""
+    """Compute a drop-path branch for the kept rows only; the same result given the same coins. Off: on a CPU
+    it gains nothing (record `allocator`); a GPU has not been tried."""
     recompute: Literal["auto", "none", "gelu", "norm"] = "auto"
     """What the backward pass computes again instead of keeping: GELU outputs, or these and LayerNorm outputs.
-    `auto`: both on a CPU, where that costs about one step in a hundred; nothing on a GPU."""
+    `auto`: both on a CPU, where no cost could be measured (record `memory`); nothing on a GPU."""
     fp8: Literal["off", "teacher", "trunk"] = "off"
     """FP8 products (torchao) in the teacher's trunk, or in both trunks; not recommended, no record yet."""
     seed: int = 0

@@ -57,7 +57,7 @@ class Part(NamedTuple):
 def compile_mode(cfg: Config, kind: str) -> str:
     """`train.compile`; `auto`: `block` on a GPU, none on a CPU.
 
-    On a CPU the plain step is faster than inductor's code for it (`python -m benchmarks step`).
+    On a CPU inductor's code for it is no faster, larger, and takes a minute to compile (record `modes`).
     """
     mode = cfg.train.compile
     return ("block" if kind == "cuda" else "none") if mode == "auto" else mode

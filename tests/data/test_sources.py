@@ -103,6 +103,7 @@ def test_unusual_names_reach_both_decoders(tmp_path, config, kind):
 def test_a_built_in_set_beside_a_folder_of_its_name(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    caplog.set_level(logging.WARNING, "extrema_fast")
     assert len(open_source("synthetic")) > 1 and not caplog.text
     image(tmp_path / "synthetic/1.png")
     assert len(open_source("./synthetic")) == 1 and not caplog.text
