@@ -612,7 +612,7 @@ def photos() -> Config:
     """
     return Config(
         out="runs/photos",
-        data=DataConfig(train="photos", policy="spatial", area=(0.7, 1.0), threads=1),
+        data=DataConfig(train="photos", policy="spatial", area=(0.7, 1.0)),
         mask=MaskConfig(ratio=0.87, views=5),
         model=ModelConfig(
             size="tiny", img_size=(32, 32), patch_size=4, width=128, depth=4, heads=2, drop_path=0.0

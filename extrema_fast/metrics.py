@@ -124,7 +124,7 @@ class Meter:
 
 
 class WaitWatch:
-    """Says when steps wait for images: once, and again only when it has become clearly worse.
+    """Says when steps wait for images in two intervals running: once, and again only when it has become clearly worse.
 
     The first interval of a start is left out (files not cached, kernels not compiled), so are those below a second.
     """
@@ -132,12 +132,15 @@ class WaitWatch:
     LIMIT, WORSE, SHORTEST = 0.05, 2.0, 1.0
 
     def __init__(self, remedy: str) -> None:
-        self.remedy, self.told, self.intervals = remedy, 0.0, 0
+        self.remedy, self.told, self.intervals, self.last = remedy, 0.0, 0, 0.0
 
     def look(self, share: float, seconds: float) -> str:
         """What to say of an interval in which `share` of the time was spent waiting; empty: nothing."""
         self.intervals += 1
-        if self.intervals == 1 or seconds < self.SHORTEST or share <= max(self.LIMIT, self.WORSE * self.told):
+        if self.intervals == 1 or seconds < self.SHORTEST:
+            return ""
+        share, self.last = min(share, self.last), share
+        if share <= max(self.LIMIT, self.WORSE * self.told):
             return ""
         self.told = share
         return f"steps wait for images {100 * share:.0f} % of the time; {self.remedy}"
