@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import ops
 from .accelerate_blocks import Blocks, Part, Timm, any_global_hook, timm_classes, why_called
 from .blocks import check_images
-from .errors import UsageError
+from .errors import UsageError, cannot_import
 from .linear import compute_dtype
 from .masking import check_keep
 
@@ -301,10 +301,8 @@ def _check_model(vit: nn.Module) -> Timm:
     """timm's classes, when `vit` is one of its VisionTransformers or a subclass that changes nothing used here."""
     try:
         timm = timm_classes()
-    except ImportError as error:
-        raise UsageError(
-            f"accelerate: timm cannot be imported ({error}); pip install 'extrema-fast[timm]'"
-        ) from error
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(f"accelerate: {cannot_import('timm', error, 'timm')}") from error
     inner = getattr(vit, "module", None) or getattr(vit, "_orig_mod", None)
     if isinstance(inner, timm.vit):
         raise UsageError(

@@ -39,3 +39,11 @@ class Preempted(ExtremaError):
     """Stopped by a signal after a checkpoint; the same command continues (exit code 75)."""
 
     exit_code = 75
+
+
+def cannot_import(package: str, error: Exception, extra: str) -> str:
+    """Why an optional package cannot be imported, and what helps; `extra` of this project brings it."""
+    remedy = f'pip install "extrema-fast[{extra}]"'
+    if "torchvision::" in str(error):
+        remedy = "torchvision was built for another torch; install both from the same index"
+    return f"{package} cannot be imported ({' '.join(str(error).split())[:200]}); {remedy}"

@@ -25,7 +25,7 @@ from . import export_graph, export_timm
 from .config import did_you_mean, to_dict
 from .convert import encoder_from, open_weights
 from .encoder import Encoder, model_args
-from .errors import ExtremaError, UsageError
+from .errors import ExtremaError, UsageError, cannot_import
 from .new_folder import check_free, new_folder
 from .weights import (
     ENCODER_OPTIONS,
@@ -152,10 +152,7 @@ def _require(package: str, extra: str, format: str) -> None:
         importlib.import_module(package)
     # a package that is there and broken, e.g. torchvision of another torch, fails in other ways
     except (ImportError, RuntimeError, OSError) as error:
-        raise UsageError(
-            f"--format {format} needs {package}, which cannot be imported ({' '.join(str(error).split())[:200]}); "
-            f'pip install "extrema-fast[{extra}]"'
-        ) from None
+        raise UsageError(f"--format {format}: {cannot_import(package, error, extra)}") from None
 
 
 def _load(

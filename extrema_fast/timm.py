@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .encoder import Encoder, create_encoder, list_models
-from .errors import UsageError
+from .errors import UsageError, cannot_import
 from .resample import resample_patch_kernel, resample_table
 
 # what saved weights may hold beside the encoder's own keys: projector, predictor
@@ -154,9 +154,7 @@ def _register(name: str) -> None:
 try:
     # under this name timm's registry looks for them
     default_cfgs = _default_cfgs()
-except ImportError as error:
-    raise ImportError(
-        f'extrema_fast.timm: timm cannot be imported ({error}); pip install "extrema-fast[timm]"'
-    ) from error
+except (ImportError, RuntimeError) as error:
+    raise ImportError(f"extrema_fast.timm: {cannot_import('timm', error, 'timm')}") from error
 for _name in list_models():
     _register(_name)

@@ -786,5 +786,5 @@ def test_more_bad_input(monkeypatch):
     ):
         accelerate(stem).encode(torch.zeros(2, 3, *SIZE), KEEP)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UsageError, match=r"timm cannot be imported .*pip install 'extrema-fast\[timm\]'"):
+    with pytest.raises(UsageError, match=r'timm cannot be imported .*pip install "extrema-fast\[timm\]"'):
         accelerate(vit)

@@ -22,7 +22,7 @@ from extrema_fast import convert, export_graph, export_timm
 from extrema_fast.__main__ import main
 from extrema_fast.config import config_hash
 from extrema_fast.encoder import Encoder
-from extrema_fast.errors import ExtremaError, StorageError
+from extrema_fast.errors import ExtremaError, StorageError, cannot_import
 from extrema_fast.export import FORMATS, export
 from extrema_fast.method import ExtreMA
 from tests.unit._weights import CFG, IMAGES, refused, released, trained
@@ -353,3 +353,10 @@ def test_commands(tmp_path, method, capsys):
     err = capsys.readouterr().err
     assert "--img-size" in err and "'tflite'" in err
     assert left(tmp_path) == ["checkpoint.pth", "out", "weights"]
+
+
+def test_what_helps_when_a_package_cannot_be_imported():
+    gone = cannot_import("timm", ModuleNotFoundError("No module named 'timm'"), "hf")
+    assert gone == """timm cannot be imported (No module named 'timm'); pip install "extrema-fast[hf]\""""
+    other = cannot_import("timm", RuntimeError("operator torchvision::nms does not exist"), "hf")
+    assert other.endswith("torchvision was built for another torch; install both from the same index")
