@@ -1,0 +1,52 @@
+"""The Python of README.md and docs/encoder.md runs as it stands, with files in the place of its example names.
+
+Covers: every block in order, in one namespace per page; shapes that the comments promise.
+"""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import extrema_fast
+from extrema_fast.export import export
+
+pytest.importorskip("timm")
+pytest.importorskip("transformers")
+
+
+def blocks(page) -> list[str]:
+    found = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    assert found
+    return found
+
+
+def test_readme(repository):
+    names: dict = {}
+    (code,) = blocks(repository / "README.md")
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["out"].cls.shape == (8, 384) and names["out"].patches.shape == (8, 196, 384)
+    assert names["views"].patches.shape == (8, 5, 39, 384) and names["maps"].shape == (8, 2, 6, 197)
+
+
+def test_the_encoders_page(repository, tmp_path):
+    weights = tmp_path / "weights.pth"
+    torch.save(extrema_fast.create_encoder("extrema_vit_small_patch16_224").state_dict(), weights)
+    exported = export(weights, tmp_path / "exported").folder
+    places = {"runs/demo": weights, "runs/mine": weights, "EXPORTED": exported, "PATH": repository}
+    names: dict = {}
+    for code in blocks(repository / "docs/encoder.md"):
+        for name, path in places.items():
+            code = re.sub(rf'(["\':]){name}"', lambda m, path=path: f'{m[1]}{path}"', code)
+        if "mae" in code:
+            # any class with the parts of a ViT
+            vit = names["timm"].create_model("vit_base_patch16_224", num_classes=0)
+            parts = {k: getattr(vit, k) for k in ("patch_embed", "cls_token", "pos_embed", "norm", "blocks")}
+            names["mae"] = SimpleNamespace(**parts)
+        exec(compile(code, "docs/encoder.md", "exec"), names)
+    assert names["views"].patches.shape == (8, 2, 3, 384)
+    assert names["latent"].shape == (8, 2, 4, 384)
+    assert type(names["dino"]).__name__ == "Dino" and not names["fast"].report().called
