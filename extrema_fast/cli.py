@@ -637,15 +637,10 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
         "probe runs/cifar10 --train cifar10/train --test cifar10/test",
     ),
     "report": (_report, "write reports/report.html of a run", "report runs/photos"),
-    "import": (
-        _import,
-        "convert a released ExtreMA checkpoint into a weights folder",
-        "import extrema_base.pth weights/extrema_base",
-    ),
-    "export": (
-        _export,
-        "write an encoder for timm, Hugging Face, ONNX or torch.export, checked on the way out",
-        "export runs/photos exported/photos --format onnx",
+    "index": (
+        _index,
+        "decode every image once and list the good and the bad ones in a manifest, which training reads",
+        "index imagenet/train --out imagenet.tsv",
     ),
     "pack": (
         _pack,
@@ -662,10 +657,15 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
         "the nearest images by features, with a picture",
         "search query.jpg features --k 8 --out found.png",
     ),
-    "index": (
-        _index,
-        "decode every image once and list the good and the bad ones in a manifest, which training reads",
-        "index imagenet/train --out imagenet.tsv",
+    "import": (
+        _import,
+        "convert a released ExtreMA checkpoint into a weights folder",
+        "import extrema_base.pth weights/extrema_base",
+    ),
+    "export": (
+        _export,
+        "write an encoder for timm, Hugging Face, ONNX or torch.export, checked on the way out",
+        "export runs/photos exported/photos --format onnx",
     ),
     "encoders": (_encoders, "list the encoder names", "encoders '*base*'"),
     "kernels": (_kernels, "list the ops, what runs on this machine and why", "kernels --device cuda"),
