@@ -530,7 +530,7 @@ def load_config(path: str | Path, base: Config | None = None) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: cannot be read ({error})") from None
     try:
-        data = json.loads(text) if path.suffix == ".json" else _parse_toml(text)
+        data = json.loads(text) if path.suffix == ".json" else parse_toml(text)
     except ValueError as error:
         raise UsageError(f"--config {path}: not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from None
     if not isinstance(data, dict):
@@ -541,7 +541,8 @@ def load_config(path: str | Path, base: Config | None = None) -> Config:
     return from_dict(data, base)
 
 
-def _parse_toml(text: str) -> dict[str, Any]:
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text; ValueError when it is none."""
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import did_you_mean
+from .config import did_you_mean, parse_toml
 from .errors import UsageError
 from .image_source import ImageSource, number_classes
 
@@ -70,12 +70,8 @@ _EXAMPLE = 'a mixture has an entry such as [[source]] path = "folder" passes = 1
 
 def _toml(name: str, text: str) -> dict[str, Any]:
     try:
-        import tomllib
-    except ImportError:
-        import tomli as tomllib
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
+        return parse_toml(text)
+    except ValueError as e:
         raise UsageError(f"{name}: not TOML ({e})") from e
 
 
