@@ -61,6 +61,10 @@ def keep_count(num_patches: int, mask_ratio: float) -> int:
     return int(num_patches * (1 - mask_ratio))
 
 
+# Pillow's own limit: what it calls a decompression bomb
+MAX_PIXELS = 178_956_970
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where images come from and how a crop is made (paper section 3.3, method.md section 5)."""
@@ -96,7 +100,7 @@ class DataConfig:
     """`global`: all rows shuffled; `shards`: tar shards shuffled, their rows within a moving window of shards."""
     window: int = 16
     """Shards whose rows mix with `order` shards; as many as there are: the same as `global`."""
-    max_pixels: int = 178_956_970
+    max_pixels: int = MAX_PIXELS
     """Images of more pixels count as unreadable (the default is Pillow's limit)."""
     bad_budget: float = 1e-4
     """Share of the rows that may be unreadable before the run stops; at least one row, 0: none."""

@@ -25,7 +25,7 @@ from .data_decode import Mender, Settings, Work, dali_batches, pil_batches
 from .data_files import REMEDY, Files
 from .data_order import Order, epoch_length
 from .data_recover import BadRows
-from .dist import World
+from .dist import World, cores
 from .errors import DataError, UsageError
 from .preprocess import center_of, scaled_size
 from .sources import ImageSource, match_classes, open_source, subset
@@ -345,12 +345,8 @@ def decoding_threads(wanted: int) -> int:
     """`data.threads`; 0: this process's share of the cores, at least 1 and at most 16."""
     if wanted:
         return wanted
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        cores = os.cpu_count() or 1
     here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
-    return max(1, min(16, cores // max(1, int(here) if here.isdecimal() else 1)))
+    return max(1, min(16, cores() // max(1, int(here) if here.isdecimal() else 1)))
 
 
 def _decoding_device(kind: str, device: str | torch.device | None) -> torch.device:

@@ -32,6 +32,12 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=60)
 
 
+def cores() -> int:
+    """Processors this process may use."""
+    # macOS has no affinity
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of one run, seen from one of them."""

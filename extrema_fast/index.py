@@ -19,8 +19,10 @@ from typing import NamedTuple
 import numpy as np
 
 from .check_pool import BATCH, Pool
+from .config import MAX_PIXELS
+from .dist import cores
 from .errors import DataError, Preempted, StorageError, UsageError
-from .image_check import MAX_PIXELS, OK, Verdict
+from .image_check import OK, Verdict
 from .index_rows import LABEL, STATUS, Job, append, finish, holds, known_rows, open_part, take_over
 from .manifest import Row, escape, is_manifest, manifest_source, read_manifest, row_line
 from .progress import ImageProgress
@@ -99,7 +101,7 @@ def index(
             if len(todo) < len(lines):
                 log.info("%s: %d of %d images are known", job.out, len(lines) - len(todo), len(lines))
             append(part, job.head(), job)
-            decoder = _look(job, part, lines, todo, threads or _cores(), progress)
+            decoder = _look(job, part, lines, todo, threads or cores(), progress)
         seconds = time.monotonic() - began
         if todo or not holds(job, lines):
             finish(job, lines)
@@ -186,10 +188,6 @@ def _check_out(job: Job, force: bool) -> None:
 
 
 # ---- looking --------------------------------------------------------------------------------------
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _look(job: Job, part: io.FileIO, lines: list[str], todo: list[int], threads: int, progress: bool) -> str:

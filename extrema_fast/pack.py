@@ -36,6 +36,7 @@ from typing import Any, TypeVar
 
 from . import rng
 from .atomic import write_atomically
+from .dist import cores
 from .errors import DataError, ExtremaError, StorageError, UsageError
 from .manifest import Row, escape, header_lines, is_manifest, row_line
 from .pack_folder import (
@@ -222,13 +223,6 @@ def _pillow() -> str:
             'pack needs Pillow, which is not installed; pip install "extrema-fast[train]"'
         ) from None
     return f"{PIL.__version__}, libjpeg {features.version('libjpeg_turbo') or features.version('jpg')}"
-
-
-def cores() -> int:
-    """Processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 # ---- the work -------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .image_check import MAX_PIXELS, OK, check, reason
+from .config import MAX_PIXELS
+from .image_check import OK, check, reason
 
 # extension in a shard of the kinds of `image_check.READ`
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "tiff": "tif", "bmp": "bmp", "pnm": "pnm"}
