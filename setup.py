@@ -76,7 +76,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["extrema_fast", "extrema_fast.*"]) + KERNELS,
     package_dir={"extrema_fast.kernels": "kernels"},
-    package_data={"": ["README.md", "configs/*.json", "attention_table.json", "py.typed"]},
+    package_data={"": ["README.md", "configs/*.json", "*.json", "py.typed"]},
     entry_points={"console_scripts": ["extrema-fast = extrema_fast.__main__:main"]},
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from extrema_fast import attention
 from extrema_fast.errors import UsageError
+from extrema_fast.ops import attention
 
 from .records import RECORDS, heading, new_record, parser, read_record, write_record
 from .tables import Page, Table

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from extrema_fast.config import SIZES, did_you_mean, keep_count
-from extrema_fast.dist import pick_device
+from extrema_fast.distributed import pick_device
 from extrema_fast.errors import UsageError
 
 from . import plots

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from extrema_fast import kernels
-from extrema_fast.accelerate import accelerate
 from extrema_fast.config import SIZES
-from extrema_fast.encoder import create_encoder
+from extrema_fast.models.accelerate import accelerate
+from extrema_fast.models.encoder import create_encoder
 
 from .with_timm import mend_torchvision
 

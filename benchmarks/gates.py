@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from extrema_fast.config import Config, from_dict
-from extrema_fast.drop_path import drop_path_scale
 from extrema_fast.errors import UsageError
-from extrema_fast.masking import sample_views
+from extrema_fast.models.drop_path import drop_path_scale
+from extrema_fast.models.masking import sample_views
 
 from .providers import Provider
 from .stepper import Inputs, Stepper

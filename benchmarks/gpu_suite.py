@@ -29,7 +29,7 @@ from typing import Any
 
 from extrema_fast.atomic import write_atomically
 from extrema_fast.errors import ExtremaError, UsageError
-from extrema_fast.run_folder import read_json
+from extrema_fast.training.run_folder import read_json
 
 ROOT = Path(__file__).parents[1]
 MINUTES = 9.0
@@ -385,7 +385,8 @@ def page(summary: dict[str, Any], out: Path) -> str:
 
 def environment(out: Path) -> None:
     """environment.json: machine, versions, what is chosen for this GPU; nvidia-smi.txt: everything it tells."""
-    from extrema_fast import nvidia_apex, ops
+    from extrema_fast.ops import dispatch as ops
+    from extrema_fast.ops import nvidia_apex
 
     from .records import machine
 

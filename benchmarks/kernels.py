@@ -15,7 +15,7 @@ import torch
 from extrema_fast.kernels._spec import OPS, Case, spec
 from extrema_fast.kernels.tune import DTYPES, is_correct, run_case
 
-from extrema_fast.dist import pick_device
+from extrema_fast.distributed import pick_device
 
 from . import plots
 from .rates import Rates, clock, medians

@@ -9,8 +9,8 @@ import torch
 from extrema_fast.kernels.color_views.reference import FACTORS, GRAY_ON, ON, ORDER
 from torch import Tensor
 
-from extrema_fast.augment import color_coins, color_views
-from extrema_fast.data import TrainLoader, random_boxes
+from extrema_fast.data.augment import color_coins, color_views
+from extrema_fast.data.loader import TrainLoader, random_boxes
 
 from .gates import Gate
 from .loader_baselines import DATASETS, Photos

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extrema_fast import step as step_module
-from extrema_fast.augment import color_views
 from extrema_fast.config import Config, DataConfig, from_dict
-from extrema_fast.data import Batch, ImageSource, TrainLoader
-from extrema_fast.dist import World
-from extrema_fast.state import build, prepare_torch, wrap
+from extrema_fast.data.augment import color_views
+from extrema_fast.data.loader import Batch, ImageSource, TrainLoader
+from extrema_fast.distributed import World
 from extrema_fast.train import train_step
+from extrema_fast.training import step as step_module
+from extrema_fast.training.state import build, prepare_torch, wrap
 
 from . import loader_baselines as baselines
 

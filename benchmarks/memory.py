@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from extrema_fast.dist import pick_device
+from extrema_fast.distributed import pick_device
 from extrema_fast.errors import UsageError
 
 from . import plots

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from extrema_fast.config import Config, from_dict
-from extrema_fast.data import Batch
-from extrema_fast.dist import World
-from extrema_fast.state import build, prepare_torch, wrap
+from extrema_fast.data.loader import Batch
+from extrema_fast.distributed import World
 from extrema_fast.train import train_step
+from extrema_fast.training.state import build, prepare_torch, wrap
 
 from .stepper import IMAGES, Inputs, Stepper
 

@@ -1,4 +1,4 @@
-"""How much of a step is matrix products, and the rate they reach; read by the product's own `extrema_fast.trace`."""
+"""How much of a step is matrix products, and the rate they reach; read by `extrema_fast.tools.trace`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from extrema_fast import trace
+from extrema_fast.tools import trace
 
 
 def products(step: Callable[[], None], device: torch.device) -> dict[str, Any]:

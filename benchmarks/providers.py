@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from extrema_fast import kernels, nvidia_apex, ops
+from extrema_fast import kernels
 from extrema_fast.config import Config, did_you_mean, from_dict
 from extrema_fast.errors import UsageError
-from extrema_fast.memory import HUGE_PAGES, ask_for_huge_pages, keep_freed_memory
-from extrema_fast.plan import precision as of_config
+from extrema_fast.ops import dispatch as ops
+from extrema_fast.ops import nvidia_apex
+from extrema_fast.training.memory import HUGE_PAGES, ask_for_huge_pages, keep_freed_memory
+from extrema_fast.training.plan import precision as of_config
 
 from .ours import with_settings
 from .stepper import Stepper

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from extrema_fast.config import Config, to_dict
-from extrema_fast.plan import flops_per_image
+from extrema_fast.training.plan import flops_per_image
 
 from . import plots
 from .processes import Job, Worker, WorkerError, measure

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from extrema_fast.config import to_dict
-from extrema_fast.dist import pick_device
+from extrema_fast.distributed import pick_device
 
 from .processes import ROOT, WARMUP, Worker, WorkerError
 from .providers import PROVIDERS, configuration
@@ -22,13 +22,13 @@ from .records import heading, new_record, parser, write_record
 from .stats import percentiles
 from .tables import Page, Table
 
-IMPORTS = ("torch", "extrema_fast", "extrema_fast.encoder", "extrema_fast.train", "extrema_fast.cli")
+IMPORTS = ("torch", "extrema_fast", "extrema_fast.models.encoder", "extrema_fast.train", "extrema_fast.cli")
 # data options -> time from opening the images to the first batch
 FIRST_IMAGES = """
 import sys, time
 began = time.perf_counter()
 from extrema_fast.config import DataConfig
-from extrema_fast.data import TrainLoader, open_source
+from extrema_fast.data.loader import TrainLoader, open_source
 imported = time.perf_counter()
 source = open_source(sys.argv[1], "train")
 opened = time.perf_counter()

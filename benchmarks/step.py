@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from extrema_fast.config import Config
-from extrema_fast.dist import pick_device
+from extrema_fast.distributed import pick_device
 from extrema_fast.errors import UsageError
-from extrema_fast.memory import HUGE_PAGES
-from extrema_fast.plan import flops_per_image
+from extrema_fast.training.memory import HUGE_PAGES
+from extrema_fast.training.plan import flops_per_image
 
 from . import plots, scaling
 from .gates import first_step

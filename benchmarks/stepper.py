@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from extrema_fast.augment import color_views
 from extrema_fast.config import Config
-from extrema_fast.optim import Schedule
+from extrema_fast.data.augment import color_views
+from extrema_fast.training.optim import Schedule
 
 # length of the imagined training set: with it every provider has the same schedules
 IMAGES = 100_000
@@ -53,7 +53,7 @@ class Stepper:
         raise NotImplementedError
 
     def student(self) -> dict[str, nn.Parameter]:
-        """Trained parameters by the names of `extrema_fast.method.StudentBranch`."""
+        """Trained parameters by the names of `extrema_fast.models.extrema.StudentBranch`."""
         raise NotImplementedError
 
     def teacher(self) -> dict[str, Tensor]:

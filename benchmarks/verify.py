@@ -15,7 +15,7 @@ from extrema_fast.kernels._spec import OPS, spec
 from extrema_fast.kernels.tune import is_correct
 
 from extrema_fast.config import Config
-from extrema_fast.dist import pick_device
+from extrema_fast.distributed import pick_device
 
 from . import attention, encoders
 from .gates import Gate, exact

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from extrema_fast.config import HeadConfig, ModelConfig
-from extrema_fast.encoder import sincos_table
+from extrema_fast.models.encoder import sincos_table
 
 ENCODER_EPS, HEAD_EPS = 1e-6, 1e-5
 

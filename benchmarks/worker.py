@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
-from extrema_fast.memory import is_out_of_memory
+from extrema_fast.training.memory import is_out_of_memory
 
 
 def status_mb(key: str) -> float:
@@ -68,7 +68,7 @@ class Service:
         if threads:
             torch.set_num_threads(threads)
         from extrema_fast.config import Config, from_dict
-        from extrema_fast.plan import flops_per_image
+        from extrema_fast.training.plan import flops_per_image
 
         from .gates import check_inputs, random_images, with_coins
         from .providers import Provider
@@ -158,7 +158,7 @@ class Service:
     def components(self, config: dict, device: str, threads: int, out: str) -> dict[str, Any]:
         """Instead of `build`: the product's own profile, by component of the method."""
         from extrema_fast.config import Config, from_dict
-        from extrema_fast.profile import profile
+        from extrema_fast.tools.profile import profile
 
         settings = {"train": {"compile": "none"}, "system": {"device": device, "threads": threads}}
         cfg = from_dict(settings, from_dict(config, Config()))

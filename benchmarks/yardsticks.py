@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from extrema_fast.config import Config
-from extrema_fast.encoder import sincos_table
 from extrema_fast.errors import UsageError
+from extrema_fast.models.encoder import sincos_table
 
 from . import weights
 from .stepper import Inputs, Stepper, decayed

@@ -18,10 +18,10 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 
 import extrema_fast.timm  # noqa: F401  registers the extrema_vit_* models with timm
-from extrema_fast.augment import normalize
 from extrema_fast.config import DataConfig
-from extrema_fast.data import EvalLoader, TrainLoader, match_classes, open_source
-from extrema_fast.export import export
+from extrema_fast.data.augment import normalize
+from extrema_fast.data.loader import EvalLoader, TrainLoader, match_classes, open_source
+from extrema_fast.weights.export import export
 
 
 def main(argv: list[str] | None = None) -> float:

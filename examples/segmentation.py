@@ -17,9 +17,9 @@ from demo_weights import demo_weights
 from PIL import Image
 
 import extrema_fast
-from extrema_fast.augment import normalize
 from extrema_fast.config import DataConfig
-from extrema_fast.data import EvalLoader, open_source
+from extrema_fast.data.augment import normalize
+from extrema_fast.data.loader import EvalLoader, open_source
 
 CLASSES = ("brick", "grass", "gravel", "hubble_deep_field", "ihc", "page")
 COLOURS = np.array(

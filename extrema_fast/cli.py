@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, NoReturn
 from . import __version__
 from .config import PRESETS, Config, did_you_mean, flatten, load_config, preset, to_dict
 from .errors import ExtremaError, Preempted, UsageError
-from .memory import ask_for_huge_pages
+from .training.memory import ask_for_huge_pages
 
 log = logging.getLogger(__name__)
 
@@ -211,8 +211,8 @@ def _pretrain(args: list[str]) -> None:
     if ours.print_config:
         print(json.dumps(_resolved(given), indent=1))
     elif ours.dry_run:
-        from .dry_run import dry_run
-        from .plan import describe
+        from .tools.dry_run import dry_run
+        from .training.plan import describe
 
         print(describe(dry_run(cfg)))
     else:
@@ -280,9 +280,9 @@ def _message(box: str, prog: str) -> str:
 def _resolved(given: _Configured) -> dict[str, Any]:
     """What --print-config shows; `config` alone reloads through --config."""
     _, cfg, name, base, before, flags = given
-    from .dist import detect
-    from .plan import derived
-    from .sources import open_source
+    from .data.sources import open_source
+    from .distributed import detect
+    from .training.plan import derived
 
     try:
         images = len(open_source(cfg.data.train, limit=cfg.data.limit, seed=cfg.train.seed))
@@ -319,8 +319,8 @@ def _profile(args: list[str]) -> None:
     ours, cfg, synthetic = given.ours, given.cfg, given.ours.synthetic
     _set_up_logging(ours.quiet)
 
-    from . import profile
-    from .sources import BUILT_IN
+    from .data.sources import BUILT_IN
+    from .tools import profile
 
     train = cfg.data.train
     if train == given.base.data.train and train not in BUILT_IN and not Path(train).expanduser().exists():
@@ -377,7 +377,7 @@ def _evaluate(name: str) -> Callable[[list[str]], None]:
             raise UsageError("--data and --train name the same thing; give one")
         options["train"] = data if data is not None else options["train"]
 
-        from . import evals
+        from .evaluation import evaluate as evals
 
         function = {"evaluate": evals.evaluate, "knn": evals.knn_command, "probe": evals.probe_command}[name]
         result = function(path, options.pop("train"), options.pop("test"), **options)
@@ -392,7 +392,7 @@ def _report(args: list[str]) -> None:
     p.add_argument("--images", type=int, default=8, metavar="N", help="test images shown (0: none)")
     options = p.parse_all(args)
     _set_up_logging(False)
-    from .report import report
+    from .reporting.report import report
 
     print(report(options.run, images=options.images))
 
@@ -407,7 +407,7 @@ def _import(args: list[str]) -> None:
     p.add_argument("--force", action="store_true", help="replace an earlier import or export at OUT")
     options = vars(p.parse_all(args))
     _set_up_logging(False)
-    from .convert import import_released
+    from .weights.load import import_released
 
     print(import_released(options.pop("file"), options.pop("out"), **options))
 
@@ -429,7 +429,7 @@ def _export(args: list[str]) -> None:
     size = options.pop("img_size")
     if size is not None and len(size) > 2:
         raise UsageError(f"--img-size: expected one side, or height and width, got {len(size)} numbers")
-    from .export import export
+    from .weights.export import export
 
     result = export(
         options.pop("weights"), options.pop("out"), img_size=size[0] if size and len(size) == 1 else size,
@@ -472,7 +472,7 @@ def _embed(args: list[str]) -> None:
     _set_up_logging(quiet)
     options["img_size"] = _size(options["img_size"])
 
-    from .embed import describe, embed
+    from .tools.embed import describe, embed
 
     result = embed(
         options.pop("data"), options.pop("out"), options.pop("weights"), progress=not quiet, **options
@@ -506,7 +506,7 @@ def _pack(args: list[str]) -> None:
     quiet, as_json = options.pop("quiet"), options.pop("json")
     _set_up_logging(quiet)
 
-    from .pack import describe, pack
+    from .tools.pack import describe, pack
 
     result = pack(options.pop("data"), options.pop("out"), progress=not quiet, **options)
     print(json.dumps(result, indent=1) if as_json else describe(result))
@@ -536,7 +536,7 @@ def _search(args: list[str]) -> None:
     _set_up_logging(quiet=True)
     as_json = options.pop("json")
 
-    from .search import format_table, search
+    from .tools.search import format_table, search
 
     result = search(options.pop("query"), options.pop("index"), **options)
     print(json.dumps(result, indent=1) if as_json else format_table(result))
@@ -560,7 +560,7 @@ def _index(args: list[str]) -> None:
     quiet, as_json = options.pop("quiet"), options.pop("json")
     _set_up_logging(quiet)
 
-    from .index import describe, index
+    from .tools.index import describe, index
 
     result = index(options.pop("data"), options.pop("out"), progress=not quiet, **options)
     troubles = [t._asdict() for t in result.troubles]
@@ -571,7 +571,7 @@ def _encoders(args: list[str]) -> None:
     p = _Parser("encoders")
     p.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="shell pattern")
     options = p.parse_all(args)
-    from .encoder import list_models
+    from .models.encoder import list_models
 
     names = list_models(options.pattern)
     if not names:
@@ -588,8 +588,8 @@ def _kernels(args: list[str]) -> None:
     options = p.parse_all(args)
     import torch
 
-    from . import ops
     from .kernels import listing
+    from .ops import dispatch as ops
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

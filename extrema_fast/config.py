@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import UsageError
 
-# backends of self-attention by name; `extrema_fast.attention` says what each is and needs
+# backends of self-attention by name; `extrema_fast.ops.attention` says what each is and needs
 Attention = Literal[
     "auto", "xformers", "sdpa", "flash", "efficient", "cudnn", "fa3", "short", "products", "reference"
 ]
@@ -388,9 +388,9 @@ class SystemConfig:
     threads: int = 0
     """CPU threads of torch (0: torch's own choice)."""
     backend: str = "auto"
-    """Implementation per op: `auto`, one name for all, or `attention_pool=triton,...` (see `extrema_fast.ops`)."""
+    """Implementation per op: `auto`, one name for all, or `attention_pool=triton,...` (`extrema_fast.ops`)."""
     attention: Attention = "auto"
-    """Self-attention backend (see `extrema_fast.attention`); `auto` follows the committed table of measurements."""
+    """Self-attention backend (see `extrema_fast.ops.attention`); `auto` follows the committed table of measurements."""
     attention_teacher: Literal["same", Attention] = "same"
     """The teacher's, whose sequences are longer; `same`: as `attention`."""
     deterministic: bool = False

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .encoder import Encoder, create_encoder, list_models
 from .errors import UsageError, cannot_import
-from .resample import resample_patch_kernel, resample_table
+from .models.encoder import Encoder, create_encoder, list_models
+from .models.resample import resample_patch_kernel, resample_table
 
 # what saved weights may hold beside the encoder's own keys: projector, predictor
 _TRAINING_HEADS = re.compile(r"(?:head\.\d+|predictor)\.")

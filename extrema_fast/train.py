@@ -14,21 +14,21 @@ from typing import NamedTuple
 
 import torch
 
-from .checkpoint import Saver, fault
 from .config import Config, local_batch
-from .data import Batch, epoch_length
-from .data_feed import feed
-from .data_recover import BAD_ROWS
-from .dist import Signals, start
+from .data.bad_images import BAD_ROWS
+from .data.loader import Batch, epoch_length
+from .data.prefetch import feed
+from .data.sources import ImageSource
+from .distributed import Signals, start
 from .errors import NonFiniteError, OutOfMemoryError, Preempted
-from .evals import collapse_warnings, online_eval
-from .memory import is_out_of_memory
-from .metrics import Meter, Reading, WaitWatch, memory_gb
-from .plan import flops_per_image, headline, precision
-from .recorder import Recorder
-from .run_folder import RunFolder
-from .sources import ImageSource
-from .state import (
+from .evaluation.evaluate import collapse_warnings, online_eval
+from .training.checkpoint import Saver, fault
+from .training.memory import is_out_of_memory
+from .training.metrics import Meter, Reading, WaitWatch, memory_gb
+from .training.plan import flops_per_image, headline, precision
+from .training.recorder import Recorder
+from .training.run_folder import RunFolder
+from .training.state import (
     Run,
     build,
     describe,
@@ -42,7 +42,7 @@ from .state import (
     save,
     wrap,
 )
-from .step import compute, draw, recomputed, set_schedule
+from .training.step import compute, draw, recomputed, set_schedule
 
 log = logging.getLogger(__name__)
 

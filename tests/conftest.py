@@ -92,7 +92,7 @@ import torch
 torch.set_num_threads(1)
 # what a first optimizer or image would import, at more cost than a whole tiny run
 import torch._dynamo, PIL.Image
-import extrema_fast.cli, extrema_fast.dry_run, extrema_fast.evals
+import extrema_fast.cli, extrema_fast.tools.dry_run, extrema_fast.evaluation.evaluate
 for line in sys.stdin:
     job = json.loads(line)
     children = []

@@ -27,8 +27,8 @@ from torch.nn.utils import prune
 
 import extrema_fast
 from benchmarks.with_timm import mend_torchvision
-from extrema_fast.accelerate import accelerate
 from extrema_fast.errors import UsageError
+from extrema_fast.models.accelerate import accelerate
 
 # also where a spawned process imports this file without conftest.py
 mend_torchvision()

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from extrema_fast.config import ModelConfig
-from extrema_fast.encoder import Encoder
 from extrema_fast.errors import UsageError
+from extrema_fast.models.encoder import Encoder
 
 CONFIG = ModelConfig(
     img_size=(12, 20), patch_size=4, width=48, depth=4, heads=3, mlp_ratio=2.0, drop_path=0.0

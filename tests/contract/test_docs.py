@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import extrema_fast
-from extrema_fast.export import export
+from extrema_fast.weights.export import export
 
 pytest.importorskip("timm")
 pytest.importorskip("transformers")

@@ -12,9 +12,10 @@ import json
 import pytest
 import torch
 
-from extrema_fast import convert, export_graph
-from extrema_fast.encoder import Encoder
-from extrema_fast.export import export
+from extrema_fast.models.encoder import Encoder
+from extrema_fast.weights import export_graph
+from extrema_fast.weights import load as convert
+from extrema_fast.weights.export import export
 from tests.unit._weights import CFG, refused, trained
 
 onnx = pytest.importorskip("onnx")

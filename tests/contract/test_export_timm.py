@@ -17,10 +17,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from extrema_fast import convert
-from extrema_fast.encoder import Encoder
-from extrema_fast.export import export
-from extrema_fast.method import ExtreMA
+from extrema_fast.models.encoder import Encoder
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.weights import load as convert
+from extrema_fast.weights.export import export
 from tests.unit._weights import CFG, IMAGES, Malicious, trained
 
 timm = pytest.importorskip("timm")

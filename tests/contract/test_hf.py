@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from extrema_fast.encoder import create_encoder, timm_config
+from extrema_fast.models.encoder import create_encoder, timm_config
 
 pytest.importorskip("timm")
 pytest.importorskip("PIL")

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from extrema_fast.config import ModelConfig
-from extrema_fast.encoder import Encoder
 from extrema_fast.errors import UsageError
+from extrema_fast.models.encoder import Encoder
 
 timm = pytest.importorskip("timm")
 

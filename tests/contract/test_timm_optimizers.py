@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from extrema_fast.lamb import Lamb, Lars
+from extrema_fast.ops.lamb import Lamb, Lars
 
 timm_optim = pytest.importorskip("timm.optim")
 

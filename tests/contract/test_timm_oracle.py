@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from extrema_fast.config import ModelConfig
-from extrema_fast.encoder import Encoder
+from extrema_fast.models.encoder import Encoder
 
 timm = pytest.importorskip("timm")
 

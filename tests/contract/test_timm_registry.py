@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from extrema_fast.encoder import Encoder, create_encoder, list_models, model_args, timm_config
 from extrema_fast.errors import UsageError
-from extrema_fast.resample import adapt_in_chans, resample_patch_kernel, resample_table
+from extrema_fast.models.encoder import Encoder, create_encoder, list_models, model_args, timm_config
+from extrema_fast.models.resample import adapt_in_chans, resample_patch_kernel, resample_table
 
 timm = pytest.importorskip("timm")
 importlib.import_module("extrema_fast.timm")
@@ -488,7 +488,7 @@ def test_saved_weights_hold_the_names_of_the_release(exported):
 
 def test_leaving_the_trained_grid_is_logged_once(caplog):
     encoder = build()
-    with caplog.at_level(logging.INFO, "extrema_fast.positions"):
+    with caplog.at_level(logging.INFO, "extrema_fast.models.positions"):
         for _ in range(3):
             encoder(images(size=(32, 24)))
         encoder(images())

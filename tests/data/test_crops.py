@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from extrema_fast.config import DataConfig
-from extrema_fast.data import center_boxes, random_boxes
+from extrema_fast.data.loader import center_boxes, random_boxes
 
 
 def boxes_for(height: int, width: int, count: int = 4000, cfg: DataConfig | None = None, epoch: int = 0):

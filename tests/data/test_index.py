@@ -18,13 +18,13 @@ import zlib
 
 import pytest
 
-from extrema_fast import check_pool, index_rows
-from extrema_fast import index as index_module
+from extrema_fast.data.manifest import is_manifest, manifest_source, read_manifest
+from extrema_fast.data.sources import open_source
 from extrema_fast.errors import DataError, Preempted, StorageError, UsageError
-from extrema_fast.image_check import check, pillow
-from extrema_fast.index import describe, index
-from extrema_fast.manifest import is_manifest, manifest_source, read_manifest
-from extrema_fast.sources import open_source
+from extrema_fast.tools import check_pool, index_rows
+from extrema_fast.tools import index as index_module
+from extrema_fast.tools.image_check import check, pillow
+from extrema_fast.tools.index import describe, index
 from tests.data.conftest import picture
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
@@ -380,7 +380,7 @@ def test_damage_in_what_was_kept_is_looked_at_again(images, out, tmp_path, monke
 def test_killed_and_continued(images, out, tmp_path, run_cli):
     run(images, tmp_path / "whole.tsv")
     die = (
-        "import os, extrema_fast.index as index\n"
+        "import os, extrema_fast.tools.index as index\n"
         "real, count = index.append, []\n"
         "def append(*a, **k):\n"
         "    real(*a, **k)\n"
@@ -412,7 +412,7 @@ def test_no_space_left_for_the_manifest(images, out, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("extrema_fast.manifest_text.os.fsync", full)
+        patch.setattr("extrema_fast.data.manifest_text.os.fsync", full)
         with pytest.raises(
             StorageError, match=r"m\.tsv: cannot be written \(No space .* kept in .*m\.tsv\.part"
         ):
@@ -423,7 +423,7 @@ def test_no_space_left_for_the_manifest(images, out, tmp_path, monkeypatch):
 
 def test_a_decoder_that_crashes(images, out, monkeypatch):
     crash = (
-        "import os, extrema_fast.image_check as c; real = c.check_file\n"
+        "import os, extrema_fast.tools.image_check as c; real = c.check_file\n"
         "c.check_file = lambda p, *a: os.kill(os.getpid(), 11) if p.endswith('/07.png') else real(p, *a)\n"
     )
     with monkeypatch.context() as patch:
@@ -536,7 +536,7 @@ def test_the_command(images, out, run_cli):
     codes, text = run_cli("index", images, "--out", out, "--thread", "1")
     assert codes == [2] and "unknown option --thread; did you mean --threads?" in text
     stop = (
-        "import extrema_fast.index as index\n"
+        "import extrema_fast.tools.index as index\n"
         "def stop(*a, **k): raise KeyboardInterrupt\n"
         "index.ImageProgress.reached = stop\n"
     )

@@ -16,8 +16,8 @@ import zlib
 import numpy as np
 import pytest
 
-from extrema_fast.image_check import damage_in, kind_of, png_scan
-from extrema_fast.jpeg_scan import scan
+from extrema_fast.tools.image_check import damage_in, kind_of, png_scan
+from extrema_fast.tools.jpeg_scan import scan
 from tests.data.conftest import picture
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from extrema_fast import data
 from extrema_fast.config import DataConfig
-from extrema_fast.data import EvalLoader, TrainLoader, open_source
+from extrema_fast.data import loader as data
+from extrema_fast.data.loader import EvalLoader, TrainLoader, open_source
+from extrema_fast.data.preprocess import resize_crop
 from extrema_fast.errors import UsageError
-from extrema_fast.preprocess import resize_crop
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 

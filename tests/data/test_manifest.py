@@ -13,9 +13,8 @@ import shutil
 import numpy as np
 import pytest
 
-from extrema_fast import manifest
-from extrema_fast.errors import DataError, StorageError, UsageError
-from extrema_fast.manifest import (
+from extrema_fast.data import manifest
+from extrema_fast.data.manifest import (
     Row,
     escape,
     header_lines,
@@ -26,7 +25,8 @@ from extrema_fast.manifest import (
     unescape,
     write_lines,
 )
-from extrema_fast.sources import open_source
+from extrema_fast.data.sources import open_source
+from extrema_fast.errors import DataError, StorageError, UsageError
 
 ODD = [
     "a\tb",
@@ -265,7 +265,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(fd):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("extrema_fast.manifest_text.os.fsync", full)
+    monkeypatch.setattr("extrema_fast.data.manifest_text.os.fsync", full)
     with pytest.raises(StorageError, match=r"m\.tsv: cannot be written \(No space left on device\)"):
         write_lines(path, header_lines(".", []), [])
     assert path.read_bytes() == before

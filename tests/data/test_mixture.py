@@ -7,8 +7,8 @@ import logging
 import numpy as np
 import pytest
 
+from extrema_fast.data.sources import open_source
 from extrema_fast.errors import UsageError
-from extrema_fast.sources import open_source
 from tests.data.tars import samples, write_tar
 
 
@@ -97,7 +97,7 @@ def test_shard_numbers_go_on(sets):
 
 
 def test_headers_of_a_manifest_are_kept(sets):
-    from extrema_fast.manifest import Row, header_lines, row_line
+    from extrema_fast.data.manifest import Row, header_lines, row_line
 
     row = Row(path="one/a/1.jpg", bytes=7, width=30, height=20, orientation=6, kind="jpeg")
     (sets / "m.tsv").write_text(header_lines(".", []) + row_line(row))

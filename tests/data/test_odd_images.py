@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from extrema_fast import data_decode
-from extrema_fast.data import EvalLoader, TrainLoader, center_boxes, open_source
-from extrema_fast.data_decode import load_rgb
-from extrema_fast.data_files import Files
+from extrema_fast.data import decode as data_decode
+from extrema_fast.data.decode import load_rgb
+from extrema_fast.data.files import Files
+from extrema_fast.data.loader import EvalLoader, TrainLoader, center_boxes, open_source
 from extrema_fast.errors import DataError
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")

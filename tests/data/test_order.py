@@ -19,10 +19,10 @@ import torch
 
 from extrema_fast import rng
 from extrema_fast.config import DataConfig
-from extrema_fast.data import EvalLoader, TrainLoader, open_source
-from extrema_fast.data_order import Order, epoch_length
+from extrema_fast.data.image_source import ImageSource
+from extrema_fast.data.loader import EvalLoader, TrainLoader, open_source
+from extrema_fast.data.order import Order, epoch_length
 from extrema_fast.errors import UsageError
-from extrema_fast.image_source import ImageSource
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 

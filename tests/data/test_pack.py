@@ -22,14 +22,16 @@ import numpy as np
 import pytest
 import torch
 
-from extrema_fast import cli, pack_folder, pack_shard, tar_index
-from extrema_fast import pack as pack_module
-from extrema_fast.data_decode import load_rgb
+from extrema_fast import cli
+from extrema_fast.data import tar_index
+from extrema_fast.data.decode import load_rgb
+from extrema_fast.data.manifest import read_manifest
+from extrema_fast.data.sources import open_source
 from extrema_fast.errors import DataError, StorageError, UsageError
-from extrema_fast.manifest import read_manifest
-from extrema_fast.pack import describe, pack
-from extrema_fast.pack_image import pack_image
-from extrema_fast.sources import open_source
+from extrema_fast.tools import pack as pack_module
+from extrema_fast.tools import pack_folder, pack_shard
+from extrema_fast.tools.pack import describe, pack
+from extrema_fast.tools.pack_image import pack_image
 from tests.data.conftest import picture
 from tests.data.tars import write_tar
 
@@ -173,7 +175,7 @@ def test_dali_reads_the_shards(tree, packed):
 
 
 def test_the_loader_reads_the_packed_set(packed, config, kind):
-    from extrema_fast.data import EvalLoader
+    from extrema_fast.data.loader import EvalLoader
 
     source = open_source(str(packed[0]))
     images = torch.cat([b for b, _ in EvalLoader(source, config(loader=kind), (28, 28))])

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from extrema_fast import photos
+from extrema_fast.data import photos
+from extrema_fast.data.photos import PHOTOS, TEXTURES, write_photos, write_synthetic
+from extrema_fast.data.sources import open_source
 from extrema_fast.errors import StorageError, UsageError
-from extrema_fast.photos import PHOTOS, TEXTURES, write_photos, write_synthetic
-from extrema_fast.sources import open_source
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 

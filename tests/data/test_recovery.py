@@ -22,14 +22,14 @@ import numpy as np
 import pytest
 import torch
 
-from extrema_fast import data_decode
 from extrema_fast.config import DataConfig
-from extrema_fast.data import BadRows, EvalLoader, TrainLoader, epoch_length, open_source
-from extrema_fast.data_files import Files
-from extrema_fast.data_recover import BAD_ROWS
-from extrema_fast.dist import World
+from extrema_fast.data import decode as data_decode
+from extrema_fast.data.bad_images import BAD_ROWS
+from extrema_fast.data.files import Files
+from extrema_fast.data.loader import BadRows, EvalLoader, TrainLoader, epoch_length, open_source
+from extrema_fast.distributed import World
 from extrema_fast.errors import DataError
-from extrema_fast.index import index
+from extrema_fast.tools.index import index
 
 from .conftest import picture
 

@@ -13,11 +13,11 @@ import tarfile
 import numpy as np
 import pytest
 
-from extrema_fast import tar_index
+from extrema_fast.data import tar_index
+from extrema_fast.data.shards import expand
+from extrema_fast.data.sources import open_source
+from extrema_fast.data.tar_index import Member, index_text, members, parse_index, scan, split_name
 from extrema_fast.errors import DataError, UsageError
-from extrema_fast.shards import expand
-from extrema_fast.sources import open_source
-from extrema_fast.tar_index import Member, index_text, members, parse_index, scan, split_name
 from tests.data.tars import samples, special, write_tar
 
 

@@ -9,9 +9,9 @@ import shutil
 import pytest
 import torch
 
-from extrema_fast import folders
+from extrema_fast.data import folders
+from extrema_fast.data.sources import match_classes, open_source
 from extrema_fast.errors import DataError, UsageError
-from extrema_fast.sources import match_classes, open_source
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 
@@ -92,7 +92,7 @@ def test_list_file(tmp_path):
 
 
 def test_unusual_names_reach_both_decoders(tmp_path, config, kind):
-    from extrema_fast.data import EvalLoader
+    from extrema_fast.data.loader import EvalLoader
 
     image(tmp_path / "ünï cödé #1 %d.png", 200)
     image(tmp_path / "b\ttab.png", 100)

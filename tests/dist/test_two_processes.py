@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from extrema_fast.metrics import history
+from extrema_fast.training.metrics import history
 
 TINY = {
     "data": {"loader": "pil", "threads": 1, "limit": 24},
@@ -120,7 +120,7 @@ def test_continued_by_another_number(pretrain, before, after):
 
 
 NAN_ON_ONE = """
-from extrema_fast.method import ExtreMA
+from extrema_fast.models.extrema import ExtreMA
 import torch.distributed
 original, calls = ExtreMA.loss, []
 def bad(self, *args):

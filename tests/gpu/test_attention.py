@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from extrema_fast import attention, ops
 from extrema_fast.errors import UsageError
+from extrema_fast.ops import attention
+from extrema_fast.ops import dispatch as ops
 
 pytestmark = pytest.mark.gpu
 SIZES = [1, 19, 39, 49, 64, 196]

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from extrema_fast import step
 from extrema_fast.config import DataConfig, from_dict, smoke
-from extrema_fast.data import Batch, TrainLoader, open_source
-from extrema_fast.data_feed import feed
-from extrema_fast.dist import World
-from extrema_fast.state import build, wrap
+from extrema_fast.data.loader import Batch, TrainLoader, open_source
+from extrema_fast.data.prefetch import feed
+from extrema_fast.distributed import World
 from extrema_fast.train import train_step
+from extrema_fast.training import step
+from extrema_fast.training.state import build, wrap
 
 pytestmark = pytest.mark.gpu
 

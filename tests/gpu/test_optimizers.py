@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from extrema_fast.kernels.adamw_ema import AdamWEma
 
-from extrema_fast import nvidia_apex
 from extrema_fast.config import from_dict, smoke
-from extrema_fast.fp8 import CAPABILITY, apply_fp8
-from extrema_fast.lamb import Lamb, Lars
-from extrema_fast.method import ExtreMA
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.ops import nvidia_apex
+from extrema_fast.ops.fp8 import CAPABILITY, apply_fp8
+from extrema_fast.ops.lamb import Lamb, Lars
 
 pytestmark = pytest.mark.gpu
 

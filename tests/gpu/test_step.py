@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from extrema_fast import ops
 from extrema_fast.config import Config, from_dict, smoke
-from extrema_fast.data import Batch
-from extrema_fast.dist import World
-from extrema_fast.state import Run, build, wrap
+from extrema_fast.data.loader import Batch
+from extrema_fast.distributed import World
+from extrema_fast.ops import dispatch as ops
 from extrema_fast.train import train_step
+from extrema_fast.training.state import Run, build, wrap
 
 gpu = pytest.mark.gpu
 BOTH = ["cpu", pytest.param("cuda", marks=gpu)]

@@ -16,7 +16,7 @@ from extrema_fast.kernels.attention_pool.reference import PoolWeights
 from extrema_fast.kernels.patch_gather import gather_patches, patch_gather_reference
 from extrema_fast.kernels.short_attention import short_attention_reference
 
-from extrema_fast import ops
+from extrema_fast.ops import dispatch as ops
 
 pytestmark = pytest.mark.plain
 SIZES = [1, 7, 19, 39, 49, 196, 197]

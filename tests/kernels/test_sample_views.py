@@ -10,7 +10,7 @@ import pytest
 import torch
 from extrema_fast.kernels.sample_views import sample_views, sample_views_reference
 
-from extrema_fast import masking
+from extrema_fast.models import masking
 
 ROWS = torch.tensor([0, 1, 7, 2**31, 2**33 + 5])
 

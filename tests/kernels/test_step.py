@@ -11,10 +11,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from extrema_fast import ops, state, train
+from extrema_fast import train
 from extrema_fast.config import from_dict, smoke
-from extrema_fast.dist import World
-from extrema_fast.encoder import build_encoder
+from extrema_fast.distributed import World
+from extrema_fast.models.encoder import build_encoder
+from extrema_fast.ops import dispatch as ops
+from extrema_fast.training import state
 
 TINY = {
     "data": {"loader": "pil", "threads": 1, "limit": 6, "policy": "spatial+color"},

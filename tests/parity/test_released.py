@@ -19,11 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from benchmarks.with_timm import mend_torchvision
-from extrema_fast import ops
 from extrema_fast.config import from_dict, photos
-from extrema_fast.convert import load_encoder, load_metadata
-from extrema_fast.method import ExtreMA
-from extrema_fast.optim import param_groups
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.ops import dispatch as ops
+from extrema_fast.training.optim import param_groups
+from extrema_fast.weights.load import load_encoder, load_metadata
 
 FOLDER = Path(os.environ.get("EXTREMA_FAST_PARITY", Path(__file__).parents[3] / "shared" / "parity"))
 WHY = f"no vectors in {FOLDER}; set EXTREMA_FAST_PARITY to the folder that holds them"
@@ -211,7 +211,7 @@ def test_import_of_the_released_format(tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
 @pytest.mark.parametrize("which", ["student", "teacher"])
 def test_exports_of_the_released_format(tmp_path, which):
-    from extrema_fast.export import export
+    from extrema_fast.weights.export import export
 
     expected = load_file(FOLDER / "released_format.expected.safetensors")
     images = expected["input/images"]

@@ -9,7 +9,7 @@ import torch
 
 from extrema_fast import config as c
 from extrema_fast.errors import UsageError
-from extrema_fast.method import ExtreMA
+from extrema_fast.models.extrema import ExtreMA
 
 CFG = c.from_dict(
     {

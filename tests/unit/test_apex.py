@@ -15,13 +15,15 @@ import types
 import pytest
 import torch
 
-from extrema_fast import nvidia_apex, ops, train
-from extrema_fast.checkpoint import collect, restore
+from extrema_fast import train
 from extrema_fast.config import from_dict, smoke
 from extrema_fast.errors import UsageError
-from extrema_fast.method import ExtreMA
-from extrema_fast.metrics import Counters, history
-from extrema_fast.optim import build_optimizer, gates_on_device, set_lr
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.ops import dispatch as ops
+from extrema_fast.ops import nvidia_apex
+from extrema_fast.training.checkpoint import collect, restore
+from extrema_fast.training.metrics import Counters, history
+from extrema_fast.training.optim import build_optimizer, gates_on_device, set_lr
 
 TINY = {"model": {"width": 16, "depth": 1}, "head": {"hidden": 8, "out": 8, "predictor_hidden": 8}}
 
@@ -208,7 +210,7 @@ def saved(method, optimizer) -> dict[str, torch.Tensor]:
 
 def test_auto_takes_it_for_lamb_alone(monkeypatch, caplog):
     install(monkeypatch)
-    caplog.set_level(logging.INFO, "extrema_fast.ops")
+    caplog.set_level(logging.INFO, "extrema_fast.ops.dispatch")
     for _ in range(2):
         assert type(built("lamb")[1]).__name__ == "FusedLAMB"
         ops.choices()
@@ -254,7 +256,7 @@ def test_checkpoints_continue(name, op, order, monkeypatch):
 
 def test_a_rate_in_a_tensor(monkeypatch, caplog):
     install(monkeypatch)
-    caplog.set_level(logging.INFO, "extrema_fast.ops")
+    caplog.set_level(logging.INFO, "extrema_fast.ops.dispatch")
     # nobody asked for apex: ours, which can
     assert type(built("lamb", tensor_lr=True)[1]).__name__ == "Lamb"
     assert ops.choice("lamb", "cpu")[0] == "foreach" and "no rate on the device" in caplog.text

@@ -22,11 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import attention as bench
-from extrema_fast import attention, config, ops, state
+from extrema_fast import config
 from extrema_fast.config import ModelConfig, from_dict, smoke
-from extrema_fast.dist import World
-from extrema_fast.encoder import Encoder
+from extrema_fast.distributed import World
 from extrema_fast.errors import UsageError
+from extrema_fast.models.encoder import Encoder
+from extrema_fast.ops import attention
+from extrema_fast.ops import dispatch as ops
+from extrema_fast.training import state
 
 CPU = torch.device("cpu")
 SIZES = [1, 19, 39, 49, 64, 196]
@@ -539,7 +542,7 @@ def test_noise_is_no_win(rows):
 
 
 def test_a_plan_is_logged_once_with_its_reason(rows, caplog):
-    caplog.set_level(logging.INFO, "extrema_fast.ops")
+    caplog.set_level(logging.INFO, "extrema_fast.ops.dispatch")
     rows.append(row(39, sdpa=2, reference=1))
     for n in (39, 39, 200):
         ops.attention(torch.zeros(1, n, 3, 1, 64, requires_grad=True))
@@ -643,7 +646,7 @@ def test_unknown_names():
 
 
 def test_evaluation_may_differ(caplog):
-    caplog.set_level(logging.INFO, "extrema_fast.ops")
+    caplog.set_level(logging.INFO, "extrema_fast.ops.dispatch")
 
     @ops.lenient_attention()
     def evaluate(name, n):

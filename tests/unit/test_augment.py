@@ -21,9 +21,10 @@ import torch
 from extrema_fast.kernels.color_views import reference
 from extrema_fast.kernels.color_views.reference import BRIGHTNESS, CONTRAST, HUE, SATURATION, jitter
 
-from extrema_fast import ops, rng
-from extrema_fast.augment import color_views, normalize
+from extrema_fast import rng
 from extrema_fast.config import DataConfig
+from extrema_fast.data.augment import color_views, normalize
+from extrema_fast.ops import dispatch as ops
 
 ORDERS = list(itertools.permutations(range(4)))
 

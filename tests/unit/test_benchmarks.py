@@ -30,8 +30,8 @@ from benchmarks.tables import Table, markdown
 from benchmarks.worker import is_out_of_memory
 from extrema_fast.config import from_dict, preset
 from extrema_fast.errors import UsageError
-from extrema_fast.memory import HUGE_PAGES
-from extrema_fast.plan import flops_per_image
+from extrema_fast.training.memory import HUGE_PAGES
+from extrema_fast.training.plan import flops_per_image
 
 CPU = torch.device("cpu")
 BY_NAME = {p.name: p for p in PROVIDERS}

@@ -17,14 +17,22 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from extrema_fast import checkpoint
-from extrema_fast.checkpoint import Saver, check_same, collect, newest, remove_temporaries, restore, write
 from extrema_fast.config import CheckpointConfig, from_dict, smoke, to_dict
 from extrema_fast.errors import StorageError, UsageError
-from extrema_fast.method import ExtreMA
-from extrema_fast.metrics import Counters
-from extrema_fast.optim import build_optimizer
-from extrema_fast.run_folder import RunFolder, check
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.training import checkpoint
+from extrema_fast.training.checkpoint import (
+    Saver,
+    check_same,
+    collect,
+    newest,
+    remove_temporaries,
+    restore,
+    write,
+)
+from extrema_fast.training.metrics import Counters
+from extrema_fast.training.optim import build_optimizer
+from extrema_fast.training.run_folder import RunFolder, check
 
 CFG = from_dict(
     {"model": {"width": 16, "depth": 1}, "head": {"hidden": 8, "out": 8, "predictor_hidden": 8}}, smoke()

@@ -19,12 +19,12 @@ import pytest
 import torch
 
 from extrema_fast import config as c
-from extrema_fast import convert
-from extrema_fast.architecture import _ratio
 from extrema_fast.config import ModelConfig
-from extrema_fast.encoder import Encoder
 from extrema_fast.errors import StorageError, UsageError
-from extrema_fast.method import ExtreMA
+from extrema_fast.models.encoder import Encoder
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.weights import load as convert
+from extrema_fast.weights.architecture import _ratio
 from tests.unit._weights import CFG, IMAGES, Malicious, refused, released, trained
 
 
@@ -256,7 +256,7 @@ def test_a_failing_write_leaves_the_earlier_import(file, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("extrema_fast.weights.write_json", full)
+    monkeypatch.setattr("extrema_fast.weights.files.write_json", full)
     with pytest.raises(StorageError, match="No space left") as error:
         convert.import_released(file, out, force=True)
     assert error.value.exit_code == 5

@@ -18,10 +18,11 @@ from pathlib import Path
 import pytest
 
 import extrema_fast
-from extrema_fast import cli, evals, train
+from extrema_fast import cli, train
 from extrema_fast.cli import main
 from extrema_fast.config import from_dict, preset, to_dict
 from extrema_fast.errors import DataError, NonFiniteError, StorageError, UsageError
+from extrema_fast.evaluation import evaluate as evals
 
 SMALL = ["--data.loader", "pil", "--model.width", "16", "--model.patch_size", "16", "--mask.ratio", "0.5",
          "--eval.every-epochs", "0"]  # fmt: skip

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from extrema_fast import config as c
-from extrema_fast import convert
-from extrema_fast.encoder import sincos_table
-from extrema_fast.method import ExtreMA
-from extrema_fast.resample import adapt_in_chans, resample_patch_kernel
+from extrema_fast.models.encoder import sincos_table
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.models.resample import adapt_in_chans, resample_patch_kernel
+from extrema_fast.weights import load as convert
 from tests.unit._weights import CFG, IMAGES, refused, trained
 
 

@@ -24,14 +24,14 @@ import torch
 from safetensors.torch import load_file
 
 import extrema_fast
-from extrema_fast.augment import normalize
 from extrema_fast.config import DataConfig, from_dict
-from extrema_fast.convert import load_encoder, save_weights, weights_meta
-from extrema_fast.data import EvalLoader, open_source
-from extrema_fast.embed import describe, embed
-from extrema_fast.embeddings import load_embeddings
+from extrema_fast.data.augment import normalize
+from extrema_fast.data.loader import EvalLoader, open_source
 from extrema_fast.errors import DataError, NonFiniteError, StorageError, UsageError
-from extrema_fast.method import ExtreMA
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.tools.embed import describe, embed
+from extrema_fast.tools.embeddings import load_embeddings
+from extrema_fast.weights.load import load_encoder, save_weights, weights_meta
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 
@@ -490,8 +490,8 @@ def test_no_image_left(tmp_path, weights):
 
 
 def test_memory_holds_a_few_parts(tmp_path, weights, images, monkeypatch):
-    from extrema_fast import embed_parts
-    from extrema_fast.embeddings import write_part as write
+    from extrema_fast.tools import embed_parts
+    from extrema_fast.tools.embeddings import write_part as write
 
     encode = embed_parts.encode_batch
     encoded, ahead = [0], []
@@ -505,7 +505,7 @@ def test_memory_holds_a_few_parts(tmp_path, weights, images, monkeypatch):
         write(folder, number, *rest)
 
     monkeypatch.setattr(embed_parts, "encode_batch", count)
-    monkeypatch.setattr(importlib.import_module("extrema_fast.embed"), "write_part", written)
+    monkeypatch.setattr(importlib.import_module("extrema_fast.tools.embed"), "write_part", written)
     embed(str(images), tmp_path / "f", weights, **{**SMALL, "part_images": 3})
     # the one being written, and the one being computed
     assert len(ahead) == 7 and max(ahead) <= 6

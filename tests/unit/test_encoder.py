@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 
 import extrema_fast
-from extrema_fast import ops
 from extrema_fast.config import ModelConfig
-from extrema_fast.drop_path import drop_path_scale
-from extrema_fast.encoder import (
+from extrema_fast.errors import UsageError
+from extrema_fast.models.drop_path import drop_path_scale
+from extrema_fast.models.encoder import (
     Encoder,
     build_encoder,
     create_encoder,
@@ -28,7 +28,7 @@ from extrema_fast.encoder import (
     sincos_table,
     with_img_size,
 )
-from extrema_fast.errors import UsageError
+from extrema_fast.ops import dispatch as ops
 
 SMALL = ModelConfig(img_size=(24, 40), patch_size=8, width=32, depth=3, heads=2, mlp_ratio=2.0)
 N = 15

@@ -15,14 +15,14 @@ import math
 import pytest
 import torch
 
-from extrema_fast import evals
-from extrema_fast.collapse import collapse_warnings
 from extrema_fast.config import DataConfig, EvalConfig, smoke, to_dict
-from extrema_fast.convert import save_weights, weights_meta
+from extrema_fast.data.sources import open_source, subset
 from extrema_fast.errors import NonFiniteError, UsageError
-from extrema_fast.method import ExtreMA
-from extrema_fast.probes import attention_entropy, indicators, knn, linear_probe
-from extrema_fast.sources import open_source, subset
+from extrema_fast.evaluation import evaluate as evals
+from extrema_fast.evaluation.collapse import collapse_warnings
+from extrema_fast.evaluation.probes import attention_entropy, indicators, knn, linear_probe
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.weights.load import save_weights, weights_meta
 
 
 def blobs(n: int, d: int, classes: int, gap: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,13 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from extrema_fast import convert, export_graph, export_timm
 from extrema_fast.__main__ import main
 from extrema_fast.config import config_hash
-from extrema_fast.encoder import Encoder
 from extrema_fast.errors import ExtremaError, StorageError, cannot_import
-from extrema_fast.export import FORMATS, export
-from extrema_fast.method import ExtreMA
+from extrema_fast.models.encoder import Encoder
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.weights import export_graph, export_timm
+from extrema_fast.weights import load as convert
+from extrema_fast.weights.export import FORMATS, export
 from tests.unit._weights import CFG, IMAGES, refused, released, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")

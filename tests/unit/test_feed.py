@@ -14,13 +14,14 @@ import itertools
 import pytest
 import torch
 
-from extrema_fast import data, state
 from extrema_fast.config import from_dict, smoke
-from extrema_fast.data_feed import _Feed, feed
-from extrema_fast.dist import World
-from extrema_fast.metrics import Meter, Progress, WaitWatch
-from extrema_fast.step import draw
+from extrema_fast.data import loader as data
+from extrema_fast.data.prefetch import _Feed, feed
+from extrema_fast.distributed import World
 from extrema_fast.train import train_step
+from extrema_fast.training import state
+from extrema_fast.training.metrics import Meter, Progress, WaitWatch
+from extrema_fast.training.step import draw
 
 pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 

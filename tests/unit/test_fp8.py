@@ -17,13 +17,13 @@ import torch.nn.functional as F
 
 from extrema_fast import train
 from extrema_fast.config import from_dict, smoke
-from extrema_fast.data import Batch
-from extrema_fast.dist import World
+from extrema_fast.data.loader import Batch
+from extrema_fast.distributed import World
 from extrema_fast.errors import UsageError
-from extrema_fast.fp8 import LAYERS, apply_fp8
-from extrema_fast.method import ExtreMA
-from extrema_fast.metrics import LOSS
-from extrema_fast.state import build, wrap
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.ops.fp8 import LAYERS, apply_fp8
+from extrema_fast.training.metrics import LOSS
+from extrema_fast.training.state import build, wrap
 
 CFG = from_dict({"model": {"drop_path": 0.0}, "optim": {"warmup_epochs": 0.0}}, smoke())
 needs_torchao = pytest.mark.skipif(

@@ -20,8 +20,8 @@ from torch import Tensor
 from extrema_fast import train
 from extrema_fast.config import from_dict, smoke
 from extrema_fast.errors import Preempted
-from extrema_fast.lamb import ForeachAdamW, Lamb, Lars
-from extrema_fast.metrics import history
+from extrema_fast.ops.lamb import ForeachAdamW, Lamb, Lars
+from extrema_fast.training.metrics import history
 
 SHAPES = [(49, 39), (1, 19), (7,), (3, 2, 5), (1,)]
 DECAY = [0.1, 0.0, 0.02]

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from extrema_fast.kernels.short_attention import short_attention_reference
 from torch import nn
 
-from extrema_fast import memory
-from extrema_fast.linear import Linear, linear
-from extrema_fast.products import attention_products
+from extrema_fast.ops.linear import Linear, linear
+from extrema_fast.ops.products import attention_products
+from extrema_fast.training import memory
 
 LOW = torch.bfloat16
 
@@ -180,7 +180,7 @@ def test_what_the_allocators_are_asked(monkeypatch):
 def test_freed_memory_is_kept():
     code = """
 import ctypes, resource, sys
-from extrema_fast.memory import keep_freed_memory
+from extrema_fast.training.memory import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit(3)
 libc = ctypes.CDLL(None)

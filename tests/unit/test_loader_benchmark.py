@@ -32,10 +32,10 @@ from benchmarks import (
 from benchmarks.__main__ import main
 from benchmarks.loader_ways import STAGES, WAYS, Setting
 from benchmarks.tables import markdown
-from extrema_fast import step as step_module
-from extrema_fast.augment import color_views
 from extrema_fast.config import DataConfig
-from extrema_fast.data import Batch, TrainLoader, open_source, random_boxes
+from extrema_fast.data.augment import color_views
+from extrema_fast.data.loader import Batch, TrainLoader, open_source, random_boxes
+from extrema_fast.training import step as step_module
 
 pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 HERE = [name for name, way in WAYS.items() if not way.missing()]

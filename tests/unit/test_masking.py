@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from extrema_fast.errors import UsageError
-from extrema_fast.masking import keep_count, keep_from_mask, sample_views
+from extrema_fast.models.masking import keep_count, keep_from_mask, sample_views
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from extrema_fast import config as c
-from extrema_fast.drop_path import drop_path_scale
-from extrema_fast.encoder import build_encoder
-from extrema_fast.heads import mlp_head
-from extrema_fast.masking import sample_views
-from extrema_fast.method import ExtreMA
+from extrema_fast.models.drop_path import drop_path_scale
+from extrema_fast.models.encoder import build_encoder
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.models.heads import mlp_head
+from extrema_fast.models.masking import sample_views
 
 
 def tiny(loss: str = "byol", **train) -> c.Config:

@@ -12,8 +12,8 @@ import logging
 import pytest
 import torch
 
-from extrema_fast import ops
 from extrema_fast.errors import UsageError
+from extrema_fast.ops import dispatch as ops
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_a_new_setting_replaces_the_choices_made():
 
 
 def test_each_choice_is_logged_once(caplog):
-    caplog.set_level(logging.INFO, "extrema_fast.ops")
+    caplog.set_level(logging.INFO, "extrema_fast.ops.dispatch")
     ops.set_backend("attention_pool=reference")
     weight = torch.nn.Parameter(torch.zeros(3))
     for _ in range(3):

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from extrema_fast import config as c
-from extrema_fast import ops
-from extrema_fast.checkpoint import collect, restore
-from extrema_fast.encoder import create_encoder
 from extrema_fast.errors import UsageError
-from extrema_fast.method import ExtreMA
-from extrema_fast.metrics import Counters
-from extrema_fast.optim import (
+from extrema_fast.models.encoder import create_encoder
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.ops import dispatch as ops
+from extrema_fast.training.checkpoint import collect, restore
+from extrema_fast.training.metrics import Counters
+from extrema_fast.training.optim import (
     FAMILIES,
     Schedule,
     build_optimizer,

@@ -182,7 +182,7 @@ def test_wheel_imports_without_the_checkout(wheel, tmp_path):
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         # the editable install of the checkout must not answer for a module missing in the wheel
         "sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
-        "import extrema_fast, extrema_fast.kernels, extrema_fast.ops\n"
+        "import extrema_fast, extrema_fast.kernels, extrema_fast.ops.dispatch\n"
         "print(extrema_fast.__file__, extrema_fast.kernels.__file__)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from extrema_fast.config import ModelConfig
-from extrema_fast.encoder import create_encoder
+from extrema_fast.data.preprocess import CROP_PCT, Preprocess, resize_crop
 from extrema_fast.errors import UsageError
-from extrema_fast.preprocess import CROP_PCT, Preprocess, resize_crop
+from extrema_fast.models.encoder import create_encoder
 
 NAME = "extrema_vit_tiny_patch16_224"
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}

@@ -16,12 +16,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from extrema_fast import augment, cli, drop_path, masking, ops, profile, step, trace, train
+from extrema_fast import cli, train
 from extrema_fast.config import from_dict, preset
-from extrema_fast.data import Batch
-from extrema_fast.dist import World
+from extrema_fast.data import augment
+from extrema_fast.data.loader import Batch
+from extrema_fast.distributed import World
 from extrema_fast.errors import UsageError
-from extrema_fast.state import build, wrap
+from extrema_fast.models import drop_path, masking
+from extrema_fast.ops import dispatch as ops
+from extrema_fast.tools import profile, trace
+from extrema_fast.training import step
+from extrema_fast.training.state import build, wrap
 
 TINY = from_dict(
     {

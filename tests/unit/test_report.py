@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 import torch
 
-from extrema_fast import evals
 from extrema_fast.config import Config, DataConfig, EvalConfig, TrainConfig, smoke, to_dict
-from extrema_fast.convert import save_weights, weights_meta
 from extrema_fast.errors import UsageError
-from extrema_fast.method import ExtreMA
-from extrema_fast.pictures import data_uri, overlay, png, small, token_colors, viridis
-from extrema_fast.report import report, tidy
-from extrema_fast.svg import Series, line_chart, nice_ticks, thin, tick_label
+from extrema_fast.evaluation import evaluate as evals
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.reporting.pictures import data_uri, overlay, png, small, token_colors, viridis
+from extrema_fast.reporting.report import report, tidy
+from extrema_fast.reporting.svg import Series, line_chart, nice_ticks, thin, tick_label
+from extrema_fast.weights.load import save_weights, weights_meta
 
 VOID = {"meta", "img", "br"}
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 from extrema_fast import train
 from extrema_fast.config import Config, from_dict, smoke
-from extrema_fast.convert import load_encoder
 from extrema_fast.errors import Preempted, UsageError
-from extrema_fast.metrics import history
+from extrema_fast.training.metrics import history
+from extrema_fast.weights.load import load_encoder
 
 TINY = {
     "data": {"loader": "pil", "threads": 1, "limit": 34},
@@ -236,7 +236,7 @@ def test_a_longer_run_makes_up_for_the_teachers_move(tmp_path, straight, monkeyp
     run = tmp_path / "run"
     shutil.copytree(straight, run)
     moved = []
-    from extrema_fast.method import ExtreMA
+    from extrema_fast.models.extrema import ExtreMA
 
     # the one that makes up for it, and the steps' own
     for name in ("update_teacher", "move_teacher"):

@@ -22,12 +22,12 @@ import torch
 
 from extrema_fast.cli import main
 from extrema_fast.config import from_dict
-from extrema_fast.contact_sheet import GAP, MARGIN, SIDE, Tile, write_sheet
-from extrema_fast.convert import save_weights, weights_meta
-from extrema_fast.embed import embed
 from extrema_fast.errors import DataError, StorageError, UsageError
-from extrema_fast.method import ExtreMA
-from extrema_fast.search import format_table, nearest, search
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.tools.contact_sheet import GAP, MARGIN, SIDE, Tile, write_sheet
+from extrema_fast.tools.embed import embed
+from extrema_fast.tools.search import format_table, nearest, search
+from extrema_fast.weights.load import save_weights, weights_meta
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 
@@ -131,7 +131,7 @@ def test_equal_features_come_in_row_order():
 def test_many_queries_are_cut(monkeypatch):
     queries, bank = torch.randn(11, 4), Bank(torch.randn(9, 4), torch.randn(5, 4))
     want = nearest(queries, bank, 3)
-    monkeypatch.setattr(importlib.import_module("extrema_fast.search"), "QUERIES", 4)
+    monkeypatch.setattr(importlib.import_module("extrema_fast.tools.search"), "QUERIES", 4)
     got = nearest(queries, bank, 3)
     assert torch.equal(got[1], want[1])
     torch.testing.assert_close(got[0], want[0])

@@ -15,17 +15,18 @@ import pytest
 import torch
 from extrema_fast.kernels import _launch
 
-from extrema_fast import ops, step
 from extrema_fast.config import Config, from_dict, smoke
-from extrema_fast.data import Batch
-from extrema_fast.dist import World
-from extrema_fast.drop_path import compact_capacity, compact_path, drop_path_scale
-from extrema_fast.encoder import Encoder
+from extrema_fast.data.loader import Batch
+from extrema_fast.distributed import World
 from extrema_fast.errors import UsageError
-from extrema_fast.graph import StepGraph
-from extrema_fast.linear import Linear
-from extrema_fast.state import Run, build, wrap
+from extrema_fast.models.drop_path import compact_capacity, compact_path, drop_path_scale
+from extrema_fast.models.encoder import Encoder
+from extrema_fast.ops import dispatch as ops
+from extrema_fast.ops.linear import Linear
 from extrema_fast.train import train_step
+from extrema_fast.training import step
+from extrema_fast.training.graph import StepGraph
+from extrema_fast.training.state import Run, build, wrap
 
 TINY = {
     "model": {"width": 32, "depth": 3, "heads": 2, "drop_path": 0.5, "patch_size": 8},
@@ -266,7 +267,7 @@ def test_compaction_changes_rounding_alone(parts):
 def test_copies_of_weights_follow_every_step(monkeypatch, backend):
     ops.set_backend(backend)
     monkeypatch.setattr(step, "keeps_low", lambda cfg, kind: True)
-    monkeypatch.setattr("extrema_fast.state.keeps_low", lambda cfg, kind: True)
+    monkeypatch.setattr("extrema_fast.training.state.keeps_low", lambda cfg, kind: True)
     change = {"train": {"precision": "bf16", "compact": False}}
     try:
         run = begin(**change)
@@ -289,7 +290,7 @@ def test_copies_of_weights_follow_every_step(monkeypatch, backend):
 
 
 def test_copies_are_renewed_after_loading(monkeypatch):
-    monkeypatch.setattr("extrema_fast.state.keeps_low", lambda cfg, kind: True)
+    monkeypatch.setattr("extrema_fast.training.state.keeps_low", lambda cfg, kind: True)
     run = build(tiny(train={"precision": "bf16"}), World(torch.device("cpu")), range(100))
     other = {k: v + 1 for k, v in run.method.state_dict().items()}
     run.method.load_state_dict(other)

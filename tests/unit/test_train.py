@@ -18,19 +18,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from extrema_fast import dist, metrics, state, step, train
-from extrema_fast.augment import color_views
+from extrema_fast import distributed as dist
+from extrema_fast import train
 from extrema_fast.config import Config, from_dict, paper_base_80x5, smoke
-from extrema_fast.data import TrainLoader
-from extrema_fast.dist import Signals, World
-from extrema_fast.drop_path import drop_path_scale
-from extrema_fast.dry_run import dry_run
+from extrema_fast.data.augment import color_views
+from extrema_fast.data.loader import TrainLoader
+from extrema_fast.data.sources import open_source
+from extrema_fast.distributed import Signals, World
 from extrema_fast.errors import NonFiniteError, OutOfMemoryError, UsageError
-from extrema_fast.masking import sample_views
-from extrema_fast.method import ExtreMA
-from extrema_fast.optim import Schedule, build_optimizer
-from extrema_fast.plan import flops_per_image, headline
-from extrema_fast.sources import open_source
+from extrema_fast.models.drop_path import drop_path_scale
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.models.masking import sample_views
+from extrema_fast.tools.dry_run import dry_run
+from extrema_fast.training import metrics, state, step
+from extrema_fast.training.optim import Schedule, build_optimizer
+from extrema_fast.training.plan import flops_per_image, headline
 
 TINY = {
     "data": {"loader": "pil", "threads": 1, "limit": 24},
@@ -262,7 +264,7 @@ def test_warnings_are_loud(tmp_path, monkeypatch, caplog):
 
 
 def test_a_failed_periodic_save_does_not_stop_training(tmp_path, monkeypatch, caplog):
-    from extrema_fast import checkpoint
+    from extrema_fast.training import checkpoint
 
     original, calls = checkpoint.save_file, []
 

@@ -18,10 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from extrema_fast import convert, safe_files, weights
 from extrema_fast.__main__ import main
 from extrema_fast.errors import StorageError, UsageError
-from extrema_fast.export import export
+from extrema_fast.weights import files as weights
+from extrema_fast.weights import load as convert
+from extrema_fast.weights import safe_files
+from extrema_fast.weights.export import export
 from tests.unit._weights import CFG, Malicious, refused, released, trained
 
 

@@ -1,0 +1,122 @@
+"""What an image source is: rows in a fixed order, each an image file or a part of a shard.
+
+The row number is what travels through training: it keys every random coin, and labels are looked up by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import did_you_mean
+from ..errors import DataError, UsageError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Image files in a fixed order.
+
+    name         what was asked for
+    paths        the file of each row; for an image in a tar shard, the shard
+    labels       [n] int64 index into `classes`; None when the images have no labels
+    fingerprint  sha256 over the names (below the root), sizes in bytes and labels of all rows
+    spans        [n, 2] int64: where in the file an image's bytes begin and how many they are; length -1: the
+                 whole file; None: whole files only
+    names        what messages call each row; None: its path
+    headers      [n, 3] int32: height and width as stored, EXIF orientation; 0: not known; None: none known
+    shards       [n] int32: number of the shard each row lies in, non-decreasing; None: no shards
+    parts        (first row, end row, passes per epoch) of each source of a mixture; empty: one, each row once
+    """
+
+    name: str
+    paths: list[str]
+    labels: Tensor | None
+    classes: list[str]
+    fingerprint: str
+    spans: np.ndarray | None = None
+    names: list[str] | None = None
+    headers: np.ndarray | None = None
+    shards: np.ndarray | None = None
+    parts: tuple[tuple[int, int, float], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def title(self, row: int) -> str:
+        """What a message calls a row."""
+        return self.paths[row] if self.names is None else self.names[row]
+
+    def read(self, row: int) -> bytes:
+        """The bytes of a row's image file; OSError when its file is gone or ends too early."""
+        offset, length = (0, -1) if self.spans is None else self.spans[row].tolist()
+        with open(self.paths[row], "rb", buffering=0) as f:
+            if length < 0:
+                return f.read()
+            f.seek(offset)
+            data = f.read(length)
+            size = os.fstat(f.fileno()).st_size
+        if len(data) != length:
+            raise OSError(f"{self.paths[row]} ends after {size} bytes, not {offset + length}")
+        return data
+
+
+def number_classes(names: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """Labels ([n] int64) and class names of rows whose classes have these names."""
+    different = set(names)
+    # numbers in numeric order, so that a label that is a number usually keeps it
+    numeric = all(c.isdecimal() for c in different)
+    classes = sorted(different, key=lambda c: (int(c), c)) if numeric else sorted(different)
+    number_of = {c: i for i, c in enumerate(classes)}
+    return torch.tensor([number_of[c] for c in names], dtype=torch.int64), classes
+
+
+def subset(source: ImageSource, rows: Tensor) -> ImageSource:
+    """The given rows ([k] int64) of a source, labels and classes kept."""
+    key = hashlib.sha256(source.fingerprint.encode() + rows.numpy().tobytes())
+    return dataclasses.replace(
+        source,
+        paths=[source.paths[r] for r in rows.tolist()],
+        labels=None if source.labels is None else source.labels[rows],
+        fingerprint=key.hexdigest(),
+        spans=None if source.spans is None else source.spans[rows],
+        names=None if source.names is None else [source.names[r] for r in rows.tolist()],
+        headers=None if source.headers is None else source.headers[rows],
+        shards=None if source.shards is None else source.shards[rows],
+        parts=(),
+    )
+
+
+def match_classes(test: ImageSource, train: ImageSource) -> ImageSource:
+    """`test` with labels that index `train.classes`; UsageError when a class is unknown there.
+
+    Without it, a class folder that only one of two trees has would shift every later label.
+    """
+    if test.labels is None or train.labels is None or test.classes == train.classes:
+        return test
+    unknown = sorted(set(test.classes) - set(train.classes))
+    if unknown:
+        raise UsageError(
+            f"{test.name}: {len(unknown)} of {len(test.classes)} classes are not in {train.name}, "
+            f"first: {unknown[0]!r}{did_you_mean(unknown[0], train.classes[:20])}"
+        )
+    new = torch.tensor([train.classes.index(c) for c in test.classes])
+    return dataclasses.replace(test, labels=new[test.labels], classes=train.classes)
+
+
+def warn_of_empty(name: str, empty: int, images: int, first: str) -> None:
+    """Says that images have no bytes: training replaces them as any unreadable image; DataError when all have none."""
+    what = f"{name}: {empty} of {images} images are empty (0 bytes), first: {first}"
+    if images and empty == images:
+        raise DataError(what)
+    if empty:
+        log.warning("%s; `extrema-fast index` lists the good ones", what)

@@ -1,0 +1,134 @@
+"""From a picture to the encoder's input, with the numbers the weights were trained with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UsageError
+from .augment import normalize
+
+CROP_PCT = 224 / 256
+INTERPOLATIONS = ("bilinear", "bicubic")
+
+
+def resize_crop(
+    image: Tensor, size: tuple[int, int], interpolation: str = "bilinear", crop_pct: float = CROP_PCT
+) -> Tensor:
+    """Short side to size / crop_pct (size * 256 / 224), antialiased, then the centre; as timm and torchvision.
+
+    image:   [H, W, C] uint8;  size: (height, width) of the result
+    returns  [height, width, C] uint8; an image of exactly that size is returned as it is
+    """
+    if tuple(image.shape[:2]) == size:
+        return image
+    new = scaled_size(image.shape[:2], size, crop_pct)
+    x = F.interpolate(image.permute(2, 0, 1)[None].float(), size=new, mode=interpolation, antialias=True)
+    top, left = center_of(new, size)
+    x = x[0, :, top : top + size[0], left : left + size[1]]
+    return x.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+
+
+def scaled_size(old: Sequence[int], size: tuple[int, int], crop_pct: float = CROP_PCT) -> tuple[int, int]:
+    """(height, width) before the crop: the smallest with the sides' ratio that hold size / crop_pct."""
+    box = [math.floor(s / crop_pct) for s in size]
+    # torchvision cuts the long side, timm rounds both where the box is not square
+    whole = int if size[0] == size[1] else round
+    short = min(range(2), key=lambda i: old[i] / box[i])
+    new = [whole(side * box[short] / old[short]) for side in old]
+    new[short] = box[short]
+    return max(new[0], size[0]), max(new[1], size[1])
+
+
+def center_of(scaled: Sequence[int], size: tuple[int, int]) -> tuple[int, int]:
+    """(top, left) of the crop of `size` from an image of (height, width) `scaled`."""
+    # round half to even, as torchvision centres
+    top, left = (round((n - s) / 2) for n, s in zip(scaled, size, strict=True))
+    return top, left
+
+
+def _per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+    if len(values) == in_chans:
+        return tuple(values)
+    if len(values) == 1:
+        return tuple(values) * in_chans
+    # the gray value of RGB has the mean of the means
+    if in_chans == 1 and len(values) == 3:
+        return (sum(values) / 3,)
+    raise UsageError(
+        f"preprocess: this encoder takes {in_chans} channels, {name} has {len(values)} entries; "
+        f"set encoder.{name} to {in_chans} numbers"
+    )
+
+
+class Preprocess:
+    """PIL image or uint8 [H, W, 3] tensor -> fp32 [C, H, W]; see `Encoder.preprocess`.
+
+    in_chans  3; or 1: the gray value of RGB, or one channel as it is; another number takes uint8 tensors
+              [H, W, in_chans], and `mean` and `std` need that many entries, or one for all
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        in_chans: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str = "bilinear",
+        crop_pct: float = CROP_PCT,
+    ) -> None:
+        if interpolation not in INTERPOLATIONS:
+            raise UsageError(
+                f"preprocess: interpolation: expected 'bilinear' or 'bicubic', got {interpolation!r}"
+            )
+        if not 0 < crop_pct <= 1:
+            raise UsageError(f"preprocess: crop_pct: expected above 0, to 1, got {crop_pct}")
+        self.size, self.in_chans = tuple(size), in_chans
+        self.mean, self.std = _per_channel("mean", mean, in_chans), _per_channel("std", std, in_chans)
+        self.interpolation, self.crop_pct = interpolation, crop_pct
+
+    @property
+    def metadata(self) -> dict:
+        """input_size (C, H, W), mean, std, interpolation, crop_pct."""
+        return {
+            "input_size": (self.in_chans, *self.size),
+            "mean": self.mean,
+            "std": self.std,
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
+        }
+
+    def __call__(self, image) -> Tensor:
+        if not isinstance(image, Tensor):
+            image = self._pixels(image)
+        channels = (1, 3) if self.in_chans == 1 else (self.in_chans,)
+        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] not in channels:
+            raise UsageError(
+                f"image: expected uint8 [H, W, {channels[-1]}], got {image.dtype} {list(image.shape)}"
+            )
+        pixels, mean, std = image, self.mean, self.std
+        if self.in_chans == 1:
+            # as RGB, which `normalize` makes gray
+            pixels, mean, std = image.expand(-1, -1, 3), mean * 3, std * 3
+        pixels = resize_crop(pixels, self.size, self.interpolation, self.crop_pct)
+        return normalize(pixels[None], mean, std, self.in_chans)[0]
+
+    def _pixels(self, image) -> Tensor:
+        if not hasattr(image, "convert"):
+            raise UsageError(
+                f"image: expected a PIL image or a uint8 tensor [H, W, C], got {type(image).__name__}"
+            )
+        if self.in_chans not in (1, 3):
+            raise UsageError(
+                f"image: a picture has 3 channels, this encoder takes {self.in_chans}; "
+                f"give a uint8 tensor [H, W, {self.in_chans}]"
+            )
+        rgb = image.convert("RGB")
+        return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
+
+    def __repr__(self) -> str:
+        return f"Preprocess({self.metadata})"

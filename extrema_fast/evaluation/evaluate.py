@@ -1,0 +1,408 @@
+"""Evaluation of an encoder: always beside a random encoder and raw pixels.
+
+A cheap `online_eval` for the training loop, and the `evaluate`, `knn` and `probe` commands
+(method.md sections 7 and 10). The measures themselves are in `probes`, features in `features`.
+
+The probe and k-NN read the same features, after the final norm. The official probe takes the class
+vector before it and standardises each dimension; the final LayerNorm differs from that by one factor
+per image, so one extraction serves both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..atomic import write_atomically
+from ..config import Config, DataConfig, EvalConfig, from_dict
+from ..data.augment import normalize
+from ..data.sources import BUILT_IN, ImageSource, open_source, subset
+from ..errors import UsageError
+from ..models.encoder import Encoder, build_encoder
+from ..models.masking import sample_views
+from ..ops import dispatch as ops
+from ..weights import load as convert
+from .collapse import collapse_warnings
+from .features import Features, cap, extract, labelled, load_batch, raw_pixels
+from .probes import attention_entropy, indicators, knn, linear_probe
+
+if TYPE_CHECKING:
+    from ..models.extrema import ExtreMA
+
+__all__ = [
+    "Features",
+    "collapse_warnings",
+    "evaluate",
+    "extract",
+    "format_table",
+    "indicators",
+    "knn",
+    "knn_command",
+    "linear_probe",
+    "online_eval",
+    "probe_command",
+    "raw_pixels",
+]
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # part of the cache key of a stored result: raised when a number changes its meaning
+STUDENT_IMAGES = 512
+VIEW_IMAGES = 256
+PRETRAINED, RANDOM, PIXELS = "pretrained", "random init", "raw pixels"
+CLS, MEAN = "class token", "mean of patches"
+
+
+# ---- while training -------------------------------------------------------------------------------
+
+
+@ops.lenient_attention()
+@torch.inference_mode()
+def online_eval(
+    method: ExtreMA,
+    train_source: ImageSource | None,
+    test_source: ImageSource | None,
+    cfg: Config,
+    device: str | torch.device = "cpu",
+) -> dict[str, float | int]:
+    """k-NN and collapse indicators of student and teacher on fixed subsets; draws no random numbers.
+
+    One teacher pass over `eval.max_train` + `eval.max_test` images; the student sees at most 512.
+    k-NN is left out without labels on both sides; without test images the indicators use training images.
+    returns knn_cls, knn_mean; {teacher,teacher_proj,student,student_proj}_{std,rank,cosine};
+            view_cosine, attention_entropy; images, dim, proj_dim
+    raises  NonFiniteError for NaN or infinite features
+    """
+    held = test_source if test_source is not None else train_source
+    if held is None:
+        raise UsageError("online evaluation: neither training nor test images were given")
+    seed, size = cfg.train.seed, cfg.model.img_size
+    modes = [(m, m.training) for m in method.modules()]
+    method.eval()
+    try:
+        test = cap(held, cfg.eval.max_test, seed)
+        # a file that breaks while training does not end the run
+        args = {"batch_size": cfg.eval.batch_size, "device": device, "strict": False}
+        features = extract(method.teacher, test, cfg.data, **args)
+        out: dict[str, float | int] = {}
+        both = [s for s in (train_source, test_source) if s is not None and s.labels is not None]
+        if len(both) == 2:
+            truth = labelled(both[0], test).labels[features.rows]
+            bank = extract(method.teacher, cap(both[0], cfg.eval.max_train, seed), cfg.data, **args)
+            for name in ("cls", "mean"):
+                a, b = (getattr(f, name).to(device) for f in (bank, features))
+                out[f"knn_{name}"] = knn(a, bank.labels, b, truth, cfg.eval.k, cfg.eval.temperature)
+        few = subset(test, torch.arange(len(test))[:: -(-len(test) // STUDENT_IMAGES)])
+        student = extract(method.student, few, cfg.data, **args).cls
+        for name, x, head in (
+            ("teacher", features.cls, method.teacher_projector),
+            ("student", student, method.projector),
+        ):
+            x = x.to(device)
+            projection = head(x)
+            for key, value in indicators(x).items():
+                out[f"{name}_{key}"] = value
+            for key, value in indicators(projection).items():
+                out[f"{name}_proj_{key}"] = value
+        images = load_batch(test, cfg.data, size, VIEW_IMAGES, strict=False).to(device)
+        x = normalize(images, cfg.data.mean, cfg.data.std, cfg.model.in_chans)
+        out["view_cosine"] = _view_cosine(method, x, cfg)
+        out["attention_entropy"] = attention_entropy(method.teacher.get_attention(x))
+        return out | {
+            "images": len(features.cls),
+            "dim": features.cls.shape[1],
+            "proj_dim": projection.shape[1],
+        }
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _view_cosine(method: ExtreMA, images: Tensor, cfg: Config) -> float:
+    """Mean cosine between the predictions of two views of the same images, with fixed masks."""
+    n, k = cfg.model.num_patches, cfg.num_keep
+    mode = "disjoint" if 2 * k <= n else "independent"
+    index = torch.arange(len(images), device=images.device)
+    keep = sample_views(index, n, k, 2, mode=mode, seed=cfg.train.seed)
+    cls = method.student.encode(images, keep.transpose(0, 1).contiguous()).cls
+    q = F.normalize(method.predictor(method.projector(cls)).float(), dim=-1)
+    return float((q[:, 0] * q[:, 1]).sum(-1).mean())
+
+
+# ---- the commands ---------------------------------------------------------------------------------
+
+
+def run_config(path: str | Path) -> Config | None:
+    """The configuration of a run folder, or None when `path` is not one."""
+    path = Path(path) / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from None
+    data = data.get("config", data) if isinstance(data, dict) else {}
+    # a weights folder has a config.json too, of another kind
+    return from_dict(data) if "train" in data and "optim" in data else None
+
+
+def resolve_data(cfg: Config | None, train: str | None, test: str | None) -> tuple[str, str]:
+    """(training images, test images) to evaluate on: what was given, else the run's own.
+
+    A folder given as `train` alone may hold the two parts (`train` and `test` or `val`).
+    raises UsageError saying what to add
+    """
+    if train is None and cfg is not None:
+        train, test = cfg.data.train, test or cfg.data.test or None
+    if train is None:
+        raise UsageError("no images to evaluate on: these weights are not a run folder; add --data FOLDER")
+    if test is None and train not in BUILT_IN:
+        root = Path(train).expanduser()
+        parts = [root / p for p in ("test", "val", "valid", "validation") if (root / p).is_dir()]
+        if (root / "train").is_dir() and parts:
+            return str(root / "train"), str(parts[0])
+        raise UsageError(
+            f"{train}: no test images; give a folder that holds train/ and test/ (or val/), or both: "
+            "--train FOLDER --test FOLDER"
+        )
+    return train, test or train
+
+
+def weights_hash(encoder: Encoder) -> str:
+    """Short hash over names and values of an encoder's tensors, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def evaluate(
+    path: str | Path,
+    train: str | None = None,
+    test: str | None = None,
+    *,
+    out: str | Path | None = None,
+    which: str = "teacher",
+    metrics: Sequence[str] = ("knn", "probe"),
+    max_train: int = 0,
+    max_test: int = 0,
+    k: int | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str = "auto",
+    force: bool = False,
+) -> dict[str, Any]:
+    """k-NN and linear probe of an encoder, of its own random initialisation, and of raw pixels.
+
+    path         run folder, weights folder or released `.pth`
+    train, test  image sources; None: those of the run. One folder holding train/ and test/ is enough
+    out          result file (JSON); None: `reports/evaluation.json` in a run folder, else none
+    which        `teacher` or `student`
+    metrics      any of `knn`, `probe`
+    max_*        images used of each set (0: all)
+    returns      plain data: rows (encoder, feature, knn and probe as shares), gain over random init,
+                 indicators, warnings, counts, and the settings. The file also holds a key over weights,
+                 images and settings: an unchanged second call returns it unless `force`
+    raises       UsageError for missing labels, classes that do not match or unusable paths,
+                 NonFiniteError for diverged weights
+    """
+    wrong = [m for m in metrics if m not in ("knn", "probe")]
+    if wrong or not metrics:
+        raise UsageError(f"metrics: expected some of knn, probe, got {list(metrics)}")
+    path = Path(path)
+    cfg = run_config(path)
+    rule = cfg.eval if cfg is not None else EvalConfig()
+    encoder = convert.load_encoder(path, which=which)
+    released = path.is_file() and path.suffix != ".safetensors"
+    meta = {} if released else convert.load_metadata(path)
+    data = dataclasses.replace(
+        cfg.data if cfg is not None else DataConfig(), mean=encoder.mean, std=encoder.std
+    )
+    train, test = resolve_data(cfg, train, test)
+    bank = open_source(train, "train", limit=max_train, seed=seed)
+    queries = labelled(bank, open_source(test, "test", limit=max_test, seed=seed))
+    settings = {
+        "which": which,
+        "metrics": sorted(metrics),
+        "k": k or rule.k,
+        "temperature": temperature or rule.temperature,
+        "seed": seed,
+        "train": train,
+        "test": test,
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+    key = hashlib.sha256(
+        json.dumps(
+            [
+                FORMAT,
+                settings,
+                weights_hash(encoder),
+                bank.fingerprint,
+                queries.fingerprint,
+                list(encoder.img_size),
+            ],
+            sort_keys=True,
+        ).encode()
+    ).hexdigest()[:16]
+    if out is None and cfg is not None and len(set(metrics)) == 2:
+        out = path / "reports" / "evaluation.json"
+    if out is not None and not force:
+        known = _read_result(Path(out), key)
+        if known is not None:
+            log.info("%s: weights, images and settings are unchanged, nothing to compute", out)
+            return known
+
+    started = time.monotonic()
+    device = _device(device)
+    args = {"batch_size": batch_size or rule.batch_size, "device": device}
+    rows: list[dict[str, Any]] = []
+    signs: dict[str, dict[str, float]] = {}
+    for name in (PRETRAINED, RANDOM):
+        model = encoder if name == PRETRAINED else build_encoder(encoder.config, int(meta.get("seed", 0)))
+        a, b = (extract(model, s, data, **args) for s in (bank, queries))
+        for feature, field in ((CLS, "cls"), (MEAN, "mean")):
+            rows.append(
+                {"encoder": name, "feature": feature}
+                | _measure(getattr(a, field), a.labels, getattr(b, field), b.labels, settings, device)
+            )
+        images = load_batch(queries, data, model.img_size, VIEW_IMAGES).to(device)
+        with torch.inference_mode():
+            attention = model.get_attention(normalize(images, data.mean, data.std, model.in_chans))
+        signs[name] = indicators(b.cls) | {"attention_entropy": attention_entropy(attention)}
+        log.info("%s: %s", name, ", ".join(f"{m} {rows[-2][m]:.1%}" for m in settings["metrics"]))
+    a, b = (raw_pixels(s, data, encoder.img_size) for s in (bank, queries))
+    rows.append(
+        {"encoder": PIXELS, "feature": "pixels"}
+        | _measure(a.cls, a.labels, b.cls, b.labels, settings, device)
+    )
+    result = {
+        "format": FORMAT,
+        "key": key,
+        "path": str(path),
+        "step": meta.get("step"),
+        **settings,
+        "img_size": list(encoder.img_size),
+        "counts": {"train": len(bank), "test": len(queries), "classes": len(bank.classes)},
+        "rows": rows,
+        "gain": {
+            feature: {m: rows[i][m] - rows[i + 2][m] for m in settings["metrics"]}
+            for i, feature in enumerate((CLS, MEAN))
+        },
+        "indicators": signs,
+        "warnings": _result_warnings(rows, signs, len(queries), encoder.embed_dim),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    for line in result["warnings"]:
+        log.warning("%s", line)
+    if out is not None:
+        _write_result(Path(out), result)
+    return result
+
+
+def knn_command(
+    path: str | Path, train: str | None = None, test: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """`evaluate` with k-NN only; nothing is written unless `out` is given."""
+    return evaluate(path, train, test, metrics=("knn",), **options)
+
+
+def probe_command(
+    path: str | Path, train: str | None = None, test: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """`evaluate` with the linear probe only; nothing is written unless `out` is given."""
+    return evaluate(path, train, test, metrics=("probe",), **options)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+
+
+def _measure(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    settings: dict[str, Any],
+    device: torch.device,
+) -> dict[str, float]:
+    a, b = train_x.to(device), test_x.to(device)
+    out: dict[str, float] = {}
+    if "knn" in settings["metrics"]:
+        out["knn"] = knn(a, train_y, b, test_y, settings["k"], settings["temperature"])
+    if "probe" in settings["metrics"]:
+        out["probe"] = linear_probe(a, train_y, b, test_y, seed=settings["seed"])
+    return out
+
+
+def _result_warnings(
+    rows: list[dict[str, Any]], signs: dict[str, dict[str, float]], images: int, dim: int
+) -> list[str]:
+    # the online rules, with the random encoder in the place of step 0
+    history = []
+    for place, name in ((2, RANDOM), (0, PRETRAINED)):
+        record = {f"teacher_{n}": signs[name][n] for n in ("std", "rank", "cosine")}
+        record |= {"images": images, "dim": dim, "attention_entropy": signs[name]["attention_entropy"]}
+        record |= {"knn_cls": rows[place].get("knn"), "knn_mean": rows[place + 1].get("knn")}
+        history.append(record)
+    return collapse_warnings(history)
+
+
+def _read_result(path: Path, key: str) -> dict[str, Any] | None:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and result.get("key") == key else None
+
+
+def _write_result(path: Path, result: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """The result as aligned plain text: one row per encoder and feature, then the gain over random init."""
+    columns = [
+        (m, t)
+        for m, t in (("knn", f"k-NN (k={result['k']})"), ("probe", "linear probe"))
+        if m in result["metrics"]
+    ]
+    lines = [["encoder", "feature", *(title for _, title in columns)]]
+    for row in result["rows"]:
+        lines.append([row["encoder"], row["feature"], *(f"{100 * row[m]:.1f} %" for m, _ in columns)])
+    lines.append([])
+    for feature, gain in result["gain"].items():
+        lines.append(["gain over random init", feature, *(f"{100 * gain[m]:+.1f}   " for m, _ in columns)])
+    width = [max(len(line[i]) for line in lines if line) for i in range(len(lines[0]))]
+    text = []
+    for line in lines:
+        cells = [
+            c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, width, strict=False))
+        ]
+        text.append("  ".join(cells).rstrip())
+    text.insert(1, "  ".join("-" * w for w in width))
+    counts = result["counts"]
+    step = "" if result["step"] is None else f" of step {result['step']}"
+    text.append("")
+    text.append(
+        f"{result['which']} weights{step}; {counts['train']} training and {counts['test']} "
+        f"test images, {counts['classes']} classes"
+    )
+    text += [f"WARNING: {line}" for line in result["warnings"]]
+    return "\n".join(text)

@@ -1,0 +1,132 @@
+"""Features of image sources: encoder outputs, raw pixels, and the small fixed subsets evaluation uses."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import rng
+from ..config import DataConfig
+from ..data.augment import normalize
+from ..data.loader import BadRows, EvalLoader
+from ..data.sources import ImageSource, match_classes, subset
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..models.encoder import Encoder
+
+log = logging.getLogger(__name__)
+
+PIXEL_BUDGET = 4e8
+"""Numbers a raw-pixel matrix may hold; beyond that images are averaged to a coarser grid."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """cls [n, D] fp32 and mean [n, D] fp32 on the CPU; labels [n] int64 or None; rows [n] int64: which images."""
+
+    cls: Tensor
+    mean: Tensor
+    labels: Tensor | None
+    rows: Tensor
+
+
+@torch.inference_mode()
+def extract(
+    encoder: Encoder,
+    source: ImageSource,
+    cfg: DataConfig,
+    *,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    strict: bool = True,
+) -> Features:
+    """Class token and mean of the patch tokens, both after the final norm, of every image in order.
+
+    strict  an image that cannot be decoded is a DataError; else it is left out, and the log says how many were
+
+    The encoder is moved to `device` and left there; its training flags are restored.
+    """
+    bad = None if strict else BadRows(source, 1.0, quiet=True)
+    modes = [(m, m.training) for m in encoder.modules()]
+    encoder.to(device).eval()
+    cls, mean, rows = [], [], []
+    for images, index in EvalLoader(
+        source, cfg, encoder.img_size, batch_size=batch_size, device=device, bad=bad
+    ):
+        rows.append(index)
+        out = encoder.encode(normalize(images.to(device), cfg.mean, cfg.std, encoder.in_chans))
+        cls.append(out.cls.float().cpu())
+        mean.append(out.patches.float().mean(1).cpu())
+    for module, mode in modes:
+        module.training = mode
+    if bad:
+        log.warning(
+            "%s: %d of %d images cannot be decoded and are left out, first: %s",
+            source.name,
+            len(bad),
+            len(source),
+            next(iter(bad.reasons.values())),
+        )
+    kept = torch.cat(rows)
+    labels = None if source.labels is None else source.labels[kept]
+    return Features(torch.cat(cls), torch.cat(mean), labels, kept)
+
+
+@torch.inference_mode()
+def raw_pixels(
+    source: ImageSource, cfg: DataConfig, img_size: tuple[int, int], *, side: int = 32, batch_size: int = 256
+) -> Features:
+    """Pixels in 0..1 as features, [n, P]; larger images are averaged to `side` pixels first.
+
+    Gray images stored as RGB give one number per pixel. `cls` and `mean` are the same tensor.
+    """
+    while len(source) * 3 * side * side > PIXEL_BUDGET and side > 8:
+        side //= 2
+    height, width = (min(s, side) for s in img_size)
+    rows = []
+    for images, _ in EvalLoader(source, cfg, img_size, batch_size=batch_size):
+        x = images.permute(0, 3, 1, 2).float() / 255
+        rows.append(F.adaptive_avg_pool2d(x, (height, width)))
+    x = torch.cat(rows)
+    if x.shape[1] == 3 and torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2]):
+        x = x[:, :1]
+    x = x.flatten(1)
+    return Features(x, x, source.labels, torch.arange(len(source)))
+
+
+def cap(source: ImageSource, limit: int, seed: int) -> ImageSource:
+    """At most `limit` images (0: all): a keyed choice in row order, the same at every evaluation."""
+    if limit <= 0 or len(source) <= limit:
+        return source
+    return subset(source, rng.permutation(len(source), seed=seed, epoch=0)[:limit].sort().values)
+
+
+def labelled(train: ImageSource, test: ImageSource) -> ImageSource:
+    """`test` with labels numbered as in `train`; UsageError without labels or for unknown classes."""
+    for name, source in (("training", train), ("test", test)):
+        if source.labels is None:
+            raise UsageError(
+                f"{source.name}: {name} images without labels, which k-NN and the linear probe need; give "
+                "a folder with one sub-folder per class, or a list file with 'path<tab>label' lines"
+            )
+    return match_classes(test, train)
+
+
+def load_batch(
+    source: ImageSource, cfg: DataConfig, img_size: tuple[int, int], count: int, *, strict: bool = True
+) -> Tensor:
+    """[min(count, n), H, W, 3] uint8: evenly spaced images of a source, the same every time.
+
+    strict  as for `extract`
+    """
+    n = len(source)
+    rows = [int((j + 0.5) * n / min(count, n)) for j in range(min(count, n))]
+    few = subset(source, torch.tensor(rows))
+    bad = None if strict else BadRows(few, 1.0, quiet=True)
+    return torch.cat([images for images, _ in EvalLoader(few, cfg, img_size, bad=bad)])

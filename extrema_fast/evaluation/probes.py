@@ -1,0 +1,154 @@
+"""Measures of a feature matrix: k-NN, linear probe, collapse indicators (method.md sections 7 and 10).
+
+Functions of tensors only; nothing here knows about encoders, images or files.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import NonFiniteError, UsageError
+
+PROBE_EPOCHS = 90
+"""Epochs of the linear probe, as in the paper."""
+
+
+def _check_features(name: str, x: Tensor, y: Tensor | None = None) -> None:
+    if x.ndim != 2 or not len(x):
+        raise UsageError(f"{name}: expected features [n, d] with n >= 1, got {tuple(x.shape)}")
+    bad = int((~x.isfinite()).any(1).sum())
+    if bad:
+        raise NonFiniteError(
+            f"{name}: {bad} of {len(x)} feature rows are not finite; the weights have diverged: "
+            "go back to an earlier checkpoint, or lower optim.base_lr"
+        )
+    if y is not None and (y.ndim != 1 or len(y) != len(x)):
+        raise UsageError(f"{name}: expected {len(x)} labels, one per row, got {tuple(y.shape)}")
+
+
+@torch.no_grad()
+def knn(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Weighted k-nearest-neighbour accuracy: cosine similarity s, vote exp(s / temperature).
+
+    train_x, test_x: [n, d] any float dtype, on one device; train_y, test_y: [n] int64
+    k is lowered to the size of the training set when that is smaller
+    returns accuracy in 0..1
+    raises  NonFiniteError for NaN or infinite features, UsageError for shapes that do not fit
+    """
+    _check_features("train features", train_x, train_y)
+    _check_features("test features", test_x, test_y)
+    if k < 1 or temperature <= 0:
+        raise UsageError(f"k-NN: expected k >= 1 and temperature > 0, got k={k}, temperature={temperature}")
+    bank = F.normalize(train_x.float(), dim=1)
+    queries = F.normalize(test_x.float(), dim=1)
+    labels, truth = train_y.to(bank.device), test_y.to(bank.device)
+    classes = int(max(labels.max(), truth.max())) + 1
+    # 16 M similarities at a time: 64 MB
+    chunk = max(1, (1 << 24) // len(bank))
+    right = 0
+    for q, t in zip(queries.split(chunk), truth.split(chunk), strict=True):
+        top, index = (q @ bank.T).topk(min(k, len(bank)), dim=1)
+        # the shift keeps exp finite at any temperature and cancels in the comparison
+        weight = ((top - top[:, :1]) / temperature).exp()
+        votes = torch.zeros(len(q), classes, device=q.device).scatter_add_(1, labels[index], weight)
+        right += int((votes.argmax(1) == t).sum())
+    return right / len(queries)
+
+
+def linear_probe(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    seed: int = 0,
+    epochs: int = PROBE_EPOCHS,
+) -> float:
+    """Test accuracy (0..1) of a linear classifier on frozen features, trained by the paper's rule.
+
+    train_x, test_x: [n, d] float; train_y, test_y: [n] int64
+    Features are standardised with the training set's statistics (a BatchNorm without affine part);
+    weights start at N(0, 0.01); SGD with momentum 0.9 and no decay, rate 0.1 * batch / 256, 10 epochs
+    of warm-up, cosine to 0 over 90 epochs (method.md section 7). The batch is the paper's 4096, or an
+    eighth of a smaller set. Unlike the paper's, the features are those of one centre crop per image,
+    computed once. Order and weights are keyed by `seed`.
+    raises  NonFiniteError for NaN or infinite features, UsageError for shapes that do not fit or
+            a single class
+    """
+    _check_features("train features", train_x, train_y)
+    _check_features("test features", test_x, test_y)
+    if len(train_y.unique()) < 2:
+        raise UsageError("linear probe: the training labels hold one class only; it needs two or more")
+    x, y = train_x.float(), train_y.to(train_x.device)
+    var, mean = torch.var_mean(x, dim=0, correction=0)
+    inv_std = (var + 1e-5).rsqrt()
+    x = (x - mean) * inv_std
+    n, classes = len(x), int(max(train_y.max(), test_y.max())) + 1
+    batch = min(4096, max(1, n // 8))
+    per_epoch = n // batch
+    rate = 0.1 * batch / 256
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.zeros(x.shape[1] + 1, classes)
+    weights[:-1] = torch.randn(x.shape[1], classes, generator=generator) * 0.01
+    weights, speed = weights.to(x.device), torch.zeros_like(weights).to(x.device)
+    for epoch in range(epochs):
+        order = torch.randperm(n, generator=generator).to(x.device)
+        for i in range(per_epoch):
+            rows = order[i * batch : (i + 1) * batch]
+            part = x[rows]
+            # gradient of the mean cross-entropy: softmax minus one-hot; the last row is the bias
+            error = torch.addmm(weights[-1], part, weights[:-1]).softmax(1)
+            error[torch.arange(len(rows), device=x.device), y[rows]] -= 1
+            error /= len(rows)
+            speed.mul_(0.9).add_(torch.cat([part.T @ error, error.sum(0, keepdim=True)]))
+            weights -= _probe_rate(rate, epoch + i / per_epoch, epochs) * speed
+    test = (test_x.float() - mean) * inv_std
+    logits = torch.addmm(weights[-1], test, weights[:-1])
+    return float((logits.argmax(1) == test_y.to(x.device)).double().mean())
+
+
+def _probe_rate(peak: float, epoch: float, epochs: int, warmup: int = 10) -> float:
+    if epoch < warmup:
+        return peak * epoch / warmup
+    return peak * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2
+
+
+@torch.no_grad()
+def indicators(x: Tensor) -> dict[str, float]:
+    """Is a set of features collapsed? (method.md section 10)
+
+    x: [n, d] float, n >= 2; rows are L2-normalised first
+    returns std     sqrt(d) times the mean deviation per dimension: 1 isotropic, 0 constant
+            rank    exp(entropy of the singular values as shares): 1 .. min(n, d)
+            cosine  mean over pairs of different rows: 1 constant, about 0 isotropic
+    raises  NonFiniteError for NaN or infinite features, UsageError for fewer than two rows
+    """
+    _check_features("features", x)
+    n, d = x.shape
+    if n < 2:
+        raise UsageError(f"features: collapse indicators need at least 2 rows, got {n}")
+    x = F.normalize(x.double(), dim=1)
+    gram = x.T @ x if d <= n else x @ x.T
+    sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    p = sigma / sigma.sum().clamp_min(1e-300)
+    off_diagonal = x.sum(0).square().sum() - x.square().sum()
+    return {
+        "std": float(math.sqrt(d) * x.std(0, correction=0).mean()),
+        "rank": float(torch.special.entr(p).sum().exp()),
+        "cosine": float(off_diagonal / (n * (n - 1))),
+    }
+
+
+def attention_entropy(attention: Tensor) -> float:
+    """Mean entropy of attention rows over its maximum, in 0..1; attention: [..., n] probabilities."""
+    return float(torch.special.entr(attention.float()).sum(-1).mean() / math.log(attention.shape[-1]))

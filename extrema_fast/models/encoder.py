@@ -1,0 +1,461 @@
+"""The encoder: a ViT trunk without class token, and class-attention pooling (paper section 3.2).
+
+Parameter names and shapes are those of the released checkpoints (`vits.py` of microsoft/ExtreMA).
+Shape letters: B images, V views, R = V B rows (view-major), K kept tokens, N patches, D width, H heads,
+d head_dim, L trunk blocks, P pooling blocks.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..config import SIZES, ModelConfig, did_you_mean
+from ..errors import UsageError
+from ..ops import dispatch as ops
+from ..ops.linear import RECOMPUTE
+from .dino import Dino
+from .drop_path import scale_from_coins
+from .layers import NORM_EPS, Block, Kept, PatchEmbed, PoolBlock, check_images, check_sides, pair
+from .masking import check_keep
+from .positions import SinCos
+from .positions import sincos_table as sincos_table
+from .timm_methods import POOLS, TimmMethods, check_classes
+
+
+class Encoded(NamedTuple):
+    """What `Encoder.encode` returns.
+
+    cls      [B, D], or [B, V, D] with views
+    patches  [B, K, D], or [B, V, K, D]; row j belongs to patch keep[..., j]
+    keep     [B, K] or [B, V, K] integer
+    grid     (rows, columns) of patches in the image
+    """
+
+    cls: Tensor
+    patches: Tensor
+    keep: Tensor
+    grid: tuple[int, int]
+
+
+class Encoder(TimmMethods):
+    """ViT trunk and pooling head; `TimmMethods` has what timm and its users call.
+
+    Built by `create_encoder`, `load_encoder` or `build_encoder`. `global_pool='avg'` has no class head: the
+    pooled feature is the mean of the patch tokens after the final norm (or before `fc_norm` in its place).
+    With '' `forward` gives the tokens of `forward_features`. `pos_grid` is the grid trained on, for
+    `pos_coords='rescaled'` (default: that of the configuration).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_classes: int = 0,
+        *,
+        global_pool: str = "token",
+        fc_norm: bool | None = False,
+        pos_embed: str = "sincos",
+        pos_coords: str = "absolute",
+        pos_grid: Sequence[int] | None = None,
+        in_chans: int | None = None,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if global_pool not in POOLS:
+            raise UsageError(f"global_pool: expected 'token', 'avg' or '' (no pooling), got {global_pool!r}")
+        if pos_embed not in ("sincos", "learned"):
+            raise UsageError(f"pos_embed: expected 'sincos' or 'learned', got {pos_embed!r}")
+        if fc_norm and global_pool != "avg":
+            raise UsageError("fc_norm: only with global_pool='avg'")
+        if in_chans is not None and (not isinstance(in_chans, int) or in_chans < 1):
+            raise UsageError(f"in_chans: expected a whole number, at least 1, got {in_chans!r}")
+        check_classes(num_classes)
+        if not 0 <= drop_rate < 1:
+            raise UsageError(f"drop_rate: expected from 0 to below 1, got {drop_rate}")
+        trained = pair(config.grid if pos_grid is None else pos_grid, "pos_grid")
+        if min(trained) < 1:
+            raise UsageError(f"pos_grid: expected rows and columns, got {pos_grid}")
+        width, depth, heads = config.shape
+        self.config = config
+        self.embed_dim = self.num_features = self.head_hidden_size = width
+        self.heads = heads
+        self.in_chans = in_chans or config.in_chans
+        self.num_classes, self.global_pool = num_classes, global_pool
+        self.drop_path_rate, self.grad_checkpointing = config.drop_path, False
+        self.mean, self.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        self.interpolation, self.crop_pct = "bilinear", 0.875
+
+        self.patch_embed = PatchEmbed(self.in_chans, width, config.patch_size, config.img_size)
+        self.sincos = SinCos(width, pos_coords, trained)
+        table = self.sincos.compute(self.grid)[None]
+        if pos_embed == "learned":
+            self.pos_embed = nn.Parameter(table)
+        else:
+            # a buffer: it has no gradient; persistent: saved with the weights
+            self.register_buffer("pos_embed", table)
+        self.blocks = nn.ModuleList(Block(width, heads, config.mlp_ratio) for _ in range(depth))
+        self.cls_token, self.blocks_token = None, None
+        if global_pool != "avg":
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+            self.blocks_token = nn.ModuleList(
+                PoolBlock(width, heads, config.mlp_ratio, config.layer_scale)
+                for _ in range(config.pool_depth)
+            )
+        self.norm = nn.Identity() if fc_norm else nn.LayerNorm(width, eps=NORM_EPS)
+        self.fc_norm = nn.LayerNorm(width, eps=NORM_EPS) if fc_norm else nn.Identity()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+        self.init_weights()
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """(height, width) in pixels it is meant for; others work with the sin-cos table."""
+        return self.patch_embed.img_size
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.patch_embed.patch_size[0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches at `img_size`."""
+        return self.patch_embed.grid_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.patch_embed.num_patches
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def architecture(self) -> str:
+        """The registered name of this size; with other sizes, one that `timm_config` says the changes to."""
+        return f"{_PREFIX}{self.config.size}{_SUFFIX}"
+
+    def extra_repr(self) -> str:
+        return f"img_size={self.img_size}, patch={self.patch_size}, grid={self.grid}, pool={self.global_pool}"
+
+    def init_weights(self) -> None:
+        """Xavier-uniform matrices, zero biases, LayerNorm (1, 0), class token N(0, 0.02)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        kernel = self.patch_embed.proj.weight
+        # the patch bias keeps the convolution's default, as in the release
+        nn.init.xavier_uniform_(kernel.data.view(kernel.shape[0], -1))
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
+        if self.num_classes:
+            nn.init.trunc_normal_(self.head.weight, std=2e-5)
+
+    # ---- the pieces, in the order they run -------------------------------------------------------
+
+    def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """images [B, C, H, W], keep [V, B, K] or None (all) -> tokens with positions [V*B, K, D]."""
+        proj, p = self.patch_embed.proj, self.patch_size
+        pos = self.positions((images.shape[-2] // p, images.shape[-1] // p))
+        return ops.patch_gather(images, keep, proj.weight, proj.bias, pos)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table of a grid, [N, D]: the saved one at its own grid, else computed, once.
+
+        A compiled graph computes it at every call; `set_input_size` makes that grid its own.
+        raises UsageError for a learned table and another grid than its own
+        """
+        # a patch size set on `patch_embed` alone shows in the number of rows
+        if grid == self.grid and self.pos_embed.shape[1] == grid[0] * grid[1]:
+            return self.pos_embed[0]
+        if isinstance(self.pos_embed, nn.Parameter):
+            size = tuple(g * self.patch_size for g in grid)
+            raise UsageError(
+                f"images: {size} is not the size {self.img_size} of the learned position table; "
+                f"encoder.set_input_size({size}) resamples it"
+            )
+        return self.sincos.table(grid, self.pos_embed)
+
+    def trunk(self, tokens: Tensor, path: Tensor | list[tuple[Kept, Kept]] | None = None) -> Tensor:
+        """[R, n, D] -> [R, n, D] before the final norm; path as of `drop_path.drop_path_scale` or `compact_path`."""
+        return self.trunk_layers(tokens, path=path)[0]
+
+    def trunk_layers(
+        self,
+        tokens: Tensor,
+        take: Sequence[int] = (),
+        path: Tensor | list[tuple[Kept, Kept]] | None = None,
+        stop: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`trunk`, and the tokens after the blocks `take` (ascending); stop: nothing runs after the last of them."""
+        if path is None and self.training and self.drop_path_rate > 0:
+            coins = torch.rand(self.depth, 2, tokens.shape[0], device=tokens.device)
+            path = scale_from_coins(coins, self.drop_path_rate)
+        again = self.grad_checkpointing and torch.is_grad_enabled()
+        taken = []
+        for i, block in enumerate(self.blocks):
+            factors = None if path is None else path[i]
+            if again:
+                # the coins are given: no block draws a random number
+                tokens = checkpoint(block, tokens, factors, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens, factors)
+            if i in take:
+                taken.append(tokens)
+                if stop and i == take[-1]:
+                    break
+        return tokens, taken
+
+    def set_attention(
+        self, backend: str, *, tokens: int | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Backend of the trunk's self-attention: `auto` or a name of `extrema_fast.ops.attention`; weights stay.
+
+        tokens   a sequence length to decide for and check now, on the device where the encoder is
+        dtype    of its products then (default: the weights')
+        raises   UsageError for an unknown name, or (now with `tokens`, else at the first pass) one that cannot
+                 run: what it lacks, and what there is
+        """
+        ops.check_attention_name(backend)
+        weight = self.blocks[0].attn.qkv.weight
+        if tokens is not None:
+            ops.check_attention(
+                backend, weight.device, dtype or weight.dtype, tokens, self.embed_dim // self.heads,
+                train=weight.requires_grad,
+            )  # fmt: skip
+        for block in self.blocks:
+            block.attn.backend = backend
+
+    def set_recompute(self, what: str) -> None:
+        """What the backward pass of the trunk makes again: `none`, `gelu`, or `norm` (GELU and LayerNorm)."""
+        for block in self.blocks:
+            block.again = RECOMPUTE[what]
+
+    def pool(self, tokens: Tensor, return_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """tokens [R, n, D] -> (class token before the final norm [R, D], attention maps).
+
+        return_weights: the maps are one [R, H, 1 + n] per pooling block; else the list is empty
+        """
+        cls = self.cls_token[:, 0].expand(tokens.shape[0], -1)
+        maps, stats = [], None
+        for block in self.blocks_token:
+            cls, attention, stats = block(cls, tokens, stats, return_weights)
+            if attention is not None:
+                maps.append(attention)
+        return cls, maps
+
+    # ---- what users call -------------------------------------------------------------------------
+
+    def encode(self, images: Tensor, keep: Tensor | None = None, norm: bool = True) -> Encoded:
+        """Class token and patch tokens; only kept patches are read, projected and attended to.
+
+        images:  [B, C, H, W] float, normalised; sides multiples of the patch size (other grids than the
+                 model's use the sin-cos table of that grid)
+        keep:    None (all), [B, K], or [B, V, K] integer in [0, N); order is kept, repeats are allowed
+        norm     apply the final LayerNorm (False: raw tokens, as the paper's linear probe uses)
+        returns  Encoded(cls, patches, keep, grid); without class head `cls` is the mean of the patch tokens
+        raises   UsageError naming the argument, what it got and what it needs
+        """
+        grid = self._check_images(images)
+        rows, keep = self._check_keep(images, keep, grid)
+        tokens = self.trunk(self.embed(images, rows))
+        normed = self.norm(tokens) if norm else tokens
+        if self.num_prefix_tokens:
+            cls, _ = self.pool(tokens)
+            cls = self.norm(cls) if norm else cls
+        else:
+            cls = normed.mean(1)
+        if keep.dim() == 3:
+            views = (keep.shape[1], keep.shape[0])
+            cls, normed = (t.unflatten(0, views).transpose(0, 1) for t in (cls, normed))
+        return Encoded(cls, normed, keep, grid)
+
+    def get_attention(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Class-query probabilities of every pooling block.
+
+        images, keep: as `encode`
+        returns  [B, P, H, 1 + K] fp32 (with views [B, V, P, H, 1 + K]); rows sum to 1, column 0 is the
+                 class token
+        """
+        if not self.num_prefix_tokens:
+            raise UsageError("get_attention: this encoder has no class head (global_pool='avg')")
+        grid = self._check_images(images)
+        rows, keep = self._check_keep(images, keep, grid)
+        _, maps = self.pool(self.trunk(self.embed(images, rows)), return_weights=True)
+        out = torch.stack(maps, 1).float()
+        if keep.dim() == 3:
+            out = out.unflatten(0, (keep.shape[1], keep.shape[0])).transpose(0, 1)
+        return out
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> pooled feature [B, D], or logits [B, num_classes]."""
+        return self.forward_head(self.forward_features(images))
+
+    def as_dino(self, version: int = 2, layer_class: str = "head") -> Dino:
+        """The interface of DINOv2 or DINOv3 (`version`) on the same parameters; see `extrema_fast.models.dino`."""
+        return Dino(self, version, layer_class)
+
+    def preprocess(self):
+        """A callable for these weights: PIL image or uint8 [H, W, 3] -> normalised float32 [C, H, W].
+
+        Resizes the short side to size / crop_pct (size * 256 / 224, antialiased) and crops the centre; the numbers
+        are in the callable's `metadata` (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
+        """
+        from ..data.preprocess import Preprocess
+
+        return Preprocess(
+            self.img_size, self.in_chans, self.mean, self.std, self.interpolation, self.crop_pct
+        )
+
+    # ---- checks ----------------------------------------------------------------------------------
+
+    def _check_images(self, images: Tensor) -> tuple[int, int]:
+        check_images(images, self.in_chans, self.patch_embed.proj.weight.dtype)
+        return check_sides(images.shape[-2:], self.patch_size)
+
+    def _check_keep(
+        self, images: Tensor, keep: Tensor | None, grid: tuple[int, int]
+    ) -> tuple[Tensor | None, Tensor]:
+        """(rows [V, B, K] for the gather or None, keep as returned)."""
+        b, n = images.shape[0], grid[0] * grid[1]
+        if keep is None:
+            return None, torch.arange(n, device=images.device).expand(b, n)
+        check_keep(keep, b, n)
+        return (keep[None] if keep.dim() == 2 else keep.transpose(0, 1)), keep
+
+
+# ---- building -------------------------------------------------------------------------------------
+
+_PREFIX, _SUFFIX = "extrema_vit_", "_patch16_224"
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Sorted model names matching a shell pattern."""
+    return sorted(fnmatch.filter([f"{_PREFIX}{size}{_SUFFIX}" for size in SIZES], pattern))
+
+
+# what `create_encoder` passes on to the configuration
+_SHAPE = ("width", "depth", "heads", "mlp_ratio", "pool_depth", "layer_scale")
+
+
+def create_encoder(
+    name: str,
+    num_classes: int = 0,
+    img_size: int | Sequence[int] = 224,
+    in_chans: int = 3,
+    drop_path_rate: float = 0.0,
+    *,
+    patch_size: int | Sequence[int] = 16,
+    global_pool: str = "token",
+    fc_norm: bool | None = False,
+    pos_embed: str = "sincos",
+    pos_coords: str = "absolute",
+    pos_grid: Sequence[int] | None = None,
+    drop_rate: float = 0.0,
+    **shape: Any,
+) -> Encoder:
+    """A randomly initialised encoder.
+
+    name         one of `list_models()`
+    num_classes  0: features; else a linear head on the pooled feature
+    img_size     pixels, or (height, width); multiples of `patch_size`
+    global_pool  'token' (class head), 'avg' (mean of patch tokens, no class head), or '' (class head; `forward`
+                 gives all tokens)
+    fc_norm      with 'avg': normalise after pooling instead of before (the paper's fine-tuning)
+    pos_embed    'sincos' (fixed) or 'learned' (a parameter started from the table)
+    pos_coords   'absolute' or 'rescaled': coordinates of grids other than `pos_grid`, the one trained on
+                 (default: that of `img_size`); see `positions.SinCos`
+    drop_rate    dropout before the linear head
+    shape        width, depth, heads, mlp_ratio, pool_depth, layer_scale in place of the name's
+    raises       UsageError for an unknown name or keyword (with the nearest), or a size that does not divide
+    """
+    if name not in list_models():
+        raise UsageError(f"unknown model {name!r}{did_you_mean(str(name), list_models())}")
+    if unknown := sorted(shape.keys() - set(_SHAPE)):
+        known = [*_SHAPE, "patch_size", "pos_embed", "pos_coords", "pos_grid", "drop_rate", "drop_path_rate"]
+        raise UsageError(f"create_encoder: unknown option {unknown[0]!r}{did_you_mean(unknown[0], known)}")
+    for option, value in shape.items():
+        number = (int, float) if option in ("mlp_ratio", "layer_scale") else int
+        if isinstance(value, bool) or not isinstance(value, number):
+            raise UsageError(f"{option}: expected a {'whole ' * (number is int)}number, got {value!r}")
+    patch = pair(patch_size, "patch_size")
+    if patch[0] != patch[1]:
+        raise UsageError(f"patch_size: patches are square, got {patch[0]} x {patch[1]}")
+    config = ModelConfig(
+        size=name.removeprefix(_PREFIX).removesuffix(_SUFFIX),
+        img_size=pair(img_size),
+        patch_size=patch[0],
+        drop_path=drop_path_rate,
+        **shape,
+    )
+    return Encoder(
+        config, num_classes, global_pool=global_pool, fc_norm=fc_norm, pos_embed=pos_embed,
+        pos_coords=pos_coords, pos_grid=pos_grid, in_chans=in_chans, drop_rate=drop_rate,
+    )  # fmt: skip
+
+
+def model_args(encoder: Encoder) -> dict[str, Any]:
+    """Arguments with which `create_encoder(encoder.architecture, encoder.num_classes, ...)` builds it again.
+
+    Plain JSON data, without number of classes and drop rates. What has been pruned is not told.
+    """
+    config, plain = encoder.config, ModelConfig(size=encoder.config.size)
+    args: dict[str, Any] = {
+        "img_size": list(encoder.img_size),
+        "patch_size": encoder.patch_size,
+        "in_chans": encoder.in_chans,
+        "global_pool": encoder.global_pool,
+        "fc_norm": isinstance(encoder.fc_norm, nn.LayerNorm),
+        "pos_embed": "learned" if isinstance(encoder.pos_embed, nn.Parameter) else "sincos",
+        "pos_coords": encoder.sincos.coords,
+        "pos_grid": list(encoder.sincos.trained),
+    }
+    if config.shape != plain.shape:
+        args |= dict(zip(("width", "depth", "heads"), config.shape, strict=True))
+    for name in ("mlp_ratio", "pool_depth", "layer_scale"):
+        if getattr(config, name) != getattr(plain, name):
+            args[name] = getattr(config, name)
+    return args
+
+
+def timm_config(encoder: Encoder) -> dict[str, Any]:
+    """`config.json` beside `model.safetensors`, as timm's `local-dir:` and Hugging Face's timm wrapper read it."""
+    cfg = {k: v for k, v in encoder.own_cfg().items() if k != "architecture"}
+    return {
+        "architecture": encoder.architecture,
+        "num_classes": encoder.num_classes,
+        "num_features": encoder.num_features,
+        "global_pool": encoder.global_pool,
+        "model_args": model_args(encoder),
+        "pretrained_cfg": cfg,
+    }
+
+
+def build_encoder(config: ModelConfig, seed: int | None = None) -> Encoder:
+    """The encoder of a configuration; `seed`: the same weights every time, the global generator untouched."""
+    if seed is None:
+        return Encoder(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Encoder(config)
+
+
+def with_img_size(config: ModelConfig, img_size: int | Sequence[int]) -> ModelConfig:
+    """The same architecture at another image size."""
+    return replace(config, img_size=pair(img_size))
+
+
+def count_flops(config: ModelConfig, rows: int, n: int) -> float:
+    """Forward FLOPs of `rows` sequences of `n` tokens through trunk and absorbed pooling."""
+    width, depth, _ = config.shape
+    trunk = depth * (24 * width**2 * n + 4 * n**2 * width)
+    pool = config.pool_depth * (24 * width**2 + 4 * math.prod((config.shape[2], n + 1, width)))
+    return float(rows * (trunk + pool))

@@ -1,0 +1,234 @@
+"""The parts of the encoder: patch embedding, trunk block, class-attention block.
+
+Parameter names and shapes are those of the released checkpoints (`vits.py` of microsoft/ExtreMA).
+Shape letters as in `encoder.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..ops import dispatch as ops
+from ..ops.linear import Linear, autocasts, linear
+from .resample import resample_patch_kernel
+
+NORM_EPS = 1e-6
+
+
+def pair(size: int | Sequence[int], name: str = "img_size") -> tuple[int, int]:
+    """(height, width) of a square side or of a pair; raises UsageError naming `name`."""
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
+    if len(sides) != 2 or not all(isinstance(s, int) for s in sides):
+        raise UsageError(f"{name}: expected pixels or (height, width), got {size!r}")
+    return sides
+
+
+def check_images(images: Tensor, chans: int | None = None, dtype: torch.dtype | None = None) -> None:
+    """raises UsageError unless images are [B, C, H, W] floats; chans: C; dtype: that of the weights (not asked of
+    images under autocast)."""
+    if not isinstance(images, Tensor):
+        raise UsageError(
+            f"images: expected a tensor [B, C, H, W], got {type(images).__name__}; use torch.as_tensor(images)"
+        )
+    if images.dim() != 4 or chans not in (None, images.shape[1]):
+        raise UsageError(
+            f"images: expected [B, {chans or 'C'}, H, W], got {list(images.shape)}"
+            + ("; a single image needs images[None]" if images.dim() == 3 else "")
+        )
+    if not images.is_floating_point():
+        raise UsageError(f"images: expected normalised floats, got {images.dtype}; see encoder.preprocess()")
+    if dtype not in (None, images.dtype) and not autocasts(images.device.type):
+        raise UsageError(f"images: expected {dtype} as the weights, got {images.dtype}; or use autocast")
+
+
+def check_sides(size: Sequence[int], patch: int, name: str = "images") -> tuple[int, int]:
+    """The grid of (height, width); raises UsageError with the nearest sizes where the patch does not divide."""
+    for side, pixels in zip(("height", "width"), size, strict=True):
+        if pixels < patch or pixels % patch:
+            low = max(patch, pixels // patch * patch)
+            raise UsageError(
+                f"{name}: {side} {pixels} is not a multiple of the patch size {patch}; use {low} or {low + patch}"
+            )
+    return size[0] // patch, size[1] // patch
+
+
+class PatchEmbed(nn.Module):
+    """The patch convolution (stride = kernel), and the input size it is meant for.
+
+    The encoder reads `proj` and applies it to kept patches only. The attributes are those of timm's:
+    `img_size`, `patch_size`, `grid_size` (pairs: height or rows first), `num_patches`.
+    """
+
+    def __init__(self, in_chans: int, width: int, patch: int, img_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.patch_size, self.img_size = (patch, patch), img_size
+        self.proj = nn.Conv2d(in_chans, width, patch, patch)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        return self.dynamic_feat_size(self.img_size)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Pixels per token."""
+        return self.patch_size[0] if as_scalar else self.patch_size
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """The grid of an image of (height, width)."""
+        return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
+
+    def set_input_size(
+        self,
+        img_size: int | Sequence[int] | None = None,
+        patch_size: int | Sequence[int] | None = None,
+    ) -> None:
+        """Another image size, another patch size (the kernel is resampled); None keeps what there is.
+
+        Call the encoder's, which also sets its positions.
+        raises  UsageError, with nothing changed, for a patch that is not square or does not divide the image
+        """
+        size = self.img_size if img_size is None else pair(img_size)
+        patch = self.patch_size if patch_size is None else pair(patch_size, "patch_size")
+        if patch[0] != patch[1] or patch[0] < 1:
+            raise UsageError(f"patch_size: patches are square, got {patch[0]} x {patch[1]}")
+        check_sides(size, patch[0], "img_size")
+        if patch != self.patch_size:
+            old = self.proj
+            kernel = resample_patch_kernel(old.weight.detach(), patch[0])
+            old.weight = nn.Parameter(kernel, requires_grad=old.weight.requires_grad)
+            old.kernel_size = old.stride = patch
+        self.img_size, self.patch_size = size, patch
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, N, D], without positions."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; [R, n, D] -> [R, n, D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        # which implementation (`Encoder.set_attention`); no part of the state
+        self.backend = "auto"
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+
+    def forward(self, x: Tensor, norm: nn.Module | None = None, again: bool = False) -> Tensor:
+        """Of `norm(x)` where a norm is given; again: the backward pass makes the normalised tokens again."""
+        r, n, width = x.shape
+        qkv = linear(x, self.qkv, norm, again).view(r, n, 3, self.heads, width // self.heads)
+        return self.proj(ops.attention(qkv, self.backend).reshape(r, n, width))
+
+
+class Mlp(nn.Module):
+    """D -> hidden -> D with exact GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
+
+    def forward(
+        self, x: Tensor, norm: nn.Module | None = None, again: frozenset[str] = frozenset()
+    ) -> Tensor:
+        """Of `norm(x)` where a norm is given; again: `norm`, `gelu`: what the backward pass makes again."""
+        return linear(linear(x, self.fc1, norm, "norm" in again), self.fc2, "gelu", "gelu" in again)
+
+
+class Block(nn.Module):
+    """Pre-norm trunk block: `x += s0 SA(LN x)`, `x += s1 MLP(LN x)`, no layer scale."""
+
+    # what the backward pass makes again (`Encoder.set_recompute`)
+    again: frozenset[str] = frozenset()
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor, path: Sequence[Tensor | Kept] | Tensor | None = None) -> Tensor:
+        """x [R, n, D]; path: drop-path of the two branches, [2, R] factors or two `Kept`; None: no drop-path."""
+        attend, mix = (None, None) if path is None else path
+        x = _add_branch(x, lambda x: self.attn(x, self.norm1, "norm" in self.again), attend)
+        return _add_branch(x, lambda x: self.mlp(x, self.norm2, self.again), mix)
+
+
+class Kept(NamedTuple):
+    """Rows that a drop-path branch is computed for (`compact_path`).
+
+    rows    [C] int64, different rows of the batch: every kept one, padded with dropped ones
+    weight  [C] fp32: 1 / (1 - rate) for kept rows, 0 for padding
+    """
+
+    rows: Tensor
+    weight: Tensor
+
+
+def _add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], path: Tensor | Kept | None) -> Tensor:
+    if path is None:
+        return x + branch(x)
+    if isinstance(path, Tensor):
+        return x + path.to(x.dtype)[:, None, None] * branch(x)
+    # rows are unique, so the sum has one order
+    return x.index_add(
+        0, path.rows, path.weight.to(x.dtype)[:, None, None] * branch(x.index_select(0, path.rows))
+    )
+
+
+class PoolAttention(nn.Module):
+    """The projections of a class-attention block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q = Linear(width, width)
+        self.k = Linear(width, width)
+        self.v = Linear(width, width)
+        self.proj = Linear(width, width)
+
+
+class PoolBlock(nn.Module):
+    """Class-attention block: `c += g1 Wo att([c; x])`, `c += g2 MLP(LN c)`; the tokens stay as they are."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, layer_scale: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.gamma_1 = nn.Parameter(torch.full((width,), layer_scale))
+        self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale))
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = PoolAttention(width)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(
+        self,
+        cls: Tensor,
+        tokens: Tensor,
+        stats: tuple[Tensor, Tensor] | None = None,
+        return_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """cls [R, D], tokens [R, n, D] -> (class token [R, D], attention [R, H, 1 + n] or None, stats).
+
+        stats: LayerNorm statistics of the tokens, which every block shares (`ops.attention_pool`)
+        """
+        a = self.attn
+        weights = ops.PoolWeights(
+            self.norm1.weight, self.norm1.bias, a.q.weight, a.q.bias, a.k.weight, a.k.bias,
+            a.v.weight, a.v.bias, a.proj.weight, a.proj.bias,
+        )  # fmt: skip
+        out, attention, stats = ops.attention_pool(
+            tokens, cls, weights, self.heads, NORM_EPS, stats=stats, return_weights=return_weights
+        )
+        cls = cls + self.gamma_1 * out
+        return cls + self.gamma_2 * self.mlp(cls, self.norm2), attention, stats

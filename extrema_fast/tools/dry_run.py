@@ -1,0 +1,49 @@
+"""A rehearsal: some real steps on real images, nothing written."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ..config import Config, local_batch
+from ..data.loader import epoch_length
+from ..distributed import start
+from ..train import train_step
+from ..training.metrics import memory_gb
+from ..training.plan import checkpoint_bytes, derived
+from ..training.state import build, open_loader, open_train, prepare_torch, wrap
+
+
+def dry_run(cfg: Config, steps: int = 3) -> dict[str, Any]:
+    """What `steps` real steps say about the run to come; nothing is written.
+
+    raises as `pretrain`
+    """
+    with start(cfg.system.device) as world:
+        prepare_torch(cfg.system)
+        local_batch(cfg, world.size)
+        run = build(cfg, world, world.main_first(lambda: open_train(cfg)))
+        wrap(run)
+        times = []
+        with open_loader(run) as loader:
+            for _ in range(min(steps, run.schedule.total_steps)):
+                began = time.perf_counter()
+                train_step(run, next(loader))
+                run.step += 1
+                # reading the counters waits for the device
+                values = run.counters.read().values()
+                times.append(time.perf_counter() - began)
+        tokens = cfg.mask.views * cfg.num_keep
+        return derived(cfg, world.size, epoch_length(run.source)) | {
+            "device": str(world.device),
+            "loader": loader.kind,
+            "step_ms": [round(1000 * t, 1) for t in times],
+            "images_per_s": cfg.train.batch_size / min(times),
+            "hours_estimated": min(times) * run.schedule.total_steps / 3600,
+            "tokens_per_image": {"student": tokens, "teacher": cfg.model.num_patches},
+            "loss": values["loss"],
+            "skipped": values["skipped"],
+            "lr": [run.schedule.lr(i) for i in range(run.step)],
+            "memory_gb": memory_gb(world.device),
+            "checkpoint_mb": checkpoint_bytes(run.method) / 1e6,
+        }

@@ -1,0 +1,292 @@
+"""A folder of features: what `embed` writes, and `search` or your own code reads.
+
+    config.json          weights, images and settings the numbers follow from; the parts; whether complete
+    rows.tsv             header, then one line per feature row: row number in the images, path, label
+    broken.tsv           the same for images that could not be read, with the reason; only if there are any
+    features/00000.npy   the features of consecutive rows, in order (or .parquet, .safetensors)
+
+Features are [n, D] for one vector per image, [n, N, D] for patch tokens. Broken images are left out, so feature
+row i over all parts is line i of rows.tsv. Files are written beside and renamed: each is whole or not there.
+In the tables a tab, line end, backslash or byte that is no UTF-8 is escaped as in a manifest (`manifest_text`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..atomic import new_file
+from ..data.manifest_text import escape, unescape
+from ..errors import StorageError, UsageError
+from ..training.run_folder import read_json
+
+FORMAT, VERSION = "extrema-fast-embeddings", 1
+CONFIG, ROWS, BROKEN, FEATURES, RECORDS = "config.json", "rows.tsv", "broken.tsv", "features", ".parts"
+SUFFIX = {"npy": ".npy", "parquet": ".parquet", "safetensors": ".safetensors"}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+INSTALL = 'pip install "extrema-fast[parquet]"'
+
+
+class Row(NamedTuple):
+    """One image: its row number in the image source, its path, its label (class name; empty: none known)."""
+
+    row: int
+    path: str
+    label: str
+
+
+class Record(NamedTuple):
+    """A finished part: features in it, bytes of its file, and the (row, reason) of the images left out."""
+
+    rows: int
+    bytes: int
+    broken: list[tuple[int, str]]
+
+
+# ---- writing --------------------------------------------------------------------------------------
+
+
+def check_format(file_format: str, dtype: str) -> None:
+    """UsageError when features of that type cannot be stored so, or pyarrow is missing for parquet."""
+    if file_format not in SUFFIX:
+        raise UsageError(f"--format: expected {', '.join(SUFFIX)}, got {file_format!r}")
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype == "bf16" and file_format != "safetensors":
+        raise UsageError(
+            f"--dtype bf16: {file_format} files have no such type; use --dtype fp16 or fp32, or --format safetensors"
+        )
+    if file_format == "parquet":
+        _parquet()
+
+
+def _parquet() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UsageError(f"parquet files need pyarrow, which is not installed; {INSTALL}") from None
+    return pyarrow, pyarrow.parquet
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Lets `write` fill a file that a reader sees whole or not at all; StorageError when it cannot."""
+    try:
+        with new_file(path) as f:
+            write(f)
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be written ({error.strerror or error}); what is finished stays, and the same "
+            "command continues once there is room"
+        ) from None
+
+
+def part_file(folder: Path, number: int, file_format: str) -> Path:
+    """Where the features of a part lie."""
+    return folder / FEATURES / f"{number:05d}{SUFFIX[file_format]}"
+
+
+def write_part(
+    folder: Path,
+    number: int,
+    file_format: str,
+    features: Tensor,
+    rows: list[Row],
+    broken: list[tuple[int, str]],
+) -> None:
+    """Writes one part and, after it, the record that makes it count.
+
+    features  [n, ...] on the CPU, in the type they are stored in;  rows: the n images they belong to
+    """
+    path = part_file(folder, number, file_format)
+    replace_file(path, lambda f: _WRITERS[file_format](f, features, rows))
+    record = {"rows": len(rows), "bytes": path.stat().st_size, "broken": broken}
+    text = json.dumps(record).encode()
+    replace_file(folder / RECORDS / f"{number:05d}.json", lambda f: f.write(text))
+
+
+def _write_npy(f: BinaryIO, features: Tensor, rows: list[Row]) -> None:
+    np.save(f, features.numpy())
+
+
+def _write_safetensors(f: BinaryIO, features: Tensor, rows: list[Row]) -> None:
+    from safetensors.torch import save
+
+    f.write(save({"features": features, "rows": torch.tensor([r.row for r in rows], dtype=torch.int64)}))
+
+
+def _write_parquet(f: BinaryIO, features: Tensor, rows: list[Row]) -> None:
+    pa, pq = _parquet()
+    values = pa.array(features.numpy().reshape(-1))
+    columns = {
+        "row": pa.array([r.row for r in rows], pa.int64()),
+        "path": pa.array([escape(r.path) for r in rows], pa.string()),
+        "label": pa.array([r.label or None for r in rows], pa.string()),
+        "features": pa.FixedSizeListArray.from_arrays(values, int(np.prod(features.shape[1:]))),
+    }
+    table = pa.table(columns, metadata={"shape": json.dumps(list(features.shape[1:]))})
+    # numbers of a network have no pattern that compression finds
+    pq.write_table(table, f, compression="NONE", use_dictionary=["path", "label"])
+
+
+_WRITERS = {"npy": _write_npy, "parquet": _write_parquet, "safetensors": _write_safetensors}
+
+
+def finished(folder: Path, config: dict[str, Any]) -> dict[int, Record]:
+    """The parts that are there whole, by number: as the records say, and with as many bytes."""
+    records = dict(enumerate(config.get("parts") or []))
+    for path in (folder / RECORDS).glob("[0-9]*.json"):
+        records[int(path.stem)] = read_json(path)
+    found = {}
+    for number, r in records.items():
+        file = part_file(folder, number, config["settings"]["format"])
+        if r and file.is_file() and file.stat().st_size == r["bytes"]:
+            found[number] = Record(r["rows"], r["bytes"], [(row, why) for row, why in r["broken"]])
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder of features; empty when there is none; UsageError when it is damaged."""
+    try:
+        config = read_json(folder / CONFIG)
+    except RecursionError:
+        raise UsageError(f"{folder / CONFIG}: is no description, it nests too deep") from None
+    if config.get("format") != FORMAT:
+        return {}
+    settings, kinds = config.get("settings"), (("part_count", int), ("shape", list), ("parts", list))
+    whole = isinstance(settings, dict) and all(isinstance(config.get(k), kind) for k, kind in kinds)
+    whole = whole and all(isinstance(config.get(k), dict) for k in ("weights", "data"))
+    whole = whole and all(
+        isinstance(p, dict) and {"rows", "bytes", "broken"} <= p.keys() for p in config["parts"]
+    )
+    if not whole or settings.get("format") not in SUFFIX or settings.get("dtype") not in DTYPES:
+        raise UsageError(f"{folder / CONFIG}: damaged; move {folder} away and embed again")
+    return config
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Replaces config.json."""
+    text = (json.dumps(config, indent=1) + "\n").encode()
+    replace_file(folder / CONFIG, lambda f: f.write(text))
+
+
+def remove(folder: Path) -> None:
+    """Removes what `embed` wrote there, and nothing else."""
+    for pattern in (
+        CONFIG,
+        ROWS,
+        BROKEN,
+        f"{RECORDS}/*.json",
+        *(f"{FEATURES}/[0-9]*{s}" for s in SUFFIX.values()),
+    ):
+        for path in sorted(folder.glob(pattern)):
+            path.unlink()
+
+
+# ---- reading --------------------------------------------------------------------------------------
+
+
+def load_embeddings(folder: str | Path) -> Embeddings:
+    """A finished folder of `extrema-fast embed`.
+
+    raises UsageError when there is none, or it is unfinished or damaged
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if not config:
+        what = "is no folder of features" if folder.is_dir() else "does not exist"
+        raise UsageError(f"{folder}: {what}; make one with: extrema-fast embed DATA {folder} --weights PATH")
+    if config.get("version") != VERSION:
+        raise UsageError(
+            f"{folder}: version {config.get('version')}, this program reads {VERSION}; embed again"
+        )
+    done, total = finished(folder, config), config["part_count"]
+    if not config.get("complete") or len(done) < total or not (folder / ROWS).is_file():
+        raise UsageError(
+            f"{folder}: not finished ({len(done)} of {total} parts); the same embed command as before continues"
+        )
+    return Embeddings(folder, config)
+
+
+class Embeddings:
+    """Features of many images, read part by part; made by `load_embeddings`.
+
+    folder  where they are;  config: the content of config.json
+    shape   of one image's features: (D,), or (N, D) for patch tokens
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.folder, self.config = folder, config
+        self.shape = tuple(config["shape"])
+        self._counts = [p["rows"] for p in config["parts"]]
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    @property
+    def broken(self) -> int:
+        """How many images could not be read (broken.tsv)."""
+        return sum(len(p["broken"]) for p in self.config["parts"])
+
+    def parts(self) -> Iterator[tuple[int, Tensor]]:
+        """(first feature row, features [n, *shape] in the stored type) of each part; one in memory at a time.
+
+        raises UsageError for a file that is damaged or does not fit
+        """
+        first, file_format = 0, self.config["settings"]["format"]
+        dtype = DTYPES[self.config["settings"]["dtype"]]
+        for number, count in enumerate(self._counts):
+            path = part_file(self.folder, number, file_format)
+            try:
+                features = _READERS[file_format](path).reshape(count, *self.shape)
+            except UsageError:
+                raise
+            except Exception as error:
+                # three libraries, each with errors of its own for damaged bytes
+                raise UsageError(
+                    f"{path}: damaged ({error}); delete it and embed again: one part is made anew"
+                ) from None
+            if features.dtype != dtype:
+                raise UsageError(f"{path}: holds {features.dtype}, not the {dtype} of {CONFIG}")
+            yield first, features
+            first += count
+
+    def features(self) -> Tensor:
+        """All features, [n, *shape] in the stored type; all in memory."""
+        return torch.cat([part for _, part in self.parts()])
+
+    def rows(self) -> Iterator[Row]:
+        """The images, in the order of the features."""
+        with open(self.folder / ROWS, encoding="utf-8", newline="\n") as f:
+            next(f, None)
+            for number, line in enumerate(f, 2):
+                row, *texts = line.rstrip("\n").split("\t")
+                if not row.isdecimal() or len(texts) != 2:
+                    raise UsageError(f"{self.folder / ROWS}: line {number} is damaged; embed again")
+                yield Row(int(row), *map(unescape, texts))
+
+
+def _read_npy(path: Path) -> Tensor:
+    return torch.from_numpy(np.load(path, allow_pickle=False))
+
+
+def _read_safetensors(path: Path) -> Tensor:
+    from safetensors.torch import load_file
+
+    return load_file(path)["features"]
+
+
+def _read_parquet(path: Path) -> Tensor:
+    _, pq = _parquet()
+    column = pq.read_table(path, columns=["features"])["features"].combine_chunks()
+    # a copy: Arrow's memory is read-only
+    return torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).copy())
+
+
+_READERS = {"npy": _read_npy, "parquet": _read_parquet, "safetensors": _read_safetensors}

@@ -1,0 +1,394 @@
+"""`extrema-fast pack`: images as shuffled webdataset shards, made smaller if asked, with indexes and checksums.
+
+    OUT/shard-000000.tar   KEY.jpg; KEY.cls, its label as a number in text, where there are labels; KEY.idx, its
+                           row in the source as a little-endian int64 (DALI: dtypes=[..., types.INT64]).
+                           KEY is the place in the shuffled order
+    OUT/shard-000000.idx   where its members lie, for DALI's readers.webdataset and our own
+    OUT/manifest.tsv       every image with size and checksum (`manifest.py`); `--data.train OUT` reads by it
+    OUT/classes.txt        the name of class n in line n + 1, where there are labels
+    OUT/left_out.tsv       images that could not be packed, and why
+    OUT/SHA256SUMS         of all these: `cd OUT && sha256sum -c SHA256SUMS`
+    OUT/pack.json          the settings, and whether it is finished
+    OUT/.pack/             while it is not: the unfinished shard, and what is in each finished one
+
+The same source, settings and Pillow give the same bytes, whatever the threads and however often it was stopped:
+a shard is renamed into place and then noted, and what is not noted is made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import struct
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .. import rng
+from ..atomic import write_atomically
+from ..data.manifest import Row, escape, header_lines, is_manifest, row_line
+from ..data.shards import CLASSES
+from ..data.sources import BUILT_IN, MANIFEST, ImageSource, open_source
+from ..distributed import cores
+from ..errors import DataError, ExtremaError, StorageError, UsageError
+from .pack_folder import (
+    ABOUT,
+    FORMAT,
+    as_json,
+    begin,
+    check_same,
+    locked,
+    prepare,
+    read_about,
+    refuse_overlap,
+)
+from .pack_image import EXTENSIONS, Packed, pack_image
+from .pack_shard import END, WORK, Done, ShardWriter, finished_shards, space
+from .progress import ImageProgress
+
+log = logging.getLogger(__name__)
+
+SUMS, LEFT_OUT = "SHA256SUMS", "left_out.tsv"
+MB = 1_000_000
+# share of the images that may be unreadable
+MAX_BAD = 0.01
+# images that wait, encoded, for their turn, per thread
+_AHEAD = 4
+# no epoch of training has this number
+_PACK_EPOCH = 2**32 - 2
+# images of which the loader's rate is measured, at most
+_MEASURED = 512
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+T, R = TypeVar("T"), TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of a packed set, beside its source; see `pack`."""
+
+    size: int = 256
+    side: str = "short"
+    quality: int = 90
+    shard_mb: float = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise UsageError(f"--size: expected pixels, or 0 (as they are), got {self.size}")
+        if self.side not in ("short", "long"):
+            raise UsageError(f"--side: expected short or long, got {self.side!r}")
+        if not 1 <= self.quality <= 100:
+            raise UsageError(f"--quality: expected 1 to 100, got {self.quality}")
+        if not 0 < self.shard_mb <= 1e6:
+            raise UsageError(f"--shard-mb: expected more than 0 and at most 1000000, got {self.shard_mb:g}")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed: expected 0 to 2^63 - 1, got {self.seed}")
+
+
+def pack(
+    data: str,
+    out: str | os.PathLike[str],
+    *,
+    size: int = 256,
+    side: str = "short",
+    quality: int = 90,
+    shard_mb: float = 512,
+    seed: int = 0,
+    threads: int = 0,
+    max_bad: float = MAX_BAD,
+    force: bool = False,
+    measure: bool = True,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Packs the images `data` names into the folder `out`; the same call again continues where it stopped.
+
+    data      a manifest, or whatever `open_source` takes
+    size      pixels of the `side` ("short" or "long") of larger images; 0: every image keeps its bytes
+    quality   of the JPEG files written; see `pack_image` for what is written how
+    shard_mb  a shard is at most so many million bytes, unless one image is more
+    seed      of the shuffle
+    threads   that decode and encode (0: one per core)
+    max_bad   share of the images that may be unreadable (one always may); they are left out and listed
+    force     moves what is in `out` aside and starts anew
+    measure   False: the loader's rate is not measured
+    returns   out, images, shards, bytes, left_out, finished_before, and `loader` when measured: kind, threads,
+              images, images_per_s of decoding and cropping to 224 x 224
+
+    raises    UsageError: settings, or an `out` that holds something else; DataError: too many unreadable images;
+              StorageError: `out` cannot be written, e.g. no space (finished shards stay)
+    """
+    settings = Settings(size, side, quality, float(shard_mb), seed)
+    if threads < 0:
+        raise UsageError(f"--threads: expected 0 (one per core) or more, got {threads}")
+    if not 0 <= max_bad <= 1:
+        raise UsageError(f"--max-bad: expected a share between 0 and 1, got {max_bad}")
+    threads = threads or cores()
+    out = Path(out).expanduser()
+    pillow = _pillow()
+    source = _open_source(data)
+    refuse_overlap(out, source)
+    about = {
+        "format": FORMAT,
+        "source": source.fingerprint,
+        "images": len(source),
+        **dataclasses.asdict(settings),
+    }
+    try:
+        finished = prepare(out, about, force)
+        if not finished:
+            with locked(out):
+                finished = check_same(out, about)
+                if not finished:
+                    begin(out, about, pillow)
+                    _pack(source, out, settings, threads, max_bad, progress)
+                    _finish(source, out, about, pillow)
+    except OSError as e:
+        done = len(finished_shards(out))
+        raise StorageError(
+            f"{out}: cannot be written ({e.strerror or e}); {done} finished shards stay, and the same command goes on "
+            "from there" + (" once there is space" if e.errno in _NO_SPACE else "")
+        ) from e
+    if finished:
+        # it may have been killed just before it could
+        shutil.rmtree(out / WORK, ignore_errors=True)
+    result = _summary(out) | {"finished_before": finished}
+    if measure:
+        try:
+            result["loader"] = measure_loader(str(out), threads)
+        except ExtremaError as e:
+            # the packed set is finished all the same
+            log.warning("the loader's rate was not measured: %s", e)
+    return result
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The result of `pack` as text."""
+    images, size, out = result["images"], result["bytes"], result["out"]
+    lines = [
+        f"{out}: {images} images in {result['shards']} shards, {size / MB:.1f} MB, {size / images / 1000:.1f} kB/image"
+    ]
+    if result["finished_before"]:
+        lines[0] += " (was finished already)"
+    if result["left_out"]:
+        lines.append(f"left out: {result['left_out']} images that cannot be read, listed in {out}/{LEFT_OUT}")
+    if "loader" in result:
+        m = result["loader"]
+        lines.append(
+            f"loader: {m['images_per_s']:.0f} images/s, decode and crop to 224, measured now over {m['images']} of "
+            f"them, from memory, {m['kind']} on {m['threads']} threads"
+        )
+    place = shlex.quote(str(out))
+    lines.append(
+        f"check: cd {place} && sha256sum -c {SUMS}    train: extrema-fast pretrain --data.train {place}"
+    )
+    return "\n".join(lines)
+
+
+# ---- the source --------------------------------------------------------------------
+
+
+def _open_source(data: str) -> ImageSource:
+    source, path = open_source(data), Path(data).expanduser()
+    if data not in BUILT_IN and not (path.is_file() and is_manifest(path)):
+        log.info(
+            "%s: no manifest; unreadable images show up only as they are packed "
+            "(extrema-fast index %s --out M.tsv finds them first)",
+            data,
+            data,
+        )
+    if source.parts:
+        raise UsageError(
+            f"{data}: a mixture with parts of an epoch; pack its sources and mix the packed sets"
+        )
+    return source
+
+
+def _pillow() -> str:
+    """The version of what writes the images; UsageError without it."""
+    try:
+        import PIL
+        from PIL import features
+    except ImportError:
+        raise UsageError(
+            'pack needs Pillow, which is not installed; pip install "extrema-fast[train]"'
+        ) from None
+    return f"{PIL.__version__}, libjpeg {features.version('libjpeg_turbo') or features.version('jpg')}"
+
+
+# ---- the work -------------------------------------------------------------------------------------
+
+
+def _pack(
+    source: ImageSource, out: Path, settings: Settings, threads: int, max_bad: float, progress: bool
+) -> None:
+    """Writes the shards that are not there yet."""
+    done = finished_shards(out)
+    start = done[-1].end if done else 0
+    bad = sum(len(d.left_out) for d in done)
+    if start:
+        log.info("%s: goes on after %d shards, %d of %d images", out, len(done), start, len(source))
+    order = rng.permutation(len(source), seed=settings.seed, epoch=_PACK_EPOCH)
+    width = max(8, len(str(len(source) - 1)))
+    shard: ShardWriter | None = None
+    number = len(done)
+
+    def encode(place: int) -> tuple[int, int, Packed | str]:
+        row = int(order[place])
+        try:
+            data = source.read(row)
+        except OSError as e:
+            return place, row, f"cannot be read: {e.strerror or e}"
+        return place, row, pack_image(data, settings.size, settings.side, settings.quality)
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="pack")
+    try:
+        with ImageProgress("packing", len(source) - start, progress) as bar:
+            for place, row, image in _in_order(pool, encode, range(start, len(source)), threads * _AHEAD):
+                if isinstance(image, str):
+                    shard = shard or ShardWriter(out, number, place)
+                    shard.left_out.append((row, source.title(row), image))
+                    bad += 1
+                    _check_budget(source, bad, max_bad, shard.left_out[-1], out)
+                else:
+                    parts, entry = _sample(source, row, f"{place:0{width}d}", image)
+                    if shard and shard.rows and shard.bytes + space(parts) + END > settings.shard_mb * MB:
+                        shard.finish(place)
+                        shard, number = None, number + 1
+                    shard = shard or ShardWriter(out, number, place)
+                    shard.add(parts, entry)
+                bar.reached(place + 1 - start)
+            if shard:
+                shard.finish(len(source))
+                shard = None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        if shard:
+            shard.discard()
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int
+) -> Iterator[R]:
+    """Results in the order of `items`, computed up to `ahead` items early."""
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _sample(source: ImageSource, row: int, key: str, image: Packed) -> tuple[list[tuple[str, bytes]], Row]:
+    """The components of an image, and its manifest row (the shard puts path and offset in)."""
+    member = f"{key}.{EXTENSIONS[image.kind]}"
+    parts = [(member, image.data)]
+    label = ""
+    if source.labels is not None:
+        number = int(source.labels[row])
+        label = source.classes[number]
+        parts.append((f"{key}.cls", str(number).encode()))
+    parts.append((f"{key}.idx", struct.pack("<q", row)))
+    return parts, Row(
+        path="",
+        member=member,
+        bytes=len(image.data),
+        crc32=zlib.crc32(image.data),
+        kind=image.kind,
+        width=image.width,
+        height=image.height,
+        orientation=image.orientation,
+        label=label,
+    )
+
+
+def _check_budget(
+    source: ImageSource, bad: int, max_bad: float, last: tuple[int, str, str], out: Path
+) -> None:
+    if bad > max(1, max_bad * len(source)):
+        raise DataError(
+            f"{source.name}: {bad} of {len(source)} images cannot be packed, more than --max-bad {max_bad:g} allows, "
+            f"last: {last[1]} ({last[2]}); `extrema-fast index` lists them all; finished shards in {out} stay, and "
+            "a larger --max-bad goes on"
+        )
+
+
+def _finish(source: ImageSource, out: Path, about: dict[str, Any], pillow: str) -> None:
+    """Manifest, classes, checksums; then the folder is marked finished."""
+    done = finished_shards(out)
+    rows = [row for d in done for row in d.rows]
+    if not rows:
+        raise DataError(
+            f"{source.name}: none of its {len(source)} images can be packed, first: {_first(done)}"
+        )
+    sums = {name: value for d in done for name, value in d.sums.items()}
+    classes = source.classes if source.labels is not None else []
+    texts = {MANIFEST: header_lines(".", classes, {"packed": about}) + "".join(map(row_line, rows))}
+    if classes:
+        texts[CLASSES] = "".join(f"{escape(c)}\n" for c in classes)
+    left_out = [entry for d in done for entry in d.left_out]
+    if left_out:
+        lines = (f"{row}\t{escape(title)}\t{escape(why)}\n" for row, title, why in left_out)
+        texts[LEFT_OUT] = "row\timage\treason\n" + "".join(lines)
+    for name, text in texts.items():
+        write_atomically(out / name, text)
+        sums[name] = hashlib.sha256(text.encode()).hexdigest()
+    write_atomically(out / SUMS, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
+    files = {name: (out / name).stat().st_size for name in [*sums, SUMS]}
+    counts = {
+        "packed": len(rows),
+        "shards": sum(bool(d.rows) for d in done),
+        "bytes": sum(d.bytes for d in done if d.rows),
+        "left_out": len(left_out),
+    }
+    write_atomically(
+        out / ABOUT, as_json({**about, **counts, "pillow": pillow, "complete": True, "files": files})
+    )
+    shutil.rmtree(out / WORK)
+
+
+def _first(done: list[Done]) -> str:
+    return next((f"{title} ({why})" for d in done for _, title, why in d.left_out), "")
+
+
+def _summary(out: Path) -> dict[str, Any]:
+    about = read_about(out) or {}
+    return {
+        "out": str(out),
+        "images": about["packed"],
+        **{k: about[k] for k in ("shards", "bytes", "left_out")},
+    }
+
+
+def measure_loader(data: str, threads: int) -> dict[str, Any]:
+    """The training loader's rate on a few hundred images of `data`: decode, crop to 224 x 224, flip."""
+    from ..config import DataConfig
+    from ..data.loader import TrainLoader
+
+    source = open_source(data)
+    batch = min(64, len(source))
+    batches = max(1, min(_MEASURED, len(source)) // batch)
+    with TrainLoader(source, DataConfig(threads=threads), (224, 224), batch_size=batch, seed=0) as loader:
+        # the decoder starts, and what it does ahead is in memory
+        for _ in range(3):
+            next(loader)
+        began = time.perf_counter()
+        for _ in range(batches):
+            next(loader)
+        seconds = time.perf_counter() - began
+        return {
+            "kind": loader.kind,
+            "threads": threads,
+            "images": batch * batches,
+            "images_per_s": batch * batches / seconds,
+        }

@@ -1,0 +1,270 @@
+"""The images of an index that look most like a query (`extrema-fast search`): a table and a picture.
+
+Exact: every feature is compared by cosine similarity, part by part, so memory does not grow with the index.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import DataConfig
+from ..data.loader import choose_loader
+from ..data.sources import EXTENSIONS, ImageSource, open_source
+from ..distributed import World, pick_device
+from ..errors import ExtremaError, UsageError
+from ..evaluation.evaluate import weights_hash
+from ..weights import load as convert
+from .embed_parts import Job, Settings, encode_batch
+from .embeddings import ROWS, Embeddings, Row, load_embeddings
+
+log = logging.getLogger(__name__)
+
+# found for each query where nobody says how many
+NEIGHBOURS = 10
+# queries compared at a time, and queries in one picture
+QUERIES, SHEET_QUERIES = 4096, 24
+
+
+def search(
+    query: str | Path,
+    index: str | Path,
+    *,
+    k: int | None = None,
+    out: str | Path | None = None,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    force: bool = False,
+) -> list[dict[str, Any]]:
+    """The `k` nearest images of `index` to each query, by cosine similarity of their features.
+
+    k        how many (None: 10, or all where there are fewer)
+    query    an image file; a path as in the index's rows.tsv (its own features are used and it is not among
+             the results); or any images that `open_source` takes
+    index    a folder of `extrema-fast embed` with class tokens or means
+    out      a PNG file: a row per query (24 at most), the query left, what was found right of it
+    weights  where the index's weights are now, if they were moved; they must be the same
+    force    replace a file `out` that is no earlier picture
+    returns  per query {"query": path, "neighbours": [{"path", "label", "row", "score"}, ...]}, best first
+    raises   UsageError for what does not fit; DataError for a query that cannot be decoded
+    """
+    embeddings = load_embeddings(index)
+    if len(embeddings.shape) > 1:
+        raise UsageError(
+            f"{index}: holds patch tokens, {list(embeddings.shape)} per image; search needs one vector: "
+            "extrema-fast embed DATA OUT --weights PATH --tokens class (or mean)"
+        )
+    if out is not None:
+        from .contact_sheet import check_target
+
+        check_target(Path(out), force)
+    where = pick_device(device)
+    own = _own_row(embeddings, str(query))
+    if own is not None:
+        queries, names, images = _feature(embeddings, own[0]), [own[1].path], None
+    else:
+        images = _query_images(str(query))
+        names = [images.title(i) for i in range(len(images))]
+    there = len(embeddings) - (own is not None)
+    if k is None:
+        k = min(NEIGHBOURS, there)
+    if not 1 <= k <= there:
+        raise UsageError(
+            f"--k: expected 1 to {there}, the {'other ' * (own is not None)}images of {index}, got {k}"
+        )
+    if images is not None:
+        queries = _encode(embeddings, images, weights, where)
+    scores, places = nearest(queries, embeddings, k + (own is not None), where)
+    if own is not None:
+        scores, places = _without(scores, places, own[0])
+    rows = _rows_at(embeddings, {int(p) for p in places.flatten()})
+    result = [
+        {
+            "query": name,
+            "neighbours": [
+                {"path": rows[p].path, "label": rows[p].label, "row": rows[p].row, "score": round(s, 6)}
+                for s, p in zip(found_scores, found_places, strict=True)
+            ],
+        }
+        for name, found_scores, found_places in zip(names, scores.tolist(), places.tolist(), strict=True)
+    ]
+    if out is not None:
+        _draw(Path(out), result, images, own, embeddings)
+    return result
+
+
+def nearest(
+    queries: Tensor, embeddings: Embeddings, k: int, device: str | torch.device = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Cosine similarity and feature row of the k nearest to each query, best first; equal scores in row order.
+
+    queries  [Q, D] float
+    returns  [Q, k] fp32 and [Q, k] int64, on the CPU
+    """
+    queries = F.normalize(queries.float(), dim=1).to(device)
+    best = torch.empty(len(queries), 0, device=device)
+    at = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
+    for first, part in embeddings.parts():
+        if not len(part):
+            continue
+        bank = F.normalize(part.float().to(device), dim=1)
+        found = []
+        for q, b, a in zip(queries.split(QUERIES), best.split(QUERIES), at.split(QUERIES), strict=True):
+            every = q @ bank.T
+            score, place = every.topk(min(k, len(bank)), dim=1)
+            if ((every >= score[:, -1:]).sum(1) > score.shape[1]).any():
+                # which of equal ones topk takes is not said
+                score, place = (x[:, :k] for x in every.sort(dim=1, descending=True, stable=True))
+            place, order = place.sort(dim=1)
+            score, place = torch.cat([b, score.gather(1, order)], 1), torch.cat([a, place + first], 1)
+            score, order = score.sort(dim=1, descending=True, stable=True)
+            found.append((score[:, :k], place.gather(1, order)[:, :k]))
+        best, at = (torch.cat(x) for x in zip(*found, strict=True))
+    return best.cpu(), at.cpu()
+
+
+# ---- the query ------------------------------------------------------------------------------------
+
+
+def _own_row(embeddings: Embeddings, query: str) -> tuple[int, Row] | None:
+    """(feature row, image) that `query` names in the index, literally or as the same file."""
+    wanted = {query, os.path.abspath(query)}
+    for place, row in enumerate(embeddings.rows()):
+        if row.path in wanted:
+            return place, row
+    return None
+
+
+def _feature(embeddings: Embeddings, place: int) -> Tensor:
+    for first, part in embeddings.parts():
+        if place < first + len(part):
+            return part[place - first][None]
+    raise AssertionError("a row of rows.tsv without features")
+
+
+def _query_images(query: str) -> ImageSource:
+    path = Path(query).expanduser()
+    if path.is_file() and path.suffix.lower() in EXTENSIONS:
+        return ImageSource(query, [str(path)], None, [], "")
+    if not path.exists() and path.suffix.lower() in EXTENSIONS:
+        raise UsageError(f"{query}: neither an image file nor a path in the index's rows.tsv")
+    return open_source(query)
+
+
+def _encode(
+    embeddings: Embeddings, images: ImageSource, weights: str | Path | None, device: torch.device
+) -> Tensor:
+    """[n, D] features of the query images, made as those of the index."""
+    made = embeddings.config["weights"]
+    path = Path(weights or made["path"])
+    settings = Settings.from_json(embeddings.config["settings"])
+    if not path.exists():
+        raise UsageError(
+            f"{path}: the weights of this index are gone; name where they are now with --weights PATH "
+            "(a query that is an image of the index needs none)"
+        )
+    encoder = convert.load_encoder(path, made["which"], img_size=settings.img_size)
+    if weights_hash(encoder) != made["hash"]:
+        raise UsageError(
+            f"{path}: other weights ({weights_hash(encoder)}) than those of the index ({made['hash']}), so features "
+            "cannot be compared; give the right ones with --weights PATH, or embed again with these"
+        )
+    try:
+        loader = choose_loader(settings.loader)
+    except UsageError:
+        log.warning(
+            "the index was made with the %s loader, which is not here; pixels differ by rounding",
+            settings.loader,
+        )
+        loader = "auto"
+    cfg = DataConfig(loader=loader, exif=settings.exif)
+    job = Job(encoder.to(device).eval(), images, settings, cfg, 32, World(device), strict=True)
+    return torch.cat([encode_batch(job, batch, index) for batch, index in job.images(images)])
+
+
+# ---- the result -----------------------------------------------------------------------------------
+
+
+def _without(scores: Tensor, places: Tensor, own: int) -> tuple[Tensor, Tensor]:
+    """One query's results less itself, or the last where enough equal images came before it."""
+    others = places[0] != own
+    if others.all():
+        others[-1] = False
+    return scores[:, others], places[:, others]
+
+
+def _rows_at(embeddings: Embeddings, places: set[int]) -> dict[int, Row]:
+    found = {place: row for place, row in enumerate(embeddings.rows()) if place in places}
+    if len(found) < len(places):
+        raise UsageError(f"{embeddings.folder / ROWS}: has fewer lines than there are features; embed again")
+    return found
+
+
+def _draw(
+    out: Path,
+    result: list[dict[str, Any]],
+    images: ImageSource | None,
+    own: tuple[int, Row] | None,
+    embeddings: Embeddings,
+) -> None:
+    from .contact_sheet import Tile, write_sheet
+
+    if len(result) > SHEET_QUERIES:
+        log.warning("%s: shows the first %d of %d queries", out, SHEET_QUERIES, len(result))
+    source = _index_images(embeddings)
+    exif = embeddings.config["settings"]["exif"]
+
+    def tiles() -> Iterator[list[Tile]]:
+        for i, one in enumerate(result[:SHEET_QUERIES]):
+            data = _bytes(source, own[1].row) if images is None else _bytes(images, i)
+            line = [Tile(data, "query", _short(one["query"]))]
+            for found in one["neighbours"]:
+                name = found["label"] or _short(found["path"])
+                line.append(Tile(_bytes(source, found["row"]), f"{found['score']:.3f}", name))
+            yield line
+
+    write_sheet(out, list(tiles()), exif=exif)
+
+
+def _index_images(embeddings: Embeddings) -> ImageSource | None:
+    """The images of the index, to be shown; None, with a warning, where they are not what they were."""
+    d = embeddings.config["data"]
+    try:
+        source = open_source(d["path"], d["split"], limit=d["limit"], check=False)
+    except ExtremaError as error:
+        log.warning("the images of the index cannot be shown: %s", error)
+        return None
+    if source.fingerprint != d["fingerprint"]:
+        log.warning("%s: the images have changed since the index was made, so they are not shown", d["path"])
+        return None
+    return source
+
+
+def _bytes(source: ImageSource | None, row: int) -> bytes | None:
+    try:
+        return None if source is None else source.read(row)
+    except OSError:
+        return None
+
+
+def _short(path: str) -> str:
+    return os.path.basename(path)
+
+
+def format_table(result: list[dict[str, Any]]) -> str:
+    """The result as text: per query its path, then score, label and path of what was found."""
+    lines = []
+    for one in result:
+        lines += ["", one["query"]] if lines else [one["query"]]
+        width = max(len(n["label"]) for n in one["neighbours"])
+        for n in one["neighbours"]:
+            label = f"{n['label']:<{width}}  " if width else ""
+            lines.append(f"  {n['score']:+.4f}  {label}{n['path']}")
+    return "\n".join(lines)

@@ -1,0 +1,333 @@
+"""Checkpoints that are whole or not there: atomic save, trusted load, retention.
+
+    checkpoints/step_00000100/state.safetensors   weights, teacher, optimizer moments, counters
+                              state.json          step, attempt, config, data fingerprint, versions
+                              COMPLETE            names, sizes and sha256 of the two
+    latest                                        the newest folder's name
+    weights/step_00000100/                        weights alone, readable without a run
+
+A save writes a temporary sibling, syncs it, and renames it; a load trusts only `COMPLETE`.
+`EXTREMA_FAULT=point:n` kills the process at the n-th pass of a named point (tests).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..atomic import sync, write_atomically
+from ..config import CheckpointConfig, Config, changed_maths, to_dict
+from ..errors import StorageError, UsageError
+from ..models.extrema import ExtreMA
+from .optim import check_family
+from .run_folder import read_json
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+TENSORS, STATE, COMPLETE = "state.safetensors", "state.json", "COMPLETE"
+FAULTS = ("begin", "tensors", "state", "complete", "renamed", "latest", "pruned", "weights", "evaluated")
+_hits: dict[str, int] = {}
+
+
+def fault(point: str) -> None:
+    """Dies by SIGKILL here when EXTREMA_FAULT names this point and this pass; free when unset."""
+    wanted = os.environ.get("EXTREMA_FAULT")
+    if wanted:
+        _hits[point] = _hits.get(point, 0) + 1
+        if wanted == f"{point}:{_hits[point]}":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint folder."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything in state.safetensors, on the CPU, in memory of its own."""
+        return {name: t.clone() for name, t in load_file(self.path / TENSORS).items()}
+
+
+# ---- what is saved ---------------------------------------------------------------------------------
+
+
+def collect(method: ExtreMA, optimizer: torch.optim.Optimizer, counters: Tensor) -> dict[str, Tensor]:
+    """Name -> tensor of everything a resumption needs; optimizer state by parameter name."""
+    tensors = {f"method.{name}": t for name, t in method.state_dict().items()}
+    for name, p in method.student_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    tensors["counters"] = counters
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+
+
+def restore(
+    tensors: dict[str, Tensor],
+    method: ExtreMA,
+    optimizer: torch.optim.Optimizer,
+    counters: Tensor,
+    saved_by: str = "",
+) -> None:
+    """The inverse of `collect`.
+
+    saved_by  class name of the optimizer whose state this is; empty: as this one's
+    raises    UsageError for another architecture, or another family of optimizers (optim.name)
+    """
+    if saved_by:
+        check_family(saved_by, optimizer)
+    weights = {n.removeprefix("method."): t for n, t in tensors.items() if n.startswith("method.")}
+    try:
+        method.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UsageError(f"checkpoint: another architecture ({_one_line(error)})") from None
+    names = {p: name for name, p in method.student_parameters()}
+    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for full, value in tensors.items():
+        if full.startswith("optimizer."):
+            # keys hold no dot
+            name, _, key = full.removeprefix("optimizer.").rpartition(".")
+            by_name.setdefault(name, {})[key] = value
+    state = {i: by_name[name] for i, name in enumerate(order) if name in by_name}
+    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    # a rate in a tensor stays that tensor: torch would put a copy in its place
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
+    counters.copy_(tensors["counters"])
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) < 300 else text[:300] + " ..."
+
+
+# ---- writing ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _replacing(target: Path, point: str) -> Iterator[Path]:
+    """A temporary sibling folder that becomes `target` when the block ends well, and disappears otherwise."""
+    new = target.with_name(f".tmp-{target.name}")
+    old = target.with_name(f".tmp-old-{target.name}")
+    for path in (new, old):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+        yield new
+        for path in (*new.iterdir(), new):
+            sync(path)
+        fault(point)
+        if target.exists():
+            # only a damaged one, or weights of a step that is being repeated
+            os.rename(target, old)
+        os.rename(new, target)
+        sync(target.parent)
+    finally:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        for path in (new, old):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    """Writes checkpoints/step_*/ and `latest` (training-system.md section 6).
+
+    raises OSError or SafetensorError with nothing half-written left behind
+    """
+    fault("begin")
+    target = run / "checkpoints" / f"step_{step:08d}"
+    with _replacing(target, "complete") as new:
+        save_file(tensors, new / TENSORS)
+        fault("tensors")
+        (new / STATE).write_text(
+            json.dumps(state | {"format": FORMAT, "step": step}, indent=1), encoding="utf-8"
+        )
+        fault("state")
+        files = {n: {"size": (new / n).stat().st_size, "sha256": _digest(new / n)} for n in (TENSORS, STATE)}
+        for name in files:
+            sync(new / name)
+        (new / COMPLETE).write_text(json.dumps(files), encoding="utf-8")
+    fault("renamed")
+    write_atomically(run / "latest", target.name + "\n")
+    fault("latest")
+    return target
+
+
+def step_folders(parent: Path) -> dict[int, Path]:
+    """{step: folder} of the `step_*` folders, ascending."""
+    found = {}
+    for path in parent.glob("step_*") if parent.is_dir() else ():
+        match = re.fullmatch(r"step_(\d+)", path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def remove_temporaries(run: Path) -> None:
+    """Removes what an interrupted save left (at start, under the run's lock)."""
+    for parent in (run, run / "checkpoints", run / "weights"):
+        for path in parent.glob(".tmp-*"):
+            log.info("removing the unfinished %s", path)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+class Saver:
+    """Saves a run, keeps the newest few checkpoints, and decides when failing to save ends the run."""
+
+    def __init__(self, run: Path, cfg: CheckpointConfig, steps_per_epoch: int) -> None:
+        self.run, self.cfg = run, cfg
+        self.milestone = cfg.milestone_epochs * steps_per_epoch
+        self.failures = 0
+        self.last_step = -1
+
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        export: Callable[[Path], None],
+        *,
+        final: bool = False,
+    ) -> None:
+        """Weights first, then the checkpoint: a run that counts as finished has its weights.
+
+        export: writes the weights files into the folder it is given
+        raises  StorageError when the third save in a row fails, or the last one of the run
+        """
+        try:
+            with _replacing(self.run / "weights" / f"step_{step:08d}", "weights") as new:
+                export(new)
+            write(self.run, step, tensors, state)
+            self._prune(step)
+        except (OSError, SafetensorError) as error:
+            self.failures += 1
+            text = f"checkpoint of step {step} in {self.run} failed ({_one_line(error)})"
+            if final or self.failures >= 3:
+                raise StorageError(f"{text}; free some space, then run the same command again") from None
+            log.warning("%s; training goes on, earlier checkpoints are untouched", text)
+        else:
+            self.failures, self.last_step = 0, step
+
+    def _prune(self, step: int) -> None:
+        folders = step_folders(self.run / "checkpoints")
+        # what lies ahead of this step was damaged, or it would have been resumed from
+        keep = set([s for s in folders if s <= step][-self.cfg.retain :])
+        for s, path in folders.items():
+            if s not in keep:
+                _remove(path)
+        for s, path in step_folders(self.run / "weights").items():
+            if s not in keep and not (self.milestone and s % self.milestone == 0 and s <= step):
+                _remove(path)
+        fault("pruned")
+
+
+def _remove(folder: Path) -> None:
+    # renamed first: a folder is whole or gone, also when this is interrupted
+    doomed = folder.with_name(f".tmp-old-{folder.name}")
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+# ---- reading ---------------------------------------------------------------------------------------
+
+
+def damage(folder: Path) -> str:
+    """Why a checkpoint cannot be trusted; empty when it can."""
+    files = read_json(folder / COMPLETE)
+    if set(files) != {TENSORS, STATE}:
+        return "not marked complete"
+    for name, expected in files.items():
+        path = folder / name
+        if not isinstance(expected, dict):
+            return "not marked complete"
+        size = path.stat().st_size if path.is_file() else -1
+        if size != expected.get("size"):
+            return f"{name} has {size} bytes instead of {expected.get('size')}"
+        if _digest(path) != expected.get("sha256"):
+            return f"{name} has changed since it was written"
+    return ""
+
+
+def newest(run: Path) -> Checkpoint | None:
+    """The newest checkpoint that passes its own record; a damaged one is named and passed over."""
+    for _, path in reversed(step_folders(run / "checkpoints").items()):
+        reason = damage(path)
+        if not reason:
+            state = read_json(path / STATE)
+            if state.get("format") != FORMAT:
+                raise UsageError(
+                    f"{path}: checkpoint format {state.get('format')}, this version reads {FORMAT}"
+                )
+            return Checkpoint(path, state)
+        log.warning("checkpoint %s is damaged (%s); falling back to the one before", path, reason)
+    return None
+
+
+# a change of these cannot be continued from: the tensors would not fit
+_SHAPES = ("model.", "head.hidden", "head.out", "head.predictor_hidden")
+_NOT_SHAPES = ("model.drop_path", "model.layer_scale")
+
+
+def check_same(
+    run: Path,
+    old: dict[str, Any],
+    fingerprint: str | None,
+    cfg: Config,
+    new_fingerprint: str,
+    allow: bool,
+    data: Sequence[str] = (),
+) -> list[str]:
+    """The differences a resumed run is allowed to have, as `["mask.ratio: 0.8 -> 0.9", ...]`.
+
+    data    what else is known to differ where the fingerprints do, in the same form
+    raises UsageError naming every difference and the remedies, unless allowed; other shapes never are
+    """
+    changes = changed_maths(old, to_dict(cfg))
+    shapes = [c for c in changes if c.startswith(_SHAPES) and not c.startswith(_NOT_SHAPES)]
+    settings = bool(changes)
+    other_images = bool(fingerprint and new_fingerprint and fingerprint != new_fingerprint)
+    if other_images:
+        changes += [f"data fingerprint: {fingerprint[:12]} -> {new_fingerprint[:12]}", *data]
+    if not changes or (allow and not shapes):
+        return changes
+    remedy = "--overwrite (moves the old run aside) or another --out"
+    if not shapes:
+        remedy += ", or --allow-config-change to continue with the change"
+    if other_images:
+        remedy = "the images as they were (their names, sizes in bytes and labels count), " + remedy
+    what = "another architecture" if shapes else "other settings" if settings else "other images"
+    raise UsageError(f"--out {run}: holds a run with {what} ({'; '.join(changes)}); use {remedy}")

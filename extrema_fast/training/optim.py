@@ -1,0 +1,139 @@
+"""Parameter groups, optimizers and schedules; every schedule is a pure function of the step (method.md section 6)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..errors import UsageError
+from ..models.extrema import ExtreMA
+from ..ops import dispatch as ops
+from ..ops.lamb import Lars
+
+
+def learning_rate(step: int, *, peak: float, total: int, warmup: int, minimum: float = 0.0) -> float:
+    """Rate of step t: linear from 0 at t = 0 to `peak` at `warmup`, then a cosine to `minimum` at `total`."""
+    if step < warmup:
+        return peak * step / warmup
+    x = (step - warmup) / max(1, total - warmup)
+    return minimum + (peak - minimum) * (1 + math.cos(math.pi * min(x, 1.0))) / 2
+
+
+def momentum(step: int, *, base: float, total: int) -> float:
+    """Teacher momentum of step t: `1 - (1 - base) (1 + cos(pi t / T)) / 2`, from `base` to 1."""
+    return 1 - (1 - base) * (1 + math.cos(math.pi * min(step / total, 1.0))) / 2
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The schedules of one run: `steps_per_epoch` optimizer steps per epoch, `cfg.train.epochs` epochs."""
+
+    cfg: Config
+    steps_per_epoch: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.cfg.train.epochs * self.steps_per_epoch
+
+    @property
+    def warmup_steps(self) -> int:
+        return int(self.cfg.optim.warmup_epochs * self.steps_per_epoch)
+
+    def lr(self, step: int) -> float:
+        return learning_rate(
+            step,
+            peak=self.cfg.peak_lr,
+            total=self.total_steps,
+            warmup=self.warmup_steps,
+            minimum=self.cfg.optim.min_lr,
+        )
+
+    def momentum(self, step: int) -> float:
+        return momentum(step, base=self.cfg.optim.momentum, total=self.total_steps)
+
+
+def param_groups(named: list[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict]:
+    """Two groups: decay on matrices and the patch kernel; none on vectors, class token, positions."""
+    decay, plain = [], []
+    for name, p in named:
+        (plain if p.dim() <= 1 or name.endswith(("cls_token", "pos_embed")) else decay).append(p)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+# optim.name of each optimizer class, as checkpoints name it; states continue within a family only
+FAMILIES = {
+    "AdamW": "adamw",
+    "ForeachAdamW": "adamw",
+    "AdamWEma": "adamw",
+    "FusedAdam": "adamw",
+    "Lamb": "lamb",
+    "FusedLAMB": "lamb",
+    "Lars": "lars",
+}
+
+
+def build_optimizer(method: ExtreMA, cfg: Config, *, tensor_lr: bool = False) -> torch.optim.Optimizer:
+    """`optim.name` over the student branch: AdamW, LAMB (both by the switch, `ops`), or LARS.
+
+    tensor_lr  the rate is one 0-d fp32 tensor on the parameters' device, for steps recorded in a CUDA graph;
+               `set_lr` sets either kind
+    States continue under another implementation of the same name. LARS takes its momentum from
+    `optim.betas[0]`.
+
+    raises UsageError for LAMB or LARS without weight decay, and for apex with a tensor rate
+    """
+    o = cfg.optim
+    named = method.student_parameters()
+    groups = param_groups(named, o.weight_decay)
+    lr: float | Tensor = cfg.peak_lr
+    if tensor_lr:
+        lr = torch.tensor(cfg.peak_lr, dtype=torch.float32, device=named[0][1].device)
+    if o.name != "adamw" and not o.weight_decay:
+        raise UsageError(
+            f"optim.weight_decay: 0 switches the layer-wise rates of optim.name={o.name} off; use a small value, "
+            "such as 1e-6, or optim.name=adamw"
+        )
+    if o.name == "lars":
+        return Lars(groups, lr=lr, momentum=o.betas[0])
+    if o.name == "lamb":
+        return ops.lamb(groups, lr=lr, betas=o.betas, eps=o.eps)
+    moved = dict(method.teacher_branch.named_parameters())
+    # the predictor has no teacher
+    teacher = {p: moved[name] for name, p in named if name in moved}
+    return ops.adamw(groups, teacher, method.low_pairs(), lr=lr, betas=o.betas, eps=o.eps)
+
+
+def gates_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `step()` reads the attribute `found_inf`: not 0 there, and weights and state keep their bits.
+
+    found_inf: 0-d fp32, on the parameters' device. Where this is false (apex, `foreach` and `reference` of
+    AdamW) the caller decides whether to call `step()`.
+    """
+    own = getattr(optimizer, "gates_on_device", None)
+    # torch's own: the fused one alone reads it
+    return all(g.get("fused") for g in optimizer.param_groups) if own is None else own
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
+    """Sets the rate of every group; a rate that is a tensor is written in place, without waiting for a device."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = float(lr)
+
+
+def check_family(saved: str, optimizer: torch.optim.Optimizer) -> None:
+    """Raises UsageError when a checkpoint's optimizer (its class name) is of another family than this one."""
+    mine = type(optimizer).__name__
+    theirs = FAMILIES.get(saved)
+    if theirs != FAMILIES[mine]:
+        raise UsageError(
+            f"checkpoint: its optimizer is {saved}, this run's is {mine}; they cannot continue from each other's "
+            f"state; use {f'--optim.name {theirs}, or ' if theirs else ''}another --out with --init-from for the "
+            "weights alone"
+        )
