@@ -16,7 +16,7 @@ from extrema_fast.models.encoder import Encoder
 from extrema_fast.weights import export_graph
 from extrema_fast.weights import load as convert
 from extrema_fast.weights.export import export
-from tests.unit._weights import CFG, refused, trained
+from tests.weights._weights import CFG, refused, trained
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

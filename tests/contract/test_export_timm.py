@@ -21,7 +21,7 @@ from extrema_fast.models.encoder import Encoder
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.weights import load as convert
 from extrema_fast.weights.export import export
-from tests.unit._weights import CFG, IMAGES, Malicious, trained
+from tests.weights._weights import CFG, IMAGES, Malicious, trained
 
 timm = pytest.importorskip("timm")
 

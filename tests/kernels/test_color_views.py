@@ -2,7 +2,7 @@
 
 Covers: every order of operations, on and off, gray; odd sizes over several tiles; black, white and gray images;
 one channel; patch-major output; fp16; the form without nonzero; opcheck; one graph; layouts; poison; repeats;
-empty batches; errors. (torchvision's semantics against an independent oracle: tests/unit/test_augment.py.)
+empty batches; errors. (torchvision's semantics against an independent oracle: tests/data/test_augment.py.)
 
 The form for CPUs against the same definition in fp64: sizes below, at and above a piece, every order, factors of 0,
 hues up to half a turn, flat images, switches, channels, layouts, dtypes; where it is taken; that it leaves its input

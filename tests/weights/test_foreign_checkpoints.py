@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from extrema_fast.weights import load as convert
-from tests.unit._weights import refused, trained
+from tests.weights._weights import refused, trained
 
 VIT = ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight"]
 

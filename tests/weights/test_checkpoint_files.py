@@ -25,7 +25,7 @@ from extrema_fast.models.encoder import Encoder
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.weights import load as convert
 from extrema_fast.weights.architecture import _ratio
-from tests.unit._weights import CFG, IMAGES, Malicious, refused, released, trained
+from tests.weights._weights import CFG, IMAGES, Malicious, refused, released, trained
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.weights import export_graph, export_timm
 from extrema_fast.weights import load as convert
 from extrema_fast.weights.export import FORMATS, export
-from tests.unit._weights import CFG, IMAGES, refused, released, trained
+from tests.weights._weights import CFG, IMAGES, refused, released, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
 

@@ -24,7 +24,7 @@ from extrema_fast.weights import files as weights
 from extrema_fast.weights import load as convert
 from extrema_fast.weights import safe_files
 from extrema_fast.weights.export import export
-from tests.unit._weights import CFG, Malicious, refused, released, trained
+from tests.weights._weights import CFG, Malicious, refused, released, trained
 
 
 @pytest.fixture(scope="module")

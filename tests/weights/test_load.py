@@ -20,7 +20,7 @@ from extrema_fast.models.encoder import sincos_table
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.models.resample import adapt_in_chans, resample_patch_kernel
 from extrema_fast.weights import load as convert
-from tests.unit._weights import CFG, IMAGES, refused, trained
+from tests.weights._weights import CFG, IMAGES, refused, trained
 
 
 @pytest.fixture
