@@ -9,7 +9,7 @@ import torch
 from extrema_fast.kernels.color_views.reference import FACTORS, GRAY_ON, ON, ORDER
 from torch import Tensor
 
-from extrema_fast.data.augment import color_coins, color_views
+from extrema_fast.data.augment import color_jitter, jitter_params
 from extrema_fast.data.loader import TrainLoader, random_boxes
 
 from .gates import Gate
@@ -40,7 +40,7 @@ def _by_hand(photos: Photos, rows: Tensor, setting: Setting) -> tuple[Tensor, Te
     loaded = [photos.load(row) for row in rows.tolist()]
     sizes = np.array([(p.height, p.width) for p in loaded])
     boxes, flips = random_boxes(sizes, rows.numpy(), setting.data, seed=0, epoch=0)
-    coins = color_coins(rows, setting.data, seed=0, epoch=0)
+    coins = jitter_params(rows, setting.data, seed=0, epoch=0)
     crops, views = [], []
     for picture, (top, left, bottom, right), flip, both in zip(
         loaded, boxes.astype(int).tolist(), flips.tolist(), coins.tolist(), strict=True
@@ -62,7 +62,8 @@ def _made(name: str, rows: Tensor, setting: Setting, count: int) -> tuple[Tensor
         setting.source, own, setting.size, batch_size=count, seed=0, device=way.device
     ) as loader:
         batch = next(loader)
-    views = color_views(batch.images, batch.index.to(batch.images.device), own, seed=0, epoch=0)
+    params = jitter_params(batch.index.to(batch.images.device), own, seed=0, epoch=0)
+    views = color_jitter(batch.images, params, own)
     return batch.images.float().cpu(), torch.stack(views).cpu()
 
 

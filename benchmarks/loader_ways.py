@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from extrema_fast.config import Config, DataConfig, from_dict
-from extrema_fast.data.augment import color_views
+from extrema_fast.data.augment import color_jitter, jitter_params
 from extrema_fast.data.loader import Batch, ImageSource, TrainLoader
 from extrema_fast.distributed import World
 from extrema_fast.train import train_step
@@ -124,7 +124,7 @@ def _move(setting: Setting) -> Use:
 def _color(data: DataConfig, device: str) -> Use:
     def use(batch: Batch) -> None:
         images, index = (t.to(device, non_blocking=True) for t in (batch.images, batch.index))
-        color_views(images, index, data, seed=0, epoch=batch.epoch)
+        color_jitter(images, jitter_params(index, data, seed=0, epoch=batch.epoch), data)
 
     return use
 
@@ -149,7 +149,7 @@ def _train_on_crops(setting: Setting, data: DataConfig) -> Use:
     run = _run(setting, "spatial+color")
 
     def use(batch: Batch) -> None:
-        train_step(run, batch)
+        train_step(run, *step_module.batches(run, [batch]))
         run.step += 1
 
     return use
@@ -158,11 +158,12 @@ def _train_on_crops(setting: Setting, data: DataConfig) -> Use:
 def _train_on_views(setting: Setting) -> Use:
     run = _run(setting, "spatial")
     # the product's step, but its views come ready from the workers
-    step_module.paint = lambda views, *_: tuple(v.contiguous() for v in views.unbind(1))  # type: ignore[assignment]
+    step_module.color_jitter = lambda views, *_: tuple(v.contiguous() for v in views.unbind(1))  # type: ignore[assignment]
 
     def use(views: Tensor) -> None:
         views = views.to(setting.device, non_blocking=True)
-        train_step(run, Batch(views, torch.arange(len(views)), epoch=0, step=run.step))
+        batch = Batch(views, torch.arange(len(views)), epoch=0, step=run.step)
+        train_step(run, *step_module.batches(run, [batch]))
         run.step += 1
 
     return use

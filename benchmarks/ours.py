@@ -12,6 +12,7 @@ from extrema_fast.data.loader import Batch
 from extrema_fast.distributed import World
 from extrema_fast.train import train_step
 from extrema_fast.training.state import build, prepare_torch, wrap
+from extrema_fast.training.step import batches
 
 from .stepper import IMAGES, Inputs, Stepper
 
@@ -31,7 +32,9 @@ class Ours(Stepper):
 
     def step(self, inputs: Inputs) -> None:
         # its masks and coins are functions of seed, row and epoch; `Inputs.keep` of the others follows them
-        train_step(self.run, Batch(inputs.images, inputs.index, epoch=0, step=self.run.step))
+        train_step(
+            self.run, *batches(self.run, [Batch(inputs.images, inputs.index, epoch=0, step=self.run.step)])
+        )
         self.run.step += 1
 
     def loss(self) -> float:

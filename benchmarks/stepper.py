@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from extrema_fast.config import Config
-from extrema_fast.data.augment import color_views
+from extrema_fast.data.augment import color_jitter, jitter_params
 from extrema_fast.training.optim import Schedule
 
 # length of the imagined training set: with it every provider has the same schedules
@@ -90,9 +90,8 @@ class Stepper:
         """(student's, teacher's) normalised fp32 [B, C, H, W]; the same tensor without colour jitter."""
         index = inputs.index.to(self.device)
         cfg = self.cfg
-        return color_views(
-            inputs.images, index, cfg.data, seed=cfg.train.seed, epoch=0, in_chans=cfg.model.in_chans
-        )
+        params = jitter_params(index, cfg.data, seed=cfg.train.seed, epoch=0)
+        return color_jitter(inputs.images, params, cfg.data, cfg.model.in_chans)
 
 
 def decayed(named: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:

@@ -17,7 +17,6 @@ import torch
 from .config import Config, local_batch
 from .data.bad_images import BAD_ROWS
 from .data.loader import Batch, epoch_length
-from .data.prefetch import feed
 from .data.sources import ImageSource
 from .distributed import Signals, start
 from .errors import NonFiniteError, OutOfMemoryError, Preempted
@@ -42,7 +41,7 @@ from .training.state import (
     save,
     wrap,
 )
-from .training.step import compute, draw, recomputed, set_schedule
+from .training.step import batches, compute, recomputed, set_schedule
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ def _loop(
     line: Line | None = None
     try:
         with open_loader(run, Path(cfg.out) / BAD_ROWS) as loader:
-            batches, watch = feed(loader, partial(draw, run), world.device), WaitWatch(loader.remedy())
+            given, watch = batches(run, loader), WaitWatch(loader.remedy())
             if folder is not None:
                 describe(run, folder, loader.kind)
                 recorder.screen.say(
@@ -109,7 +108,7 @@ def _loop(
                 _evaluate(run, recorder, test)
             meter.restart()
             while not (run.last or stop):
-                lr = _step(run, meter.next(batches))
+                lr = _step(run, meter.next(given))
                 run.step += 1
                 recorder.advance(run.step)
                 due = run.last or run.step % cfg.log.every_steps == 0
@@ -152,17 +151,13 @@ def _loop(
 
 
 def train_step(run: Run, batch: Batch) -> float:
-    """One optimizer step on this process's part of a batch; returns the learning rate used."""
-    parts = batch.parts
-    if parts is None:
-        images = batch.images.to(run.world.device, non_blocking=True)
-        parts = draw(run, images, batch.index, batch.epoch)
+    """One optimizer step on this process's part of a batch (from `step.batches`); returns the learning rate used."""
     lr = set_schedule(run)
     if run.compute is None:
-        compute(run, parts)
+        compute(run, batch.micro_batches)
     else:
         # recorded
-        run.compute(parts)
+        run.compute(batch.micro_batches)
     return lr
 
 

@@ -1,7 +1,7 @@
-"""Two colour-jittered views of one crop, on the device, with torchvision's ColorJitter semantics.
+"""Color jitter: two differently jittered copies of each crop, made on the device, with torchvision's semantics.
 
-Each transformation is keyed by (seed, sample row, epoch, view), see `extrema_fast.rng`. The definition of the
-operations is `kernels/color_views/reference.py` (method.md section 5; data.md section 5).
+The random parameters are keyed by (seed, sample row, epoch, view), see `extrema_fast.rng`; the operations are defined
+in `kernels/color_views/reference.py`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ from ..config import DataConfig
 from ..kernels.color_views.reference import color_params, normalize
 from ..ops import dispatch as ops
 
-__all__ = ["color_coins", "color_views", "normalize", "paint"]
+__all__ = ["color_jitter", "jitter_params", "normalize"]
 
 
-def color_coins(index: Tensor, cfg: DataConfig, *, seed: int, epoch: int) -> Tensor | None:
-    """What `color_views` does to each image, [B, 2, 10] (`kernels.color_views`); None without a colour policy.
+def jitter_params(index: Tensor, cfg: DataConfig, *, seed: int, epoch: int) -> Tensor | None:
+    """Random parameters of the color jitter.
 
-    index: [B] int64 sample rows; the coins are on its device
+    Args:
+        index: [B] int64 sample rows.
+
+    Returns:
+        [B, 2, 10] on the device of `index`, for student and teacher (layout: `kernels/color_views`); None unless
+        `data.policy` is spatial+color.
     """
     if cfg.policy != "spatial+color":
         return None
@@ -29,23 +34,19 @@ def color_coins(index: Tensor, cfg: DataConfig, *, seed: int, epoch: int) -> Ten
     )
 
 
-def paint(images: Tensor, coins: Tensor | None, cfg: DataConfig, in_chans: int = 3) -> tuple[Tensor, Tensor]:
-    """(student image, teacher image): colour versions of the same crop by `color_coins`, or the crop twice.
+def color_jitter(
+    images: Tensor, params: Tensor | None, cfg: DataConfig, in_chans: int = 3
+) -> tuple[Tensor, Tensor]:
+    """Student image and teacher image of each crop: jittered, then normalized.
 
-    images:  [B, H, W, 3] uint8;  coins: on its device, or None
-    returns  two fp32 tensors [B, C, H, W], normalised; the same tensor twice without coins
+    Args:
+        images: [B, H, W, 3] uint8.
+        params: from `jitter_params`, on the device of `images`; None: no jitter.
+
+    Returns:
+        Two fp32 tensors [B, C, H, W]; without `params` the same tensor twice.
     """
-    if coins is None:
+    if params is None:
         x = normalize(images, cfg.mean, cfg.std, in_chans)
         return x, x
-    return ops.color_views(images, coins, cfg.mean, cfg.std, channels=in_chans)
-
-
-def color_views(
-    images: Tensor, index: Tensor, cfg: DataConfig, *, seed: int, epoch: int, in_chans: int = 3
-) -> tuple[Tensor, Tensor]:
-    """(student image, teacher image): `paint` with the coins of these rows.
-
-    images:  [B, H, W, 3] uint8;  index: [B] int64 sample rows on the same device
-    """
-    return paint(images, color_coins(index, cfg, seed=seed, epoch=epoch), cfg, in_chans)
+    return ops.color_views(images, params, cfg.mean, cfg.std, channels=in_chans)

@@ -53,18 +53,18 @@ TRIES = 10
 class Batch(NamedTuple):
     """One process's part of a global batch.
 
-    images  [b, H, W, 3] uint8, one crop per image (on the GPU when DALI decodes there)
-    index   [b] int64 row numbers in the source, on the CPU
-    parts   what the step draws of it, where that has been done ahead (`data_feed.py`)
-    waited  seconds that a GPU stood still for a batch, known a few steps later; None: as long as the host waits
+    images         [b, H, W, 3] uint8, one crop per image (on the GPU when DALI decodes there)
+    index          [b] int64 row numbers in the source, on the CPU
+    micro_batches  the same images cut into micro-batches, with their random parameters; set by `prefetch`
+    waited         seconds that the step waited for a batch (on a GPU one of a few steps before); set by `prefetch`
     """
 
     images: Tensor
     index: Tensor
     epoch: int
     step: int
-    parts: Any = None
-    waited: float | None = None
+    micro_batches: Any = None
+    waited: float = 0.0
 
 
 def random_boxes(

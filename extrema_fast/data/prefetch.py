@@ -1,22 +1,20 @@
-"""From the loader to the step: a batch on the device with all its coins drawn, beside the step before.
+"""From the loader to the step: batches on the device, with their random parameters drawn.
 
-On a GPU a stream of its own copies crops into one of two buffers that take turns, and draws there what is random of
-the batch (keep indices of all views, colour coins, drop-path). The host only enqueues:
+On a GPU a side stream copies the images into one of two buffers and draws there (keep indices of all views, color
+jitter, drop-path) while the step before is still running. The CPU only enqueues:
 
     step's stream    ... step t-1 ....|.... step t ......|.... step t+1
     side stream           copy, draw t      copy, draw t+1      copy, draw t+2
-    waits                 t-2 is read       t-1 is read         t is read
+    waits for             step t-2          step t-1            step t
 
 Two events per buffer keep the order: `filled` before the step reads it, `read` before it is filled again. Before they
-are used again their times tell how long the step's stream stood still for its batch; the host's own waiting says
-nothing of that, since it is ahead. It is at most two steps ahead, so that batches do not pile up in memory. The
-buffers have fixed shapes and places; a recorded step (`graph.StepGraph`) copies from them when it is replayed. On a
-CPU batches pass through, and the step draws for itself.
+are used again, their times tell how long the step's stream waited for its batch; the CPU is at most two steps ahead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +23,8 @@ from torch.utils import _pytree as pytree
 
 from .loader import Batch
 
+Draw = Callable[[Tensor, Tensor, int], Any]
+
 
 class _Buffer(NamedTuple):
     images: Tensor
@@ -32,64 +32,70 @@ class _Buffer(NamedTuple):
     read: torch.cuda.Event
 
 
-def feed(
-    loader: Iterator[Batch], draw: Callable[[Tensor, Tensor, int], Any], device: torch.device
-) -> Iterator[Batch]:
-    """The loader's batches, with `images` on the device and `parts` drawn when that is a GPU.
+def prefetch(loader: Iterable[Batch], draw: Draw, device: torch.device) -> Iterator[Batch]:
+    """Yields the loader's batches with `images` on the device, `micro_batches` drawn and `waited` measured.
 
-    draw  (images [b, H, W, 3] uint8 on the device, index [b] int64 on the CPU, epoch) -> tensors of the step, nested
-    A batch is the caller's until it asks for the next one: its images are then written over.
+    Args:
+        loader: batches on the CPU, or on the GPU when images are decoded there.
+        draw: (images [b, H, W, 3] uint8 on the device, index [b] int64 on the CPU, epoch) -> `Batch.micro_batches`,
+            tensors in any nesting.
+        device: where the step runs. On a GPU a batch is valid until the next one is asked for: its images are
+            then overwritten.
     """
-    return iter(loader) if device.type == "cpu" else _Feed(loader, draw, device)
+    return (_on_gpu if device.type == "cuda" else _on_cpu)(iter(loader), draw, device)
 
 
-class _Feed:
-    def __init__(
-        self, loader: Iterator[Batch], draw: Callable[[Tensor, Tensor, int], Any], device: torch.device
-    ) -> None:
-        self.loader, self.draw, self.device = loader, draw, device
-        self.side = torch.cuda.Stream(device)
-        self.buffers: list[_Buffer] = []
-        self.turn, self.given = 0, 0
+def _on_cpu(loader: Iterator[Batch], draw: Draw, device: torch.device) -> Iterator[Batch]:
+    while True:
+        began = time.perf_counter()
+        batch = next(loader, None)
+        if batch is None:
+            return
+        waited, images = time.perf_counter() - began, batch.images.to(device)
+        drawn = draw(images, batch.index, batch.epoch)
+        yield batch._replace(images=images, micro_batches=drawn, waited=waited)
 
-    def __iter__(self) -> _Feed:
-        return self
 
-    def __next__(self) -> Batch:
-        step, waited = torch.cuda.current_stream(self.device), self._waited()
-        if self.buffers:
-            # all that reads the last batch has been enqueued by now
-            self.buffers[self.turn].read.record(step)
-        with torch.cuda.stream(self.side):
-            batch = next(self.loader)
-            buffer = self._next_buffer(batch.images)
-            self.side.wait_event(buffer.read)
-            buffer.images.copy_(batch.images, non_blocking=True)
-            parts = self.draw(buffer.images, batch.index, batch.epoch)
-            buffer.filled.record(self.side)
-        step.wait_event(buffer.filled)
-        for tensor in pytree.tree_leaves(parts):
-            # made on the side, read by the step: its memory is free when the step has read it
+def _on_gpu(loader: Iterator[Batch], draw: Draw, device: torch.device) -> Iterator[Batch]:
+    side = torch.cuda.Stream(device)
+    # [0] is the batch before the last one, [1] the last one
+    buffers: list[_Buffer] = []
+    count = 0
+    while True:
+        step = torch.cuda.current_stream(device)
+        waited = _waited(*buffers) if count >= 3 else 0.0
+        if buffers:
+            # everything that reads the last batch has been enqueued by now
+            buffers[1].read.record(step)
+        with torch.cuda.stream(side):
+            batch = next(loader, None)
+            if batch is None:
+                return
+            buffers = buffers or [_buffer(batch.images, device) for _ in range(2)]
+            buffers.reverse()
+            images, filled, read = buffers[1]
+            side.wait_event(read)
+            images.copy_(batch.images, non_blocking=True)
+            drawn = draw(images, batch.index, batch.epoch)
+            filled.record(side)
+        step.wait_event(filled)
+        for tensor in pytree.tree_leaves(drawn):
+            # allocated on the side stream, read by the step: not to be reused before the step has read it
             if isinstance(tensor, Tensor) and tensor.is_cuda:
                 tensor.record_stream(step)
-        self.given += 1
-        return batch._replace(images=buffer.images, parts=parts, waited=waited)
+        count += 1
+        yield batch._replace(images=images, micro_batches=drawn, waited=waited)
 
-    def _waited(self) -> float:
-        """Seconds the step before the last one waited for its batch after the step before it had ended."""
-        if self.given < 3:
-            return 0.0
-        ended, filled = self.buffers[self.turn].read, self.buffers[1 - self.turn].filled
-        ended.synchronize()
-        filled.synchronize()
-        return max(0.0, ended.elapsed_time(filled) / 1000)
 
-    def _next_buffer(self, images: Tensor) -> _Buffer:
-        if not self.buffers:
-            for _ in range(2):
-                mine = torch.empty(images.shape, dtype=images.dtype, device=self.device)
-                # one that was never recorded is not waited for
-                filled, read = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
-                self.buffers.append(_Buffer(mine, filled, read))
-        self.turn = 1 - self.turn
-        return self.buffers[self.turn]
+def _waited(before_last: _Buffer, last: _Buffer) -> float:
+    """Seconds the step before the last one waited for its batch, after the step before that had ended."""
+    # `last.read` has not been recorded for the last batch yet: it tells the end of the step before `before_last`
+    last.read.synchronize()
+    before_last.filled.synchronize()
+    return max(0.0, last.read.elapsed_time(before_last.filled) / 1000)
+
+
+def _buffer(images: Tensor, device: torch.device) -> _Buffer:
+    # an event that was never recorded is not waited for
+    filled, read = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
+    return _Buffer(torch.empty(images.shape, dtype=images.dtype, device=device), filled, read)

@@ -12,6 +12,7 @@ from ..train import train_step
 from ..training.metrics import memory_gb
 from ..training.plan import checkpoint_bytes, derived
 from ..training.state import build, open_loader, open_train, prepare_torch, wrap
+from ..training.step import batches
 
 
 def dry_run(cfg: Config, steps: int = 3) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def dry_run(cfg: Config, steps: int = 3) -> dict[str, Any]:
         with open_loader(run) as loader:
             for _ in range(min(steps, run.schedule.total_steps)):
                 began = time.perf_counter()
-                train_step(run, next(loader))
+                train_step(run, next(batches(run, loader)))
                 run.step += 1
                 # reading the counters waits for the device
                 values = run.counters.read().values()

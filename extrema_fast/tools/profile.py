@@ -34,15 +34,15 @@ from ..training.metrics import memory_gb
 from ..training.plan import flops_per_image, precision
 from ..training.run_folder import versions
 from ..training.state import Run, build, open_loader, open_train, prepare_torch, wrap
-from ..training.step import compile_mode
+from ..training.step import batches, compile_mode
 from . import trace
 
 log = logging.getLogger(__name__)
 
 # functions by the module that defines them -> component
 _SCOPES = (
-    (augment, "color_coins", "augment"),
-    (augment, "paint", "augment"),
+    (augment, "jitter_params", "augment"),
+    (augment, "color_jitter", "augment"),
     (masking, "sample_views", "masks"),
     (drop_path, "drop_path_scale", "masks"),
     (drop_path, "compact_path", "masks"),
@@ -90,9 +90,9 @@ def profile(
         compiles = compile_mode(cfg, world.device.type) != "none"
         with _ranges(run), _fused_names() if compiles else contextlib.nullcontext():
             wrap(run)
-            batches = _noise(run) if synthetic else _loaded(run)
-            with contextlib.closing(batches):
-                times, profiler = _measure(run, batches, steps, warmup)
+            loaded = _noise(run) if synthetic else _loaded(run)
+            with contextlib.closing(loaded):
+                times, profiler = _measure(run, batches(run, loaded), steps, warmup)
     folder.mkdir(parents=True, exist_ok=True)
     # a reader of the folder sees the old trace or the new one
     temporary = folder / f".tmp-{os.getpid()}-trace.json.gz"
@@ -224,14 +224,14 @@ def _ms(began: Any, ended: Any) -> float:
     return 1000 * (ended - began) if isinstance(began, float) else began.elapsed_time(ended)
 
 
-def _measure(run: Run, batches: Iterator[Batch], steps: int, warmup: int) -> tuple[dict[str, float], Any]:
+def _measure(run: Run, given: Iterator[Batch], steps: int, warmup: int) -> tuple[dict[str, float], Any]:
     """({"step_ms": without the profiler, "profiled_step_ms": with it}, the profiler with its events)."""
     device = run.world.device
 
     def step() -> None:
         with record_function(trace.STEP):
             with record_function(trace.PREFIX + trace.DATA):
-                batch = next(batches)
+                batch = next(given)
             train_step(run, batch)
             run.step += 1
 

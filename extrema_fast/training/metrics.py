@@ -86,7 +86,7 @@ class Counters:
 class Meter:
     """Wall time of an interval, split into waiting for images and the rest; pauses are left out.
 
-    Waiting is the host's, unless a batch knows of its device's (`Batch.waited`).
+    Each batch says how long it was waited for (`Batch.waited`).
     """
 
     def __init__(self, batch_size: int) -> None:
@@ -97,11 +97,9 @@ class Meter:
         self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
     def next(self, batches: Any) -> Any:
-        """next(batches), timed."""
-        before = time.perf_counter()
+        """next(batches), counted."""
         batch = next(batches)
-        host = time.perf_counter() - before
-        self.waited += host if batch.waited is None else batch.waited
+        self.waited += batch.waited
         self.steps += 1
         return batch
 

@@ -10,7 +10,7 @@ The host never waits for the device here, except for optimizers that cannot skip
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..data.augment import color_coins, paint
+from ..data.augment import color_jitter, jitter_params
+from ..data.loader import Batch
+from ..data.prefetch import prefetch
 from ..errors import UsageError
 from ..models.drop_path import compact_capacity, compact_path, drop_path_scale
 from ..models.extrema import ExtreMA
@@ -133,8 +135,13 @@ def draw(run: Run, images: Tensor, index: Tensor, epoch: int) -> list[Part]:
         path = drop_path_scale(rows, mask.views, model.shape[1], model.drop_path, **keys)
         if path is not None and run.cfg.train.compact:
             path = _compacted(run, path)
-        parts.append(Part(images[p], color_coins(there[p], cfg.data, **keys), keep, path))
+        parts.append(Part(images[p], jitter_params(there[p], cfg.data, **keys), keep, path))
     return parts
+
+
+def batches(run: Run, loader: Iterable[Batch]) -> Iterator[Batch]:
+    """The loader's batches on the run's device, ready for `train_step`."""
+    return prefetch(loader, partial(draw, run), run.world.device)
 
 
 def _compacted(run: Run, scale: Tensor) -> Any:
@@ -178,7 +185,7 @@ def compute(run: Run, parts: list[Part]) -> None:
 def gradients(run: Run, parts: list[Part]) -> Tensor:
     """Adds the gradients of all micro-batches to the student's; returns the loss, a detached scalar."""
     cfg, method, device = run.cfg, run.method, run.world.device
-    views = [paint(p.images, p.colors, cfg.data, cfg.model.in_chans) for p in parts]
+    views = [color_jitter(p.images, p.colors, cfg.data, cfg.model.in_chans) for p in parts]
     context = partial(autocast, cfg, device.type)
     # the teacher sees the whole batch before the first student pass: InfoNCE compares with every target
     with context():
@@ -242,7 +249,7 @@ def _gradients_of_graph(loss_fn: Callable[..., Tensor], run: Run, parts: list[Pa
     """As `gradients`, with teacher, student and loss as one compiled graph and its backward as another."""
     total = torch.zeros((), device=run.world.device)
     for p in parts:
-        student, teacher = paint(p.images, p.colors, run.cfg.data, run.cfg.model.in_chans)
+        student, teacher = color_jitter(p.images, p.colors, run.cfg.data, run.cfg.model.in_chans)
         loss = loss_fn(student, teacher, p.keep, p.path)
         (loss / len(parts)).backward()
         total += loss.detach() / len(parts)
@@ -253,7 +260,7 @@ def _gradients_compiled(function: Callable, params: list[Tensor], run: Run, part
     """As `gradients`, forward and backward as one compiled graph."""
     total = torch.zeros((), device=run.world.device)
     for p in parts:
-        student, teacher = paint(p.images, p.colors, run.cfg.data, run.cfg.model.in_chans)
+        student, teacher = color_jitter(p.images, p.colors, run.cfg.data, run.cfg.model.in_chans)
         loss, grads = function(student, teacher, p.keep, p.path)
         for param, grad in zip(params, grads, strict=True):
             grad = grad / len(parts) if len(parts) > 1 else grad

@@ -33,7 +33,7 @@ from benchmarks.__main__ import main
 from benchmarks.loader_ways import STAGES, WAYS, Setting
 from benchmarks.tables import markdown
 from extrema_fast.config import DataConfig
-from extrema_fast.data.augment import color_views
+from extrema_fast.data.augment import color_jitter, jitter_params
 from extrema_fast.data.loader import Batch, TrainLoader, open_source, random_boxes
 from extrema_fast.training import step as step_module
 
@@ -79,7 +79,7 @@ def test_every_ways_pictures_are_the_products(setting):
     ("what", "wrong"),
     [
         (
-            "color_coins",
+            "jitter_params",
             lambda *a, **k: torch.tensor([1.0, 1.4, 1.4, 1.2, 0.1, 0, 0, 1, 2, 3]).expand(6, 2, -1),
         ),
         ("random_boxes", lambda s, *a, **k: (np.tile([0.0, 0, 99, 99], (len(s), 1)), np.zeros(len(s), bool))),
@@ -109,7 +109,7 @@ def test_boxes_of_the_baseline_follow_the_products_law(setting):
 
 def test_training_on_ready_views_is_training_on_crops(setting, monkeypatch):
     # `_train_on_views` replaces it for its process
-    monkeypatch.setattr(step_module, "paint", step_module.paint)
+    monkeypatch.setattr(step_module, "color_jitter", step_module.color_jitter)
     setting = Setting(setting.source, setting.data, (64, 64), 4, torch.get_num_threads())
     runs = []
     build = loader_ways.build
@@ -118,9 +118,8 @@ def test_training_on_ready_views_is_training_on_crops(setting, monkeypatch):
         batch = next(made)
     torch.manual_seed(0)
     loader_ways._train_on_crops(setting, setting.data)(batch)
-    views = color_views(
-        batch.images, batch.index, setting.data, seed=runs[0].cfg.train.seed, epoch=batch.epoch
-    )
+    params = jitter_params(batch.index, setting.data, seed=runs[0].cfg.train.seed, epoch=batch.epoch)
+    views = color_jitter(batch.images, params, setting.data)
     torch.manual_seed(0)
     ready = loader_ways._train_on_views(setting)
     # masks and drop-path follow the rows, which are not told: the same ones

@@ -23,10 +23,14 @@ from extrema_fast.kernels.color_views.reference import BRIGHTNESS, CONTRAST, HUE
 
 from extrema_fast import rng
 from extrema_fast.config import DataConfig
-from extrema_fast.data.augment import color_views, normalize
+from extrema_fast.data.augment import color_jitter, jitter_params, normalize
 from extrema_fast.ops import dispatch as ops
 
 ORDERS = list(itertools.permutations(range(4)))
+
+
+def color_views(images, index, cfg, *, seed, epoch, in_chans=3):
+    return color_jitter(images, jitter_params(index, cfg, seed=seed, epoch=epoch), cfg, in_chans)
 
 
 def color_params(index: torch.Tensor, cfg: DataConfig, *, seed: int, epoch: int, stream: int) -> dict:

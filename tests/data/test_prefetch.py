@@ -1,8 +1,8 @@
 """From loader to step on a CPU, and what is said of waiting.
 
-Covers: batches pass through and are the loader's; a step with parts drawn ahead equals one that draws for itself; when
-waiting is told (not at first, not twice, again when worse), a GPU's by the times of its streams (simulated); the remedy
-that fits; the share on the progress line; threads from the cores. The stream and its buffers: tests/gpu/test_data.py.
+Covers: on a CPU batches are the loader's, drawn, with the time spent in the loader; on a GPU (simulated) the time its
+stream waited; when waiting is reported (not at first, not twice, again when worse), the remedy that fits, the share on
+the progress line; decoding threads from the cores. Real streams and buffers: tests/gpu/test_data.py.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import time
+from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from extrema_fast.config import from_dict, smoke
 from extrema_fast.data import loader as data
-from extrema_fast.data.prefetch import _Feed, feed
+from extrema_fast.data.prefetch import _on_gpu, prefetch
 from extrema_fast.distributed import World
-from extrema_fast.train import train_step
 from extrema_fast.training import state
-from extrema_fast.training.metrics import Meter, Progress, WaitWatch
+from extrema_fast.training.metrics import Progress, WaitWatch
 from extrema_fast.training.step import draw
 
 pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
@@ -39,41 +42,50 @@ def begin() -> state.Run:
     return state.build(cfg, World(torch.device("cpu")), state.open_train(cfg))
 
 
-def test_a_cpu_gets_the_loaders_batches():
+def test_on_a_cpu_batches_are_the_loaders_with_their_draws():
     run, cpu = begin(), torch.device("cpu")
     with state.open_loader(run) as one, state.open_loader(run) as two:
-        fed = feed(one, lambda *args: pytest.fail("drawn ahead on a CPU"), cpu)
-        for a, b in itertools.islice(zip(fed, two, strict=True), 5):
+        for a, b in itertools.islice(zip(prefetch(one, partial(draw, run), cpu), two, strict=True), 5):
             assert torch.equal(a.images, b.images) and torch.equal(a.index, b.index)
-            assert (a.epoch, a.step, a.parts) == (b.epoch, b.step, None)
+            assert (a.epoch, a.step) == (b.epoch, b.step) and a.waited > 0
+            drawn, expected = a.micro_batches, draw(run, b.images, b.index, b.epoch)
+            assert len(drawn) == 2 and all(map(torch.equal, tree_leaves(drawn), tree_leaves(expected)))
 
 
-def test_parts_drawn_ahead_change_nothing():
-    runs = begin(), begin()
-    with state.open_loader(runs[0]) as loader:
-        for batch in itertools.islice(loader, 4):
-            ahead = batch._replace(parts=draw(runs[1], batch.images, batch.index, batch.epoch), images=None)
-            for run, given in zip(runs, (batch, ahead), strict=True):
-                train_step(run, given)
-                run.step += 1
-    one, two = (run.method.state_dict() for run in runs)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+def test_waiting_is_the_loaders_time_not_the_draws(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def slow(seconds, result):
+        clock[0] += seconds
+        return result
+
+    batch = data.Batch(torch.zeros(1), torch.zeros(1), 0, 0)
+    loader = (slow(seconds, batch) for seconds in (3.0, 5.0))
+    fed = prefetch(loader, lambda *args: slow(100.0, None), torch.device("cpu"))
+    assert [b.waited for b in fed] == [3.0, 5.0]
 
 
 class Stream:
     """A stream as a clock: `ends` is when all that has been enqueued is done."""
 
+    all: ClassVar[list] = []
+
     def __init__(self, device=None):
         self.ends = 0.0
+        self.all.append(self)
 
     def wait_event(self, event):
         self.ends = max(self.ends, event.time)
 
 
 class Event:
+    all: ClassVar[list] = []
+
     def __init__(self, enable_timing, blocking):
         assert enable_timing and blocking
         self.time, self.recorded, self.waited_for = 0.0, 0, []
+        self.all.append(self)
 
     def record(self, stream):
         self.time, self.recorded = stream.ends, self.recorded + 1
@@ -89,6 +101,9 @@ class Event:
 @pytest.mark.parametrize(("fill_s", "step_s", "waits"), [(1.0, 3.0, 0.0), (3.0, 1.0, 2.0), (2.0, 2.0, 0.0)])
 def test_how_long_a_gpu_waits_is_told_by_its_streams(monkeypatch, fill_s, step_s, waits):
     step, cpu = Stream(), torch.device("cpu")
+    streams, events = [], []
+    monkeypatch.setattr(Stream, "all", streams)
+    monkeypatch.setattr(Event, "all", events)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: step)
@@ -97,26 +112,18 @@ def test_how_long_a_gpu_waits_is_told_by_its_streams(monkeypatch, fill_s, step_s
     given = [data.Batch(images + t, torch.arange(2), 0, t) for t in range(9)]
 
     def fill(*_):
-        fed.side.ends += fill_s
+        streams[0].ends += fill_s
 
-    fed, told, ended = _Feed(iter(given), fill, cpu), [], []
-    for t, batch in enumerate(fed):
+    told, ended = [], []
+    for t, batch in enumerate(_on_gpu(iter(given), fill, cpu)):
         assert (batch.images == t).all() and step.ends >= (t + 1) * fill_s
-        # the host is ahead of no more than what has been enqueued since the step three before
-        held = [time for buffer in fed.buffers for time in buffer.read.waited_for]
+        # the CPU is ahead of no more than what has been enqueued since the step three before
+        held = [time for event in events[1::2] for time in event.waited_for]
         assert max(held, default=0.0) == (ended[t - 3] if t >= 3 else 0.0)
         told.append(batch.waited)
         step.ends += step_s
         ended.append(step.ends)
     assert told == [0.0] * 3 + [waits] * 6
-
-
-def test_the_meter_takes_the_devices_word():
-    meter, batch = Meter(8), data.Batch(torch.zeros(1), torch.zeros(1), 0, 0)
-    meter.next(iter([batch._replace(waited=1000.0)]))
-    assert meter.waited == 1000
-    meter.next(iter([batch]))
-    assert 1000 < meter.waited < 1001
 
 
 def test_waiting_is_told_once_and_again_when_worse():

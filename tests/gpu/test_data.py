@@ -1,7 +1,7 @@
 """The data path on a GPU: `make test-gpu`.
 
 Covers: the feed's buffers are not read too early nor written over too early, with either stream far behind; the host
-does not wait; what is told of waiting; steps fed equal steps that draw for themselves, plain and recorded; pinned
+does not wait; what is told of waiting; steps are the same with and without prefetching, plain and recorded; pinned
 batches; DALI decoding on the GPU against the CPU, every policy, hardware load 0 and default; recovery there: all
 other samples undisturbed, each kind of broken file, restarts; a loader whose consumer is far behind.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 
 from extrema_fast.config import DataConfig, from_dict, smoke
 from extrema_fast.data.loader import Batch, TrainLoader, open_source
-from extrema_fast.data.prefetch import feed
+from extrema_fast.data.prefetch import prefetch
 from extrema_fast.distributed import World
 from extrema_fast.train import train_step
 from extrema_fast.training import step
@@ -63,10 +62,10 @@ def test_no_buffer_is_read_or_written_too_early(behind, pinned):
         return [images, index.to(device, non_blocking=True)]
 
     sums, rows = [], []
-    for batch in feed(iter(given), draw, device):
+    for batch in prefetch(iter(given), draw, device):
         if behind == "step":
             torch.cuda._sleep(LONG)
-        images, index = batch.parts
+        images, index = batch.micro_batches
         sums.append(images.long().sum())
         rows.append(index.clone())
         assert images.data_ptr() == batch.images.data_ptr()
@@ -92,7 +91,7 @@ def test_what_is_told_of_waiting_is_the_devices(behind):
     torch.cuda.synchronize()
     long_s = began.elapsed_time(ended) / 1000
     waited = []
-    for batch in feed(iter(random_batches(9)), draw, device):
+    for batch in prefetch(iter(random_batches(9)), draw, device):
         waited.append(batch.waited)
         if behind == "step":
             torch.cuda._sleep(LONG)
@@ -105,7 +104,7 @@ def test_what_is_told_of_waiting_is_the_devices(behind):
 
 def test_two_buffers_take_turns():
     device = torch.device("cuda", 0)
-    fed = feed(iter(random_batches(6)), lambda *args: [], device)
+    fed = prefetch(iter(random_batches(6)), lambda *args: [], device)
     places = [batch.images.data_ptr() for batch in fed]
     assert len(set(places)) == 2 and places[::2] == places[:1] * 3 and places[1::2] == places[1:2] * 3
 
@@ -113,7 +112,7 @@ def test_two_buffers_take_turns():
 def test_the_host_only_enqueues():
     device = torch.device("cuda", 0)
     run = begin({})
-    fed = feed(iter(random_batches(8)), lambda *args: step.draw(run, *args), device)
+    fed = prefetch(iter(random_batches(8)), lambda *args: step.draw(run, *args), device)
     for _ in range(3):
         next(fed)
     torch.cuda.synchronize()
@@ -137,17 +136,17 @@ def begin(train: dict):
 
 
 @pytest.mark.parametrize("train", [{}, {"cuda_graph": True}, {"compact": True}])
-def test_fed_steps_equal_steps_that_draw_for_themselves(train):
+def test_prefetched_batches_give_the_same_steps(train):
     results = []
     for ahead in (False, True):
-        run, given = begin(train), iter(random_batches(10))
-        batches: Iterator[Batch] = given
-        if ahead:
-            batches = feed(given, lambda *args, run=run: step.draw(run, *args), run.world.device)
-        for batch in batches:
-            assert (batch.parts is not None) == ahead
-            train_step(run, batch)
-            run.step += 1
+        run = begin(train)
+        # without prefetching each batch waits for the step before
+        given = [random_batches(10)] if ahead else [[batch] for batch in random_batches(10)]
+        for some in given:
+            for batch in step.batches(run, some):
+                train_step(run, batch)
+                run.step += 1
+            torch.cuda.synchronize()
         results.append({k: v.clone() for k, v in run.method.state_dict().items()})
     for name, value in results[0].items():
         # sums over threads in another order now and then

@@ -22,12 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from extrema_fast import train
 from extrema_fast.config import Config, from_dict, smoke
 from extrema_fast.data.loader import Batch
 from extrema_fast.distributed import World
 from extrema_fast.ops import dispatch as ops
-from extrema_fast.train import train_step
 from extrema_fast.training.state import Run, build, wrap
+from extrema_fast.training.step import draw
 
 gpu = pytest.mark.gpu
 BOTH = ["cpu", pytest.param("cuda", marks=gpu)]
@@ -95,12 +96,17 @@ def batch_of(run: Run) -> Batch:
     return Batch(images.to(run.world.device), torch.arange(b) + b * run.step, 0, run.step)
 
 
+def draw_and_step(run: Run, batch: Batch) -> None:
+    drawn = draw(run, batch.images, batch.index, batch.epoch)
+    train.train_step(run, batch._replace(micro_batches=drawn))
+
+
 def steps(run: Run, count: int) -> list[float]:
     """Losses of some steps."""
     losses = []
     for _ in range(count):
         run.counters.restart()
-        train_step(run, batch_of(run))
+        draw_and_step(run, batch_of(run))
         run.step += 1
         losses.append(run.counters.read().values()["loss"])
     return losses
@@ -178,7 +184,7 @@ def test_no_waiting_for_the_device(mode):
     readings = []
     with no_waiting():
         for batch in batches:
-            train_step(run, batch)
+            draw_and_step(run, batch)
             run.step += 1
             readings.append(run.counters.read())
             readings[-1].arrived()
@@ -212,7 +218,7 @@ def test_no_host_reads_on_a_cpu_either(mode):
     steps(run, 1)
     batch = batch_of(run)
     with HostReads() as reads:
-        train_step(run, batch)
+        draw_and_step(run, batch)
         if mode == "plain":
             bool(run.counters.tensor.sum() > 0)
     assert reads.seen == (["aten._local_scalar_dense.default"] if mode == "plain" else [])
@@ -377,7 +383,7 @@ def test_a_step_that_is_not_finite_changes_no_bit(monkeypatch, device, precision
 
 def peak_of_a_step(run: Run) -> int:
     torch.cuda.reset_peak_memory_stats()
-    train_step(run, batch_of(run))
+    draw_and_step(run, batch_of(run))
     run.step += 1
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
@@ -442,9 +448,9 @@ def check_data_parallel(device: str, backend: str, *changes: dict) -> None:
         if device == "cuda":
             batch = batch_of(run)
             with no_waiting():
-                train_step(run, batch)
+                draw_and_step(run, batch)
         else:
-            train_step(run, batch_of(run))
+            draw_and_step(run, batch_of(run))
         run.step += 1
     assert losses == pytest.approx(expected[:3], rel=1e-4)
     same(plain, run, rtol=1e-3, atol=1e-4)

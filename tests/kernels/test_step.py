@@ -16,7 +16,7 @@ from extrema_fast.config import from_dict, smoke
 from extrema_fast.distributed import World
 from extrema_fast.models.encoder import build_encoder
 from extrema_fast.ops import dispatch as ops
-from extrema_fast.training import state
+from extrema_fast.training import state, step
 
 TINY = {
     "data": {"loader": "pil", "threads": 1, "limit": 6, "policy": "spatial+color"},
@@ -46,7 +46,7 @@ def run_steps(backend: str, steps: int = STEPS, **change) -> tuple[state.Run, li
     with state.open_loader(run) as loader:
         for _ in range(steps):
             run.counters.restart()
-            train.train_step(run, next(loader))
+            train.train_step(run, next(step.batches(run, loader)))
             run.step += 1
             losses.append(run.counters.read().values()["loss"])
     return run, losses

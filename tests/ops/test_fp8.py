@@ -22,6 +22,7 @@ from extrema_fast.distributed import World
 from extrema_fast.errors import UsageError
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.ops.fp8 import LAYERS, apply_fp8
+from extrema_fast.training import step
 from extrema_fast.training.metrics import LOSS
 from extrema_fast.training.state import build, wrap
 
@@ -166,7 +167,7 @@ def test_training_steps(mode):
         torch.manual_seed(0)
         images = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8)
         for _ in range(3):
-            train.train_step(run, Batch(images, torch.arange(16), 0, run.step))
+            train.train_step(run, *step.batches(run, [Batch(images, torch.arange(16), 0, run.step)]))
             run.step += 1
         losses.append(run.counters.tensor[LOSS].item())
         saved = run.method.state_dict()

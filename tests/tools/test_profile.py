@@ -359,7 +359,7 @@ def test_products_are_those_torch_counts(profiled):
     wrap(run)
     images = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter:
-        train.train_step(run, Batch(images, torch.arange(6), 0, 0))
+        train.train_step(run, *step.batches(run, [Batch(images, torch.arange(6), 0, 0)]))
     assert result["products"]["tflop"] == pytest.approx(counter.get_total_flops() / 1e12, rel=1e-9)
 
 
@@ -382,7 +382,7 @@ def test_files(profiled):
 def test_the_training_code_is_as_before():
     run = build(TINY, World(torch.device("cpu")), range(1000))
     watched = [
-        (augment, "paint"), (step, "paint"), (masking, "sample_views"), (step, "sample_views"),
+        (augment, "color_jitter"), (step, "color_jitter"), (masking, "sample_views"), (step, "sample_views"),
         (drop_path, "drop_path_scale"), (torch.nn.utils, "get_total_norm"),
     ]  # fmt: skip
     before = [getattr(m, n) for m, n in watched]

@@ -84,7 +84,7 @@ def steps(run: Run, count: int) -> list[float]:
         images = torch.randint(0, 256, (b, *size, 3), dtype=torch.uint8, generator=generator)
         index = torch.arange(b) + b * run.step
         before = run.counters.tensor[0].item()
-        train_step(run, Batch(images, index, 0, run.step))
+        train_step(run, *step.batches(run, [Batch(images, index, 0, run.step)]))
         run.step += 1
         losses.append(run.counters.tensor[0].item() - before)
     return losses

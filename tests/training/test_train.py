@@ -21,7 +21,7 @@ import torch
 from extrema_fast import distributed as dist
 from extrema_fast import train
 from extrema_fast.config import Config, from_dict, paper_base_80x5, smoke
-from extrema_fast.data.augment import color_views
+from extrema_fast.data.augment import color_jitter, jitter_params
 from extrema_fast.data.loader import TrainLoader
 from extrema_fast.data.sources import open_source
 from extrema_fast.distributed import Signals, World
@@ -82,12 +82,14 @@ def test_same_as_the_released_order(loss):
     with loader, TrainLoader(source, cfg.data, cfg.model.img_size, **args) as again:
         for t in range(schedule.total_steps):
             before = run.counters.tensor.clone()
-            train.train_step(run, next(loader))
+            train.train_step(run, next(step.batches(run, loader)))
             run.step += 1
             got = (run.counters.tensor - before)[metrics.LOSS].item()
 
             batch, keys = next(again), {"seed": cfg.train.seed, "epoch": t // 3}
-            student, teacher = color_views(batch.images, batch.index, cfg.data, **keys)
+            student, teacher = color_jitter(
+                batch.images, jitter_params(batch.index, cfg.data, **keys), cfg.data
+            )
             keep = sample_views(batch.index, 4, 2, 2, **keys)
             scale = drop_path_scale(batch.index, 2, 2, 0.2, **keys)
             method.update_teacher(schedule.momentum(t))
@@ -111,7 +113,7 @@ def test_accumulation_equals_the_whole_batch(loss):
         with loader:
             # the rate is 0 at step 0: both meet the second batch with the same weights
             for _ in range(2):
-                train.train_step(run, next(loader))
+                train.train_step(run, next(step.batches(run, loader)))
                 run.step += 1
         grads = {name: p.grad for name, p in run.method.student_parameters()}
         results.append((grads, run.counters.read().values()))
@@ -125,7 +127,7 @@ def test_accumulation_equals_the_whole_batch(loss):
 def test_gradient_clipping():
     run, loader = begin(optim={"clip_grad": 1e-3})
     with loader:
-        train.train_step(run, next(loader))
+        train.train_step(run, next(step.batches(run, loader)))
     norm = torch.nn.utils.get_total_norm([p.grad for _, p in run.method.student_parameters()])
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
     # the log has the norm before clipping
@@ -140,7 +142,7 @@ def test_a_non_finite_step_moves_nothing(monkeypatch, gate_on_device, where):
         monkeypatch.setattr(step, "gates_on_device", lambda optimizer: False)
     with loader:
         for _ in range(2):
-            train.train_step(run, next(loader))
+            train.train_step(run, next(step.batches(run, loader)))
             run.step += 1
         before = weights(run)
         original = ExtreMA.loss
@@ -154,14 +156,14 @@ def test_a_non_finite_step_moves_nothing(monkeypatch, gate_on_device, where):
 
         with monkeypatch.context() as m:
             m.setattr(ExtreMA, "loss", bad)
-            train.train_step(run, next(loader))
+            train.train_step(run, next(step.batches(run, loader)))
             run.step += 1
         after = weights(run)
         assert before.keys() == after.keys() and any(k.endswith("/step") for k in after)
         for name, value in before.items():
             assert torch.equal(value, after[name]), name
         assert run.counters.read().values()["skipped"] == 1 and run.counters.worst_in_a_row() == 1
-        train.train_step(run, next(loader))
+        train.train_step(run, next(step.batches(run, loader)))
     assert not all(torch.equal(before[k], v) for k, v in weights(run).items())
     assert run.counters.read().values()["loss"] is not None
 
@@ -173,7 +175,7 @@ def test_both_gates_take_the_same_good_steps(monkeypatch):
         monkeypatch.setattr(step, "gates_on_device", lambda optimizer, gate=gate: gate)
         with loader:
             for _ in range(3):
-                train.train_step(run, next(loader))
+                train.train_step(run, next(step.batches(run, loader)))
                 run.step += 1
         results.append(weights(run))
     for name, value in results[0].items():
