@@ -27,9 +27,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from extrema_fast.atomic import write_atomically
 from extrema_fast.errors import ExtremaError, UsageError
-from extrema_fast.training.run_folder import read_json
+from extrema_fast.files import read_json, write_file
 
 ROOT = Path(__file__).parents[1]
 MINUTES = 9.0
@@ -282,15 +281,15 @@ def found(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
     """`found`: lines that say what a part's files hold; with `state` and `why` where they show a failure."""
     lines, more = [], {}
     for file in sorted(folder.glob("**/record.json")):
-        lines += of_record(read_json(file))
-    if (folder / "profile.json").is_file():
-        p = read_json(folder / "profile.json").get("products", {})
+        lines += of_record(read_json(file, {}))
+    if (folder / "profile.json", {}).is_file():
+        p = read_json(folder / "profile.json", {}).get("products", {})
         if p.get("tflops_per_s"):
             lines.append(
                 f"matrix products are {100 * p['share']:.0f} % of the step, at {p['tflops_per_s']:.3g} TFLOP/s"
             )
-    if (folder / "ceilings.json").is_file():
-        rates = read_json(folder / "ceilings.json").get("rates", {})
+    if (folder / "ceilings.json", {}).is_file():
+        rates = read_json(folder / "ceilings.json", {}).get("rates", {})
         lines.append(", ".join(f"{name} {value:.0f}" for name, value in rates.items()))
     if (folder / "junit.xml").is_file():
         counts, failures = of_tests(folder / "junit.xml")
@@ -342,8 +341,8 @@ def result(entry: dict[str, Any]) -> str:
 
 def write(summary: dict[str, Any], out: Path) -> None:
     """summary.json and summary.md, whole at any time."""
-    write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    write_atomically(out / "summary.md", page(summary, out))
+    write_file(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_file(out / "summary.md", page(summary, out))
 
 
 def page(summary: dict[str, Any], out: Path) -> str:
@@ -391,11 +390,11 @@ def environment(out: Path) -> None:
     from .records import machine
 
     values = machine() | {"choices": ops.choices("cuda"), "apex": nvidia_apex.find("FusedAdam", "cuda")[1]}
-    write_atomically(out / "environment.json", json.dumps(values, indent=1, default=str) + "\n")
+    write_file(out / "environment.json", json.dumps(values, indent=1, default=str) + "\n")
     print(json.dumps(values, indent=1, default=str))
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(["nvidia-smi", "-q"], capture_output=True, text=True, timeout=15)
-        write_atomically(out / "nvidia-smi.txt", done.stdout)
+        write_file(out / "nvidia-smi.txt", done.stdout)
 
 
 def ceilings(out: Path, repeats: int = 30) -> None:
@@ -406,7 +405,7 @@ def ceilings(out: Path, repeats: int = 30) -> None:
     rates = Rates("cuda", ["bf16", "fp16", "fp32"])
     samples = [rates.sample() for _ in range(repeats)]
     result = {"rates": medians(samples), "samples": samples, "gpu_state": gpu_state()}
-    write_atomically(out / "ceilings.json", json.dumps(result, indent=1) + "\n")
+    write_file(out / "ceilings.json", json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["rates"], indent=1))
 
 

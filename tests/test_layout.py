@@ -20,7 +20,7 @@ import extrema_fast
 # a room imports earlier rooms only; within a room imports are free
 ROOMS = [
     ["errors"],
-    ["rng", "atomic", "files", "distributed"],
+    ["rng", "files", "distributed"],
     ["config"],
     ["ops"],
     ["data"],

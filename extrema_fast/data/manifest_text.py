@@ -35,8 +35,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..atomic import new_file
 from ..errors import StorageError, UsageError
+from ..files import new_file
 
 MAGIC = "# extrema-fast manifest "
 VERSION = 1

@@ -18,8 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ..atomic import write_atomically
 from ..errors import DataError
+from ..files import write_file
 from .photos import cache_root
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def members(path: str) -> list[Member]:
             if place.parent.is_dir() and not place.parent.stat().st_mode & 0o222:
                 continue
             with suppress(OSError):
-                write_atomically(place, text)
+                write_file(place, text)
                 break
     return found
 

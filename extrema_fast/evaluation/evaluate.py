@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..atomic import write_atomically
 from ..config import Config, DataConfig, EvalConfig, from_dict
 from ..data.augment import normalize
 from ..data.sources import BUILT_IN, ImageSource, open_source, subset
 from ..errors import UsageError
+from ..files import write_file
 from ..models.encoder import Encoder, build_encoder
 from ..models.masking import sample_views
 from ..ops import dispatch as ops
@@ -373,7 +373,7 @@ def _read_result(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def _write_result(path: Path, result: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    write_file(path, json.dumps(result, indent=1) + "\n")
 
 
 def format_table(result: dict[str, Any]) -> str:

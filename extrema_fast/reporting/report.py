@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import write_atomically
 from ..config import Config, flatten
 from ..data.sources import open_source
 from ..errors import UsageError
 from ..evaluation.evaluate import CLS, MEAN, PIXELS, PRETRAINED, RANDOM, resolve_data, run_config
+from ..files import read_json, write_file
 from ..training.metrics import duration, read_log
-from ..training.run_folder import read_json
 from ..weights import load as convert
 from . import pictures, svg
 from .style import CSS
@@ -42,8 +41,8 @@ def report(run_dir: str | Path, *, images: int = 8) -> Path:
     if cfg is None:
         raise UsageError(f"{run_dir}: not a run folder (no config.json of a run in it)")
     train, evals, warnings = tidy(read_log(folder / "log.jsonl"))
-    result = read_json(folder / "reports" / "evaluation.json")
-    status, env = read_json(folder / "status.json"), read_json(folder / "env.json")
+    result = read_json(folder / "reports" / "evaluation.json", {})
+    status, env = read_json(folder / "status.json", {}), read_json(folder / "env.json", {})
     css, shown = _pictures(folder, cfg, images)
     name = folder.resolve().name
     body = [
@@ -66,7 +65,7 @@ def report(run_dir: str | Path, *, images: int = 8) -> Path:
         "</main></body></html>\n"
     )
     path = folder / "reports" / "report.html"
-    write_atomically(path, html)
+    write_file(path, html)
     return path
 
 

@@ -6,8 +6,8 @@ import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..atomic import new_file
 from ..errors import StorageError, UsageError
+from ..files import new_file
 
 SOFTWARE = "extrema-fast search"
 SIDE, GAP, MARGIN, FONT = 144, 12, 16, 14

@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..atomic import new_file
 from ..data.manifest_text import escape, unescape
 from ..errors import StorageError, UsageError
-from ..training.run_folder import read_json
+from ..files import new_file, read_json
 
 FORMAT, VERSION = "extrema-fast-embeddings", 1
 CONFIG, ROWS, BROKEN, FEATURES, RECORDS = "config.json", "rows.tsv", "broken.tsv", "features", ".parts"
@@ -142,7 +141,7 @@ def finished(folder: Path, config: dict[str, Any]) -> dict[int, Record]:
     """The parts that are there whole, by number: as the records say, and with as many bytes."""
     records = dict(enumerate(config.get("parts") or []))
     for path in (folder / RECORDS).glob("[0-9]*.json"):
-        records[int(path.stem)] = read_json(path)
+        records[int(path.stem)] = read_json(path, {})
     found = {}
     for number, r in records.items():
         file = part_file(folder, number, config["settings"]["format"])
@@ -153,10 +152,7 @@ def finished(folder: Path, config: dict[str, Any]) -> dict[int, Record]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder of features; empty when there is none; UsageError when it is damaged."""
-    try:
-        config = read_json(folder / CONFIG)
-    except RecursionError:
-        raise UsageError(f"{folder / CONFIG}: is no description, it nests too deep") from None
+    config = read_json(folder / CONFIG, {})
     if config.get("format") != FORMAT:
         return {}
     settings, kinds = config.get("settings"), (("part_count", int), ("shape", list), ("parts", list))

@@ -35,12 +35,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import rng
-from ..atomic import write_atomically
 from ..data.manifest import Row, escape, header_lines, is_manifest, row_line
 from ..data.shards import CLASSES
 from ..data.sources import BUILT_IN, MANIFEST, ImageSource, open_source
 from ..distributed import cores
 from ..errors import DataError, ExtremaError, StorageError, UsageError
+from ..files import write_file
 from .pack_folder import (
     ABOUT,
     FORMAT,
@@ -341,9 +341,9 @@ def _finish(source: ImageSource, out: Path, about: dict[str, Any], pillow: str) 
         lines = (f"{row}\t{escape(title)}\t{escape(why)}\n" for row, title, why in left_out)
         texts[LEFT_OUT] = "row\timage\treason\n" + "".join(lines)
     for name, text in texts.items():
-        write_atomically(out / name, text)
+        write_file(out / name, text)
         sums[name] = hashlib.sha256(text.encode()).hexdigest()
-    write_atomically(out / SUMS, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
+    write_file(out / SUMS, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
     files = {name: (out / name).stat().st_size for name in [*sums, SUMS]}
     counts = {
         "packed": len(rows),
@@ -351,9 +351,7 @@ def _finish(source: ImageSource, out: Path, about: dict[str, Any], pillow: str) 
         "bytes": sum(d.bytes for d in done if d.rows),
         "left_out": len(left_out),
     }
-    write_atomically(
-        out / ABOUT, as_json({**about, **counts, "pillow": pillow, "complete": True, "files": files})
-    )
+    write_file(out / ABOUT, as_json({**about, **counts, "pillow": pillow, "complete": True, "files": files}))
     shutil.rmtree(out / WORK)
 
 

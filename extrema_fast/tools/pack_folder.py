@@ -11,9 +11,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..atomic import write_atomically
 from ..data.image_source import ImageSource
 from ..errors import UsageError
+from ..files import write_file
 from .pack_shard import WORK
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def begin(out: Path, about: dict[str, Any], pillow: str) -> None:
     before = (read_about(out) or {}).get("pillow", pillow)
     if before != pillow:
         log.warning("%s: begun with Pillow %s, goes on with %s: bytes may differ", out, before, pillow)
-    write_atomically(out / ABOUT, as_json({**about, "pillow": pillow, "complete": False}))
+    write_file(out / ABOUT, as_json({**about, "pillow": pillow, "complete": False}))
 
 
 @contextmanager

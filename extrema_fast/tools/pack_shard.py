@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ..atomic import write_atomically
 from ..data.manifest import Row
 from ..data.tar_index import BLOCK, Member, index_text
+from ..files import write_file
 
 # the folder of what is not finished, in that of the set
 WORK = ".pack"
@@ -69,13 +69,13 @@ class ShardWriter:
             self.file.close()
             os.replace(self.path, self.out / f"{self.name}.tar")
             index = index_text(self.members)
-            write_atomically(self.out / f"{self.name}.idx", index)
+            write_file(self.out / f"{self.name}.idx", index)
             sums = {
                 f"{self.name}.tar": self.hash.hexdigest(),
                 f"{self.name}.idx": hashlib.sha256(index.encode()).hexdigest(),
             }
         done = Done(self.name, self.first, end, self.bytes, sums, self.rows, self.left_out)
-        write_atomically(_note(self.out, self.name), json.dumps(done))
+        write_file(_note(self.out, self.name), json.dumps(done))
         return done
 
     def discard(self) -> None:

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from ..atomic import write_atomically
 from ..config import Config, local_batch, to_dict
 from ..data import augment
 from ..data.loader import Batch
 from ..distributed import World, start
 from ..errors import UsageError
+from ..files import write_file
 from ..models import drop_path, masking
 from ..train import train_step
 from ..training.metrics import memory_gb
@@ -100,8 +100,8 @@ def profile(
     os.replace(temporary, folder / "trace.json.gz")
     found = trace.read(trace.load(folder / "trace.json.gz"))
     result = _result(run, found, times, synthetic)
-    write_atomically(folder / "profile.json", json.dumps(result, indent=1) + "\n")
-    write_atomically(folder / "profile.txt", describe(result) + "\n")
+    write_file(folder / "profile.json", json.dumps(result, indent=1) + "\n")
+    write_file(folder / "profile.txt", describe(result) + "\n")
     return result
 
 

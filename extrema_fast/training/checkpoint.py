@@ -30,12 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..atomic import sync, write_atomically
 from ..config import CheckpointConfig, Config, changed_maths, to_dict
 from ..errors import StorageError, UsageError
+from ..files import read_json, sync, write_file
 from ..models.extrema import ExtreMA
 from .optim import check_family
-from .run_folder import read_json
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +178,7 @@ def write(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
             sync(new / name)
         (new / COMPLETE).write_text(json.dumps(files), encoding="utf-8")
     fault("renamed")
-    write_atomically(run / "latest", target.name + "\n")
+    write_file(run / "latest", target.name + "\n")
     fault("latest")
     return target
 
@@ -267,7 +266,7 @@ def _remove(folder: Path) -> None:
 
 def damage(folder: Path) -> str:
     """Why a checkpoint cannot be trusted; empty when it can."""
-    files = read_json(folder / COMPLETE)
+    files = read_json(folder / COMPLETE, {})
     if set(files) != {TENSORS, STATE}:
         return "not marked complete"
     for name, expected in files.items():
@@ -287,7 +286,7 @@ def newest(run: Path) -> Checkpoint | None:
     for _, path in reversed(step_folders(run / "checkpoints").items()):
         reason = damage(path)
         if not reason:
-            state = read_json(path / STATE)
+            state = read_json(path / STATE, {})
             if state.get("format") != FORMAT:
                 raise UsageError(
                     f"{path}: checkpoint format {state.get('format')}, this version reads {FORMAT}"

@@ -7,7 +7,6 @@ Only folders that carry our marker are ever written to or moved.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -15,26 +14,18 @@ import platform
 import socket
 import sys
 import time
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..atomic import write_atomically
 from ..errors import StorageError, UsageError
+from ..files import lock, read_json, write_file
 
 log = logging.getLogger(__name__)
 
 MARKER = ".extrema-fast-run"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} when the file is missing or damaged."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def check(path: Path) -> bool:
@@ -61,7 +52,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
         self.path = Path(path)
-        self._lock: int | None = None
+        self._held = ExitStack()
         self._status_time = 0.0
         if check(self.path) and overwrite:
             self._move_aside()
@@ -69,10 +60,10 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             # its existence is what counts, so that there is no moment with a half-written one
             (self.path / MARKER).touch()
-            self._acquire()
+            self._held.enter_context(self._lock())
         except OSError as error:
             raise StorageError(f"--out {self.path}: cannot be written ({error})") from None
-        self.attempt = int(read_json(self.path / "env.json").get("attempt", 0)) + 1
+        self.attempt = int(read_json(self.path / "env.json", {}).get("attempt", 0)) + 1
 
     def __enter__(self) -> RunFolder:
         return self
@@ -81,68 +72,23 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Gives the lock back."""
-        if self._lock is not None:
-            (self.path / "run.lock").unlink(missing_ok=True)
-            os.close(self._lock)
-            self._lock = None
+        """Releases the lock."""
+        self._held.close()
 
-    def _acquire(self) -> None:
-        # flock: the kernel drops it with the process, so a lock left by kill -9 is free at once
-        path = self.path / "run.lock"
-        while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-                raise UsageError(self._held()) from None
-            except OSError:  # a file system without flock: the recorded process decides
-                if self._alive(read_json(path)):
-                    os.close(fd)
-                    raise UsageError(self._held()) from None
-            # the holder may have removed the file between our open and our lock
-            if path.exists() and os.fstat(fd).st_ino == path.stat().st_ino:
-                break
-            os.close(fd)
-        if os.fstat(fd).st_size:
-            log.info("%s: a lock left by %s is taken over", self.path, self._owner(read_json(path)))
-        os.ftruncate(fd, 0)
-        os.write(fd, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
-        self._lock = fd
-
-    @staticmethod
-    def _owner(lock: dict[str, Any]) -> str:
-        return f"process {lock.get('pid', '?')} on {lock.get('host', '?')}"
-
-    def _held(self) -> str:
-        owner = self._owner(read_json(self.path / "run.lock"))
-        return f"--out {self.path}: another job is running here ({owner}); stop it, or choose another --out"
-
-    @staticmethod
-    def _alive(lock: dict[str, Any]) -> bool:
-        if lock.get("host") != socket.gethostname():
-            return bool(lock)
-        try:
-            os.kill(int(lock["pid"]), 0)
-        except (ProcessLookupError, KeyError, ValueError):
-            return False
-        except PermissionError:
-            return True
-        return int(lock["pid"]) != os.getpid()
+    def _lock(self) -> AbstractContextManager[None]:
+        return lock(self.path / "run.lock", f"--out {self.path}")
 
     def _move_aside(self) -> None:
-        self._acquire()
         number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
-            number += 1
-        self.close()
+        with self._lock():
+            while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+                number += 1
         os.rename(self.path, aside)
         log.info("--overwrite: the old run is now %s", aside)
 
     def write_json(self, name: str, data: dict[str, Any]) -> None:
         """Replaces a JSON file of the folder."""
-        write_atomically(self.path / name, json.dumps(data, indent=1) + "\n")
+        write_file(self.path / name, json.dumps(data, indent=1) + "\n")
 
     def status(self, state: str, step: int, total: int, reason: str = "") -> None:
         """status.json: `running`, `complete`, `preempted` or `failed`; `running` at most once a second."""

@@ -16,6 +16,7 @@ from ..data.loader import BadRows, TrainLoader, epoch_length
 from ..data.sources import BUILT_IN, ImageSource, open_source
 from ..distributed import World
 from ..errors import UsageError
+from ..files import read_json
 from ..models.extrema import ExtreMA
 from ..ops import dispatch as ops
 from ..ops.fp8 import apply_fp8
@@ -27,7 +28,7 @@ from .metrics import Counters
 from .optim import Schedule, build_optimizer
 from .plan import precision
 from .run import Run
-from .run_folder import RunFolder, check, read_json, versions
+from .run_folder import RunFolder, check, versions
 from .step import check_modes, compile_run, compute, keeps_low, recomputed
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def wrap(run: Run) -> None:
 def is_finished(cfg: Config, allow: bool) -> bool:
     """Whether the folder holds this run, complete; raises UsageError when it holds a different one."""
     out = Path(cfg.out)
-    if not check(out) or read_json(out / "status.json").get("state") != "complete":
+    if not check(out) or read_json(out / "status.json", {}).get("state") != "complete":
         return False
     found = newest(out)
     if found is None or check_same(out, found.state["config"], None, cfg, "", allow):
@@ -165,7 +166,7 @@ def resume(run: Run, allow: bool) -> None:
             log.warning("no checkpoint in %s can be read; starting from step 0", run.cfg.out)
         return
     path = Path(where)
-    found = found or Checkpoint(path, read_json(path / "state.json"))
+    found = found or Checkpoint(path, read_json(path / "state.json", {}))
     restore(found.tensors(), run.method, run.optimizer, run.counters.tensor, found.state.get("optimizer", ""))
     run.step = found.step
     if not found.state["ema_ahead"] and not run.last:
@@ -179,8 +180,8 @@ def _resumable(run: Run, allow: bool) -> Checkpoint | None:
     remove_temporaries(out)
     found = newest(out)
     # before the first checkpoint, config.json says what was begun here
-    config = found.state["config"] if found else read_json(out / "config.json")
-    known = found.state if found else read_json(out / "env.json")
+    config = found.state["config"] if found else read_json(out / "config.json", {})
+    known = found.state if found else read_json(out / "env.json", {})
     if config:
         fingerprint = known.get("fingerprint")
         held = data_set(run.source)

@@ -24,7 +24,8 @@ from torch import Tensor
 from .. import __version__
 from ..config import Config, ModelConfig, config_hash, did_you_mean, from_dict, to_dict
 from ..errors import UsageError
-from .safe_files import read_json, read_safetensors
+from ..files import read_json
+from .safe_files import read_safetensors
 
 FORMAT = "extrema-fast-weights"
 VERSION = 1

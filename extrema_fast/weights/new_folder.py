@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
-from ..atomic import sync
+from .. import files
 from ..errors import StorageError, UsageError
 from .files import FORMAT, own_part
-from .safe_files import read_json
 
 # what a folder made by `import` or `export` may hold; with anything else --force does not replace it
 OWN_FILES = (
@@ -21,66 +17,14 @@ OWN_FILES = (
 )  # fmt: skip
 
 
-@contextmanager
-def new_folder(out: str | Path, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends well, and disappears otherwise.
+def new_folder(out: str | Path, force: bool = False) -> AbstractContextManager[Path]:
+    """A folder for weights, whole or not there (`files.new_folder`).
 
     force   replace an earlier import or export; anything else is never replaced
     raises  UsageError when `out` exists (without force) or holds other things, StorageError when it cannot be
             written
     """
-    out = Path(out)
-    try:
-        _tidy(out.resolve())
-        check_free(out, force)
-        out = out.resolve()
-        new, old = (out.with_name(f"{prefix}{out.name}-{os.getpid()}") for prefix in (_NEW, _OLD))
-        new.mkdir(parents=True)
-    # before Python 3.13 a loop of links is a RuntimeError
-    except (OSError, RuntimeError) as error:
-        raise StorageError(f"{out}: cannot be written ({error})") from None
-    try:
-        yield new
-        for path in (*new.iterdir(), new):
-            sync(path)
-        # a long write: the place may have been taken since
-        check_free(out, force)
-        if out.exists():
-            os.rename(out, old)
-        os.rename(new, out)
-        sync(out.parent)
-    except OSError as error:
-        raise StorageError(f"{out}: cannot be written ({error})") from None
-    finally:
-        if old.exists() and not out.exists():
-            os.rename(old, out)
-        for path in (new, old):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-_NEW, _OLD = ".tmp-", ".replaced-"
-
-
-def _tidy(out: Path) -> None:
-    """Ends what a killed process left beside `out`: half-written folders go, one just moved aside comes back."""
-    names = re.compile(rf"(\.tmp-|\.replaced-){re.escape(out.name)}-(\d+)")
-    for path in sorted(out.parent.iterdir()) if out.parent.is_dir() else ():
-        match = names.fullmatch(path.name)
-        if match and not _runs(int(match[2])):
-            if match[1] == _OLD and not out.exists():
-                os.rename(path, out)
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
+    return files.new_folder(Path(out), partial(_check_free, force=force))
 
 
 def check_free(out: Path, force: bool = False) -> None:
@@ -107,7 +51,7 @@ def _check_free(out: Path, force: bool) -> None:
     if foreign:
         raise UsageError(f"{out}: --force replaces an import or an export only, and here is {foreign[0]}")
     try:
-        meta = own_part(read_json(out / "config.json"))
+        meta = own_part(files.read_json(out / "config.json"))
     except UsageError:
         meta = {}
     if meta.get("format") != FORMAT or not ({"source", "export"} & meta.keys()):

@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: JSON, safetensors and `torch.save` read without running anything in them.
+"""Files that nobody vouches for: safetensors and `torch.save` read without running anything in them.
 
 Whatever is wrong with the bytes becomes a UsageError that names the file; memory stays in the order of the
 file's own size.
@@ -7,7 +7,6 @@ file's own size.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import zipfile
 from collections.abc import Mapping
@@ -21,26 +20,6 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .foreign import name_of
-
-# descriptions are a few kB
-MAX_JSON = 16 << 20
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises UsageError for anything else, also one too large or too deep."""
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise UsageError(f"{path}: {path.stat().st_size} bytes are no description (at most {MAX_JSON})")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise UsageError(f"{path}: not a weights description (nested too deeply)") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{path}: not a weights description ({_line(error)})") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{path}: not a weights description (expected an object, got {type(data).__name__})")
-    return data
 
 
 def kind_of(path: Path) -> str:

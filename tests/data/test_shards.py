@@ -274,7 +274,7 @@ def test_no_place_for_the_index_is_no_harm(tmp_path, monkeypatch):
     def refuse(place, data):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(tar_index, "write_atomically", refuse)
+    monkeypatch.setattr(tar_index, "write_file", refuse)
     assert len(open_source(str(path))) == 5 and os.listdir(path.parent) == ["a.tar"]
 
 

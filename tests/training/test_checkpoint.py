@@ -193,7 +193,7 @@ def test_a_failing_save_leaves_the_old_one(tmp_path, monkeypatch, caplog, what):
         elif what == "write":
             m.setattr(checkpoint, "save_file", half)
         elif what == "latest":
-            m.setattr(checkpoint, "write_atomically", full)
+            m.setattr(checkpoint, "write_file", full)
         bad_export = full if what == "export" else export
         saver.save(2, SMALL, {}, bad_export)
         assert "training goes on" in caplog.text and "No space left" in caplog.text

@@ -317,8 +317,8 @@ def test_what_a_killed_process_left(weights, tmp_path):
 def test_a_run_killed_while_it_writes(weights, tmp_path):
     code = f"""
 import os
-from extrema_fast import export_timm
-from extrema_fast.export import export
+from extrema_fast.weights import export_timm
+from extrema_fast.weights.export import export
 export_timm.load_encoder = lambda *_: os.kill(os.getpid(), 9)
 export({str(weights)!r}, {str(tmp_path / "out")!r})
 """

@@ -285,12 +285,12 @@ def test_weights_that_are_something_else(folder):
 )
 def test_a_description_that_makes_no_sense(folder, text):
     (folder / "config.json").write_text(text, encoding="utf-8")
-    refused(lambda: convert.load_encoder(folder), "config.json", "not a weights description")
+    refused(lambda: convert.load_encoder(folder), "config.json", "description")
 
 
 def test_an_undecodable_description(folder):
     (folder / "config.json").write_bytes(b"\xff\xfe\x80")
-    refused(lambda: convert.load_metadata(folder), "config.json", "not a weights description")
+    refused(lambda: convert.load_metadata(folder), "config.json", "description")
 
 
 def test_weights_of_another_architecture(folder):

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 from extrema_fast.__main__ import main
 from extrema_fast.errors import StorageError, UsageError
+from extrema_fast.files import MAX_JSON
 from extrema_fast.weights import files as weights
 from extrema_fast.weights import load as convert
-from extrema_fast.weights import safe_files
 from extrema_fast.weights.export import export
 from tests.weights._weights import CFG, Malicious, refused, released, trained
 
@@ -290,7 +290,7 @@ def test_descriptions_that_make_no_sense(tmp_path, folder, changes, word):
 @pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 10**5, '{"format": ' + "9" * 10**5 + "}"])
 def test_json_bombs(tmp_path, folder, text):
     (folder / "config.json").write_text(text)
-    all_refuse(folder, tmp_path, "config.json", "not a weights description")
+    all_refuse(folder, tmp_path, "config.json", "description")
     # a file beside it is bare then, and tells its architecture itself
     assert convert.load_encoder(folder / "student.safetensors").config.shape == (64, 2, 1)
 
@@ -298,7 +298,7 @@ def test_json_bombs(tmp_path, folder, text):
 def test_a_description_of_gigabytes(tmp_path, folder):
     with open(folder / "config.json", "r+b") as f:
         f.truncate(1 << 40)
-    all_refuse(folder, tmp_path, "config.json", "no description", str(safe_files.MAX_JSON))
+    all_refuse(folder, tmp_path, "config.json", "description", str(MAX_JSON))
 
 
 # ---- links, devices, pipes ------------------------------------------------------------------------

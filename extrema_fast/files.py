@@ -1,0 +1,205 @@
+"""Files and folders that a reader finds whole or not at all, locks between processes, and JSON read with care."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import StorageError, UsageError
+
+log = logging.getLogger(__name__)
+
+# the descriptions this program reads are a few kB
+MAX_JSON = 16 << 20
+_NEW, _OLD = ".tmp-", ".replaced-"
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that replaces `path`, whole and on disk, when the block ends well.
+
+    Raises:
+        OSError: it cannot be written; an old file is then untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{_NEW}{path.name}-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, data: str | bytes) -> None:
+    """As `new_file`, with the whole content; text is UTF-8, undecodable file names in it as they were."""
+    with new_file(path) as f:
+        f.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        default: returned when the file is missing, damaged, too large or no object; None: an error then.
+
+    Raises:
+        UsageError: names the file and what is wrong with it.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON:
+            raise ValueError(f"{size} bytes, at most {MAX_JSON} are read")
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError(f"expected an object, got {type(data).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        if default is not None:
+            return default
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise UsageError(f"{path}: not a JSON description ({reason[:200]})") from None
+    return data
+
+
+# ---- whole folders --------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_folder(out: Path, check: Callable[[Path], None] = lambda out: None) -> Iterator[Path]:
+    """A temporary folder beside `out` that replaces it when the block ends well, and disappears otherwise.
+
+    What killed processes left beside `out` is removed, or put back where `out` itself had been moved away.
+
+    Args:
+        check: raises when `out` must not be replaced; called before the block and after it.
+
+    Raises:
+        StorageError: it cannot be written; an old folder is then untouched.
+    """
+    try:
+        _tidy(out.resolve())
+        check(out)
+        out = out.resolve()
+        new, old = (out.with_name(f"{prefix}{out.name}-{os.getpid()}") for prefix in (_NEW, _OLD))
+        new.mkdir(parents=True)
+    # before Python 3.13 a loop of links is a RuntimeError
+    except (OSError, RuntimeError) as error:
+        raise StorageError(f"{out}: cannot be written ({error})") from None
+    try:
+        yield new
+        for path in (*new.iterdir(), new):
+            sync(path)
+        # a long write: the place may have been taken since
+        check(out)
+        if out.exists():
+            os.rename(out, old)
+        os.rename(new, out)
+        sync(out.parent)
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written ({error})") from None
+    finally:
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+        for path in (new, old):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _tidy(out: Path) -> None:
+    names = re.compile(rf"({re.escape(_NEW)}|{re.escape(_OLD)}){re.escape(out.name)}-(\d+)")
+    for path in sorted(out.parent.iterdir()) if out.parent.is_dir() else ():
+        match = names.fullmatch(path.name)
+        if match and not _runs(int(match[2])):
+            if match[1] == _OLD and not out.exists():
+                os.rename(path, out)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# ---- locks ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def lock(path: Path, name: str) -> Iterator[None]:
+    """Holds the lock file `path`, which exists as long as the lock is held.
+
+    Args:
+        name: what is locked, as the error names it, e.g. `--out runs/x`.
+
+    Raises:
+        UsageError: another process holds it.
+        OSError: it cannot be written.
+    """
+    # the kernel drops the lock with the process, so one left by kill -9 is free at once
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = False
+            except BlockingIOError:
+                held = True
+            # a file system without flock: the recorded process decides
+            except OSError:
+                held = _held(read_json(path, {}))
+            if held:
+                owner = _owner(read_json(path, {}))
+                raise UsageError(
+                    f"{name}: another job is running here ({owner}); stop it, or write to another place"
+                )
+            # the holder may have removed the file between our open and our lock
+            if path.exists() and os.fstat(fd).st_ino == path.stat().st_ino:
+                if os.fstat(fd).st_size:
+                    log.info("%s: a lock left by %s is taken over", name, _owner(read_json(path, {})))
+                os.ftruncate(fd, 0)
+                os.write(fd, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(fd)
+
+
+def _owner(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+
+
+def _held(holder: dict[str, Any]) -> bool:
+    if holder.get("host") != socket.gethostname():
+        return bool(holder)
+    try:
+        pid = int(holder["pid"])
+    except (KeyError, ValueError):
+        return False
+    return pid != os.getpid() and _runs(pid)
