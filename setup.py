@@ -30,7 +30,14 @@ DEPENDENCIES = [
 
 # never apex: the package of that name on PyPI is an unrelated toolkit
 EXTRAS = {
-    "train": ["pillow>=10.1", "scikit-image>=0.22", "tyro>=1.0", "rich>=13"],
+    "train": [
+        "pillow>=10.1",
+        "scikit-image>=0.22",
+        "tyro>=1.0",
+        "rich>=13",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+    ],
     "tensorboard": ["tensorboard>=2.15"],
     "dali-cuda13": [f"nvidia-dali-cuda130>=2.0; {LINUX}"],
     "dali-cuda12": [f"nvidia-dali-cuda120>=2.0; {LINUX}"],
@@ -42,7 +49,6 @@ EXTRAS = {
     "fp8": [f"torchao>=0.18; {LINUX}"],
     "bench": ["matplotlib>=3.8", "rich>=13"],
     "dev": [
-        "matplotlib>=3.8",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.5",
@@ -76,7 +82,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["extrema_fast", "extrema_fast.*"]) + KERNELS,
     package_dir={"extrema_fast.kernels": "kernels"},
-    package_data={"": ["README.md", "configs/*.json", "*.json", "py.typed"]},
+    package_data={"": ["README.md", "configs/*.json", "*.json", "*.j2", "py.typed"]},
     entry_points={"console_scripts": ["extrema-fast = extrema_fast.__main__:main"]},
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,

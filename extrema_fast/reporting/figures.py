@@ -1,0 +1,281 @@
+"""What the report shows of a run: line charts as inline SVG, and pictures as inline PNG.
+
+Charts are drawn by matplotlib; their colors are CSS variables of the page, so that they follow its light or dark mode.
+Pictures: what the student sees, where the pooling head attends, what patch tokens encode, which images are near.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import Config
+from ..data.augment import normalize
+from ..data.sources import ImageSource, match_classes, subset
+from ..evaluation.features import cap, extract, load_batch
+from ..models.masking import sample_views
+
+if TYPE_CHECKING:
+    from ..models.encoder import Encoder
+
+MAX_POINTS = 400
+# pixels of a side; larger pictures are averaged down to keep the report small
+MAX_SIDE = 128
+# training images searched for neighbors, at most
+BANK = 4000
+
+# colors that matplotlib writes into the SVG, and the CSS variables put in their place
+_TEXT, _GRID = "#010203", "#010204"
+_CURVES = [f"#01020{5 + i}" for i in range(5)] + ["#01020a"]
+_VARIABLES = {_TEXT: "--muted", _GRID: "--line"} | {c: f"--c{i}" for i, c in enumerate(_CURVES)}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: points (x, y); y None or not finite leaves a gap; `color` 0 to 5."""
+
+    name: str
+    points: Sequence[tuple[float, float | None]]
+    color: int = 0
+    dashed: bool = False
+
+
+def thin(x: np.ndarray, y: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most `limit` points of a curve: means over equal runs of points; the last point stays itself."""
+    if len(x) <= limit:
+        return x, y
+    at = np.linspace(0, len(x), limit, dtype=int)[:-1]
+    counts = np.diff([*at, len(x)])
+    good = np.isfinite(y)
+    total, known = np.add.reduceat(np.where(good, y, 0), at), np.add.reduceat(good.astype(int), at)
+    means = np.where(known > 0, total / np.maximum(known, 1), np.nan)
+    return np.append(np.add.reduceat(x, at) / counts, x[-1]), np.append(means, y[-1])
+
+
+def line_chart(title: str, series: Sequence[Series], *, percent: bool = False, zero: bool = False) -> str:
+    """An `<svg>` with axes and legend; "" when no series holds a finite point.
+
+    Args:
+        title: The chart's accessible name; the page prints it above.
+        series: Curves over the step.
+        percent: y values are shares, shown as percentages.
+        zero: The y axis starts at 0.
+    """
+    from matplotlib import rc_context, ticker
+    from matplotlib.figure import Figure
+
+    curves = []
+    for s in series:
+        x = np.array([p[0] for p in s.points], float)
+        y = np.array([math.nan if p[1] is None else p[1] for p in s.points], float)
+        y[~np.isfinite(y)] = math.nan
+        if np.isfinite(y).any():
+            curves.append((s, *thin(x, y)))
+    if not curves:
+        return ""
+    # text stays text; equal input gives equal bytes
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+        figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+        axes = figure.subplots()
+        for s, x, y in curves:
+            # one point is no line
+            marker = "o" if np.isfinite(y).sum() <= 25 and not s.dashed else ""
+            style = {"linestyle": (0, (5, 4)) if s.dashed else "-", "linewidth": 1.3 if s.dashed else 1.8}
+            last = y[np.isfinite(y)][-1]
+            label = f"{s.name}: {last:.1%}" if percent else f"{s.name}: {last:.4g}"
+            axes.plot(x, y, color=_CURVES[s.color], marker=marker, markersize=3.5, label=label, **style)
+        if zero:
+            axes.set_ylim(bottom=min(0.0, *(np.nanmin(y) for _, _, y in curves)))
+        if percent:
+            axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol="%", decimals=None))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+        axes.set_xlabel("step", color=_TEXT)
+        axes.tick_params(colors=_TEXT)
+        axes.grid(axis="y", color=_GRID)
+        axes.set_axisbelow(True)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side == "bottom")
+            spine.set_color(_TEXT)
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=_TEXT, fontsize=8.5)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True)
+    return _inline(out.getvalue(), title)
+
+
+def _inline(svg: str, title: str) -> str:
+    """A matplotlib SVG file as part of an HTML page: no header, no metadata, CSS variables as colors."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    box = re.search(r'viewBox="([^"]*)"', svg)
+    svg = re.sub(
+        r"<svg[^>]*>", f'<svg viewBox="{box[1] if box else ""}" role="img" aria-label="%%">', svg, count=1
+    )
+    # names of groups repeat from chart to chart; what is referred to has hashed names
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = svg.replace("xlink:href", "href")
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    safe = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return svg.replace("%%", safe, 1).strip()
+
+
+# ---- pictures -------------------------------------------------------------------------------------
+
+
+def data_uri(array: np.ndarray) -> str:
+    """uint8 [H, W], [H, W, 3] or [H, W, 4] as an inline PNG address."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def small(images: Tensor) -> np.ndarray:
+    """uint8 [n, H, W, 3] -> uint8 numpy, area-averaged to at most `MAX_SIDE` pixels a side."""
+    height, width = images.shape[1:3]
+    factor = max(height, width) / MAX_SIDE
+    if factor > 1:
+        size = (max(1, round(height / factor)), max(1, round(width / factor)))
+        x = F.interpolate(images.permute(0, 3, 1, 2).float(), size, mode="area")
+        images = x.round().to(torch.uint8).permute(0, 2, 3, 1)
+    return images.numpy()
+
+
+def token_colors(tokens: Tensor) -> np.ndarray:
+    """[n, N, D] -> uint8 [n, N, 3]: the first three principal components as RGB.
+
+    One basis for all images, so equal colors mean similar tokens; each axis points to its largest entry.
+    """
+    n, count, _ = tokens.shape
+    x = tokens.double().flatten(0, 1)
+    x = x - x.mean(0)
+    axes = torch.linalg.eigh(x.T @ x).eigenvectors[:, -3:].flip(1)
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    y = x @ axes
+    y = F.pad(y, (0, 3 - y.shape[1]))
+    low, high = (torch.quantile(y, q, dim=0) for q in (0.02, 0.98))
+    y = ((y - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    return (255 * y).round().to(torch.uint8).reshape(n, count, 3).numpy()
+
+
+def dropped(kept: np.ndarray) -> np.ndarray:
+    """bool [gh, gw] -> RGBA: slate blue where a patch is dropped, clear where it is kept."""
+    out = np.zeros((*kept.shape, 4), np.uint8)
+    # not a gray, which would look like a part of a gray photograph
+    out[~kept] = (112, 120, 156, 255)
+    return out
+
+
+def heat(values: np.ndarray, top: float, alpha: float = 0.72) -> np.ndarray:
+    """[gh, gw] -> RGBA of the color map viridis, 0 to `top`, partly transparent."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](values / max(top, 1e-12), alpha=alpha, bytes=True)
+
+
+@torch.inference_mode()
+def samples(
+    encoder: Encoder, initial: Encoder | None, source: ImageSource, cfg: Config, count: int
+) -> dict[str, Any]:
+    """`count` evenly spaced images of a source, each with what lies over it at patch resolution; nothing random.
+
+    Args:
+        encoder: The trained encoder.
+        initial: The same network before training; None leaves its maps out.
+        source: Test images.
+        cfg: The run's configuration: its masks are shown.
+        count: How many images.
+
+    Returns:
+        `images` (addresses), `size` (height, width), `titles` of the columns, `rows`: per image its overlays in their
+        order (None: the image alone), and `top`: the attention, in even shares, that has the brightest color.
+    """
+    images = load_batch(source, cfg.data, encoder.img_size, count)
+    x = normalize(images, cfg.data.mean, cfg.data.std, encoder.in_chans)
+    n, (gh, gw), views = len(images), encoder.grid, cfg.mask.views
+    keep = sample_views(n, gh * gw, cfg.num_keep, views, mode=cfg.mask.mode, seed=cfg.train.seed)
+    kept = torch.zeros(views, n, gh * gw, dtype=torch.bool).scatter_(2, keep.long(), True)
+    kept = kept.reshape(views, n, gh, gw).numpy()
+
+    def attention(model: Encoder) -> np.ndarray:
+        # [n, blocks, gh, gw]: mean over heads, times the number of patches; 1 is no preference
+        maps = model.get_attention(x).mean(2)[..., 1:]
+        maps = maps / maps.sum(-1, keepdim=True) * (gh * gw)
+        return maps.reshape(n, -1, gh, gw).numpy()
+
+    colors = token_colors(encoder.encode(x).patches).reshape(n, gh, gw, 3)
+    maps, before = attention(encoder), None if initial is None else attention(initial)
+    # one scale for all maps, trained and initial, so that an undecided head looks flat
+    top = max(2.0, float(np.quantile(maps, 0.99)))
+    titles = ["image", *(f"view {v + 1}" for v in range(views))]
+    for p in range(maps.shape[1]):
+        titles += [f"attention {p + 1}"] + ([] if before is None else [f"{p + 1} at init"])
+    rows = []
+    for i in range(n):
+        over: list[np.ndarray | None] = [None, *(dropped(kept[v, i]) for v in range(views))]
+        for p in range(maps.shape[1]):
+            over += [heat(m[i, p], top) for m in (maps, before) if m is not None]
+        over.append(colors[i])
+        rows.append([None if a is None else data_uri(a) for a in over])
+    shown = small(images)
+    return {
+        "images": [data_uri(a) for a in shown],
+        "size": shown.shape[1:3],
+        "titles": [*titles, "patch PCA"],
+        "rows": rows,
+        "views": views,
+        "top": top,
+        "ramp": ",".join("rgb({},{},{})".format(*c[:3]) for c in heat(np.linspace(0, 1, 7)[None], 1)[0]),
+    }
+
+
+@torch.inference_mode()
+def neighbors(
+    encoder: Encoder, train: ImageSource, test: ImageSource, cfg: Config, *, queries: int = 6, k: int = 5
+) -> dict[str, Any]:
+    """The `k` nearest training images (cosine of class tokens) of evenly spaced test images.
+
+    Returns:
+        `rows`: per test image its address, class name and neighbors (address, class name, cosine, same class or None
+        without labels); `searched`, `right` and `total`: counts.
+    """
+    bank = cap(train, min(BANK, cfg.eval.max_train), cfg.train.seed)
+    test = match_classes(test, train)
+    n = len(test)
+    count = min(queries, n)
+    # offset against `samples`, so that other images are shown
+    asked = subset(test, torch.tensor([int((j + 0.25) * n / count) for j in range(count)]))
+    a, b = (
+        F.normalize(extract(encoder, s, cfg.data, batch_size=cfg.eval.batch_size).cls, dim=1)
+        for s in (asked, bank)
+    )
+    cosine, index = (a @ b.T).topk(min(k, len(bank)), dim=1)
+    left = small(load_batch(asked, cfg.data, encoder.img_size, count))
+    found = small(load_batch(subset(bank, index.flatten()), cfg.data, encoder.img_size, index.numel()))
+    labelled = asked.labels is not None and bank.labels is not None
+
+    def name(labels: Tensor | None, i: int) -> str:
+        return train.classes[int(labels[i])] if labelled and labels is not None else ""
+
+    rows, right = [], 0
+    for i in range(count):
+        near = []
+        for j in range(index.shape[1]):
+            other = name(bank.labels, int(index[i, j]))
+            same = other == name(asked.labels, i) if labelled else None
+            right += bool(same)
+            image = data_uri(found[i * index.shape[1] + j])
+            near.append({"image": image, "name": other, "cosine": float(cosine[i, j]), "same": same})
+        rows.append({"image": data_uri(left[i]), "name": name(asked.labels, i), "near": near})
+    return {"rows": rows, "searched": len(bank), "right": right, "total": index.numel() if labelled else 0}
