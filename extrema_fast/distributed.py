@@ -1,11 +1,10 @@
-"""Processes: who am I, wrapping the student, agreement between ranks, signals.
+"""The processes of a run: rank and device, collectives, data parallelism, signals.
 
-One code path for plain `python`, torchrun and SLURM. With one process every method below returns at once.
+One code path for plain `python`, torchrun and SLURM; with one process every collective returns at once.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -33,93 +32,91 @@ TIMEOUT = timedelta(minutes=60)
 
 
 def cores() -> int:
-    """Processors this process may use."""
+    """Number of processors this process may use."""
     # macOS has no affinity
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one run, seen from one of them."""
+    """The processes of one run, from the point of view of one of them."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
 
     @property
-    def main(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """True on the one process that writes files and prints."""
         return self.rank == 0
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum of `x` over processes, in place."""
+        """Sum of `x` over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
     def any(self, flag: bool) -> bool:
-        """True everywhere if `flag` is true on any process."""
+        """True everywhere if `flag` is true on any process; waits for the device."""
         if self.size == 1:
             return flag
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0)
 
-    def share(self, value: Any) -> Any:
-        """Rank 0's value (plain JSON data) on every process."""
-        return value if self.size == 1 else self._from(0, value)
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value (plain data) on every process."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
 
-    def gather(self, value: Any) -> list[Any]:
-        """Each process's value (plain JSON data) on every process, in the order of ranks."""
-        return [value] if self.size == 1 else [self._from(rank, value) for rank in range(self.size)]
+    def all_gather(self, value: Any) -> list[Any]:
+        """The value (plain data) of each process on every process, in rank order."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
-    def _from(self, rank: int, value: Any) -> Any:
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        length = torch.tensor([data.numel()], device=self.device)
-        dist.broadcast(length, rank)
-        if self.rank != rank:
-            data = torch.empty(int(length.item()), dtype=torch.uint8, device=self.device)
-        dist.broadcast(data, rank)
-        return json.loads(bytes(data.cpu().tolist()))
-
-    def on_main(self, function: Callable[[], T]) -> T | None:
-        """`function()` run on rank 0 only: its result there, None elsewhere; its ExtremaError everywhere."""
+    def rank_zero_only(self, function: Callable[[], T]) -> T | None:
+        """Runs `function()` on rank 0: its result there, None elsewhere, its ExtremaError everywhere."""
         if self.size == 1:
             return function()
         result, failure = None, None
-        if self.main:
+        if self.is_rank_zero:
             try:
                 result = function()
             except ExtremaError as error:
                 failure = [type(error).__name__, str(error)]
-        failure = self.share(failure)
+        failure = self.broadcast(failure)
         if failure:
             raise getattr(errors, failure[0], ExtremaError)(failure[1])
         return result
 
-    def main_first(self, function: Callable[[], T]) -> T:
-        """`function()` on rank 0, then on the others; each process has its own result."""
-        result = self.on_main(function)
-        return result if self.main else function()  # type: ignore[return-value]
+    def rank_zero_first(self, function: Callable[[], T]) -> T:
+        """Runs `function()` on rank 0, then on the other processes; each has its own result."""
+        result = self.rank_zero_only(function)
+        return result if self.is_rank_zero else function()  # type: ignore[return-value]
 
     def wrap(self, student: nn.Module) -> nn.Module:
         """The student under DistributedDataParallel; the module itself with one process."""
         if self.size == 1:
             return student
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # the only buffer is the fixed position table: sending it every step would be waste
+        # the only buffer is the constant position table: no need to send it at every step
         return nn.parallel.DistributedDataParallel(
             student, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
-    def sync_only_if(self, last: bool, model: nn.Module) -> AbstractContextManager[None]:
-        """Around a micro-batch: gradients are exchanged with the last one only."""
-        return nullcontext() if last or self.size == 1 else model.no_sync()
+    def no_sync_unless(self, last: bool, model: nn.Module) -> AbstractContextManager[None]:
+        """Context of a micro-batch: gradients are all-reduced with the last one only."""
+        return nullcontext() if last or self.size == 1 else model.no_sync()  # type: ignore[operator]
 
 
 def detect(env: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, processes, rank on this machine) from torchrun's variables, else SLURM's, else (0, 1, 0).
+    """(rank, world size, local rank) from the variables of torchrun, else of SLURM, else (0, 1, 0).
 
-    SLURM counts only inside a job step of several tasks: a plain `python` in a batch script sees the job's
-    task count too, and would wait for partners that do not exist.
+    SLURM's count only inside a job step of several tasks: a plain `python` in a batch script sees the job's
+    task count too, and would wait for processes that do not exist.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
@@ -129,7 +126,7 @@ def detect(env: Mapping[str, str]) -> tuple[int, int, int]:
 
 
 def slurm_master(env: Mapping[str, str]) -> tuple[str, str]:
-    """(address, port) every task of a SLURM step derives alike: its first node, a port from the job id."""
+    """(address, port) that every task of a SLURM step agrees on: its first node, a port from the job id."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")
     first = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
     host = (first[1] + (first[2] or "")) if first else nodes
@@ -137,9 +134,10 @@ def slurm_master(env: Mapping[str, str]) -> tuple[str, str]:
 
 
 def pick_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device of this process.
+    """The device of this process for `system.device`: `auto`, `cpu`, `cuda` or `cuda:N`.
 
-    raises UsageError for another name, or for a GPU that is not there
+    Raises:
+        UsageError: another name, or a GPU that does not exist.
     """
     if name not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", name):
         raise UsageError(f"system.device: expected auto, cpu, cuda or cuda:N, got {name!r}")
@@ -158,7 +156,7 @@ def pick_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.dev
 
 @contextmanager
 def start(device: str) -> Iterator[World]:
-    """Joins the process group (if there is one) and leaves it again; gloo on CPU, nccl on GPU."""
+    """Context of a run: joins the process group, if there is one, and leaves it (gloo on a CPU, NCCL on a GPU)."""
     rank, size, local_rank = detect(os.environ)
     where = pick_device(device, local_rank, size)
     if where.type == "cuda":
@@ -173,7 +171,7 @@ def start(device: str) -> Iterator[World]:
     try:
         yield World(where, rank, size)
     except ExtremaError:
-        # raised on every rank alike; anything else may leave partners in a collective: let the process end
+        # raised on all ranks; after any other error the others may be in a collective: let the process end
         if ours:
             dist.destroy_process_group()
         raise
@@ -182,14 +180,13 @@ def start(device: str) -> Iterator[World]:
 
 
 class Signals:
-    """SIGTERM and SIGINT set a flag, nothing else: the loop ends its step, saves and leaves.
+    """Context in which SIGTERM and SIGINT only set a flag: the loop finishes its step, saves and stops.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Inactive outside the main thread.
+    A second Ctrl-C raises KeyboardInterrupt at once. No effect outside the main thread.
     """
 
     def __init__(self) -> None:
         self.stop = False
-        self.name = ""
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -205,7 +202,17 @@ class Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.stop, self.name = True, signal.Signals(number).name
+        self.stop = True
         previous = self._previous.get(number)
         if callable(previous) and previous is not signal.default_int_handler:
             previous(number, frame)
+
+    def stop_agreed(self, world: World, log_line_due: bool) -> bool:
+        """True on all processes alike once any of them got a signal.
+
+        Args:
+            log_line_due: several GPUs ask only then, because asking waits for the device.
+        """
+        if world.size > 1 and world.device.type == "cuda" and not log_line_due:
+            return False
+        return world.any(self.stop)

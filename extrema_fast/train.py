@@ -67,15 +67,17 @@ def pretrain(
     with Signals() as signals, start(cfg.system.device) as world:
         prepare_torch(cfg.system)
         local_batch(cfg, world.size)
-        if world.share(world.on_main(lambda: not overwrite and is_finished(cfg, allow_config_change))):
+        if world.broadcast(
+            world.rank_zero_only(lambda: not overwrite and is_finished(cfg, allow_config_change))
+        ):
             log.info("%s: the run is complete, nothing to do", out)
             return out
-        source = world.main_first(lambda: open_train(cfg))
-        test = world.main_first(lambda: open_test(cfg))
+        source = world.rank_zero_first(lambda: open_train(cfg))
+        test = world.rank_zero_first(lambda: open_test(cfg))
         run = build(cfg, world, source)
         if init_from is not None:
             init_weights(run, init_from, overwrite)
-        folder = world.on_main(lambda: RunFolder(out, overwrite=overwrite))
+        folder = world.rank_zero_only(lambda: RunFolder(out, overwrite=overwrite))
         try:
             resume(run, allow_config_change)
             wrap(run)
@@ -139,7 +141,7 @@ def _loop(
                     _evaluate(run, recorder, test)
                 if saves:
                     must, attempt = run.last or stop, folder.attempt if folder else 0
-                    world.on_main(partial(save, run, saver, attempt, must=must))
+                    world.rank_zero_only(partial(save, run, saver, attempt, must=must))
                 meter.pause(began)
         if stop:
             raise Preempted(f"stopped by a signal after step {run.step} of {total}, saved in {cfg.out}")
@@ -238,4 +240,4 @@ def _evaluate(run: Run, recorder: Recorder, test: ImageSource | None) -> None:
         recorder.warn(run.step, collapse_warnings(past, run.cfg.optim.warmup_epochs))
         fault("evaluated")
 
-    run.world.on_main(on_rank_0)
+    run.world.rank_zero_only(on_rank_0)

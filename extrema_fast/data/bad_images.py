@@ -79,7 +79,7 @@ class BadRows:
             mine = [[row, self.reasons[row]] for row in self._unshared]
             self._unshared.clear()
         if world.size > 1 and world.any(bool(mine or failure)):
-            told = world.gather([failure, mine])
+            told = world.all_gather([failure, mine])
             with self._lock:
                 news = [self._note(row, reason) for _, rows in told for row, reason in rows]
                 if any(news):

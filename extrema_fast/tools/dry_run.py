@@ -23,7 +23,7 @@ def dry_run(cfg: Config, steps: int = 3) -> dict[str, Any]:
     with start(cfg.system.device) as world:
         prepare_torch(cfg.system)
         local_batch(cfg, world.size)
-        run = build(cfg, world, world.main_first(lambda: open_train(cfg)))
+        run = build(cfg, world, world.rank_zero_first(lambda: open_train(cfg)))
         wrap(run)
         times = []
         with open_loader(run) as loader:

@@ -93,7 +93,7 @@ def embed(
     check_format(format, dtype)
     _check(tokens, keep_ratio, batch_size, part_images)
     with start(device) as world:
-        source = world.main_first(lambda: open_source(data, split, limit=limit, check=False))
+        source = world.rank_zero_first(lambda: open_source(data, split, limit=limit, check=False))
         encoder = convert.load_encoder(weights, which, img_size=img_size)
         if tokens == "class" and encoder.global_pool != "token":
             raise UsageError(f"{weights}: this encoder has no class token; use --tokens mean")
@@ -101,8 +101,8 @@ def embed(
             encoder.embed_dim * (encoder.num_patches if tokens == "patch" else 1) * DTYPES[dtype].itemsize
         )
         default = 256 if world.device.type == "cuda" else 32
-        batch_size, part_images = world.share(
-            world.on_main(lambda: _sizes(out, batch_size, default, part_images, image_bytes, force))
+        batch_size, part_images = world.broadcast(
+            world.rank_zero_only(lambda: _sizes(out, batch_size, default, part_images, image_bytes, force))
         )
         settings = Settings(
             tokens=tokens,
@@ -124,12 +124,12 @@ def embed(
             "weights": _weights(encoder, weights, which),
             "data": _data(source, data, split, limit),
         }
-        lock = world.on_main(lambda: _open(out))
+        lock = world.rank_zero_only(lambda: _open(out))
         try:
-            todo = world.share(world.on_main(lambda: _prepare(out, config, force)))
+            todo = world.broadcast(world.rank_zero_only(lambda: _prepare(out, config, force)))
             if todo is not None:
                 _make(job, out, todo, progress)
-                world.on_main(lambda: _finish(job, out))
+                world.rank_zero_only(lambda: _finish(job, out))
         finally:
             if lock is not None:
                 os.close(lock)
@@ -297,7 +297,7 @@ def _make(job: Job, out: Path, todo: list[int], progress: bool) -> None:
     failure = None
     try:
         with ImageProgress(
-            "embedding", sum(len(job.part_rows(n)) for n in mine), progress and job.world.main
+            "embedding", sum(len(job.part_rows(n)) for n in mine), progress and job.world.is_rank_zero
         ) as bar:
             _write_parts(job, out, mine, bar)
     except ExtremaError as error:

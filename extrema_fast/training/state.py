@@ -108,7 +108,7 @@ def open_loader(run: Run, file: Path | None = None) -> TrainLoader:
     bad = BadRows(run.source, cfg.data.bad_budget)
     if file is not None:
         bad.read(file, Files(run.source, cfg.data))
-        if world.main:
+        if world.is_rank_zero:
             bad.keep_in(file)
     return TrainLoader(
         run.source,
@@ -159,10 +159,10 @@ def resume(run: Run, allow: bool) -> None:
 
     raises UsageError when the folder's run has other settings, images or shapes (`check_same`)
     """
-    found = run.world.on_main(lambda: _resumable(run, allow))
-    where = run.world.share(str(found.path) if found else "")
+    found = run.world.rank_zero_only(lambda: _resumable(run, allow))
+    where = run.world.broadcast(str(found.path) if found else "")
     if not where:
-        if run.world.main and any(Path(run.cfg.out).glob("checkpoints/step_*")):
+        if run.world.is_rank_zero and any(Path(run.cfg.out).glob("checkpoints/step_*")):
             log.warning("no checkpoint in %s can be read; starting from step 0", run.cfg.out)
         return
     path = Path(where)

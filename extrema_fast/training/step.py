@@ -195,7 +195,7 @@ def gradients(run: Run, parts: list[Part]) -> Tensor:
     loss = torch.zeros((), device=device)
     size = len(parts[0].images)
     for i, (part, (student, _)) in enumerate(zip(parts, views, strict=True)):
-        with run.world.sync_only_if(i + 1 == len(parts), run.student):
+        with run.world.no_sync_unless(i + 1 == len(parts), run.student):
             with context():
                 prediction, _ = run.student(student, part.keep, part.path)
             one = method.loss(prediction, targets, size, offset + i * size) / len(parts)

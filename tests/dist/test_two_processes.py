@@ -77,7 +77,7 @@ def test_two_equal_one(pretrain, loss, accumulation):
 
 # graphs without code generation
 EAGER_BACKEND = """
-from extrema_fast import step
+from extrema_fast.training import step
 step.BACKEND = "aot_eager"
 """
 

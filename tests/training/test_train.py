@@ -351,7 +351,7 @@ def test_signals_set_a_flag_and_a_second_interrupt_leaves():
     with Signals() as signals:
         assert not signals.stop
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.stop and signals.name == "SIGTERM"
+        assert signals.stop
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
