@@ -78,7 +78,7 @@ def plan() -> list[Part]:
         "--out", "{out}",
     )  # fmt: skip
     baselines, alone = "released strong ours", "ours ours-cuda-graph"
-    modes = "ours ours-compile-none ours-compile-loss ours-cuda-graph ours-compact"
+    modes = "ours ours-compile-none ours-compile-loss ours-cuda-graph"
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
     return [
         Part("environment", "GPU, driver, clocks, versions, what is chosen here", (*own, "environment"), 30),
@@ -89,7 +89,7 @@ def plan() -> list[Part]:
         Part("attention", "self-attention backends, for the table `auto` follows",
              (python, "-m", "benchmarks", "attention", "--models", "S", "B", "--dtypes", "bfloat16", "--repeats",
               "10", "--out", "{out}"), 60),
-        step("base", "80x5", 128, modes, 130, "ViT-B: compile modes, CUDA graph, compaction", "step-base-modes"),
+        step("base", "80x5", 128, modes, 130, "ViT-B: compile modes, CUDA graph", "step-base-modes"),
         step("small", "80x5", 256, baselines, 110, "ViT-S, 80 % x 5: released, strong, ours", "step-small-80x5"),
         Part("tests-kernels", "tests of the kernels", (*pytest, "tests/gpu/test_kernels.py"), 110),
         Part("kernels", "every op beside its definition and baselines",

@@ -170,10 +170,6 @@ PROVIDERS: tuple[Provider, ...] = (
         for mode in ("none", "block", "loss", "step")
     ),
     _ours("ours-cuda-graph", "train.cuda_graph", ("modes",), ("cuda",), options={"train.cuda_graph": True}),
-    _ours(
-        "ours-compact", "train.compact: dropped drop-path branches are not computed", ("modes",),
-        options={"train.compact": True},
-    ),
     *(
         _ours(
             f"ours-recompute-{what}", f"train.recompute {what}", ("memory",),
@@ -259,7 +255,7 @@ def _identity(p: Provider, device: str) -> tuple:
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """`train.compile=loss,train.compact=true` as dotted options; raises UsageError."""
+    """`train.compile=loss,train.recompute=norm` as dotted options; raises UsageError."""
     found: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")

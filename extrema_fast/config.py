@@ -304,9 +304,6 @@ class TrainConfig:
     pass. `auto`: `block` on a GPU, none on a CPU."""
     cuda_graph: bool = False
     """Record the whole step, optimizer and teacher included, as one CUDA graph and replay it."""
-    compact: bool = False
-    """Compute a drop-path branch for the kept rows only; the same result given the same coins. Off: on a CPU
-    it gains nothing (record `allocator`); a GPU has not been tried."""
     recompute: Literal["auto", "none", "gelu", "norm"] = "auto"
     """What the backward pass computes again instead of keeping: GELU outputs, or these and LayerNorm outputs.
     `auto`: both on a CPU, where no cost could be measured (record `memory`); nothing on a GPU."""
@@ -477,15 +474,21 @@ def to_dict(cfg: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(cfg)))
 
 
-def from_dict(data: dict[str, Any], base: Config | None = None) -> Config:
+def from_dict(data: dict[str, Any], base: Config | None = None, *, recorded: bool = False) -> Config:
     """`base` (default: `photos()`) with the keys in `data` replaced; strict.
 
-    raises UsageError for an unknown key (with the nearest one) or a value of the wrong type.
+    Args:
+        data: nested options, as `to_dict` returns them.
+        base: the configuration that `data` changes.
+        recorded: `data` was recorded by a run, so options that were removed since are ignored.
+
+    Raises:
+        UsageError: for an unknown key (with the nearest one), a value of the wrong type, or a removed option.
     """
-    return _replace(base if base is not None else photos(), data, "")
+    return _replace(base if base is not None else photos(), data, "", recorded)
 
 
-def _replace(obj: Any, data: dict[str, Any], prefix: str) -> Any:
+def _replace(obj: Any, data: dict[str, Any], prefix: str, recorded: bool = False) -> Any:
     if not isinstance(data, dict):
         raise UsageError(f"{prefix.rstrip('.') or 'config'}: expected a table of options, got {data!r}")
     names = [f.name for f in dataclasses.fields(obj)]
@@ -493,14 +496,25 @@ def _replace(obj: Any, data: dict[str, Any], prefix: str) -> Any:
     changed = {}
     for key, value in data.items():
         name = key.replace("-", "_")
+        if f"{prefix}{name}" in REMOVED:
+            if not recorded:
+                _check_removed(f"{prefix}{name}", value)
+            continue
         if name not in names:
             raise UsageError(f"unknown option {prefix}{key}{did_you_mean(name, names)}")
         old = getattr(obj, name)
         if dataclasses.is_dataclass(old):
-            changed[name] = _replace(old, value, f"{prefix}{name}.")
+            changed[name] = _replace(old, value, f"{prefix}{name}.", recorded)
         else:
             changed[name] = _coerce(value, hints[name], f"{prefix}{name}")
     return dataclasses.replace(obj, **changed)
+
+
+def _check_removed(name: str, value: Any) -> None:
+    """Raises UsageError unless `value` is the default that the removed option `name` had."""
+    default, instead = REMOVED[name]
+    if value != default:
+        raise UsageError(f"{name}: this option was removed, got {value!r}; {instead}")
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
@@ -554,6 +568,12 @@ def parse_toml(text: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
+# options of older versions -> (their default, what to do instead). Files that say the default still load; another
+# value is an error, except in the recorded configuration of an old run.
+REMOVED: dict[str, tuple[Any, str]] = {
+    "train.compact": (False, "leave it out: the result is the same without it"),
+}
+
 # fields that may differ between a run and its resumption: they do not change what is learned
 FREE_FIELDS = (
     "data.test",
@@ -568,8 +588,9 @@ FREE_FIELDS = (
     "data.bad_budget",
     "train.compile",
     "train.cuda_graph",
-    "train.compact",
     "train.recompute",
+    # removed
+    "train.compact",
 )
 
 
@@ -594,6 +615,7 @@ def changed_maths(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     A field that `old` lacks is newer than it: what was done then is the field's default.
     """
     a, b = flatten(Config()) | flatten(old), flatten(new)
+    a = {k: v for k, v in a.items() if k not in REMOVED or v != REMOVED[k][0]}
     names = sorted(k for k in a.keys() | b.keys() if not k.startswith(FREE_FIELDS))
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in names if a.get(k) != b.get(k)]
 

@@ -386,11 +386,21 @@ def test_what_may_change_in_a_resumed_run():
         "eval": {"k": 3},
         "system": {"threads": 3, "deterministic": True, "backend": "reference", "attention": "sdpa"},
         "data": {"loader": "pil", "threads": 7, "test": "elsewhere"},
-        "train": {"compile": "block", "cuda_graph": True, "recompute": "gelu", "compact": True},
+        "train": {"compile": "block", "cuda_graph": True, "recompute": "gelu"},
     }
     cfg = c.from_dict(free, c.smoke())
     assert c.changed_maths(old, c.to_dict(cfg)) == []
     assert c.config_hash(cfg) == c.config_hash(c.smoke())
+
+
+def test_options_of_older_versions():
+    old = c.to_dict(c.smoke())
+    old["train"]["compact"] = False
+    assert c.from_dict(old) == c.smoke() and c.changed_maths(old, c.to_dict(c.smoke())) == []
+    old["train"]["compact"] = True
+    assert c.from_dict(old, recorded=True) == c.smoke() and c.changed_maths(old, c.to_dict(c.smoke())) == []
+    with pytest.raises(UsageError, match=r"train\.compact"):
+        c.from_dict(old)
 
 
 def test_every_other_field_is_reported_with_both_values():

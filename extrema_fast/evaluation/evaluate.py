@@ -152,7 +152,7 @@ def run_config(path: str | Path) -> Config | None:
         raise UsageError(f"{path}: cannot be read ({error})") from None
     data = data.get("config", data) if isinstance(data, dict) else {}
     # a weights folder has a config.json too, of another kind
-    return from_dict(data) if "train" in data and "optim" in data else None
+    return from_dict(data, recorded=True) if "train" in data and "optim" in data else None
 
 
 def resolve_data(cfg: Config | None, train: str | None, test: str | None) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from ..ops import dispatch as ops
 from ..ops.linear import RECOMPUTE
 from .dino import Dino
 from .drop_path import scale_from_coins
-from .layers import NORM_EPS, Block, Kept, PatchEmbed, PoolBlock, check_images, check_sides, pair
+from .layers import NORM_EPS, Block, PatchEmbed, PoolBlock, check_images, check_sides, pair
 from .masking import check_keep
 from .positions import SinCos
 from .positions import sincos_table as sincos_table
@@ -184,15 +184,15 @@ class Encoder(TimmMethods):
             )
         return self.sincos.table(grid, self.pos_embed)
 
-    def trunk(self, tokens: Tensor, path: Tensor | list[tuple[Kept, Kept]] | None = None) -> Tensor:
-        """[R, n, D] -> [R, n, D] before the final norm; path as of `drop_path.drop_path_scale` or `compact_path`."""
+    def trunk(self, tokens: Tensor, path: Tensor | None = None) -> Tensor:
+        """[R, n, D] -> [R, n, D] before the final norm; path as of `drop_path.drop_path_scale`."""
         return self.trunk_layers(tokens, path=path)[0]
 
     def trunk_layers(
         self,
         tokens: Tensor,
         take: Sequence[int] = (),
-        path: Tensor | list[tuple[Kept, Kept]] | None = None,
+        path: Tensor | None = None,
         stop: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """`trunk`, and the tokens after the blocks `take` (ascending); stop: nothing runs after the last of them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class StudentBranch(nn.Module):
         super().__init__()
         self.encoder, self.projector, self.predictor = encoder, projector, predictor
 
-    def forward(self, images: Tensor, keep: Tensor, path: Any = None) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, keep: Tensor, path: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """images [b, C, H, W], keep [V, b, K] -> (prediction [V*b, d], class token [V*b, D])."""
         tokens = self.encoder.trunk(self.encoder.embed(images, keep), path)
         cls = self.encoder.norm(self.encoder.pool(tokens)[0])
@@ -167,9 +167,9 @@ class ExtreMA(nn.Module):
         return infonce_loss(prediction, targets, self.head_config.temperature, images, offset)
 
     def forward(
-        self, student_images: Tensor, teacher_images: Tensor, keep: Tensor, path: Any = None
+        self, student_images: Tensor, teacher_images: Tensor, keep: Tensor, path: Tensor | None = None
     ) -> Output:
-        """Both images [b, C, H, W]; keep [V, b, K] integer; path as of `drop_path_scale` or `compact_path`, or None."""
+        """Both images [b, C, H, W]; keep [V, b, K] integer; path as of `drop_path_scale`, or None."""
         target, teacher_features = self.teacher_branch(teacher_images)
         targets, offset = gather_targets(target) if self.head_config.loss == "infonce" else (target, 0)
         prediction, features = self.student_branch(student_images, keep, path)

@@ -6,8 +6,7 @@ Shape letters as in `encoder.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -158,33 +157,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def forward(self, x: Tensor, path: Sequence[Tensor | Kept] | Tensor | None = None) -> Tensor:
-        """x [R, n, D]; path: drop-path of the two branches, [2, R] factors or two `Kept`; None: no drop-path."""
-        attend, mix = (None, None) if path is None else path
-        x = _add_branch(x, lambda x: self.attn(x, self.norm1, "norm" in self.again), attend)
-        return _add_branch(x, lambda x: self.mlp(x, self.norm2, self.again), mix)
+    def forward(self, x: Tensor, path: Tensor | None = None) -> Tensor:
+        """x [R, n, D]; path [2, R]: drop-path factors of the two branches, or None."""
+        attend, mix = (None, None) if path is None else path.to(x.dtype)[:, :, None, None]
+        x = x + _scaled(self.attn(x, self.norm1, "norm" in self.again), attend)
+        return x + _scaled(self.mlp(x, self.norm2, self.again), mix)
 
 
-class Kept(NamedTuple):
-    """Rows that a drop-path branch is computed for (`compact_path`).
-
-    rows    [C] int64, different rows of the batch: every kept one, padded with dropped ones
-    weight  [C] fp32: 1 / (1 - rate) for kept rows, 0 for padding
-    """
-
-    rows: Tensor
-    weight: Tensor
-
-
-def _add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], path: Tensor | Kept | None) -> Tensor:
-    if path is None:
-        return x + branch(x)
-    if isinstance(path, Tensor):
-        return x + path.to(x.dtype)[:, None, None] * branch(x)
-    # rows are unique, so the sum has one order
-    return x.index_add(
-        0, path.rows, path.weight.to(x.dtype)[:, None, None] * branch(x.index_select(0, path.rows))
-    )
+def _scaled(branch: Tensor, factor: Tensor | None) -> Tensor:
+    return branch if factor is None else factor * branch
 
 
 class PoolAttention(nn.Module):

@@ -45,7 +45,6 @@ _SCOPES = (
     (augment, "color_jitter", "augment"),
     (masking, "sample_views", "masks"),
     (drop_path, "drop_path_scale", "masks"),
-    (drop_path, "compact_path", "masks"),
     (torch.nn.utils, "get_total_norm", trace.ACCUMULATE),
     (torch.nn.utils, "clip_grads_with_norm_", trace.ACCUMULATE),
 )

@@ -16,8 +16,7 @@ def flops_per_image(cfg: Config) -> float:
     """FLOPs of one training step per image: student V views of K tokens x 3, teacher N tokens once, heads.
 
     The factor 3 is forward plus backward. The patch embedding counts all N patches for both branches, whatever
-    is gathered first, and twice for the student: pixels have no gradient. Work that is avoided (compaction,
-    recomputation) never changes the count.
+    is gathered first, and twice for the student: pixels have no gradient. Recomputation never changes the count.
     """
     h, width, views = cfg.head, cfg.model.shape[0], cfg.mask.views
     projector = 2 * (width * h.hidden + h.hidden**2 + h.hidden * h.out)

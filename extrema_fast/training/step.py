@@ -9,7 +9,6 @@ The host never waits for the device here, except for optimizers that cannot skip
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from ..data.augment import color_jitter, jitter_params
 from ..data.loader import Batch
 from ..data.prefetch import prefetch
 from ..errors import UsageError
-from ..models.drop_path import compact_capacity, compact_path, drop_path_scale
+from ..models.drop_path import drop_path_scale
 from ..models.extrema import ExtreMA
 from ..models.losses import gather_targets
 from ..models.masking import sample_views
@@ -31,8 +30,6 @@ from ..ops.dispatch import AdamWEma
 from .optim import gates_on_device, set_lr
 from .plan import precision
 from .run import Run
-
-log = logging.getLogger(__name__)
 
 # torch.compile's backend; tests that count graphs take one without code generation
 BACKEND = "inductor"
@@ -44,13 +41,13 @@ class Part(NamedTuple):
     images  [b, H, W, 3] uint8
     colors  [b, 2, 10] colour coins, or None
     keep    [V, b, K] int32 kept tokens
-    path    drop-path of the student trunk: [L, 2, V b] factors, rows to compute (`compact_path`), or None
+    path    drop-path factors of the student trunk, [L, 2, V b], or None
     """
 
     images: Tensor
     colors: Tensor | None
     keep: Tensor
-    path: Any
+    path: Tensor | None
 
 
 # ---- what is chosen by default ----------------------------------------------------------------------
@@ -63,11 +60,6 @@ def compile_mode(cfg: Config, kind: str) -> str:
     """
     mode = cfg.train.compile
     return ("block" if kind == "cuda" else "none") if mode == "auto" else mode
-
-
-def is_static(cfg: Config, kind: str) -> bool:
-    """Whether shapes must be the same at every step: anything is compiled or recorded."""
-    return cfg.train.cuda_graph or compile_mode(cfg, kind) != "none"
 
 
 def recomputed(cfg: Config, kind: str) -> str:
@@ -130,11 +122,7 @@ def draw(run: Run, images: Tensor, index: Tensor, epoch: int) -> list[Part]:
     parts = []
     for p in slices(len(index), cfg.train.accumulation):
         keep = sample_views(there[p], model.num_patches, cfg.num_keep, mask.views, mode=mask.mode, **keys)
-        # rows to compute are chosen on the host, which then knows how many there are
-        rows = index[p] if run.cfg.train.compact else there[p]
-        path = drop_path_scale(rows, mask.views, model.shape[1], model.drop_path, **keys)
-        if path is not None and run.cfg.train.compact:
-            path = _compacted(run, path)
+        path = drop_path_scale(there[p], mask.views, model.shape[1], model.drop_path, **keys)
         parts.append(Part(images[p], jitter_params(there[p], cfg.data, **keys), keep, path))
     return parts
 
@@ -142,17 +130,6 @@ def draw(run: Run, images: Tensor, index: Tensor, epoch: int) -> list[Part]:
 def batches(run: Run, loader: Iterable[Batch]) -> Iterator[Batch]:
     """The loader's batches on the run's device, ready for `train_step`."""
     return prefetch(loader, partial(draw, run), run.world.device)
-
-
-def _compacted(run: Run, scale: Tensor) -> Any:
-    depth, _, rows = scale.shape
-    kind, rate = run.world.device.type, run.cfg.model.drop_path
-    capacity = compact_capacity(rows, depth, rate) if is_static(run.cfg, kind) else None
-    path = compact_path(scale, capacity)
-    if path is None:
-        log.info("step %d: more rows kept than planned for; it runs with masked drop-path", run.step)
-        path = scale
-    return torch.utils._pytree.tree_map(lambda t: t.to(run.world.device, non_blocking=True), path)
 
 
 # ---- compute ---------------------------------------------------------------------------------------
@@ -205,7 +182,13 @@ def gradients(run: Run, parts: list[Part]) -> Tensor:
 
 
 def loss_of_part(
-    method: ExtreMA, cfg: Config, kind: str, student: Tensor, teacher: Tensor, keep: Tensor, path: Any
+    method: ExtreMA,
+    cfg: Config,
+    kind: str,
+    student: Tensor,
+    teacher: Tensor,
+    keep: Tensor,
+    path: Tensor | None,
 ) -> Tensor:
     """Teacher, student and loss of one micro-batch, the unit of `train.compile loss`; images [b, C, H, W]."""
     with autocast(cfg, kind):

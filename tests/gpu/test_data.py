@@ -34,7 +34,7 @@ TINY = {
     "model": {"width": 128, "depth": 2, "heads": 2, "img_size": [64, 64], "patch_size": 8, "drop_path": 0.3},
     "mask": {"ratio": 0.75, "views": 3},
     "head": {"hidden": 64, "out": 32, "predictor_hidden": 64},
-    "train": {"batch_size": 16, "compile": "none", "compact": False, "precision": "fp32", "accumulation": 2},
+    "train": {"batch_size": 16, "compile": "none", "precision": "fp32", "accumulation": 2},
     "system": {"backend": "reference"},
 }
 
@@ -135,7 +135,7 @@ def begin(train: dict):
     return run
 
 
-@pytest.mark.parametrize("train", [{}, {"cuda_graph": True}, {"compact": True}])
+@pytest.mark.parametrize("train", [{}, {"cuda_graph": True}])
 def test_prefetched_batches_give_the_same_steps(train):
     results = []
     for ahead in (False, True):

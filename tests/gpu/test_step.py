@@ -2,9 +2,9 @@
 there too.
 
 Covers: no host-device synchronisation in steady steps (torch's sync debug mode), plain, compiled, recorded,
-accumulated, with InfoNCE, clipping, compaction and every optimizer, and while metrics are read; on a CPU: no op that
+accumulated, with InfoNCE, clipping and every optimizer, and while metrics are read; on a CPU: no op that
 reads values on the host; ten recorded steps against ten plain ones, with rates that move and a step that does not
-fit; ten compiled ones; gradients of every mode in bf16 against fp32; compaction, accumulation; the Triton ops; a GPU
+fit; ten compiled ones; gradients of every mode in bf16 against fp32; accumulation; the Triton ops; a GPU
 against a CPU; a step that is not finite; memory: constant over steps, less with recomputation; data parallelism
 over NCCL with one process.
 """
@@ -43,7 +43,6 @@ TINY = {
         "epochs": 4,
         "batch_size": 16,
         "compile": "none",
-        "compact": False,
         "recompute": "none",
         "precision": "fp32",
     },
@@ -158,7 +157,6 @@ MODES = {
     "graph of blocks": [BF16, GRAPH, {"train": {"compile": "block"}}],
     "accumulated": [{"train": {"accumulation": 4}}],
     "accumulated graph": [GRAPH, {"train": {"accumulation": 4}}],
-    "compacted": [BF16, {"train": {"compile": "block", "compact": True}}],
     "infonce": [{"head": {"loss": "infonce"}}],
     "clipped": [{"optim": {"clip_grad": 0.1}}],
     "recomputed": [BF16, {"train": {"recompute": "norm"}}],
@@ -299,8 +297,8 @@ def test_compiled_bf16_gradients(mode):
 @pytest.mark.parametrize("device", BOTH)
 @pytest.mark.parametrize(
     "change",
-    [{"train": {"recompute": "norm"}}, {"train": {"compact": True}}, {"system": {"attention": "reference"}}],
-    ids=["recomputed", "compacted", "plain attention"],
+    [{"train": {"recompute": "norm"}}, {"system": {"attention": "reference"}}],
+    ids=["recomputed", "plain attention"],
 )
 def test_bf16_gradients(device, change):
     check_bf16(device, [change])
@@ -325,20 +323,6 @@ def check_equal(device: str, a: list[dict], b: list[dict], count: int, rtol: flo
 def test_accumulated_steps_equal_whole_ones(device, loss):
     change = {"head": {"loss": loss}}
     check_equal(device, [change], [change, {"train": {"accumulation": 4}}], 4)
-
-
-@pytest.mark.parametrize("device", BOTH)
-def test_compacted_steps_equal_masked_ones(device):
-    check_equal(device, [{"train": {"compact": True}}], [{"train": {"compact": False}}], 4)
-
-
-@gpu
-def test_static_compacted_steps_equal_masked_ones():
-    change = {"train": {"batch_size": 128}}
-    static = {"train": {"compact": True, "cuda_graph": True}}
-    run = begin("cuda", change, static)
-    assert run.cfg.train.compact
-    check_equal("cuda", [change], [change, static], 6, rtol=1e-3)
 
 
 @gpu

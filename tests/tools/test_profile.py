@@ -39,7 +39,7 @@ TINY = from_dict(
             "drop_path": 0.1,
         },
         "head": {"hidden": 24, "out": 8, "predictor_hidden": 24},
-        "train": {"batch_size": 6, "precision": "fp32", "compile": "none", "compact": False},
+        "train": {"batch_size": 6, "precision": "fp32", "compile": "none"},
         "system": {"attention": "reference", "device": "cpu"},
         "data": {"policy": "spatial+color"},
     },

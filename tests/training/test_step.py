@@ -2,14 +2,11 @@
 
 Covers: compile block, loss and step against the plain step over three steps, losses and weights, with and without
 accumulation, InfoNCE; how many graphs each makes; no recompilation while rates and momentum move; modes that
-cannot run together or here; drop-path compacted against masked, exact and padded, and when it does not fit;
-capacities; low-precision copies of weights, renewed by every step and after loading; memory of recomputation;
-out of memory; one recorded step's inputs.
+cannot run together or here; low-precision copies of weights, renewed by every step and after loading; memory of
+recomputation; out of memory; one recorded step's inputs.
 """
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
@@ -19,8 +16,6 @@ from extrema_fast.config import Config, from_dict, smoke
 from extrema_fast.data.loader import Batch
 from extrema_fast.distributed import World
 from extrema_fast.errors import UsageError
-from extrema_fast.models.drop_path import compact_capacity, compact_path, drop_path_scale
-from extrema_fast.models.encoder import Encoder
 from extrema_fast.ops import dispatch as ops
 from extrema_fast.ops.linear import Linear
 from extrema_fast.train import train_step
@@ -113,7 +108,7 @@ GRAPHS = {"block": 6, "loss": 1, "step": 1}
 @pytest.mark.parametrize("mode", ["block", "loss", "step"])
 @pytest.mark.parametrize(("loss", "parts"), [("byol", 1), ("byol", 2), ("infonce", 1)])
 def test_compiled_steps_equal_plain_ones(counting, mode, loss, parts):
-    change = {"head": {"loss": loss}, "train": {"accumulation": parts, "compact": False}}
+    change = {"head": {"loss": loss}, "train": {"accumulation": parts}}
     plain = begin(**change)
     change["train"]["compile"] = mode
     compiled = begin(**change)
@@ -136,13 +131,6 @@ def test_nothing_recompiles_while_rates_move(counting, mode):
     assert counting.graphs == made and run.optimizer.param_groups[0]["lr"] != first
 
 
-def test_compiled_with_compaction_has_static_shapes(counting):
-    run = begin(train={"compile": "loss", "compact": True, "batch_size": 64})
-    plain = begin(train={"compact": False, "batch_size": 64})
-    assert steps(run, 3) == pytest.approx(steps(plain, 3), rel=1e-5)
-    assert counting.graphs == 1
-
-
 @pytest.mark.slow
 def test_generated_code_equals_the_plain_step():
     torch._dynamo.reset()
@@ -150,7 +138,7 @@ def test_generated_code_equals_the_plain_step():
         "model": {"depth": 1},
         "head": {"hidden": 16},
         "mask": {"views": 1},
-        "train": {"precision": "bf16", "compact": False},
+        "train": {"precision": "bf16"},
     }
     plain = begin(**change)
     change["train"]["compile"] = "loss"
@@ -189,77 +177,6 @@ def test_defaults_by_device():
     )
 
 
-# ---- drop-path -------------------------------------------------------------------------------------
-
-
-def coins(rows: int, depth: int, rate: float) -> torch.Tensor:
-    return drop_path_scale(torch.arange(rows), 1, depth, rate, seed=3, epoch=1)
-
-
-@pytest.mark.parametrize("padding", [None, 0, 2])
-def test_compacted_branches_equal_masked_ones(padding):
-    encoder = Encoder(tiny().model).double()
-    scale = coins(16, 3, 0.4)
-    most = (scale > 0).sum(-1).amax(-1)
-    assert most[2] < 14
-    limits = None if padding is None else [min(16, int(m) + padding) for m in most]
-    path = compact_path(scale, limits)
-    assert path is not None
-    if padding is None:
-        assert [len(k.rows) for pair in path for k in pair] == [int(s) for s in (scale > 0).sum(-1).flatten()]
-    results = []
-    for p in (scale.double(), path):
-        x = torch.randn(16, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        x.requires_grad_()
-        encoder.zero_grad()
-        out = encoder.trunk(x, p)
-        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
-        grads = {n: q.grad for n, q in encoder.blocks.named_parameters()}
-        results.append((out.detach(), x.grad, grads))
-    (out, dx, grads), (out2, dx2, grads2) = results
-    torch.testing.assert_close(out2, out, rtol=0, atol=1e-14)
-    torch.testing.assert_close(dx2, dx, rtol=0, atol=1e-13)
-    for name, g in grads.items():
-        torch.testing.assert_close(grads2[name], g, rtol=0, atol=1e-11, msg=name)
-    # a block without kept rows is possible, too
-    nothing = torch.zeros(3, 2, 16)
-    x = torch.randn(16, 5, 32, dtype=torch.float64)
-    assert torch.equal(encoder.trunk(x, compact_path(nothing)), x)
-
-
-def test_more_rows_than_planned_run_masked(counting, monkeypatch, caplog):
-    assert compact_path(torch.ones(2, 2, 4), [4, 3]) is None
-    monkeypatch.setattr(step, "compact_capacity", lambda rows, depth, rate: [rows, 1, 1])
-    run = begin(train={"compile": "loss", "compact": True})
-    plain = begin(train={"compact": False})
-    with caplog.at_level("INFO", "extrema_fast"):
-        assert steps(run, 2) == pytest.approx(steps(plain, 2), rel=1e-5)
-    assert "masked drop-path" in caplog.text
-
-
-def test_capacities():
-    rows, depth, rate = 10_240, 12, 0.1
-    c = compact_capacity(rows, depth, rate)
-    assert c[0] == rows and len(set(c)) <= 4 and c == sorted(c, reverse=True)
-    for i in range(depth):
-        p = rate * i / (depth - 1)
-        assert c[i] >= min(rows, rows * (1 - p) + 6 * math.sqrt(rows * p * (1 - p)))
-    assert c[-1] < 0.97 * rows and all(x == rows or x % 64 == 0 for x in c)
-    assert compact_capacity(4, 3, 0.5) == [4, 4, 4] and compact_capacity(4, 1, 0.5) == [4]
-    # what is kept follows the law
-    kept = (coins(40_000, 3, 0.3) > 0).double().mean(-1)
-    torch.testing.assert_close(
-        kept[:, 0], torch.tensor([1.0, 0.85, 0.7], dtype=torch.float64), rtol=0, atol=0.01
-    )
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_compaction_changes_rounding_alone(parts):
-    on, off = (begin(train={"compact": c, "accumulation": parts}) for c in (True, False))
-    assert steps(on, 3) == pytest.approx(steps(off, 3), rel=1e-5)
-    same(on, off)
-
-
 # ---- low-precision copies --------------------------------------------------------------------------
 
 
@@ -268,7 +185,7 @@ def test_copies_of_weights_follow_every_step(monkeypatch, backend):
     ops.set_backend(backend)
     monkeypatch.setattr(step, "keeps_low", lambda cfg, kind: True)
     monkeypatch.setattr("extrema_fast.training.state.keeps_low", lambda cfg, kind: True)
-    change = {"train": {"precision": "bf16", "compact": False}}
+    change = {"train": {"precision": "bf16"}}
     try:
         run = begin(**change)
     except UsageError as error:
