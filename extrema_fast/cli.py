@@ -416,8 +416,8 @@ def _export(args: list[str]) -> None:
     p = _Parser("export")
     p.add_argument("weights", metavar="WEIGHTS", help="run, weights folder, weights file or released .pth")
     p.add_argument("out", metavar="OUT", help="new folder")
-    p.add_argument("--format", default="extrema", help="extrema (= timm), vit, cait, hf, onnx, torch-export, "
-                   "torchscript (default extrema)")  # fmt: skip
+    p.add_argument("--format", default="extrema", help="extrema (= timm, default), vit, hf, onnx, "
+                   "torch-export")  # fmt: skip
     p.add_argument("--which", choices=("teacher", "student"), help="default: teacher")
     p.add_argument("--img-size", type=int, nargs="+", metavar="PIXELS", help="another size: side, or H W")
     p.add_argument("--fc-norm", action="store_true", default=None, help="vit, hf: fresh norm after pooling")

@@ -20,7 +20,8 @@ from ..files import read_json
 from ..models.extrema import ExtreMA
 from ..ops import dispatch as ops
 from ..ops.fp8 import apply_fp8
-from ..weights.load import load_method_weights, save_weights, weights_meta
+from ..weights.folder import save_weights, weights_meta
+from ..weights.load import load_method_weights
 from .checkpoint import Checkpoint, Saver, check_same, collect, newest, remove_temporaries, restore
 from .graph import StepGraph
 from .memory import keep_freed_memory

@@ -1,81 +1,58 @@
-"""`extrema-fast export`: an encoder written for others, read back and compared before it takes its place.
+"""`extrema-fast export`: an encoder written for other programs, read back and compared before it is kept.
 
     extrema, timm   model.safetensors + config.json: `load_encoder`, and `timm.create_model("local-dir:DIR")` and
                     Hugging Face's AutoModel after `import extrema_fast.timm`
     vit             the trunk as a stock timm ViT with mean pooling; loads without this project
-    cait            the whole encoder under the names of timm's Cait with plain blocks (`export_timm.plain_cait`)
     hf              a Hugging Face folder with a model card; loads with transformers and timm alone
-    onnx, torch-export, torchscript
+    onnx, torch-export
                     a graph of one image size, any batch: images -> class token, patch tokens[, logits]
 
-Every folder has a `config.json` that says how images are made for it and where the weights come from.
+Every folder has a `config.json` that says how images are prepared for it and where the weights come from.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from ..config import did_you_mean, to_dict
 from ..errors import ExtremaError, UsageError, cannot_import
-from ..models.encoder import Encoder, model_args
-from . import export_graph, export_timm
-from .files import (
+from ..files import new_folder
+from ..models.encoder import Encoder, model_args, timm_config
+from ..ops import dispatch as ops
+from .folder import (
     ENCODER_OPTIONS,
     SINGLE,
+    check_replaceable,
     choose,
     described,
     encoder_options,
     input_meta,
+    write_json,
+    write_tensors,
 )
-from .load import encoder_from, open_weights
-from .new_folder import check_free, new_folder
+from .load import encoder_from, load_encoder, open_weights
 
 log = logging.getLogger(__name__)
 
-
-class Format(NamedTuple):
-    """How one format is written and compared.
-
-    write     (encoder, folder, config.json without our part, options) -> None
-    compare   (encoder, folder, images of several batch sizes) -> {what was compared: largest difference}
-    packages  what both need beyond the core, and the extra that brings it
-    limit     largest difference that is let through
-    """
-
-    write: Callable[..., None]
-    compare: Callable[..., dict[str, float]]
-    packages: tuple[str, ...] = ()
-    extra: str = ""
-    limit: float = 1e-5
-
-
-FORMATS: dict[str, Format] = {
-    "extrema": Format(export_timm.write_extrema, export_timm.compare_extrema),
-    "vit": Format(export_timm.write_vit, export_timm.compare_vit, ("timm",), "timm"),
-    "cait": Format(export_timm.write_cait, export_timm.compare_cait, ("timm",), "timm"),
-    "hf": Format(export_timm.write_hf, export_timm.compare_hf, ("timm", "transformers"), "hf"),
-    "onnx": Format(
-        export_graph.write_onnx,
-        export_graph.compare_onnx,
-        ("onnx", "onnxscript", "onnxruntime"),
-        "onnx",
-        1e-4,
-    ),
-    "torch-export": Format(export_graph.write_program, export_graph.compare_program),
-    "torchscript": Format(export_graph.write_script, export_graph.compare_script),
-}
-_ALIASES = {"timm": "extrema", "timm-vit": "vit", "timm-cait": "cait", "torch_export": "torch-export"}
-# option -> formats that have it
-_OPTIONS = {"fc_norm": ("vit", "hf"), "class_token": ("hf",), "opset": ("onnx",)}
-
+WEIGHTS, ONNX, PROGRAM = "model.safetensors", "model.onnx", "model.pt2"
+OPSET = 18
+# a protocol buffer holds 2 GiB; larger weights go into a separate file
+_ONNX_IN_ONE_FILE = 1_800_000_000
 # one image, and batches that a graph was not traced with
 _BATCHES = (1, 3)
+
+Options = Mapping[str, Any]
 
 
 class Exported(NamedTuple):
@@ -98,46 +75,60 @@ def export(
     opset: int | None = None,
     force: bool = False,
 ) -> Exported:
-    """Writes an encoder for another program, and compares what it gives on random images before it is kept.
+    """Writes an encoder for another program, and compares its outputs on random images before it is kept.
 
-    weights      what `load_encoder` takes; which, img_size: as there
-    format       `extrema` (= `timm`), `vit`, `cait`, `hf`, `onnx`, `torch-export`, `torchscript`
-    fc_norm      vit, hf: a fresh norm after pooling in place of the final norm (start of the paper's fine-tuning)
-    class_token  hf: the whole encoder in place of the mean-pooled trunk; `import extrema_fast.timm` then comes
-                 before loading
-    opset        onnx: operator set, default 18
-    force        replace an earlier import or export at `out`
-    returns      `Exported`
-    raises       UsageError for options, packages or weights that do not fit, ExtremaError when what was written
-                 gives other numbers, StorageError when it cannot be written; then nothing is left at `out`
+    Args:
+        weights: What `load_encoder` takes; `which` and `img_size` as there.
+        out: The new folder.
+        format: `extrema` (= `timm`), `vit`, `hf`, `onnx`, `torch-export`.
+        fc_norm: vit, hf: a fresh norm after pooling replaces the final norm (start of the paper's fine-tuning).
+        class_token: hf: the whole encoder instead of the mean-pooled trunk; `import extrema_fast.timm` then comes
+            before loading.
+        opset: onnx: operator set, default 18.
+        force: Replace an earlier import or export at `out`.
+
+    Raises:
+        UsageError: Options, packages or weights do not fit.
+        ExtremaError: What was written gives other numbers.
+        StorageError: It cannot be written. After any error nothing is left at `out`.
     """
     name = _format_name(format)
+    form = FORMATS[name]
     options = {"fc_norm": fc_norm, "class_token": class_token or None, "opset": opset}
     _check_options(name, options)
-    for package in FORMATS[name].packages:
-        _require(package, FORMATS[name].extra, name)
-    check_free(Path(out), force)
+    for package in form.packages:
+        try:
+            importlib.import_module(package)
+        # a broken package, e.g. torchvision of another torch, fails in other ways
+        except (ImportError, RuntimeError, OSError) as error:
+            raise UsageError(f"--format {name}: {cannot_import(package, error, form.extra)}") from None
+    out = Path(out)
+    check_replaceable(out, force)
     encoder, meta = _load(weights, which, img_size, name, options)
-    images = [_random_images(encoder, b, seed) for seed, b in enumerate(_BATCHES)]
-    with new_folder(out, force) as folder:
-        own = _own_part(
-            encoder, meta, {"format": name, **{k: v for k, v in options.items() if v is not None}}
-        )
-        FORMATS[name].write(encoder, folder, own, options)
-        differences = _compare(name, encoder, folder, images, options)
-        export_timm.add_differences(folder, differences)
+    asked = {k: v for k, v in options.items() if v is not None}
+    description = _description(encoder, meta, {"format": name, **asked})
+    with new_folder(out, partial(check_replaceable, force=force)) as folder:
+        config = {**form.write(encoder, folder, description, options), "extrema_fast": description}
+        write_json(folder / "config.json", config)
+        differences = _compare(name, encoder, folder, options)
+        description["export"]["differences"] = differences
+        write_json(folder / "config.json", config)
+        if name == "hf":
+            (folder / "README.md").write_text(model_card(config), encoding="utf-8")
         files = sorted(p.name for p in folder.iterdir())
-    return Exported(Path(out), files, differences)
+    return Exported(out, files, differences)
 
 
 def _format_name(format: str) -> str:
     name = _ALIASES.get(format, format)
+    if name in _REMOVED:
+        raise UsageError(f"--format: {format!r} is no longer written; use {_REMOVED[name]}")
     if name not in FORMATS:
         raise UsageError(f"--format: {format!r} is unknown{did_you_mean(format, [*FORMATS, *_ALIASES])}")
     return name
 
 
-def _check_options(name: str, options: Mapping[str, Any]) -> None:
+def _check_options(name: str, options: Options) -> None:
     for option, formats in _OPTIONS.items():
         if options[option] is not None and name not in formats:
             raise UsageError(
@@ -147,65 +138,52 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
         raise UsageError("--fc-norm: comes after mean pooling; give it or --class-token")
 
 
-def _require(package: str, extra: str, format: str) -> None:
-    try:
-        importlib.import_module(package)
-    # a package that is there and broken, e.g. torchvision of another torch, fails in other ways
-    except (ImportError, RuntimeError, OSError) as error:
-        raise UsageError(f"--format {format}: {cannot_import(package, error, extra)}") from None
-
-
 def _load(
-    weights: str | Path,
-    which: str | None,
-    img_size: int | Sequence[int] | None,
-    name: str,
-    options: Mapping[str, Any],
+    path: str | Path, which: str | None, img_size: int | Sequence[int] | None, name: str, options: Options
 ) -> tuple[Encoder, dict[str, Any]]:
     """The encoder to write, and the description it comes from with `which` filled in."""
-    opened = open_weights(weights)
-    chosen = choose(opened.names, which, weights, opened.meta)
+    weights = open_weights(path)
+    chosen = choose(weights.names, which, path, weights.meta)
     changes: dict[str, Any] = {}
     if name == "vit" or (name == "hf" and not options["class_token"]):
         changes = {"global_pool": "avg", "fc_norm": options["fc_norm"]}
-    encoder = encoder_from(opened, weights, which, img_size=img_size, **changes)
-    if encoder_options(opened.meta)["num_classes"] and not encoder.num_classes:
+    encoder = encoder_from(weights, which, img_size=img_size, **changes)
+    if encoder_options(weights.meta)["num_classes"] and not encoder.num_classes:
         log.info("the classifier is left out: it was trained on another pooled feature")
-    if name == "cait" and encoder.blocks_token is None:
-        raise UsageError(f"--format cait: {weights} has no class head; use --format vit")
-    return encoder.requires_grad_(False), {**opened.meta, "which": None if chosen == SINGLE else chosen}
+    return encoder.requires_grad_(False), {**weights.meta, "which": None if chosen == SINGLE else chosen}
 
 
-def _own_part(encoder: Encoder, meta: Mapping[str, Any], export: dict[str, Any]) -> dict[str, Any]:
+def _description(encoder: Encoder, meta: Mapping[str, Any], export: dict[str, Any]) -> dict[str, Any]:
     """Our description of what is exported: architecture, input, origin."""
     args = model_args(encoder)
-    options = {k: args[k] for k in ENCODER_OPTIONS if k in args}
     size = (encoder.in_chans, *encoder.img_size)
+    image = input_meta(size, encoder.mean, encoder.std, encoder.interpolation, encoder.crop_pct)
     origin = ("which", "step", "images", "seed", "config_hash", "source")
     return described(
         {
             "model": to_dict(encoder.config),
-            "encoder": {**options, "num_classes": encoder.num_classes},
-            "data": {"mean": list(encoder.mean), "std": list(encoder.std)},
-            "input": {
-                **input_meta(size, encoder.mean, encoder.std, encoder.interpolation, encoder.crop_pct),
-                "patch_size": encoder.patch_size,
+            "encoder": {
+                **{k: args[k] for k in ENCODER_OPTIONS if k in args},
+                "num_classes": encoder.num_classes,
             },
+            "data": {"mean": list(encoder.mean), "std": list(encoder.std)},
+            "input": {**image, "patch_size": encoder.patch_size},
             **{k: meta[k] for k in origin if meta.get(k) is not None},
             "export": export,
         }
     )
 
 
-def _random_images(encoder: Encoder, batch: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, encoder.in_chans, *encoder.img_size, generator=generator)
+# ---- comparing ------------------------------------------------------------------------------------
 
 
-def _compare(
-    name: str, encoder: Encoder, folder: Path, images: list[torch.Tensor], options: Mapping[str, Any]
-) -> dict[str, float]:
+def _compare(name: str, encoder: Encoder, folder: Path, options: Options) -> dict[str, float]:
+    """Reads the export back; the largest difference of each comparison on random images."""
     form = FORMATS[name]
+    images = [
+        torch.randn(batch, encoder.in_chans, *encoder.img_size, generator=torch.Generator().manual_seed(seed))
+        for seed, batch in enumerate(_BATCHES)
+    ]
     try:
         with torch.no_grad():
             differences = form.compare(encoder, folder, images, options)
@@ -217,11 +195,379 @@ def _compare(
             f"--format {name}: what was written cannot be read back ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}); nothing was kept"
         ) from error
-    # also refuses nan
-    if bad := {k: d for k, d in differences.items() if not d <= form.limit}:
-        what, worst = max(bad.items(), key=lambda item: item[1])
-        raise ExtremaError(
-            f"--format {name}: {what} differs by {worst:.2e} from the encoder (at most {form.limit:.0e}); "
-            "nothing was kept"
-        )
+    for what, difference in differences.items():
+        # not `>`, which nan would pass
+        if not difference <= form.limit:
+            raise ExtremaError(
+                f"--format {name}: {what} differs by {difference:.2e} from the encoder (at most "
+                f"{form.limit:.0e}); nothing was kept"
+            )
     return differences
+
+
+def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """Largest absolute difference, relative to the largest value where that is above 1; nan for other shapes."""
+    if any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
+        return float("nan")
+    differences = [
+        (a - b).abs().max() / a.abs().max().clamp(min=1) for a, b in zip(ours, theirs, strict=True)
+    ]
+    # torch's max, not Python's, which could drop nan
+    return float(torch.stack(differences).max())
+
+
+def _outputs_differ(encoder: Encoder, model: nn.Module, images: Sequence[Tensor]) -> float:
+    def outputs(m: Any) -> list[Tensor]:
+        return [y for x in images for y in (m.forward_features(x), m(x))]
+
+    return largest_difference(outputs(encoder), outputs(model))
+
+
+# ---- timm -----------------------------------------------------------------------------------------
+
+
+def _write_extrema(encoder: Encoder, folder: Path, description: Options, options: Options) -> dict[str, Any]:
+    write_tensors(folder / WEIGHTS, encoder.state_dict())
+    return timm_config(encoder)
+
+
+def _compare_extrema(
+    encoder: Encoder, folder: Path, images: Sequence[Tensor], options: Options
+) -> dict[str, float]:
+    found = {"load_encoder": _outputs_differ(encoder, load_encoder(folder), images)}
+    try:
+        import timm
+
+        from .. import timm as _registered  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        log.info("not read back with timm, which cannot be imported (%s)", str(error).splitlines()[0])
+        return found
+    model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True).eval()
+    return {**found, "timm local-dir": _outputs_differ(encoder, model, images)}
+
+
+def _write_vit(encoder: Encoder, folder: Path, description: Options, options: Options) -> dict[str, Any]:
+    """The mean-pooled trunk as a stock timm ViT without class token."""
+    write_tensors(folder / WEIGHTS, encoder.state_dict())
+    width, depth, heads = encoder.config.shape
+    config = timm_config(encoder)
+    args = {
+        "img_size": list(encoder.img_size),
+        "patch_size": encoder.patch_size,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": encoder.config.mlp_ratio,
+        "class_token": False,
+        "global_pool": "avg",
+        "fc_norm": isinstance(encoder.fc_norm, nn.LayerNorm),
+    }
+    if encoder.in_chans != 3:
+        args["in_chans"] = encoder.in_chans
+    return {
+        **config,
+        "architecture": f"vit_{encoder.config.size}_patch16_224",
+        "global_pool": "avg",
+        "model_args": args,
+        # timm resamples the table when it is asked for another size
+        "pretrained_cfg": {**config["pretrained_cfg"], "fixed_input_size": True},
+    }
+
+
+def _compare_vit(
+    encoder: Encoder, folder: Path, images: Sequence[Tensor], options: Options
+) -> dict[str, float]:
+    import timm
+
+    model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True).eval()
+    return {"timm local-dir, tokens and pooled": _outputs_differ(encoder, model, images)}
+
+
+# ---- Hugging Face ---------------------------------------------------------------------------------
+
+
+def _write_hf(encoder: Encoder, folder: Path, description: Options, options: Options) -> dict[str, Any]:
+    write = _write_extrema if options["class_token"] else _write_vit
+    config = write(encoder, folder, description, options) | {"model_type": "timm_wrapper"}
+    processor = {"image_processor_type": "TimmWrapperImageProcessor"}
+    processor |= {k: config[k] for k in ("architecture", "pretrained_cfg")}
+    write_json(folder / "preprocessor_config.json", processor)
+    return config
+
+
+def _compare_hf(
+    encoder: Encoder, folder: Path, images: Sequence[Tensor], options: Options
+) -> dict[str, float]:
+    from transformers import AutoModel, AutoModelForImageClassification
+    from transformers.utils import logging as hf_logging
+
+    if options["class_token"]:
+        from .. import timm as _registered  # noqa: F401
+    bar = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        kinds = [AutoModel, AutoModelForImageClassification][: 2 if encoder.num_classes else 1]
+        model, *classifier = (k.from_pretrained(folder, local_files_only=True).eval() for k in kinds)
+    finally:
+        if bar:
+            hf_logging.enable_progress_bar()
+    ours, theirs = [], []
+    for x in images:
+        tokens, result = encoder.forward_features(x), model(pixel_values=x)
+        ours += [tokens, encoder.forward_head(tokens, pre_logits=True)]
+        theirs += [result.last_hidden_state, result.pooler_output]
+    found = {"AutoModel, tokens and pooled": largest_difference(ours, theirs)}
+    for c in classifier:
+        logits = largest_difference([encoder(x) for x in images], [c(pixel_values=x).logits for x in images])
+        found["AutoModelForImageClassification, logits"] = logits
+    return found
+
+
+_WITHOUT_HEAD = """This is the trunk with mean-pooled patch tokens, as a stock timm ViT without class token.
+It loads with `transformers` and `timm` alone; this project's class-attention head is left out (an export with the class
+token needs `pip install extrema-fast`)."""
+
+_WITH_HEAD = """This is the whole encoder with its class-attention head, a model that timm does not know by itself:
+`pip install "extrema-fast[hf]"`, and `import extrema_fast.timm` before loading. (An export without
+`--class-token` loads with `transformers` and `timm` alone.)"""
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: {task}
+tags: [timm, vision-transformer, self-supervised-learning, extrema]
+---
+
+# Vision transformer of width {width}, pretrained with ExtreMA
+
+Self-supervised pretraining with extreme masking ([arXiv 2206.04667](https://arxiv.org/abs/2206.04667)).
+
+{about}
+
+```python
+{registers}from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("path/to/this/folder").eval()
+photo = Image.open("photo.jpg"){convert}
+images = AutoImageProcessor.from_pretrained("path/to/this/folder")(photo)
+features = model(**images)
+features.last_hidden_state  # {tokens}
+features.pooler_output      # [1, width]: {pooled}
+```
+
+| | |
+|---|---|
+{rows}
+
+No license is stated: it is that of the weights this was exported from.
+"""
+
+
+def model_card(config: Mapping[str, Any]) -> str:
+    """The README.md of a Hugging Face folder, Markdown with a YAML head, from its `config.json`."""
+    own, image, model = (c := config["extrema_fast"]), c["input"], c["model"]
+    whole, classes = config["architecture"].startswith("extrema_"), config["num_classes"]
+    # transformers leaves a gray image gray, whatever the model's channels
+    mode = {1: "L", 3: "RGB"}.get(image["input_size"][0])
+    mean, std = (", ".join(f"{v:g}" for v in image[k]) for k in ("mean", "std"))
+    blocks = f", {model['depth']} blocks" if model["depth"] else ""
+    rows = {
+        "architecture": f"`{config['architecture']}`, width {config['num_features']}, "
+        f"mlp ratio {model['mlp_ratio']:g}{blocks}",
+        "input": f"{' x '.join(map(str, image['input_size']))}, patches of {image['patch_size']} pixels",
+        "channels": ", ".join(image["channels"]),
+        "values": f"{image['value_range'][0]:g} to {image['value_range'][1]:g}, then mean {mean}, std {std}",
+        "resize": f"{image['interpolation']}, crop share {image['crop_pct']:g}",
+        "positions": f"{own['encoder']['pos_embed']}, {own['encoder']['pos_coords']} coordinates",
+        "classes": classes or "none (features)",
+        "network": own.get("which", "not recorded"),
+        "optimizer steps": own.get("step", "not recorded"),
+        "images seen": own.get("images", "not recorded"),
+        "configuration": f"`{own['config_hash']}`" if "config_hash" in own else "not recorded",
+        "source": f"`{own['source']['file']}`" if "source" in own else "a run of extrema-fast",
+        "written by": own["software"],
+    }
+    differences = own["export"].get("differences", {})
+    rows |= {f"compared: {what}": f"largest difference {d:.1e}" for what, d in differences.items()}
+    return _CARD.format(
+        task="image-classification" if classes else "image-feature-extraction",
+        width=config["num_features"],
+        about=_WITH_HEAD if whole else _WITHOUT_HEAD,
+        registers="import extrema_fast.timm\n" if whole else "",
+        convert=f'.convert("{mode}")' if mode else "",
+        tokens="[1, 1 + patches, width]: class token, then patch tokens" if whole else "[1, patches, width]",
+        pooled="class token" if whole else "mean of the patch tokens",
+        rows="\n".join(f"| {k} | {v} |" for k, v in rows.items()),
+    )
+
+
+# ---- graphs ---------------------------------------------------------------------------------------
+
+
+class Graph(nn.Module):
+    """What a graph computes: images [B, C, H, W] fp32, normalized -> class token [B, D] (without class head the
+    pooled feature), patch tokens [B, N, D][, logits [B, classes]].
+
+    Any batch; one image size, since the position table is a constant of the graph.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        encoder = self.encoder
+        out = encoder.encode(images)
+        pooled = encoder.fc_norm(out.cls)
+        return (pooled, out.patches, encoder.head(pooled)) if encoder.num_classes else (pooled, out.patches)
+
+
+def _output_names(encoder: Encoder) -> list[str]:
+    first = "class_token" if encoder.num_prefix_tokens else "pooled"
+    return [first, "patch_tokens", "logits"][: 3 if encoder.num_classes else 2]
+
+
+def _graph_config(encoder: Encoder) -> dict[str, Any]:
+    outputs = _output_names(encoder)
+    return {"graph": {"inputs": ["images"], "outputs": outputs, "batch": "any", "image size": "fixed"}}
+
+
+def _program(encoder: Encoder) -> torch.export.ExportedProgram:
+    """The encoder as an exported program of torch's own operators, with a dynamic batch."""
+    encoder.set_attention("sdpa")
+    for op in ("attention", "attention_pool", "patch_gather"):
+        name = ops.choice(op, "cpu", say=False)[0]
+        if name not in ("auto", "sdpa", "absorbed", "reference", "products"):
+            raise UsageError(
+                f"export: {op}={name} is asked for, and a graph holds torch's own operators alone; "
+                "unset EXTREMA_FAST_BACKEND"
+            )
+    # a batch of one would become a constant of the graph
+    example = torch.zeros(2, encoder.in_chans, *encoder.img_size)
+    batch = torch.export.Dim("batch", max=65535)
+    with torch.no_grad():
+        return torch.export.export(Graph(encoder), (example,), dynamic_shapes={"images": {0: batch}})
+
+
+def _compare_graph(
+    encoder: Encoder, run: Callable[[Tensor], Sequence[Tensor]], images: Sequence[Tensor], what: str
+) -> dict[str, float]:
+    graph = Graph(encoder)
+    ours, theirs = ([y for x in images for y in f(x)] for f in (graph, run))
+    found = {f"{what}, {', '.join(_output_names(encoder))}": largest_difference(ours, theirs)}
+    height, width = encoder.img_size
+    try:
+        run(torch.zeros(1, encoder.in_chans, height + encoder.patch_size, width))
+    except Exception:
+        return found
+    raise ExtremaError(f"{what}: the graph takes images of another size than {height} x {width}")
+
+
+def _write_program(encoder: Encoder, folder: Path, description: Options, options: Options) -> dict[str, Any]:
+    with _quiet():
+        extra = {"extrema_fast.json": json.dumps(description)}
+        torch.export.save(_program(encoder), folder / PROGRAM, extra_files=extra)
+    return _graph_config(encoder)
+
+
+def _compare_program(
+    encoder: Encoder, folder: Path, images: Sequence[Tensor], options: Options
+) -> dict[str, float]:
+    with _quiet():
+        run = torch.export.load(folder / PROGRAM).module()
+    return _compare_graph(encoder, run, images, "torch.export")
+
+
+def _write_onnx(encoder: Encoder, folder: Path, description: Options, options: Options) -> dict[str, Any]:
+    opset = OPSET if options["opset"] is None else options["opset"]
+    if opset < OPSET:
+        raise UsageError(f"--opset: the exporter of torch starts at {OPSET}, got {opset}")
+    with _quiet():
+        try:
+            onnx = torch.onnx.export(
+                _program(encoder), input_names=["images"], output_names=_output_names(encoder),
+                opset_version=opset, dynamo=True, verbose=False,
+            )  # fmt: skip
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise UsageError(
+                f"--opset {opset}: torch cannot write it ({' '.join(str(error).split())[:200]})"
+            ) from None
+    # torch only logs that it failed to convert to another operator set
+    if (written := onnx.model.opset_imports.get("")) != opset:
+        raise UsageError(f"--opset {opset}: torch wrote {written} instead; give a lower one")
+    onnx.model.metadata_props["extrema_fast"] = json.dumps(description)
+    size = sum(p.numel() * p.element_size() for p in encoder.state_dict().values())
+    onnx.save(folder / ONNX, external_data=size > _ONNX_IN_ONE_FILE)
+    return _graph_config(encoder)
+
+
+def _compare_onnx(
+    encoder: Encoder, folder: Path, images: Sequence[Tensor], options: Options
+) -> dict[str, float]:
+    import onnx
+    import onnxruntime
+
+    onnx.checker.check_model(str(folder / ONNX))
+    settings = onnxruntime.SessionOptions()
+    # its own errors are raised; the log would repeat them
+    settings.log_severity_level = 4
+    settings.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(folder / ONNX), settings, providers=["CPUExecutionProvider"])
+
+    def run(x: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(y) for y in session.run(None, {"images": x.numpy()})]
+
+    return _compare_graph(encoder, run, images, "onnxruntime")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences exporters, which warn of their own deprecations; what they wrote is compared afterwards."""
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+# ---- formats --------------------------------------------------------------------------------------
+
+
+class Format(NamedTuple):
+    """How one format is written and compared.
+
+    Attributes:
+        write: (encoder, folder, our description, options) -> its `config.json` without our description.
+        compare: (encoder, folder, images of several batch sizes, options) -> largest difference by comparison.
+        packages: What both need beyond the core.
+        extra: The extra of this project that brings the packages.
+        limit: Largest difference that is accepted.
+    """
+
+    write: Callable[[Encoder, Path, Options, Options], dict[str, Any]]
+    compare: Callable[[Encoder, Path, Sequence[Tensor], Options], dict[str, float]]
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+    limit: float = 1e-5
+
+
+FORMATS: dict[str, Format] = {
+    "extrema": Format(_write_extrema, _compare_extrema),
+    "vit": Format(_write_vit, _compare_vit, ("timm",), "timm"),
+    "hf": Format(_write_hf, _compare_hf, ("timm", "transformers"), "hf"),
+    "onnx": Format(_write_onnx, _compare_onnx, ("onnx", "onnxscript", "onnxruntime"), "onnx", 1e-4),
+    "torch-export": Format(_write_program, _compare_program),
+}
+_ALIASES = {"timm": "extrema", "timm-vit": "vit", "timm-cait": "cait", "torch_export": "torch-export"}
+_REMOVED = {
+    "torchscript": "onnx or torch-export",
+    "cait": "extrema, which timm loads after `import extrema_fast.timm`",
+}
+# option -> formats that have it
+_OPTIONS = {"fc_norm": ("vit", "hf"), "class_token": ("hf",), "opset": ("onnx",)}

@@ -1,36 +1,39 @@
-"""Checkpoint files: what the released code saved in pretraining and fine-tuning, and bare encoder weights.
+"""Checkpoint files without a description: what they are, and the encoder architecture behind their tensors.
 
     pretraining   {epoch, arch, state_dict: module.base_encoder.*, module.momentum_encoder.*,
                   module.predictor.*, optimizer, scaler}; projector as `head.*` of each encoder
     fine-tuning   {model: patch_embed.*, pos_embed (learned), blocks.*, fc_norm.*, head.*, args, ...}
     bare          the tensors of one encoder, from `torch.save` or safetensors
 
-Told apart by their keys; anything else is named where it is known, and refused.
+The first two are what the released ExtreMA code saved. Nothing larger than the tensors themselves is allocated.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..config import SIZES, ModelConfig, to_dict
 from ..errors import UsageError
-from .architecture import first, tell
-from .files import SINGLE, input_meta
-from .foreign import name_of
-from .safe_files import check_tensors, kind_of, read_safetensors, read_torch
+from ..models.encoder import sincos_table
+from .folder import SINGLE, check_tensors, file_kind, input_meta, looks_like, read_safetensors, read_torch
 
 log = logging.getLogger(__name__)
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+HEAD_DIM = 64
+# a position table this close to the formula is the fixed one (the released files hold it in fp32)
+SINCOS_TOLERANCE = 1e-5
 
-_BRANCH = {"base_encoder.": "student", "momentum_encoder.": "teacher"}
-# head option -> where its number is the first dimension
+_BRANCHES = {"base_encoder.": "student", "momentum_encoder.": "teacher"}
+# head option -> (network, tensor whose first dimension is its value)
 _HEADS = {
     "hidden": ("teacher", "head.0.weight"),
     "out": ("teacher", "head.6.weight"),
@@ -49,47 +52,62 @@ _KNOWN = re.compile(
 )
 
 Networks = dict[str, dict[str, Tensor]]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def read_checkpoint(
     file: Path, grid: tuple[int, int] | None = None, num_heads: int | None = None
 ) -> tuple[dict[str, Any], Networks]:
-    """(description, tensors by network) of a checkpoint file.
+    """Reads a checkpoint file without a description.
 
-    networks   student and teacher, or one `model` that is not said to be either
-    grid       rows and columns of a learned position table that is not square
-    num_heads  where it is not width / 64
-    raises     UsageError for what cannot be read safely, is incomplete, or is another project's
+    Args:
+        file: From `torch.save` or safetensors.
+        grid: Rows and columns of a learned position table that is not square.
+        num_heads: Heads of the trunk, where that is not width / 64.
+
+    Returns:
+        A description, and the tensors by network: student and teacher, or one `model`.
+
+    Raises:
+        UsageError: The file cannot be read safely, is incomplete, or is another project's.
     """
     data, state = _read(file)
     networks = _networks(state, file)
     main = networks.get("teacher", networks.get(SINGLE, {}))
-    model, options = tell(main, str(file), grid, num_heads)
+    model, options = infer_architecture(main, str(file), grid, num_heads)
     if options["fc_norm"] and "norm.weight" in main:
         raise UsageError(f"{file}: has both a final norm and a norm after pooling; an encoder has one")
-    # as the official recipes read images
+    # the resizing of the official recipes
     interpolation = "bicubic" if options["fc_norm"] else "bilinear"
     size = (options["in_chans"], *model["img_size"])
+    heads = [len(t[k]) if k in (t := networks.get(network, {})) else None for network, k in _HEADS.values()]
+    epoch, arch = (data.get(k) if isinstance(data, dict) else None for k in ("epoch", "arch"))
     meta = {
         "model": model,
         "encoder": options,
         "data": IMAGENET,
         "input": input_meta(size, **IMAGENET, interpolation=interpolation),
-        "head": _head_options(networks),
-        "source": _source(data, file),
+        "head": {} if None in heads else dict(zip(_HEADS, heads, strict=True)),
+        "source": {
+            "file": file.name,
+            "arch": arch[:80] if isinstance(arch, str) else "",
+            "epoch": epoch if isinstance(epoch, int) else None,
+        },
     }
     return meta, networks
 
 
+# ---- the state dict -------------------------------------------------------------------------------
+
+
 def _read(file: Path) -> tuple[Any, dict[str, Tensor]]:
-    """(everything in the file, its state dict)."""
-    kind = kind_of(file)
+    """Everything in the file, and its state dict."""
+    kind = file_kind(file)
     if kind == "safetensors":
         return {}, read_safetensors(file)
-    if kind in ("torchscript", "torch-export", "onnx"):
+    if kind != "torch":
         raise UsageError(
-            f"{file}: an exported graph ({kind}), which runs without this project; "
-            "give the weights it was exported from"
+            f"{file}: an exported graph ({kind}), which runs without this project; give the weights it came from"
         )
     data = read_torch(file)
     state = _state_dict(data, file)
@@ -98,56 +116,42 @@ def _read(file: Path) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _state_dict(data: Any, file: Path) -> dict[str, Tensor]:
+    found, nested = type(data).__name__, []
     if isinstance(data, dict):
-        # nested ones first: beside them stand epoch, optimizer, arguments
-        for found in (data.get("state_dict"), data.get("model"), data):
-            if _is_state(found):
-                return dict(found)
-        keys = [k for k in data if isinstance(k, str)]
-        nested = [k for part in data.values() if isinstance(part, dict) for k in part if isinstance(k, str)]
-        closest = name_of(nested)
-        found = ", ".join(keys[:6]) or "nothing"
-    else:
-        closest, found = None, type(data).__name__
+        # nested ones first: next to them are epoch, optimizer, arguments
+        for candidate in (data.get("state_dict"), data.get("model"), data):
+            if (
+                isinstance(candidate, dict)
+                and candidate
+                and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in candidate.items())
+            ):
+                return dict(candidate)
+        found = ", ".join([k for k in data if isinstance(k, str)][:6]) or "nothing"
+        nested = [
+            k for value in data.values() if isinstance(value, dict) for k in value if isinstance(k, str)
+        ]
     raise UsageError(
-        f"{file}: expected a released ExtreMA checkpoint with `state_dict`, found: {found}"
-        + (f"; this looks like {closest}" if closest else "")
-    )
-
-
-def _is_state(part: Any) -> bool:
-    return (
-        isinstance(part, dict)
-        and len(part) > 0
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in part.items())
+        f"{file}: expected a released ExtreMA checkpoint with `state_dict`, found: {found}{looks_like(nested)}"
     )
 
 
 def _networks(state: Mapping[str, Tensor], file: Path) -> Networks:
-    if any(
-        k.startswith(tuple(f"module.{p}" for p in _BRANCH)) or k.startswith(tuple(_BRANCH)) for k in state
-    ):
-        return _pretraining(state, file)
     # data-parallel training wraps the model
-    if all(k.startswith("module.") for k in state):
-        state = {k.removeprefix("module."): v for k, v in state.items()}
-    return {SINGLE: _single(state, file)}
-
-
-def _pretraining(state: Mapping[str, Tensor], file: Path) -> Networks:
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    if not any(k.startswith(tuple(_BRANCHES)) for k in state):
+        return {SINGLE: _one_encoder(state, file)}
     networks: Networks = {"student": {}, "teacher": {}}
     unknown = []
     for key, value in state.items():
-        name = key.removeprefix("module.")
-        prefix = next((p for p in _BRANCH if name.startswith(p)), None)
+        prefix = next((p for p in _BRANCHES if key.startswith(p)), None)
         if prefix:
-            networks[_BRANCH[prefix]][name.removeprefix(prefix)] = value
-        elif name.startswith("predictor."):
-            networks["student"][name] = value
+            networks[_BRANCHES[prefix]][key.removeprefix(prefix)] = value
+        elif key.startswith("predictor."):
+            networks["student"][key] = value
         else:
             unknown.append(key)
     if not any("blocks_token." in k for k in state):
-        raise _foreign(networks["student"] or networks["teacher"], file, name_of(state))
+        raise _not_extrema(networks["student"] or networks["teacher"], file, looks_like(state))
     if unknown:
         raise UsageError(f"{file}: unknown keys: {first(unknown)}")
     if not networks["teacher"] or not networks["student"]:
@@ -155,76 +159,219 @@ def _pretraining(state: Mapping[str, Tensor], file: Path) -> Networks:
     return {name: _complete_bias(tensors) for name, tensors in networks.items()}
 
 
-def _single(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+def _one_encoder(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     """The tensors of one encoder; without class head its class token is not used."""
     state = _fold_layer_scale(own_names(state))
     has_head = any(k.startswith("blocks_token.") for k in state)
-    fine_tuned = "fc_norm.weight" in state and "norm.weight" not in state
-    if not has_head and fine_tuned:
+    if not has_head and "fc_norm.weight" in state and "norm.weight" not in state:
         # the official fine-tuning keeps the parameter and never reads it
         state.pop("cls_token", None)
-    if not any(k.startswith("blocks.0.") for k in state) or (not has_head and "cls_token" in state):
-        raise _foreign(state, file, name_of(state))
-    if strange := [k for k in state if not _KNOWN.match(k)]:
-        # complete, and with parts that an encoder has no place for
-        raise _foreign(state, file, name_of(state), strange)
+    incomplete = not any(k.startswith("blocks.0.") for k in state) or (not has_head and "cls_token" in state)
+    if incomplete or not all(_KNOWN.match(k) for k in state):
+        raise _not_extrema(state, file, looks_like(state))
     if any(k.startswith("head.0.running_") for k in state):
         log.info("%s: the linear probe's head is left out; features are as pretrained", file.name)
     return _complete_bias(state)
 
 
 def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by our names, also of an export as timm's Cait."""
+    """Tensors by our names, also those of an older version's export for timm's Cait."""
     return {k.replace("blocks_token_only.", "blocks_token."): v for k, v in state.items()}
 
 
 def _fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Layer scale of trunk blocks (an option of the official fine-tuning) put into the projections before it."""
+    """Puts layer scale of trunk blocks (an option of the official fine-tuning) into the projections before it."""
     for key in [k for k in state if re.match(r"blocks\.\d+\.gamma_[12]$", k)]:
         block, _, which = key.rpartition(".")
         target = f"{block}.{'attn.proj' if which == 'gamma_1' else 'mlp.fc2'}"
-        parts = [state.get(f"{target}.{part}") for part in ("weight", "bias")]
-        if all(p is not None and p.shape[:1] == state[key].shape for p in parts):
+        weight, bias = (state.get(f"{target}.{name}") for name in ("weight", "bias"))
+        if weight is not None and bias is not None and weight.shape[:1] == bias.shape == state[key].shape:
             gamma = state.pop(key).float()
-            for part, value in zip(("weight", "bias"), parts, strict=True):
-                state[f"{target}.{part}"] = value.float() * gamma.view(-1, *[1] * (value.dim() - 1))
+            state[f"{target}.weight"] = weight.float() * gamma.view(-1, *[1] * (weight.dim() - 1))
+            state[f"{target}.bias"] = bias.float() * gamma
     return state
 
 
 def _complete_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Encoders trained without qkv bias: a bias of zeros is the same."""
+    """Adds zeros as qkv bias to an encoder trained without one."""
     names = [k for k in state if k.endswith("attn.qkv.weight")]
-    if names and not any(k.endswith("attn.qkv.bias") for k in state):
+    if not any(k.endswith("attn.qkv.bias") for k in state):
         for k in names:
             state[k.removesuffix("weight") + "bias"] = torch.zeros(state[k].shape[0])
     return state
 
 
-def _foreign(
-    state: Mapping[str, Tensor], file: Path, closest: str | None, extra: list[str] | None = None
-) -> UsageError:
-    missing = [k for k in _NEEDED if k not in state]
-    extra = extra or [k for k in state if not _KNOWN.match(k)]
-    parts = [f"missing: {first(missing)}"] if missing else []
-    parts += [f"extra: {first(extra)}"] if extra else []
-    looks = f"; this looks like {closest}" if closest else ""
-    hint = "; timm loads it, and extrema_fast.accelerate encodes masked images with it" if (
-        closest and "ViT of timm" in closest
-    ) else ""  # fmt: skip
-    return UsageError(f"{file}: not ExtreMA weights ({'; '.join(parts) or 'no encoder in it'}){looks}{hint}")
+def _not_extrema(state: Mapping[str, Tensor], file: Path, whose: str) -> UsageError:
+    missing, extra = [k for k in _NEEDED if k not in state], [k for k in state if not _KNOWN.match(k)]
+    found = {"missing": missing, "extra": extra}
+    parts = "; ".join(f"{what}: {first(keys)}" for what, keys in found.items() if keys)
+    return UsageError(f"{file}: not ExtreMA weights ({parts or 'no encoder in it'}){whose}")
 
 
-def _head_options(networks: Networks) -> dict[str, int]:
-    shapes = [networks.get(w, {}).get(k) for w, k in _HEADS.values()]
-    if any(s is None for s in shapes):
-        return {}
-    return dict(zip(_HEADS, (len(s) for s in shapes), strict=True))
+# ---- the architecture -----------------------------------------------------------------------------
 
 
-def _source(data: Any, file: Path) -> dict[str, Any]:
-    epoch, arch = (data.get(k) if isinstance(data, dict) else None for k in ("epoch", "arch"))
+def first(names: Iterable[str], count: int = 3) -> str:
+    """The first few names, for a message."""
+    names = list(names)
+    return ", ".join(names[:count]) + (" ..." if len(names) > count else "")
+
+
+def is_projector(key: str) -> bool:
+    """Keys of the training heads: `head.` followed by a number (a classifier is `head.weight`, `head.bias`)."""
+    return bool(re.match(r"head\.\d", key)) or key.startswith("predictor.")
+
+
+def _count_blocks(keys: Iterable[str], prefix: str) -> int:
+    """1 + the largest N of `prefix.N.`; 0 without any."""
+    return max((int(m[1]) + 1 for k in keys if (m := re.match(rf"{prefix}\.(\d{{1,6}})\.", k))), default=0)
+
+
+def _dimensions(shapes: Shapes, source: str) -> dict[str, int]:
+    """The dimensions of an encoder, from the shapes of its tensors."""
+    try:
+        kernel, table, fc1 = (
+            shapes[k] for k in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
+        )
+    except KeyError as error:
+        raise UsageError(f"{source}: not an ExtreMA encoder, {error.args[0]} is missing") from None
+    if len(kernel) != 4 or kernel[2] != kernel[3] or len(table) != 3 or table[::2] != (1, kernel[0]):
+        raise UsageError(
+            f"{source}: not an ExtreMA encoder, patch_embed.proj.weight is {list(kernel)} "
+            f"and pos_embed {list(table)}"
+        )
+    if not all((*kernel, *table, *fc1)):
+        raise UsageError(f"{source}: not an ExtreMA encoder, it has tensors without values")
     return {
-        "file": file.name,
-        "arch": arch[:80] if isinstance(arch, str) else "",
-        "epoch": epoch if isinstance(epoch, int) else None,
+        "width": kernel[0],
+        "depth": _count_blocks(shapes, "blocks"),
+        "pool_depth": _count_blocks(shapes, "blocks_token"),
+        "patch_size": kernel[2],
+        "in_chans": kernel[1],
+        "hidden": fc1[0],
+        "patches": table[1],
     }
+
+
+def check_architecture(model: ModelConfig, options: Mapping[str, Any], shapes: Shapes, source: str) -> None:
+    """Raises UsageError where a description claims another architecture than its tensors have."""
+    found = _dimensions(shapes, source)
+    width, depth, _ = model.shape
+    claimed = {
+        "width": width,
+        "depth": depth,
+        "pool_depth": model.pool_depth if options["global_pool"] != "avg" else found["pool_depth"],
+        "patch_size": model.patch_size,
+        "in_chans": options["in_chans"] or model.in_chans,
+        "hidden": int(width * model.mlp_ratio),
+        "patches": model.num_patches,
+    }
+    misfit = f"{source}: the weights do not fit this architecture"
+    for name, value in claimed.items():
+        if value != found[name]:
+            raise UsageError(f"{misfit}: {name} is {value} in its description, {found[name]} in its tensors")
+    classes = options["num_classes"]
+    if classes and shapes.get("head.weight") != (classes, width):
+        head = list(shapes["head.weight"]) if "head.weight" in shapes else "missing"
+        raise UsageError(f"{misfit}: {classes} classes in its description, head.weight is {head}")
+    # a few small tensors with the right names could otherwise ask for an encoder of any depth
+    needed = (depth + found["pool_depth"]) * width * (4 * width + 2 * found["hidden"])
+    held = sum(math.prod(shape) for shape in shapes.values())
+    if needed > 2 * held + 1_000_000:
+        raise UsageError(
+            f"{source}: not an ExtreMA encoder, {depth} blocks of width {width} have {needed} numbers, "
+            f"the file holds {held}"
+        )
+
+
+def is_sincos(table: Tensor, grid: tuple[int, int], trained: tuple[int, int] | None = None) -> bool:
+    """Whether a position table [1, N, D] is the fixed one of `grid`, scaled to the grid `trained` if given."""
+    wanted = sincos_table(table.shape[2], grid, torch.float64, trained)
+    # files of half precision hold it rounded, values below 1 by a quarter of eps at most
+    tolerance = SINCOS_TOLERANCE + torch.finfo(table.dtype).eps / 4
+    return bool((table[0].double() - wanted).abs().max() <= tolerance)
+
+
+def _find_grid(table: Tensor, grid: tuple[int, int] | None, source: str) -> tuple[tuple[int, int], bool]:
+    """(rows, columns) of a position table [1, N, D], and whether it is the fixed sin-cos table.
+
+    The values of a fixed table tell its grid; a learned one is taken as square unless `grid` is given.
+    """
+    n, width = table.shape[1:]
+    if grid is not None and grid[0] * grid[1] != n:
+        raise UsageError(f"{source}: grid {grid[0]} x {grid[1]} for a position table of {n} rows")
+    side = math.isqrt(n)
+    # the square first: nearly all tables are
+    grids = sorted(((r, n // r) for r in range(1, n + 1) if n % r == 0), key=lambda g: abs(g[0] - side))
+    for candidate in [grid] if grid else grids:
+        if width % 4 == 0 and is_sincos(table, candidate):
+            return candidate, True
+    if grid is None and side * side != n:
+        raise UsageError(
+            f"{source}: the position table has {n} rows, expected a square grid; give it as grid=(rows, columns)"
+        )
+    return grid or (side, side), False
+
+
+def infer_architecture(
+    state: Mapping[str, Tensor],
+    source: str,
+    grid: tuple[int, int] | None = None,
+    num_heads: int | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model and encoder options of a description, from the tensors of one encoder.
+
+    Args:
+        state: Tensors of the encoder, by our names.
+        source: Its name in messages.
+        grid: Rows and columns of the patches, where the position table does not tell.
+        num_heads: Heads of the trunk, which leave no trace in shapes; default width / 64, as in all released sizes.
+
+    Raises:
+        UsageError: names what is missing, contradictory, or cannot be inferred.
+    """
+    found = _dimensions({k: tuple(v.shape) for k, v in state.items()}, source)
+    width, depth, patch, chans = (found[k] for k in ("width", "depth", "patch_size", "in_chans"))
+    if num_heads is None and width % HEAD_DIM:
+        raise UsageError(
+            f"{source}: width {width} is not a multiple of {HEAD_DIM}, which gives no number of heads; "
+            "give num_heads"
+        )
+    heads = width // HEAD_DIM if num_heads is None else num_heads
+    if heads < 1 or width % heads:
+        raise UsageError(f"{source}: num_heads {num_heads} does not divide the width {width}")
+    grid, fixed = _find_grid(state["pos_embed"], grid, source)
+    gamma = state.get("blocks_token.0.gamma_1")
+    # trained values differ by channel; only a new encoder would start from their mean
+    scale = 0.1 if gamma is None else float(gamma.float().mean())
+    # the name of this shape, or of the one closest in width
+    size = min(SIZES, key=lambda name: (SIZES[name] != (width, depth, heads), abs(SIZES[name][0] - width)))
+    try:
+        model = ModelConfig(
+            size=size,
+            img_size=(grid[0] * patch, grid[1] * patch),
+            patch_size=patch,
+            in_chans=chans if chans in (1, 3) else 3,
+            width=width,
+            depth=depth,
+            heads=heads,
+            mlp_ratio=mlp_ratio(found["hidden"], width),
+            pool_depth=found["pool_depth"] or 2,
+            layer_scale=scale if math.isfinite(scale) and scale else 0.1,
+        )
+    except UsageError as error:
+        raise UsageError(f"{source}: not an ExtreMA encoder, {error}") from None
+    options = {
+        "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
+        "in_chans": chans,
+        "global_pool": "token" if found["pool_depth"] else "avg",
+        "fc_norm": "fc_norm.weight" in state,
+        "pos_embed": "sincos" if fixed else "learned",
+    }
+    return to_dict(model), options
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """A ratio for which int(width * ratio) is exactly `hidden`."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -22,7 +22,7 @@ from extrema_fast.evaluation import evaluate as evals
 from extrema_fast.evaluation.collapse import collapse_warnings
 from extrema_fast.evaluation.probes import attention_entropy, indicators, knn, linear_probe
 from extrema_fast.models.extrema import ExtreMA
-from extrema_fast.weights.load import save_weights, weights_meta
+from extrema_fast.weights.folder import save_weights, weights_meta
 
 
 def blobs(n: int, d: int, classes: int, gap: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

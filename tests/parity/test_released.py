@@ -2,7 +2,7 @@
 
 Covers, for every vector found: keep indices and position table, features, projections, prediction,
 target, trunk tokens, loss, every gradient, the EMA update and the AdamW step; relative error <= 1e-9.
-And the published checkpoint format through `extrema-fast import`, and its exports (TorchScript, stock timm ViT,
+And the published checkpoint format through `extrema-fast import`, and its exports (torch.export, stock timm ViT,
 ONNX) against the same numbers.
 """
 
@@ -208,7 +208,6 @@ def test_import_of_the_released_format(tmp_path, capsys):
 
 
 @pytest.mark.skipif(not (FOLDER / "released_format.pth").is_file(), reason=WHY)
-@pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
 @pytest.mark.parametrize("which", ["student", "teacher"])
 def test_exports_of_the_released_format(tmp_path, which):
     from extrema_fast.weights.export import export
@@ -221,10 +220,10 @@ def test_exports_of_the_released_format(tmp_path, which):
     with torch.no_grad():
         tokens = norm(raw)
 
-    export(FOLDER / "released_format.pth", tmp_path / "script", "torchscript", which=which)
+    export(FOLDER / "released_format.pth", tmp_path / "program", "torch-export", which=which)
     with torch.no_grad():
-        script = torch.jit.load(str(tmp_path / "script" / "model.ts"))(images)
-    assert error(script[0], features) <= 1e-5 and error(script[1], tokens) <= 1e-5
+        out = torch.export.load(tmp_path / "program" / "model.pt2").module()(images)
+    assert error(out[0], features) <= 1e-5 and error(out[1], tokens) <= 1e-5
 
     mend_torchvision()
     if importlib.util.find_spec("timm"):

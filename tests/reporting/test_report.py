@@ -33,7 +33,7 @@ from extrema_fast.reporting.figures import (
     token_colors,
 )
 from extrema_fast.reporting.report import last_attempts, report
-from extrema_fast.weights.load import save_weights, weights_meta
+from extrema_fast.weights.folder import save_weights, weights_meta
 
 VOID = {"meta", "img", "br"}
 

@@ -31,7 +31,8 @@ from extrema_fast.errors import DataError, NonFiniteError, StorageError, UsageEr
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.tools.embed import describe, embed
 from extrema_fast.tools.embeddings import load_embeddings
-from extrema_fast.weights.load import load_encoder, save_weights, weights_meta
+from extrema_fast.weights.folder import save_weights, weights_meta
+from extrema_fast.weights.load import load_encoder
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 

@@ -27,7 +27,7 @@ from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.tools.contact_sheet import GAP, MARGIN, SIDE, Tile, write_sheet
 from extrema_fast.tools.embed import embed
 from extrema_fast.tools.search import format_table, nearest, search
-from extrema_fast.weights.load import save_weights, weights_meta
+from extrema_fast.weights.folder import save_weights, weights_meta
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 

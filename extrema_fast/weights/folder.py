@@ -1,0 +1,466 @@
+"""Weights folders and weight files: written, found, described, and read without running anything in them.
+
+A weights folder is readable alone:
+
+    config.json           architecture, normalization, heads, where the weights come from
+    teacher.safetensors   encoder keys; projector as head.*
+    student.safetensors   the same, plus predictor.*
+
+A folder of one network (an export, an imported fine-tuning) has `model.safetensors` instead. A `config.json` of timm
+or Hugging Face holds the description under `extrema_fast`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import zipfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .. import __version__
+from ..config import Config, ModelConfig, config_hash, did_you_mean, from_dict, to_dict
+from ..errors import StorageError, UsageError
+from ..files import read_json
+
+FORMAT = "extrema-fast-weights"
+VERSION = 1
+WHICH = ("teacher", "student")
+# name of a network that is not known to be either
+SINGLE = "model"
+
+# what `import` and `export` write, in older versions too; `--force` replaces no folder with anything else in it
+OWN_FILES = (
+    "config.json", "README.md", "preprocessor_config.json", "teacher.safetensors", "student.safetensors",
+    "model.safetensors", "model.onnx", "model.onnx.data", "model.pt2", "model.ts",
+)  # fmt: skip
+
+
+# ---- writing --------------------------------------------------------------------------------------
+
+
+def method_tensors(method: Any, which: str) -> dict[str, Tensor]:
+    """All tensors of one network of an `ExtreMA`, by the names of a weights file (no copies)."""
+    branch = method.student_branch if which == "student" else method.teacher_branch
+    tensors = dict(branch.encoder.state_dict())
+    tensors |= {f"head.{k}": v for k, v in branch.projector.state_dict().items()}
+    if which == "student":
+        tensors |= {f"predictor.{k}": v for k, v in branch.predictor.state_dict().items()}
+    return tensors
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file; tensors that share memory are stored separately."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
+    # safetensors ignores the umask: only the owner could read its files
+    file.chmod(mode)
+
+
+def write_json(file: Path, data: Mapping[str, Any]) -> None:
+    """Writes an indented JSON file."""
+    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def described(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """`meta` with the entries by which a description of weights is recognized."""
+    return {"format": FORMAT, "version": VERSION, "software": f"extrema-fast {__version__}", **meta}
+
+
+def write_folder(folder: Path, meta: Mapping[str, Any], networks: Mapping[str, Mapping[str, Tensor]]) -> Path:
+    """Writes the tensors of each network, then `config.json`: a folder without it is not complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tensors in networks.items():
+        write_tensors(folder / f"{name}.safetensors", tensors)
+    write_json(folder / "config.json", described(meta))
+    return folder
+
+
+def save_weights(folder: str | Path, method: Any, meta: Mapping[str, Any]) -> Path:
+    """Writes both networks of an `ExtreMA` into a weights folder.
+
+    Args:
+        folder: Where to write; made if it is not there.
+        method: The `ExtreMA`.
+        meta: Its description, as of `weights_meta` (`model` at least).
+
+    Returns:
+        The folder.
+    """
+    return write_folder(Path(folder), meta, {which: method_tensors(method, which) for which in WHICH})
+
+
+def weights_meta(cfg: Config, step: int) -> dict[str, Any]:
+    """The description of weights saved at `step` of a run with configuration `cfg`."""
+    data = to_dict(cfg)
+    model, mean, std = data["model"], data["data"]["mean"], data["data"]["std"]
+    return {
+        "model": model,
+        "data": {"mean": mean, "std": std},
+        "input": input_meta((model["in_chans"], *model["img_size"]), mean, std),
+        "head": data["head"],
+        "seed": cfg.train.seed,
+        "step": step,
+        "images": step * cfg.train.batch_size,
+        "config_hash": config_hash(cfg),
+    }
+
+
+def input_meta(
+    input_size: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bilinear",
+    crop_pct: float = 0.875,
+) -> dict[str, Any]:
+    """The images an encoder expects: size [C, H, W], channel names, range and statistics, resizing."""
+    names = {1: ["gray"], 3: ["red", "green", "blue"]}
+    chans = int(input_size[0])
+    return {
+        "input_size": list(input_size),
+        "channels": names.get(chans, [f"channel {i}" for i in range(chans)]),
+        "value_range": [0.0, 1.0],
+        "mean": list(mean),
+        "std": list(std),
+        "interpolation": interpolation,
+        "crop_pct": crop_pct,
+    }
+
+
+# ---- finding --------------------------------------------------------------------------------------
+
+
+def weights_folder(path: Path) -> Path:
+    """The weights folder meant by `path`: itself, or the newest one of a run folder."""
+    if not path.exists():
+        raise UsageError(
+            f"{path}: no such file or folder; expected a run folder, a weights folder or file, an exported "
+            "folder or a released .pth"
+        )
+    if not path.is_dir():
+        raise UsageError(f"{path}: neither a file nor a folder")
+    if networks_in(path):
+        return path
+    found = sorted(p for p in (path / "weights").glob("step_*") if networks_in(p))
+    if found:
+        return found[-1]
+    raise UsageError(f"{path}: {_found_instead(path)}")
+
+
+def networks_in(folder: Path) -> list[str]:
+    """The networks of a complete weights folder: teacher and student, or one; [] for any other folder."""
+    if not (folder / "config.json").is_file():
+        return []
+    return [name for name in (*WHICH, SINGLE) if (folder / f"{name}.safetensors").is_file()]
+
+
+def _found_instead(path: Path) -> str:
+    names = sorted(p.name for p in path.iterdir())
+    inside = ", ".join(names[:6]) or "nothing"
+    if "log.jsonl" in names:
+        return f"this run has saved no weights yet (found: {inside})"
+    if "COMPLETE" in names or "state.safetensors" in names:
+        return "a checkpoint of a run; its weights are in the run folder's weights/step_*"
+    for name in ("model.onnx", "model.pt2", "model.ts"):
+        if name in names:
+            return (
+                f"an exported graph ({name}), which runs without this project; give the weights it came from"
+            )
+    for name in names:
+        if name.endswith((".safetensors", ".pth", ".pt", ".bin")):
+            return f"no weights folder (config.json is missing); to read one file give {path / name}"
+    return (
+        f"neither a run folder (weights/step_*/) nor a weights folder (config.json, teacher.safetensors); "
+        f"found: {inside}"
+    )
+
+
+def choose(names: Sequence[str], which: str | None, source: str | Path, meta: Mapping[str, Any]) -> str:
+    """The network of `names` that `which` means; None: the one the description names, else the teacher.
+
+    A network not known to be either (a bare file, a fine-tuned one) answers to any name.
+    """
+    if which is not None and which not in WHICH:
+        raise UsageError(f"which: expected 'teacher' or 'student', got {which!r}")
+    meant = which or (meta.get("which") if meta.get("which") in WHICH else "teacher")
+    for name in (meant, SINGLE):
+        if name in names:
+            return name
+    raise UsageError(f"{source}: holds no {meant} weights; it holds: {', '.join(names)}")
+
+
+def check_replaceable(out: Path, force: bool = False) -> None:
+    """Raises UsageError unless `out` is free or empty, or an earlier import or export that `force` replaces."""
+    only = f"{out}: --force replaces an import or an export only, and"
+    try:
+        if out.is_symlink():
+            raise UsageError(f"{out}: is a symbolic link; name the folder itself, or another one")
+        if not out.exists():
+            return
+        if not out.is_dir():
+            raise UsageError(f"{out}: exists and is not a folder; choose another one")
+        inside = sorted(p.name for p in out.iterdir())
+        if inside and not force:
+            raise UsageError(
+                f"{out}: exists and is not empty; choose another folder, or --force to replace it"
+            )
+        for name in inside:
+            if name not in OWN_FILES or not (out / name).is_file():
+                raise UsageError(f"{only} here is {name}")
+        if inside and not {"source", "export"} & _own_description(out).keys():
+            raise UsageError(f"{only} this is neither")
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written ({error})") from None
+
+
+# ---- descriptions ---------------------------------------------------------------------------------
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The checked description of a weights folder; nothing of the size it claims is allocated.
+
+    Raises:
+        UsageError: `config.json` is damaged, another program's, of a newer version, or makes no sense.
+    """
+    file = folder / "config.json"
+    data = read_json(file)
+    meta = _own_part(data)
+    if meta.get("format") != FORMAT:
+        alone = "".join(
+            f"; to read tensors alone give {folder / n}.safetensors" for n in networks_in(folder)[:1]
+        )
+        raise UsageError(f"{file}: not a weights description ({_owner(data)}){alone}")
+    version = meta.get("version")
+    if type(version) is not int or version > VERSION:
+        raise UsageError(
+            f"{file}: not a weights description of version {VERSION} (version {str(version)[:20]}, "
+            f"{str(meta.get('software', 'a newer extrema-fast'))[:60]}); update extrema-fast"
+        )
+    try:
+        model_config(meta)
+        _check_tables(meta)
+    except (ValueError, KeyError, TypeError, OverflowError, ZeroDivisionError) as error:
+        raise UsageError(f"{file}: not a weights description ({_line(error)})") from None
+    return meta
+
+
+def is_described(folder: Path) -> bool:
+    """Whether `config.json` of a folder has a description of ours (which may still make no sense)."""
+    return bool(_own_description(folder))
+
+
+def _own_description(folder: Path) -> dict[str, Any]:
+    """The unchecked description of ours in a folder, or {}."""
+    try:
+        meta = _own_part(read_json(folder / "config.json"))
+    except UsageError:
+        return {}
+    return meta if meta.get("format") == FORMAT else {}
+
+
+def _own_part(data: dict[str, Any]) -> dict[str, Any]:
+    own = data.get("extrema_fast")
+    return own if isinstance(own, dict) else data
+
+
+def _owner(data: Mapping[str, Any]) -> str:
+    owners = {"model_type": "Hugging Face", "architectures": "Hugging Face", "architecture": "timm"}
+    for key, owner in owners.items():
+        if key in data:
+            return f"one of {owner}'s, of {str(data[key])[:80]}; nothing named there is loaded"
+    return f"`format` is not {FORMAT}"
+
+
+def model_config(meta: Mapping[str, Any]) -> ModelConfig:
+    """The architecture in a description; nothing of that size is allocated."""
+    # one view of all tokens: valid for any grid
+    return from_dict({"model": meta["model"], "mask": {"ratio": 0.0, "views": 1}}, Config()).model
+
+
+# options of the encoder that a description may hold, with their values where it does not
+ENCODER_OPTIONS: dict[str, Any] = {
+    "num_classes": 0,
+    "in_chans": None,
+    "global_pool": "token",
+    "fc_norm": False,
+    "pos_embed": "sincos",
+    "pos_coords": "absolute",
+    "pos_grid": None,
+}
+
+
+def encoder_options(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the encoder in a checked description."""
+    return {**ENCODER_OPTIONS, **meta.get("encoder", {})}
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_numbers(value: Any, above: float = -math.inf) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(type(v) in (int, float) and above < v < math.inf for v in value)
+    )
+
+
+# what the tables of a description may hold
+_CHECKS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "encoder": {
+        "num_classes": _is_count,
+        "in_chans": lambda v: v is None or _is_count(v, 1),
+        "global_pool": _is_text,
+        "fc_norm": lambda v: type(v) is bool,
+        "pos_embed": _is_text,
+        "pos_coords": _is_text,
+        "pos_grid": lambda v: (
+            v is None or (isinstance(v, list) and len(v) == 2 and all(_is_count(n, 1) for n in v))
+        ),
+    },
+    "data": {"mean": _are_numbers, "std": lambda v: _are_numbers(v, above=0)},
+    "input": {"interpolation": _is_text, "crop_pct": lambda v: _are_numbers([v]) and 0 <= v <= 1},
+}
+
+
+def _check_tables(meta: Mapping[str, Any]) -> None:
+    for name, checks in _CHECKS.items():
+        table = meta.get(name, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"{name}: expected a table, got {str(table)[:40]}")
+        if name == "encoder" and (unknown := [key for key in table if key not in checks]):
+            raise UsageError(f"unknown option encoder.{unknown[0]}{did_you_mean(unknown[0], list(checks))}")
+        for key, check in checks.items():
+            # normalization has no part that could be left out
+            if (key in table or (name == "data" and name in meta)) and not check(table.get(key)):
+                raise UsageError(f"{name}.{key}: {str(table.get(key))[:40]} makes no sense")
+
+
+# ---- files that nobody vouches for ----------------------------------------------------------------
+
+
+def file_kind(path: Path) -> str:
+    """What a file's first bytes say: `safetensors`, `torchscript`, `torch-export`, `onnx`, or `torch` for the rest."""
+    try:
+        with open(path, "rb") as f:
+            head = f.read(9)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({_line(error)})") from None
+    if head.startswith(b"PK\x03\x04"):
+        try:
+            with zipfile.ZipFile(path) as z:
+                names = z.namelist()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+            return "torch"
+        if any(n.endswith("/constants.pkl") for n in names):
+            return "torchscript"
+        return "torch-export" if any(n.endswith("archive_format") for n in names) else "torch"
+    if head[8:] == b"{":
+        return "safetensors"
+    return "onnx" if path.suffix == ".onnx" else "torch"
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, checked by `check_tensors`."""
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"{path}: damaged or not a safetensors file ({_line(error)})") from None
+    check_tensors(state, path)
+    return state
+
+
+def read_torch(path: Path) -> Any:
+    """What `torch.save` wrote, if it is tensors and plain data only; tensors may be memory-mapped.
+
+    `argparse.Namespace` is allowed: training scripts save their arguments, and it holds plain values.
+    """
+    zipped = zipfile.is_zipfile(path)
+    try:
+        if zipped:
+            with zipfile.ZipFile(path) as z:
+                # torch never compresses, and compressed entries could expand to any size
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in z.infolist()):
+                    raise ValueError("compressed entries")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:
+        # damaged bytes fail in many ways, and torch's own text advises an unsafe load
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (
+            f"it holds code: {code[1]}" if code else f"damaged or not from torch.save: {type(error).__name__}"
+        )
+        raise UsageError(f"{path}: not a checkpoint that can be read safely ({reason})") from None
+
+
+def check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises UsageError unless all are plain, dense, floating-point tensors no larger than the file.
+
+    A view can claim any shape over a few bytes; copying it would fill the memory.
+    """
+    for name, value in state.items():
+        if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided:
+            raise UsageError(f"{path}: {name} is not a dense tensor")
+        if not value.is_floating_point():
+            raise UsageError(
+                f"{path}: {name} is {value.dtype}; weights are floating-point numbers{looks_like(state)}"
+            )
+        if value.device.type != "cpu":
+            raise UsageError(f"{path}: {name} holds no values (device {value.device.type})")
+        if value.dim() == 0:
+            raise UsageError(f"{path}: {name} is a single number; weights have at least one dimension")
+    claimed = sum(v.numel() * v.element_size() for v in state.values())
+    # tied tensors are counted twice
+    if claimed > 2 * path.stat().st_size:
+        raise UsageError(
+            f"{path}: its tensors claim {claimed} bytes, the file has {path.stat().st_size}; not read"
+        )
+
+
+# (name, patterns of which each must match some key, a pattern that no key may match), most specific first
+_OTHERS: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
+    ("a DINOv3 ViT", (r"storage_tokens$|rope_embed\.",), None),
+    ("a DINOv2 ViT", (r"mask_token$", r"blocks\.\d+\.(\d+\.)?ls1\.gamma"), None),
+    ("an I-JEPA checkpoint", (r"predictor_blocks\.|predictor_embed\.",), None),
+    ("an MAE checkpoint", (r"decoder_blocks\.|decoder_embed\.|decoder_pos_embed",), None),
+    ("an OpenCLIP model", (r"visual\.transformer\.resblocks|visual\.trunk\.",), None),
+    ("a Hugging Face ViT", (r"embeddings\.patch_embeddings|attention\.attention\.query",), None),
+    ("a torchvision ViT", (r"encoder\.layers\.encoder_layer_0", r"conv_proj\."), None),
+    ("a BEiT model", (r"attn\.q_bias$|relative_position_bias_table",), r"layers\.\d"),
+    ("a Swin transformer", (r"layers\.\d+\.blocks\.\d+\.attn",), None),
+    ("a MoCo v3 checkpoint", (r"base_encoder\.", r"momentum_encoder\."), r"blocks_token\."),
+    ("a CaiT model", (r"blocks_token_only\.",), None),
+    ("a ResNet", (r"layer1\.0\.conv1",), None),
+    ("a DINO checkpoint", (r"backbone\.blocks\.\d+\.attn\.qkv",), None),
+    ("a ViT of timm, with a class token among the patches", (r"cls_token$", r"blocks\.\d+\.attn\.qkv"), None),
+    ("a ViT of timm", (r"blocks\.\d+\.attn\.qkv",), None),
+)
+_TIMM_HINT = "; timm loads it, and extrema_fast.accelerate encodes masked images with it"
+
+
+def looks_like(keys: Collection[str]) -> str:
+    """The end of an error message: whose checkpoint has such keys, or nothing."""
+    for name, needed, excluded in _OTHERS:
+        if all(any(re.search(p, k) for k in keys) for p in needed):
+            if excluded is None or not any(re.search(excluded, k) for k in keys):
+                return f"; this looks like {name}" + (_TIMM_HINT if "ViT of timm" in name else "")
+    return ""
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) < 200 else text[:200] + " ..."
