@@ -332,17 +332,7 @@ def _profile(args: list[str]) -> None:
     if ours.json:
         print(json.dumps(result, indent=1))
         return
-    try:
-        from rich.console import Console
-
-        terminal = Console()
-    except ImportError:
-        terminal = None
-    if terminal is not None and terminal.is_terminal:
-        terminal.print(profile.rich_table(result))
-        print(profile.summary(result))
-    else:
-        print(profile.describe(result))
+    print(profile.describe(result))
     print(f"{out}: trace.json.gz (ui.perfetto.dev), profile.json, profile.txt")
 
 

@@ -12,10 +12,12 @@ from .. import rng
 from ..config import DataConfig
 from ..kernels.color_views.reference import color_params, normalize
 from ..ops import dispatch as ops
+from ..ops.scope import scoped
 
 __all__ = ["color_jitter", "jitter_params", "normalize"]
 
 
+@scoped("augment")
 def jitter_params(index: Tensor, cfg: DataConfig, *, seed: int, epoch: int) -> Tensor | None:
     """Random parameters of the color jitter.
 
@@ -34,6 +36,7 @@ def jitter_params(index: Tensor, cfg: DataConfig, *, seed: int, epoch: int) -> T
     )
 
 
+@scoped("augment")
 def color_jitter(
     images: Tensor, params: Tensor | None, cfg: DataConfig, in_chans: int = 3
 ) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import rng
+from ..ops.scope import scoped
 
 
 def scale_from_coins(coins: Tensor, rate: float) -> Tensor:
@@ -16,6 +17,7 @@ def scale_from_coins(coins: Tensor, rate: float) -> Tensor:
     return (coins >= drop).float() / (1 - drop)
 
 
+@scoped("masks")
 def drop_path_scale(
     index: Tensor, views: int, depth: int, rate: float, *, seed: int, epoch: int
 ) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..ops.linear import Linear
+from ..ops.scope import scope, scoped
 from .encoder import Encoder
 from .heads import mlp_head
 from .losses import byol_loss, gather_targets, infonce_loss
@@ -39,9 +40,14 @@ class StudentBranch(nn.Module):
 
     def forward(self, images: Tensor, keep: Tensor, path: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """images [b, C, H, W], keep [V, b, K] -> (prediction [V*b, d], class token [V*b, D])."""
-        tokens = self.encoder.trunk(self.encoder.embed(images, keep), path)
-        cls = self.encoder.norm(self.encoder.pool(tokens)[0])
-        return self.predictor(self.projector(cls)), cls
+        with scope("student/embed"):
+            tokens = self.encoder.embed(images, keep)
+        with scope("student/trunk"):
+            tokens = self.encoder.trunk(tokens, path)
+        with scope("student/pooling"):
+            cls = self.encoder.norm(self.encoder.pool(tokens)[0])
+        with scope("student/heads"):
+            return self.predictor(self.projector(cls)), cls
 
 
 class TeacherBranch(nn.Module):
@@ -60,8 +66,14 @@ class TeacherBranch(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [b, C, H, W] (all N tokens) -> (target [b, d], class token [b, D])."""
-        cls = self.encoder.norm(self.encoder.pool(self.encoder.trunk(self.encoder.embed(images)))[0])
-        return self.projector(cls), cls
+        with scope("teacher/embed"):
+            tokens = self.encoder.embed(images)
+        with scope("teacher/trunk"):
+            tokens = self.encoder.trunk(tokens)
+        with scope("teacher/pooling"):
+            cls = self.encoder.norm(self.encoder.pool(tokens)[0])
+        with scope("teacher/heads"):
+            return self.projector(cls), cls
 
 
 class ExtreMA(nn.Module):
@@ -156,6 +168,7 @@ class ExtreMA(nn.Module):
         if kept:
             torch._foreach_copy_([m.low for m in kept], [m.weight for m in kept])
 
+    @scoped("loss")
     def loss(self, prediction: Tensor, targets: Tensor, images: int, offset: int = 0) -> Tensor:
         """Loss of one micro-batch.
 

@@ -8,10 +8,12 @@ from torch import Tensor
 from ..config import keep_count
 from ..errors import UsageError
 from ..ops import dispatch as ops
+from ..ops.scope import scoped
 
 __all__ = ["keep_count", "keep_from_mask", "sample_views"]
 
 
+@scoped("masks")
 def sample_views(
     index: Tensor | int,
     num_patches: int,

@@ -1,14 +1,11 @@
-"""`extrema-fast profile`: a few real steps under torch's profiler, and a table of where their time goes.
+"""`extrema-fast profile`: a few real steps under torch's profiler, and a table of their time by component.
 
-Nothing in the training code knows of this: while a profile is taken, the functions and methods in `_SCOPES`,
-`_OF_METHOD` and `_OF_ENCODER` are replaced by ones that open a named range around the original. `trace.py` reads
-the result.
+The ranges in the code (`ops/scope.py`) are on while it runs; `trace.py` reads the trace.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -23,12 +20,11 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 
 from ..config import Config, local_batch, to_dict
-from ..data import augment
 from ..data.loader import Batch
 from ..distributed import World, start
 from ..errors import UsageError
 from ..files import write_file
-from ..models import drop_path, masking
+from ..ops.scope import recording
 from ..train import train_step
 from ..training.metrics import memory_gb
 from ..training.plan import flops_per_image, precision
@@ -39,21 +35,6 @@ from . import trace
 
 log = logging.getLogger(__name__)
 
-# functions by the module that defines them -> component
-_SCOPES = (
-    (augment, "jitter_params", "augment"),
-    (augment, "color_jitter", "augment"),
-    (masking, "sample_views", "masks"),
-    (drop_path, "drop_path_scale", "masks"),
-    (torch.nn.utils, "get_total_norm", trace.ACCUMULATE),
-    (torch.nn.utils, "clip_grads_with_norm_", trace.ACCUMULATE),
-)
-# methods of `ExtreMA` -> component
-_OF_METHOD = (("move_teacher", "optimizer and EMA"), ("refresh_low", "optimizer and EMA"))
-# methods of an encoder -> component, under the name of its branch
-_OF_ENCODER = (("embed", "embed"), ("trunk", "trunk"), ("pool", "pooling"))
-# compile modes whose graph holds the encoders: ranges inside would be lost, and are left out
-_WHOLE = ("loss", "step")
 # without a data set: batches of noise, used in turns
 _NOISE_BATCHES, _NOISE_IMAGES = 2, 1_000_000
 
@@ -87,7 +68,7 @@ def profile(
         run = build(cfg, world, source)  # type: ignore[arg-type]
         _announce(cfg, world, synthetic)
         compiles = compile_mode(cfg, world.device.type) != "none"
-        with _ranges(run), _fused_names() if compiles else contextlib.nullcontext():
+        with recording(), _fused_names() if compiles else contextlib.nullcontext():
             wrap(run)
             loaded = _noise(run) if synthetic else _loaded(run)
             with contextlib.closing(loaded):
@@ -115,57 +96,6 @@ def _announce(cfg: Config, world: World, synthetic: bool) -> None:
     )
     if world.device.type == "cpu" and flop > 1e13:
         log.warning("a step of this size takes minutes on a CPU; a smaller one: --train.batch-size 16")
-
-
-# ---- ranges -----------------------------------------------------------------------------------------
-
-
-def _ranged(function: Callable, name: str) -> Callable:
-    @functools.wraps(function)
-    def ranged(*args: Any, **options: Any) -> Any:
-        with record_function(trace.PREFIX + name):
-            return function(*args, **options)
-
-    return ranged
-
-
-@contextlib.contextmanager
-def _ranges(run: Run) -> Iterator[None]:
-    """Named ranges around the components of the method, for as long as the context lasts."""
-    undo: list[Callable[[], None]] = []
-
-    def replace(owner: Any, name: str, function: Callable) -> None:
-        # a method of an instance is found on its class: there is nothing to put back, only to remove
-        own = name in vars(owner)
-        before = getattr(owner, name)
-        setattr(owner, name, function)
-        undo.append(lambda: setattr(owner, name, before) if own else delattr(owner, name))
-
-    # a name imported from another module is a reference of its own
-    ours = [m for n, m in list(sys.modules.items()) if n.startswith("extrema_fast") and m is not None]
-    for module, name, component in _SCOPES:
-        original = getattr(module, name)
-        function = _ranged(original, component)
-        for m in {*ours, module}:
-            for key in [k for k, v in vars(m).items() if v is original]:
-                replace(m, key, function)
-    method = run.method
-    for name, component in _OF_METHOD:
-        replace(method, name, _ranged(getattr(method, name), component))
-    if compile_mode(run.cfg, run.world.device.type) not in _WHOLE:
-        replace(method, "loss", _ranged(method.loss, "loss"))
-        for branch, side in (("student", method.student_branch), ("teacher", method.teacher_branch)):
-            for name, component in _OF_ENCODER:
-                replace(side.encoder, name, _ranged(getattr(side.encoder, name), f"{branch}/{component}"))
-            for module, component in ((side.encoder.norm, "pooling"), (side.projector, "heads")):
-                replace(module, "forward", _ranged(module.forward, f"{branch}/{component}"))
-        predictor = method.predictor
-        replace(predictor, "forward", _ranged(predictor.forward, "student/heads"))
-    try:
-        yield
-    finally:
-        for function in reversed(undo):
-            function()
 
 
 @contextlib.contextmanager
@@ -412,18 +342,3 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join(
         [text(lines[0]), rule, *map(text, lines[1:-1]), rule, text(lines[-1]), "", summary(result)]
     )
-
-
-def rich_table(result: dict[str, Any]) -> Any:
-    """The table for a terminal; raises ImportError without rich."""
-    from rich.table import Table
-
-    grid = Table(title="where the time of a step goes")
-    for i, name in enumerate(HEADER):
-        grid.add_column(name, justify="right" if i else "left", no_wrap=True)
-    *rows, last = table(result)
-    for row in rows:
-        grid.add_row(*row)
-    grid.add_section()
-    grid.add_row(*last, style="bold")
-    return grid

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..ops.scope import PREFIX
 
-PREFIX = "extrema:"
 STEP = PREFIX + "STEP"
 COMPILED, GRAPH = "compiled graph", "CUDA graph"
 LINEARS, ATTENTION, REST = "trunk linears", "attention", "norm, GELU, residual, casts"
@@ -261,8 +261,6 @@ def _place(event: Event | None, forward: dict[int, Event], what: str = "") -> tu
             if scope == "trunk":
                 scope = {"product": LINEARS, "attention": ATTENTION}.get(what, REST)
             return branch, scope, any(x.name.startswith(_NODE) for x in e.up())
-        if e.name.startswith("Optimizer."):
-            return "", "optimizer and EMA", False
         if e.name.startswith(_NODE):
             if e.sequence < 0:
                 return "", ACCUMULATE, True

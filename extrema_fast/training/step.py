@@ -27,6 +27,7 @@ from ..models.losses import gather_targets
 from ..models.masking import sample_views
 from ..ops import dispatch as ops
 from ..ops.dispatch import AdamWEma
+from ..ops.scope import scope, scoped
 from .optim import gates_on_device, set_lr
 from .plan import precision
 from .run import Run
@@ -148,9 +149,10 @@ def compute(run: Run, parts: list[Part]) -> None:
     run.optimizer.zero_grad(set_to_none=True)
     loss = (run.gradients or gradients)(run, parts)
     params = [p for _, p in run.method.student_parameters()]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-    if run.cfg.optim.clip_grad:
-        torch.nn.utils.clip_grads_with_norm_(params, run.cfg.optim.clip_grad, norm)
+    with scope("gradient norm, accumulation"):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        if run.cfg.optim.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(params, run.cfg.optim.clip_grad, norm)
     # one process's bad step is everybody's
     bad = 1 - (loss.isfinite() & norm.isfinite()).double()
     bad, loss = run.world.sum(torch.stack([bad, loss.double()]))
@@ -264,6 +266,7 @@ def set_schedule(run: Run) -> float:
     return lr
 
 
+@scoped("optimizer and EMA")
 def update(run: Run, bad: Tensor) -> None:
     """Optimizer, then the teacher's move with the momentum of the next step; neither when `bad`.
 

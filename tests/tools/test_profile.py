@@ -3,7 +3,7 @@
 Covers: own time of nested ops, ranges, backward by sequence number, the trunk's split, accumulation, compiled
 regions, products and their FLOPs; kernels by their launches (other threads, memory copies, graph replays, fused
 kernels), overlapping streams; outlier steps; what is no trace; FLOPs of a real step against torch's counter;
-every component found in real steps and adding up to them; the training code as it was afterwards; files; the
+every component found in real steps and adding up to them; ranges on and off; files; the
 command's errors, its fallback without a data set, its output.
 """
 
@@ -18,12 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from extrema_fast import cli, train
 from extrema_fast.config import from_dict, preset
-from extrema_fast.data import augment
 from extrema_fast.data.loader import Batch
 from extrema_fast.distributed import World
 from extrema_fast.errors import UsageError
-from extrema_fast.models import drop_path, masking
 from extrema_fast.ops import dispatch as ops
+from extrema_fast.ops.scope import PREFIX, recording, scope, scoped
 from extrema_fast.tools import profile, trace
 from extrema_fast.training import step
 from extrema_fast.training.state import build, wrap
@@ -103,7 +102,10 @@ def test_own_time_and_backward_by_sequence_number():
         node(t, "ScaledDotProductBackward0", 6, lambda: t.op("aten::copy_", 8))
         node(t, "AddmmBackward0", 5, lambda: t.op("aten::mm", 30, **mm), lambda: t.op("aten::t", 2))
         node(t, "torch::autograd::AccumulateGrad", -1, lambda: t.op("aten::add_", 5))
-        t.op("Optimizer.step#AdamW.step", 3, lambda: t.op("aten::_fused_adamw_", 12), cat="user_annotation")
+        t.range(
+            "optimizer and EMA",
+            lambda: t.op("Optimizer.step", 3, lambda: t.op("aten::_fused_adamw_", 12), cat="user_annotation"),
+        )
         t.op("aten::isfinite", 1)
         t.now += 10
 
@@ -379,20 +381,25 @@ def test_files(profiled):
     assert len(trace.load(folder / "out/trace.json.gz")) > 1000
 
 
-def test_the_training_code_is_as_before():
-    run = build(TINY, World(torch.device("cpu")), range(1000))
-    watched = [
-        (augment, "color_jitter"), (step, "color_jitter"), (masking, "sample_views"), (step, "sample_views"),
-        (drop_path, "drop_path_scale"), (torch.nn.utils, "get_total_norm"),
-    ]  # fmt: skip
-    before = [getattr(m, n) for m, n in watched]
-    modules = [(m, set(vars(m))) for m in run.method.modules()]
-    with pytest.raises(KeyError), profile._ranges(run):
-        changed = [getattr(m, n) is not b for (m, n), b in zip(watched, before, strict=True)]
-        assert all(changed) and "trunk" in vars(run.method.student)
-        raise KeyError
-    assert [getattr(m, n) for m, n in watched] == before
-    assert all(set(vars(m)) == names for m, names in modules)
+def test_ranges_are_off_outside_a_profile_and_in_compiled_code():
+    @scoped("inner")
+    def inner(x):
+        return x * 2
+
+    def outer(x):
+        with scope("student/outer"):
+            return inner(x) + 1
+
+    def names(function):
+        with torch.profiler.profile() as profiler:
+            assert function(torch.ones(3)).tolist() == [3, 3, 3]
+        return [e.name for e in profiler.events() if e.name.startswith(PREFIX)]
+
+    compiled = torch.compile(outer, fullgraph=True, backend="eager")
+    assert names(outer) == names(compiled) == []
+    with recording():
+        assert names(outer) == ["extrema:student/outer", "extrema:inner"] and names(compiled) == []
+    assert names(outer) == []
 
 
 @pytest.mark.slow
