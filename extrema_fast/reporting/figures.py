@@ -106,7 +106,9 @@ def line_chart(title: str, series: Sequence[Series], *, percent: bool = False, z
         for side, spine in axes.spines.items():
             spine.set_visible(side == "bottom")
             spine.set_color(_TEXT)
-        figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=_TEXT, fontsize=8.5)
+        # long names would leave the figure in two columns
+        columns = 1 if max(len(line.get_label()) for line in axes.lines) > 40 else 2
+        figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=_TEXT, fontsize=8.5)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True)
     return _inline(out.getvalue(), title)
