@@ -1,4 +1,4 @@
-"""Sentences about a run that is collapsing, from its evaluations so far (method.md section 10)."""
+"""Sentences about a run that is collapsing, from its evaluations so far."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 PARTS = {
-    "teacher": "teacher class vector",
+    "teacher": "teacher class token",
     "teacher_proj": "teacher projection",
-    "student": "student class vector",
+    "student": "student class token",
     "student_proj": "student projection",
 }
 ADVICE = (
@@ -20,12 +20,16 @@ ADVICE = (
 
 
 def collapse_warnings(history: Sequence[dict[str, Any]], warmup_epochs: float = 0.0) -> list[str]:
-    """What the latest evaluation says about collapse, one sentence per rule broken.
+    """What the latest evaluation says about collapse, one sentence per broken rule.
 
-    history: results of `online_eval`, oldest first; history[0] is step 0, the random encoder, and
-             is the yardstick: a random encoder alone looks nearly collapsed (cosine .99), so an
-             absolute limit counts only where the run has not moved away from its start
-    returns  [] while healthy, and for a history of one
+    Args:
+        history: Results of `online_eval`, oldest first. history[0] is step 0, the random encoder, and the yardstick:
+            a random encoder alone looks nearly collapsed (cosine .99), so an absolute limit counts only where the run
+            has not moved away from its start.
+        warmup_epochs: Rules for the end of warm-up wait for it.
+
+    Returns:
+        [] while healthy, and for a history of one.
     """
     if len(history) < 2:
         return []
@@ -48,7 +52,7 @@ def collapse_warnings(history: Sequence[dict[str, Any]], warmup_epochs: float = 
 
     found = broken("std", lambda a, b, _: b < 0.5 * a or (b < 0.2 and b < 0.9 * a))
     if found:
-        warnings.append(f"features are contracting, deviation per dimension: {found}; {ADVICE}")
+        warnings.append(f"features are contracting, standard deviation per dimension: {found}; {ADVICE}")
     # passing 0.9 counts for a run that began below it; 0.998 unless the spread has doubled since
     found = broken("cosine", lambda a, b, _: b > 0.9 > a or (b > 0.998 and 1 - b < 2 * (1 - a)))
     if found:

@@ -1,11 +1,8 @@
-"""Evaluation of an encoder: always beside a random encoder and raw pixels.
+"""Evaluation of an encoder, always next to a random encoder and raw pixels.
 
-A cheap `online_eval` for the training loop, and the `evaluate`, `knn` and `probe` commands
-(method.md sections 7 and 10). The measures themselves are in `probes`, features in `features`.
-
-The probe and k-NN read the same features, after the final norm. The official probe takes the class
-vector before it and standardises each dimension; the final LayerNorm differs from that by one factor
-per image, so one extraction serves both.
+`online_eval` is the cheap one of the training loop; `evaluate`, `knn` and `probe` are commands. k-NN and the probe read
+the same features, after the final norm: the paper's probe takes the class token before it and standardizes each
+dimension, and the final LayerNorm differs from that by one factor per image.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ from ..config import Config, DataConfig, EvalConfig, from_dict
 from ..data.augment import normalize
 from ..data.sources import BUILT_IN, ImageSource, open_source, subset
 from ..errors import UsageError
-from ..files import write_file
+from ..files import read_json, write_file
 from ..models.encoder import Encoder, build_encoder
 from ..models.masking import sample_views
 from ..ops import dispatch as ops
@@ -55,7 +52,8 @@ __all__ = [
 ]
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # part of the cache key of a stored result: raised when a number changes its meaning
+# part of the cache key of a stored result: raised when a number changes its meaning
+FORMAT = 1
 STUDENT_IMAGES = 512
 VIEW_IMAGES = 256
 PRETRAINED, RANDOM, PIXELS = "pretrained", "random init", "raw pixels"
@@ -77,10 +75,20 @@ def online_eval(
     """k-NN and collapse indicators of student and teacher on fixed subsets; draws no random numbers.
 
     One teacher pass over `eval.max_train` + `eval.max_test` images; the student sees at most 512.
-    k-NN is left out without labels on both sides; without test images the indicators use training images.
-    returns knn_cls, knn_mean; {teacher,teacher_proj,student,student_proj}_{std,rank,cosine};
-            view_cosine, attention_entropy; images, dim, proj_dim
-    raises  NonFiniteError for NaN or infinite features
+
+    Args:
+        method: The student and teacher; their training flags are restored.
+        train_source: Training images, the k-NN bank; without labels on both sides k-NN is left out.
+        test_source: Test images; None: the indicators use training images.
+        cfg: The run's configuration.
+        device: Where to compute.
+
+    Returns:
+        knn_cls, knn_mean; {teacher,teacher_proj,student,student_proj}_{std,rank,cosine}; view_cosine,
+        attention_entropy; images, dim, proj_dim.
+
+    Raises:
+        NonFiniteError: NaN or infinite features.
     """
     held = test_source if test_source is not None else train_source
     if held is None:
@@ -91,15 +99,17 @@ def online_eval(
     try:
         test = cap(held, cfg.eval.max_test, seed)
         # a file that breaks while training does not end the run
-        args = {"batch_size": cfg.eval.batch_size, "device": device, "strict": False}
+        args: dict[str, Any] = {"batch_size": cfg.eval.batch_size, "device": device, "strict": False}
         features = extract(method.teacher, test, cfg.data, **args)
         out: dict[str, float | int] = {}
         both = [s for s in (train_source, test_source) if s is not None and s.labels is not None]
         if len(both) == 2:
-            truth = labelled(both[0], test).labels[features.rows]
+            labels = labelled(both[0], test).labels
             bank = extract(method.teacher, cap(both[0], cfg.eval.max_train, seed), cfg.data, **args)
             for name in ("cls", "mean"):
                 a, b = (getattr(f, name).to(device) for f in (bank, features))
+                assert labels is not None and bank.labels is not None
+                truth = labels[features.rows]
                 out[f"knn_{name}"] = knn(a, bank.labels, b, truth, cfg.eval.k, cfg.eval.temperature)
         few = subset(test, torch.arange(len(test))[:: -(-len(test) // STUDENT_IMAGES)])
         student = extract(method.student, few, cfg.data, **args).cls
@@ -146,11 +156,8 @@ def run_config(path: str | Path) -> Config | None:
     path = Path(path) / "config.json"
     if not path.is_file():
         return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from None
-    data = data.get("config", data) if isinstance(data, dict) else {}
+    data = read_json(path)
+    data = data.get("config", data)
     # a weights folder has a config.json too, of another kind
     return from_dict(data, recorded=True) if "train" in data and "optim" in data else None
 
@@ -158,8 +165,10 @@ def run_config(path: str | Path) -> Config | None:
 def resolve_data(cfg: Config | None, train: str | None, test: str | None) -> tuple[str, str]:
     """(training images, test images) to evaluate on: what was given, else the run's own.
 
-    A folder given as `train` alone may hold the two parts (`train` and `test` or `val`).
-    raises UsageError saying what to add
+    A folder given as `train` alone may hold both (`train` and `test` or `val`).
+
+    Raises:
+        UsageError: Says what to add.
     """
     if train is None and cfg is not None:
         train, test = cfg.data.train, test or cfg.data.test or None
@@ -203,19 +212,32 @@ def evaluate(
     device: str = "auto",
     force: bool = False,
 ) -> dict[str, Any]:
-    """k-NN and linear probe of an encoder, of its own random initialisation, and of raw pixels.
+    """k-NN and linear probe of an encoder, of its own random initialization, and of raw pixels.
 
-    path         run folder, weights folder or released `.pth`
-    train, test  image sources; None: those of the run. One folder holding train/ and test/ is enough
-    out          result file (JSON); None: `reports/evaluation.json` in a run folder, else none
-    which        `teacher` or `student`
-    metrics      any of `knn`, `probe`
-    max_*        images used of each set (0: all)
-    returns      plain data: rows (encoder, feature, knn and probe as shares), gain over random init,
-                 indicators, warnings, counts, and the settings. The file also holds a key over weights,
-                 images and settings: an unchanged second call returns it unless `force`
-    raises       UsageError for missing labels, classes that do not match or unusable paths,
-                 NonFiniteError for diverged weights
+    Args:
+        path: Run folder, weights folder or released `.pth`.
+        train: Training images; None: those of the run. One folder that holds train/ and test/ is enough.
+        test: Test images; None: those of the run.
+        out: Result file (JSON); None: `reports/evaluation.json` in a run folder, else none.
+        which: `teacher` or `student`.
+        metrics: Any of `knn`, `probe`.
+        max_train: Training images used (0: all).
+        max_test: Test images used (0: all).
+        k: Neighbors of k-NN; None: the run's.
+        temperature: Of k-NN's votes; None: the run's.
+        seed: Of the subsets and the probe's order and weights.
+        batch_size: Images per forward pass; None: the run's.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        force: Compute although the file holds this result.
+
+    Returns:
+        Plain data: rows (encoder, feature, knn and probe as shares), gain over random init, indicators, warnings,
+        counts, and the settings. The file also holds a key over weights, images and settings: an unchanged second
+        call returns what it holds.
+
+    Raises:
+        UsageError: Missing labels, classes that do not match, unusable paths.
+        NonFiniteError: Diverged weights.
     """
     wrong = [m for m in metrics if m not in ("knn", "probe")]
     if wrong or not metrics:
@@ -232,7 +254,7 @@ def evaluate(
     train, test = resolve_data(cfg, train, test)
     bank = open_source(train, "train", limit=max_train, seed=seed)
     queries = labelled(bank, open_source(test, "test", limit=max_test, seed=seed))
-    settings = {
+    settings: dict[str, Any] = {
         "which": which,
         "metrics": sorted(metrics),
         "k": k or rule.k,
@@ -259,35 +281,29 @@ def evaluate(
     if out is None and cfg is not None and len(set(metrics)) == 2:
         out = path / "reports" / "evaluation.json"
     if out is not None and not force:
-        known = _read_result(Path(out), key)
-        if known is not None:
+        known = read_json(Path(out), {})
+        if known.get("key") == key:
             log.info("%s: weights, images and settings are unchanged, nothing to compute", out)
             return known
 
     started = time.monotonic()
-    device = _device(device)
-    args = {"batch_size": batch_size or rule.batch_size, "device": device}
+    where = _device(device)
+    args: dict[str, Any] = {"batch_size": batch_size or rule.batch_size, "device": where}
     rows: list[dict[str, Any]] = []
     signs: dict[str, dict[str, float]] = {}
     for name in (PRETRAINED, RANDOM):
         model = encoder if name == PRETRAINED else build_encoder(encoder.config, int(meta.get("seed", 0)))
         a, b = (extract(model, s, data, **args) for s in (bank, queries))
         for feature, field in ((CLS, "cls"), (MEAN, "mean")):
-            rows.append(
-                {"encoder": name, "feature": feature}
-                | _measure(getattr(a, field), a.labels, getattr(b, field), b.labels, settings, device)
-            )
-        images = load_batch(queries, data, model.img_size, VIEW_IMAGES).to(device)
+            rows.append({"encoder": name, "feature": feature} | _measure(a, b, field, settings, where))
+        images = load_batch(queries, data, model.img_size, VIEW_IMAGES).to(where)
         with torch.inference_mode():
             attention = model.get_attention(normalize(images, data.mean, data.std, model.in_chans))
         signs[name] = indicators(b.cls) | {"attention_entropy": attention_entropy(attention)}
         log.info("%s: %s", name, ", ".join(f"{m} {rows[-2][m]:.1%}" for m in settings["metrics"]))
     a, b = (raw_pixels(s, data, encoder.img_size) for s in (bank, queries))
-    rows.append(
-        {"encoder": PIXELS, "feature": "pixels"}
-        | _measure(a.cls, a.labels, b.cls, b.labels, settings, device)
-    )
-    result = {
+    rows.append({"encoder": PIXELS, "feature": "pixels"} | _measure(a, b, "cls", settings, where))
+    result: dict[str, Any] = {
         "format": FORMAT,
         "key": key,
         "path": str(path),
@@ -307,7 +323,7 @@ def evaluate(
     for line in result["warnings"]:
         log.warning("%s", line)
     if out is not None:
-        _write_result(Path(out), result)
+        write_file(Path(out), json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -335,19 +351,15 @@ def _device(name: str) -> torch.device:
 
 
 def _measure(
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
-    settings: dict[str, Any],
-    device: torch.device,
+    train: Features, test: Features, field: str, settings: dict[str, Any], device: torch.device
 ) -> dict[str, float]:
-    a, b = train_x.to(device), test_x.to(device)
+    assert train.labels is not None and test.labels is not None
+    a, b = getattr(train, field).to(device), getattr(test, field).to(device)
     out: dict[str, float] = {}
     if "knn" in settings["metrics"]:
-        out["knn"] = knn(a, train_y, b, test_y, settings["k"], settings["temperature"])
+        out["knn"] = knn(a, train.labels, b, test.labels, settings["k"], settings["temperature"])
     if "probe" in settings["metrics"]:
-        out["probe"] = linear_probe(a, train_y, b, test_y, seed=settings["seed"])
+        out["probe"] = linear_probe(a, train.labels, b, test.labels, seed=settings["seed"])
     return out
 
 
@@ -357,23 +369,11 @@ def _result_warnings(
     # the online rules, with the random encoder in the place of step 0
     history = []
     for place, name in ((2, RANDOM), (0, PRETRAINED)):
-        record = {f"teacher_{n}": signs[name][n] for n in ("std", "rank", "cosine")}
+        record: dict[str, Any] = {f"teacher_{n}": signs[name][n] for n in ("std", "rank", "cosine")}
         record |= {"images": images, "dim": dim, "attention_entropy": signs[name]["attention_entropy"]}
         record |= {"knn_cls": rows[place].get("knn"), "knn_mean": rows[place + 1].get("knn")}
         history.append(record)
     return collapse_warnings(history)
-
-
-def _read_result(path: Path, key: str) -> dict[str, Any] | None:
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return result if isinstance(result, dict) and result.get("key") == key else None
-
-
-def _write_result(path: Path, result: dict[str, Any]) -> None:
-    write_file(path, json.dumps(result, indent=1) + "\n")
 
 
 def format_table(result: dict[str, Any]) -> str:

@@ -48,9 +48,13 @@ def extract(
 ) -> Features:
     """Class token and mean of the patch tokens, both after the final norm, of every image in order.
 
-    strict  an image that cannot be decoded is a DataError; else it is left out, and the log says how many were
-
-    The encoder is moved to `device` and left there; its training flags are restored.
+    Args:
+        encoder: Moved to `device` and left there; its training flags are restored.
+        source: The images.
+        cfg: How they are read and normalized.
+        batch_size: Images per forward pass.
+        device: Where to compute.
+        strict: An image that cannot be decoded is a DataError; otherwise it is left out, and the log says how many.
     """
     bad = None if strict else BadRows(source, 1.0, quiet=True)
     modes = [(m, m.training) for m in encoder.modules()]
@@ -123,7 +127,7 @@ def load_batch(
 ) -> Tensor:
     """[min(count, n), H, W, 3] uint8: evenly spaced images of a source, the same every time.
 
-    strict  as for `extract`
+    `strict` as for `extract`.
     """
     n = len(source)
     rows = [int((j + 0.5) * n / min(count, n)) for j in range(min(count, n))]

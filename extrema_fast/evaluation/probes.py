@@ -1,4 +1,4 @@
-"""Measures of a feature matrix: k-NN, linear probe, collapse indicators (method.md sections 7 and 10).
+"""Measures of a feature matrix: k-NN, linear probe, collapse indicators.
 
 Functions of tensors only; nothing here knows about encoders, images or files.
 """
@@ -39,12 +39,22 @@ def knn(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Weighted k-nearest-neighbour accuracy: cosine similarity s, vote exp(s / temperature).
+    """Weighted k-nearest-neighbor accuracy: cosine similarity s, vote exp(s / temperature).
 
-    train_x, test_x: [n, d] any float dtype, on one device; train_y, test_y: [n] int64
-    k is lowered to the size of the training set when that is smaller
-    returns accuracy in 0..1
-    raises  NonFiniteError for NaN or infinite features, UsageError for shapes that do not fit
+    Args:
+        train_x: [n, d] any float dtype.
+        train_y: [n] int64.
+        test_x: [m, d], on the device of `train_x`.
+        test_y: [m] int64.
+        k: Lowered to the size of the training set when that is smaller.
+        temperature: Of the votes.
+
+    Returns:
+        Accuracy in 0..1.
+
+    Raises:
+        NonFiniteError: NaN or infinite features.
+        UsageError: Shapes that do not fit.
     """
     _check_features("train features", train_x, train_y)
     _check_features("test features", test_x, test_y)
@@ -76,14 +86,22 @@ def linear_probe(
 ) -> float:
     """Test accuracy (0..1) of a linear classifier on frozen features, trained by the paper's rule.
 
-    train_x, test_x: [n, d] float; train_y, test_y: [n] int64
-    Features are standardised with the training set's statistics (a BatchNorm without affine part);
-    weights start at N(0, 0.01); SGD with momentum 0.9 and no decay, rate 0.1 * batch / 256, 10 epochs
-    of warm-up, cosine to 0 over 90 epochs (method.md section 7). The batch is the paper's 4096, or an
-    eighth of a smaller set. Unlike the paper's, the features are those of one centre crop per image,
-    computed once. Order and weights are keyed by `seed`.
-    raises  NonFiniteError for NaN or infinite features, UsageError for shapes that do not fit or
-            a single class
+    Features are standardized with the training set's statistics (a BatchNorm without affine part); weights start at
+    N(0, 0.01); SGD with momentum 0.9 and no decay, rate 0.1 * batch / 256, 10 epochs of warm-up, cosine to 0 over 90
+    epochs. The batch is the paper's 4096, or an eighth of a smaller set. Unlike the paper's, the features are those of
+    one center crop per image, computed once.
+
+    Args:
+        train_x: [n, d] float.
+        train_y: [n] int64.
+        test_x: [m, d] float.
+        test_y: [m] int64.
+        seed: Decides order and first weights.
+        epochs: Passes over the training set.
+
+    Raises:
+        NonFiniteError: NaN or infinite features.
+        UsageError: Shapes that do not fit, or a single class.
     """
     _check_features("train features", train_x, train_y)
     _check_features("test features", test_x, test_y)
@@ -100,18 +118,18 @@ def linear_probe(
     generator = torch.Generator().manual_seed(seed)
     weights = torch.zeros(x.shape[1] + 1, classes)
     weights[:-1] = torch.randn(x.shape[1], classes, generator=generator) * 0.01
-    weights, speed = weights.to(x.device), torch.zeros_like(weights).to(x.device)
+    weights, velocity = weights.to(x.device), torch.zeros_like(weights).to(x.device)
     for epoch in range(epochs):
         order = torch.randperm(n, generator=generator).to(x.device)
         for i in range(per_epoch):
             rows = order[i * batch : (i + 1) * batch]
-            part = x[rows]
+            batch_x = x[rows]
             # gradient of the mean cross-entropy: softmax minus one-hot; the last row is the bias
-            error = torch.addmm(weights[-1], part, weights[:-1]).softmax(1)
+            error = torch.addmm(weights[-1], batch_x, weights[:-1]).softmax(1)
             error[torch.arange(len(rows), device=x.device), y[rows]] -= 1
             error /= len(rows)
-            speed.mul_(0.9).add_(torch.cat([part.T @ error, error.sum(0, keepdim=True)]))
-            weights -= _probe_rate(rate, epoch + i / per_epoch, epochs) * speed
+            velocity.mul_(0.9).add_(torch.cat([batch_x.T @ error, error.sum(0, keepdim=True)]))
+            weights -= _probe_rate(rate, epoch + i / per_epoch, epochs) * velocity
     test = (test_x.float() - mean) * inv_std
     logits = torch.addmm(weights[-1], test, weights[:-1])
     return float((logits.argmax(1) == test_y.to(x.device)).double().mean())
@@ -125,13 +143,19 @@ def _probe_rate(peak: float, epoch: float, epochs: int, warmup: int = 10) -> flo
 
 @torch.no_grad()
 def indicators(x: Tensor) -> dict[str, float]:
-    """Is a set of features collapsed? (method.md section 10)
+    """Is a set of features collapsed?
 
-    x: [n, d] float, n >= 2; rows are L2-normalised first
-    returns std     sqrt(d) times the mean deviation per dimension: 1 isotropic, 0 constant
-            rank    exp(entropy of the singular values as shares): 1 .. min(n, d)
-            cosine  mean over pairs of different rows: 1 constant, about 0 isotropic
-    raises  NonFiniteError for NaN or infinite features, UsageError for fewer than two rows
+    Args:
+        x: [n, d] float, n >= 2; rows are L2-normalized first.
+
+    Returns:
+        std: sqrt(d) times the mean standard deviation per dimension: 1 isotropic, 0 constant.
+        rank: exp(entropy of the singular values as shares), 1 to min(n, d).
+        cosine: mean over pairs of different rows: 1 constant, about 0 isotropic.
+
+    Raises:
+        NonFiniteError: NaN or infinite features.
+        UsageError: Fewer than two rows.
     """
     _check_features("features", x)
     n, d = x.shape

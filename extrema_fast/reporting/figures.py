@@ -90,7 +90,10 @@ def line_chart(title: str, series: Sequence[Series], *, percent: bool = False, z
         for s, x, y in curves:
             # one point is no line
             marker = "o" if np.isfinite(y).sum() <= 25 and not s.dashed else ""
-            style = {"linestyle": (0, (5, 4)) if s.dashed else "-", "linewidth": 1.3 if s.dashed else 1.8}
+            style: dict[str, Any] = {
+                "linestyle": (0, (5, 4)) if s.dashed else "-",
+                "linewidth": 1.3 if s.dashed else 1.8,
+            }
             last = y[np.isfinite(y)][-1]
             label = f"{s.name}: {last:.1%}" if percent else f"{s.name}: {last:.4g}"
             axes.plot(x, y, color=_CURVES[s.color], marker=marker, markersize=3.5, label=label, **style)
@@ -107,7 +110,7 @@ def line_chart(title: str, series: Sequence[Series], *, percent: bool = False, z
             spine.set_visible(side == "bottom")
             spine.set_color(_TEXT)
         # long names would leave the figure in two columns
-        columns = 1 if max(len(line.get_label()) for line in axes.lines) > 40 else 2
+        columns = 1 if max(len(str(line.get_label())) for line in axes.lines) > 40 else 2
         figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=_TEXT, fontsize=8.5)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True)
@@ -207,8 +210,8 @@ def samples(
     x = normalize(images, cfg.data.mean, cfg.data.std, encoder.in_chans)
     n, (gh, gw), views = len(images), encoder.grid, cfg.mask.views
     keep = sample_views(n, gh * gw, cfg.num_keep, views, mode=cfg.mask.mode, seed=cfg.train.seed)
-    kept = torch.zeros(views, n, gh * gw, dtype=torch.bool).scatter_(2, keep.long(), True)
-    kept = kept.reshape(views, n, gh, gw).numpy()
+    mask = torch.zeros(views, n, gh * gw, dtype=torch.bool).scatter_(2, keep.long(), True)
+    kept = mask.reshape(views, n, gh, gw).numpy()
 
     def attention(model: Encoder) -> np.ndarray:
         # [n, blocks, gh, gw]: mean over heads, times the number of patches; 1 is no preference

@@ -200,7 +200,7 @@ def record(kind: str, step: int, **more) -> dict:
 @pytest.mark.parametrize("start", ["random encoder", "isotropic"])
 def test_loud_for_constant_features(start):
     text = "\n".join(collapse_warnings([record(start, 0), record("constant", 1)]))
-    for word in ("contracting", "same way", "few directions", "teacher class vector", "optim.base_lr"):
+    for word in ("contracting", "same way", "few directions", "teacher class token", "optim.base_lr"):
         assert word in text
     assert all("\n" not in w for w in collapse_warnings([record(start, 0), record("constant", 1)]))
 
