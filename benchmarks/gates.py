@@ -13,7 +13,7 @@ from torch import Tensor
 from extrema_fast.config import Config, from_dict
 from extrema_fast.errors import UsageError
 from extrema_fast.models.drop_path import drop_path_scale
-from extrema_fast.models.masking import sample_views
+from extrema_fast.models.masking import draw_views
 
 from .providers import Provider
 from .stepper import Inputs, Stepper
@@ -65,7 +65,7 @@ def with_coins(inputs: Inputs, cfg: Config, device: torch.device) -> Inputs:
     """The product's own masks and drop-path factors for these rows, for the others to use."""
     index, keys = inputs.index.to(device), {"seed": cfg.train.seed, "epoch": 0}
     model, mask = cfg.model, cfg.mask
-    keep = sample_views(index, model.num_patches, cfg.num_keep, mask.views, mode=mask.mode, **keys)
+    keep = draw_views(index, model.num_patches, cfg.num_keep, mask.views, mode=mask.mode, **keys)
     scale = drop_path_scale(index, mask.views, model.shape[1], model.drop_path, **keys)
     return inputs._replace(keep=keep, scale=scale)
 

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> float:
     test = open_source("photos", "test") if args.data == "photos" else open_source(args.data)
     test = subset(test, torch.arange(0, len(test), max(1, len(test) // 256)))
     test, index = next(iter(EvalLoader(test, DataConfig(), (SIDE, SIDE), batch_size=512)))
-    test, test_keep = scaled(test), extrema_fast.sample_views(index, 64, KEPT, 1)[0]
+    test, test_keep = scaled(test), extrema_fast.sample_views(index, 64, KEPT, 1)[:, 0]
 
     def test_loss() -> float:
         with torch.no_grad():
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> float:
     ) as loader:
         for _, batch in zip(range(steps), loader, strict=False):
             images = scaled(batch.images)
-            keep = extrema_fast.sample_views(batch.index, 64, KEPT, 1, epoch=batch.epoch)[0]
+            keep = extrema_fast.sample_views(batch.index, 64, KEPT, 1, epoch=batch.epoch)[:, 0]
             loss = masked_loss(mae(images, keep), images, keep)
             optimizer.zero_grad()
             loss.backward()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .errors import UsageError, cannot_import
 from .models.encoder import Encoder, create_encoder, list_models
-from .models.resample import resample_patch_kernel, resample_table
+from .models.positions import resample_patch_kernel, resample_table
 
 # what saved weights may hold beside the encoder's own keys: projector, predictor
 _TRAINING_HEADS = re.compile(r"(?:head\.\d+|predictor)\.")

@@ -143,7 +143,7 @@ def _view_cosine(method: ExtreMA, images: Tensor, cfg: Config) -> float:
     mode = "disjoint" if 2 * k <= n else "independent"
     index = torch.arange(len(images), device=images.device)
     keep = sample_views(index, n, k, 2, mode=mode, seed=cfg.train.seed)
-    cls = method.student.encode(images, keep.transpose(0, 1).contiguous()).cls
+    cls = method.student.encode(images, keep).cls
     q = F.normalize(method.predictor(method.projector(cls)).float(), dim=-1)
     return float((q[:, 0] * q[:, 1]).sum(-1).mean())
 

@@ -25,7 +25,7 @@ from ..ops import dispatch as ops
 from ..ops.linear import compute_dtype
 from .accelerate_blocks import Blocks, Part, Timm, any_global_hook, timm_classes, why_called
 from .layers import check_images
-from .masking import check_keep
+from .masking import check_keep, image_major
 
 log = logging.getLogger(__name__)
 
@@ -129,19 +129,14 @@ class Accelerated:
         if not (masked and one_by_one):
             embedded, grid = self._embed(images)
         b, n = images.shape[0], grid[0] * grid[1]
-        views = None
         if masked:
-            check_keep(keep, b, n)
-            views = keep.shape[1] if keep.dim() == 3 else None
-            rows = keep[None] if views is None else keep.transpose(0, 1)
-            x = self._masked(images, embedded, rows, grid)
+            x = self._masked(images, embedded, check_keep(keep, b, n), grid)
         else:
             keep = torch.arange(n, device=images.device).expand(b, n)
             x = self.vit._pos_embed(embedded)
         x = self._trunk(self.vit.norm_pre(x))
         x = self.vit.norm(x) if norm else x
-        if views is not None:
-            x = x.unflatten(0, (views, b)).transpose(0, 1)
+        x = image_major(x, keep)
         p = self.vit.num_prefix_tokens
         cls = None if self.vit.cls_token is None else x[..., 0, :]
         return EncodedViT(cls, x[..., p:, :], keep, grid, x[..., :p, :] if p else None, x)

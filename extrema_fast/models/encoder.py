@@ -1,4 +1,4 @@
-"""The encoder: a ViT trunk without class token, and class-attention pooling (paper section 3.2).
+"""The encoder: a ViT trunk without class token, and class-attention pooling (arXiv 2206.04667, section 3.2).
 
 Parameter names and shapes are those of the released checkpoints (`vits.py` of microsoft/ExtreMA).
 Shape letters: B images, V views, R = V B rows (view-major), K kept tokens, N patches, D width, H heads,
@@ -10,8 +10,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +20,26 @@ from ..config import SIZES, ModelConfig, did_you_mean
 from ..errors import UsageError
 from ..ops import dispatch as ops
 from ..ops.linear import RECOMPUTE
-from .dino import Dino
-from .drop_path import scale_from_coins
+from .dino_interface import Dino
+from .drop_path import scale_from_uniform
 from .layers import NORM_EPS, Block, PatchEmbed, PoolBlock, check_images, check_sides, pair
-from .masking import check_keep
+from .masking import check_keep, image_major
 from .positions import SinCos
 from .positions import sincos_table as sincos_table
-from .timm_methods import POOLS, TimmMethods, check_classes
+from .timm_interface import POOLS, TimmInterface, check_classes
+
+if TYPE_CHECKING:
+    from ..data.preprocess import Preprocess
 
 
 class Encoded(NamedTuple):
     """What `Encoder.encode` returns.
 
-    cls      [B, D], or [B, V, D] with views
-    patches  [B, K, D], or [B, V, K, D]; row j belongs to patch keep[..., j]
-    keep     [B, K] or [B, V, K] integer
-    grid     (rows, columns) of patches in the image
+    Attributes:
+        cls: [B, D], or [B, V, D] with views.
+        patches: [B, K, D], or [B, V, K, D]; row j belongs to patch keep[..., j].
+        keep: [B, K] or [B, V, K] integer.
+        grid: (rows, columns) of patches in the image.
     """
 
     cls: Tensor
@@ -45,13 +48,25 @@ class Encoded(NamedTuple):
     grid: tuple[int, int]
 
 
-class Encoder(TimmMethods):
-    """ViT trunk and pooling head; `TimmMethods` has what timm and its users call.
+class Encoder(TimmInterface):
+    """ViT trunk and pooling head, with the methods that timm and its users call (`TimmInterface`).
 
-    Built by `create_encoder`, `load_encoder` or `build_encoder`. `global_pool='avg'` has no class head: the
-    pooled feature is the mean of the patch tokens after the final norm (or before `fc_norm` in its place).
-    With '' `forward` gives the tokens of `forward_features`. `pos_grid` is the grid trained on, for
-    `pos_coords='rescaled'` (default: that of the configuration).
+    Built by `create_encoder`, `load_encoder` or `build_encoder`.
+
+    Args:
+        config: sizes and drop-path rate.
+        num_classes: 0: features; else a linear head on the pooled feature.
+        global_pool: 'token' (class head), 'avg' (no class head: mean of the patch tokens after the final norm, or
+            before `fc_norm` in its place), or '' (class head; `forward` gives the tokens of `forward_features`).
+        fc_norm: with 'avg': normalise after pooling instead of before.
+        pos_embed: 'sincos' (fixed) or 'learned' (a parameter that starts from the table).
+        pos_coords: 'absolute' or 'rescaled' (`positions.SinCos`).
+        pos_grid: the grid trained on, for 'rescaled'; default: that of `config`.
+        in_chans: default: that of `config`.
+        drop_rate: dropout before the linear head.
+
+    Raises:
+        UsageError: an argument out of range.
     """
 
     def __init__(
@@ -116,7 +131,7 @@ class Encoder(TimmMethods):
 
     @property
     def img_size(self) -> tuple[int, int]:
-        """(height, width) in pixels it is meant for; others work with the sin-cos table."""
+        """(height, width) in pixels; other sizes work with the sin-cos table."""
         return self.patch_embed.img_size
 
     @property
@@ -131,15 +146,17 @@ class Encoder(TimmMethods):
 
     @property
     def num_patches(self) -> int:
+        """N."""
         return self.patch_embed.num_patches
 
     @property
     def depth(self) -> int:
+        """L."""
         return len(self.blocks)
 
     @property
     def architecture(self) -> str:
-        """The registered name of this size; with other sizes, one that `timm_config` says the changes to."""
+        """The registered name of this size, or of the size that `model_args` changes."""
         return f"{_PREFIX}{self.config.size}{_SUFFIX}"
 
     def extra_repr(self) -> str:
@@ -168,10 +185,12 @@ class Encoder(TimmMethods):
         return ops.patch_gather(images, keep, proj.weight, proj.bias, pos)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position table of a grid, [N, D]: the saved one at its own grid, else computed, once.
+        """The position table of a grid, [N, D]: the saved one at its own grid, else computed and cached.
 
-        A compiled graph computes it at every call; `set_input_size` makes that grid its own.
-        raises UsageError for a learned table and another grid than its own
+        A compiled graph computes it at every call; `set_input_size` makes the grid its own.
+
+        Raises:
+            UsageError: a learned table, and another grid than its own.
         """
         # a patch size set on `patch_embed` alone shows in the number of rows
         if grid == self.grid and self.pos_embed.shape[1] == grid[0] * grid[1]:
@@ -185,44 +204,48 @@ class Encoder(TimmMethods):
         return self.sincos.table(grid, self.pos_embed)
 
     def trunk(self, tokens: Tensor, path: Tensor | None = None) -> Tensor:
-        """[R, n, D] -> [R, n, D] before the final norm; path as of `drop_path.drop_path_scale`."""
+        """[R, n, D] -> [R, n, D] before the final norm; path [L, 2, R] as of `drop_path.drop_path_scale`, or None."""
         return self.trunk_layers(tokens, path=path)[0]
 
     def trunk_layers(
         self,
         tokens: Tensor,
-        take: Sequence[int] = (),
+        indices: Sequence[int] = (),
         path: Tensor | None = None,
-        stop: bool = False,
+        stop_early: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """`trunk`, and the tokens after the blocks `take` (ascending); stop: nothing runs after the last of them."""
+        """`trunk`, and the tokens after the blocks `indices` (ascending); stop_early: nothing runs after the last."""
         if path is None and self.training and self.drop_path_rate > 0:
-            coins = torch.rand(self.depth, 2, tokens.shape[0], device=tokens.device)
-            path = scale_from_coins(coins, self.drop_path_rate)
-        again = self.grad_checkpointing and torch.is_grad_enabled()
-        taken = []
+            uniform = torch.rand(self.depth, 2, tokens.shape[0], device=tokens.device)
+            path = scale_from_uniform(uniform, self.drop_path_rate)
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
+        layers = []
         for i, block in enumerate(self.blocks):
             factors = None if path is None else path[i]
-            if again:
-                # the coins are given: no block draws a random number
+            if recompute:
+                # the factors are given: no block draws a random number
                 tokens = checkpoint(block, tokens, factors, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, factors)
-            if i in take:
-                taken.append(tokens)
-                if stop and i == take[-1]:
+            if i in indices:
+                layers.append(tokens)
+                if stop_early and i == indices[-1]:
                     break
-        return tokens, taken
+        return tokens, layers
 
     def set_attention(
         self, backend: str, *, tokens: int | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        """Backend of the trunk's self-attention: `auto` or a name of `extrema_fast.ops.attention`; weights stay.
+        """Sets the backend of the trunk's self-attention; weights stay.
 
-        tokens   a sequence length to decide for and check now, on the device where the encoder is
-        dtype    of its products then (default: the weights')
-        raises   UsageError for an unknown name, or (now with `tokens`, else at the first pass) one that cannot
-                 run: what it lacks, and what there is
+        Args:
+            backend: `auto` or a name of `extrema_fast.ops.attention`.
+            tokens: a sequence length to decide for and check now, on the device of the encoder.
+            dtype: of the attention then (default: the weights').
+
+        Raises:
+            UsageError: an unknown name, or (now with `tokens`, else at the first pass) one that cannot run here: what
+                it lacks, and which backends there are.
         """
         ops.check_attention_name(backend)
         weight = self.blocks[0].attn.qkv.weight
@@ -235,14 +258,14 @@ class Encoder(TimmMethods):
             block.attn.backend = backend
 
     def set_recompute(self, what: str) -> None:
-        """What the backward pass of the trunk makes again: `none`, `gelu`, or `norm` (GELU and LayerNorm)."""
+        """What the trunk's backward pass recomputes: `none`, `gelu`, or `norm` (GELU and LayerNorm)."""
         for block in self.blocks:
-            block.again = RECOMPUTE[what]
+            block.recompute = RECOMPUTE[what]
 
     def pool(self, tokens: Tensor, return_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
         """tokens [R, n, D] -> (class token before the final norm [R, D], attention maps).
 
-        return_weights: the maps are one [R, H, 1 + n] per pooling block; else the list is empty
+        With `return_weights` the maps are one [R, H, 1 + n] per pooling block; else the list is empty.
         """
         cls = self.cls_token[:, 0].expand(tokens.shape[0], -1)
         maps, stats = [], None
@@ -257,79 +280,78 @@ class Encoder(TimmMethods):
     def encode(self, images: Tensor, keep: Tensor | None = None, norm: bool = True) -> Encoded:
         """Class token and patch tokens; only kept patches are read, projected and attended to.
 
-        images:  [B, C, H, W] float, normalised; sides multiples of the patch size (other grids than the
-                 model's use the sin-cos table of that grid)
-        keep:    None (all), [B, K], or [B, V, K] integer in [0, N); order is kept, repeats are allowed
-        norm     apply the final LayerNorm (False: raw tokens, as the paper's linear probe uses)
-        returns  Encoded(cls, patches, keep, grid); without class head `cls` is the mean of the patch tokens
-        raises   UsageError naming the argument, what it got and what it needs
+        Args:
+            images: [B, C, H, W] float, normalised; sides multiples of the patch size (other grids than the model's
+                use the sin-cos table of that grid).
+            keep: None (all), [B, K], or [B, V, K] integer in [0, N); order is kept, repeats are allowed.
+            norm: apply the final LayerNorm (False: raw tokens, as the paper's linear probe uses).
+
+        Returns:
+            Encoded(cls, patches, keep, grid); without class head `cls` is the mean of the patch tokens.
+
+        Raises:
+            UsageError: names the argument, what it got and what it needs.
         """
-        grid = self._check_images(images)
-        rows, keep = self._check_keep(images, keep, grid)
-        tokens = self.trunk(self.embed(images, rows))
-        normed = self.norm(tokens) if norm else tokens
+        tokens, keep, grid = self._tokens(images, keep)
+        patches = self.norm(tokens) if norm else tokens
         if self.num_prefix_tokens:
             cls, _ = self.pool(tokens)
             cls = self.norm(cls) if norm else cls
         else:
-            cls = normed.mean(1)
-        if keep.dim() == 3:
-            views = (keep.shape[1], keep.shape[0])
-            cls, normed = (t.unflatten(0, views).transpose(0, 1) for t in (cls, normed))
-        return Encoded(cls, normed, keep, grid)
+            cls = patches.mean(1)
+        return Encoded(image_major(cls, keep), image_major(patches, keep), keep, grid)
 
     def get_attention(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Class-query probabilities of every pooling block.
+        """Attention of the class token in each of the P pooling blocks.
 
-        images, keep: as `encode`
-        returns  [B, P, H, 1 + K] fp32 (with views [B, V, P, H, 1 + K]); rows sum to 1, column 0 is the
-                 class token
+        Args:
+            images: as of `encode`.
+            keep: as of `encode`.
+
+        Returns:
+            [B, P, H, 1 + K] fp32 probabilities (with views [B, V, P, H, 1 + K]); column 0 is the class token.
+
+        Raises:
+            UsageError: as `encode`, and for an encoder without class head.
         """
         if not self.num_prefix_tokens:
             raise UsageError("get_attention: this encoder has no class head (global_pool='avg')")
-        grid = self._check_images(images)
-        rows, keep = self._check_keep(images, keep, grid)
-        _, maps = self.pool(self.trunk(self.embed(images, rows)), return_weights=True)
-        out = torch.stack(maps, 1).float()
-        if keep.dim() == 3:
-            out = out.unflatten(0, (keep.shape[1], keep.shape[0])).transpose(0, 1)
-        return out
+        tokens, keep, _ = self._tokens(images, keep)
+        _, maps = self.pool(tokens, return_weights=True)
+        return image_major(torch.stack(maps, 1).float(), keep)
+
+    def _tokens(self, images: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """(trunk tokens of the view-major rows [V*B, K, D], keep as given or all, grid)."""
+        grid = self.check_images(images)
+        b, n = images.shape[0], grid[0] * grid[1]
+        rows = None if keep is None else check_keep(keep, b, n)
+        tokens = self.trunk(self.embed(images, rows))
+        return tokens, torch.arange(n, device=images.device).expand(b, n) if keep is None else keep, grid
+
+    def check_images(self, images: Tensor) -> tuple[int, int]:
+        """The grid of images [B, C, H, W]; raises UsageError for another shape, dtype or size."""
+        check_images(images, self.in_chans, self.patch_embed.proj.weight.dtype)
+        return check_sides(images.shape[-2:], self.patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> pooled feature [B, D], or logits [B, num_classes]."""
         return self.forward_head(self.forward_features(images))
 
     def as_dino(self, version: int = 2, layer_class: str = "head") -> Dino:
-        """The interface of DINOv2 or DINOv3 (`version`) on the same parameters; see `extrema_fast.models.dino`."""
+        """The interface of DINOv2 or DINOv3 (`version`) on the same parameters (`dino_interface.Dino`)."""
         return Dino(self, version, layer_class)
 
-    def preprocess(self):
-        """A callable for these weights: PIL image or uint8 [H, W, 3] -> normalised float32 [C, H, W].
+    def preprocess(self) -> Preprocess:
+        """The transform of these weights: PIL image or uint8 [H, W, 3] -> normalised float32 [C, H, W].
 
         Resizes the short side to size / crop_pct (size * 256 / 224, antialiased) and crops the centre; the numbers
-        are in the callable's `metadata` (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
+        are in the transform's `metadata` (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
         """
         from ..data.preprocess import Preprocess
 
         return Preprocess(
             self.img_size, self.in_chans, self.mean, self.std, self.interpolation, self.crop_pct
         )
-
-    # ---- checks ----------------------------------------------------------------------------------
-
-    def _check_images(self, images: Tensor) -> tuple[int, int]:
-        check_images(images, self.in_chans, self.patch_embed.proj.weight.dtype)
-        return check_sides(images.shape[-2:], self.patch_size)
-
-    def _check_keep(
-        self, images: Tensor, keep: Tensor | None, grid: tuple[int, int]
-    ) -> tuple[Tensor | None, Tensor]:
-        """(rows [V, B, K] for the gather or None, keep as returned)."""
-        b, n = images.shape[0], grid[0] * grid[1]
-        if keep is None:
-            return None, torch.arange(n, device=images.device).expand(b, n)
-        check_keep(keep, b, n)
-        return (keep[None] if keep.dim() == 2 else keep.transpose(0, 1)), keep
 
 
 # ---- building -------------------------------------------------------------------------------------
@@ -364,18 +386,24 @@ def create_encoder(
 ) -> Encoder:
     """A randomly initialised encoder.
 
-    name         one of `list_models()`
-    num_classes  0: features; else a linear head on the pooled feature
-    img_size     pixels, or (height, width); multiples of `patch_size`
-    global_pool  'token' (class head), 'avg' (mean of patch tokens, no class head), or '' (class head; `forward`
-                 gives all tokens)
-    fc_norm      with 'avg': normalise after pooling instead of before (the paper's fine-tuning)
-    pos_embed    'sincos' (fixed) or 'learned' (a parameter started from the table)
-    pos_coords   'absolute' or 'rescaled': coordinates of grids other than `pos_grid`, the one trained on
-                 (default: that of `img_size`); see `positions.SinCos`
-    drop_rate    dropout before the linear head
-    shape        width, depth, heads, mlp_ratio, pool_depth, layer_scale in place of the name's
-    raises       UsageError for an unknown name or keyword (with the nearest), or a size that does not divide
+    Args:
+        name: one of `list_models()`.
+        num_classes: 0: features; else a linear head on the pooled feature.
+        img_size: pixels, or (height, width); multiples of `patch_size`.
+        in_chans: channels of the images.
+        drop_path_rate: of the last trunk block.
+        patch_size: pixels.
+        global_pool: 'token' (class head), 'avg' (mean of patch tokens, no class head), or '' (class head; `forward`
+            gives all tokens).
+        fc_norm: with 'avg': normalise after pooling instead of before (the paper's fine-tuning).
+        pos_embed: 'sincos' (fixed) or 'learned' (a parameter that starts from the table).
+        pos_coords: 'absolute' or 'rescaled': coordinates of grids other than `pos_grid` (`positions.SinCos`).
+        pos_grid: (rows, columns) trained on; default: that of `img_size`.
+        drop_rate: dropout before the linear head.
+        **shape: width, depth, heads, mlp_ratio, pool_depth, layer_scale in place of those of the name.
+
+    Raises:
+        UsageError: an unknown name or keyword (with the nearest), or a size that does not divide.
     """
     if name not in list_models():
         raise UsageError(f"unknown model {name!r}{did_you_mean(str(name), list_models())}")
@@ -403,9 +431,9 @@ def create_encoder(
 
 
 def model_args(encoder: Encoder) -> dict[str, Any]:
-    """Arguments with which `create_encoder(encoder.architecture, encoder.num_classes, ...)` builds it again.
+    """The arguments with which `create_encoder(encoder.architecture, encoder.num_classes, ...)` builds it again.
 
-    Plain JSON data, without number of classes and drop rates. What has been pruned is not told.
+    Plain JSON data, without number of classes, drop rates and pruning.
     """
     config, plain = encoder.config, ModelConfig(size=encoder.config.size)
     args: dict[str, Any] = {
@@ -427,7 +455,7 @@ def model_args(encoder: Encoder) -> dict[str, Any]:
 
 
 def timm_config(encoder: Encoder) -> dict[str, Any]:
-    """`config.json` beside `model.safetensors`, as timm's `local-dir:` and Hugging Face's timm wrapper read it."""
+    """`config.json` next to `model.safetensors`, as timm's `local-dir:` and Hugging Face's timm wrapper read it."""
     cfg = {k: v for k, v in encoder.own_cfg().items() if k != "architecture"}
     return {
         "architecture": encoder.architecture,
@@ -446,11 +474,6 @@ def build_encoder(config: ModelConfig, seed: int | None = None) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Encoder(config)
-
-
-def with_img_size(config: ModelConfig, img_size: int | Sequence[int]) -> ModelConfig:
-    """The same architecture at another image size."""
-    return replace(config, img_size=pair(img_size))
 
 
 def count_flops(config: ModelConfig, rows: int, n: int) -> float:

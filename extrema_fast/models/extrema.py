@@ -1,34 +1,116 @@
-"""ExtreMA: student, EMA teacher and heads; images in, loss out (paper section 3; method.md sections 3, 4)."""
+"""ExtreMA: student, EMA teacher, heads and losses; images in, loss out (arXiv 2206.04667, section 3).
+
+Shape letters: b images of this process, V views, K kept tokens, D width, d width of the projection. Rows of views
+are view-major: rows i, b + i, 2b + i share image i.
+"""
 
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Config
 from ..ops.linear import Linear
 from ..ops.scope import scope, scoped
 from .encoder import Encoder
-from .heads import mlp_head
-from .losses import byol_loss, gather_targets, infonce_loss
+
+# ---- heads and losses -------------------------------------------------------------------------------
 
 
-class Output(NamedTuple):
-    """What one forward pass of the method returns; all but the loss are detached."""
+def mlp_head(*widths: int) -> nn.Sequential:
+    """Linear layers between `widths`; LayerNorm (eps 1e-5) and GELU after all but the last.
 
-    loss: Tensor
-    """scalar fp32"""
-    prediction: Tensor
-    """[V*b, d] predictor output q, view-major"""
-    target: Tensor
-    """[b, d] teacher's projection k"""
-    student_features: Tensor
-    """[V*b, D] class token after the final norm"""
-    teacher_features: Tensor
-    """[b, D]"""
+    `mlp_head(D, 4096, 4096, 256)` is the projector, `mlp_head(256, 4096, 256)` the predictor. The sub-module
+    numbers are those of the released checkpoints (`head.{0,1,3,4,6}`, `predictor.{0,1,3}`).
+    """
+    layers: list[nn.Module] = []
+    for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
+        if i:
+            layers += [nn.LayerNorm(fan_in, eps=1e-5), nn.GELU()]
+        linear = Linear(fan_in, fan_out)
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        layers.append(linear)
+    return nn.Sequential(*layers)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
+def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """BYOL: the mean of |q - k|^2 = 2 - 2 cos(q, k) of L2-normalised vectors, over images and views.
+
+    Args:
+        prediction: [V b, d] predictions q, view-major.
+        target: [b, d] targets k; no gradient flows into them.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 predictions).
+    """
+    b, d = target.shape
+    q = _unit(prediction).view(-1, b, d)
+    return (q - _unit(target.detach())).square().sum(-1).mean()
+
+
+def infonce_loss(
+    prediction: Tensor, targets: Tensor, temperature: float, images: int, offset: int = 0
+) -> Tensor:
+    """InfoNCE: the mean of -2T log softmax_j(q . k_j / T) at the image's own target k.
+
+    Args:
+        prediction: [V b, d] predictions q, view-major.
+        targets: [M, d] targets of all images of the step on all processes; no gradient flows into them.
+        temperature: T.
+        images: b.
+        offset: row of the first of the b images in `targets`.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 predictions).
+    """
+    q = _unit(prediction)
+    # autocast would turn this matmul, the input of the softmax, into bf16
+    with torch.autocast(q.device.type, enabled=False):
+        logits = q @ _unit(targets.detach()).T / temperature
+    label = torch.arange(images, device=q.device) + offset
+    return 2 * temperature * F.cross_entropy(logits, label.repeat(q.shape[0] // images))
+
+
+def gather_targets(target: Tensor) -> tuple[Tensor, int]:
+    """All-gather of the targets, without gradient.
+
+    Args:
+        target: [b, d], the same b in every process.
+
+    Returns:
+        [world b, d] in rank order, and the row of this process's first image in it.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return target, 0
+    out = [torch.empty_like(target) for _ in range(dist.get_world_size())]
+    dist.all_gather(out, target.detach().contiguous())
+    return torch.cat(out), dist.get_rank() * target.shape[0]
+
+
+# ---- the two networks -------------------------------------------------------------------------------
+
+
+def _class_token(
+    name: str, encoder: Encoder, images: Tensor, keep: Tensor | None = None, path: Tensor | None = None
+) -> Tensor:
+    """[V b, D] after the final norm; `name` is that of the branch in profiles."""
+    with scope(f"{name}/embed"):
+        tokens = encoder.embed(images, keep)
+    with scope(f"{name}/trunk"):
+        tokens = encoder.trunk(tokens, path)
+    with scope(f"{name}/pooling"):
+        return encoder.norm(encoder.pool(tokens)[0])
 
 
 class StudentBranch(nn.Module):
@@ -39,19 +121,14 @@ class StudentBranch(nn.Module):
         self.encoder, self.projector, self.predictor = encoder, projector, predictor
 
     def forward(self, images: Tensor, keep: Tensor, path: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """images [b, C, H, W], keep [V, b, K] -> (prediction [V*b, d], class token [V*b, D])."""
-        with scope("student/embed"):
-            tokens = self.encoder.embed(images, keep)
-        with scope("student/trunk"):
-            tokens = self.encoder.trunk(tokens, path)
-        with scope("student/pooling"):
-            cls = self.encoder.norm(self.encoder.pool(tokens)[0])
+        """images [b, C, H, W], keep [V, b, K] -> (prediction [V b, d], class token [V b, D])."""
+        cls = _class_token("student", self.encoder, images, keep, path)
         with scope("student/heads"):
             return self.predictor(self.projector(cls)), cls
 
 
 class TeacherBranch(nn.Module):
-    """Encoder and projector that follow the student by moving average; never a gradient."""
+    """Encoder and projector, the moving average of the student's; always in eval mode, never a gradient."""
 
     def __init__(self, encoder: Encoder, projector: nn.Module) -> None:
         super().__init__()
@@ -60,28 +137,44 @@ class TeacherBranch(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> TeacherBranch:
-        # drop-path is the student's alone
+        """Stays in eval mode: drop-path is the student's alone."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [b, C, H, W] (all N tokens) -> (target [b, d], class token [b, D])."""
-        with scope("teacher/embed"):
-            tokens = self.encoder.embed(images)
-        with scope("teacher/trunk"):
-            tokens = self.encoder.trunk(tokens)
-        with scope("teacher/pooling"):
-            cls = self.encoder.norm(self.encoder.pool(tokens)[0])
+        """images [b, C, H, W], all tokens -> (target [b, d], class token [b, D])."""
+        cls = _class_token("teacher", self.encoder, images)
         with scope("teacher/heads"):
             return self.projector(cls), cls
 
 
-class ExtreMA(nn.Module):
-    """The method on one process.
+# ---- the method -------------------------------------------------------------------------------------
 
-    `forward` is a whole step's arithmetic for small batches and tests; the training loop calls its three
-    parts (`teacher_branch`, `student_branch`, `loss`) so that the teacher covers the batch before the first
-    micro-batch. The initial weights are a function of `cfg.train.seed` alone.
+
+class Output(NamedTuple):
+    """What a forward pass of `ExtreMA` returns; all but the loss are detached.
+
+    Attributes:
+        loss: Scalar, fp32.
+        prediction: [V b, d] predictor outputs, view-major.
+        target: [b, d] projections of the teacher.
+        student_features: [V b, D] class tokens after the final norm.
+        teacher_features: [b, D].
+    """
+
+    loss: Tensor
+    prediction: Tensor
+    target: Tensor
+    student_features: Tensor
+    teacher_features: Tensor
+
+
+class ExtreMA(nn.Module):
+    """Student, teacher and loss on one process.
+
+    `forward` is the arithmetic of a whole step, for small batches and tests. The training step calls
+    `teacher_branch`, `student_branch` and `loss` itself, so that the teacher covers the batch before the first
+    micro-batch. The initial weights depend on `cfg.train.seed` alone.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -100,80 +193,82 @@ class ExtreMA(nn.Module):
 
     @property
     def student(self) -> Encoder:
+        """The student's encoder."""
         return self.student_branch.encoder
 
     @property
     def projector(self) -> nn.Module:
+        """The student's projector."""
         return self.student_branch.projector
 
     @property
     def predictor(self) -> nn.Module:
+        """The student's predictor."""
         return self.student_branch.predictor
 
     @property
     def teacher(self) -> Encoder:
+        """The teacher's encoder."""
         return self.teacher_branch.encoder
 
     @property
     def teacher_projector(self) -> nn.Module:
+        """The teacher's projector."""
         return self.teacher_branch.projector
 
     def student_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything trained."""
         return [(n, p) for n, p in self.student_branch.named_parameters() if p.requires_grad]
 
-    def _moved(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(teacher's parameters, the student's of the same names)."""
-        student = dict(self.student_branch.named_parameters())
-        teacher = dict(self.teacher_branch.named_parameters())
-        return list(teacher.values()), [student[n].detach() for n in teacher]
-
     @torch.no_grad()
-    def update_teacher(self, momentum: float) -> None:
-        """`teacher <- m teacher + (1 - m) student` over encoder and projector (method.md section 3)."""
-        torch._foreach_lerp_(*self._moved(), 1 - momentum)
+    def ema_update(self, weight: float | Tensor) -> None:
+        """EMA update of the teacher's encoder and projector: `teacher += weight (student - teacher)`, in place.
 
-    @torch.no_grad()
-    def move_teacher(self, weight: Tensor) -> None:
-        """`teacher <- teacher + w (student - teacher)`; weight: 0-d tensor w = 1 - m, read on the device."""
-        teacher, student = self._moved()
-        torch._foreach_lerp_(teacher, student, [weight.to(teacher[0])] * len(teacher))
-
-    # ---- low-precision copies of the weights ---------------------------------------------------------
-
-    def keep_low(self, dtype: torch.dtype) -> None:
-        """Gives every linear layer of student and teacher a copy of its weight in `dtype` (`linear.Linear.low`).
-
-        Products then read the copies; whoever changes weights renews them (`refresh_low`, or AdamWEma's pass).
+        Args:
+            weight: 1 - momentum, a number or a 0-d tensor; a tensor is read on its device, without waiting.
         """
-        for layer in self._linears():
-            layer.low = layer.weight.detach().to(dtype)
+        student = dict(self.student_branch.named_parameters())
+        names, teacher = zip(*self.teacher_branch.named_parameters(), strict=True)
+        first = teacher[0]
+        weight = torch.as_tensor(weight, dtype=first.dtype, device=first.device)
+        torch._foreach_lerp_(teacher, [student[n].detach() for n in names], [weight] * len(teacher))
 
-    def _linears(self) -> list[Linear]:
-        return [m for m in self.modules() if isinstance(m, Linear)]
+    def add_shadow_weights(self, dtype: torch.dtype) -> None:
+        """Gives each linear layer of student and teacher a shadow weight in `dtype`, which its matmul reads.
 
-    def low_pairs(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
-        """(student weight -> its copy, student weight -> the copy of the teacher's weight of that name)."""
-        own = {n: m for n, m in self.student_branch.named_modules() if isinstance(m, Linear)}
-        others = {n: m for n, m in self.teacher_branch.named_modules() if isinstance(m, Linear)}
+        Whoever changes weights syncs the shadows: `sync_shadow_weights`, or the fused AdamW + EMA pass.
+        """
+        for layer in self._linears(self).values():
+            layer.shadow = layer.weight.detach().to(dtype)
+
+    def shadow_pairs(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
+        """(student weight -> its shadow, student weight -> the shadow of the teacher's weight of that name)."""
+        student, teacher = self._linears(self.student_branch), self._linears(self.teacher_branch)
         return (
-            {m.weight: m.low for m in own.values() if m.low is not None},
-            {own[n].weight: m.low for n, m in others.items() if m.low is not None},
+            {m.weight: m.shadow for m in student.values() if m.shadow is not None},
+            {student[n].weight: m.shadow for n, m in teacher.items() if m.shadow is not None},
         )
 
     @torch.no_grad()
-    def refresh_low(self) -> None:
-        """Renews all copies; nothing without copies."""
-        kept = [m for m in self._linears() if m.low is not None]
-        if kept:
-            torch._foreach_copy_([m.low for m in kept], [m.weight for m in kept])
+    def sync_shadow_weights(self) -> None:
+        """Copies the weights to their shadows, where there are any."""
+        layers = [m for m in self._linears(self).values() if m.shadow is not None]
+        if layers:
+            torch._foreach_copy_([m.shadow for m in layers], [m.weight for m in layers])
+
+    @staticmethod
+    def _linears(module: nn.Module) -> dict[str, Linear]:
+        return {n: m for n, m in module.named_modules() if isinstance(m, Linear)}
 
     @scoped("loss")
     def loss(self, prediction: Tensor, targets: Tensor, images: int, offset: int = 0) -> Tensor:
-        """Loss of one micro-batch.
+        """The loss of one micro-batch.
 
-        prediction: [V*b, d], b = `images`;  targets: [M, d] of the whole step
-        offset      row of the micro-batch's first image in `targets`
+        Args:
+            prediction: [V b, d], b = `images`, view-major.
+            targets: [M, d] of the whole step (InfoNCE: of all processes).
+            images: b.
+            offset: row of the first image of the micro-batch in `targets`.
         """
         if self.head_config.loss == "byol":
             return byol_loss(prediction, targets[offset : offset + images])
@@ -182,7 +277,14 @@ class ExtreMA(nn.Module):
     def forward(
         self, student_images: Tensor, teacher_images: Tensor, keep: Tensor, path: Tensor | None = None
     ) -> Output:
-        """Both images [b, C, H, W]; keep [V, b, K] integer; path as of `drop_path_scale`, or None."""
+        """One pass over the two versions of the same images.
+
+        Args:
+            student_images: [b, C, H, W].
+            teacher_images: [b, C, H, W].
+            keep: [V, b, K] integer, as of `masking.draw_views`.
+            path: drop-path factors of the student trunk, [L, 2, V b], as of `drop_path_scale`; None: no drop-path.
+        """
         target, teacher_features = self.teacher_branch(teacher_images)
         targets, offset = gather_targets(target) if self.head_config.loss == "infonce" else (target, 0)
         prediction, features = self.student_branch(student_images, keep, path)

@@ -1,4 +1,4 @@
-"""The parts of the encoder: patch embedding, trunk block, class-attention block.
+"""The layers of the encoder: patch embedding, trunk block, class-attention block; checks of image arguments.
 
 Parameter names and shapes are those of the released checkpoints (`vits.py` of microsoft/ExtreMA).
 Shape letters as in `encoder.py`.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..ops import dispatch as ops
 from ..ops.linear import Linear, autocasts, linear
-from .resample import resample_patch_kernel
+from .positions import resample_patch_kernel
 
 NORM_EPS = 1e-6
 
@@ -28,8 +28,16 @@ def pair(size: int | Sequence[int], name: str = "img_size") -> tuple[int, int]:
 
 
 def check_images(images: Tensor, chans: int | None = None, dtype: torch.dtype | None = None) -> None:
-    """raises UsageError unless images are [B, C, H, W] floats; chans: C; dtype: that of the weights (not asked of
-    images under autocast)."""
+    """Checks images [B, C, H, W].
+
+    Args:
+        images: the argument.
+        chans: C; None: any.
+        dtype: of the weights, which images must have except under autocast; None: any float.
+
+    Raises:
+        UsageError: another type, shape or dtype.
+    """
     if not isinstance(images, Tensor):
         raise UsageError(
             f"images: expected a tensor [B, C, H, W], got {type(images).__name__}; use torch.as_tensor(images)"
@@ -46,12 +54,13 @@ def check_images(images: Tensor, chans: int | None = None, dtype: torch.dtype | 
 
 
 def check_sides(size: Sequence[int], patch: int, name: str = "images") -> tuple[int, int]:
-    """The grid of (height, width); raises UsageError with the nearest sizes where the patch does not divide."""
+    """The grid of an image of (height, width); raises UsageError, with the nearest sizes, for indivisible sides."""
     for side, pixels in zip(("height", "width"), size, strict=True):
         if pixels < patch or pixels % patch:
-            low = max(patch, pixels // patch * patch)
+            below = max(patch, pixels // patch * patch)
             raise UsageError(
-                f"{name}: {side} {pixels} is not a multiple of the patch size {patch}; use {low} or {low + patch}"
+                f"{name}: {side} {pixels} is not a multiple of the patch size {patch}; "
+                f"use {below} or {below + patch}"
             )
     return size[0] // patch, size[1] // patch
 
@@ -59,8 +68,14 @@ def check_sides(size: Sequence[int], patch: int, name: str = "images") -> tuple[
 class PatchEmbed(nn.Module):
     """The patch convolution (stride = kernel), and the input size it is meant for.
 
-    The encoder reads `proj` and applies it to kept patches only. The attributes are those of timm's:
+    The encoder reads `proj` and applies it to kept patches only. The attributes are those of timm's class:
     `img_size`, `patch_size`, `grid_size` (pairs: height or rows first), `num_patches`.
+
+    Args:
+        in_chans: C.
+        width: D.
+        patch: side of a patch in pixels.
+        img_size: (height, width) in pixels.
     """
 
     def __init__(self, in_chans: int, width: int, patch: int, img_size: tuple[int, int]) -> None:
@@ -70,10 +85,12 @@ class PatchEmbed(nn.Module):
 
     @property
     def grid_size(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
         return self.dynamic_feat_size(self.img_size)
 
     @property
     def num_patches(self) -> int:
+        """N."""
         return self.grid_size[0] * self.grid_size[1]
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
@@ -89,10 +106,12 @@ class PatchEmbed(nn.Module):
         img_size: int | Sequence[int] | None = None,
         patch_size: int | Sequence[int] | None = None,
     ) -> None:
-        """Another image size, another patch size (the kernel is resampled); None keeps what there is.
+        """Sets another image size or patch size (the kernel is resampled); None keeps the present one.
 
-        Call the encoder's, which also sets its positions.
-        raises  UsageError, with nothing changed, for a patch that is not square or does not divide the image
+        `Encoder.set_input_size` calls this and also sets the positions.
+
+        Raises:
+            UsageError: the patch is not square or does not divide the image; nothing is changed.
         """
         size = self.img_size if img_size is None else pair(img_size)
         patch = self.patch_size if patch_size is None else pair(patch_size, "patch_size")
@@ -112,20 +131,19 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; [R, n, D] -> [R, n, D]."""
+    """Multi-head self-attention; `backend` names its implementation (`Encoder.set_attention`)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        # which implementation (`Encoder.set_attention`); no part of the state
         self.backend = "auto"
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, norm: nn.Module | None = None, again: bool = False) -> Tensor:
-        """Of `norm(x)` where a norm is given; again: the backward pass makes the normalised tokens again."""
+    def forward(self, x: Tensor, norm: nn.Module | None = None, recompute_norm: bool = False) -> Tensor:
+        """Attention of `norm(x)`: [R, n, D] -> [R, n, D]; the backward pass may recompute `norm(x)`."""
         r, n, width = x.shape
-        qkv = linear(x, self.qkv, norm, again).view(r, n, 3, self.heads, width // self.heads)
+        qkv = linear(x, self.qkv, norm, recompute_norm).view(r, n, 3, self.heads, width // self.heads)
         return self.proj(ops.attention(qkv, self.backend).reshape(r, n, width))
 
 
@@ -138,17 +156,20 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, width)
 
     def forward(
-        self, x: Tensor, norm: nn.Module | None = None, again: frozenset[str] = frozenset()
+        self, x: Tensor, norm: nn.Module | None = None, recompute: frozenset[str] = frozenset()
     ) -> Tensor:
-        """Of `norm(x)` where a norm is given; again: `norm`, `gelu`: what the backward pass makes again."""
-        return linear(linear(x, self.fc1, norm, "norm" in again), self.fc2, "gelu", "gelu" in again)
+        """MLP of `norm(x)`: [..., D] -> [..., D]; `recompute` as of `Block`."""
+        hidden = linear(x, self.fc1, norm, "norm" in recompute)
+        return linear(hidden, self.fc2, "gelu", "gelu" in recompute)
 
 
 class Block(nn.Module):
-    """Pre-norm trunk block: `x += s0 SA(LN x)`, `x += s1 MLP(LN x)`, no layer scale."""
+    """Pre-norm trunk block: `x += s0 SA(LN x)`, `x += s1 MLP(LN x)`, no layer scale.
 
-    # what the backward pass makes again (`Encoder.set_recompute`)
-    again: frozenset[str] = frozenset()
+    `recompute` names what the backward pass recomputes, of "norm" and "gelu" (`Encoder.set_recompute`).
+    """
+
+    recompute: frozenset[str] = frozenset()
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -158,10 +179,10 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, x: Tensor, path: Tensor | None = None) -> Tensor:
-        """x [R, n, D]; path [2, R]: drop-path factors of the two branches, or None."""
-        attend, mix = (None, None) if path is None else path.to(x.dtype)[:, :, None, None]
-        x = x + _scaled(self.attn(x, self.norm1, "norm" in self.again), attend)
-        return x + _scaled(self.mlp(x, self.norm2, self.again), mix)
+        """x [R, n, D]; path [2, R]: drop-path factors s0, s1 of each row, or None."""
+        s0, s1 = (None, None) if path is None else path.to(x.dtype)[:, :, None, None]
+        x = x + _scaled(self.attn(x, self.norm1, "norm" in self.recompute), s0)
+        return x + _scaled(self.mlp(x, self.norm2, self.recompute), s1)
 
 
 def _scaled(branch: Tensor, factor: Tensor | None) -> Tensor:
@@ -199,9 +220,16 @@ class PoolBlock(nn.Module):
         stats: tuple[Tensor, Tensor] | None = None,
         return_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-        """cls [R, D], tokens [R, n, D] -> (class token [R, D], attention [R, H, 1 + n] or None, stats).
+        """One block on the class token.
 
-        stats: LayerNorm statistics of the tokens, which every block shares (`ops.attention_pool`)
+        Args:
+            cls: [R, D].
+            tokens: [R, n, D].
+            stats: LayerNorm statistics of the tokens from the block before, which are the same for every block.
+            return_weights: also return the attention weights.
+
+        Returns:
+            The class token [R, D], the attention [R, H, 1 + n] or None, and `stats`.
         """
         a = self.attn
         weights = ops.PoolWeights(

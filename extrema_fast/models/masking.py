@@ -1,6 +1,12 @@
-"""Keep indices of the student's views (paper section 3.1; method.md section 2)."""
+"""Keep indices: which patches each view of an image keeps (arXiv 2206.04667, section 3.1).
+
+The public layout is [B, V, K], or [B, K] for one view. The training step and the kernels work view-major, [V, B, K],
+so that each view is one contiguous batch.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +16,9 @@ from ..errors import UsageError
 from ..ops import dispatch as ops
 from ..ops.scope import scoped
 
-__all__ = ["keep_count", "keep_from_mask", "sample_views"]
+__all__ = ["check_keep", "draw_views", "image_major", "keep_count", "keep_from_mask", "sample_views"]
 
 
-@scoped("masks")
 def sample_views(
     index: Tensor | int,
     num_patches: int,
@@ -24,14 +29,39 @@ def sample_views(
     seed: int = 0,
     epoch: int = 0,
 ) -> Tensor:
-    """Random kept tokens of every view, keyed by sample: the same for any batch or process layout.
+    """Random keep indices of every view, keyed by sample: the same for any batch or process layout.
 
-    index:    [B] int64 row numbers of the images (its device is the result's), or a batch size
-    mode      `disjoint`: one permutation per image, view v takes entries [v K, (v+1) K);
-              `independent`: a permutation per view, its first K entries
-    returns   [V, B, K] int32, contiguous; view-major, entry = row * grid_width + column
-    raises    UsageError when K is not in 1..N, or when disjoint views need more than N tokens
+    Args:
+        index: [B] int64 row numbers of the images in their data set (their device is the result's), or B.
+        num_patches: N.
+        num_keep: K.
+        num_views: V.
+        mode: `disjoint`: one permutation per image, view v takes entries [v K, (v + 1) K); `independent`: one
+            permutation per view, its first K entries.
+        seed: the same seed gives the same views.
+        epoch: another epoch gives other views.
+
+    Returns:
+        [B, V, K] int32; an entry is row * grid_width + column.
+
+    Raises:
+        UsageError: K is not in 1..N, V < 1, or disjoint views need more than N patches.
     """
+    views = draw_views(index, num_patches, num_keep, num_views, mode=mode, seed=seed, epoch=epoch)
+    return views.transpose(0, 1).contiguous()
+
+
+@scoped("masks")
+def draw_views(
+    index: Tensor | int,
+    num_patches: int,
+    num_keep: int,
+    num_views: int,
+    *,
+    mode: str = "disjoint",
+    **keys: Any,
+) -> Tensor:
+    """`sample_views` in the layout of training: view-major [V, B, K] int32, contiguous."""
     if not 1 <= num_keep <= num_patches:
         raise UsageError(f"num_keep: expected 1..{num_patches} tokens, got {num_keep}")
     if num_views < 1:
@@ -45,11 +75,23 @@ def sample_views(
         raise UsageError(f"mode: expected 'disjoint' or 'independent', got {mode!r}")
     if isinstance(index, int):
         index = torch.arange(index)
-    return ops.sample_views(index, num_patches, num_keep, num_views, mode=mode, seed=seed, epoch=epoch)
+    return ops.sample_views(index, num_patches, num_keep, num_views, mode=mode, **keys)
 
 
-def check_keep(keep: Tensor, batch: int, num_patches: int) -> None:
-    """raises UsageError unless `keep` is [B, K] or [B, V, K] of integers in [0, N), V and K at least 1."""
+def check_keep(keep: Tensor, batch: int, num_patches: int) -> Tensor:
+    """Checks keep indices of B images and returns them view-major.
+
+    Args:
+        keep: [B, K] or [B, V, K] integer in [0, N), V and K at least 1.
+        batch: B.
+        num_patches: N.
+
+    Returns:
+        [V, B, K]; V is 1 for [B, K].
+
+    Raises:
+        UsageError: another type, dtype or shape, or on a CPU an index out of range.
+    """
     if not isinstance(keep, Tensor):
         raise UsageError(
             f"keep: expected a tensor of integer indices, got {type(keep).__name__}; use torch.as_tensor(keep)"
@@ -63,19 +105,30 @@ def check_keep(keep: Tensor, batch: int, num_patches: int) -> None:
     # on a GPU the check would wait for the device (there the gather itself asserts); torch.compile cannot
     # branch on values
     if keep.device.type == "cpu" and keep.numel() and not torch.compiler.is_compiling():
-        low, high = int(keep.min()), int(keep.max())
-        if low < 0 or high >= num_patches:
+        least, most = int(keep.min()), int(keep.max())
+        if least < 0 or most >= num_patches:
             raise UsageError(
-                f"keep: expected indices in [0, {num_patches}), which count patches only, got {low} to {high}"
+                f"keep: expected indices in [0, {num_patches}), which count patches only, got {least} to {most}"
             )
+    return keep[None] if keep.dim() == 2 else keep.transpose(0, 1)
+
+
+def image_major(x: Tensor, keep: Tensor) -> Tensor:
+    """View-major rows [V B, ...] -> [B, V, ...] for `keep` [B, V, K]; unchanged for [B, K]."""
+    return x if keep.dim() == 2 else x.unflatten(0, (keep.shape[1], keep.shape[0])).transpose(0, 1)
 
 
 def keep_from_mask(mask: Tensor) -> Tensor:
-    """Keep indices from a boolean mask (True = kept).
+    """Keep indices from a boolean mask.
 
-    mask:    [..., N] bool with the same number of True in every row
-    returns  [..., K] int32, ascending
-    raises   UsageError when rows keep different numbers of tokens, or none
+    Args:
+        mask: [..., N] bool, True = kept, with the same number of True in every row.
+
+    Returns:
+        [..., K] int32, ascending.
+
+    Raises:
+        UsageError: the mask is not bool, or rows keep different numbers of patches, or none.
     """
     if mask.dtype != torch.bool:
         raise UsageError(f"mask: expected bool (True = kept), got {mask.dtype}; use mask.bool()")

@@ -1,10 +1,11 @@
-"""The sin-cos position table, computed for any grid."""
+"""The sin-cos position table of any grid, and weights adapted to other grids, patch sizes and channels."""
 
 from __future__ import annotations
 
 import logging
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UsageError
@@ -12,8 +13,8 @@ from ..errors import UsageError
 log = logging.getLogger(__name__)
 
 COORDS = ("absolute", "rescaled")
-# an image size that alternates keeps its tables; a size per image does not fill the memory
-_KEPT_TABLES = 8
+# enough for image sizes that alternate; a size per image must not fill the memory
+_MAX_CACHED_TABLES = 8
 
 
 def sincos_table(
@@ -22,13 +23,20 @@ def sincos_table(
     dtype: torch.dtype = torch.float32,
     trained: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Fixed position table, computed in float64 for any grid (method.md section 1).
+    """The fixed position table of a grid, computed in float64 (as the released checkpoints store it).
 
-    width:   D, a multiple of 4;  grid: (rows, columns)
-    trained  None: row a and column b are numbered 0, 1, ...; else a grid whose range the coordinates are
-             stretched to, a = (i + 0.5) rows' / rows - 0.5 and b alike, as when a table of it is resized
-    returns  [rows * columns, D]: [sin(b w), cos(b w), sin(a w), cos(a w)] for row a, column b,
-             w_k = 10000 ** (-k / (D / 4))
+    Args:
+        width: D, a multiple of 4.
+        grid: (rows, columns) of patches.
+        dtype: of the result.
+        trained: None: row a and column b are numbered 0, 1, ...; else the grid whose range the coordinates are
+            stretched to, a = (i + 0.5) trained_rows / rows - 0.5 and b alike, as in resizing its table.
+
+    Returns:
+        [rows * columns, D]: [sin(b w), cos(b w), sin(a w), cos(a w)], w_k = 10000 ** (-k / (D / 4)).
+
+    Raises:
+        UsageError: D is not a multiple of 4.
     """
     if width % 4:
         raise UsageError(f"width: the sin-cos table needs a multiple of 4, got {width}")
@@ -42,42 +50,135 @@ def sincos_table(
 
 
 class SinCos:
-    """Tables of one encoder, by grid; kept per device and dtype.
+    """Position tables of one encoder, cached by grid, device and dtype.
 
-    coords   'absolute': integer coordinates, exactly what training at that size uses; 'rescaled': stretched to
-             the grid trained on, as bicubic resizing of its table does
-    trained  (rows, columns) trained on
+    Args:
+        width: D.
+        coords: 'absolute': integer coordinates, exactly what training at that size uses; 'rescaled': stretched
+            to the trained grid, like bicubic resizing of its table.
+        trained: (rows, columns) of the grid trained on.
+
+    Raises:
+        UsageError: unknown `coords`.
     """
 
     def __init__(self, width: int, coords: str, trained: tuple[int, int]) -> None:
         if coords not in COORDS:
             raise UsageError(f"pos_coords: expected 'absolute' or 'rescaled', got {coords!r}")
         self.width, self.coords, self.trained = width, coords, trained
-        self._kept: dict[tuple, Tensor] = {}
+        self._cache: dict[tuple, Tensor] = {}
 
     def compute(self, grid: tuple[int, int]) -> Tensor:
-        """[rows * columns, D] fp32."""
+        """[rows * columns, D] fp32 of a grid."""
         return sincos_table(self.width, grid, trained=self.trained if self.coords == "rescaled" else None)
 
     def table(self, grid: tuple[int, int], like: Tensor) -> Tensor:
-        """[rows * columns, D] with the device and dtype of `like`."""
-        # a compiled graph computes it itself: what is kept may not change under it
+        """[rows * columns, D] of a grid, on the device and in the dtype of `like`."""
+        # a compiled graph computes the table itself: the cache may not change under it
         if torch.compiler.is_compiling():
             return self.compute(grid).to(like)
         key = (grid, like.device, like.dtype)
-        if key not in self._kept:
-            if all(key[0] != grid for key in self._kept):
+        if key not in self._cache:
+            if all(cached[0] != grid for cached in self._cache):
                 log.info(
                     "positions of %d x %d patches, trained on %d x %d: %s coordinates",
                     *grid, *self.trained, self.coords,
                 )  # fmt: skip
             # a table made under inference_mode could not be used in training afterwards
             with torch.inference_mode(False):
-                made = self.compute(grid).to(like)
-            # shapes alone are no table (FakeTensor)
-            if type(made) is not Tensor:
-                return made
-            while len(self._kept) >= _KEPT_TABLES:
-                del self._kept[next(iter(self._kept))]
-            self._kept[key] = made
-        return self._kept[key]
+                table = self.compute(grid).to(like)
+            # a FakeTensor has a shape and no values
+            if type(table) is not Tensor:
+                return table
+            while len(self._cache) >= _MAX_CACHED_TABLES:
+                del self._cache[next(iter(self._cache))]
+            self._cache[key] = table
+        return self._cache[key]
+
+
+# ---- weights for another input ----------------------------------------------------------------------
+
+
+def adapt_in_chans(weight: Tensor, in_chans: int) -> Tensor:
+    """A patch kernel for another number of channels, by timm's rule.
+
+    Args:
+        weight: [D, C, p, p] float.
+        in_chans: 1: the sum over the channels; else the channels repeated, cut to `in_chans` and scaled by
+            C / in_chans, so that an image of equal channels gives the same tokens where C divides `in_chans`.
+
+    Returns:
+        [D, in_chans, p, p] of the same dtype; `weight` itself where nothing changes.
+
+    Raises:
+        UsageError: fewer than one channel.
+    """
+    if not isinstance(in_chans, int) or in_chans < 1:
+        raise UsageError(f"in_chans: expected a whole number, at least 1, got {in_chans!r}")
+    have = weight.shape[1]
+    if in_chans == have:
+        return weight
+    wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+    if in_chans == 1:
+        return wide.sum(1, keepdim=True).to(weight.dtype)
+    tiled = wide.repeat(1, -(-in_chans // have), 1, 1)[:, :in_chans]
+    return (tiled * (have / in_chans)).to(weight.dtype)
+
+
+def resample_patch_kernel(weight: Tensor, new_patch: int) -> Tensor:
+    """A patch kernel for another patch size, by the pseudo-inverse of resizing (FlexiViT, arXiv 2212.08013).
+
+    Of all kernels it is the one whose tokens of a resized image are nearest to the tokens of the image itself;
+    they are equal where the patch grows.
+
+    Args:
+        weight: [D, C, p, p] float.
+        new_patch: q pixels.
+
+    Returns:
+        [D, C, q, q] of the same dtype, computed in float64; `weight` itself where q = p.
+
+    Raises:
+        UsageError: the kernel is not square, or q < 1.
+    """
+    p = weight.shape[-1]
+    if weight.dim() != 4 or weight.shape[-2] != p:
+        raise UsageError(f"patch kernel: expected [D, C, p, p], got {list(weight.shape)}")
+    if new_patch < 1:
+        raise UsageError(f"patch_size: expected at least 1, got {new_patch}")
+    if new_patch == p:
+        return weight
+    unit = torch.eye(p * p, dtype=torch.float64, device=weight.device).view(p * p, 1, p, p)
+    # row i: the image that is 1 at pixel i alone, resized
+    resize = F.interpolate(unit, size=(new_patch, new_patch), mode="bicubic", antialias=True).flatten(1)
+    kernel = weight.double().flatten(2) @ torch.linalg.pinv(resize).T
+    return kernel.view(*weight.shape[:2], new_patch, new_patch).to(weight.dtype)
+
+
+def resample_table(
+    table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool = True
+) -> Tensor:
+    """A learned position table for another grid, bicubic in fp32.
+
+    Args:
+        table: [1, N, D] or [N, D] of `old_grid`.
+        old_grid: (rows, columns).
+        new_grid: (rows, columns).
+        antialias: True as timm does, False as the released code does.
+
+    Returns:
+        [..., N', D] of the same dtype; `table` itself where the grid is the same.
+
+    Raises:
+        UsageError: the table has another length than its grid.
+    """
+    rows, columns = old_grid
+    if table.shape[-2] != rows * columns:
+        raise UsageError(
+            f"position table: {table.shape[-2]} rows do not make a grid of {rows} x {columns} patches"
+        )
+    if tuple(old_grid) == tuple(new_grid):
+        return table
+    maps = table.float().view(1, rows, columns, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(maps, size=tuple(new_grid), mode="bicubic", antialias=antialias)
+    return resized.flatten(2).transpose(1, 2).to(table.dtype).view(*table.shape[:-2], -1, table.shape[-1])

@@ -34,10 +34,10 @@ def autocasts(kind: str) -> bool:
 class Linear(nn.Linear):
     """`nn.Linear` whose low-precision products follow this module.
 
-    low  the weight in low precision, rewritten after every optimizer step (`method.refresh_low`), or None
+    shadow  the weight in low precision, synced after every optimizer step (`ExtreMA.sync_shadow_weights`), or None
     """
 
-    low: Tensor | None = None
+    shadow: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the type computed in."""
@@ -56,7 +56,7 @@ def linear(
     returns [..., out] in autocast's type, else that of x
     """
     if isinstance(layer, Linear):
-        return affine(x, layer.weight, layer.bias, before, again, layer.low)
+        return affine(x, layer.weight, layer.bias, before, again, layer.shadow)
     return layer(_prologue(x, before))
 
 

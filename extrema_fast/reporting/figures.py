@@ -210,8 +210,8 @@ def samples(
     x = normalize(images, cfg.data.mean, cfg.data.std, encoder.in_chans)
     n, (gh, gw), views = len(images), encoder.grid, cfg.mask.views
     keep = sample_views(n, gh * gw, cfg.num_keep, views, mode=cfg.mask.mode, seed=cfg.train.seed)
-    mask = torch.zeros(views, n, gh * gw, dtype=torch.bool).scatter_(2, keep.long(), True)
-    kept = mask.reshape(views, n, gh, gw).numpy()
+    mask = torch.zeros(n, views, gh * gw, dtype=torch.bool).scatter_(2, keep.long(), True)
+    kept = mask.reshape(n, views, gh, gw).numpy()
 
     def attention(model: Encoder) -> np.ndarray:
         # [n, blocks, gh, gw]: mean over heads, times the number of patches; 1 is no preference
@@ -228,7 +228,7 @@ def samples(
         titles += [f"attention {p + 1}"] + ([] if before is None else [f"{p + 1} at init"])
     rows = []
     for i in range(n):
-        over: list[np.ndarray | None] = [None, *(dropped(kept[v, i]) for v in range(views))]
+        over: list[np.ndarray | None] = [None, *(dropped(kept[i, v]) for v in range(views))]
         for p in range(maps.shape[1]):
             over += [heat(m[i, p], top) for m in (maps, before) if m is not None]
         over.append(colors[i])

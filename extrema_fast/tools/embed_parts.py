@@ -180,7 +180,7 @@ def encode_batch(job: Job, images: Tensor, rows: Tensor) -> Tensor:
     keep = None
     if s.keep_ratio < 1:
         count = max(1, round(encoder.num_patches * s.keep_ratio))
-        keep = sample_views(rows.to(device), encoder.num_patches, count, 1)[0]
+        keep = sample_views(rows.to(device), encoder.num_patches, count, 1)[:, 0]
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16"):
             out = encoder.encode(x, keep, norm=s.norm)

@@ -104,7 +104,7 @@ def build_optimizer(method: ExtreMA, cfg: Config, *, tensor_lr: bool = False) ->
     moved = dict(method.teacher_branch.named_parameters())
     # the predictor has no teacher
     teacher = {p: moved[name] for name, p in named if name in moved}
-    return ops.adamw(groups, teacher, method.low_pairs(), lr=lr, betas=o.betas, eps=o.eps)
+    return ops.adamw(groups, teacher, method.shadow_pairs(), lr=lr, betas=o.betas, eps=o.eps)
 
 
 def gates_on_device(optimizer: torch.optim.Optimizer) -> bool:

@@ -77,7 +77,7 @@ def build(cfg: Config, world: World, source: ImageSource) -> Run:
     method.student.set_recompute(recomputed(cfg, kind))
     apply_fp8(method, cfg.train.fp8, world.device)
     if keeps_low(cfg, kind):
-        method.keep_low(torch.bfloat16)
+        method.add_shadow_weights(torch.bfloat16)
     return Run(
         cfg,
         world,
@@ -128,7 +128,7 @@ def open_loader(run: Run, file: Path | None = None) -> TrainLoader:
 
 def wrap(run: Run) -> None:
     """What comes after the weights are in place: their copies, compiling, data parallelism, recording."""
-    run.method.refresh_low()
+    run.method.sync_shadow_weights()
     compile_run(run)
     run.student = run.world.wrap(run.method.student_branch)
     if run.cfg.train.cuda_graph:
@@ -172,7 +172,7 @@ def resume(run: Run, allow: bool) -> None:
     run.step = found.step
     if not found.state["ema_ahead"] and not run.last:
         # a run that has been made longer: its last step had left the teacher's move out
-        run.method.update_teacher(run.schedule.momentum(run.step))
+        run.method.ema_update(1 - run.schedule.momentum(run.step))
     log.info("continuing at step %d of %d (%s)", run.step, run.schedule.total_steps, where)
 
 

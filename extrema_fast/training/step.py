@@ -22,9 +22,8 @@ from ..data.loader import Batch
 from ..data.prefetch import prefetch
 from ..errors import UsageError
 from ..models.drop_path import drop_path_scale
-from ..models.extrema import ExtreMA
-from ..models.losses import gather_targets
-from ..models.masking import sample_views
+from ..models.extrema import ExtreMA, gather_targets
+from ..models.masking import draw_views
 from ..ops import dispatch as ops
 from ..ops.dispatch import AdamWEma
 from ..ops.scope import scope, scoped
@@ -122,7 +121,7 @@ def draw(run: Run, images: Tensor, index: Tensor, epoch: int) -> list[Part]:
     there = index.to(device, non_blocking=True)
     parts = []
     for p in slices(len(index), cfg.train.accumulation):
-        keep = sample_views(there[p], model.num_patches, cfg.num_keep, mask.views, mode=mask.mode, **keys)
+        keep = draw_views(there[p], model.num_patches, cfg.num_keep, mask.views, mode=mask.mode, **keys)
         path = drop_path_scale(there[p], mask.views, model.shape[1], model.drop_path, **keys)
         parts.append(Part(images[p], jitter_params(there[p], cfg.data, **keys), keep, path))
     return parts
@@ -284,5 +283,5 @@ def update(run: Run, bad: Tensor) -> None:
         optimizer.step()
     elif not bad:
         optimizer.step()
-    run.method.move_teacher(weight * (1 - bad))
-    run.method.refresh_low()
+    run.method.ema_update(weight * (1 - bad))
+    run.method.sync_shadow_weights()

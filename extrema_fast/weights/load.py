@@ -20,7 +20,7 @@ from ..config import ModelConfig
 from ..errors import UsageError
 from ..files import new_folder
 from ..models.encoder import Encoder, build_encoder
-from ..models.resample import adapt_in_chans
+from ..models.positions import adapt_in_chans
 from .folder import (
     WHICH,
     check_replaceable,

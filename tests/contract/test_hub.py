@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import extrema_fast
 from extrema_fast.config import ModelConfig, to_dict
 from extrema_fast.errors import UsageError
-from extrema_fast.models.dino import Dino
+from extrema_fast.models.dino_interface import Dino
 from extrema_fast.models.encoder import create_encoder, list_models
 
 TINY = "extrema_vit_tiny_patch16_224"

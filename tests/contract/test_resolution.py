@@ -16,8 +16,13 @@ import torch.nn.functional as F
 from extrema_fast.config import ModelConfig
 from extrema_fast.errors import UsageError
 from extrema_fast.models.encoder import Encoder, create_encoder, model_args
-from extrema_fast.models.positions import SinCos, sincos_table
-from extrema_fast.models.resample import adapt_in_chans, resample_patch_kernel, resample_table
+from extrema_fast.models.positions import (
+    SinCos,
+    adapt_in_chans,
+    resample_patch_kernel,
+    resample_table,
+    sincos_table,
+)
 
 CONFIG = ModelConfig(
     img_size=(24, 40), patch_size=8, width=32, depth=2, heads=2, mlp_ratio=2.0, drop_path=0.0

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from extrema_fast.errors import UsageError
 from extrema_fast.models.encoder import Encoder, create_encoder, list_models, model_args, timm_config
-from extrema_fast.models.resample import adapt_in_chans, resample_patch_kernel, resample_table
+from extrema_fast.models.positions import adapt_in_chans, resample_patch_kernel, resample_table
 
 timm = pytest.importorskip("timm")
 importlib.import_module("extrema_fast.timm")

@@ -344,7 +344,7 @@ def test_a_gpu_makes_the_steps_a_cpu_makes(name):
 
 def state_bits(run: Run) -> list[bytes]:
     moments = [v for p in run.optimizer.state.values() for _, v in sorted(p.items()) if isinstance(v, Tensor)]
-    low = [m.low for m in run.method.modules() if getattr(m, "low", None) is not None]
+    low = [m.shadow for m in run.method.modules() if getattr(m, "shadow", None) is not None]
     tensors = [*run.method.state_dict().values(), *moments, *low]
     return [t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t.dim()]
 

@@ -10,6 +10,7 @@ errors; torch.compile without graph breaks.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +27,6 @@ from extrema_fast.models.encoder import (
     create_encoder,
     list_models,
     sincos_table,
-    with_img_size,
 )
 from extrema_fast.ops import dispatch as ops
 
@@ -278,7 +278,7 @@ def test_channels(channels):
 
 def test_another_grid_is_what_an_encoder_of_that_size_computes():
     encoder = make()
-    other = make(with_img_size(SMALL, (16, 56)))
+    other = make(replace(SMALL, img_size=(16, 56)))
     other.load_state_dict({k: v for k, v in encoder.state_dict().items() if k != "pos_embed"}, strict=False)
     x, keep = images(2, 3, 16, 56), torch.tensor([[0, 13], [6, 7]])
     for k in (None, keep):

@@ -16,7 +16,7 @@ import textwrap
 import pytest
 import torch
 
-from extrema_fast.models.losses import byol_loss, gather_targets, infonce_loss
+from extrema_fast.models.extrema import byol_loss, gather_targets, infonce_loss
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
@@ -149,7 +149,7 @@ def test_gather_without_a_process_group_is_the_input():
 
 RANK = """
     import sys, torch, torch.distributed as dist
-    from extrema_fast.models.losses import gather_targets, infonce_loss
+    from extrema_fast.models.extrema import gather_targets, infonce_loss
     torch.manual_seed(0)
     # [view, rank, image, d] and [rank, image, d]
     q, k = torch.randn(3, 2, 2, 5).double().requires_grad_(), torch.randn(2, 2, 5).double()

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from extrema_fast import config as c
 from extrema_fast.models.drop_path import drop_path_scale
 from extrema_fast.models.encoder import build_encoder
-from extrema_fast.models.extrema import ExtreMA
-from extrema_fast.models.heads import mlp_head
-from extrema_fast.models.masking import sample_views
+from extrema_fast.models.extrema import ExtreMA, mlp_head
+from extrema_fast.models.masking import draw_views
 
 
 def tiny(loss: str = "byol", **train) -> c.Config:
@@ -40,7 +39,7 @@ def tiny(loss: str = "byol", **train) -> c.Config:
 
 
 def batch(cfg: c.Config, b: int = 4):
-    keep = sample_views(b, cfg.model.num_patches, cfg.num_keep, cfg.mask.views, seed=1)
+    keep = draw_views(b, cfg.model.num_patches, cfg.num_keep, cfg.mask.views, seed=1)
     a, t = (torch.randn(b, 3, *cfg.model.img_size, dtype=torch.float64) for _ in range(2))
     return a, t, keep
 
@@ -138,7 +137,7 @@ def test_the_teacher_never_trains_and_never_drops_paths():
     first, second = method.teacher_branch(images), method.teacher_branch(images)
     assert torch.equal(first[0], second[0])
     # which would be seen: the student draws new coins each time
-    keep = sample_views(4, 6, 2, 3)
+    keep = draw_views(4, 6, 2, 3)
     assert not torch.equal(method.student_branch(images, keep)[1], method.student_branch(images, keep)[1])
     method.eval()
     assert torch.equal(method.teacher_branch(images)[0], first[0])
@@ -165,7 +164,7 @@ def test_update_is_the_moving_average_of_encoder_and_projector(m):
     before = {n: p.clone() for n, p in method.teacher_branch.named_parameters()}
     student = {n: p.detach().clone() for n, p in method.student_branch.named_parameters()}
     addresses = [p.data_ptr() for p in method.teacher_branch.parameters()]
-    method.update_teacher(m)
+    method.ema_update(1 - m)
     assert any(n.startswith("projector.") for n in before) and any(n.startswith("encoder.") for n in before)
     for n, p in method.teacher_branch.named_parameters():
         assert torch.allclose(p, m * before[n] + (1 - m) * student[n], rtol=1e-12, atol=1e-15), n
@@ -183,8 +182,8 @@ def test_update_is_the_moving_average_of_encoder_and_projector(m):
 def test_a_tensor_momentum_gives_the_same_weights(m, dtype):
     methods = [apart(ExtreMA(tiny())).float() for _ in range(2)]
     methods[1].load_state_dict(methods[0].state_dict())
-    methods[0].update_teacher(m)
-    methods[1].update_teacher(torch.tensor(m, dtype=dtype))
+    methods[0].ema_update(1 - m)
+    methods[1].ema_update(torch.tensor(1 - m, dtype=dtype))
     for a, b in zip(methods[0].teacher.parameters(), methods[1].teacher.parameters(), strict=True):
         if dtype == torch.float64:
             assert torch.equal(a, b)
@@ -198,7 +197,7 @@ def test_the_first_update_changes_nothing():
     for name, p in method.teacher_branch.named_parameters():
         assert torch.equal(p, dict(method.student_branch.named_parameters())[name])
     before = [p.clone() for p in method.teacher_branch.parameters()]
-    method.update_teacher(0.996)
+    method.ema_update(1 - 0.996)
     assert all(torch.equal(a, b) for a, b in zip(before, method.teacher_branch.parameters(), strict=True))
     # a copy, not a second name for the student
     with torch.no_grad():
@@ -275,5 +274,5 @@ def test_a_few_steps_lower_the_loss():
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
-        method.update_teacher(0.99)
+        method.ema_update(1 - 0.99)
     assert losses[-1] < 0.8 * losses[0]

@@ -48,7 +48,7 @@ def trained(cfg=CFG, steps: int = 2):
         for _, p in method.student_parameters():
             p.grad = torch.randn_like(p)
         optimizer.step()
-        method.update_teacher(0.9)
+        method.ema_update(1 - 0.9)
         counters.add(torch.rand(()), torch.rand(()), torch.zeros(()))
     return method, optimizer, counters
 

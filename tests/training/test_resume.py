@@ -239,11 +239,8 @@ def test_a_longer_run_makes_up_for_the_teachers_move(tmp_path, straight, monkeyp
     from extrema_fast.models.extrema import ExtreMA
 
     # the one that makes up for it, and the steps' own
-    for name in ("update_teacher", "move_teacher"):
-        move = getattr(ExtreMA, name)
-        monkeypatch.setattr(
-            ExtreMA, name, lambda self, m, move=move: (moved.append(float(m)), move(self, m))[1]
-        )
+    update = ExtreMA.ema_update
+    monkeypatch.setattr(ExtreMA, "ema_update", lambda self, w: (moved.append(float(w)), update(self, w))[1])
     train.pretrain(tiny(run, train={"epochs": 4}), allow_config_change=True, progress=False)
     # the move left out at step 12, then one per step; the last has no weight
     assert len(moved) == 1 + 4 and moved[-1] == 0 and all(moved[:-1])

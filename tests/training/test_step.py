@@ -194,13 +194,13 @@ def test_copies_of_weights_follow_every_step(monkeypatch, backend):
     monkeypatch.setattr(_launch, "INTERPRET", False)
     assert isinstance(run.optimizer, ops.AdamWEma) == (backend != "auto")
     layers = [m for m in run.method.modules() if isinstance(m, Linear)]
-    assert layers and all(m.low is not None and m.low.dtype == torch.bfloat16 for m in layers)
-    assert not any("low" in name for name in run.method.state_dict())
-    first = layers[0].low.clone()
+    assert layers and all(m.shadow is not None and m.shadow.dtype == torch.bfloat16 for m in layers)
+    assert not any("shadow" in name for name in run.method.state_dict())
+    first = layers[0].shadow.clone()
     losses = steps(run, 3)
     for m in layers:
-        assert torch.equal(m.low, m.weight.to(torch.bfloat16))
-    assert not torch.equal(first, layers[0].low)
+        assert torch.equal(m.shadow, m.weight.to(torch.bfloat16))
+    assert not torch.equal(first, layers[0].shadow)
     monkeypatch.undo()
     ops.set_backend("auto")
     assert losses == pytest.approx(steps(begin(**change), 3), rel=1e-6)
@@ -213,7 +213,7 @@ def test_copies_are_renewed_after_loading(monkeypatch):
     run.method.load_state_dict(other)
     wrap(run)
     for m in (m for m in run.method.modules() if isinstance(m, Linear)):
-        assert torch.equal(m.low, m.weight.to(torch.bfloat16))
+        assert torch.equal(m.shadow, m.weight.to(torch.bfloat16))
 
 
 # ---- recomputation ---------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from extrema_fast.distributed import Signals, World
 from extrema_fast.errors import NonFiniteError, OutOfMemoryError, UsageError
 from extrema_fast.models.drop_path import drop_path_scale
 from extrema_fast.models.extrema import ExtreMA
-from extrema_fast.models.masking import sample_views
+from extrema_fast.models.masking import draw_views
 from extrema_fast.tools.dry_run import dry_run
 from extrema_fast.training import metrics, state, step
 from extrema_fast.training.optim import Schedule, build_optimizer
@@ -90,9 +90,9 @@ def test_same_as_the_released_order(loss):
             student, teacher = color_jitter(
                 batch.images, jitter_params(batch.index, cfg.data, **keys), cfg.data
             )
-            keep = sample_views(batch.index, 4, 2, 2, **keys)
+            keep = draw_views(batch.index, 4, 2, 2, mode="disjoint", **keys)
             scale = drop_path_scale(batch.index, 2, 2, 0.2, **keys)
-            method.update_teacher(schedule.momentum(t))
+            method.ema_update(1 - schedule.momentum(t))
             out = method(student, teacher, keep, scale)
             optimizer.zero_grad()
             out.loss.backward()

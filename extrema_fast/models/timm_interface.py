@@ -1,7 +1,7 @@
-"""What timm, and code written for timm's vision transformers, asks of a model; timm itself is not needed.
+"""The interface of timm's vision transformers, for timm and code written for it; timm itself is not needed.
 
-Patch tokens come without a class token from every layer but the last: the trunk has none, the class head
-makes it from the last layer's tokens (as timm's `Cait`). `Encoder.as_dino` gives one per layer.
+Patch tokens come without a class token from every layer but the last: the trunk has none, the class head makes it
+from the tokens of the last layer (as in timm's `Cait`). `Encoder.as_dino` gives one per layer.
 """
 
 from __future__ import annotations
@@ -9,24 +9,34 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .resample import resample_table
+from .positions import resample_table
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
+    from .layers import PatchEmbed
+    from .positions import SinCos
 
 log = logging.getLogger(__name__)
 
 POOLS = ("", "token", "avg")
-FORMATS = ("NCHW", "NLC")
 
 
-def take_indices(depth: int, indices: int | Sequence[int] | None, name: str = "indices") -> list[int]:
-    """Ascending layer numbers: None all, n the last n, a sequence these (negative ones from the end).
+def resolve_layers(depth: int, indices: int | Sequence[int] | None, name: str = "indices") -> list[int]:
+    """Ascending layer numbers.
 
-    raises  UsageError for a layer there is not, or none at all
+    Args:
+        depth: number of layers.
+        indices: None: all; n: the last n; a sequence: these, negative ones counted from the end.
+        name: of the argument, for the error.
+
+    Raises:
+        UsageError: a layer that does not exist, or no layer at all.
     """
     if indices is None:
         return list(range(depth))
@@ -34,23 +44,36 @@ def take_indices(depth: int, indices: int | Sequence[int] | None, name: str = "i
         if not 1 <= indices <= depth:
             raise UsageError(f"{name}: expected the last 1 to {depth} layers, got {indices}")
         return list(range(depth - indices, depth))
-    bad = [i for i in indices if not -depth <= i < depth]
-    if bad or not len(indices):
+    if not len(indices) or any(not -depth <= i < depth for i in indices):
         raise UsageError(f"{name}: expected layers from {-depth} to {depth - 1}, got {list(indices)}")
     return sorted({i % depth for i in indices})
 
 
+def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patch tokens [B, N, D] -> [B, D, rows, columns], contiguous."""
+    return tokens.transpose(1, 2).unflatten(2, grid).contiguous()
+
+
 def check_classes(num_classes: int) -> None:
-    """raises UsageError unless it is a number of classes."""
+    """Raises UsageError unless `num_classes` is a whole number, at least 0."""
     if not isinstance(num_classes, int) or num_classes < 0:
         raise UsageError(f"num_classes: expected 0 (features) or more, got {num_classes!r}")
 
 
-class TimmMethods(nn.Module):
-    """The methods of timm's contract, on an `Encoder` (which has the modules and `encode`)."""
+class TimmInterface(nn.Module):
+    """timm's methods and attributes, on `Encoder`, which has the modules, `embed`, `trunk_layers`, `pool`, `encode`."""
 
     # True would promise a class token from every layer
     has_class_token = False
+
+    config: ModelConfig
+    patch_embed: PatchEmbed
+    sincos: SinCos
+    cls_token: nn.Parameter | None
+    pos_embed: Tensor
+    embed_dim: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     # ---- attributes ------------------------------------------------------------------------------
 
@@ -61,7 +84,7 @@ class TimmMethods(nn.Module):
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """Per trunk block: num_chs D, reduction in pixels, module name."""
+        """For each trunk block: `num_chs` D, `reduction` in pixels, `module` name."""
         reduction = self.patch_embed.feat_ratio()
         return [
             {"module": f"blocks.{i}", "num_chs": self.embed_dim, "reduction": reduction}
@@ -70,24 +93,21 @@ class TimmMethods(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """What timm's data and head code reads: what timm's factory set, else told from this encoder."""
+        """What timm's data and head code reads: what timm's factory set, else `own_cfg`."""
         return self.__dict__.get("_pretrained_cfg") or self.own_cfg()
 
     @pretrained_cfg.setter
     def pretrained_cfg(self, cfg: dict[str, Any]) -> None:
         self.__dict__["_pretrained_cfg"] = cfg
-        for name in ("mean", "std"):
-            if cfg.get(name):
-                setattr(self, name, tuple(cfg[name]))
-        for name in ("interpolation", "crop_pct"):
-            if cfg.get(name):
-                setattr(self, name, cfg[name])
+        for name in ("mean", "std", "interpolation", "crop_pct"):
+            if value := cfg.get(name):
+                setattr(self, name, tuple(value) if name in ("mean", "std") else value)
 
     # the name that older code uses
     default_cfg = pretrained_cfg
 
     def own_cfg(self) -> dict[str, Any]:
-        """The numbers of this encoder as a `pretrained_cfg` of timm's."""
+        """A `pretrained_cfg` for timm from the attributes of this encoder."""
         return {
             "architecture": self.architecture,
             "num_classes": self.num_classes,
@@ -103,22 +123,15 @@ class TimmMethods(nn.Module):
             "classifier": "head",
         }
 
-    def _note(self, **args: Any) -> None:
-        """Tells timm's factory record, where there is one, how to build this model anew."""
-        if "_model_args" in self.__dict__:
-            self._model_args = {**self._model_args, **args}
-        if "img_size" in args and "_traits" in self.__dict__:
-            self._traits = {**self._traits, "img_size": args["img_size"]}
-
     # ---- features --------------------------------------------------------------------------------
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> tokens after the final norm, [B, 1 + N, D] class token first; [B, N, D] without one."""
+        """[B, C, H, W] -> tokens after the final norm: [B, 1 + N, D], class token first; [B, N, D] without one."""
         out = self.encode(x)
         return torch.cat([out.cls[:, None], out.patches], 1) if self.num_prefix_tokens else out.patches
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens of `forward_features` -> logits, or the pooled feature before the classifier.
+        """Tokens of `forward_features` -> logits; with `pre_logits` the pooled feature before the classifier.
 
         Pools the class token ('token'), the mean of patch tokens ('avg'), or nothing (''); then `fc_norm`,
         dropout and `head`.
@@ -140,36 +153,41 @@ class TimmMethods(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Patch tokens after chosen trunk blocks, in ascending order, and the final features.
+        """Patch tokens after some trunk blocks, in ascending order, and the final features.
 
-        x            [B, C, H, W]
-        indices      None: all blocks; n: the last n; a sequence: these, negative ones from the end
-        norm         the final norm over each
-        stop_early   nothing runs after the last chosen block; final features are then made from its tokens
-        output_fmt   'NCHW': [B, D, rows, columns]; 'NLC': [B, N, D]
-        returns      (features as `forward_features`, list), or the list alone with `intermediates_only`
-        raises       UsageError for `return_prefix_tokens=True`: there is no class token before the last block
+        Args:
+            x: [B, C, H, W].
+            indices: None: all blocks; n: the last n; a sequence: these, negative ones counted from the end.
+            return_prefix_tokens: must be False.
+            norm: apply the final norm to each.
+            stop_early: run nothing after the last of them; the final features are then made from its tokens.
+            output_fmt: 'NCHW': [B, D, rows, columns]; 'NLC': [B, N, D].
+            intermediates_only: return the list alone.
+
+        Returns:
+            (features as of `forward_features`, list), or the list.
+
+        Raises:
+            UsageError: `return_prefix_tokens=True`: there is no class token before the last block.
         """
         if return_prefix_tokens:
             raise UsageError(
                 "return_prefix_tokens: the trunk has no class token; encoder.as_dino() makes one per layer"
             )
-        # timm gives an enumeration of strings
-        if not any(output_fmt == f for f in FORMATS):
+        # timm passes an enumeration of strings
+        if not any(output_fmt == f for f in ("NCHW", "NLC")):
             raise UsageError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
-        take = take_indices(len(self.blocks), indices)
-        rows, columns = self._check_images(x)
-        tokens, taken = self.trunk_layers(self.embed(x), take, stop=stop_early)
-        taken = [self.norm(t) if norm else t for t in taken]
+        indices = resolve_layers(len(self.blocks), indices)
+        grid = self.check_images(x)
+        tokens, layers = self.trunk_layers(self.embed(x), indices, stop_early=stop_early)
+        layers = [self.norm(t) if norm else t for t in layers]
         if output_fmt == "NCHW":
-            taken = [t.transpose(1, 2).unflatten(2, (rows, columns)).contiguous() for t in taken]
-        return taken if intermediates_only else (self._features(tokens), taken)
-
-    def _features(self, tokens: Tensor) -> Tensor:
-        """Trunk tokens [B, N, D] -> features as of `forward_features`."""
+            layers = [to_map(t, grid) for t in layers]
+        if intermediates_only:
+            return layers
         if self.num_prefix_tokens:
             tokens = torch.cat([self.pool(tokens)[0][:, None], tokens], 1)
-        return self.norm(tokens)
+        return self.norm(tokens), layers
 
     def get_intermediate_layers(
         self,
@@ -180,22 +198,23 @@ class TimmMethods(nn.Module):
         norm: bool = False,
     ) -> list[Tensor]:
         """Patch tokens of the last n blocks, or of those named: [B, N, D], reshaped [B, D, rows, columns]."""
+        fmt = "NCHW" if reshape else "NLC"
         return self.forward_intermediates(
-            x, n, return_prefix_tokens, norm,
-            output_fmt="NCHW" if reshape else "NLC", intermediates_only=True,
-        )  # fmt: skip
+            x, n, return_prefix_tokens, norm, output_fmt=fmt, intermediates_only=True
+        )
 
     # ---- changes in place ------------------------------------------------------------------------
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops what these layers do not need: later blocks; the norm; class head, class token, classifier.
+        """Removes what these layers do not need: later blocks; the norm; class head, class token and classifier.
 
-        returns  the layers, ascending; the numbers stay valid
+        Returns:
+            The layers, ascending; their numbers stay valid.
         """
-        take = take_indices(len(self.blocks), indices)
-        before, after = len(self.blocks), take[-1] + 1
+        kept = resolve_layers(len(self.blocks), indices)
+        before, after = len(self.blocks), kept[-1] + 1
         # each block keeps its own drop-path rate
         self.drop_path_rate *= (after - 1) / max(before - 1, 1)
         self.blocks = self.blocks[:after]
@@ -205,18 +224,24 @@ class TimmMethods(nn.Module):
             self.cls_token, self.blocks_token = None, None
             self.fc_norm = nn.Identity()
             self.reset_classifier(0, "")
-        return take
+        return kept
 
     def get_classifier(self) -> nn.Module:
         """The linear head, or an Identity."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new linear head (0: none); another pool: 'token', 'avg', '' (tokens as they are), None keeps it.
+        """Sets a new linear head and, if given, another pool.
 
-        With 'avg' a class head that exists stays, computed and without use: build with `global_pool='avg'`
-        where it is not wanted.
-        raises  UsageError for 'token' without class head
+        With 'avg' an existing class head stays: it is computed and not used. Build with `global_pool='avg'` where it is
+        not wanted.
+
+        Args:
+            num_classes: 0: no head.
+            global_pool: 'token', 'avg', '' (tokens as they are), or None (no change).
+
+        Raises:
+            UsageError: unknown pool, or 'token' without class head.
         """
         check_classes(num_classes)
         if global_pool is not None:
@@ -242,16 +267,25 @@ class TimmMethods(nn.Module):
         patch_size: int | Sequence[int] | None = None,
         antialias: bool = True,
     ) -> None:
-        """Another image size, or patch size (the kernel is resampled, `resample_patch_kernel`).
+        """Sets another image size or patch size; a sin-cos table is computed for the new grid, a learned one resampled.
 
-        The sin-cos table is computed for the new grid; a learned one is resampled in place of the old.
-        antialias  of that resampling (the released code has none)
-        raises     UsageError, with nothing changed, where the patch does not divide the image
+        Args:
+            img_size: pixels, or (height, width).
+            patch_size: pixels; the patch kernel is resampled (`resample_patch_kernel`).
+            antialias: of the resampling of a learned table (the released code has none).
+
+        Raises:
+            UsageError: the patch does not divide the image; nothing is changed.
         """
         old = self.grid
         self.patch_embed.set_input_size(img_size, patch_size)
         self.config = replace(self.config, img_size=self.img_size, patch_size=self.patch_size)
-        self._note(img_size=self.img_size, patch_size=self.patch_size, pos_grid=tuple(self.sincos.trained))
+        # the records of timm's factory, where there are any, from which it builds this model again
+        if "_model_args" in self.__dict__:
+            own = {"img_size": self.img_size, "patch_size": self.patch_size, "pos_grid": self.sincos.trained}
+            self._model_args = {**self._model_args, **own}
+        if "_traits" in self.__dict__:
+            self._traits = {**self._traits, "img_size": self.img_size}
         if self.grid == old:
             return
         table = self.pos_embed
@@ -263,7 +297,7 @@ class TimmMethods(nn.Module):
             self.pos_embed = self.sincos.table(self.grid, table)[None].clone()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Runs each trunk block anew in the backward pass instead of keeping what it made."""
+        """Recomputes each trunk block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
     # ---- optimizers ------------------------------------------------------------------------------
@@ -275,7 +309,7 @@ class TimmMethods(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for timm's layer-wise learning rates: stem, blocks, (head).
 
-        Class token, class blocks and norms count to the last block: they read its tokens.
+        Class token, class blocks and norms belong to the last block: they read its tokens.
         """
         return {
             "stem": r"^(?:patch_embed|pos_embed)",

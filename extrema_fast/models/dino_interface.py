@@ -3,35 +3,43 @@
     backbone = encoder.as_dino()
     layers = backbone.get_intermediate_layers(images, n=4, reshape=True, return_class_token=True)
 
-The two differ from timm in defaults (norm), types (tuple, dict, int `patch_size`) and in a class token at every
-layer. Here the class token is made by the class head from the last layer's tokens alone. Where one is asked for
-at an earlier layer, `layer_class='head'` runs the class head on that layer's tokens, which it was never trained
-on; 'last' repeats the last layer's.
+DINO differs from timm in defaults (norm), types (tuple, dict, int `patch_size`) and in a class token at every layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .timm_methods import take_indices
+from .timm_interface import resolve_layers, to_map
+
+if TYPE_CHECKING:
+    from .encoder import Encoder
 
 
 class Dino(nn.Module):
-    """The adapter: `encoder` is a sub-module, its parameters are shared.
+    """The adapter; `encoder` is a sub-module, so its parameters are shared.
 
-    version      2 or 3: names of the dictionary's keys, arguments of `get_intermediate_layers`
-    layer_class  'head' or 'last': the class token of a layer before the last
-    raises       UsageError for another version, or an encoder without class head
+    The encoder makes its class token from the tokens of the last layer alone. For an earlier layer,
+    `layer_class='head'` runs the class head on that layer's tokens, which it was not trained on, and 'last' repeats
+    the class token of the last layer.
+
+    Args:
+        encoder: an encoder with class head.
+        version: 2 or 3: names of the dictionary's keys, arguments of `get_intermediate_layers`.
+        layer_class: 'head' or 'last'.
+
+    Raises:
+        UsageError: another version or `layer_class`, or an encoder without class head.
     """
 
     num_register_tokens = n_storage_tokens = 0
 
-    def __init__(self, encoder: nn.Module, version: int = 2, layer_class: str = "head") -> None:
+    def __init__(self, encoder: Encoder, version: int = 2, layer_class: str = "head") -> None:
         super().__init__()
         if version not in (2, 3):
             raise UsageError(f"as_dino: version: expected 2 or 3, got {version!r}")
@@ -47,46 +55,61 @@ class Dino(nn.Module):
 
     @property
     def patch_size(self) -> int:
+        """Side of a patch in pixels."""
         return self.encoder.patch_size
 
     @property
     def embed_dim(self) -> int:
+        """D."""
         return self.encoder.embed_dim
 
     num_features = embed_dim
 
     @property
     def num_heads(self) -> int:
+        """H."""
         return self.encoder.heads
 
     @property
     def n_blocks(self) -> int:
+        """L."""
         return self.encoder.depth
 
     @property
     def blocks(self) -> nn.ModuleList:
+        """The trunk's blocks."""
         return self.encoder.blocks
 
     @property
     def patch_embed(self) -> nn.Module:
+        """The patch embedding."""
         return self.encoder.patch_embed
 
     @property
     def norm(self) -> nn.Module:
+        """The final norm."""
         return self.encoder.norm
 
     @property
     def cls_token(self) -> Tensor:
+        """[1, 1, D]."""
         return self.encoder.cls_token
 
     # ---- methods of a DINO model -----------------------------------------------------------------
 
     def forward_features(self, x: Tensor | list[Tensor], masks: Any = None) -> Any:
-        """[B, C, H, W] -> dictionary; a list of images gives a list of dictionaries.
+        """Class token and patch tokens.
 
-        returns  x_norm_clstoken [B, D], x_norm_patchtokens [B, N, D], x_norm_regtokens [B, 0, D] (version 3:
-                 x_storage_tokens), x_prenorm [B, 1 + N, D], masks (None)
-        raises   UsageError for `masks`: there is no mask token; `encoder.encode(images, keep)` leaves patches out
+        Args:
+            x: [B, C, H, W], or a list of such batches, which gives a list of dictionaries.
+            masks: must be None.
+
+        Returns:
+            A dictionary: x_norm_clstoken [B, D], x_norm_patchtokens [B, N, D], x_norm_regtokens (version 3:
+            x_storage_tokens) [B, 0, D], x_prenorm [B, 1 + N, D], masks (None).
+
+        Raises:
+            UsageError: `masks` is given; there is no mask token, and `encoder.encode(images, keep)` leaves patches out.
         """
         if isinstance(x, (list, tuple)):
             masks = masks if masks is not None else [None] * len(x)
@@ -106,7 +129,7 @@ class Dino(nn.Module):
         }
 
     def forward(self, x: Tensor | list[Tensor], masks: Any = None, is_training: bool = False) -> Any:
-        """Class token after the norm [B, D]; with `is_training` what `forward_features` gives."""
+        """Class token after the norm, [B, D]; with `is_training` the result of `forward_features`."""
         out = self.forward_features(x, masks)
         if is_training:
             return out
@@ -115,17 +138,22 @@ class Dino(nn.Module):
         return self.head(out["x_norm_clstoken"])
 
     def get_intermediate_layers(self, x: Tensor, *args: Any, **options: Any) -> tuple:
-        """Tokens of some layers, as DINO's method of that name.
+        """Tokens of some layers.
 
-        version 2    (x, n=1, reshape=False, return_class_token=False, norm=True)
-        version 3    the same by keyword only, and return_extra_tokens=False
-        n            the last n layers, or a sequence of layers
-        returns      tuple, ascending: patches [B, N, D] or, reshaped, [B, D, rows, columns]; with class token
-                     pairs (patches, class token [B, D]); with extra tokens these ([B, 0, D]) last
+        Version 2 takes (x, n=1, reshape=False, return_class_token=False, norm=True); version 3 takes the same by
+        keyword only, and return_extra_tokens=False.
+
+        Args:
+            x: [B, C, H, W].
+            *args: version 2: the options by position.
+            **options: n: the last n layers, or a sequence of layer numbers; reshape: patch tokens as maps;
+                return_class_token, return_extra_tokens: also return these; norm: apply the final norm.
+
+        Returns:
+            A tuple, ascending: patch tokens [B, N, D] or, reshaped, [B, D, rows, columns]; with class token pairs
+            (patch tokens, class token [B, D]); extra tokens [B, 0, D] come last.
         """
-        if self.version == 2:
-            return self._layers_v2(x, *args, **options)
-        return self._layers(x, *args, **options)
+        return (self._layers_v2 if self.version == 2 else self._layers)(x, *args, **options)
 
     def _layers_v2(
         self,
@@ -148,18 +176,15 @@ class Dino(nn.Module):
         norm: bool = True,
     ) -> tuple:
         encoder = self.encoder
-        take = take_indices(encoder.depth, n, "n")
-        whole = return_class_token and self.layer_class == "last"
-        rows, columns = encoder._check_images(x)
-        tokens, layers = encoder.trunk_layers(encoder.embed(x), take, stop=not whole)
+        indices = resolve_layers(encoder.depth, n, "n")
+        repeat_last = return_class_token and self.layer_class == "last"
+        grid = encoder.check_images(x)
+        tokens, layers = encoder.trunk_layers(encoder.embed(x), indices, stop_early=not repeat_last)
         normed = self.norm if norm else nn.Identity()
-        patches = [normed(t) for t in layers]
-        if reshape:
-            patches = [t.transpose(1, 2).unflatten(2, (rows, columns)).contiguous() for t in patches]
-        parts = [patches]
+        columns = [[to_map(normed(t), grid) if reshape else normed(t) for t in layers]]
         if return_class_token:
-            seen = [tokens] * len(layers) if whole else layers
-            parts.append([normed(encoder.pool(t)[0]) for t in seen])
+            sources = [tokens] * len(layers) if repeat_last else layers
+            columns.append([normed(encoder.pool(t)[0]) for t in sources])
         if return_extra_tokens:
-            parts.append([t[:, :0] for t in layers])
-        return tuple(patches) if len(parts) == 1 else tuple(zip(*parts, strict=True))
+            columns.append([t[:, :0] for t in layers])
+        return tuple(columns[0]) if len(columns) == 1 else tuple(zip(*columns, strict=True))
