@@ -27,7 +27,7 @@ DEMO_READY := $(VENV)/.installed-demo
 TEST_READY := $(VENV)/.installed-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu gpu-check install lint format clean clean-demo
+.PHONY: help demo test test-fast coverage test-gpu gpu-check install lint format clean clean-demo
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -45,6 +45,9 @@ test: $(TEST_READY)  ## the whole test suite, JOBS processes
 test-fast: $(TEST_READY)  ## the same without tests marked slow
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
+coverage: $(TEST_READY)  ## the whole suite once more, with a table of lines no test reaches
+	$(PYTEST) -n $(JOBS) --dist worksteal --cov --cov-report=term $(PYTEST_ARGS)
+
 test-gpu: $(TEST_READY)  ## only the tests that need a CUDA device
 	$(PYTEST) -m gpu $(PYTEST_ARGS)
 
@@ -61,16 +64,19 @@ gpu-check:  ## what only a GPU shows, in 9 minutes: tests, benchmarks, records (
 
 install: $(TEST_READY)  ## everything for development, into .venv
 
-lint: $(TEST_READY)  ## ruff: check and format
+lint: $(TEST_READY)  ## ruff, types (mypy), spelling, and the direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/codespell .
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/mypy
 
-format: $(TEST_READY)  ## ruff: mend what it can
+format: $(TEST_READY)  ## ruff: fix what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 clean:  ## remove build outputs and caches (.venv and runs stay)
-	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .coverage .coverage.*
 	@find extrema_fast kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-demo:  ## remove the demo's run, so that `make demo` trains again
@@ -88,7 +94,7 @@ $(TEST_READY): $(INPUTS)
 	@$(PIP_INSTALL) -e ".[train,$(DALI),hf,onnx,parquet,dev]"
 	@touch $@ $(DEMO_READY)
 
-# a venv whose creation was interrupted, or whose Python is gone, has no working pip: it is made anew
+# a venv whose creation was interrupted, or whose Python is gone, has no working pip: it is created again
 define make_venv
 @if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 	command -v $(PYTHON) >/dev/null || { \

@@ -49,7 +49,11 @@ EXTRAS = {
     "fp8": [f"torchao>=0.18; {LINUX}"],
     "bench": ["matplotlib>=3.8", "rich>=13"],
     "dev": [
+        "codespell>=2.4",
+        "import-linter>=2.1",
+        "mypy>=1.15",
         "pytest>=8",
+        "pytest-cov>=6",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.5",
         "packaging>=23",
