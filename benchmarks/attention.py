@@ -137,21 +137,12 @@ def candidates(
     can: dict[str, Function] = {}
     cannot: dict[str, str] = {}
     for name, function in attention.BACKENDS.items():
-        why = attention.why_not(name, device, dtype, s.n, HEAD_DIM, train)
+        why = attention.unsupported(name, device, dtype, s.n, HEAD_DIM, train)
         if why:
             cannot[name] = why
             continue
         can[name] = partial(attention.run, name, function, train=train)
-        if name in attention.PACKED:
-            packing = attention.Packing([s.n] * s.rows, device)
-            can[f"{name} packed"] = partial(as_packed, name, packing, train)
     return can, cannot
-
-
-def as_packed(name: str, packing: attention.Packing, train: bool, qkv: Tensor) -> Tensor:
-    """The packed form of a backend on sequences of one length."""
-    rows, n, _, heads, d = qkv.shape
-    return attention.run_packed(name, qkv.view(rows * n, 3, heads, d), packing, train).view(rows, n, heads, d)
 
 
 def measure(s: Shape, dtype: torch.dtype, mode: str, device: torch.device, repeats: int) -> dict[str, Any]:
@@ -321,7 +312,7 @@ def table_rows(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def write_table(rows: list[dict[str, Any]], file: Path = attention.TABLE) -> Path:
+def write_table(rows: list[dict[str, Any]], file: Path) -> Path:
     """Puts the rows into the table, over those of the same device, dtype, head_dim, mode and n."""
 
     def key(row: dict[str, Any]) -> tuple:

@@ -385,11 +385,11 @@ def page(summary: dict[str, Any], out: Path) -> str:
 def environment(out: Path) -> None:
     """environment.json: machine, versions, what is chosen for this GPU; nvidia-smi.txt: everything it tells."""
     from extrema_fast.ops import dispatch as ops
-    from extrema_fast.ops import nvidia_apex
+    from extrema_fast.ops import optimizers
 
     from .records import machine
 
-    values = machine() | {"choices": ops.choices("cuda"), "apex": nvidia_apex.find("FusedAdam", "cuda")[1]}
+    values = machine() | {"choices": ops.choices("cuda"), "apex": optimizers.find_apex("FusedAdam", "cuda")[1]}
     write_file(out / "environment.json", json.dumps(values, indent=1, default=str) + "\n")
     print(json.dumps(values, indent=1, default=str))
     with contextlib.suppress(OSError, subprocess.SubprocessError):

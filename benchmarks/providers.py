@@ -13,7 +13,7 @@ from extrema_fast import kernels
 from extrema_fast.config import Config, did_you_mean, from_dict
 from extrema_fast.errors import UsageError
 from extrema_fast.ops import dispatch as ops
-from extrema_fast.ops import nvidia_apex
+from extrema_fast.ops import optimizers
 from extrema_fast.training.memory import HUGE_PAGES, ask_for_huge_pages, keep_freed_memory
 from extrema_fast.training.plan import precision as of_config
 
@@ -64,8 +64,8 @@ class Provider:
                 return "needs a CUDA device"
             if need == "triton" and not kernels.can_run(device)[0]:
                 return kernels.can_run(device)[1]
-            if need == "apex" and nvidia_apex.find("FusedAdam", device.partition(":")[0])[0] is None:
-                return nvidia_apex.find("FusedAdam", device.partition(":")[0])[1]
+            if need == "apex" and optimizers.find_apex("FusedAdam", device.partition(":")[0])[0] is None:
+                return optimizers.find_apex("FusedAdam", device.partition(":")[0])[1]
             if need not in ("cuda", "triton", "apex") and importlib.util.find_spec(need) is None:
                 return f"{need} is not installed"
         return ""

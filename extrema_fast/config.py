@@ -21,7 +21,7 @@ from .errors import UsageError
 
 # backends of self-attention by name; `extrema_fast.ops.attention` says what each is and needs
 Attention = Literal[
-    "auto", "xformers", "sdpa", "flash", "efficient", "cudnn", "fa3", "short", "products", "reference"
+    "auto", "sdpa", "flash", "efficient", "cudnn", "math", "xformers", "short", "matmul", "reference"
 ]
 
 # width, depth, heads: ViT-Ti/S/B/L of the literature (head_dim 64)
@@ -387,7 +387,7 @@ class SystemConfig:
     backend: str = "auto"
     """Implementation per op: `auto`, one name for all, or `attention_pool=triton,...` (`extrema_fast.ops`)."""
     attention: Attention = "auto"
-    """Self-attention backend (see `extrema_fast.ops.attention`); `auto` follows the committed table of measurements."""
+    """Self-attention backend (see `extrema_fast.ops.attention`); `auto` follows a fixed rule."""
     attention_teacher: Literal["same", Attention] = "same"
     """The teacher's, whose sequences are longer; `same`: as `attention`."""
     deterministic: bool = False

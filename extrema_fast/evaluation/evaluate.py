@@ -63,7 +63,7 @@ CLS, MEAN = "class token", "mean of patches"
 # ---- while training -------------------------------------------------------------------------------
 
 
-@ops.lenient_attention()
+@ops.allow_fallback()
 @torch.inference_mode()
 def online_eval(
     method: ExtreMA,

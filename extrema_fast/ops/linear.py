@@ -1,9 +1,9 @@
-"""Linear layers with fp32 weights and low-precision products, forward and backward written out.
+"""Linear layers with fp32 weights and low-precision matmuls, forward and backward written out.
 
-`y = W f(x) + b`, where f is nothing, LayerNorm or GELU: the three a transformer block is made of. Against
-autocast this keeps no low-precision weight between forward and backward (or reads the copy that the optimizer
-renews), writes weight gradients where they stay, adds the bias inside the product on a CPU, and lets the caller
-choose what the backward pass makes again (`train.recompute`). In fp32 and fp64 the plain formula runs.
+`y = W f(x) + b`, where f is nothing, LayerNorm or GELU: the three a transformer block is made of. Unlike autocast this
+keeps no low-precision weight between forward and backward (or reads the bf16 shadow weight that is synced after every
+optimizer step), makes weight gradients in their final layout, adds the bias inside the matmul on a CPU, and lets the
+caller choose what the backward pass recomputes (`train.recompute`). In fp32 and fp64 the plain formula runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# what the backward pass makes again instead of keeping it, by `train.recompute`
+# what the backward pass recomputes instead of keeping it, by `train.recompute`
 RECOMPUTE = {"none": frozenset(), "gelu": frozenset({"gelu"}), "norm": frozenset({"gelu", "norm"})}
 
 
@@ -32,31 +32,35 @@ def autocasts(kind: str) -> bool:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose low-precision products follow this module.
+    """`nn.Linear` whose low-precision matmuls follow this module.
 
-    shadow  the weight in low precision, synced after every optimizer step (`ExtreMA.sync_shadow_weights`), or None
+    Attributes:
+        shadow: bf16 copy of the weight, synced after every optimizer step (`ExtreMA.sync_shadow_weights`), or None.
     """
 
     shadow: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out] in the type computed in."""
+        """[..., in] -> [..., out] in the dtype computed in."""
         return linear(x, self)
 
 
 def linear(
-    x: Tensor, layer: nn.Module, before: nn.LayerNorm | str | None = None, again: bool = False
+    x: Tensor, layer: nn.Module, before: nn.Module | str | None = None, recompute: bool = False
 ) -> Tensor:
     """`layer(f(x))`.
 
-    x       [..., in]
-    layer   a `Linear`; any other module (an FP8 layer, a plain `nn.Linear`) is called on f(x)
-    before  f: a LayerNorm over the last axis, "gelu" (exact), or None
-    again   the backward pass makes f(x) again from x; else it is kept
-    returns [..., out] in autocast's type, else that of x
+    Args:
+        x: [..., in].
+        layer: a `Linear`; any other module (an FP8 layer, a plain `nn.Linear`) is called on f(x).
+        before: f: a LayerNorm over the last axis, "gelu" (exact), or None; another module is called.
+        recompute: the backward pass recomputes f(x) from x; otherwise it is kept.
+
+    Returns:
+        [..., out] in autocast's dtype, else that of x.
     """
     if isinstance(layer, Linear):
-        return affine(x, layer.weight, layer.bias, before, again, layer.shadow)
+        return affine(x, layer.weight, layer.bias, before, recompute, layer.shadow)
     return layer(_prologue(x, before))
 
 
@@ -64,36 +68,45 @@ def affine(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    before: nn.LayerNorm | str | None = None,
-    again: bool = False,
-    low: Tensor | None = None,
+    before: nn.Module | str | None = None,
+    recompute: bool = False,
+    shadow: Tensor | None = None,
 ) -> Tensor:
     """`f(x) weight^T + bias`, as `linear`, of parameters that may be any module's.
 
-    weight  [out, in];  bias [out] or None
-    low     the weight in low precision, or None
+    Args:
+        x: [..., in].
+        weight: [out, in].
+        bias: [out] or None.
+        before: f, as for `linear`.
+        recompute: as for `linear`.
+        shadow: the weight in low precision, or None.
+
+    Returns:
+        [..., out] in autocast's dtype, else that of x.
     """
     dtype = compute_dtype(x)
-    is_norm = isinstance(before, nn.LayerNorm)
-    # an Identity stands where a norm has been taken out
-    written_out = is_norm or before in (None, "gelu")
-    if not (written_out and dtype in (torch.bfloat16, torch.float16)):
+    norm = before if isinstance(before, nn.LayerNorm) and before.weight is not None else None
+    # another module: an Identity stands where a norm has been taken out
+    if dtype not in (torch.bfloat16, torch.float16) or (isinstance(before, nn.Module) and norm is None):
         return F.linear(_prologue(x, before), weight, bias)
-    norm = (before.weight, before.bias, before.eps) if is_norm else (None, None, 0.0)
-    kind = "norm" if is_norm else before
+    kind = before if norm is None else "norm"
+    gain, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     if not torch.is_grad_enabled():
-        return _forward(x, weight, bias, *norm, low, kind, dtype)[0]
-    return _Linear.apply(x, weight, bias, *norm, low, kind, again, dtype)
+        return _forward(x, weight, bias, gain, shift, eps, shadow, kind, dtype)[0]
+    return _Linear.apply(x, weight, bias, gain, shift, eps, shadow, kind, recompute, dtype)
 
 
 def _prologue(x: Tensor, before: nn.Module | str | None) -> Tensor:
-    return F.gelu(x) if before == "gelu" else x if before is None else before(x)
+    if isinstance(before, nn.Module):
+        return before(x)
+    return F.gelu(x) if before == "gelu" else x
 
 
 _NOTHING = contextlib.nullcontext()
 
 
-def _in_place_of_autocast(x: Tensor) -> Any:
+def _without_autocast(x: Tensor) -> Any:
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if autocasts(kind) else _NOTHING
 
@@ -102,25 +115,23 @@ def _eager_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # oneDNN adds the bias while it writes; addmm writes the bias first and reads it back
     if _eager_on_cpu(x) and x.dtype == torch.bfloat16 and _HAS_ONEDNN:
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-def _onednn_multiplies_bf16() -> bool:
-    # not on every processor: below AVX512 oneDNN has no such primitive
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-_HAS_ONEDNN = _onednn_multiplies_bf16()
+# whether oneDNN multiplies bf16 on this processor
+_HAS_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
 
 
 def _norm(
-    x: Tensor, gain: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, gain: Tensor, shift: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     # statistics in fp32 either way; a CPU takes mixed types, a GPU does not
     if not (_eager_on_cpu(x) and x.dtype == torch.bfloat16 and gain.dtype == torch.float32):
@@ -136,35 +147,35 @@ def _forward(
     gain: Tensor | None,
     shift: Tensor | None,
     eps: float,
-    low: Tensor | None,
-    kind: str | None,
+    shadow: Tensor | None,
+    kind: Any,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(the product, what was multiplied, the norm's mean and 1 / deviation)."""
-    with _in_place_of_autocast(x):
-        w = weight.to(dtype) if low is None else low
+    """(y, f(x), the norm's mean and 1 / standard deviation)."""
+    with _without_autocast(x):
+        w = weight.to(dtype) if shadow is None else shadow
         mean = rstd = None
-        if kind == "norm":
+        if gain is not None:
             u, mean, rstd = _norm(x, gain, shift, eps, dtype)
         elif kind == "gelu":
             u = F.gelu(x).to(dtype)
         else:
             u = x.to(dtype)
-        return _product(u, w, None if bias is None else bias.to(dtype)), u, mean, rstd
+        return _matmul(u, w, None if bias is None else bias.to(dtype)), u, mean, rstd
 
 
 class _Linear(torch.autograd.Function):
-    """One prologue and one product; gradients of x, weight, bias, and the norm's gain and shift."""
+    """One prologue and one matmul; gradients of x, weight, bias, and the norm's gain and shift."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, gain, shift, eps, low, kind, again, dtype):
+    def forward(ctx, x, weight, bias, gain, shift, eps, shadow, kind, recompute, dtype):
         ctx.kind, ctx.eps, ctx.dtype, ctx.wide = kind, eps, dtype, weight.dtype
-        y, u, mean, rstd = _forward(x, weight, bias, gain, shift, eps, low, kind, dtype)
-        # x itself is needed by a prologue's own gradient
+        y, u, mean, rstd = _forward(x, weight, bias, gain, shift, eps, shadow, kind, dtype)
+        # the gradient of a prologue needs x itself
         first = x if kind else None
-        kept = None if again and kind else u
+        kept = None if recompute and kind else u
         # a weight is cast once more rather than kept in both types
-        ctx.save_for_backward(first, kept, weight if low is None else low, gain, shift, mean, rstd)
+        ctx.save_for_backward(first, kept, weight if shadow is None else shadow, gain, shift, mean, rstd)
         ctx.x_dtype, ctx.has_bias = x.dtype, bias is not None
         return y
 
@@ -174,7 +185,7 @@ class _Linear(torch.autograd.Function):
         x, u, w, gain, shift, mean, rstd = ctx.saved_tensors
         needs, dtype = ctx.needs_input_grad, ctx.dtype
         dx = dweight = dbias = dgain = dshift = None
-        with _in_place_of_autocast(dy):
+        with _without_autocast(dy):
             dy = dy.to(dtype)
             flat = dy.reshape(-1, dy.shape[-1])
             if needs[1]:

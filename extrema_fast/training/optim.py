@@ -12,7 +12,7 @@ from ..config import Config
 from ..errors import UsageError
 from ..models.extrema import ExtreMA
 from ..ops import dispatch as ops
-from ..ops.lamb import Lars
+from ..ops.optimizers import Lars
 
 
 def learning_rate(step: int, *, peak: float, total: int, warmup: int, minimum: float = 0.0) -> float:

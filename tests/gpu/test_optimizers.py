@@ -1,7 +1,7 @@
 """What only a GPU shows of the optimizers and of FP8: `make test-gpu`.
 
-Covers: LAMB (both forms), LARS, torch's fused AdamW and the project's: no waiting for the device, a refused step,
-a step in a CUDA graph replayed with other rates; apex's optimizers where apex is found; FP8 products on GPUs that
+Covers: LAMB, LARS, torch's fused AdamW and the project's: no waiting for the device, a gated step,
+a step in a CUDA graph replayed with other rates; apex's optimizers where apex is found; FP8 matmuls on GPUs that
 have them.
 """
 
@@ -14,16 +14,14 @@ from extrema_fast.kernels.adamw_ema import AdamWEma
 
 from extrema_fast.config import from_dict, smoke
 from extrema_fast.models.extrema import ExtreMA
-from extrema_fast.ops import nvidia_apex
 from extrema_fast.ops.fp8 import CAPABILITY, apply_fp8
-from extrema_fast.ops.lamb import Lamb, Lars
+from extrema_fast.ops.optimizers import Lamb, Lars, apex_optimizer, find_apex
 
 pytestmark = pytest.mark.gpu
 
 SHAPES = [(49, 39), (1, 19), (7,), (768, 64), (1,)]
 MAKE = {
     "lamb": lambda groups, lr: Lamb(groups, lr=lr, betas=(0.9, 0.95)),
-    "lamb plain": lambda groups, lr: Lamb(groups, lr=lr, betas=(0.9, 0.95), foreach=False),
     "lars": lambda groups, lr: Lars(groups, lr=lr),
     "adamw": lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True, capturable=True),
     "adamw_ema": lambda groups, lr: AdamWEma(groups, lr=lr),
@@ -48,7 +46,7 @@ def values(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_no_waiting_and_a_refused_step(name):
+def test_no_waiting_and_a_gated_step(name):
     params, optimizer, lr = begin(name)
     optimizer.step()
     bad, rate = torch.ones((), device="cuda"), torch.tensor(0.02, device="cuda")
@@ -87,7 +85,7 @@ def test_a_step_in_a_cuda_graph(name):
                 optimizer.step()
         for i in range(3):
             lr.fill_(0.01 * (i + 1))
-            # the second of them is refused
+            # the second of them is gated
             optimizer.found_inf.fill_(float(i == 1))
             if captured:
                 graph.replay()
@@ -100,11 +98,11 @@ def test_a_step_in_a_cuda_graph(name):
 
 @pytest.mark.parametrize("name", ["FusedAdam", "FusedLAMB"])
 def test_apex_where_it_is_found(name):
-    found, why = nvidia_apex.find(name, "cuda")
+    found, why = find_apex(name, "cuda")
     if found is None:
         pytest.skip(why)
     p = torch.nn.Parameter(torch.ones(5, 3, device="cuda"))
-    optimizer = nvidia_apex.build(
+    optimizer = apex_optimizer(
         name, [{"params": [p], "weight_decay": 0.1}], lr=0.1, betas=(0.9, 0.95), eps=1e-8
     )
     p.grad = torch.randn_like(p)
@@ -113,10 +111,10 @@ def test_apex_where_it_is_found(name):
 
 
 @pytest.mark.parametrize("mode", ["teacher", "trunk"])
-def test_fp8_products(mode):
+def test_fp8_matmuls(mode):
     pytest.importorskip("torchao")
     if torch.cuda.get_device_capability() < CAPABILITY:
-        pytest.skip("this GPU has no FP8 products")
+        pytest.skip("this GPU has no FP8 matmuls")
     cfg = from_dict({"model": {"drop_path": 0.0}}, smoke())
     images = torch.randn(5, 3, 32, 32, device="cuda")
     keep = torch.stack([torch.randperm(16)[:8].view(2, 4) for _ in range(5)], 1).cuda()

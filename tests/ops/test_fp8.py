@@ -1,9 +1,8 @@
-"""FP8 products in the trunk.
+"""FP8 matmuls in the trunk.
 
-Covers: what is refused (no torchao, no GPU, an old GPU, odd widths) and that a refusal changes nothing; off;
-with torchao, emulated: which layers change in either mode, names and parameters that stay, closeness to
-bf16 forward and backward, that the products are rounded, no gradient in the teacher, whole graphs, a
-checkpoint across the setting, a training step.
+Covers: errors (no torchao, no GPU, an old GPU, odd widths), which change nothing; off; with torchao, emulated: which
+layers change in either mode, names and parameters that stay, closeness to bf16 forward and backward, that the matmuls
+are rounded, no gradient in the teacher, whole graphs, a checkpoint across the setting, a training step.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def inputs(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(rows, 3, 32, 32), keep
 
 
-# ---- refused ---------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -65,7 +64,7 @@ def test_without_a_gpu(untouched, mode):
 def test_a_gpu_that_is_too_old(untouched, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    with pytest.raises(UsageError, match=r"A100 \(sm_80\) has no FP8 products, they begin with sm_89"):
+    with pytest.raises(UsageError, match=r"A100 \(sm_80\) has no FP8 matmuls, they begin with sm_89"):
         apply_fp8(untouched, "trunk", torch.device("cuda", 0))
 
 
@@ -82,9 +81,9 @@ def test_without_torchao(untouched, monkeypatch):
         apply_fp8(untouched, "teacher", "cpu", emulate=True)
 
 
-def test_widths_that_fp8_products_do_not_have():
+def test_widths_that_fp8_matmuls_do_not_have():
     cfg = from_dict({"model": {"width": 40, "heads": 1}}, CFG)
-    with pytest.raises(UsageError, match=r"blocks.0.attn.qkv is 40 x 120, FP8 products need multiples of 16"):
+    with pytest.raises(UsageError, match=r"blocks.0.attn.qkv is 40 x 120, FP8 matmuls need multiples of 16"):
         apply_fp8(ExtreMA(cfg), "teacher", "cpu", emulate=True)
 
 
@@ -116,7 +115,7 @@ def test_only_the_named_layers_change(mode, branches):
 
 @needs_torchao
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_close_to_the_usual_products(precision):
+def test_close_to_the_usual_matmuls(precision):
     plain, fp8 = ExtreMA(CFG), ExtreMA(CFG)
     apply_fp8(fp8, "trunk", "cpu", emulate=True)
     # an odd number of rows: the backward pass sums over them
@@ -134,7 +133,7 @@ def test_close_to_the_usual_products(precision):
         (a.student_features, b.student_features),
     ):
         assert F.cosine_similarity(x.float(), y.float()).min() > 0.99
-        # not the same numbers: products of bf16 differ by far less than three bits of mantissa do
+        # not the same numbers: matmuls of bf16 differ by far less than three bits of mantissa do
         assert float((x.float() - y.float()).norm() / x.float().norm()) > 3e-3
     for (name, p), (_, q) in zip(plain.student_parameters(), fp8.student_parameters(), strict=True):
         # the gradient of a key's bias is rounding noise
