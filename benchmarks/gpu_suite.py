@@ -389,7 +389,10 @@ def environment(out: Path) -> None:
 
     from .records import machine
 
-    values = machine() | {"choices": ops.choices("cuda"), "apex": optimizers.find_apex("FusedAdam", "cuda")[1]}
+    values = machine() | {
+        "choices": ops.choices("cuda"),
+        "apex": optimizers.find_apex("FusedAdam", "cuda")[1],
+    }
     write_file(out / "environment.json", json.dumps(values, indent=1, default=str) + "\n")
     print(json.dumps(values, indent=1, default=str))
     with contextlib.suppress(OSError, subprocess.SubprocessError):
