@@ -190,7 +190,7 @@ def test_self_attention_against_torchs(n, heads, d):
     upstream = torch.randn_like(wanted)
     gradient = torch.autograd.grad(wanted, qkv, upstream, retain_graph=True)[0]
     # the others need a GPU; `short` takes other head dims (test_short_attention.py)
-    for name in ("auto", "sdpa", "products", "reference", "triton"):
+    for name in ("auto", "sdpa", "matmul", "reference", "triton"):
         f = ops.IMPLEMENTATIONS["attention"][name]
         out = f(qkv)
         assert out.shape == (2, n, heads, d) and close(out, wanted)
