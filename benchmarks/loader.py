@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from extrema_fast.data.loader import open_source
+from extrema_fast.data.sources import open_source
 from extrema_fast.errors import UsageError
 
 from . import plots

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from extrema_fast.config import DataConfig
-from extrema_fast.data.loader import ImageSource
+from extrema_fast.data.sources import ImageSource
 from extrema_fast.errors import UsageError
 
 # of a DataLoader's worker; torch's default

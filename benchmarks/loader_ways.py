@@ -16,7 +16,8 @@ from torch import Tensor
 
 from extrema_fast.config import Config, DataConfig, from_dict
 from extrema_fast.data.augment import color_jitter, jitter_params
-from extrema_fast.data.loader import Batch, ImageSource, TrainLoader
+from extrema_fast.data.loader import Batch, TrainLoader
+from extrema_fast.data.sources import ImageSource
 from extrema_fast.distributed import World
 from extrema_fast.train import train_step
 from extrema_fast.training import step as step_module

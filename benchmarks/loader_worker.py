@@ -155,7 +155,7 @@ class Service:
 def setting_of(settings: dict[str, Any]) -> Any:
     """`loader_ways.Setting` from what a request can hold."""
     from extrema_fast.config import DataConfig, from_dict
-    from extrema_fast.data.loader import open_source
+    from extrema_fast.data.sources import open_source
 
     from .loader_ways import Setting
 

@@ -28,7 +28,8 @@ FIRST_IMAGES = """
 import sys, time
 began = time.perf_counter()
 from extrema_fast.config import DataConfig
-from extrema_fast.data.loader import TrainLoader, open_source
+from extrema_fast.data.loader import TrainLoader
+from extrema_fast.data.sources import open_source
 imported = time.perf_counter()
 source = open_source(sys.argv[1], "train")
 opened = time.perf_counter()

@@ -20,7 +20,8 @@ from timm.scheduler import CosineLRScheduler
 import extrema_fast.timm  # noqa: F401  registers the extrema_vit_* models with timm
 from extrema_fast.config import DataConfig
 from extrema_fast.data.augment import normalize
-from extrema_fast.data.loader import EvalLoader, TrainLoader, match_classes, open_source
+from extrema_fast.data.loader import EvalLoader, TrainLoader
+from extrema_fast.data.sources import match_classes, open_source
 from extrema_fast.weights.export import export
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import extrema_fast
 from extrema_fast.config import DataConfig
-from extrema_fast.data.loader import EvalLoader, TrainLoader, open_source, subset
+from extrema_fast.data.loader import EvalLoader, TrainLoader
+from extrema_fast.data.sources import open_source, subset
 
 SIDE, PATCH, KEPT = 32, 4, 16  # 16 of 64 patches: 75 % masked
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from demo_weights import demo_weights
 
 import extrema_fast
-from extrema_fast.data.loader import open_source
+from extrema_fast.data.sources import open_source
 
 
 def main(argv: list[str] | None = None) -> float:

@@ -19,7 +19,8 @@ from PIL import Image
 import extrema_fast
 from extrema_fast.config import DataConfig
 from extrema_fast.data.augment import normalize
-from extrema_fast.data.loader import EvalLoader, open_source
+from extrema_fast.data.loader import EvalLoader
+from extrema_fast.data.sources import open_source
 
 CLASSES = ("brick", "grass", "gravel", "hubble_deep_field", "ihc", "page")
 COLOURS = np.array(

@@ -16,7 +16,8 @@ import torch
 
 from .config import Config, local_batch
 from .data.bad_images import BAD_ROWS
-from .data.loader import Batch, epoch_length
+from .data.loader import Batch
+from .data.order import epoch_length
 from .data.sources import ImageSource
 from .distributed import Signals, start
 from .errors import NonFiniteError, OutOfMemoryError, Preempted

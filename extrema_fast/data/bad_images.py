@@ -1,10 +1,10 @@
-"""Rows that cannot be used: found, named once, left out from then on, and too many of them end the run.
+"""The list of images that cannot be used: each is named once and left out, and too many of them end the run.
 
-Whether a row can be used is a property of its file, and what takes its place one of (seed, epoch, place in the epoch)
-(`data_order.Order.substitutes`): the first candidate that can be used. So it makes no difference when a row is
-found, by which process, or whether the list below is still there after a restart; the list saves finding it again.
-(The exception is damage inside a picture that DALI notices in some crops only. A JPEG file without its end, the usual
-kind, is not among them: `data_files.Files` looks for that.)
+Whether an image can be used is a property of its file, and what replaces it one of (seed, epoch, place in the epoch)
+(`Order.substitutes`): the first candidate that can be used. So it makes no difference when an image is found, by which
+process, or whether the list is still there after a restart; the list only saves finding it again. (The exception is
+damage inside an image that DALI notices in some crops only. A JPEG file without its end, the usual kind, is not among
+them: `ImageFiles` checks for that.)
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config import DataConfig
 from ..distributed import World
 from ..errors import DataError, StorageError
-from .files import Files
+from .image_files import ImageFiles
 from .image_source import ImageSource
-from .manifest_text import escape, unescape, write_lines
+from .manifest import escape, unescape, write_lines
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +30,20 @@ _HEAD = "# extrema-fast bad rows 1\t"
 
 
 class BadRows:
-    """The rows of a source that were found to be unusable, with the reason; safe to use from several threads.
+    """The rows of a source that were found to be unusable, with the reasons; safe to use from several threads.
 
-    share  of the rows that may be unusable (`data.bad_budget`): at least one row, none with 0
-    quiet  nothing is said of each row
+    Args:
+        budget: share of the rows that may be unusable (`data.bad_budget`): at least one row, none with 0.
+        quiet: no warning for each row.
     """
 
-    def __init__(self, source: ImageSource, share: float, *, quiet: bool = False) -> None:
+    def __init__(self, source: ImageSource, budget: float, *, quiet: bool = False) -> None:
         self.source, self.quiet = source, quiet
-        self.limit = max(1, int(share * len(source))) if share else 0
+        self.limit = max(1, int(budget * len(source))) if budget else 0
+        # [n] bool
         self.known = np.zeros(len(source), bool)
         self.reasons: dict[int, str] = {}
-        self._unshared: list[int] = []
+        self._not_sent: list[int] = []
         self._file: Path | None = None
         self._lock = threading.RLock()
 
@@ -48,17 +51,17 @@ class BadRows:
         return len(self.reasons)
 
     def add(self, row: int, reason: str) -> None:
-        """Notes a row found here; DataError when there are too many."""
+        """Adds a row found by this process; DataError when there are too many."""
         with self._lock:
-            if not self._note(row, reason):
+            if not self._add(row, reason):
                 return
-            self._unshared.append(row)
+            self._not_sent.append(row)
             log.log(logging.DEBUG if self.quiet else logging.WARNING, "left out from now on: %s", reason)
             self._write()
             self.check()
 
     def check(self) -> None:
-        """DataError when more rows are unusable than the budget allows."""
+        """Raises DataError when more rows are unusable than the budget allows."""
         with self._lock:
             if len(self) <= self.limit:
                 return
@@ -70,46 +73,54 @@ class BadRows:
             )
 
     def agree(self, world: World, failure: str = "") -> int:
-        """Shares with all processes what each has found since; returns how many rows are known to be unusable.
+        """Exchanges what each process has found since the last call; all call it after the same step.
 
-        failure  why this process cannot go on; empty: it can
-        raises   DataError, everywhere alike: too many rows, or some process cannot go on
+        Args:
+            failure: why this process cannot continue; empty: it can.
+
+        Returns:
+            The number of rows known to be unusable.
+
+        Raises:
+            DataError: on every process: too many rows, or some process cannot continue.
         """
         with self._lock:
-            mine = [[row, self.reasons[row]] for row in self._unshared]
-            self._unshared.clear()
+            mine = [[row, self.reasons[row]] for row in self._not_sent]
+            self._not_sent.clear()
         if world.size > 1 and world.any(bool(mine or failure)):
-            told = world.all_gather([failure, mine])
+            received = world.all_gather([failure, mine])
             with self._lock:
-                news = [self._note(row, reason) for _, rows in told for row, reason in rows]
-                if any(news):
+                new = [self._add(row, reason) for _, rows in received for row, reason in rows]
+                if any(new):
                     self._write()
-            failure = next((text for text, _ in told if text), "")
+            failure = next((text for text, _ in received if text), "")
         self.check()
         if failure:
             raise DataError(failure)
         return len(self)
 
     def keep_in(self, file: Path) -> None:
-        """Writes the list to `file`, now if there is something in it, and whenever it grows."""
+        """Writes the list to `file`, now if it is not empty, and whenever it grows."""
         self._file = file
         if self.reasons:
             self._write()
 
-    def read(self, file: Path, files: Files) -> None:
-        """Takes up the list of an earlier start: rows of the same images that still cannot be decoded."""
+    def read(self, file: Path, cfg: DataConfig) -> None:
+        """Adds the rows listed in `file`, if they are of the same images and still cannot be decoded."""
+        files = ImageFiles(self.source, cfg)
         for row, reason in _read(file, self.source):
             try:
-                files.rgb(row, np.frombuffer(files.bytes(row), np.uint8))
+                files.rgb(row, np.frombuffer(files.read(row), np.uint8))
             except DataError:
-                self._note(row, reason)
+                self._add(row, reason)
             else:
                 log.info("%s can be decoded again", self.source.title(row))
+        files.close()
         if self.reasons:
             log.warning("%d images were found unusable before (%s)", len(self), file)
         self.check()
 
-    def _note(self, row: int, reason: str) -> bool:
+    def _add(self, row: int, reason: str) -> bool:
         new = row not in self.reasons
         if new:
             self.known[row] = True
@@ -119,8 +130,10 @@ class BadRows:
     def _write(self) -> None:
         if self._file is None:
             return
-        rows = sorted(self.reasons)
-        lines = (f"{r}\t{escape(self.source.title(r))}\t{escape(self.reasons[r])}\n" for r in rows)
+        lines = (
+            f"{row}\t{escape(self.source.title(row))}\t{escape(reason)}\n"
+            for row, reason in sorted(self.reasons.items())
+        )
         try:
             write_lines(self._file, f"{_HEAD}{self.source.fingerprint}\nrow\tname\treason\n", lines)
         except StorageError as error:

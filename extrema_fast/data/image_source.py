@@ -1,6 +1,6 @@
-"""What an image source is: rows in a fixed order, each an image file or a part of a shard.
+"""`ImageSource`: images in a fixed order, each a whole file or a byte range of a tar shard.
 
-The row number is what travels through training: it keys every random coin, and labels are looked up by it.
+The row number is what travels through training: it keys all random parameters, and labels are looked up by it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,18 +25,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Image files in a fixed order.
+    """Images in a fixed order, one per row.
 
-    name         what was asked for
-    paths        the file of each row; for an image in a tar shard, the shard
-    labels       [n] int64 index into `classes`; None when the images have no labels
-    fingerprint  sha256 over the names (below the root), sizes in bytes and labels of all rows
-    spans        [n, 2] int64: where in the file an image's bytes begin and how many they are; length -1: the
-                 whole file; None: whole files only
-    names        what messages call each row; None: its path
-    headers      [n, 3] int32: height and width as stored, EXIF orientation; 0: not known; None: none known
-    shards       [n] int32: number of the shard each row lies in, non-decreasing; None: no shards
-    parts        (first row, end row, passes per epoch) of each source of a mixture; empty: one, each row once
+    Attributes:
+        name: what the user asked for.
+        paths: the file of each row; for an image in a tar shard, the shard.
+        labels: [n] int64 index into `classes`; None when the images have no labels.
+        fingerprint: sha256 over the names (below the root), sizes in bytes and labels of all rows.
+        spans: [n, 2] int64 offset and length in bytes within the file; length -1: the whole file. None: whole
+            files only.
+        names: the name of each row in messages; None: its path.
+        headers: [n, 3] int32 height and width as stored, EXIF orientation; 0: not known. None: none known.
+        shards: [n] int32 number of the shard each row lies in, non-decreasing; None: no shards.
+        parts: (first row, end row, passes per epoch) of each source of a mixture; empty: each row once per epoch.
     """
 
     name: str
@@ -53,11 +55,15 @@ class ImageSource:
         return len(self.paths)
 
     def title(self, row: int) -> str:
-        """What a message calls a row."""
+        """The name of a row in messages."""
         return self.paths[row] if self.names is None else self.names[row]
 
     def read(self, row: int) -> bytes:
-        """The bytes of a row's image file; OSError when its file is gone or ends too early."""
+        """Reads the bytes of a row's image.
+
+        Raises:
+            OSError: the file is gone or ends too early.
+        """
         offset, length = (0, -1) if self.spans is None else self.spans[row].tolist()
         with open(self.paths[row], "rb", buffering=0) as f:
             if length < 0:
@@ -71,7 +77,7 @@ class ImageSource:
 
 
 def number_classes(names: Sequence[str]) -> tuple[Tensor, list[str]]:
-    """Labels ([n] int64) and class names of rows whose classes have these names."""
+    """Labels ([n] int64) and sorted class names of rows, given the class name of each row."""
     different = set(names)
     # numbers in numeric order, so that a label that is a number usually keeps it
     numeric = all(c.isdecimal() for c in different)
@@ -81,25 +87,27 @@ def number_classes(names: Sequence[str]) -> tuple[Tensor, list[str]]:
 
 
 def subset(source: ImageSource, rows: Tensor) -> ImageSource:
-    """The given rows ([k] int64) of a source, labels and classes kept."""
+    """Returns the given rows ([k] int64) of a source, with the same classes."""
     key = hashlib.sha256(source.fingerprint.encode() + rows.numpy().tobytes())
+    arrays: dict[str, Any] = {c: getattr(source, c) for c in ("labels", "spans", "headers", "shards")}
+    arrays = {c: None if array is None else array[rows] for c, array in arrays.items()}
     return dataclasses.replace(
         source,
         paths=[source.paths[r] for r in rows.tolist()],
-        labels=None if source.labels is None else source.labels[rows],
-        fingerprint=key.hexdigest(),
-        spans=None if source.spans is None else source.spans[rows],
         names=None if source.names is None else [source.names[r] for r in rows.tolist()],
-        headers=None if source.headers is None else source.headers[rows],
-        shards=None if source.shards is None else source.shards[rows],
+        fingerprint=key.hexdigest(),
         parts=(),
+        **arrays,
     )
 
 
 def match_classes(test: ImageSource, train: ImageSource) -> ImageSource:
-    """`test` with labels that index `train.classes`; UsageError when a class is unknown there.
+    """Returns `test` with labels that index `train.classes`.
 
     Without it, a class folder that only one of two trees has would shift every later label.
+
+    Raises:
+        UsageError: a class of `test` is not in `train`.
     """
     if test.labels is None or train.labels is None or test.classes == train.classes:
         return test
@@ -114,7 +122,7 @@ def match_classes(test: ImageSource, train: ImageSource) -> ImageSource:
 
 
 def warn_of_empty(name: str, empty: int, images: int, first: str) -> None:
-    """Says that images have no bytes: training replaces them as any unreadable image; DataError when all have none."""
+    """Warns that some images have 0 bytes (training replaces them); DataError when all have."""
     what = f"{name}: {empty} of {images} images are empty (0 bytes), first: {first}"
     if images and empty == images:
         raise DataError(what)

@@ -1,73 +1,105 @@
-"""Manifests as tables and as image sources; `manifest_text.py` describes the file."""
+"""The manifest: a table of images that have been verified once, one row each, good or bad.
+
+A text file in UTF-8, fields separated by tabs:
+
+    line 1   `# extrema-fast manifest 1`, a tab, and a JSON object: `root` (where relative paths start; if
+             relative itself, at the folder of the manifest), `classes` (names in label order; [] without
+             labels), and the settings of the program that wrote it
+    line 2   the names of the columns
+    others   one image each:
+
+    path         of the file, or of the shard that holds the image; relative to the root, or absolute
+    member       the image's name inside the shard; empty: the file is the image
+    offset       of its first byte in the shard; -1: the file is the image
+    bytes        their number
+    mtime_ns     time of the file's last change, nanoseconds since 1970
+    crc32        of the bytes, 8 hexadecimal digits
+    kind         jpeg, png, ... as its first bytes say; empty: not known
+    width        pixels as stored, before any EXIF rotation; 0: not known
+    height
+    orientation  EXIF 1 to 8; 1 where there is none
+    label        the name of its class; empty: none
+    status       `ok`, or why the image cannot be used
+
+In path, member, label and status `\\t \\n \\r \\\\` stand for tab, line feed, carriage return and backslash, and
+`\\xNN` for a byte of a file name that is not UTF-8. `pandas.read_csv(M, sep="\\t", header=1)` reads it, so
+does `tail -n +2 M | cut -f1`. Rows may be taken out with any tool; training takes those with status `ok`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from sys import intern
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
 
-from ..errors import DataError, UsageError
+from ..errors import DataError, StorageError, UsageError
+from ..files import new_file
 from .image_source import ImageSource
-from .manifest_text import (
-    COLUMNS,
-    MAGIC,
-    NUMBERS,
-    OK,
-    TEXT,
-    Row,
-    escape,
-    header_lines,
-    parse_header,
-    parse_row,
-    row_line,
-    unescape,
-    write_lines,
-)
 
-__all__ = [
-    "COLUMNS",
-    "MAGIC",
-    "OK",
-    "Manifest",
-    "Row",
-    "escape",
-    "header_lines",
-    "is_manifest",
-    "manifest_source",
-    "parse_header",
-    "read_manifest",
-    "root_folder",
-    "root_for",
-    "row_line",
-    "unescape",
-    "write_lines",
-]
+MAGIC = "# extrema-fast manifest "
+VERSION = 1
+OK = "ok"
 
-_LISTS = ("path", "member", "kind", "status")
+
+class Row(NamedTuple):
+    """One image; the fields are the columns."""
+
+    path: str
+    member: str = ""
+    offset: int = -1
+    bytes: int = 0
+    mtime_ns: int = 0
+    crc32: int = 0
+    kind: str = ""
+    width: int = 0
+    height: int = 0
+    orientation: int = 1
+    label: str = ""
+    status: str = OK
+
+
+COLUMNS = Row._fields
+# least and most
+_RANGES = {
+    "offset": (-1, 2**63 - 1),
+    "bytes": (0, 2**63 - 1),
+    "mtime_ns": (-(2**63), 2**63 - 1),
+    "crc32": (0, 2**32 - 1),
+    "width": (0, 2**31 - 1),
+    "height": (0, 2**31 - 1),
+    "orientation": (1, 8),
+}
+_INT32 = ("width", "height", "orientation")
+# columns with escapes
+_TEXT = ("path", "member", "label", "status")
 # rows turned from text into arrays at a time: whole tables as Python strings need gigabytes
 _CHUNK = 1 << 16
-# good rows whose file is looked at when a manifest is opened
-_PROBES = 16
+# good rows whose file is checked when a manifest is opened
+_CHECKED = 16
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest's columns, each with one entry per row; `manifest_text.py` says what they are.
+    """A manifest's columns, with one entry per row.
 
-    root         folder that relative paths start at, as it stands in the file
-    classes      names in label order
-    label        [n] int64 index into `classes`, -1: none
-    offset, bytes, mtime_ns, crc32   [n] int64
-    width, height, orientation       [n] int32
-    path, member, kind, status       lists of n str
-    notes        the other entries of the first line
+    Attributes:
+        root: folder that relative paths start at, as written in the file.
+        classes: names in label order.
+        label: [n] int64 index into `classes`; -1: none.
+        offset, bytes, mtime_ns, crc32: [n] int64.
+        width, height, orientation: [n] int32.
+        path, member, kind, status: lists of n str.
+        notes: the other entries of the first line.
     """
 
     root: str
@@ -94,15 +126,127 @@ class Manifest:
         return np.flatnonzero(np.fromiter((s == OK for s in self.status), bool, len(self)))
 
 
-def _arrays(columns: dict[str, list[Any]]) -> dict[str, Any]:
-    return {c: v if c in _LISTS else np.array(v, _dtype(c)) for c, v in columns.items()}
+# ---- text -----------------------------------------------------------------------------------------
+
+_ESCAPED = {"\t": "\\t", "\n": "\\n", "\r": "\\r", "\\": "\\\\"}
+_PLAIN = {v: k for k, v in _ESCAPED.items()}
+_ODD = re.compile("[\t\n\r\\\\\ud800-\udfff]")
+_ESCAPE = re.compile(r"\\(?:[tnr\\]|x[0-9a-f]{2})")
 
 
-def _dtype(column: str) -> type:
-    return np.int32 if column in ("width", "height", "orientation") else np.int64
+def escape(text: str) -> str:
+    """`text` without tabs, line ends and surrogates (as `os.fsdecode` makes them of undecodable bytes)."""
+    return _ODD.sub(lambda m: _ESCAPED.get(m[0]) or _byte(m[0]), text) if _ODD.search(text) else text
 
 
-# ---- files ----------------------------------------------------------------------------------------
+def _byte(surrogate: str) -> str:
+    # one that stands for no byte comes from a Windows name
+    code = ord(surrogate)
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else "?"
+
+
+def unescape(text: str) -> str:
+    """The inverse of `escape`; a backslash that begins no escape stays."""
+    if "\\" not in text:
+        return text
+
+    def plain(m: re.Match[str]) -> str:
+        return _PLAIN.get(m[0]) or bytes([int(m[0][2:], 16)]).decode("utf-8", "surrogateescape")
+
+    return _ESCAPE.sub(plain, text)
+
+
+def header_lines(root: str, classes: list[str], notes: dict[str, Any] | None = None) -> str:
+    """The first two lines of a manifest."""
+    about = json.dumps({"root": root, "classes": classes, **(notes or {})})
+    return f"{MAGIC}{VERSION}\t{about}\n" + "\t".join(COLUMNS) + "\n"
+
+
+def row_line(row: Row) -> str:
+    """The line of a row."""
+    text = row._asdict() | {c: escape(getattr(row, c)) for c in _TEXT} | {"crc32": f"{row.crc32:08x}"}
+    return "\t".join(map(str, text.values())) + "\n"
+
+
+def parse_row(line: str) -> Row:
+    """Reads the line of a row.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    fields = line.rstrip("\r\n").split("\t")
+    if len(fields) != len(COLUMNS):
+        raise ValueError(f"expected {len(COLUMNS)} fields separated by tabs, got {len(fields)}")
+    text = dict(zip(COLUMNS, fields, strict=True))
+    values: dict[str, Any] = {c: _number(c, v) if c in _RANGES else unescape(v) for c, v in text.items()}
+    row = Row(**values)
+    if not row.path:
+        raise ValueError("the path is empty")
+    for column, (least, most) in _RANGES.items():
+        if not least <= values[column] <= most:
+            raise ValueError(f"{column}: expected {least} to {most}, got {values[column]}")
+    if row.status == OK and not (row.bytes and row.width and row.height):
+        raise ValueError(f"status is ok with {row.bytes} bytes, width {row.width}, height {row.height}")
+    return row
+
+
+def _number(column: str, text: str) -> int:
+    try:
+        return int(text, 16 if column == "crc32" else 10)
+    except ValueError:
+        what = "8 hexadecimal digits" if column == "crc32" else "a whole number"
+        raise ValueError(f"{column}: expected {what}, got {text[:40]!r}") from None
+
+
+def parse_header(first: str, columns: str, name: str) -> dict[str, Any]:
+    """Reads the two lines that begin a manifest; returns the JSON object of the first.
+
+    Raises:
+        UsageError: names the line.
+    """
+    version, _, about = first.removeprefix(MAGIC).partition("\t")
+    if not first.startswith(MAGIC):
+        raise UsageError(
+            f"{name}: line 1: not a manifest (expected {MAGIC + str(VERSION)!r}); see extrema-fast index --help"
+        )
+    if version.strip() != str(VERSION):
+        raise UsageError(f"{name}: line 1: a manifest of version {version!r}, this program reads {VERSION}")
+    try:
+        header = json.loads(about)
+        classes = header["classes"]
+        valid = isinstance(header["root"], str) and len(set(classes)) == len(classes)
+        valid = valid and isinstance(classes, list) and all(c and isinstance(c, str) for c in classes)
+    except (ValueError, KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise UsageError(
+            f'{name}: line 1: expected a JSON object with "root" (text) and "classes" (list of different '
+            f"names) after the tab, got {about[:80]!r}"
+        )
+    if tuple(columns.rstrip("\r\n").split("\t")) != COLUMNS:
+        raise UsageError(
+            f"{name}: line 2: expected the columns {' '.join(COLUMNS)}, got {columns[:200].split()}"
+        )
+    return header
+
+
+def write_lines(path: str | os.PathLike[str], head: str, lines: Iterable[str]) -> None:
+    """Writes `head` and `lines` to a file atomically.
+
+    Raises:
+        StorageError: the file cannot be written; the old one is untouched.
+    """
+    # through a link, so that it stays one
+    target = Path(os.path.realpath(path))
+    try:
+        with new_file(target) as f:
+            f.write(head.encode())
+            f.writelines(line.encode() for line in lines)
+    except OSError as e:
+        raise StorageError(f"{target}: cannot be written ({e.strerror})") from e
+
+
+# ---- tables ---------------------------------------------------------------------------------------
 
 
 def is_manifest(path: str | os.PathLike[str]) -> bool:
@@ -117,7 +261,8 @@ def is_manifest(path: str | os.PathLike[str]) -> bool:
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Reads a whole manifest, bad rows too.
 
-    raises UsageError naming file, line and column for what is no manifest or a damaged one
+    Raises:
+        UsageError: no manifest, or a damaged one; names file, line and column.
     """
     name = str(path)
     try:
@@ -131,8 +276,10 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         raise UsageError(f"{name}: cannot be read ({e.strerror})") from e
     columns: dict[str, Any] = {}
     for c in COLUMNS:
-        parts = [chunk[c] for chunk in chunks]
-        columns[c] = [v for part in parts for v in part] if c in _LISTS else np.concatenate(parts)
+        is_list = c in ("path", "member", "kind", "status")
+        columns[c] = (
+            [v for part in chunks for v in part[c]] if is_list else np.concatenate([p[c] for p in chunks])
+        )
     return Manifest(root, classes, **columns, notes=header)
 
 
@@ -159,24 +306,20 @@ def _columns(lines: list[str], number_of: dict[str, int]) -> dict[str, Any]:
     fields = text.replace("\n", "\t").split("\t") if lines else []
     columns: dict[str, Any] = {c: fields[i :: len(COLUMNS)] for i, c in enumerate(COLUMNS)}
     if "\\" in text:
-        columns |= {c: [unescape(v) for v in columns[c]] for c in TEXT}
+        columns |= {c: [unescape(v) for v in columns[c]] for c in _TEXT}
     # the same few words in every row
     columns |= {c: list(map(intern, columns[c])) for c in ("kind", "status")}
-    columns["crc32"] = [int(v, 16) for v in columns["crc32"]]
-    columns["label"] = [number_of[v] for v in columns["label"]]
-    columns |= {c: list(map(int, columns[c])) for c in NUMBERS}
-    arrays = _arrays(columns)
-    if not all(arrays["path"]) or not _in_range(arrays).all():
+    columns["label"] = np.array([number_of[v] for v in columns["label"]], np.int64)
+    good = np.array([s == OK for s in columns["status"]], bool)
+    for c, (least, most) in _RANGES.items():
+        numbers = [int(v, 16) for v in columns[c]] if c == "crc32" else list(map(int, columns[c]))
+        columns[c] = np.array(numbers, np.int32 if c in _INT32 else np.int64)
+        if ((columns[c] < least) | (columns[c] > most)).any():
+            raise ValueError
+    known = (columns["bytes"] > 0) & (columns["width"] > 0) & (columns["height"] > 0)
+    if not all(columns["path"]) or (good & ~known).any():
         raise ValueError
-    return arrays
-
-
-def _in_range(a: dict[str, Any]) -> np.ndarray:
-    good = np.array([s == OK for s in a["status"]], bool)
-    seen = (a["bytes"] > 0) & (a["width"] > 0) & (a["height"] > 0)
-    whole = (a["offset"] >= -1) & (a["bytes"] >= 0) & (a["width"] >= 0) & (a["height"] >= 0)
-    whole &= (a["crc32"] >= 0) & (a["crc32"] < 2**32)
-    return whole & (a["orientation"] >= 1) & (a["orientation"] <= 8) & (seen | ~good)
+    return columns
 
 
 def _first_bad(lines: list[str], line: int, name: str, number_of: dict[str, int]) -> UsageError:
@@ -198,7 +341,7 @@ def root_folder(path: str | os.PathLike[str], root: str) -> str:
 
 
 def root_for(path: str | os.PathLike[str], folder: str) -> str:
-    """What stands as `root` in a manifest at `path`: relative where both can move together, else absolute."""
+    """The `root` to write in a manifest at `path`: relative where both can move together, else absolute."""
     here = os.path.dirname(os.path.realpath(path))
     real = os.path.realpath(folder)
     return os.path.relpath(real, here) if os.path.commonpath([here, real]) == here else real
@@ -208,13 +351,17 @@ def root_for(path: str | os.PathLike[str], folder: str) -> str:
 
 
 def manifest_source(path: str | os.PathLike[str], *, check: bool = True) -> ImageSource:
-    """The good rows of a manifest as an image source.
+    """Opens the good rows of a manifest as an image source.
 
     Sizes and orientations come from the table; the fingerprint is sha256 over path, offset, bytes, crc32
     and label of the good rows, so a data set that has moved is the same and a changed one is not.
 
-    check   looks whether the files of a few rows are there, with their sizes
-    raises  UsageError: a damaged manifest, a root that is gone, files that changed; DataError: no good row
+    Args:
+        check: whether the files of a few rows are looked up, with their sizes.
+
+    Raises:
+        UsageError: a damaged manifest, a root that is gone, or files that changed.
+        DataError: no good row.
     """
     name = str(path)
     manifest = read_manifest(path)
@@ -231,17 +378,16 @@ def manifest_source(path: str | os.PathLike[str], *, check: bool = True) -> Imag
     paths = [os.path.join(root, manifest.path[r]) for r in rows]
     offset, size, label = manifest.offset[good], manifest.bytes[good], manifest.label[good]
     if check:
-        _probe(name, paths, offset, size)
+        _check_files(name, paths, offset, size)
     labels = None
     if manifest.classes:
         if (label < 0).any():
             line = rows[int((label < 0).argmax())] + 3
             raise UsageError(f"{name}: line {line}: no label, though line 1 names classes")
         labels = torch.from_numpy(label)
-    inside = offset >= 0
-    spans = np.stack([np.maximum(offset, 0), np.where(inside, size, -1)], 1) if inside.any() else None
-    names = None
-    if spans is not None:
+    in_shard, spans, names = offset >= 0, None, None
+    if in_shard.any():
+        spans = np.stack([np.maximum(offset, 0), np.where(in_shard, size, -1)], 1)
         members = [manifest.member[r] for r in rows]
         names = [f"{p}:{m}" if m else p for p, m in zip(paths, members, strict=True)]
     return ImageSource(
@@ -253,7 +399,7 @@ def manifest_source(path: str | os.PathLike[str], *, check: bool = True) -> Imag
         spans=spans,
         names=names,
         headers=np.stack([manifest.height, manifest.width, manifest.orientation], 1)[good],
-        shards=_shards(paths) if inside.all() else None,
+        shards=_shards(paths) if in_shard.all() else None,
     )
 
 
@@ -268,14 +414,14 @@ def _fingerprint(manifest: Manifest, rows: list[int]) -> str:
     return digest.hexdigest()
 
 
-def _probe(name: str, paths: list[str], offset: np.ndarray, size: np.ndarray) -> None:
-    rows = np.unique(np.linspace(0, len(paths) - 1, _PROBES).astype(int)).tolist()
+def _check_files(name: str, paths: list[str], offset: np.ndarray, size: np.ndarray) -> None:
+    rows = np.unique(np.linspace(0, len(paths) - 1, _CHECKED).astype(int)).tolist()
     changed = []
     for r in rows:
         try:
-            stat = os.stat(paths[r])
-            # a shard's own size is not in the table
-            same = stat.st_size == size[r] if offset[r] < 0 else stat.st_size >= offset[r] + size[r]
+            found = os.stat(paths[r]).st_size
+            # the size of a shard is not in the table
+            same = found == size[r] if offset[r] < 0 else found >= offset[r] + size[r]
         except (OSError, ValueError):
             same = False
         if not same:

@@ -87,7 +87,7 @@ class Preprocess:
             )
         if not 0 < crop_pct <= 1:
             raise UsageError(f"preprocess: crop_pct: expected above 0, to 1, got {crop_pct}")
-        self.size, self.in_chans = tuple(size), in_chans
+        self.size, self.in_chans = (size[0], size[1]), in_chans
         self.mean, self.std = _per_channel("mean", mean, in_chans), _per_channel("std", std, in_chans)
         self.interpolation, self.crop_pct = interpolation, crop_pct
 

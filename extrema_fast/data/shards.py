@@ -1,8 +1,13 @@
-"""Images in tar shards, read in place: a row is a shard and the place of an image's bytes in it.
+"""Images in tar shards, read in place: a row is a shard and the byte range of an image in it.
 
-webdataset's convention: members whose names agree up to the first dot of the base name are one sample; its
-image has an image's extension, its label stands in `cls` (text, usually a number) or under "label" in
-`json`. Other components are left alone. Nothing is unpacked, so the names of members are only names.
+webdataset's convention: members whose names agree up to the first dot of the base name are one sample; its image
+has an image's extension, its label stands in `cls` (text, usually a number) or under "label" in `json`. Other
+components are left alone. Nothing is unpacked.
+
+Each tar has an index file in DALI's format (`wds2idx`, v1.2): a line per sample with extension, offset, size and name
+of each component, separated by blanks. White space in a name is written as `\\x20` and the like, which `wds2idx` does
+not do (its lines cannot be told apart then). An index is made where it is missing, older than its tar or does not match
+it: next to the tar, else in the cache folder, else in memory alone.
 """
 
 from __future__ import annotations
@@ -13,50 +18,250 @@ import json
 import logging
 import os
 import re
+import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, islice
+from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import DataError, UsageError
+from ..files import write_file
 from .image_source import ImageSource, number_classes, warn_of_empty
 from .manifest import unescape
-from .tar_index import Member, members, split_name
+from .photos import cache_root
 
 log = logging.getLogger(__name__)
 
 CLASSES = "classes.txt"
-_PATTERN = re.compile(r"[*?\[{]")
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+VERSION = "v1.2"
+BLOCK = tarfile.BLOCKSIZE
 _MAX_SHARDS = 1_000_000
 # a label is a few bytes; what is longer is no label
 _MAX_LABEL = 1 << 20
 _THREADS = 8
-_SAY_EVERY_S = 10.0
+_REPORT_EVERY_S = 10.0
+# members whose header is compared when an index is read
+_CHECKED = 8
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip -d",
+    b"BZh": "bzip2 -d",
+    b"\xfd7zXZ\x00": "xz -d",
+    b"\x28\xb5\x2f\xfd": "zstd -d",
+}
 
 
-class Sample(NamedTuple):
-    """An image in a shard, with the member that holds its label."""
+class Member(NamedTuple):
+    """A regular file in a tar: name, offset of its first byte and size in bytes."""
 
+    name: str
+    offset: int
+    size: int
+
+
+class _Sample(NamedTuple):
     key: str
     image: Member
+    # the member that holds it
     label: Member | None
 
 
-class Shard(NamedTuple):
-    """A shard's images in tar order, and the label of each as written (None: it has none)."""
-
+class _Shard(NamedTuple):
     path: str
     bytes: int
-    samples: list[Sample]
+    # in tar order
+    samples: list[_Sample]
+    # of each sample as written; None: it has none
     labels: list[str | None]
+
+
+# ---- the members of a tar -------------------------------------------------------------------------
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and extension by webdataset's rule: split at the first dot of the base name."""
+    key, dot, extension = name.rpartition("/")[2].partition(".")
+    return name[: len(name) - len(dot) - len(extension)], extension
+
+
+def _is_hidden(name: str) -> bool:
+    # as a desktop's own files; not part of a sample
+    return name.rpartition("/")[2].startswith(".")
+
+
+def members(path: str) -> list[Member]:
+    """The regular files of a tar, from its index or by a scan of its headers.
+
+    Raises:
+        DataError: no tar, or a truncated or damaged one.
+        OSError: it cannot be read.
+    """
+    real = os.path.realpath(path)
+    key = hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
+    places = [Path(path).with_suffix(".idx"), cache_root() / "shards" / f"{Path(real).stem}-{key}.idx"]
+    for place in places:
+        found = _from_index(path, place)
+        if found is not None:
+            return found
+    found = scan(path)
+    if found:
+        for place in places:
+            # root may write everywhere, and still should not where nobody is meant to
+            if place.parent.is_dir() and not place.parent.stat().st_mode & 0o222:
+                continue
+            with suppress(OSError):
+                write_file(place, index_text(found))
+                break
+    return found
+
+
+def scan(path: str) -> list[Member]:
+    """The regular files of a tar in its order, by its headers.
+
+    Hidden files, links, devices and sparse files are left out.
+
+    Raises:
+        DataError: no tar, or a truncated or damaged one.
+        OSError: it cannot be read.
+    """
+    found: list[Member] = []
+    left_out: list[str] = []
+    if not os.path.getsize(path):
+        raise DataError(f"{path}: an empty file (0 bytes), not a tar; write it again, or remove it")
+    try:
+        with tarfile.open(path, "r:", errors="surrogateescape") as tar:
+            while (m := tar.next()) is not None:
+                # it keeps every member otherwise
+                tar.members.clear()  # type: ignore[attr-defined]
+                # tarfile believes a negative size, and goes round for ever
+                if m.size < 0 or tar.offset <= m.offset:
+                    raise ValueError(f"{m.name} claims {m.size} bytes")
+                if _is_hidden(m.name):
+                    continue
+                if m.isreg() and not m.issparse():
+                    found.append(Member(m.name, m.offset_data, m.size))
+                elif not m.isdir():
+                    left_out.append(m.name)
+            end = tar.offset
+    # a damaged header makes tarfile raise nearly anything
+    except (tarfile.TarError, ValueError, EOFError, RecursionError, ArithmeticError) as e:
+        raise _damaged(path, str(e), found) from e
+    # tarfile takes a damaged header for the end
+    with open(path, "rb") as f:
+        f.seek(end)
+        block = f.read(BLOCK)
+    if not block:
+        log.warning("%s: has no end mark; it may have been cut off after %d files", path, len(found))
+    elif block.strip(b"\0"):
+        raise _damaged(path, f"no valid header at byte {end}", found)
+    elif len(block) < BLOCK:
+        raise _damaged(path, f"ends within a block at byte {end}", found)
+    if left_out:
+        log.warning(
+            "%s: %d links, devices or sparse files left out, first: %s", path, len(left_out), left_out[0]
+        )
+    return found
+
+
+def _damaged(path: str, reason: str, found: list[Member]) -> DataError:
+    with open(path, "rb") as f:
+        head = f.read(8)
+    for magic, command in _COMPRESSED.items():
+        if head.startswith(magic):
+            return DataError(
+                f"{path}: a compressed tar; images are read in place, so decompress it first ({command})"
+            )
+    if not found:
+        return DataError(f"{path}: not a tar file, or cut off before its first image ({reason})")
+    return DataError(
+        f"{path}: truncated or damaged after {found[-1].name} (file {len(found)}): {reason}; copy or write it "
+        "again"
+    )
+
+
+# ---- index files ----------------------------------------------------------------------------------
+
+
+def index_text(found: Iterable[Member]) -> str:
+    """The index of a tar with these members."""
+
+    def words(m: Member) -> str:
+        # without a dot wds2idx takes the whole name
+        parts = (split_name(m.name)[1] or m.name, str(m.offset), str(m.size), m.name)
+        return " ".join(re.sub(r"[ \t\n\v\f\r]", lambda c: f"\\x{ord(c[0]):02x}", part) for part in parts)
+
+    lines = [" ".join(map(words, group)) for _, group in groupby(found, key=lambda m: split_name(m.name)[0])]
+    return f"{VERSION} {len(lines)}\n" + "".join(line + "\n" for line in lines)
+
+
+def parse_index(text: str) -> list[Member]:
+    """The members of an index; ValueError for anything else."""
+    head, *lines = text.removesuffix("\n").split("\n")
+    version, count = head.split(" ")
+    if version != VERSION or int(count) != len(lines):
+        raise ValueError(f"starts with {head[:40]!r} and has {len(lines)} lines")
+    found = []
+    for line in lines:
+        words = line.split(" ")
+        if len(words) % 4:
+            raise ValueError(f"{line[:80]!r}: expected 4 words per file")
+        for i in range(0, len(words), 4):
+            name = re.sub(r"\\x(20|09|0a|0b|0c|0d)", lambda m: chr(int(m[1], 16)), words[i + 3])
+            found.append(Member(name, int(words[i + 1]), int(words[i + 2])))
+    return found
+
+
+def _from_index(path: str, index: Path) -> list[Member] | None:
+    """The members that an index names; None when there is none, it is old, or it does not match the tar."""
+    try:
+        if index.stat().st_mtime_ns < os.stat(path).st_mtime_ns:
+            log.info("%s: older than its tar, not used", index)
+            return None
+        found = parse_index(index.read_text(encoding="utf-8", errors="surrogateescape"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        log.warning("%s: not used as an index (%s)", index, e)
+        return None
+    problem = _mismatch(path, found)
+    if problem:
+        log.warning("%s: does not match %s (%s), not used", index, path, problem)
+        return None
+    return found
+
+
+def _mismatch(path: str, found: list[Member]) -> str:
+    """Evidence that an index is not of this tar, from a few headers; empty: none."""
+    step = max(1, (len(found) - 1) // (_CHECKED - 1))
+    with open(path, "rb") as f:
+        for m in sorted({*found[::step], *found[-1:]}, key=lambda m: m.offset):
+            info = _header_at(f, m.offset - BLOCK)
+            if info is None or not info.isreg() or info.size != m.size:
+                return f"no file of {m.size} bytes at byte {m.offset}"
+        last = max(found, key=lambda m: m.offset, default=Member("", 0, 0))
+        end = last.offset + -(-last.size // BLOCK) * BLOCK
+        if os.fstat(f.fileno()).st_size < end:
+            return f"the tar ends before {last.name} does"
+        following = _header_at(f, end)
+        if following is not None and not _is_hidden(following.name) and not following.isdir():
+            return f"more files follow after {last.name}"
+    return ""
+
+
+def _header_at(f: BinaryIO, offset: int) -> tarfile.TarInfo | None:
+    if offset < 0:
+        return None
+    f.seek(offset)
+    try:
+        return tarfile.TarInfo.frombuf(f.read(BLOCK), "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return None
 
 
 # ---- which shards ---------------------------------------------------------------------------------
@@ -64,7 +269,7 @@ class Shard(NamedTuple):
 
 def is_pattern(spec: str) -> bool:
     """Whether `spec` names shards by braces or wildcards."""
-    return bool(_PATTERN.search(spec))
+    return bool(re.search(r"[*?\[{]", spec))
 
 
 def is_tar(path: str | os.PathLike[str]) -> bool:
@@ -81,7 +286,8 @@ def is_tar(path: str | os.PathLike[str]) -> bool:
 def expand(pattern: str) -> list[str]:
     """The paths a pattern names: `{0000..0009}` and `{a,b}` by bash's rules, then `*`, `?`, `[...]`, `**`.
 
-    raises UsageError when a path is missing or nothing matches
+    Raises:
+        UsageError: a path is missing, or nothing matches.
     """
     found: list[str] = []
     missing: list[str] = []
@@ -110,11 +316,11 @@ def expand(pattern: str) -> list[str]:
 
 
 def _expand_braces(text: str) -> Iterator[str]:
-    match = _BRACES.search(text)
+    match = re.search(r"\{([^{}]*)\}", text)
     if not match:
         yield text
         return
-    span = _RANGE.fullmatch(match[1])
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if span:
         first, last = int(span[1]), int(span[2])
         if abs(last - first) >= _MAX_SHARDS:
@@ -128,34 +334,30 @@ def _expand_braces(text: str) -> Iterator[str]:
         yield from _expand_braces(text[: match.start()] + word + text[match.end() :])
 
 
-# ---- one shard ------------------------------------------------------------------------------------
+# ---- samples and labels ---------------------------------------------------------------------------
 
 
-def samples_of(path: str, found: list[Member], extensions: tuple[str, ...]) -> list[Sample]:
+def _samples(path: str, found: list[Member], extensions: tuple[str, ...]) -> list[_Sample]:
     """The images among a shard's members, each with its label's member.
 
     A member such as `photo.1.jpg`, an image by its last dot alone, is an image of its own where its sample has
-    no other image, and something beside the image (a mask, a depth map) where it has.
-
-    raises DataError for a key that comes twice, or a sample with two images
+    no other image, and something next to the image (a mask, a depth map) where it has.
     """
     samples = []
     for key, group in groupby(found, key=lambda m: split_name(m.name)[0]):
-        parts = list(group)
-        kinds = [split_name(m.name)[1].lower() for m in parts]
-        images = [m for m, kind in zip(parts, kinds, strict=True) if f".{kind}" in extensions]
+        parts = [(split_name(m.name)[1].lower(), m) for m in group]
+        images = [m for kind, m in parts if f".{kind}" in extensions]
         if len(images) > 1:
             raise DataError(
                 f"{path}: two images of one key, {images[0].name} and {images[1].name}; a sample is one image, so "
                 "give them names that differ before the first dot"
             )
-        label = next((m for m, kind in zip(parts, kinds, strict=True) if kind == "cls"), None)
-        label = label or next((m for m, kind in zip(parts, kinds, strict=True) if kind == "json"), None)
         if images:
-            samples.append(Sample(key, images[0], label))
+            labels = [m for wanted in ("cls", "json") for kind, m in parts if kind == wanted]
+            samples.append(_Sample(key, images[0], labels[0] if labels else None))
         else:
-            alone = [m for m in parts if m.name.lower().endswith(extensions)]
-            samples += [Sample(os.path.splitext(m.name)[0], m, None) for m in alone]
+            alone = [m for _, m in parts if m.name.lower().endswith(extensions)]
+            samples += [_Sample(os.path.splitext(m.name)[0], m, None) for m in alone]
     seen: dict[str, Member] = {}
     for key, image, _ in samples:
         if key in seen:
@@ -167,18 +369,18 @@ def samples_of(path: str, found: list[Member], extensions: tuple[str, ...]) -> l
     return samples
 
 
-def _open_shard(path: str, extensions: tuple[str, ...]) -> Shard:
+def _open_shard(path: str, extensions: tuple[str, ...]) -> _Shard:
     try:
-        samples = samples_of(path, members(path), extensions)
+        samples = _samples(path, members(path), extensions)
         with open(path, "rb") as f:
             labels = [s.label and _label(f.fileno(), s.label) for s in samples]
-            return Shard(path, os.fstat(f.fileno()).st_size, samples, labels)
+            return _Shard(path, os.fstat(f.fileno()).st_size, samples, labels)
     except OSError as e:
         raise UsageError(f"{path}: cannot be read ({e.strerror})") from e
 
 
 def _label(fd: int, member: Member) -> str | None:
-    """What a `cls` or `json` component says; None where that is no label."""
+    """The label in a `cls` or `json` component; None where it has none."""
     try:
         text = os.pread(fd, min(member.size, _MAX_LABEL), member.offset).decode()
         if split_name(member.name)[1].lower() == "cls":
@@ -191,40 +393,42 @@ def _label(fd: int, member: Member) -> str | None:
     return str(value).strip() or None
 
 
-# ---- all shards -----------------------------------------------------------------------------------
+# ---- as images ------------------------------------------------------------------------------------
 
 
 def shard_source(
     name: str, paths: list[str], extensions: tuple[str, ...], *, check: bool = True
 ) -> ImageSource:
-    """The images in tar shards, in the order of `paths` and within each of the tar.
+    """Opens the images in tar shards, in the order of `paths` and within each of the tar.
 
-    name        what messages call them
-    extensions  of images, in lower case, with the dot
-    check       False: nothing is said of images of 0 bytes
-    raises      UsageError: a shard that cannot be read, or no image in any; DataError: no tar, a truncated or
-                compressed one, a key that comes twice in a shard, or nothing but images of 0 bytes
-
-    Labels are kept where every image has one. A file `classes.txt` beside the first shard names the classes
+    Labels are kept where every image has one. A file `classes.txt` next to the first shard names the classes
     of labels that are line numbers, counted from 0. The same key in two shards is two images.
+
+    Args:
+        name: the name of the set in messages.
+        extensions: of images, in lower case, with the dot.
+        check: False: no warning about images of 0 bytes.
+
+    Raises:
+        UsageError: a shard that cannot be read, or no image in any.
+        DataError: no tar, a truncated or compressed one, a key that comes twice in a shard, or nothing but images
+            of 0 bytes.
     """
-    shards = [s for s in _open_all(name, paths, extensions) if s.samples]
+    shards = [shard for shard in _open_shards(name, paths, extensions) if shard.samples]
     if not shards:
         raise UsageError(
-            f"{name}: no images in {len(paths)} tar {_files(paths)}; looked for members named "
-            f"{', '.join('*' + e for e in extensions)}"
+            f"{name}: no images in {len(paths)} tar {'file' if len(paths) == 1 else 'files'}; looked for members "
+            f"named {', '.join('*' + e for e in extensions)}"
         )
-    empty = len(paths) - len(shards)
-    if empty:
-        bare = sorted(set(paths) - {s.path for s in shards})
-        log.warning("%s: no images in %d of %d shards, first: %s", name, empty, len(paths), bare[0])
-    _warn(name, shards)
+    if len(shards) < len(paths):
+        empty = sorted(set(paths) - {s.path for s in shards})
+        log.warning("%s: no images in %d of %d shards, first: %s", name, len(empty), len(paths), empty[0])
     spans = np.array([s.image[1:] for shard in shards for s in shard.samples], np.int64)
     names = [f"{shard.path}:{s.image.name}" for shard in shards for s in shard.samples]
     if check:
         void = spans[:, 1] == 0
         warn_of_empty(name, int(void.sum()), len(names), names[int(void.argmax())])
-    labels, classes = _labels(name, shards)
+    labels, classes = _labels(name, shards, names)
     counts = [len(shard.samples) for shard in shards]
     return ImageSource(
         name,
@@ -238,74 +442,41 @@ def shard_source(
     )
 
 
-def _files(paths: list[str]) -> str:
-    return "file" if len(paths) == 1 else "files"
-
-
-def _open_all(name: str, paths: list[str], extensions: tuple[str, ...]) -> Iterator[Shard]:
+def _open_shards(name: str, paths: list[str], extensions: tuple[str, ...]) -> Iterator[_Shard]:
     twice = sorted(p for p in paths if paths.count(p) > 1) if len(set(paths)) < len(paths) else []
     if twice:
         raise UsageError(f"{name}: names the shard {twice[0]} more than once")
-    said = time.monotonic()
+    reported = time.monotonic()
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="shards")
     try:
         for number, shard in enumerate(pool.map(lambda p: _open_shard(p, extensions), paths), 1):
-            if time.monotonic() - said > _SAY_EVERY_S:
-                said = time.monotonic()
+            if time.monotonic() - reported > _REPORT_EVERY_S:
+                reported = time.monotonic()
                 log.info("%s: %d of %d shards opened", name, number, len(paths))
             yield shard
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _warn(name: str, shards: list[Shard]) -> None:
-    samples = [(shard, s) for shard in shards for s in shard.samples]
-    outside = [
-        s.image.name for _, s in samples if s.image.name.startswith("/") or ".." in s.image.name.split("/")
-    ]
-    if outside:
-        log.warning(
-            "%s: %d members have absolute or parent paths, first: %s; they are read in place, never unpacked",
-            name,
-            len(outside),
-            outside[0],
-        )
-    first: dict[str, Shard] = {}
-    again = [(shard, s.key) for shard, s in samples if first.setdefault(s.key, shard) is not shard]
-    if again:
-        shard, key = again[0]
-        log.warning(
-            "%s: %d keys are in more than one shard, first: %s in %s and %s; they are taken for different images",
-            name,
-            len(again),
-            key,
-            first[key].path,
-            shard.path,
-        )
-
-
-def _labels(name: str, shards: list[Shard]) -> tuple[Tensor | None, list[str]]:
+def _labels(name: str, shards: list[_Shard], names: list[str]) -> tuple[Tensor | None, list[str]]:
     written = [label for shard in shards for label in shard.labels]
-    missing = written.count(None)
-    if missing == len(written):
+    given = [label for label in written if label is not None]
+    if len(given) < len(written):
+        if given:
+            log.warning(
+                "%s: %d of %d images have no label (cls, or label in json), first: %s; used without labels",
+                name,
+                len(written) - len(given),
+                len(written),
+                names[written.index(None)],
+            )
         return None, []
-    if missing:
-        row = written.index(None)
-        titles = (f"{shard.path}:{s.image.name}" for shard in shards for s in shard.samples)
-        log.warning(
-            "%s: %d of %d images have no label (cls, or label in json), first: %s; used without labels",
-            name,
-            missing,
-            len(written),
-            next(islice(titles, row, None)),
-        )
-        return None, []
-    labels, classes = number_classes(written)
-    return _named(shards[0].path, labels, classes)
+    labels, classes = number_classes(given)
+    return _name_classes(shards[0].path, labels, classes)
 
 
-def _named(path: str, labels: Tensor, classes: list[str]) -> tuple[Tensor, list[str]]:
-    """Labels and classes by the file `classes.txt` beside a shard, where there is one that fits."""
+def _name_classes(path: str, labels: Tensor, classes: list[str]) -> tuple[Tensor, list[str]]:
+    """Labels and classes by the file `classes.txt` next to a shard, where there is one that fits."""
     listing = Path(path).with_name(CLASSES)
     if not listing.is_file() or not all(c.isdecimal() for c in classes):
         return labels, classes
@@ -314,19 +485,20 @@ def _named(path: str, labels: Tensor, classes: list[str]) -> tuple[Tensor, list[
     except (OSError, ValueError) as e:
         log.warning("%s: cannot be read (%s); classes keep their numbers", listing, e)
         return labels, classes
-    if int(classes[-1]) >= len(names) or len(set(names)) < len(names):
+    different = len(set(names))
+    if int(classes[-1]) >= len(names) or different < len(names):
         log.warning(
             "%s: %d different names do not name the classes up to %s; classes keep their numbers",
             listing,
-            len(set(names)),
+            different,
             classes[-1],
         )
         return labels, classes
     return torch.tensor([int(c) for c in classes])[labels], names
 
 
-def _fingerprint(shards: list[Shard], labels: Tensor | None, classes: list[str]) -> str:
-    """sha256 over names and sizes of the shards and, for every image, name, place, size and label."""
+def _fingerprint(shards: list[_Shard], labels: Tensor | None, classes: list[str]) -> str:
+    """sha256 over names and sizes of the shards and, for every image, name, offset, size and label."""
     digest = hashlib.sha256()
     label_of = iter([] if labels is None else labels.tolist())
     for shard in shards:

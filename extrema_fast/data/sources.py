@@ -1,23 +1,42 @@
-"""Which images there are: `open_source` tells the kinds apart and gives an `ImageSource` (`image_source.py`).
+"""Opens what the user names as images: built-in sets, folders, list files, manifests, tar shards and mixtures.
 
-Folders and list files are read by `folders.py`, tar shards by `shards.py`, manifests by `manifest.py`, mixtures
-by `mixture.py`.
+A mixture is a TOML file that joins several sources:
+
+    [[source]]
+    path = "imagenet/train"      # whatever --data.train takes, relative to this file
+    passes = 1.0                 # how often an epoch goes through it (default 1)
+    [[source]]
+    path = "shards/web-{000..099}.tar"
+    passes = 0.25
+    label = "web"                # the class of all its images (default: their own)
+
+Whole passes repeat the rows of a source, with random parameters of their own. A remaining fraction f is one more copy
+of the rows, as an entry (first row, end row, f) of `ImageSource.parts`: an epoch takes that share of them, so that
+each comes once in 1/f epochs. 2.5 passes over n rows are 2n rows that come each epoch and n that come every second.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import hashlib
 import logging
+import math
 import os
-from functools import partial
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from .. import rng
-from ..config import did_you_mean
+from ..config import did_you_mean, parse_toml
 from ..errors import UsageError
-from .folders import EXPECTED, EXTENSIONS, SPLITS, UNREAD, from_folder, from_list
-from .image_source import ImageSource, match_classes, subset
+from .image_source import ImageSource, match_classes, number_classes, subset, warn_of_empty
 from .manifest import is_manifest, manifest_source
-from .mixture import mixture_source
 from .photos import write_photos, write_synthetic
 from .shards import expand, is_pattern, is_tar, shard_source
 
@@ -25,10 +44,21 @@ __all__ = ["BUILT_IN", "EXTENSIONS", "UNREAD", "ImageSource", "match_classes", "
 
 log = logging.getLogger(__name__)
 
-BUILT_IN = {"photos": write_photos, "synthetic": write_synthetic}
-
-# the table of a packed set, beside its shards
+BUILT_IN: dict[str, Callable[[], Path]] = {"photos": write_photos, "synthetic": write_synthetic}
+# what both decoders read; GIF is left out because DALI does not
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+# images that no loader reads; `index` reports them
+UNREAD = (".avif", ".gif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".psd", ".svg")
+# the manifest of a packed set, next to its shards
 MANIFEST = "manifest.tsv"
+MAX_PASSES = 1000
+
+_ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar")
+_EXPECTED = (
+    "photos, synthetic, a folder of class folders, a folder of images, a list file (one path per line, optionally "
+    "a tab and a label), a manifest, tar shards, or a mixture (.toml)"
+)
+_SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 # no epoch of training has this number, so `limit` does not repeat the order of one
 _LIMIT_EPOCH = 2**32 - 1
 
@@ -36,29 +66,33 @@ _LIMIT_EPOCH = 2**32 - 1
 def open_source(
     spec: str, split: str = "train", *, limit: int = 0, seed: int = 0, check: bool = True
 ) -> ImageSource:
-    """The images `spec` names.
-
-    spec     `photos` or `synthetic` (built in; `./photos` is a folder of that name), or the path of
-             a folder with one folder per class;
-             a folder of images (no labels);
-             a text file with one path per line, optionally a tab and a label; relative paths start at its folder;
-             a manifest, as `extrema-fast index` writes it;
-             a .tar, a folder of them (without images), or a pattern: `set/{0000..0009}.tar`, `set/*.tar`;
-             a mixture of these (.toml, see `mixture.py`)
-    split    `train` or `test`: which part of a built-in set; no effect on any other
-    limit    only the first N of a shuffle keyed by `seed`, in row order (0: all)
-    check    False keeps rows that are gone or of a kind that no loader reads, for `index` to report
-    raises   UsageError: nothing there, or not what is expected; DataError: no image with bytes, a broken shard
+    """Opens the images that `spec` names.
 
     Folders below a class folder belong to it, links are followed, hidden files are skipped. A folder of shards
     that holds the manifest of exactly these shards (`manifest.tsv`, as `pack` writes it) is read by that.
+
+    Args:
+        spec: `photos` or `synthetic` (built in; `./photos` is a folder of that name), or the path of
+            a folder with one folder per class;
+            a folder of images (no labels);
+            a text file with one path per line, optionally a tab and a label; relative paths start at its folder;
+            a manifest, as `extrema-fast index` writes it;
+            a .tar, a folder of them (without images), or a pattern: `set/{0000..0009}.tar`, `set/*.tar`;
+            a mixture of these (.toml, see the top of this file).
+        split: `train` or `test`: which part of a built-in set; no effect on any other.
+        limit: only the first `limit` images of a shuffle keyed by `seed`, in row order; 0: all.
+        check: False keeps rows that are gone or of a kind that no loader reads, for `index` to report.
+
+    Raises:
+        UsageError: nothing there, or not what is expected.
+        DataError: no image with bytes, or a broken shard.
     """
-    if split not in SPLITS:
+    if split not in _SPLITS:
         raise UsageError(f"split: expected 'train' or 'test', got {split!r}")
     if limit < 0:
         raise UsageError(f"data.limit: expected 0 (all) or more, got {limit}")
     if not spec:
-        raise UsageError(f"no {split} images given; expected {EXPECTED}")
+        raise UsageError(f"no {split} images given; expected {_EXPECTED}")
     source = _open(spec, split, check)
     if 0 < limit < len(source):
         if source.parts:
@@ -72,6 +106,7 @@ def open_source(
 
 
 def _open(spec: str, split: str, check: bool) -> ImageSource:
+    extensions = EXTENSIONS if check else EXTENSIONS + UNREAD
     if spec in BUILT_IN and os.path.exists(spec):
         log.warning(
             "%s: the built-in images, not what is here under that name; for that, say ./%s", spec, spec
@@ -82,32 +117,36 @@ def _open(spec: str, split: str, check: bool) -> ImageSource:
     except OSError as e:
         raise UsageError(f"{spec}: cannot be read ({e.strerror})") from e
     if is_folder:
-        source = from_folder(spec, path, split, check)
-        return _of_tars(spec, path, source, check) if isinstance(source, list) else source
+        source = _from_folder(spec, path, split, extensions, check)
+        return (
+            source if isinstance(source, ImageSource) else _from_tars(spec, path, source, extensions, check)
+        )
     if is_file and is_manifest(path):
         return manifest_source(path, check=check)
     if is_file and is_tar(path):
-        return shard_source(spec, [str(path)], EXTENSIONS if check else EXTENSIONS + UNREAD, check=check)
+        return shard_source(spec, [str(path)], extensions, check=check)
     if is_file and path.suffix.lower() == ".toml":
-        return mixture_source(spec, path, partial(_open, split=split, check=check), set(BUILT_IN))
+        return _mixture(spec, path, split, check)
     if is_file:
-        return from_list(spec, path, check)
+        return _from_list(spec, path, check)
     if is_pattern(spec):
-        return shard_source(spec, expand(spec), EXTENSIONS if check else EXTENSIONS + UNREAD, check=check)
-    raise UsageError(f"{spec}: {_what_is_there(path)}; expected {EXPECTED}")
+        return shard_source(spec, expand(spec), extensions, check=check)
+    raise UsageError(f"{spec}: {_why_not_found(path)}; expected {_EXPECTED}")
 
 
-def _of_tars(spec: str, folder: Path, tars: list[str], check: bool) -> ImageSource:
+def _from_tars(
+    spec: str, folder: Path, tars: list[str], extensions: tuple[str, ...], check: bool
+) -> ImageSource:
     table = folder / MANIFEST
     if check and is_manifest(table):
         source = manifest_source(table)
         if set(map(os.path.realpath, source.paths)) == set(map(os.path.realpath, tars)):
             return source
         log.warning("%s: is not used, since it names other shards than those in %s", table, folder)
-    return shard_source(spec, tars, EXTENSIONS if check else EXTENSIONS + UNREAD, check=check)
+    return shard_source(spec, tars, extensions, check=check)
 
 
-def _what_is_there(path: Path) -> str:
+def _why_not_found(path: Path) -> str:
     parent = path.parent
     while not parent.is_dir() and parent != parent.parent:
         parent = parent.parent
@@ -117,5 +156,320 @@ def _what_is_there(path: Path) -> str:
         names = sorted(e.name for e in os.scandir(parent) if not e.name.startswith("."))
     except OSError as e:
         return f"cannot be read ({e.strerror})"
-    near = did_you_mean(path.name, [*names, *BUILT_IN])
-    return "does not exist" + (near if near.startswith("; did") else "")
+    similar = did_you_mean(path.name, [*names, *BUILT_IN])
+    return "does not exist" + (similar if similar.startswith("; did") else "")
+
+
+# ---- folders --------------------------------------------------------------------------------------
+
+
+def _from_folder(
+    name: str, root: Path, split: str, extensions: tuple[str, ...], check: bool
+) -> ImageSource | list[str]:
+    """The images below a folder, or the tar files in it where there are tars and no image."""
+    folders, files = _list(root)
+    found = Counter(map(_suffix, files))
+    images = [str(root / f) for f in files if f.lower().endswith(extensions)]
+    _reject_splits(name, root, folders, split)
+    above = {os.path.realpath(root)}
+    inside = {folder: _walk(root / folder, above, found, extensions) for folder in folders}
+    nested = [path for paths in inside.values() for path in paths]
+    if not images and not nested:
+        tars = [str(root / f) for f in files if f.lower().endswith(".tar")]
+        if tars:
+            return tars
+        raise UsageError(_no_images(name, len(folders), found))
+    if images:
+        if nested:
+            log.warning(
+                "%s: %d images beside folders with %d more; all are used, without labels",
+                name,
+                len(images),
+                len(nested),
+            )
+        return _from_paths(name, root, sorted(images) + nested, None, [], check)
+    labels = [label for label, folder in enumerate(folders) for _ in inside[folder]]
+    empty = [folder for folder in folders if not inside[folder]]
+    if empty:
+        log.warning("%s: no images in %d of %d class folders: %s", name, len(empty), len(folders), empty[:3])
+    return _from_paths(name, root, nested, labels, folders, check)
+
+
+def _list(folder: Path) -> tuple[list[str], list[str]]:
+    """Sorted names of the folders and of the files in a folder, hidden ones left out."""
+    folders: list[str] = []
+    files: list[str] = []
+    try:
+        for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+            if not entry.name.startswith("."):
+                (folders if _is_dir(entry) else files).append(entry.name)
+    except OSError as e:
+        raise UsageError(f"{folder}: cannot be read ({e.strerror}); check its permissions") from e
+    return folders, files
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as e:
+        # a link to itself is a broken file, not a reason to give up the folder
+        if e.errno != errno.ELOOP:
+            raise
+        return False
+
+
+def _walk(folder: Path, above: set[str], found: Counter[str], extensions: tuple[str, ...]) -> list[str]:
+    real = os.path.realpath(folder)
+    # a link to a folder above would be followed for ever
+    if any(real == s or s.startswith(real + os.sep) for s in above):
+        log.warning("%s: a link to a folder above it, skipped", folder)
+        return []
+    folders, files = _list(folder)
+    found.update(map(_suffix, files))
+    paths = [str(folder / f) for f in files if f.lower().endswith(extensions)]
+    for name in folders:
+        paths += _walk(folder / name, above | {real}, found, extensions)
+    return sorted(paths)
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "no extension"
+
+
+def _reject_splits(name: str, root: Path, folders: list[str], split: str) -> None:
+    # the root of a data set instead of one of its splits: `train` and `test` would become the classes
+    splits = [f for f in folders if any(f.lower() in names for names in _SPLITS.values())]
+    if splits and (len(splits) == len(folders) or len(splits) > 1):
+        match = next((f for f in splits if f.lower() in _SPLITS[split]), splits[0])
+        raise UsageError(
+            f"{name}: holds {', '.join(p + '/' for p in splits)}, which look like the parts of a data set, "
+            f"not like classes; did you mean {root / match}?"
+        )
+
+
+def _no_images(name: str, folders: int, found: Counter[str]) -> str:
+    total = sum(found.values())
+    if not total:
+        what = f"found {folders} folders without files" if folders else "the folder is empty"
+    else:
+        kinds = ", ".join(f"{kind} {n}" for kind, n in found.most_common(5))
+        what = f"found {total} files, of: {kinds}" + (", ..." if len(found) > 5 else "")
+    return f"{name}: no images; looked for {', '.join(EXTENSIONS)} (also in folders below); {what}"
+
+
+# ---- list files -----------------------------------------------------------------------------------
+
+
+def _from_list(name: str, path: Path, check: bool) -> ImageSource:
+    if path.name.lower().endswith(EXTENSIONS):
+        raise UsageError(f"{name}: is one image; expected {_EXPECTED}")
+    try:
+        # not splitlines(), which also splits at characters that a file name may contain
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as e:
+        archive = "a compressed archive: unpack it first, or decompress it to a .tar"
+        what = archive if path.suffix in _ARCHIVES else "not a text file"
+        raise UsageError(f"{name}: {what}; expected {_EXPECTED}") from e
+    except OSError as e:
+        raise UsageError(f"{name}: cannot be read ({e.strerror})") from e
+    rows = [(n, line.rstrip("\r").split("\t")) for n, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise UsageError(f"{name}: the list is empty; expected one path per line, optionally tab and label")
+    fields = len(rows[0][1])
+    for number, row in rows:
+        if len(row) != fields or len(row) > 2 or not all(text.strip() for text in row):
+            raise UsageError(
+                f"{name}: line {number}: expected a path{' and a label' if fields == 2 else ''} as in "
+                f"line {rows[0][0]} (tab between), got {len(row)} fields: {' | '.join(row)[:80]!r}"
+            )
+    paths = [str(path.parent / row[0]) for _, row in rows]
+    if fields == 1:
+        return _from_paths(name, path.parent, paths, None, [], check)
+    labels, classes = number_classes([row[1].strip() for _, row in rows])
+    return _from_paths(name, path.parent, paths, labels.tolist(), classes, check)
+
+
+def _from_paths(
+    name: str, root: Path, paths: list[str], labels: list[int] | None, classes: list[str], check: bool
+) -> ImageSource:
+    digest, prefix = hashlib.sha256(), str(root) + os.sep
+    missing, empty = [], []
+    for row, path in enumerate(paths):
+        size = 0
+        try:
+            size = os.stat(path).st_size
+            if not size:
+                empty.append(path)
+        except (OSError, ValueError):
+            missing.append(path)
+        # below the root, so that a moved data set is still the same
+        below = path.removeprefix(prefix)
+        label = "" if labels is None else classes[labels[row]]
+        digest.update(f"{below}\t{size}\t{label}\n".encode("utf-8", "surrogateescape"))
+    if missing and check:
+        hint = "; is it a list of images?" if len(missing) == len(paths) else ""
+        raise UsageError(
+            f"{name}: {len(missing)} of {len(paths)} files do not exist, first: {missing[0][:300]}{hint}"
+        )
+    if check:
+        warn_of_empty(name, len(empty), len(paths), empty[0] if empty else "")
+    tensor = None if labels is None else torch.tensor(labels, dtype=torch.int64)
+    return ImageSource(name, paths, tensor, classes, digest.hexdigest())
+
+
+# ---- mixtures -------------------------------------------------------------------------------------
+
+
+class _Entry(NamedTuple):
+    path: str
+    passes: float
+    label: str | None
+
+
+def _mixture(name: str, path: Path, split: str, check: bool) -> ImageSource:
+    """The sources of a mixture file as one.
+
+    Labels are kept where every source has them: the classes are the union of their names. `shards` is kept where
+    every source has shards.
+    """
+    entries = _read_mixture(name, path)
+    sources = [_open_entry(f"{name}: source {n}", path, e, split, check) for n, e in enumerate(entries, 1)]
+    # one block of rows per whole pass, and one for the remaining fraction
+    blocks = [
+        (source, share)
+        for n, (source, entry) in enumerate(zip(sources, entries, strict=True), 1)
+        for share in _shares(len(source), entry.passes, f"{name}: source {n}")
+    ]
+    each = [source for source, _ in blocks]
+    ends = np.cumsum([len(source) for source in each]).tolist()
+    labels, classes = _join_labels(name, sources, each)
+    digest = hashlib.sha256()
+    for source, entry in zip(sources, entries, strict=True):
+        digest.update(f"{source.fingerprint}\t{entry.passes!r}\n".encode())
+    if labels is not None:
+        digest.update(labels.numpy().tobytes() + "\n".join(classes).encode("utf-8", "surrogateescape"))
+    named = any(source.names is not None for source in each)
+    return ImageSource(
+        name,
+        [p for source in each for p in source.paths],
+        labels,
+        classes,
+        digest.hexdigest(),
+        spans=_join(each, [source.spans for source in each], (0, -1), np.int64),
+        names=[n for source in each for n in source.names or source.paths] if named else None,
+        headers=_join(each, [source.headers for source in each], (0, 0, 0), np.int32),
+        shards=_join_shards(each),
+        parts=tuple((end - len(s), end, share) for (s, share), end in zip(blocks, ends, strict=True))
+        if any(share < 1 for _, share in blocks)
+        else (),
+    )
+
+
+def _read_mixture(name: str, path: Path) -> list[_Entry]:
+    example = 'a mixture has an entry such as [[source]] path = "folder" passes = 1.0 for each source'
+    try:
+        table = parse_toml(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"{name}: cannot be read ({getattr(e, 'strerror', None) or e})") from e
+    except ValueError as e:
+        raise UsageError(f"{name}: not TOML ({e})") from e
+    for key in table:
+        if key != "source":
+            raise UsageError(f"{name}: unknown key {key!r}{did_you_mean(key, ['source'])}; {example}")
+    entries = table.get("source")
+    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
+        raise UsageError(f"{name}: no [[source]] in it; {example}")
+    return [_entry(f"{name}: source {number}", e) for number, e in enumerate(entries, 1)]
+
+
+def _entry(where: str, fields: dict[str, Any]) -> _Entry:
+    keys = list(_Entry._fields)
+    for key in fields:
+        if key not in keys:
+            raise UsageError(
+                f"{where}: unknown key {key!r}{did_you_mean(key, keys)}; known: {', '.join(keys)}"
+            )
+    path, passes, label = fields.get("path"), fields.get("passes", 1.0), fields.get("label")
+    if not isinstance(path, str) or not path:
+        raise UsageError(f"{where}: path: expected the place of images, got {path!r}")
+    is_number = isinstance(passes, (int, float)) and not isinstance(passes, bool)
+    if not is_number or not 0 < passes <= MAX_PASSES:
+        raise UsageError(f"{where}: passes: expected a number above 0, at most {MAX_PASSES}, got {passes!r}")
+    if label is not None and not (isinstance(label, str) and label.strip()):
+        raise UsageError(f"{where}: label: expected the name of a class as text, got {label!r}")
+    return _Entry(path, float(passes), label)
+
+
+def _open_entry(where: str, mixture: Path, entry: _Entry, split: str, check: bool) -> ImageSource:
+    spec = entry.path
+    if spec not in BUILT_IN:
+        spec = os.path.join(mixture.parent, os.path.expanduser(spec))
+    if spec.lower().endswith(".toml"):
+        raise UsageError(f"{where}: {entry.path} is a mixture itself; name its sources here")
+    try:
+        source = _open(spec, split, check)
+    except UsageError as e:
+        raise UsageError(f"{where}: {e}") from e
+    if entry.label is None:
+        return source
+    labels = torch.zeros(len(source), dtype=torch.int64)
+    return dataclasses.replace(source, labels=labels, classes=[entry.label])
+
+
+def _shares(rows: int, passes: float, where: str) -> list[float]:
+    """1.0 for each whole pass, then the remaining fraction; UsageError where that is less than one row."""
+    whole = math.floor(passes)
+    rest = passes - whole
+    # 0.1 + 0.2 and the like
+    if rest < 1e-9:
+        return [1.0] * whole
+    if round(rest * rows) == 0:
+        raise UsageError(f"{where}: passes: {rest:g} of {rows} images is less than one image an epoch")
+    return [1.0] * whole + [rest]
+
+
+def _join(
+    sources: list[ImageSource], tables: list[np.ndarray | None], blank: tuple[int, ...], dtype: type
+) -> np.ndarray | None:
+    """Tables below each other, those that are None filled with a blank row; None when all are."""
+    if all(t is None for t in tables):
+        return None
+    filled: list[np.ndarray] = [np.tile(np.array(blank, dtype), (len(s), 1)) for s in sources]
+    return np.concatenate([f if t is None else t for t, f in zip(tables, filled, strict=True)])
+
+
+def _join_shards(sources: list[ImageSource]) -> np.ndarray | None:
+    """Shard numbers that continue from source to source; None where a source has no shards."""
+    tables, first = [], 0
+    for source in sources:
+        if source.shards is None:
+            return None
+        tables.append(source.shards + first)
+        first = int(tables[-1][-1]) + 1
+    return np.concatenate(tables).astype(np.int32)
+
+
+def _join_labels(
+    name: str, sources: list[ImageSource], blocks: list[ImageSource]
+) -> tuple[Tensor | None, list[str]]:
+    unlabelled = [s.name for s in sources if s.labels is None]
+    if unlabelled:
+        if len(unlabelled) < len(sources):
+            log.warning("%s: no labels in %s; the mixture has none", name, unlabelled[0])
+        return None, []
+    numeric = [all(c.isdecimal() for c in s.classes) for s in sources]
+    if len(set(numeric)) > 1:
+        numbers, words = sources[numeric.index(True)], sources[numeric.index(False)]
+        log.warning(
+            "%s: classes are numbers in %s and names in %s (first: %r); the mixture has no labels",
+            name,
+            numbers.name,
+            words.name,
+            words.classes[0],
+        )
+        return None, []
+    union = set().union(*(s.classes for s in sources))
+    classes = sources[0].classes if set(sources[0].classes) == union else number_classes(sorted(union))[1]
+    number_of = {c: i for i, c in enumerate(classes)}
+    tables = [torch.tensor([number_of[c] for c in s.classes])[s.labels] for s in blocks]
+    return torch.cat(tables), classes

@@ -13,7 +13,8 @@ from torch import Tensor
 from .. import rng
 from ..config import DataConfig
 from ..data.augment import normalize
-from ..data.loader import BadRows, EvalLoader
+from ..data.bad_images import BadRows
+from ..data.loader import EvalLoader
 from ..data.sources import ImageSource, match_classes, subset
 from ..errors import UsageError
 

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from ..config import Config, local_batch
-from ..data.loader import epoch_length
+from ..data.order import epoch_length
 from ..distributed import start
 from ..train import train_step
 from ..training.metrics import memory_gb

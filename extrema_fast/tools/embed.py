@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config import Config, DataConfig
 from ..data.loader import choose_loader
-from ..data.manifest_text import escape, write_lines
+from ..data.manifest import escape, write_lines
 from ..data.sources import BUILT_IN, ImageSource, open_source
 from ..distributed import start
 from ..errors import DataError, ExtremaError, StorageError, UsageError

@@ -7,7 +7,7 @@
 
 Features are [n, D] for one vector per image, [n, N, D] for patch tokens. Broken images are left out, so feature
 row i over all parts is line i of rows.tsv. Files are written beside and renamed: each is whole or not there.
-In the tables a tab, line end, backslash or byte that is no UTF-8 is escaped as in a manifest (`manifest_text`).
+In the tables a tab, line end, backslash or byte that is no UTF-8 is escaped as in a manifest (`data/manifest.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.manifest_text import escape, unescape
+from ..data.manifest import escape, unescape
 from ..errors import StorageError, UsageError
 from ..files import new_file, read_json
 

@@ -32,7 +32,7 @@ def pack_image(data: bytes, size: int, side: str, quality: int) -> Packed | str:
     quality  of the JPEG files written, 1 to 100
 
     A JPEG that is small enough keeps its bytes. Everything else becomes a JPEG of the pixels a loader sees
-    (`data_decode.load_rgb`): gray stays gray, CMYK, palettes and alpha become RGB, 16 bits become 8. Pixels
+    (`load_rgb`): gray stays gray, CMYK, palettes and alpha become RGB, 16 bits become 8. Pixels
     are stored as they were, and so is the EXIF orientation, so that training may follow it or not.
     """
     from PIL import Image

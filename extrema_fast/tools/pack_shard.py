@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data.manifest import Row
-from ..data.tar_index import BLOCK, Member, index_text
+from ..data.shards import BLOCK, Member, index_text
 from ..files import write_file
 
 # the folder of what is not finished, in that of the set

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ..config import Config, SystemConfig, config_hash, to_dict
-from ..data.files import Files
-from ..data.loader import BadRows, TrainLoader, epoch_length
+from ..data.bad_images import BadRows
+from ..data.loader import TrainLoader
+from ..data.order import epoch_length
 from ..data.sources import BUILT_IN, ImageSource, open_source
 from ..distributed import World
 from ..errors import UsageError
@@ -108,7 +109,7 @@ def open_loader(run: Run, file: Path | None = None) -> TrainLoader:
     cfg, world = run.cfg, run.world
     bad = BadRows(run.source, cfg.data.bad_budget)
     if file is not None:
-        bad.read(file, Files(run.source, cfg.data))
+        bad.read(file, cfg.data)
         if world.is_rank_zero:
             bad.keep_in(file)
     return TrainLoader(

@@ -34,7 +34,8 @@ from benchmarks.loader_ways import STAGES, WAYS, Setting
 from benchmarks.tables import markdown
 from extrema_fast.config import DataConfig
 from extrema_fast.data.augment import color_jitter, jitter_params
-from extrema_fast.data.loader import Batch, TrainLoader, open_source, random_boxes
+from extrema_fast.data.loader import Batch, TrainLoader, random_boxes
+from extrema_fast.data.sources import open_source
 from extrema_fast.training import step as step_module
 
 pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")

@@ -14,8 +14,9 @@ import torch
 
 from extrema_fast.config import DataConfig
 from extrema_fast.data import loader as data
-from extrema_fast.data.loader import EvalLoader, TrainLoader, open_source
+from extrema_fast.data.loader import EvalLoader, TrainLoader
 from extrema_fast.data.preprocess import resize_crop
+from extrema_fast.data.sources import open_source
 from extrema_fast.errors import UsageError
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
@@ -215,7 +216,7 @@ def test_close_leaves_no_thread(tree, config, kind, taken):
 
 def test_auto_falls_back_to_pil_and_says_so_once(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "nvidia.dali.fn", None)
-    monkeypatch.setattr(data, "_announced", set())
+    data._log_once.cache_clear()
     with caplog.at_level(logging.INFO, "extrema_fast"):
         assert data.choose_loader("auto") == "pil"
         assert data.choose_loader("auto") == "pil"

@@ -265,7 +265,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(fd):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("extrema_fast.data.manifest_text.os.fsync", full)
+    monkeypatch.setattr("extrema_fast.data.manifest.os.fsync", full)
     with pytest.raises(StorageError, match=r"m\.tsv: cannot be written \(No space left on device\)"):
         write_lines(path, header_lines(".", []), [])
     assert path.read_bytes() == before

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from extrema_fast.data import decode as data_decode
-from extrema_fast.data.decode import load_rgb
-from extrema_fast.data.files import Files
-from extrema_fast.data.loader import EvalLoader, TrainLoader, center_boxes, open_source
+from extrema_fast.data.image_files import ImageFiles, load_rgb
+from extrema_fast.data.loader import EvalLoader, TrainLoader, center_boxes
+from extrema_fast.data.sources import open_source
 from extrema_fast.errors import DataError
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
@@ -145,7 +145,7 @@ def test_a_file_that_vanishes_is_named(tmp_path, config, kind):
 
 def test_a_file_that_may_not_be_read_says_so_in_plain_words(tmp_path, config):
     Image.new("RGB", (40, 40)).save(tmp_path / "1.png")
-    files = Files(open_source(str(tmp_path)), config())
+    files = ImageFiles(open_source(str(tmp_path)), config())
     error = files.error(0, PermissionError(13, "Permission denied", str(tmp_path / "1.png")))
     assert (
         f"1.png: cannot be decoded (Permission denied; {(tmp_path / '1.png').stat().st_size} bytes)"
@@ -167,7 +167,7 @@ def test_a_kind_that_only_pil_reads_is_named(tmp_path, config):
 def test_a_failure_of_dali_itself_is_no_file_error(tmp_path, config, monkeypatch):
     pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    real = data_decode.build_pipeline
+    real = data_decode.DaliDecoder._pipeline
     built = []
 
     class Broken:
@@ -178,6 +178,6 @@ def test_a_failure_of_dali_itself_is_no_file_error(tmp_path, config, monkeypatch
         built.append(1)
         return Broken() if len(built) == 1 else real(*args, **kw)
 
-    monkeypatch.setattr(data_decode, "build_pipeline", first_is_broken)
+    monkeypatch.setattr(data_decode.DaliDecoder, "_pipeline", first_is_broken)
     with pytest.raises(DataError, match=r"not because of a file: no memory; try --data\.loader pil"):
         eval_batch(open_source(str(tmp_path)), config(loader="dali"))

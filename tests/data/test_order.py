@@ -20,8 +20,9 @@ import torch
 from extrema_fast import rng
 from extrema_fast.config import DataConfig
 from extrema_fast.data.image_source import ImageSource
-from extrema_fast.data.loader import EvalLoader, TrainLoader, open_source
+from extrema_fast.data.loader import EvalLoader, TrainLoader
 from extrema_fast.data.order import Order, epoch_length
+from extrema_fast.data.sources import open_source
 from extrema_fast.errors import UsageError
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")

@@ -24,9 +24,10 @@ import torch
 
 from extrema_fast.config import DataConfig
 from extrema_fast.data import decode as data_decode
-from extrema_fast.data.bad_images import BAD_ROWS
-from extrema_fast.data.files import Files
-from extrema_fast.data.loader import BadRows, EvalLoader, TrainLoader, epoch_length, open_source
+from extrema_fast.data.bad_images import BAD_ROWS, BadRows
+from extrema_fast.data.loader import EvalLoader, TrainLoader
+from extrema_fast.data.order import epoch_length
+from extrema_fast.data.sources import open_source
 from extrema_fast.distributed import World
 from extrema_fast.errors import DataError
 from extrema_fast.tools.index import index
@@ -314,7 +315,7 @@ def test_the_list_in_a_file(images, config, tmp_path, caplog):
 
     def read(source, share=0.1):
         again = BadRows(source, share)
-        again.read(file, Files(source, cfg))
+        again.read(file, cfg)
         return sorted(again.reasons)
 
     assert read(source) == [3, 8]
@@ -347,17 +348,17 @@ def test_dali_loses_batches_without_a_file_to_blame(images, config, monkeypatch)
     pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
     source, cfg = open_source(str(images)), config(loader="dali")
     clean, _ = batches(source, cfg, 12)
-    real, runs = data_decode._ours, itertools.count()
+    real, runs = data_decode.DaliDecoder._run, itertools.count()
 
-    def unsteady(pipe, *rest):
-        images = real(pipe, *rest)
+    def unsteady(decoder, pipe):
+        images = real(decoder, pipe)
         # the third batch, and the one that takes its place
         if next(runs) in (2, 4):
             raise RuntimeError("Critical error\nencountered:\na hiccup\nCurrent pipeline is gone")
         return images
 
-    monkeypatch.setattr(data_decode, "_ours", unsteady)
-    monkeypatch.setattr(data_decode, "_find", lambda *args: {})
+    monkeypatch.setattr(data_decode.DaliDecoder, "_run", unsteady)
+    monkeypatch.setattr(data_decode.DaliDecoder, "_find_failed", lambda *args: {})
     seen, found = batches(source, cfg, 12)
     assert_same(clean, seen)
     assert not found
@@ -365,7 +366,7 @@ def test_dali_loses_batches_without_a_file_to_blame(images, config, monkeypatch)
     # every batch is lost, and only decoding it once more helps: slow for ever, so it ends
     runs = itertools.count()
     with monkeypatch.context() as m:
-        m.setattr(data_decode, "_ours", every_other_lost(real))
+        m.setattr(data_decode.DaliDecoder, "_run", every_other_lost(real))
         with (
             pytest.raises(DataError, match=r"not because of a file: lost again"),
             TrainLoader(source, cfg, SIZE, batch_size=5, seed=3) as loader,
@@ -375,7 +376,7 @@ def test_dali_loses_batches_without_a_file_to_blame(images, config, monkeypatch)
                 next(runs)
     assert next(runs) == 3
 
-    monkeypatch.setattr(data_decode, "_ours", always_lost(real))
+    monkeypatch.setattr(data_decode.DaliDecoder, "_run", always_lost(real))
     with pytest.raises(DataError, match=r"not because of a file: lost again; try --data\.loader pil"):
         batches(source, cfg, 12)
 
@@ -383,8 +384,8 @@ def test_dali_loses_batches_without_a_file_to_blame(images, config, monkeypatch)
 def every_other_lost(real):
     runs = itertools.count()
 
-    def lost(pipe, *rest):
-        images = real(pipe, *rest)
+    def lost(decoder, pipe):
+        images = real(decoder, pipe)
         if next(runs) % 2 == 0:
             raise RuntimeError("encountered:\nlost again\nCurrent pipeline is gone")
         return images
@@ -393,8 +394,8 @@ def every_other_lost(real):
 
 
 def always_lost(real):
-    def lost(pipe, *rest):
-        images = real(pipe, *rest)
+    def lost(decoder, pipe):
+        images = real(decoder, pipe)
         if len(images) > 1:
             raise RuntimeError("encountered:\nlost again\nCurrent pipeline is gone")
         return images

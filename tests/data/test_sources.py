@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from extrema_fast.data import folders
+from extrema_fast.data import sources
 from extrema_fast.data.sources import match_classes, open_source
 from extrema_fast.errors import DataError, UsageError
 
@@ -184,7 +184,7 @@ def test_unreadable(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
         return real(path)
 
-    monkeypatch.setattr(folders.os, "scandir", refuse)
+    monkeypatch.setattr(sources.os, "scandir", refuse)
     fails(tmp_path, r"/a: cannot be read \(Permission denied\); check its permissions")
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import extrema_fast
-from extrema_fast.data.loader import open_source
+from extrema_fast.data.sources import open_source
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 pytest.importorskip("skimage", reason="the photographs come with scikit-image (extra: train)")

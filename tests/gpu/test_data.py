@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from extrema_fast.config import DataConfig, from_dict, smoke
-from extrema_fast.data.loader import Batch, TrainLoader, open_source
+from extrema_fast.data.loader import Batch, TrainLoader
 from extrema_fast.data.prefetch import prefetch
+from extrema_fast.data.sources import open_source
 from extrema_fast.distributed import World
 from extrema_fast.train import train_step
 from extrema_fast.training import step

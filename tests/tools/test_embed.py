@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 import extrema_fast
 from extrema_fast.config import DataConfig, from_dict
 from extrema_fast.data.augment import normalize
-from extrema_fast.data.loader import EvalLoader, open_source
+from extrema_fast.data.loader import EvalLoader
+from extrema_fast.data.sources import open_source
 from extrema_fast.errors import DataError, NonFiniteError, StorageError, UsageError
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.tools.embed import describe, embed

@@ -412,7 +412,7 @@ def test_no_space_left_for_the_manifest(images, out, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("extrema_fast.data.manifest_text.os.fsync", full)
+        patch.setattr("extrema_fast.data.manifest.os.fsync", full)
         with pytest.raises(
             StorageError, match=r"m\.tsv: cannot be written \(No space .* kept in .*m\.tsv\.part"
         ):

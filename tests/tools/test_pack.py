@@ -23,8 +23,8 @@ import pytest
 import torch
 
 from extrema_fast import cli
-from extrema_fast.data import tar_index
-from extrema_fast.data.decode import load_rgb
+from extrema_fast.data import shards
+from extrema_fast.data.image_files import load_rgb
 from extrema_fast.data.manifest import read_manifest
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import DataError, StorageError, UsageError
@@ -97,7 +97,7 @@ def test_shards_keep_their_size(packed):
     sizes = [p.stat().st_size for p in sorted(out.glob("*.tar"))]
     assert max(sizes) <= 12_000 and all(s % 512 == 0 for s in sizes)
     # the next image would not have fitted
-    first = [m for m in tar_index.scan(str(out / "shard-000001.tar")) if m.name.startswith("0")][:3]
+    first = [m for m in shards.scan(str(out / "shard-000001.tar")) if m.name.startswith("0")][:3]
     assert sizes[0] + sum(512 + -(-m.size // 512) * 512 for m in first) > 12_000
 
 
@@ -292,8 +292,8 @@ def stop_before(monkeypatch, count):
         return call
 
     for module, name in ((pack_shard, "write_file"), (pack_module, "write_file")):
-        monkeypatch.setattr(module, name, counted(tar_index.write_file))
-    monkeypatch.setattr(pack_folder, "write_file", counted(tar_index.write_file))
+        monkeypatch.setattr(module, name, counted(shards.write_file))
+    monkeypatch.setattr(pack_folder, "write_file", counted(shards.write_file))
     monkeypatch.setattr(pack_shard.ShardWriter, "_write", counted(pack_shard.ShardWriter._write))
     monkeypatch.setattr(pack_shard.os, "fsync", counted(os.fsync))
 

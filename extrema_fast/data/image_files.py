@@ -1,4 +1,4 @@
-"""The files of a source: bytes, sizes in headers, pixels, and the error that names one that cannot be read."""
+"""Reading image files: bytes, sizes from headers, pixels, and the error that names a file that cannot be read."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ..config import DataConfig
 from ..errors import DataError, UsageError
 from .image_source import ImageSource
 
+REMEDY = "remove it, or leave it out: `extrema-fast index DATA --out M.tsv`, then M.tsv as the data"
+
 _ORIENTATION_TAG = 0x0112
-# reading waits for disks and networks rather than computing
+# threads that read files: they wait for disks and networks rather than compute
 _READERS = 8
-# files kept open: shards; a set with more of them opens one per image
-_OPEN = 256
-# where the end marker of a JPEG file is looked for: some cameras and tools append to it
+# shards kept open; a set with more of them opens one per image
+_MAX_OPEN = 256
+# bytes at the end of a JPEG file searched for its end marker: some cameras and tools append to it
 _TAIL = 4096
 
 
-REMEDY = "remove it, or leave it out: `extrema-fast index DATA --out M.tsv`, then M.tsv as the data"
+class Headers(NamedTuple):
+    """Result of reading the headers of some rows.
 
-
-class Seen(NamedTuple):
-    """What was found of some rows.
-
-    sizes   [b, 2] int32 height and width, after EXIF rotation if that is asked for
-    data    the bytes of each, [size] uint8; None: the decoder reads the files
-    failed  place in the batch -> why its row cannot be used
+    Attributes:
+        sizes: [b, 2] int32 height and width, after EXIF rotation if that is asked for.
+        data: the bytes of each image, [size] uint8; None: the decoder reads the files.
+        failed: place in the batch -> why its row cannot be used.
     """
 
     sizes: np.ndarray
@@ -41,45 +41,86 @@ class Seen(NamedTuple):
     failed: dict[int, DataError]
 
 
-class Files:
+class ImageFiles:
     """Bytes and header sizes of a source's rows, read in threads when first needed.
 
-    A source with images in shards is read here, as bytes; one of whole files is read by the decoder, and here only
-    for headers that are not known yet.
+    Images in shards are read here, as bytes; whole files are read by the decoder, and here only for headers that are
+    not known yet.
     """
 
     def __init__(self, source: ImageSource, cfg: DataConfig) -> None:
         self.source, self.exif, self.max_pixels = source, cfg.exif, cfg.max_pixels
         self.as_bytes = source.spans is not None and bool((source.spans[:, 1] >= 0).any())
-        self._sizes = _known_sizes(source, cfg.exif)
-        self._pool: ThreadPoolExecutor | None = None
+        # [n, 2] height and width, 0: not known yet
+        self._sizes = np.zeros((len(source), 2), np.int32)
+        if source.headers is not None:
+            self._sizes[:] = source.headers[:, :2]
+            if cfg.exif:
+                rotated = source.headers[:, 2] >= 5
+                self._sizes[rotated] = self._sizes[rotated, ::-1]
+        shards = source.shards if source.shards is not None else np.arange(len(source))
+        self._keep_open = self.as_bytes and len(np.unique(shards)) <= _MAX_OPEN
+        self._readers: ThreadPoolExecutor | None = None
         self._fds: dict[str, int] = {}
         self._lock = threading.Lock()
-        shards = source.shards if source.shards is not None else np.arange(len(source))
-        self._keep_open = self.as_bytes and len(np.unique(shards)) <= _OPEN
-        _allow_pixels(cfg.max_pixels)
+        _raise_pillow_limit(cfg.max_pixels)
 
-    def look(self, rows: np.ndarray) -> Seen:
-        """Bytes (if this source is read as bytes) and sizes of rows ([b] int64)."""
+    def read_headers(self, rows: np.ndarray) -> Headers:
+        """Sizes of rows ([b] int64), and their bytes if this source is read as bytes."""
         failed: dict[int, DataError] = {}
         data: list[np.ndarray] | None = [np.empty(0, np.uint8)] * len(rows) if self.as_bytes else None
         todo = range(len(rows)) if self.as_bytes else np.flatnonzero(self._sizes[rows, 0] == 0).tolist()
 
-        def some(places: list[int]) -> None:
+        def read(places: list[int]) -> None:
             for place in places:
+                row, content = int(rows[place]), b""
                 try:
-                    found = self._look(int(rows[place]))
                     if data is not None:
-                        data[place] = np.frombuffer(found, np.uint8)
+                        content = self.read(row)
+                        data[place] = np.frombuffer(content, np.uint8)
+                    if not self._sizes[row, 0]:
+                        self._sizes[row] = self._header(row, content)
                 except DataError as e:
                     failed[place] = e
 
         if todo:
-            list(self._readers().map(some, [todo[i::_READERS] for i in range(_READERS)]))
+            if self._readers is None:
+                self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+            list(self._readers.map(read, [todo[i::_READERS] for i in range(_READERS)]))
         sizes = self._sizes[rows]
         for place in np.flatnonzero(sizes.astype(np.int64).prod(1) > self.max_pixels).tolist():
             failed.setdefault(place, self._too_large(int(rows[place])))
-        return Seen(sizes, data, failed)
+        return Headers(sizes, data, failed)
+
+    def read(self, row: int) -> bytes:
+        """Reads the bytes of a row's image.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        if self._keep_open and self.source.spans[row, 1] >= 0:  # type: ignore[index]
+            offset, length = self.source.spans[row].tolist()  # type: ignore[index]
+            # a network disk may have lost the open file: then once more, below
+            with contextlib.suppress(OSError):
+                data = os.pread(self._fd(self.source.paths[row]), length, offset)
+                if len(data) == length:
+                    return data
+        try:
+            return self.source.read(row)
+        except OSError as e:
+            raise self.error(row, e.strerror or e) from e
+
+    def rgb(self, row: int, data: np.ndarray | None, box: tuple[int, int, int, int] | None = None) -> Any:
+        """Decodes an image, or the box (left, top, right, bottom) of it, as an 8-bit RGB PIL image.
+
+        Raises:
+            DataError: it cannot be decoded.
+        """
+        try:
+            return load_rgb(self.source.paths[row] if data is None else io.BytesIO(data), self.exif, box)
+        # a broken file makes PIL raise nearly anything: OSError, SyntaxError, ValueError, struct.error
+        except Exception as e:
+            raise self.error(row, e) from e
 
     def error(self, row: int, reason: object) -> DataError:
         """The error for a row that is no image, or a damaged one."""
@@ -98,54 +139,21 @@ class Files:
             length = "gone"
         return DataError(f"{name}: cannot be decoded ({text}; {length})")
 
-    def bytes(self, row: int) -> bytes:
-        """The bytes of a row's file; DataError."""
-        if self._keep_open and self.source.spans[row, 1] >= 0:  # type: ignore[index]
-            offset, length = self.source.spans[row].tolist()  # type: ignore[index]
-            # a network disk may have lost the open file: then once more, below
-            with contextlib.suppress(OSError):
-                data = os.pread(self._fd(self.source.paths[row]), length, offset)
-                if len(data) == length:
-                    return data
-        try:
-            return self.source.read(row)
-        except OSError as e:
-            raise self.error(row, e.strerror or e) from e
-
-    def rgb(self, row: int, data: np.ndarray | None, box: tuple[int, int, int, int] | None = None) -> Any:
-        """The image (or the box left, top, right, bottom of it) as an 8-bit RGB PIL image; DataError."""
-        try:
-            return load_rgb(self.source.paths[row] if data is None else io.BytesIO(data), self.exif, box)
-        # a broken file makes PIL raise nearly anything: OSError, SyntaxError, ValueError, struct.error
-        except Exception as e:
-            raise self.error(row, e) from e
-
     def close(self) -> None:
         """Ends threads and closes files; the next use opens them again."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+        if self._readers is not None:
+            self._readers.shutdown(wait=True, cancel_futures=True)
+            self._readers = None
         with self._lock:
             for fd in self._fds.values():
                 os.close(fd)
             self._fds.clear()
-
-    def _readers(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
-        return self._pool
 
     def _fd(self, path: str) -> int:
         with self._lock:
             if path not in self._fds:
                 self._fds[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             return self._fds[path]
-
-    def _look(self, row: int) -> bytes:
-        data = self.bytes(row) if self.as_bytes else b""
-        if not self._sizes[row, 0]:
-            self._sizes[row] = self._header(row, data)
-        return data
 
     def _header(self, row: int, data: bytes) -> tuple[int, int]:
         try:
@@ -161,7 +169,7 @@ class Files:
                 if self.exif and im.getexif().get(_ORIENTATION_TAG, 1) >= 5:
                     w, h = h, w
                 if w * h <= self.max_pixels and im.format in ("JPEG", "MPO") and not _has_end(f):
-                    # whether DALI minds depends on the crop; found now, it is the same in every epoch
+                    # whether DALI notices depends on the crop; found now, it is the same in every epoch
                     im.load()
         except Image.DecompressionBombError as e:
             # the first number in its words
@@ -176,18 +184,8 @@ class Files:
         return self.error(row, f"{size} pixels are more than data.max_pixels {self.max_pixels}")
 
 
-def _known_sizes(source: ImageSource, exif: bool) -> np.ndarray:
-    if source.headers is None:
-        return np.zeros((len(source), 2), np.int32)
-    sizes = source.headers[:, :2].astype(np.int32)
-    if exif:
-        turned = source.headers[:, 2] >= 5
-        sizes[turned] = sizes[turned, ::-1]
-    return sizes
-
-
 def _has_end(f: Any) -> bool:
-    # PIL goes on from where it was
+    # PIL continues from where it was
     at = f.tell()
     f.seek(0, os.SEEK_END)
     f.seek(max(0, f.tell() - _TAIL))
@@ -196,7 +194,7 @@ def _has_end(f: Any) -> bool:
     return b"\xff\xd9" in tail
 
 
-def _allow_pixels(limit: int) -> None:
+def _raise_pillow_limit(limit: int) -> None:
     # Pillow has a limit of its own, for the whole process: raised when more is asked for, never lowered
     try:
         from PIL import Image
@@ -207,13 +205,21 @@ def _allow_pixels(limit: int) -> None:
 
 
 def load_rgb(file: Any, exif: bool, box: tuple[int, int, int, int] | None = None) -> Any:
-    """An image file (path or file object), or the box left, top, right, bottom of it, as an 8-bit RGB PIL image."""
+    """Decodes an image file with PIL.
+
+    Args:
+        file: path or file object.
+        exif: whether to rotate it as its EXIF orientation says.
+        box: (left, top, right, bottom) to cut out; None: all.
+
+    Returns:
+        An 8-bit RGB PIL image; 16 bits are scaled to 8.
+    """
     from PIL import Image, ImageOps
 
-    with Image.open(file) as im:
-        im.load()
-        if exif:
-            im = ImageOps.exif_transpose(im)
+    with Image.open(file) as opened:
+        opened.load()
+        im: Image.Image = ImageOps.exif_transpose(opened) if exif else opened
         if box is not None:
             im = im.crop(box)
         if im.mode.startswith("I"):
