@@ -7,6 +7,7 @@ a failed place of its batch; what to do about it is up to the loader.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -274,9 +275,8 @@ class DaliDecoder:
 
         `feed` returns the arguments of a batch, and raises StopIteration at the end.
         """
-        import nvidia.dali as dali
-        from nvidia.dali import fn, types
-
+        # without the types of DALI, which know little of its operators
+        dali, fn, types = (importlib.import_module(f"nvidia.dali{name}") for name in ("", ".fn", ".types"))
         s = self.settings
         decoder: dict[str, Any] = {"device": "cpu", "adjust_orientation": self.files.exif}
         gpu = None

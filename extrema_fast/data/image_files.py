@@ -117,7 +117,7 @@ class ImageFiles:
             DataError: it cannot be decoded.
         """
         try:
-            return load_rgb(self.source.paths[row] if data is None else io.BytesIO(data), self.exif, box)
+            return load_rgb(self.source.paths[row] if data is None else io.BytesIO(data.data), self.exif, box)
         # a broken file makes PIL raise nearly anything: OSError, SyntaxError, ValueError, struct.error
         except Exception as e:
             raise self.error(row, e) from e

@@ -117,7 +117,7 @@ class Order:
         return torch.cat(drawn)
 
     def _by_shards(self, rows: torch.Tensor, epoch: int) -> torch.Tensor:
-        shard_of = torch.from_numpy(np.unique(self.source.shards, return_inverse=True)[1].reshape(-1))
+        shard_of = torch.from_numpy(np.unique(np.asarray(self.source.shards), return_inverse=True)[1])
         shards = int(shard_of.max()) + 1
         window = min(self.cfg.window, shards)
         place = rng.permutation(shards, seed=self.seed, epoch=epoch, stream=rng.SHARD)
