@@ -34,14 +34,13 @@ from .folder import (
     ENCODER_OPTIONS,
     SINGLE,
     check_replaceable,
-    choose,
     described,
     encoder_options,
     input_meta,
     write_json,
     write_tensors,
 )
-from .load import encoder_from, load_encoder, open_weights
+from .load import load_encoder, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,15 @@ _ONNX_IN_ONE_FILE = 1_800_000_000
 # one image, and batches that a graph was not traced with
 _BATCHES = (1, 3)
 
-Options = Mapping[str, Any]
+
+class Job(NamedTuple):
+    """One export: what is written where, our description of it, options, and images to compare outputs on."""
+
+    encoder: Encoder
+    folder: Path
+    description: dict[str, Any]
+    options: Mapping[str, Any]
+    images: list[Tensor]
 
 
 class Exported(NamedTuple):
@@ -94,8 +101,14 @@ def export(
     """
     name = _format_name(format)
     form = FORMATS[name]
-    options = {"fc_norm": fc_norm, "class_token": class_token or None, "opset": opset}
-    _check_options(name, options)
+    given = {"fc_norm": fc_norm, "class_token": class_token or None, "opset": opset}
+    options = {k: v for k, v in given.items() if v is not None}
+    for option in options:
+        if name not in _OPTIONS[option]:
+            flag, formats = option.replace("_", "-"), " and ".join(_OPTIONS[option])
+            raise UsageError(f"--{flag}: an option of --format {formats}, not of {name}")
+    if class_token and fc_norm:
+        raise UsageError("--fc-norm: comes after mean pooling; give it or --class-token")
     for package in form.packages:
         try:
             importlib.import_module(package)
@@ -104,14 +117,24 @@ def export(
             raise UsageError(f"--format {name}: {cannot_import(package, error, form.extra)}") from None
     out = Path(out)
     check_replaceable(out, force)
-    encoder, meta = _load(weights, which, img_size, name, options)
-    asked = {k: v for k, v in options.items() if v is not None}
-    description = _description(encoder, meta, {"format": name, **asked})
+    source = open_weights(weights)
+    chosen = source.choose(which)
+    pooled = name == "vit" or (name == "hf" and not class_token)
+    changes: dict[str, Any] = {"global_pool": "avg", "fc_norm": fc_norm} if pooled else {}
+    encoder = load_encoder(source, which, img_size=img_size, **changes).requires_grad_(False)
+    if encoder_options(source.meta)["num_classes"] and not encoder.num_classes:
+        log.info("the classifier is left out: it was trained on another pooled feature")
+    meta = {**source.meta, "which": None if chosen == SINGLE else chosen}
+    description = _description(encoder, meta, {"format": name, **options})
+    images = [
+        torch.randn(b, encoder.in_chans, *encoder.img_size, generator=torch.Generator().manual_seed(b))
+        for b in _BATCHES
+    ]
     with new_folder(out, partial(check_replaceable, force=force)) as folder:
-        config = {**form.write(encoder, folder, description, options), "extrema_fast": description}
+        job = Job(encoder, folder, description, options, images)
+        config = {**form.write(job), "extrema_fast": description}
         write_json(folder / "config.json", config)
-        differences = _compare(name, encoder, folder, options)
-        description["export"]["differences"] = differences
+        differences = description["export"]["differences"] = _compare(name, job)
         write_json(folder / "config.json", config)
         if name == "hf":
             (folder / "README.md").write_text(model_card(config), encoding="utf-8")
@@ -126,31 +149,6 @@ def _format_name(format: str) -> str:
     if name not in FORMATS:
         raise UsageError(f"--format: {format!r} is unknown{did_you_mean(format, [*FORMATS, *_ALIASES])}")
     return name
-
-
-def _check_options(name: str, options: Options) -> None:
-    for option, formats in _OPTIONS.items():
-        if options[option] is not None and name not in formats:
-            raise UsageError(
-                f"--{option.replace('_', '-')}: an option of --format {' and '.join(formats)}, not of {name}"
-            )
-    if options["class_token"] and options["fc_norm"]:
-        raise UsageError("--fc-norm: comes after mean pooling; give it or --class-token")
-
-
-def _load(
-    path: str | Path, which: str | None, img_size: int | Sequence[int] | None, name: str, options: Options
-) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder to write, and the description it comes from with `which` filled in."""
-    weights = open_weights(path)
-    chosen = choose(weights.names, which, path, weights.meta)
-    changes: dict[str, Any] = {}
-    if name == "vit" or (name == "hf" and not options["class_token"]):
-        changes = {"global_pool": "avg", "fc_norm": options["fc_norm"]}
-    encoder = encoder_from(weights, which, img_size=img_size, **changes)
-    if encoder_options(weights.meta)["num_classes"] and not encoder.num_classes:
-        log.info("the classifier is left out: it was trained on another pooled feature")
-    return encoder.requires_grad_(False), {**weights.meta, "which": None if chosen == SINGLE else chosen}
 
 
 def _description(encoder: Encoder, meta: Mapping[str, Any], export: dict[str, Any]) -> dict[str, Any]:
@@ -177,16 +175,12 @@ def _description(encoder: Encoder, meta: Mapping[str, Any], export: dict[str, An
 # ---- comparing ------------------------------------------------------------------------------------
 
 
-def _compare(name: str, encoder: Encoder, folder: Path, options: Options) -> dict[str, float]:
+def _compare(name: str, job: Job) -> dict[str, float]:
     """Reads the export back; the largest difference of each comparison on random images."""
     form = FORMATS[name]
-    images = [
-        torch.randn(batch, encoder.in_chans, *encoder.img_size, generator=torch.Generator().manual_seed(seed))
-        for seed, batch in enumerate(_BATCHES)
-    ]
     try:
         with torch.no_grad():
-            differences = form.compare(encoder, folder, images, options)
+            differences = form.compare(job)
     except ExtremaError:
         raise
     except Exception as error:
@@ -216,25 +210,23 @@ def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> floa
     return float(torch.stack(differences).max())
 
 
-def _outputs_differ(encoder: Encoder, model: nn.Module, images: Sequence[Tensor]) -> float:
+def _outputs_differ(job: Job, model: nn.Module) -> float:
     def outputs(m: Any) -> list[Tensor]:
-        return [y for x in images for y in (m.forward_features(x), m(x))]
+        return [y for x in job.images for y in (m.forward_features(x), m(x))]
 
-    return largest_difference(outputs(encoder), outputs(model))
+    return largest_difference(outputs(job.encoder), outputs(model))
 
 
 # ---- timm -----------------------------------------------------------------------------------------
 
 
-def _write_extrema(encoder: Encoder, folder: Path, description: Options, options: Options) -> dict[str, Any]:
-    write_tensors(folder / WEIGHTS, encoder.state_dict())
-    return timm_config(encoder)
+def _write_extrema(job: Job) -> dict[str, Any]:
+    write_tensors(job.folder / WEIGHTS, job.encoder.state_dict())
+    return timm_config(job.encoder)
 
 
-def _compare_extrema(
-    encoder: Encoder, folder: Path, images: Sequence[Tensor], options: Options
-) -> dict[str, float]:
-    found = {"load_encoder": _outputs_differ(encoder, load_encoder(folder), images)}
+def _compare_extrema(job: Job) -> dict[str, float]:
+    found = {"load_encoder": _outputs_differ(job, load_encoder(job.folder))}
     try:
         import timm
 
@@ -242,31 +234,31 @@ def _compare_extrema(
     except (ImportError, RuntimeError) as error:
         log.info("not read back with timm, which cannot be imported (%s)", str(error).splitlines()[0])
         return found
-    model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True).eval()
-    return {**found, "timm local-dir": _outputs_differ(encoder, model, images)}
+    model = timm.create_model(f"local-dir:{job.folder.absolute()}", pretrained=True).eval()
+    return {**found, "timm local-dir": _outputs_differ(job, model)}
 
 
-def _write_vit(encoder: Encoder, folder: Path, description: Options, options: Options) -> dict[str, Any]:
+def _write_vit(job: Job) -> dict[str, Any]:
     """The mean-pooled trunk as a stock timm ViT without class token."""
-    write_tensors(folder / WEIGHTS, encoder.state_dict())
-    width, depth, heads = encoder.config.shape
-    config = timm_config(encoder)
+    write_tensors(job.folder / WEIGHTS, job.encoder.state_dict())
+    width, depth, heads = job.encoder.config.shape
+    config = timm_config(job.encoder)
     args = {
-        "img_size": list(encoder.img_size),
-        "patch_size": encoder.patch_size,
+        "img_size": list(job.encoder.img_size),
+        "patch_size": job.encoder.patch_size,
         "embed_dim": width,
         "depth": depth,
         "num_heads": heads,
-        "mlp_ratio": encoder.config.mlp_ratio,
+        "mlp_ratio": job.encoder.config.mlp_ratio,
         "class_token": False,
         "global_pool": "avg",
-        "fc_norm": isinstance(encoder.fc_norm, nn.LayerNorm),
+        "fc_norm": isinstance(job.encoder.fc_norm, nn.LayerNorm),
     }
-    if encoder.in_chans != 3:
-        args["in_chans"] = encoder.in_chans
+    if job.encoder.in_chans != 3:
+        args["in_chans"] = job.encoder.in_chans
     return {
         **config,
-        "architecture": f"vit_{encoder.config.size}_patch16_224",
+        "architecture": f"vit_{job.encoder.config.size}_patch16_224",
         "global_pool": "avg",
         "model_args": args,
         # timm resamples the table when it is asked for another size
@@ -274,52 +266,49 @@ def _write_vit(encoder: Encoder, folder: Path, description: Options, options: Op
     }
 
 
-def _compare_vit(
-    encoder: Encoder, folder: Path, images: Sequence[Tensor], options: Options
-) -> dict[str, float]:
+def _compare_vit(job: Job) -> dict[str, float]:
     import timm
 
-    model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True).eval()
-    return {"timm local-dir, tokens and pooled": _outputs_differ(encoder, model, images)}
+    model = timm.create_model(f"local-dir:{job.folder.absolute()}", pretrained=True).eval()
+    return {"timm local-dir, tokens and pooled": _outputs_differ(job, model)}
 
 
 # ---- Hugging Face ---------------------------------------------------------------------------------
 
 
-def _write_hf(encoder: Encoder, folder: Path, description: Options, options: Options) -> dict[str, Any]:
-    write = _write_extrema if options["class_token"] else _write_vit
-    config = write(encoder, folder, description, options) | {"model_type": "timm_wrapper"}
+def _write_hf(job: Job) -> dict[str, Any]:
+    write = _write_extrema if "class_token" in job.options else _write_vit
+    config = write(job) | {"model_type": "timm_wrapper"}
     processor = {"image_processor_type": "TimmWrapperImageProcessor"}
     processor |= {k: config[k] for k in ("architecture", "pretrained_cfg")}
-    write_json(folder / "preprocessor_config.json", processor)
+    write_json(job.folder / "preprocessor_config.json", processor)
     return config
 
 
-def _compare_hf(
-    encoder: Encoder, folder: Path, images: Sequence[Tensor], options: Options
-) -> dict[str, float]:
+def _compare_hf(job: Job) -> dict[str, float]:
     from transformers import AutoModel, AutoModelForImageClassification
     from transformers.utils import logging as hf_logging
 
-    if options["class_token"]:
+    if "class_token" in job.options:
         from .. import timm as _registered  # noqa: F401
     bar = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        kinds = [AutoModel, AutoModelForImageClassification][: 2 if encoder.num_classes else 1]
-        model, *classifier = (k.from_pretrained(folder, local_files_only=True).eval() for k in kinds)
+        kinds = [AutoModel, AutoModelForImageClassification][: 2 if job.encoder.num_classes else 1]
+        model, *classifier = (k.from_pretrained(job.folder, local_files_only=True).eval() for k in kinds)
     finally:
         if bar:
             hf_logging.enable_progress_bar()
-    ours, theirs = [], []
-    for x in images:
-        tokens, result = encoder.forward_features(x), model(pixel_values=x)
-        ours += [tokens, encoder.forward_head(tokens, pre_logits=True)]
+    ours, theirs, logits = [], [], []
+    for x in job.images:
+        tokens, result = job.encoder.forward_features(x), model(pixel_values=x)
+        ours += [tokens, job.encoder.forward_head(tokens, pre_logits=True)]
         theirs += [result.last_hidden_state, result.pooler_output]
+        logits += [c(pixel_values=x).logits for c in classifier]
     found = {"AutoModel, tokens and pooled": largest_difference(ours, theirs)}
-    for c in classifier:
-        logits = largest_difference([encoder(x) for x in images], [c(pixel_values=x).logits for x in images])
-        found["AutoModelForImageClassification, logits"] = logits
+    if logits:
+        wanted = [job.encoder(x) for x in job.images]
+        found["AutoModelForImageClassification, logits"] = largest_difference(wanted, logits)
     return found
 
 
@@ -404,9 +393,8 @@ def model_card(config: Mapping[str, Any]) -> str:
 # ---- graphs ---------------------------------------------------------------------------------------
 
 
-class Graph(nn.Module):
-    """What a graph computes: images [B, C, H, W] fp32, normalized -> class token [B, D] (without class head the
-    pooled feature), patch tokens [B, N, D][, logits [B, classes]].
+class _Graph(nn.Module):
+    """images [B, C, H, W] fp32, normalized -> class token (or pooled feature) [B, D], patch tokens [B, N, D][, logits].
 
     Any batch; one image size, since the position table is a constant of the graph.
     """
@@ -446,14 +434,12 @@ def _program(encoder: Encoder) -> torch.export.ExportedProgram:
     example = torch.zeros(2, encoder.in_chans, *encoder.img_size)
     batch = torch.export.Dim("batch", max=65535)
     with torch.no_grad():
-        return torch.export.export(Graph(encoder), (example,), dynamic_shapes={"images": {0: batch}})
+        return torch.export.export(_Graph(encoder), (example,), dynamic_shapes={"images": {0: batch}})
 
 
-def _compare_graph(
-    encoder: Encoder, run: Callable[[Tensor], Sequence[Tensor]], images: Sequence[Tensor], what: str
-) -> dict[str, float]:
-    graph = Graph(encoder)
-    ours, theirs = ([y for x in images for y in f(x)] for f in (graph, run))
+def _compare_graph(job: Job, run: Callable[[Tensor], Sequence[Tensor]], what: str) -> dict[str, float]:
+    encoder = job.encoder
+    ours, theirs = ([y for x in job.images for y in f(x)] for f in (_Graph(encoder), run))
     found = {f"{what}, {', '.join(_output_names(encoder))}": largest_difference(ours, theirs)}
     height, width = encoder.img_size
     try:
@@ -463,77 +449,73 @@ def _compare_graph(
     raise ExtremaError(f"{what}: the graph takes images of another size than {height} x {width}")
 
 
-def _write_program(encoder: Encoder, folder: Path, description: Options, options: Options) -> dict[str, Any]:
+def _write_program(job: Job) -> dict[str, Any]:
     with _quiet():
-        extra = {"extrema_fast.json": json.dumps(description)}
-        torch.export.save(_program(encoder), folder / PROGRAM, extra_files=extra)
-    return _graph_config(encoder)
+        extra = {"extrema_fast.json": json.dumps(job.description)}
+        torch.export.save(_program(job.encoder), job.folder / PROGRAM, extra_files=extra)
+    return _graph_config(job.encoder)
 
 
-def _compare_program(
-    encoder: Encoder, folder: Path, images: Sequence[Tensor], options: Options
-) -> dict[str, float]:
+def _compare_program(job: Job) -> dict[str, float]:
     with _quiet():
-        run = torch.export.load(folder / PROGRAM).module()
-    return _compare_graph(encoder, run, images, "torch.export")
+        run = torch.export.load(job.folder / PROGRAM).module()
+    return _compare_graph(job, run, "torch.export")
 
 
-def _write_onnx(encoder: Encoder, folder: Path, description: Options, options: Options) -> dict[str, Any]:
-    opset = OPSET if options["opset"] is None else options["opset"]
+def _write_onnx(job: Job) -> dict[str, Any]:
+    opset = job.options.get("opset", OPSET)
     if opset < OPSET:
         raise UsageError(f"--opset: the exporter of torch starts at {OPSET}, got {opset}")
     with _quiet():
         try:
             onnx = torch.onnx.export(
-                _program(encoder), input_names=["images"], output_names=_output_names(encoder),
+                _program(job.encoder), input_names=["images"], output_names=_output_names(job.encoder),
                 opset_version=opset, dynamo=True, verbose=False,
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
             raise UsageError(
                 f"--opset {opset}: torch cannot write it ({' '.join(str(error).split())[:200]})"
             ) from None
+    assert onnx is not None  # with dynamo=True
     # torch only logs that it failed to convert to another operator set
     if (written := onnx.model.opset_imports.get("")) != opset:
         raise UsageError(f"--opset {opset}: torch wrote {written} instead; give a lower one")
-    onnx.model.metadata_props["extrema_fast"] = json.dumps(description)
-    size = sum(p.numel() * p.element_size() for p in encoder.state_dict().values())
-    onnx.save(folder / ONNX, external_data=size > _ONNX_IN_ONE_FILE)
-    return _graph_config(encoder)
+    onnx.model.metadata_props["extrema_fast"] = json.dumps(job.description)
+    size = sum(p.numel() * p.element_size() for p in job.encoder.state_dict().values())
+    onnx.save(job.folder / ONNX, external_data=size > _ONNX_IN_ONE_FILE)
+    return _graph_config(job.encoder)
 
 
-def _compare_onnx(
-    encoder: Encoder, folder: Path, images: Sequence[Tensor], options: Options
-) -> dict[str, float]:
+def _compare_onnx(job: Job) -> dict[str, float]:
     import onnx
     import onnxruntime
 
-    onnx.checker.check_model(str(folder / ONNX))
+    onnx.checker.check_model(str(job.folder / ONNX))
     settings = onnxruntime.SessionOptions()
     # its own errors are raised; the log would repeat them
     settings.log_severity_level = 4
     settings.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(folder / ONNX), settings, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(job.folder / ONNX), settings, providers=["CPUExecutionProvider"]
+    )
 
     def run(x: Tensor) -> list[Tensor]:
         return [torch.from_numpy(y) for y in session.run(None, {"images": x.numpy()})]
 
-    return _compare_graph(encoder, run, images, "onnxruntime")
+    return _compare_graph(job, run, "onnxruntime")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silences exporters, which warn of their own deprecations; what they wrote is compared afterwards."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    finally:
+        logging.disable(before)
 
 
 # ---- formats --------------------------------------------------------------------------------------
@@ -543,15 +525,15 @@ class Format(NamedTuple):
     """How one format is written and compared.
 
     Attributes:
-        write: (encoder, folder, our description, options) -> its `config.json` without our description.
-        compare: (encoder, folder, images of several batch sizes, options) -> largest difference by comparison.
+        write: Writes the files; returns the `config.json` without our description.
+        compare: Reads them back; returns the largest difference of each comparison.
         packages: What both need beyond the core.
         extra: The extra of this project that brings the packages.
         limit: Largest difference that is accepted.
     """
 
-    write: Callable[[Encoder, Path, Options, Options], dict[str, Any]]
-    compare: Callable[[Encoder, Path, Sequence[Tensor], Options], dict[str, float]]
+    write: Callable[[Job], dict[str, Any]]
+    compare: Callable[[Job], dict[str, float]]
     packages: tuple[str, ...] = ()
     extra: str = ""
     limit: float = 1e-5

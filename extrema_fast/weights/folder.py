@@ -36,6 +36,8 @@ VERSION = 1
 WHICH = ("teacher", "student")
 # name of a network that is not known to be either
 SINGLE = "model"
+GRAPHS = (".onnx", ".pt2", ".ts")
+NOT_WEIGHTS = "which runs without this project; give the weights it came from"
 
 # what `import` and `export` write, in older versions too; `--force` replaces no folder with anything else in it
 OWN_FILES = (
@@ -170,32 +172,13 @@ def _found_instead(path: Path) -> str:
         return f"this run has saved no weights yet (found: {inside})"
     if "COMPLETE" in names or "state.safetensors" in names:
         return "a checkpoint of a run; its weights are in the run folder's weights/step_*"
-    for name in ("model.onnx", "model.pt2", "model.ts"):
-        if name in names:
-            return (
-                f"an exported graph ({name}), which runs without this project; give the weights it came from"
-            )
     for name in names:
+        if name.startswith("model.") and name.endswith(GRAPHS):
+            return f"an exported graph ({name}), {NOT_WEIGHTS}"
         if name.endswith((".safetensors", ".pth", ".pt", ".bin")):
             return f"no weights folder (config.json is missing); to read one file give {path / name}"
-    return (
-        f"neither a run folder (weights/step_*/) nor a weights folder (config.json, teacher.safetensors); "
-        f"found: {inside}"
-    )
-
-
-def choose(names: Sequence[str], which: str | None, source: str | Path, meta: Mapping[str, Any]) -> str:
-    """The network of `names` that `which` means; None: the one the description names, else the teacher.
-
-    A network not known to be either (a bare file, a fine-tuned one) answers to any name.
-    """
-    if which is not None and which not in WHICH:
-        raise UsageError(f"which: expected 'teacher' or 'student', got {which!r}")
-    meant = which or (meta.get("which") if meta.get("which") in WHICH else "teacher")
-    for name in (meant, SINGLE):
-        if name in names:
-            return name
-    raise UsageError(f"{source}: holds no {meant} weights; it holds: {', '.join(names)}")
+    wanted = "neither a run folder (weights/step_*/) nor a weights folder (config.json, teacher.safetensors)"
+    return f"{wanted}; found: {inside}"
 
 
 def check_replaceable(out: Path, force: bool = False) -> None:
@@ -353,27 +336,6 @@ def _check_tables(meta: Mapping[str, Any]) -> None:
 # ---- files that nobody vouches for ----------------------------------------------------------------
 
 
-def file_kind(path: Path) -> str:
-    """What a file's first bytes say: `safetensors`, `torchscript`, `torch-export`, `onnx`, or `torch` for the rest."""
-    try:
-        with open(path, "rb") as f:
-            head = f.read(9)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({_line(error)})") from None
-    if head.startswith(b"PK\x03\x04"):
-        try:
-            with zipfile.ZipFile(path) as z:
-                names = z.namelist()
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-            return "torch"
-        if any(n.endswith("/constants.pkl") for n in names):
-            return "torchscript"
-        return "torch-export" if any(n.endswith("archive_format") for n in names) else "torch"
-    if head[8:] == b"{":
-        return "safetensors"
-    return "onnx" if path.suffix == ".onnx" else "torch"
-
-
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, checked by `check_tensors`."""
     try:
@@ -431,33 +393,34 @@ def check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
-# (name, patterns of which each must match some key, a pattern that no key may match), most specific first
-_OTHERS: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
-    ("a DINOv3 ViT", (r"storage_tokens$|rope_embed\.",), None),
-    ("a DINOv2 ViT", (r"mask_token$", r"blocks\.\d+\.(\d+\.)?ls1\.gamma"), None),
-    ("an I-JEPA checkpoint", (r"predictor_blocks\.|predictor_embed\.",), None),
-    ("an MAE checkpoint", (r"decoder_blocks\.|decoder_embed\.|decoder_pos_embed",), None),
-    ("an OpenCLIP model", (r"visual\.transformer\.resblocks|visual\.trunk\.",), None),
-    ("a Hugging Face ViT", (r"embeddings\.patch_embeddings|attention\.attention\.query",), None),
-    ("a torchvision ViT", (r"encoder\.layers\.encoder_layer_0", r"conv_proj\."), None),
-    ("a BEiT model", (r"attn\.q_bias$|relative_position_bias_table",), r"layers\.\d"),
-    ("a Swin transformer", (r"layers\.\d+\.blocks\.\d+\.attn",), None),
-    ("a MoCo v3 checkpoint", (r"base_encoder\.", r"momentum_encoder\."), r"blocks_token\."),
-    ("a CaiT model", (r"blocks_token_only\.",), None),
-    ("a ResNet", (r"layer1\.0\.conv1",), None),
-    ("a DINO checkpoint", (r"backbone\.blocks\.\d+\.attn\.qkv",), None),
-    ("a ViT of timm, with a class token among the patches", (r"cls_token$", r"blocks\.\d+\.attn\.qkv"), None),
-    ("a ViT of timm", (r"blocks\.\d+\.attn\.qkv",), None),
-)
+# whose checkpoint it is, and patterns of which each must match some key; most specific first
+_OTHERS: dict[str, tuple[str, ...]] = {
+    "a DINOv3 ViT": (r"storage_tokens$|rope_embed\.",),
+    "a DINOv2 ViT": (r"mask_token$", r"blocks\.\d+\.(\d+\.)?ls1\.gamma"),
+    "an I-JEPA checkpoint": (r"predictor_blocks\.|predictor_embed\.",),
+    "an MAE checkpoint": (r"decoder_blocks\.|decoder_embed\.|decoder_pos_embed",),
+    "an OpenCLIP model": (r"visual\.transformer\.resblocks|visual\.trunk\.",),
+    "a Hugging Face ViT": (r"embeddings\.patch_embeddings|attention\.attention\.query",),
+    "a torchvision ViT": (r"encoder\.layers\.encoder_layer_0", r"conv_proj\."),
+    "a Swin transformer": (r"layers\.\d+\.blocks\.\d+\.attn",),
+    "a BEiT model": (r"attn\.q_bias$|relative_position_bias_table",),
+    "a MoCo v3 checkpoint": (r"base_encoder\.", r"momentum_encoder\."),
+    "a CaiT model": (r"blocks_token_only\.",),
+    "a ResNet": (r"layer1\.0\.conv1",),
+    "a DINO checkpoint": (r"backbone\.blocks\.\d+\.attn\.qkv",),
+    "a ViT of timm, with a class token among the patches": (r"cls_token$", r"blocks\.\d+\.attn\.qkv"),
+    "a ViT of timm": (r"blocks\.\d+\.attn\.qkv",),
+}
 _TIMM_HINT = "; timm loads it, and extrema_fast.accelerate encodes masked images with it"
 
 
 def looks_like(keys: Collection[str]) -> str:
     """The end of an error message: whose checkpoint has such keys, or nothing."""
-    for name, needed, excluded in _OTHERS:
+    if any("blocks_token." in k for k in keys):
+        return ""
+    for name, needed in _OTHERS.items():
         if all(any(re.search(p, k) for k in keys) for p in needed):
-            if excluded is None or not any(re.search(excluded, k) for k in keys):
-                return f"; this looks like {name}" + (_TIMM_HINT if "ViT of timm" in name else "")
+            return f"; this looks like {name}" + (_TIMM_HINT if "ViT of timm" in name else "")
     return ""
 
 

@@ -7,7 +7,7 @@ The content of a path decides what it is, not its name. Nothing is unpickled: sa
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,9 @@ from ..files import new_folder
 from ..models.encoder import Encoder, build_encoder
 from ..models.positions import adapt_in_chans
 from .folder import (
+    SINGLE,
     WHICH,
     check_replaceable,
-    choose,
     encoder_options,
     is_described,
     method_tensors,
@@ -41,12 +41,30 @@ log = logging.getLogger(__name__)
 
 
 class Weights(NamedTuple):
-    """What a path holds: its description, its networks (`teacher`, `student` or `model`), and their reader."""
+    """What a path holds: its description, and the file or the tensors of each network."""
 
     path: Path
     meta: dict[str, Any]
-    names: list[str]
-    read: Callable[[str], dict[str, Tensor]]
+    networks: Mapping[str, Path | dict[str, Tensor]]
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a network, by our names."""
+        found = self.networks[name]
+        return own_names(read_safetensors(found)) if isinstance(found, Path) else found
+
+    def choose(self, which: str | None) -> str:
+        """The network that `which` means; None: the one the description names, else the teacher.
+
+        A network not known to be either (a bare file, a fine-tuned one) answers to any name.
+        """
+        if which is not None and which not in WHICH:
+            raise UsageError(f"which: expected 'teacher' or 'student', got {which!r}")
+        described = self.meta.get("which")
+        meant = which or (described if described in WHICH else "teacher")
+        for name in (meant, SINGLE):
+            if name in self.networks:
+                return name
+        raise UsageError(f"{self.path}: holds no {meant} weights; it holds: {', '.join(self.networks)}")
 
 
 def open_weights(
@@ -75,7 +93,7 @@ def open_weights(
             described = path.suffix == ".safetensors" and path.stem in networks_in(folder)
             if not described or not is_described(folder):
                 meta, networks = read_checkpoint(path, grid, num_heads)
-                return Weights(path, meta, list(networks), networks.__getitem__)
+                return Weights(path, meta, networks)
         else:
             folder = weights_folder(path)
             names = networks_in(folder)
@@ -94,7 +112,7 @@ def open_weights(
         meta = {**meta, "model": {**meta["model"], "heads": num_heads}}
     said = meta.get("which")
     files = {said if n not in WHICH and said in WHICH else n: folder / f"{n}.safetensors" for n in names}
-    return Weights(path, meta, list(files), lambda name: own_names(read_safetensors(files[name])))
+    return Weights(path, meta, files)
 
 
 def load_metadata(path: str | Path) -> dict[str, Any]:
@@ -106,7 +124,7 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def load_encoder(
-    path: str | Path,
+    path: str | Path | Weights,
     which: str | None = None,
     *,
     num_classes: int | None = None,
@@ -125,7 +143,7 @@ def load_encoder(
 
     Args:
         path: A run folder (its newest weights), a weights folder or one file of it, an exported folder, bare encoder
-            weights, or a released ExtreMA `.pth` (pretraining or fine-tuning).
+            weights, or a released ExtreMA `.pth` (pretraining or fine-tuning); or what `open_weights` gave.
         which: 'teacher' (frozen features) or 'student' (start of the paper's fine-tuning); default: the teacher, or
             the one that was kept.
         num_classes: Classes of a new linear head; default: the file's head, where pooling stays as it is there.
@@ -141,29 +159,17 @@ def load_encoder(
         UsageError: The file is missing, damaged or of another project (the message names what was found), or the
             options do not fit it.
     """
-    return encoder_from(
-        open_weights(path, grid, num_heads), which, img_size=img_size, patch_size=patch_size,
-        drop_path_rate=drop_path_rate, num_classes=num_classes, in_chans=in_chans, global_pool=global_pool,
-        fc_norm=fc_norm, pos_embed=pos_embed, pos_coords=pos_coords,
-    )  # fmt: skip
-
-
-def encoder_from(
-    weights: Weights,
-    which: str | None = None,
-    *,
-    img_size: int | Sequence[int] | None = None,
-    patch_size: int | None = None,
-    drop_path_rate: float | None = None,
-    **requested: Any,
-) -> Encoder:
-    """`load_encoder` from weights that are open already."""
-    tensors = weights.read(choose(weights.names, which, weights.path, weights.meta))
+    weights = path if isinstance(path, Weights) else open_weights(path, grid, num_heads)
+    tensors, source = weights.read(weights.choose(which)), str(weights.path)
     config, saved = model_config(weights.meta), encoder_options(weights.meta)
     if drop_path_rate is not None:
         config = replace(config, drop_path=drop_path_rate)
-    options = _options(saved, {k: v for k, v in requested.items() if v is not None}, str(weights.path))
-    encoder = _build(config, saved, options, tensors, str(weights.path))
+    requested = {
+        "num_classes": num_classes, "in_chans": in_chans, "global_pool": global_pool, "fc_norm": fc_norm,
+        "pos_embed": pos_embed, "pos_coords": pos_coords,
+    }  # fmt: skip
+    options = _options(saved, {k: v for k, v in requested.items() if v is not None}, source)
+    encoder = _build(config, saved, options, tensors, source)
     _set_input(encoder, weights.meta)
     if img_size is not None or patch_size is not None:
         encoder.set_input_size(img_size, patch_size)
@@ -261,7 +267,7 @@ def random_encoder_like(path: str | Path) -> Encoder:
     """The encoder of `path` with the run's own initial weights (seed from its description), in eval mode."""
     weights = open_weights(path)
     config, meta = model_config(weights.meta), weights.meta
-    shapes = {k: tuple(v.shape) for k, v in weights.read(weights.names[0]).items()}
+    shapes = {k: tuple(v.shape) for k, v in weights.read(next(iter(weights.networks))).items()}
     check_architecture(config, encoder_options(meta), shapes, str(path))
     seed = meta.get("seed", 0)
     encoder = build_encoder(config, seed if type(seed) is int and 0 <= seed < 2**63 else 0)
@@ -284,9 +290,9 @@ def load_method_weights(method: Any, path: str | Path, *, source: str = "--init-
         UsageError: The architecture or the heads differ, or a network is missing; nothing is copied then.
     """
     weights = open_weights(path)
-    if missing := [w for w in WHICH if w not in weights.names]:
+    if missing := [w for w in WHICH if w not in weights.networks]:
         raise UsageError(
-            f"{source} {path}: holds {' and '.join(weights.names)}, no {' and no '.join(missing)}; "
+            f"{source} {path}: holds {' and '.join(weights.networks)}, no {' and no '.join(missing)}; "
             "training starts from both with their heads"
         )
     pairs = [(weights.read(which), method_tensors(method, which)) for which in WHICH]
@@ -339,7 +345,7 @@ def import_released(
     except OSError as error:
         raise UsageError(f"{file}: cannot be read ({error})") from None
     weights = open_weights(file, grid, num_heads)
-    names = weights.names if which is None else [choose(weights.names, which, file, weights.meta)]
+    names = list(weights.networks) if which is None else [weights.choose(which)]
     networks = {name: weights.read(name) for name in names}
     config, saved = model_config(weights.meta), encoder_options(weights.meta)
     for name, tensors in networks.items():

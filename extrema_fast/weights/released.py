@@ -23,7 +23,16 @@ from torch import Tensor
 from ..config import SIZES, ModelConfig, to_dict
 from ..errors import UsageError
 from ..models.encoder import sincos_table
-from .folder import SINGLE, check_tensors, file_kind, input_meta, looks_like, read_safetensors, read_torch
+from .folder import (
+    GRAPHS,
+    NOT_WEIGHTS,
+    SINGLE,
+    check_tensors,
+    input_meta,
+    looks_like,
+    read_safetensors,
+    read_torch,
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +42,6 @@ HEAD_DIM = 64
 SINCOS_TOLERANCE = 1e-5
 
 _BRANCHES = {"base_encoder.": "student", "momentum_encoder.": "teacher"}
-# head option -> (network, tensor whose first dimension is its value)
-_HEADS = {
-    "hidden": ("teacher", "head.0.weight"),
-    "out": ("teacher", "head.6.weight"),
-    "predictor_hidden": ("student", "predictor.0.weight"),
-}
 # what an encoder has at least, and all it can have
 _NEEDED = (
     "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks_token.0.attn.q.weight",
@@ -80,14 +83,12 @@ def read_checkpoint(
     # the resizing of the official recipes
     interpolation = "bicubic" if options["fc_norm"] else "bilinear"
     size = (options["in_chans"], *model["img_size"])
-    heads = [len(t[k]) if k in (t := networks.get(network, {})) else None for network, k in _HEADS.values()]
     epoch, arch = (data.get(k) if isinstance(data, dict) else None for k in ("epoch", "arch"))
     meta = {
         "model": model,
         "encoder": options,
         "data": IMAGENET,
-        "input": input_meta(size, **IMAGENET, interpolation=interpolation),
-        "head": {} if None in heads else dict(zip(_HEADS, heads, strict=True)),
+        "input": input_meta(size, IMAGENET["mean"], IMAGENET["std"], interpolation),
         "source": {
             "file": file.name,
             "arch": arch[:80] if isinstance(arch, str) else "",
@@ -102,13 +103,11 @@ def read_checkpoint(
 
 def _read(file: Path) -> tuple[Any, dict[str, Tensor]]:
     """Everything in the file, and its state dict."""
-    kind = file_kind(file)
-    if kind == "safetensors":
-        return {}, read_safetensors(file)
-    if kind != "torch":
-        raise UsageError(
-            f"{file}: an exported graph ({kind}), which runs without this project; give the weights it came from"
-        )
+    if file.suffix in GRAPHS:
+        raise UsageError(f"{file}: an exported graph, {NOT_WEIGHTS}")
+    with open(file, "rb") as f:
+        if f.read(9)[8:] == b"{":
+            return {}, read_safetensors(file)
     data = read_torch(file)
     state = _state_dict(data, file)
     check_tensors(state, file)
@@ -341,11 +340,10 @@ def infer_architecture(
     if heads < 1 or width % heads:
         raise UsageError(f"{source}: num_heads {num_heads} does not divide the width {width}")
     grid, fixed = _find_grid(state["pos_embed"], grid, source)
-    gamma = state.get("blocks_token.0.gamma_1")
-    # trained values differ by channel; only a new encoder would start from their mean
-    scale = 0.1 if gamma is None else float(gamma.float().mean())
     # the name of this shape, or of the one closest in width
-    size = min(SIZES, key=lambda name: (SIZES[name] != (width, depth, heads), abs(SIZES[name][0] - width)))
+    size: Any = min(
+        SIZES, key=lambda name: (SIZES[name] != (width, depth, heads), abs(SIZES[name][0] - width))
+    )
     try:
         model = ModelConfig(
             size=size,
@@ -357,7 +355,6 @@ def infer_architecture(
             heads=heads,
             mlp_ratio=mlp_ratio(found["hidden"], width),
             pool_depth=found["pool_depth"] or 2,
-            layer_scale=scale if math.isfinite(scale) and scale else 0.1,
         )
     except UsageError as error:
         raise UsageError(f"{source}: not an ExtreMA encoder, {error}") from None

@@ -50,7 +50,6 @@ def test_import(file, tmp_path, method):
     model = c.from_dict({"model": meta["model"]}, CFG).model
     assert model.shape == (64, 2, 1) and model.img_size == (16, 16) and model.patch_size == 8
     assert model.mlp_ratio == 2.0 and model.pool_depth == 2
-    assert meta["head"] == {"hidden": 24, "out": 12, "predictor_hidden": 20}
     assert meta["source"] == {"file": "checkpoint.pth", "arch": "vit_base", "epoch": 300}
     assert meta["data"]["mean"] == [0.485, 0.456, 0.406]
     for which in ("student", "teacher"):
