@@ -177,7 +177,7 @@ def lock(path: Path, name: str) -> Iterator[None]:
                     f"{name}: another job is running here ({owner}); stop it, or write to another place"
                 )
             # the holder may have removed the file between our open and our lock
-            if path.exists() and os.fstat(fd).st_ino == path.stat().st_ino:
+            if _is_same(path, fd):
                 if os.fstat(fd).st_size:
                     log.info("%s: a lock left by %s is taken over", name, _owner(read_json(path, {})))
                 os.ftruncate(fd, 0)
@@ -185,10 +185,16 @@ def lock(path: Path, name: str) -> Iterator[None]:
                 try:
                     yield
                 finally:
-                    path.unlink(missing_ok=True)
+                    # with its folder it may have been removed, and made again by another process
+                    if _is_same(path, fd):
+                        path.unlink()
                 return
         finally:
             os.close(fd)
+
+
+def _is_same(path: Path, fd: int) -> bool:
+    return path.exists() and os.fstat(fd).st_ino == path.stat().st_ino
 
 
 def _owner(holder: dict[str, Any]) -> str:

@@ -1,37 +1,55 @@
-"""`extrema-fast index`: every image looked at once, good and bad ones written down in a manifest.
+"""`extrema-fast index`: every image is decoded once, good and bad ones are listed in a manifest.
 
-Files are decoded by processes of their own (`image_check.py`). Each finished row goes to a file beside the
-manifest, `OUT.part`, and from there into the manifest, in the order of the source, when all are done. So a run
-that was stopped at any moment goes on where it was, and a manifest that is made again decodes only files whose
-size or time of change is another, or that could not be read.
+Processes decode (`verify.py`). Finished rows go to the folder `OUT.part`, every few seconds, and from there into the
+manifest, in the order of the source, when all are done. A manifest that is made again decodes only files whose size
+or time of change is another, or that could not be read.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import os
+import sys
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..config import MAX_PIXELS
-from ..data.manifest import Row, escape, is_manifest, manifest_source, read_manifest, row_line
+from ..data.image_source import ImageSource
+from ..data.manifest import (
+    COLUMNS,
+    Row,
+    escape,
+    header_lines,
+    is_manifest,
+    manifest_source,
+    parse_header,
+    read_manifest,
+    root_folder,
+    root_for,
+    row_line,
+    write_lines,
+)
 from ..data.sources import BUILT_IN, EXTENSIONS, open_source
 from ..distributed import cores
 from ..errors import DataError, Preempted, StorageError, UsageError
-from .check_pool import BATCH, Pool
-from .image_check import OK, Verdict
-from .index_rows import LABEL, STATUS, Job, append, finish, holds, known_rows, open_part, take_over
 from .progress import ImageProgress
+from .verify import BATCH, OK, Pool, Verdict
+from .work import Work
 
 log = logging.getLogger(__name__)
 
-# what is younger is lost when the machine, not only the program, stops
-_FSYNC_SECONDS = 5.0
+# rows are kept at least so often
+KEEP_SECONDS = 3.0
+PATH, OFFSET, BYTES, MTIME, CRC32, WIDTH, HEIGHT, LABEL, STATUS = (
+    COLUMNS.index(c)
+    for c in ("path", "offset", "bytes", "mtime_ns", "crc32", "width", "height", "label", "status")
+)
 
 
 class Trouble(NamedTuple):
@@ -48,20 +66,49 @@ class Trouble(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What `index` found.
-
-    fresh  rows looked at now, in `seconds`; the others were known
-    bare   classes without a good image
-    """
+    """What `index` found."""
 
     out: str
     rows: int
     good: int
     bare: list[str]
+    """classes without a good image"""
     fresh: int
+    """rows decoded now, in `seconds`; the others were known"""
     seconds: float
     decoder: str
     troubles: list[Trouble]
+
+
+class Job(NamedTuple):
+    """The images, where their manifest goes and how closely they are checked."""
+
+    source: ImageSource
+    data: str
+    """DATA as an absolute path, or the name of a built-in set"""
+    root: str
+    paths: list[str]
+    """relative to the root, where they lie below it"""
+    offsets: list[int]
+    lengths: list[int]
+    out: Path
+    strict: bool
+    max_pixels: int
+    expected: list[int] | None
+    """the checksums that the rows should have; None: not known"""
+
+    @property
+    def part(self) -> Path:
+        return self.out.with_name(self.out.name + ".part")
+
+    def head(self) -> str:
+        data = self.data if self.data in BUILT_IN else root_for(self.out, self.data)
+        notes = {"data": data, "strict": self.strict, "max_pixels": self.max_pixels}
+        return header_lines(root_for(self.out, self.root), self.source.classes, notes)
+
+    def label(self, row: int) -> str:
+        labels = self.source.labels
+        return "" if labels is None else self.source.classes[int(labels[row])]
 
 
 def index(
@@ -76,14 +123,18 @@ def index(
 ) -> Result:
     """Decodes every image of `data` once and writes the manifest `out`.
 
-    data        whatever `open_source` takes, but a mixture; of a manifest its good rows, whose checksums are
-                compared
-    strict      Pillow, too, has to decode each image where nvImageCodec is there
-    threads     processes that decode; None: as many as there are cores
-    max_pixels  images of more (width times height) are not decoded, and not good
-    force       replaces `out` when it is no manifest of `data`, and looks at every image again
-    raises      UsageError: wrong arguments, or `out` is something else; DataError: no image is good;
-                StorageError: `out` cannot be written; Preempted after Ctrl-C. What is done is kept.
+    Args:
+        data: whatever `open_source` takes, but a mixture; of a manifest its good rows, whose checksums are compared.
+        strict: Pillow, too, has to decode each image where nvImageCodec is there.
+        threads: processes that decode; None: as many as there are cores.
+        max_pixels: images of more (width times height) are not decoded, and not good.
+        force: replaces `out` when it is no manifest of `data`, and decodes every image again.
+
+    Raises:
+        UsageError: wrong arguments, or `out` is something else.
+        DataError: no image is good.
+        StorageError: `out` cannot be written.
+        Preempted: after Ctrl-C. What is done is kept.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"--threads: expected 1 or more, got {threads}")
@@ -91,26 +142,19 @@ def index(
         raise UsageError(f"--max-pixels: expected 1 or more, got {max_pixels}")
     job = _plan(data, Path(out).expanduser(), strict, max_pixels)
     _check_out(job, force)
-    known = {} if force else known_rows(job, job.out)
-    part = open_part(job, force)
+    work = Work(job.part)
     try:
-        known |= known_rows(job, job.part)
-        lines, todo = take_over(job, known)
-        began, decoder = time.monotonic(), ""
-        if todo:
-            if len(todo) < len(lines):
-                log.info("%s: %d of %d images are known", job.out, len(lines) - len(todo), len(lines))
-            append(part, job.head(), job)
-            decoder = _look(job, part, lines, todo, threads or cores(), progress)
-        seconds = time.monotonic() - began
-        if todo or not holds(job, lines):
-            finish(job, lines)
-        else:
-            log.info("%s: complete, and no file has changed since; nothing to decode", job.out)
-        job.part.unlink(missing_ok=True)
-    finally:
-        part.close()
-    result = _result(job, lines, len(todo), seconds, decoder)
+        if force and job.part.is_file():
+            job.part.unlink()
+        with work.locked(f"--out {job.out}"):
+            if force:
+                work.clear()
+            result = _index(job, work, force, threads or cores(), progress)
+            work.remove()
+    except OSError as e:
+        raise StorageError(
+            f"{job.part}: cannot be written ({e.strerror}); what it holds is kept, and the same command continues"
+        ) from e
     if not result.good:
         first = result.troubles[0]
         raise DataError(
@@ -118,6 +162,33 @@ def index(
             f"{job.out} lists them all"
         )
     return result
+
+
+def _index(job: Job, work: Work, force: bool, processes: int, progress: bool) -> Result:
+    known: dict[tuple[str, str], str] = {}
+    if job.out.exists() and not force:
+        with open(job.out, encoding="utf-8", errors="replace", newline="\n") as f:
+            known = _known_rows(job, f, job.out.name)
+    kept = work.finished()
+    for record in kept.values():
+        known |= _known_rows(job, record.get("lines", []), job.part.name)
+    lines, todo = _take_over(job, known)
+    began, decoder = time.monotonic(), ""
+    if todo:
+        if len(todo) < len(lines):
+            log.info("%s: %d of %d images are known", job.out, len(lines) - len(todo), len(lines))
+        decoder = _decode(job, work, max(kept, default=-1) + 1, lines, todo, processes, progress)
+    seconds = time.monotonic() - began
+    if todo or not _holds(job, lines):
+        try:
+            write_lines(job.out, job.head(), lines)
+        except StorageError as e:
+            raise StorageError(
+                f"{e}; what was found is kept in {job.part}, and the same command continues"
+            ) from e
+    else:
+        log.info("%s: complete, and no file has changed since; nothing to decode", job.out)
+    return _result(job, lines, len(todo), seconds, decoder)
 
 
 def describe(result: Result) -> str:
@@ -136,7 +207,12 @@ def describe(result: Result) -> str:
         lines.append(f"no good image in {len(result.bare)} classes, first: {result.bare[0]}")
     if result.fresh:
         rate = result.fresh / max(result.seconds, 1e-9)
-        lines.append(f"looked at {result.fresh} images by {result.decoder}, {rate:.0f} images/s")
+        lines.append(f"decoded {result.fresh} images by {result.decoder}, {rate:.0f} images/s")
+        if "nvImageCodec" not in result.decoder:
+            lines.append(
+                "not checked without DALI: JPEG data that decoders repair silently (zeros, flipped bits, another "
+                'image\'s data); pip install "extrema-fast[dali-cuda13]"'
+            )
     return "\n".join([*lines, f"train on the good ones: extrema-fast pretrain --data.train {result.out}"])
 
 
@@ -160,16 +236,16 @@ def _plan(data: str, out: Path, strict: bool, max_pixels: int) -> Job:
     is_folder = data not in BUILT_IN and os.path.isdir(where)
     root = where if is_folder else os.path.commonpath({os.path.dirname(p) for p in paths})
     prefix = root.rstrip(os.sep) + os.sep
-    offsets = [-1] * len(paths)
+    offsets, lengths = [-1] * len(paths), [-1] * len(paths)
     if source.spans is not None:
+        lengths = source.spans[:, 1].tolist()
         offsets = np.where(source.spans[:, 1] < 0, -1, source.spans[:, 0]).tolist()
     paths = [p.removeprefix(prefix) for p in paths]
-    labels = None if source.labels is None else source.labels.tolist()
-    return Job(source, where, root, paths, offsets, labels, out, strict, max_pixels, expected)
+    return Job(source, where, root, paths, offsets, lengths, out, strict, max_pixels, expected)
 
 
 def _check_out(job: Job, force: bool) -> None:
-    """Refuses an `out` that is something else, and makes its folder."""
+    """Raises UsageError for an `out` that is something else, and makes its folder."""
     out = job.out
     if out.is_dir():
         raise UsageError(f"--out {out}: is a folder; name the manifest, as in {out / 'manifest.tsv'}")
@@ -187,35 +263,136 @@ def _check_out(job: Job, force: bool) -> None:
         raise StorageError(f"--out {out}: its folder cannot be made ({e.strerror})") from e
 
 
-# ---- looking --------------------------------------------------------------------------------------
+# ---- what is known --------------------------------------------------------------------------------
 
 
-def _look(job: Job, part: io.FileIO, lines: list[str], todo: list[int], threads: int, progress: bool) -> str:
-    """Fills in the lines of the rows in `todo`, keeping each batch in `part`; the decoder's name."""
-    lengths = [-1] * len(lines) if job.source.spans is None else job.source.spans[:, 1].tolist()
-    files = [(job.source.paths[r], max(job.offsets[r], 0), lengths[r]) for r in todo]
-    processes = min(threads, -(-len(files) // BATCH))
-    done, bad, synced = 0, 0, time.monotonic()
+def _known_rows(job: Job, lines: Iterable[str], name: str) -> dict[tuple[str, str], str]:
+    """(path, offset) -> line, of the rows in a manifest's lines that were checked at least as closely as now.
+
+    Raises:
+        UsageError: it is of other images.
+    """
+    known: dict[tuple[str, str], str] = {}
+    given: Iterator[str] = iter(lines)
+    first = next(given, "")
+    if not first:
+        return known
+    fits, limit = _settings(job, parse_header(first, next(given, ""), name), name)
+    for line in given if fits else ():
+        fields = line.split("\t")
+        if len(fields) != len(COLUMNS) or not line.endswith("\n"):
+            continue
+        if limit is None or _pixels(fields) <= limit:
+            known[fields[PATH], fields[OFFSET]] = line
+    return known
+
+
+def _settings(job: Job, header: dict[str, Any], name: str) -> tuple[bool, int | None]:
+    """Whether rows below this header can be used, and up to how many pixels; None: any number."""
+    data = header.get("data")
+    there = data if data in BUILT_IN else os.path.realpath(root_folder(job.out, str(data)))
+    here = job.data if job.data in BUILT_IN else os.path.realpath(job.data)
+    if data is None or there != here:
+        of = "other images" if data is None else there
+        raise UsageError(
+            f"--out {job.out}: {name} is of {of}, not of {here}; choose another --out, or --force replaces it"
+        )
+    pixels = header.get("max_pixels")
+    limit = min(pixels, job.max_pixels) if isinstance(pixels, int) else 0
+    return bool(header.get("strict")) or not job.strict, None if pixels == job.max_pixels else limit
+
+
+def _pixels(fields: list[str]) -> int:
     try:
-        with (
-            Pool(processes, strict=job.strict, max_pixels=job.max_pixels) as pool,
-            ImageProgress("looking", len(files), progress) as bar,
-        ):
+        return int(fields[WIDTH]) * int(fields[HEIGHT])
+    except ValueError:
+        return sys.maxsize
+
+
+def _take_over(job: Job, known: dict[tuple[str, str], str]) -> tuple[list[str], list[int]]:
+    """The line of each row that is known and unchanged, "" for the others, and the rows of these."""
+    lines, todo, about = [], [], ("", (-1, -1))
+    for row, path in enumerate(job.source.paths):
+        line = known.get((escape(job.paths[row]), str(job.offsets[row])), "")
+        if line:
+            # the rows of a shard have one file
+            about = about if about[0] == path else (path, _size_and_time(path))
+            size, mtime_ns = about[1]
+            size = size if job.lengths[row] < 0 else job.lengths[row]
+            line = _unchanged(line.split("\t"), size, mtime_ns, job, row)
+        lines.append(line)
+        if not line:
+            todo.append(row)
+    return lines, todo
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    try:
+        about = os.stat(path)
+    except (OSError, ValueError):
+        return -1, -1
+    return about.st_size, about.st_mtime_ns
+
+
+def _unchanged(fields: list[str], size: int, mtime_ns: int, job: Job, row: int) -> str:
+    """The line, with the label of today; "" when the file is not what it was."""
+    # what could not be read has time 0, so it is tried again
+    if fields[BYTES] != str(size) or fields[MTIME] != str(mtime_ns):
+        return ""
+    if job.expected is not None and fields[CRC32] != f"{job.expected[row]:08x}":
+        return ""
+    fields[LABEL] = escape(job.label(row))
+    return "\t".join(fields)
+
+
+def _holds(job: Job, lines: list[str]) -> bool:
+    """Whether the manifest is there with just these lines."""
+    if not job.out.exists():
+        return False
+    with open(job.out, encoding="utf-8", errors="replace", newline="\n") as f:
+        return all(a == b for a, b in zip_longest(f, chain(job.head().splitlines(True), lines)))
+
+
+# ---- decoding -------------------------------------------------------------------------------------
+
+
+def _decode(
+    job: Job, work: Work, number: int, lines: list[str], todo: list[int], processes: int, progress: bool
+) -> str:
+    """Fills in the lines of the rows in `todo`, keeping them in `work` from `number` on; the decoder's name."""
+    files = [(job.source.paths[r], max(job.offsets[r], 0), job.lengths[r]) for r in todo]
+    processes = min(processes, -(-len(files) // BATCH))
+    done, bad, head = 0, 0, job.head().splitlines(True)
+    waiting: list[str] = []
+    kept_at, stopped = time.monotonic(), False
+
+    def keep() -> None:
+        nonlocal number, kept_at
+        if waiting:
+            work.finish(number, {"lines": head + waiting})
+            waiting.clear()
+            number, kept_at = number + 1, time.monotonic()
+
+    with (
+        Pool(processes, strict=job.strict, max_pixels=job.max_pixels) as pool,
+        ImageProgress("decoding", len(files), progress) as bar,
+    ):
+        try:
             for verdicts in pool.check(files):
-                rows = todo[done : done + len(verdicts)]
-                new = [_line(job, row, v) for row, v in zip(rows, verdicts, strict=True)]
-                append(part, "".join(new), job)
-                for row, line in zip(rows, new, strict=True):
-                    lines[row] = line
-                done += len(new)
-                bad += sum(not line.endswith(f"\t{OK}\n") for line in new)
-                if time.monotonic() - synced > _FSYNC_SECONDS:
-                    append(part, "", job, sync=True)
-                    synced = time.monotonic()
+                for row, verdict in zip(todo[done : done + len(verdicts)], verdicts, strict=True):
+                    lines[row] = _line(job, row, verdict)
+                    waiting.append(lines[row])
+                    bad += not lines[row].endswith(f"\t{OK}\n")
+                done += len(verdicts)
+                if time.monotonic() - kept_at >= KEEP_SECONDS:
+                    keep()
                 bar.reached(done, f"{bad} bad" if bad else "")
-            return pool.decoder
-    except KeyboardInterrupt:
-        raise Preempted(f"stopped; {done} of {len(files)} images looked at are kept in {job.part}") from None
+        except KeyboardInterrupt:
+            stopped = True
+    keep()
+    if stopped:
+        raise Preempted(f"stopped; {done} of {len(files)} decoded images are kept in {job.part}")
+    return pool.decoder
 
 
 def _line(job: Job, row: int, verdict: Verdict) -> str:

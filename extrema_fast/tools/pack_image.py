@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..config import MAX_PIXELS
-from .image_check import OK, check, reason
+from .verify import OK, check, reason
 
 # extension in a shard of the kinds of `image_check.READ`
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "tiff": "tif", "bmp": "bmp", "pnm": "pnm"}

@@ -7,24 +7,24 @@ and what is not; stopped, killed, no space left, a decoder that crashes; existin
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
 import shutil
 import signal
+import sys
 import tarfile
 import zlib
+from pathlib import Path
 
 import pytest
 
 from extrema_fast.data.manifest import is_manifest, manifest_source, read_manifest
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import DataError, Preempted, StorageError, UsageError
-from extrema_fast.tools import check_pool, index_rows
-from extrema_fast.tools import index as index_module
-from extrema_fast.tools.image_check import check, pillow
 from extrema_fast.tools.index import describe, index
+from extrema_fast.tools.verify import BATCH
+from extrema_fast.tools.work import Work
 from tests.data.conftest import picture
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
@@ -61,13 +61,19 @@ def out(tmp_path):
 
 
 @pytest.fixture(params=["nvimagecodec", "pillow"])
-def decoder(request, monkeypatch):
+def decoder(request, monkeypatch, tmp_path_factory):
     """Each test that names it runs with both decoders."""
     if request.param == "nvimagecodec":
         pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed (comes with DALI)")
         return "nvImageCodec"
-    monkeypatch.setattr(check_pool, "_CODE", "import sys; sys.modules['nvidia'] = None; " + check_pool._CODE)
+    without(monkeypatch, tmp_path_factory.mktemp("stubs"), "nvidia")
     return "Pillow"
+
+
+def without(monkeypatch, folder, package):
+    """Processes started from now on cannot import a package."""
+    (folder / f"{package}.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(folder)
 
 
 # ---- verdicts -------------------------------------------------------------------------------------
@@ -86,10 +92,12 @@ def test_odd_images(odd_images, out, decoder, strict):
     assert found["bad_header_only.jpg"].startswith("broken header")
     assert found["bad_text.jpg"] == "not an image: begins with 'this is not an i'"
     assert found["bad_random_bytes.jpg"].startswith("not an image: begins with bytes 5f82")
-    for name in ("bad_truncated.png", "bad_truncated_half.jpg"):
-        assert found[name] == "damaged: no end of image: the file is cut"
-    # flipped bits of others may pass; these left a marker that may not be there
-    assert found["bad_flipped_bits.jpg"].startswith("damaged: marker 1E")
+    assert found["bad_truncated.png"] == "damaged: no end of image: the file is cut"
+    assert found["bad_truncated_half.jpg"].startswith("cannot be decoded: ")
+    # flipped bits of others may pass
+    expected = "damaged: " if decoder == "nvImageCodec" else "cannot be decoded: "
+    assert found["bad_flipped_bits.jpg"].startswith(expected)
+    assert ("not checked without DALI" in describe(result)) == (decoder == "Pillow")
     table = read_manifest(out)
     for row in table.good().tolist():
         data = (odd_images / table.path[row]).read_bytes()
@@ -193,23 +201,11 @@ def test_the_pixel_limit(tmp_path, out):
         "small.png": "ok",
     }
     assert manifest_source(out).headers.tolist() == [[10, 30, 1], [9, 33, 1]]
-    # another limit: only what it changes is looked at again
+    # another limit: only what it changes is decoded again
     result = run(tmp_path / "d", out, max_pixels=299)
     assert result.fresh == 2 and [s[:9] for s in statuses(out).values()] == ["too large", "too large", "ok"]
     result = run(tmp_path / "d", out, max_pixels=300)
     assert result.fresh == 2 and statuses(out)["edge.png"] == "ok"
-
-
-def test_damage_that_decoders_go_on_after(tmp_path, out):
-    """Zeros over part of the data: well-formed, and libjpeg-turbo says so on standard error only."""
-    pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed (comes with DALI)")
-    good = save(tmp_path / "d/good.jpg", 240, 320, quality=95).read_bytes()
-    at = good.rindex(b"\xff\xda") + 500
-    bad = good[:at] + bytes(4096) + good[at + 4096 :]
-    (tmp_path / "d/zeros.jpg").write_bytes(bad)
-    assert check(bad, pillow, 10**6).status == "ok"
-    run(tmp_path / "d", out)
-    assert statuses(out)["good.jpg"] == "ok" and statuses(out)["zeros.jpg"].startswith("damaged: ")
 
 
 def test_list_file_with_windows_line_ends(tmp_path, out):
@@ -250,7 +246,7 @@ def test_shards(tmp_path, out, images):
     assert table.labels.tolist() == [0, 1, 0, 0] and table.shards.tolist() == [0] * 4
     assert [table.title(n) for n in range(4)] == [shards.title(n) for n in (0, 1, 2, 4)]
     assert run(tmp_path / "s.tar", out).fresh == 0
-    # one file holds them all: when it changes, all are looked at
+    # one file holds them all: when it changes, all are decoded
     os.utime(tmp_path / "s.tar", ns=(1, 1))
     assert run(tmp_path / "s.tar", out).fresh == 5
 
@@ -278,14 +274,14 @@ def test_a_manifest_checked_again(tmp_path, images, out):
 # ---- again and again ------------------------------------------------------------------------------
 
 
-def test_only_changed_files_are_looked_at_again(images, out, caplog):
+def test_only_changed_files_are_decoded_again(images, out, caplog):
     first = run(images, out)
     assert (first.rows, first.fresh) == (40, 40)
     before = out.read_bytes()
     caplog.set_level("INFO", logger="extrema_fast")
     again = run(images, out)
     assert again.fresh == 0 and "complete, and no file has changed since" in caplog.text
-    assert out.read_bytes() == before and "looked at" not in describe(again)
+    assert out.read_bytes() == before and "images/s" not in describe(again)
     os.utime(images / "a/00.jpg", ns=(10**18, 10**18))
     (images / "c/05.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (images / "c/08.jpg").unlink()
@@ -323,96 +319,89 @@ def test_what_could_not_be_read_is_tried_again(images, out):
     assert (result.fresh, result.good) == (1, 41)
 
 
-def test_strict_looks_at_all_again(images, out):
+def test_strict_decodes_all_again(images, out):
     run(images, out)
     assert run(images, out, strict=True).fresh == 40
     assert run(images, out).fresh == 0
 
 
-def stopped(monkeypatch, error, batches=2):
-    """`append` raises `error` instead of keeping the batch after the first `batches`."""
-    real, count = index_rows.append, []
-
-    def append(*args, **kw):
-        count.append(1)
-        # the first one is the header
-        if len(count) == batches + 2:
-            raise error
-        real(*args, **kw)
-
-    monkeypatch.setattr(index_module, "append", append)
+# every batch is kept, and the process dies as it keeps the third one, or just after
+DIE = """
+import os, extrema_fast.tools.index as index
+index.KEEP_SECONDS, real = 0, index.Work.finish
+def finish(self, number, record):
+    if number == 2 and not {late}: os.kill(os.getpid(), 9)
+    real(self, number, record)
+    if number == 2: os.kill(os.getpid(), 9)
+index.Work.finish = finish
+"""
 
 
-@pytest.mark.parametrize("cut", [0, 1, 30])
-def test_stopped_and_continued(images, out, tmp_path, monkeypatch, cut):
+@pytest.mark.parametrize(("late", "known"), [(False, 32), (True, 40)])
+def test_killed_and_continued(images, out, tmp_path, run_cli, late, known):
     run(images, tmp_path / "whole.tsv")
-    with monkeypatch.context() as patch:
-        stopped(patch, KeyboardInterrupt())
-        with pytest.raises(Preempted, match=rf"stopped; 32 of 40 images looked at are kept in {out}\.part"):
-            run(images, out)
-    assert not out.exists()
-    part = tmp_path / "m.tsv.part"
-    # a line that was being written when the power went
-    part.write_bytes(part.read_bytes()[: -cut or None])
-    with monkeypatch.context() as patch:
-        stopped(patch, KeyboardInterrupt(), batches=0)
-        with pytest.raises(Preempted, match="stopped; 0 of"):
-            run(images, out)
-    # a header of its own, on a line of its own
-    assert part.read_text().count("\n# extrema-fast manifest 1\t") == 1
-    assert run(images, out).fresh == (8 if not cut else 9)
-    assert out.read_bytes() == (tmp_path / "whole.tsv").read_bytes() and not part.exists()
-
-
-def test_damage_in_what_was_kept_is_looked_at_again(images, out, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stopped(patch, KeyboardInterrupt())
-        with pytest.raises(Preempted):
-            run(images, out)
-    part = tmp_path / "m.tsv.part"
-    data = part.read_bytes()
-    at = data.index(b"\n", len(data) // 2)
-    part.write_bytes(data[: at - 40] + bytes(40) + data[at:] + b"\x00" * 500 + b"\n")
-    result = run(images, out)
-    assert (result.fresh, result.good) == (9, 40)
-
-
-def test_killed_and_continued(images, out, tmp_path, run_cli):
-    run(images, tmp_path / "whole.tsv")
-    die = (
-        "import os, extrema_fast.tools.index as index\n"
-        "real, count = index.append, []\n"
-        "def append(*a, **k):\n"
-        "    real(*a, **k)\n"
-        "    count.append(1)\n"
-        "    if len(count) == 3: os.kill(os.getpid(), 9)\n"
-        "index.append = append\n"
-    )
     args = ["index", images, "--out", out, "--threads", "2"]
-    codes, _ = run_cli(*args, setup=die)
+    codes, _ = run_cli(*args, setup=DIE.format(late=late))
     assert codes == [-signal.SIGKILL] and not out.exists()
     codes, text = run_cli(*args)
-    assert codes == [0] and "32 of 40 images are known" in text and "looked at 8 images" in text
-    assert out.read_bytes() == (tmp_path / "whole.tsv").read_bytes()
+    assert codes == [0] and (f"decoded {40 - known} images" in text) == (known < 40)
+    assert ("32 of 40 images are known" in text) == (known < 40)
+    assert out.read_bytes() == (tmp_path / "whole.tsv").read_bytes() and not Path(f"{out}.part").exists()
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_ctrl_c_keeps_what_is_done(images, out, monkeypatch, batches):
+    def interrupt(self, done, note=""):
+        if done == batches * BATCH:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("extrema_fast.tools.index.ImageProgress.reached", interrupt)
+        with pytest.raises(
+            Preempted, match=rf"stopped; {16 * batches} of 40 decoded images are kept in {out}"
+        ):
+            run(images, out)
+    assert not out.exists() and run(images, out).fresh == 40 - 16 * batches
+
+
+def test_damaged_and_changed_records_are_decoded_again(images, out, tmp_path, monkeypatch):
+    run(images, out)
+    whole = out.read_bytes()
+    lines = whole.decode().splitlines(True)
+    out.unlink()
+    work = Work(tmp_path / "m.tsv.part")
+    for number, rows in enumerate((lines[2:12], lines[12:22], [line[:-9] for line in lines[22:32]])):
+        work.finish(number, {"lines": lines[:2] + rows})
+    (work.folder / "000001.json").write_text('{"lines": [')
+    os.utime(images / "a/00.jpg", ns=(10**18, 10**18))
+    result = run(images, out)
+    # rows of the damaged record, of the damaged lines, none of any record, and one changed file
+    assert (result.fresh, result.good) == (10 + 10 + 10 + 1, 40)
+    assert not work.folder.exists() and read_manifest(out).path == [line.split("\t")[0] for line in lines[2:]]
 
 
 def test_no_space_left(images, out, tmp_path, run_cli):
-    small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))"
+    small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))\n"
+    small += "import extrema_fast.tools.index as index; index.KEEP_SECONDS = 0"
     args = ["index", images, "--out", out, "--threads", "1"]
     codes, text = run_cli(*args, setup=small)
     assert codes == [StorageError.exit_code] and not out.exists()
     assert f"{out}.part: cannot be written (File too large); what it holds is kept, and the same" in text
     codes, text = run_cli(*args)
-    assert codes == [0] and "of 40 images are known" in text
-    assert len(manifest_source(out)) == 40
+    assert codes == [0] and len(manifest_source(out)) == 40
 
 
 def test_no_space_left_for_the_manifest(images, out, tmp_path, monkeypatch):
+    calls = []
+
     def full(fd):
-        raise OSError(28, "No space left on device")
+        calls.append(fd)
+        # the record of all rows is on disk
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("extrema_fast.data.manifest.os.fsync", full)
+        patch.setattr("extrema_fast.files.os.fsync", full)
         with pytest.raises(
             StorageError, match=r"m\.tsv: cannot be written \(No space .* kept in .*m\.tsv\.part"
         ):
@@ -421,28 +410,35 @@ def test_no_space_left_for_the_manifest(images, out, tmp_path, monkeypatch):
     assert run(images, out).fresh == 0 and len(manifest_source(out)) == 40
 
 
-def test_a_decoder_that_crashes(images, out, monkeypatch):
-    crash = (
-        "import os, extrema_fast.tools.image_check as c; real = c.check_file\n"
-        "c.check_file = lambda p, *a: os.kill(os.getpid(), 11) if p.endswith('/07.png') else real(p, *a)\n"
-    )
+CRASHING = """
+import os
+__version__ = "0"
+Backend = DecodeParams = lambda *a, **k: None
+CPU_ONLY = NVIMGCODEC_DEVICE_CPU_ONLY = None
+class ColorSpec: SRGB = None
+class Decoder:
+    def __init__(self, *a, **k): pass
+    def decode(self, streams, params): return os.kill(os.getpid(), 11) if b"crash" in streams[0] else [1]
+def CodeStream(data): return data
+"""
+
+
+def test_a_decoder_that_crashes(images, out, tmp_path, monkeypatch):
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("Comment", "crash")
+    save(images / "b/07.png", pnginfo=info)
+    (tmp_path / "stubs/nvidia").mkdir(parents=True)
+    (tmp_path / "stubs/nvidia/__init__.py").touch()
+    (tmp_path / "stubs/nvidia/nvimgcodec.py").write_text(CRASHING)
     with monkeypatch.context() as patch:
-        patch.setattr(check_pool, "_CODE", crash + check_pool._CODE)
+        patch.syspath_prepend(tmp_path / "stubs")
         result = run(images, out, threads=2)
-    assert result.good == 39
-    assert statuses(out)["b/07.png"] == "crashes the decoder: the process ended with -11"
+    assert result.good == 39 and statuses(out)["b/07.png"] == "crashes the decoder: its process died"
     # perhaps the memory was short
     result = run(images, out)
     assert (result.fresh, result.good) == (1, 40)
-
-
-def test_processes_end_with_their_pool(images):
-    with check_pool.Pool(2, strict=False, max_pixels=10**6) as pool:
-        files = [(str(p), 0, -1) for p in sorted(images.rglob("*.*"))]
-        verdicts = [v for part in pool.check(files) for v in part]
-        assert [v.bytes for v in verdicts] == [os.path.getsize(f[0]) for f in files]
-        processes = list(pool._running)
-    assert len(processes) == 2 and all(p.returncode is not None for p in processes)
 
 
 # ---- refusals -------------------------------------------------------------------------------------
@@ -471,8 +467,15 @@ def test_other_files_in_out(images, out, tmp_path):
     refused(tmp_path / "other", out, "m.tsv is of other images, not of")
     out.unlink()
     (tmp_path / "m.tsv.part").write_text("half a download")
-    refused(images, out, r"finished rows go to .*m\.tsv\.part, which is something else")
+    refused(images, out, r"finished work goes to .*m\.tsv\.part, which is something else")
     assert (tmp_path / "m.tsv.part").read_text() == "half a download"
+    assert run(images, out, force=True).good == 40
+    out.unlink()
+    (tmp_path / "m.tsv.part").mkdir()
+    (tmp_path / "m.tsv.part/notes").touch()
+    for force in (False, True):
+        refused(images, out, "which is something else", force=force)
+    (tmp_path / "m.tsv.part/notes").unlink()
     (tmp_path / "file").touch()
     refused(images, tmp_path / "file/m.tsv", "its folder cannot be made", StorageError)
     run(images, tmp_path / "new/folder/m.tsv")
@@ -488,9 +491,8 @@ def test_out_is_the_data(tmp_path, images, out):
 
 
 def test_two_at_a_time(images, out, tmp_path):
-    with open(tmp_path / "m.tsv.part", "w") as f:
-        fcntl.flock(f, fcntl.LOCK_SH)
-        refused(images, out, "another `index` is writing it")
+    with Work(tmp_path / "m.tsv.part").locked("here"):
+        refused(images, out, f"--out {out}: another job is running here")
 
 
 def test_wrong_arguments(images, out, tmp_path):
@@ -513,7 +515,7 @@ def test_no_good_image(tmp_path, out):
 
 
 def test_without_pillow(images, out, monkeypatch):
-    monkeypatch.setattr(check_pool, "_CODE", "import sys; sys.modules['PIL'] = None; " + check_pool._CODE)
+    monkeypatch.setitem(sys.modules, "PIL", None)
     refused(images, out, r'needs Pillow: pip install "extrema-fast\[train\]"')
 
 

@@ -1,0 +1,389 @@
+"""Whether a file is an image that both loaders read, decoded once in full, in processes that may crash.
+
+How much damage shows, of 250 photographs each (none of them is flagged undamaged); counted once, with DALI 2.4's
+nvImageCodec and Pillow 13, by a script that is not kept, so no record:
+
+    written over the picture data   Pillow   nvImageCodec's image   with libjpeg-turbo's warnings
+    2 kB of random bytes               232                      0                            250
+    cut short                          250                    250                            250
+    cut short, end marker appended       0                      0                            250
+    4 kB of zeros                        0                      0                            247
+    4 kB of another photograph           0                      0                            243
+    16 flipped bits                     21                      0                            187
+    one flipped bit                      3                      0                             31
+
+The warnings are libjpeg-turbo's "Corrupt JPEG data", which Pillow keeps to itself; so only nvImageCodec (it
+comes with DALI) gives the last column. PNG has checksums. No torch is imported here: a process starts quickly.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import stat
+import tempfile
+import threading
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import get_context, parent_process
+from typing import NamedTuple
+
+from ..errors import ExtremaError, UsageError
+
+# a file is held in memory as a whole; no image within the pixel limit comes near it
+MAX_BYTES = 1 << 31
+
+READ = ("jpeg", "png", "bmp", "webp", "tiff", "pnm")
+_MAGIC = [
+    ("jpeg", rb"\xff\xd8"),
+    ("png", rb"\x89PNG\r\n\x1a\n"),
+    ("bmp", rb"BM"),
+    ("webp", rb"RIFF....WEBP"),
+    ("tiff", rb"II[*+]\x00|MM\x00[*+]"),
+    ("pnm", rb"P[1-6]\s"),
+    ("gif", rb"GIF8"),
+    ("avif", rb"....ftypavi[fs]"),
+    ("heic", rb"....ftyp(?:hei|hev|mif|msf)"),
+    ("jpeg2000", rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51"),
+    ("jpegxl", rb"\xff\x0a|\x00\x00\x00\x0cJXL "),
+    ("ico", rb"\x00\x00[\x01\x02]\x00"),
+    ("psd", rb"8BPS"),
+    ("svg", rb"\s*<(?:\?xml|svg)"),
+]
+_KINDS = [(kind, re.compile(magic, re.DOTALL)) for kind, magic in _MAGIC]
+# libjpeg-turbo, as nvImageCodec has it print them, means damage by these; its other warnings are harmless
+_DAMAGE = re.compile(r"(Corrupt JPEG data: .*|Unsupported marker type .*|Premature end of JPEG file.*)")
+# a few bytes too many at the very end, after all of the picture: some encoders leave them
+_LEFT_OVER = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
+_ORIENTATION_TAG = 0x0112
+
+OK = "ok"
+
+# path, offset, length (-1: the whole file)
+File = tuple[str, int, int]
+# bytes of a file -> why it cannot be decoded, None when it can
+Decode = Callable[[bytes], "str | None"]
+
+
+class Verdict(NamedTuple):
+    """What is in a file and whether it can be used; the fields as in a manifest.
+
+    status: `ok`, or the kind of trouble, then often a colon and the details.
+    """
+
+    bytes: int = 0
+    mtime_ns: int = 0
+    crc32: int = 0
+    kind: str = ""
+    width: int = 0
+    height: int = 0
+    orientation: int = 1
+    status: str = OK
+
+
+# ---- one image ------------------------------------------------------------------------------------
+
+
+def kind_of(data: bytes) -> str:
+    """What the first bytes say: jpeg, png, ...; "" when they say nothing."""
+    return next((kind for kind, magic in _KINDS if magic.match(data)), "")
+
+
+def check(data: bytes, decode: Decode, max_pixels: int) -> Verdict:
+    """Whether these bytes are an image that both loaders read, decoded in full."""
+    found = Verdict(bytes=len(data), crc32=zlib.crc32(data), kind=kind_of(data))
+    if not data:
+        return found._replace(status="empty: 0 bytes")
+    if found.kind not in READ:
+        what = f"kind not read: {found.kind}; convert it to JPEG or PNG" if found.kind else ""
+        return found._replace(status=what or f"not an image: begins with {_shown(data[:16])}")
+    try:
+        width, height, orientation = header(data)
+    # a broken file makes Pillow raise nearly anything: OSError, SyntaxError, ValueError, struct.error
+    except Exception as e:
+        return found._replace(status=f"broken header: {reason(e)}")
+    found = found._replace(width=width, height=height, orientation=orientation)
+    if width * height > max_pixels:
+        size = f"{width} x {height} = {width * height} pixels, the limit is {max_pixels}"
+        return found._replace(status=f"too large: {size} (--max-pixels)")
+    damage = png_damage(data) if found.kind == "png" else None
+    problem = f"damaged: {damage}" if damage else decode(data)
+    return found._replace(status=problem) if problem else found
+
+
+def _shown(start: bytes) -> str:
+    text = start.decode("latin-1")
+    return repr(text) if text.isascii() and text.isprintable() else f"bytes {start.hex()}"
+
+
+def header(data: bytes) -> tuple[int, int, int]:
+    """Width and height as stored, and the EXIF orientation; raises what Pillow raises."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as im:
+        width, height = im.size
+        try:
+            orientation = im.getexif().get(_ORIENTATION_TAG, 1)
+        # the picture is good without it
+        except Exception:
+            orientation = 1
+    return width, height, orientation if orientation in range(1, 9) else 1
+
+
+def png_damage(data: bytes) -> str | None:
+    """What is wrong with the chunks of a PNG file (their lengths, checksums, the end); None when nothing is."""
+    at = 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        name = data[at + 4 : at + 8]
+        if end > len(data):
+            break
+        wrong = zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big")
+        # a chunk whose name begins with a small letter may be ignored, and some programs get its checksum wrong
+        if wrong and not name[0] & 0x20:
+            return f"wrong checksum of chunk {name.decode('latin-1')!r} at byte {at}"
+        if name == b"IEND":
+            return None
+        at = end
+    return "no end of image: the file is cut"
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line, without the address of an object in it."""
+    text = " ".join(str(error).split())[:200]
+    unnamed = "cannot identify image file" in text
+    return "not recognised" if unnamed else text.strip(" '\"") or type(error).__name__
+
+
+# ---- decoders -------------------------------------------------------------------------------------
+
+
+def pillow(data: bytes) -> str | None:
+    """Decodes with Pillow: why it fails, None when it does not."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as im:
+            im.load()
+    except Exception as e:
+        return f"cannot be decoded: {reason(e)}"
+    return None
+
+
+def nvimagecodec(printed: Callable[[], str]) -> Decode:
+    """A decoder by nvImageCodec on the CPU.
+
+    Args:
+        printed: what was written to standard error since it was last asked.
+
+    Raises:
+        ImportError, RuntimeError: it is not there.
+    """
+    from nvidia import nvimgcodec
+
+    cpu = [nvimgcodec.Backend(nvimgcodec.CPU_ONLY)]
+    decoder = nvimgcodec.Decoder(nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=cpu)
+    rgb = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
+
+    def decode(data: bytes) -> str | None:
+        printed()
+        try:
+            image = decoder.decode([nvimgcodec.CodeStream(data)], params=rgb)[0]
+        except RuntimeError:
+            image = None
+        if image is None:
+            return pillow(data) or "cannot be decoded: by nvImageCodec, which DALI uses; Pillow can"
+        warning = damage_in(printed())
+        return f"damaged: {warning}" if warning else None
+
+    return decode
+
+
+def damage_in(text: str) -> str | None:
+    """The first warning of libjpeg-turbo in `text` that means damage; None without one."""
+    for found in _DAMAGE.finditer(text):
+        left_over = _LEFT_OVER.search(found[0])
+        if not (left_over and int(left_over[1]) <= 16):
+            return found[0].removeprefix("Corrupt JPEG data: ")
+    return None
+
+
+# ---- a process that decodes -----------------------------------------------------------------------
+
+
+class _Decoder(NamedTuple):
+    name: str
+    decode: Decode
+    max_pixels: int
+
+
+_decoder: _Decoder | None = None
+
+
+def _start(strict: bool, max_pixels: int) -> None:
+    """Makes a new process ready: the best decoder here; with `strict` Pillow has to agree."""
+    global _decoder
+    # Ctrl-C is for the process that started this one, and this one ends with it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    printed = _catch_stderr()
+    import PIL
+    from PIL import Image
+
+    # sizes are compared with the limit before anything is decoded
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        from nvidia import nvimgcodec
+
+        first = nvimagecodec(printed)
+    except (ImportError, OSError, RuntimeError, AttributeError):
+        _decoder = _Decoder(f"Pillow {PIL.__version__}", pillow, max_pixels)
+        return
+    name = f"nvImageCodec {nvimgcodec.__version__}"
+    if strict:
+        both = f"{name} and Pillow {PIL.__version__}"
+        _decoder = _Decoder(both, lambda data: first(data) or pillow(data), max_pixels)
+    else:
+        _decoder = _Decoder(name, first, max_pixels)
+
+
+def _catch_stderr() -> Callable[[], str]:
+    """Standard error goes to a file from here on; the result gives what is new in it."""
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+
+    def printed() -> str:
+        size = os.fstat(2).st_size
+        if not size:
+            return ""
+        text = os.pread(2, size, 0).decode("utf-8", "replace")
+        os.ftruncate(2, 0)
+        os.lseek(2, 0, os.SEEK_SET)
+        return text
+
+    return printed
+
+
+def _name() -> str:
+    assert _decoder is not None
+    return _decoder.name
+
+
+def _check_files(files: Sequence[File]) -> list[Verdict]:
+    return [_check_file(*file) for file in files]
+
+
+def _check_file(path: str, offset: int, length: int) -> Verdict:
+    """`check` of a file or a part of one; what cannot be read is a verdict too."""
+    assert _decoder is not None
+    try:
+        data, mtime_ns = _read(path, offset, length)
+    # ValueError: a name with a zero byte
+    except (OSError, ValueError) as e:
+        why = "gone" if isinstance(e, FileNotFoundError) else getattr(e, "strerror", None) or e
+        return Verdict(status=f"cannot be read: {why}")
+    return check(data, _decoder.decode, _decoder.max_pixels)._replace(mtime_ns=mtime_ns)
+
+
+def _read(path: str, offset: int, length: int) -> tuple[bytes, int]:
+    """The bytes of a file (or `length` of them from `offset` on, unless it is -1) and its mtime in ns."""
+    # a named pipe would wait for a writer
+    f = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(f, "rb", buffering=0) as file:
+        about = os.fstat(f)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError("not a plain file")
+        size = about.st_size if length < 0 else length
+        if size > MAX_BYTES:
+            raise OSError(f"{size} bytes are no image")
+        if length >= 0:
+            file.seek(offset)
+        data = file.read(size) if length >= 0 else file.read()
+    if length >= 0 and len(data) != length:
+        raise OSError(f"the shard ends after {offset + len(data)} bytes, not {offset + length}")
+    return data, about.st_mtime_ns
+
+
+# ---- many of them ---------------------------------------------------------------------------------
+
+BATCH = 16
+# batches given out per process, so that none waits for the slowest
+_AHEAD = 4
+
+
+class Pool:
+    """Checks many files at once, in processes; a context manager.
+
+    Each process has an executor and a thread to itself, so the death of one (a decoder crashed, or memory was
+    short) breaks no other. It is replaced, and its files are tried one by one: the one it dies of again is to blame.
+    """
+
+    def __init__(self, processes: int, *, strict: bool, max_pixels: int) -> None:
+        try:
+            import PIL  # noqa: F401
+        except ImportError:
+            raise UsageError('reading images needs Pillow: pip install "extrema-fast[train]"') from None
+        self.decoder = ""
+        self._arguments = strict, max_pixels
+        self._count = processes
+        self._own = threading.local()
+        self._executors: list[ProcessPoolExecutor] = []
+        self._threads = ThreadPoolExecutor(processes, thread_name_prefix="check")
+
+    def check(self, files: Sequence[File]) -> Iterator[list[Verdict]]:
+        """Verdicts in the order of `files`, some at a time."""
+        starts = iter(range(0, len(files), BATCH))
+        waiting: deque[Future[list[Verdict]]] = deque()
+        while True:
+            free = _AHEAD * self._count - len(waiting)
+            waiting += [self._threads.submit(self._batch, files[s : s + BATCH]) for s in islice(starts, free)]
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+
+    def _batch(self, files: Sequence[File]) -> list[Verdict]:
+        executor = self._executor()
+        try:
+            return executor.submit(_check_files, files).result()
+        except BrokenProcessPool:
+            executor.shutdown(wait=False)
+            self._own.executor = None
+        if len(files) == 1:
+            return [Verdict(status="crashes the decoder: its process died")]
+        return [self._batch([file])[0] for file in files]
+
+    def _executor(self) -> ProcessPoolExecutor:
+        executor = getattr(self._own, "executor", None)
+        if executor is None:
+            # a forked process would share the threads' locks
+            executor = ProcessPoolExecutor(1, get_context("spawn"), _start, self._arguments)
+            self._executors.append(executor)
+            try:
+                self.decoder = executor.submit(_name).result()
+            except BrokenProcessPool:
+                raise ExtremaError(
+                    "a process that decodes images died at its start; check that PIL and nvidia.nvimgcodec can be "
+                    'imported (a script that calls `index` has to do so below `if __name__ == "__main__":`)'
+                ) from None
+            self._own.executor = executor
+        return executor
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for executor in self._executors:
+            executor.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,97 @@
+"""Long jobs (index, pack, embed) that continue after being killed: a folder with a record of each finished piece.
+
+A job puts a piece of its result on disk, then the record that makes it count. The same command later takes over the
+pieces with a record and makes the others; settings that differ are named by `changes`, and are an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..files import lock, write_file
+
+
+class Work:
+    """The work folder of one job.
+
+    FOLDER/000012.json   what is known of piece 12, which is finished
+    FOLDER/lock          while a process works on it
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def locked(self, name: str, *, own: str = "") -> Iterator[None]:
+        """Keeps other processes from the same job.
+
+        Args:
+            name: of the job, as an error names it.
+            own: regular expression of other files that the job puts into the folder.
+
+        Raises:
+            UsageError: another process works on it, or the folder is something else.
+            OSError: it cannot be written.
+        """
+        ours = re.compile(rf"\d+\.json|lock|\.tmp-.*|{own}")
+        if self.folder.exists():
+            foreign = not self.folder.is_dir() or any(
+                not ours.fullmatch(p.name) for p in self.folder.iterdir()
+            )
+            if foreign:
+                raise UsageError(
+                    f"{name}: finished work goes to {self.folder}, which is something else; move it away"
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with lock(self.folder / "lock", name):
+                # of a process that was killed while writing
+                for path in self.folder.glob(".tmp-*"):
+                    path.unlink(missing_ok=True)
+                yield
+        finally:
+            # gone, or not empty, but for a job that did nothing
+            with suppress(OSError):
+                self.folder.rmdir()
+
+    def finish(self, number: int, record: dict[str, Any]) -> None:
+        """Makes a piece count; raises OSError."""
+        write_file(self.folder / f"{number:06d}.json", json.dumps(record))
+
+    def finished(self) -> dict[int, dict[str, Any]]:
+        """The records by number; what is damaged is not there."""
+        found = {}
+        for path in sorted(self.folder.glob("[0-9]*.json")):
+            try:
+                record = json.loads(path.read_bytes())
+            except (OSError, ValueError):
+                continue
+            if isinstance(record, dict) and path.stem.isdecimal():
+                found[int(path.stem)] = record
+        return found
+
+    def clear(self) -> None:
+        """Removes the records: nothing is finished."""
+        for path in self.folder.glob("[0-9]*.json"):
+            path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Removes the folder and all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between the settings of a job and those it was begun with, as `["size: 32 -> 33", ...]`."""
+    return [f"{k}: {_short(old.get(k))} -> {_short(v)}" for k, v in new.items() if old.get(k) != v]
+
+
+def _short(value: Any) -> str:
+    # of a hash the beginning is enough
+    return value[:12] if isinstance(value, str) and len(value) >= 32 else str(value)
