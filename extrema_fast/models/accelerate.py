@@ -1,11 +1,9 @@
 """Masked encoding for a timm VisionTransformer that a project has already.
 
 `accelerate(vit)` holds a reference and no weights of its own: the owner's `state_dict`, optimizer, EMA and
-DistributedDataParallel do not notice. Kept patches alone are embedded, and only they and the prefix (class token,
-registers) run through the blocks (`accelerate_blocks`).
-
-Reference, which outputs and gradients equal: patch_embed, positions, gather of the kept patches, norm_pre, blocks,
-norm, all timm's own.
+DistributedDataParallel do not notice. Only kept patches are embedded, and only they and the prefix (class token,
+registers) run through the blocks. Outputs and gradients equal the plain way: patch_embed, positions, gather of the
+kept patches, norm_pre, blocks, norm, all timm's own.
 
 Shape letters: B images, V views, R = V B rows (view-major), K kept patches, N patches, P prefix tokens, D width.
 """
@@ -13,17 +11,18 @@ Shape letters: B images, V views, R = V B rows (view-major), K kept patches, N p
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError, cannot_import
 from ..ops import dispatch as ops
-from ..ops.linear import compute_dtype
-from .accelerate_blocks import Blocks, Part, Timm, any_global_hook, timm_classes, why_called
+from ..ops.linear import affine, compute_dtype
 from .layers import check_images
 from .masking import check_keep, image_major
 
@@ -31,14 +30,15 @@ log = logging.getLogger(__name__)
 
 
 class EncodedViT(NamedTuple):
-    """What `Accelerated.encode` returns; with views, [B, V, ...] in the place of [B, ...].
+    """What `Accelerated.encode` returns; with views, [B, V, ...] in place of [B, ...].
 
-    cls      [B, D], or None without class token
-    patches  [B, K, D]; row j belongs to patch keep[..., j]
-    keep     [B, K] integer
-    grid     (rows, columns) of patches in the image
-    prefix   [B, P, D]: class token, then registers; None where there are none
-    tokens   [B, P + K, D]: prefix and patches in one tensor, of which the three above are views
+    Attributes:
+        cls: [B, D], or None without class token.
+        patches: [B, K, D]; row j belongs to patch keep[..., j].
+        keep: [B, K] integer.
+        grid: (rows, columns) of patches in the image.
+        prefix: [B, P, D]: class token, then registers; None where there are none.
+        tokens: [B, P + K, D]: prefix and patches in one tensor, of which the three above are views.
     """
 
     cls: Tensor | None
@@ -49,35 +49,45 @@ class EncodedViT(NamedTuple):
     tokens: Tensor
 
 
-class Report(tuple[Part, ...]):
-    """The parts of a model, each with `name` and `why` its owner's module is called (empty: it is replaced)."""
+class Entry(NamedTuple):
+    """A part of a model, and the reason why the owner's module is called (empty: it is replaced)."""
+
+    name: str
+    reason: str
+
+
+class Report(tuple[Entry, ...]):
+    """Which parts of a model are replaced; printing it says why the others are not."""
 
     @property
     def replaced(self) -> list[str]:
         """Names of the parts that run on this project's code."""
-        return [name for name, why in self if not why]
+        return [name for name, reason in self if not reason]
 
     @property
     def called(self) -> dict[str, str]:
-        """The other parts, and why."""
-        return {name: why for name, why in self if why}
+        """Names of the other parts, and the reasons."""
+        return {name: reason for name, reason in self if reason}
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} of {len(self)} parts replaced"]
-        return "\n".join(lines + [f"{name}: called as it is ({why})" for name, why in self.called.items()])
+        lines = [f"{name}: called as it is ({reason})" for name, reason in self.called.items()]
+        return "\n".join([f"{len(self.replaced)} of {len(self)} parts replaced", *lines])
 
 
 def accelerate(vit: nn.Module, *, attention: str = "auto", strict: bool = False) -> Accelerated:
     """Fast masked and dense encoding with the weights of `vit`, which is left as it is.
 
-    vit        a timm VisionTransformer, or a subclass that keeps its `forward_features` and `_pos_embed`
-    attention  backend of self-attention, as `Encoder.set_attention`
-    strict     a part that cannot be replaced is an error, here and at every pass, instead of being called
-    raises     UsageError for another model or an unknown backend, saying what is possible
-
         fast = extrema_fast.accelerate(vit)
         latent = fast.encode(images, keep).tokens            # class token and kept patches
         loss = decoder(latent, keep)
+
+    Args:
+        vit: a timm VisionTransformer, or a subclass that keeps its `forward_features` and `_pos_embed`.
+        attention: backend of self-attention, as of `Encoder.set_attention`.
+        strict: a part that cannot be replaced is an error, here and at every pass, instead of being called.
+
+    Raises:
+        UsageError: another model or an unknown backend; says what is possible.
     """
     return Accelerated(vit, attention, strict)
 
@@ -87,8 +97,14 @@ class Accelerated:
 
     def __init__(self, vit: nn.Module, attention: str = "auto", strict: bool = False) -> None:
         ops.check_attention_name(attention)
-        self.vit, self.strict = vit, strict
-        self.blocks = Blocks(_check_model(vit), attention)
+        try:
+            self.stock = _Stock()
+        except (ImportError, RuntimeError) as error:
+            raise UsageError(f"accelerate: {cannot_import('timm', error, 'timm')}") from error
+        self.stock.check_model(vit)
+        # Any: attributes of timm's classes, which are not installed everywhere
+        self.vit: Any = vit
+        self.attention, self.strict = attention, strict
         report = self.report()
         self._check_strict(report)
         log.info("accelerate %s: %s", type(vit).__name__, report)
@@ -97,48 +113,49 @@ class Accelerated:
         return f"Accelerated({type(self.vit).__name__}, {str(self.report()).splitlines()[0]})"
 
     def report(self) -> Report:
-        """What the next pass replaces, part by part, and why not the rest."""
-        if any_global_hook():
-            return Report([Part("model", "hooks are registered for all modules")])
-        parts = [Part("patch_embed", self._why_patch_embed())]
-        why = self._why_sequence()
-        if why:
-            parts.append(Part("blocks", why))
-        else:
-            for i, block in enumerate(self.vit.blocks):
-                parts += self.blocks.parts(f"blocks.{i}", block)
-        return Report(parts)
+        """What the next pass replaces, part by part."""
+        if torch_module._has_any_global_hook():
+            return Report([Entry("model", "hooks are registered for all modules")])
+        entries = [Entry("patch_embed", self.stock.patch_embed_reason(self.vit.patch_embed))]
+        if reason := self._sequence_reason():
+            return Report([*entries, Entry("blocks", reason)])
+        for i, block in enumerate(self.vit.blocks):
+            entries += self.stock.entries(f"blocks.{i}", block)
+        return Report(entries)
 
     def encode(self, images: Tensor, keep: Tensor | None = None, norm: bool = True) -> EncodedViT:
         """Prefix and kept patches; no other patch is embedded or attended to.
 
-        images:  [B, C, H, W] float, normalised, of the size that `vit` takes
-        keep:    None (all), [B, K], or [B, V, K] integer in [0, N), counting patches only; order is kept
-        norm     apply the model's final norm (its `fc_norm` belongs to its head, and is not applied)
-        returns  EncodedViT(cls, patches, keep, grid, prefix, tokens)
-        raises   UsageError naming the argument, what it got and what it needs; in training also for a model with
-                 patch dropout
+        Gradients of gradients exist in fp32 and fp64 only: 16-bit matmuls have a backward pass of their own.
 
-        Gradients of gradients: in fp32 and fp64 only, as the products in 16 bits have a written-out backward pass.
+        Args:
+            images: [B, C, H, W] float, normalised, of the size that `vit` takes.
+            keep: None (all), [B, K], or [B, V, K] integer in [0, N), counting patches only; order is kept.
+            norm: apply the model's final norm (its `fc_norm` belongs to its head and is not applied).
+
+        Returns:
+            EncodedViT(cls, patches, keep, grid, prefix, tokens).
+
+        Raises:
+            UsageError: names the argument, what it got and what it needs; in training also for a model with patch
+                dropout.
         """
-        self._check(images)
-        masked = keep is not None
-        one_by_one = self._gathers_first()
-        grid = self._stock_grid(images) if one_by_one else None
-        embedded = None
-        if not (masked and one_by_one):
-            embedded, grid = self._embed(images)
-        b, n = images.shape[0], grid[0] * grid[1]
-        if masked:
-            x = self._masked(images, embedded, check_keep(keep, b, n), grid)
+        check_images(images)
+        self.stock.check_options(self.vit)
+        if self.strict and not torch.compiler.is_compiling():
+            self._check_strict(self.report())
+        vit = self.vit
+        if keep is None:
+            embedded, grid = self._embed_all(images)
+            n = grid[0] * grid[1]
+            keep = torch.arange(n, device=images.device).expand(images.shape[0], n)
+            x = vit._pos_embed(embedded)
         else:
-            keep = torch.arange(n, device=images.device).expand(b, n)
-            x = self.vit._pos_embed(embedded)
-        x = self._trunk(self.vit.norm_pre(x))
-        x = self.vit.norm(x) if norm else x
-        x = image_major(x, keep)
-        p = self.vit.num_prefix_tokens
-        cls = None if self.vit.cls_token is None else x[..., 0, :]
+            x, grid = self._embed_kept(images, keep)
+        x = self._trunk(vit.norm_pre(x))
+        x = image_major(vit.norm(x) if norm else x, keep)
+        p = vit.num_prefix_tokens
+        cls = None if vit.cls_token is None else x[..., 0, :]
         return EncodedViT(cls, x[..., p:, :], keep, grid, x[..., :p, :] if p else None, x)
 
     def forward_features(
@@ -146,7 +163,8 @@ class Accelerated:
     ) -> Tensor:
         """As `vit.forward_features(images)`: [B, P + N, D] after the final norm.
 
-        raises  UsageError for attention masks, which are not supported
+        Raises:
+            UsageError: an attention mask is given; they are not supported.
         """
         if attn_mask is not None or is_causal:
             raise UsageError(
@@ -155,41 +173,75 @@ class Accelerated:
             )
         return self.encode(images).tokens
 
-    # ---- the pieces, in the order they run -------------------------------------------------------
+    def _check_strict(self, report: Report) -> None:
+        if self.strict and report.called:
+            raise UsageError(f"accelerate: strict, but {report}")
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def _sequence_reason(self) -> str:
+        """Why `vit.blocks` is called as one."""
+        blocks = self.vit.blocks
+        return self.stock.reason(blocks, {nn.Sequential: frozenset(blocks._modules)})
+
+    # ---- embedding -------------------------------------------------------------------------------
+
+    def _embed_all(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """All patches as the owner's module returns them, [B, N, D] or [B, rows, columns, D]; and the grid."""
         embed = self.vit.patch_embed
+        if self._embeds_kept_only():
+            self._stock_grid(images)
         x = embed(images)
         if x.dim() == 4:
             return x, (x.shape[1], x.shape[2])
         n = x.shape[1]
-        grid = getattr(embed, "grid_size", None) or _grid_of(n, *images.shape[-2:])
+        grid = getattr(embed, "grid_size", None) or _square_grid(n, *images.shape[-2:])
         if grid[0] * grid[1] != n:
             raise UsageError(f"vit.patch_embed: returned {n} patches, its grid is {grid[0]} x {grid[1]}")
         return x, tuple(grid)
 
-    def _masked(self, images: Tensor, embedded: Tensor | None, keep: Tensor, grid: tuple[int, int]) -> Tensor:
-        """keep [V, B, K] -> [R, P + K, D] with positions; embedded: all patches, None: embed the kept ones."""
-        vit = self.vit
+    def _embed_kept(self, images: Tensor, keep: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Prefix and kept patches with positions, [R, P + K, D]; and the grid."""
+        vit, b = self.vit, images.shape[0]
+        embedded = None
+        if self._embeds_kept_only():
+            grid = self._stock_grid(images)
+        else:
+            embedded, grid = self._embed_all(images)
+        rows = check_keep(keep, b, grid[0] * grid[1])
         pos = self._positions(grid)
         shared = 0 if vit.no_embed_class else vit.num_prefix_tokens
         patch_pos = None if pos is None else pos[shared:]
         if embedded is None:
-            tokens = self._embed_kept(images, keep, grid, patch_pos)
+            x = self._gather_patches(images, rows, grid, patch_pos)
+        elif patch_pos is not None and patch_pos.dtype == embedded.dtype:
+            x = ops.token_gather(embedded.flatten(1, -2), rows, patch_pos)
         else:
-            tokens = _pick(embedded.flatten(1, -2), keep, patch_pos)
+            x = _add_positions(ops.token_gather(embedded.flatten(1, -2), rows), rows, patch_pos)
         prefix = [t[0] for t in (vit.cls_token, vit.reg_token) if t is not None]
         if prefix:
             # [P, D], the same for every row
-            rows = torch.cat(prefix)
-            rows = rows if pos is None or not shared else rows + pos[:shared]
+            first = torch.cat(prefix)
+            first = first if pos is None or not shared else first + pos[:shared]
             # as under autocast, the widest type wins
-            dtype = torch.promote_types(rows.dtype, tokens.dtype)
-            rows = rows.to(dtype).expand(tokens.shape[0], -1, -1)
-            tokens = torch.cat([rows, tokens.to(dtype)], 1)
+            dtype = torch.promote_types(first.dtype, x.dtype)
+            x = torch.cat([first.to(dtype).expand(x.shape[0], -1, -1), x.to(dtype)], 1)
         # timm drops positions only where there are any
-        return tokens if pos is None else vit.pos_drop(tokens)
+        return x if pos is None else vit.pos_drop(x), grid
+
+    def _gather_patches(
+        self, images: Tensor, keep: Tensor, grid: tuple[int, int], pos: Tensor | None
+    ) -> Tensor:
+        """Reads and embeds the kept patches only; [R, K, D] with positions."""
+        embed = self.vit.patch_embed
+        proj, p = embed.proj, embed.patch_size[0]
+        # a convolution leaves out the pixels that fill no patch
+        images = images[..., : grid[0] * p, : grid[1] * p]
+        has_norm = not self.stock.is_idle(embed.norm)
+        # the op adds positions in the type it computes in; autocast keeps the sum in theirs
+        if pos is not None and not has_norm and compute_dtype(images) == pos.dtype:
+            return ops.patch_gather(images, keep, proj.weight, proj.bias, pos)
+        zeros = proj.weight.new_zeros(grid[0] * grid[1], proj.out_channels)
+        tokens = ops.patch_gather(images, keep, proj.weight, proj.bias, zeros)
+        return _add_positions(embed.norm(tokens) if has_norm else tokens, keep, pos)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor | None:
         """[P + N, D], or [N, D] where the prefix has none."""
@@ -207,61 +259,10 @@ class Accelerated:
             num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens,
         )[0]
 
-    def _embed_kept(self, images: Tensor, keep: Tensor, grid: tuple[int, int], pos: Tensor | None) -> Tensor:
-        """Only the kept patches are read; [R, K, D]."""
-        embed = self.vit.patch_embed
-        proj, p = embed.proj, embed.patch_size[0]
-        # a convolution leaves out the pixels that fill no patch
-        images = images[..., : grid[0] * p, : grid[1] * p]
-        plain = self.blocks.is_idle(embed.norm)
-        # the op adds positions in the type it computes in; autocast keeps the sum in theirs
-        if pos is not None and plain and compute_dtype(images) == pos.dtype:
-            return ops.patch_gather(images, keep, proj.weight, proj.bias, pos)
-        zeros = proj.weight.new_zeros(grid[0] * grid[1], proj.out_channels)
-        tokens = ops.patch_gather(images, keep, proj.weight, proj.bias, zeros)
-        return _add(tokens if plain else embed.norm(tokens), keep, pos)
-
-    def _trunk(self, x: Tensor) -> Tensor:
-        vit = self.vit
-        if self._why_sequence():
-            return vit.blocks(x)
-        for block in vit.blocks:
-            if vit.grad_checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(self.blocks, block, x, use_reentrant=False)
-            else:
-                x = self.blocks(block, x)
-        return x
-
-    # ---- what is replaced ------------------------------------------------------------------------
-
-    def _why_patch_embed(self) -> str:
-        """Why all patches are embedded by the owner's module; empty when the kept ones alone are."""
-        embed, known = self.vit.patch_embed, self.blocks.known
-        why = why_called(embed, known)
-        if why or type(embed) is not self.blocks.timm.patch_embed:
-            return why or f"{type(embed).__name__} is no PatchEmbed"
-        proj, norm = embed.proj, embed.norm
-        why = why_called(proj, known)
-        if why or type(proj) is not nn.Conv2d:
-            return f"proj: {why or type(proj).__name__ + ' is not Conv2d'}"
-        side = proj.kernel_size[0]
-        square = proj.kernel_size == proj.stride == (side, side) == tuple(embed.patch_size)
-        if not square or proj.padding not in ((0, 0), "valid") or proj.dilation != (1, 1) or proj.groups != 1:
-            return "proj: its patches overlap, have gaps or are not square"
-        if not (
-            self.blocks.is_idle(norm)
-            or (type(norm) in self.blocks.timm.norms and not why_called(norm, known))
-        ):
-            return f"norm: {why_called(norm, known) or type(norm).__name__ + ' may mix patches'}"
-        return ""
-
-    def _why_sequence(self) -> str:
-        """Why `vit.blocks` is called as one."""
-        blocks = self.vit.blocks
-        return why_called(blocks, {nn.Sequential: frozenset(blocks._modules)})
-
-    def _gathers_first(self) -> bool:
-        return not (any_global_hook() or self._why_patch_embed())
+    def _embeds_kept_only(self) -> bool:
+        return not (
+            torch_module._has_any_global_hook() or self.stock.patch_embed_reason(self.vit.patch_embed)
+        )
 
     def _stock_grid(self, images: Tensor) -> tuple[int, int]:
         """The grid of a stock PatchEmbed, with its checks of the size."""
@@ -279,64 +280,262 @@ class Accelerated:
             raise UsageError(f"images: {height} x {width} is smaller than a patch of {p}")
         return height // p, width // p
 
-    # ---- checks ----------------------------------------------------------------------------------
+    # ---- blocks ----------------------------------------------------------------------------------
 
-    def _check(self, images: Tensor) -> None:
-        check_images(images)
-        _check_refused(self.vit, self.blocks.timm)
-        if self.strict and not torch.compiler.is_compiling():
-            self._check_strict(self.report())
+    def _trunk(self, x: Tensor) -> Tensor:
+        vit = self.vit
+        if self._sequence_reason():
+            return vit.blocks(x)
+        for block in vit.blocks:
+            if vit.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self._block, block, x, use_reentrant=False)
+            else:
+                x = self._block(block, x)
+        return x
 
-    def _check_strict(self, report: Report) -> None:
-        if self.strict and report.called:
-            raise UsageError(f"accelerate: strict, but {report}")
+    def _block(self, block: Any, x: Tensor) -> Tensor:
+        """`block(x)`; x [R, n, D]."""
+        if torch_module._has_any_global_hook() or self.stock.block_reason(block):
+            return block(x)
+        y = self._attention(block.attn, x, block.norm1)
+        x = x + self._unless_idle(block.drop_path1, self._unless_idle(block.ls1, y))
+        y = self._mlp(block.mlp, x, block.norm2)
+        return x + self._unless_idle(block.drop_path2, self._unless_idle(block.ls2, y))
+
+    def _unless_idle(self, module: nn.Module, x: Tensor) -> Tensor:
+        """`module(x)`, without the call where it would return x."""
+        return x if self.stock.is_idle(module) else module(x)
+
+    def _linear(self, layer: Any, x: Tensor, before: Any = None) -> Tensor:
+        """`layer(before(x))`; before: a norm, "gelu" or None."""
+        if isinstance(before, nn.Module) and self.stock.norm_reason(before):
+            x, before = self._unless_idle(before, x), None
+        if self.stock.linear_reason(layer):
+            return layer(x if before is None else F.gelu(x) if before == "gelu" else before(x))
+        return affine(x, layer.weight, layer.bias, before)
+
+    def _attention(self, attn: Any, x: Tensor, norm: nn.Module) -> Tensor:
+        """`attn(norm(x))`; x [R, n, D]."""
+        stock = self.stock
+        if stock.attention_reason(attn):
+            return attn(norm(x))
+        r, n, _ = x.shape
+        qkv = self._linear(attn.qkv, x, norm).view(r, n, 3, attn.num_heads, attn.head_dim)
+        if not (stock.is_idle(attn.q_norm) and stock.is_idle(attn.k_norm)):
+            q, k, v = qkv.unbind(2)
+            # under autocast the norms may return fp32
+            qkv = torch.stack([attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype), v], 2)
+        x = ops.attention(qkv, self.attention).flatten(2)
+        inner = getattr(attn, "norm", None)
+        if inner is not None and stock.is_idle(inner):
+            inner = None
+        return self._unless_idle(attn.proj_drop, self._linear(attn.proj, x, inner))
+
+    def _mlp(self, mlp: Any, x: Tensor, norm: nn.Module) -> Tensor:
+        """`mlp(norm(x))`; x [R, n, D]."""
+        stock = self.stock
+        if stock.mlp_reason(mlp):
+            return mlp(norm(x))
+        if type(mlp) is stock.swiglu:
+            x = self._unless_idle(norm, x)
+            x = mlp.act(self._linear(mlp.fc1_g, x)) * self._linear(mlp.fc1_x, x)
+        elif type(mlp) is stock.glu:
+            a, b = self._linear(mlp.fc1, x, norm).chunk(2, -1)
+            x = a * mlp.act(b) if mlp.gate_last else mlp.act(a) * b
+        else:
+            x = self._linear(mlp.fc1, x, norm)
+            if stock.is_gelu(mlp.act) and stock.is_idle(mlp.drop1) and stock.is_idle(mlp.norm):
+                return self._unless_idle(mlp.drop2, self._linear(mlp.fc2, x, "gelu"))
+            x = mlp.act(x)
+        x = self._unless_idle(mlp.drop1, x)
+        before = None if stock.is_idle(mlp.norm) else mlp.norm
+        return self._unless_idle(mlp.drop2, self._linear(mlp.fc2, x, before))
 
 
-def _check_model(vit: nn.Module) -> Timm:
-    """timm's classes, when `vit` is one of its VisionTransformers or a subclass that changes nothing used here."""
-    try:
-        timm = timm_classes()
-    except (ImportError, RuntimeError) as error:
-        raise UsageError(f"accelerate: {cannot_import('timm', error, 'timm')}") from error
-    inner = getattr(vit, "module", None) or getattr(vit, "_orig_mod", None)
-    if isinstance(inner, timm.vit):
-        raise UsageError(
-            f"accelerate: got a {type(vit).__name__}; call it with the VisionTransformer inside, in the model's "
-            "own forward"
-        )
-    if not isinstance(vit, timm.vit):
-        hint = (
-            "it encodes kept patches by itself, see encode(images, keep)"
-            if type(vit).__module__.startswith("extrema_fast.")
-            else "it takes timm's VisionTransformer (vit_*, deit*, and others of that class); Eva, NaFlexVit and "
-            "models of other libraries compute something else"
-        )
-        raise UsageError(f"accelerate: got a {type(vit).__name__}; {hint}")
-    for name in ("forward_features", "_pos_embed"):
-        if getattr(type(vit), name) is not getattr(timm.vit, name) or name in vars(vit):
+class _Stock:
+    """timm's classes, and the reasons why a module cannot be replaced.
+
+    A module is replaced only where calling it could do nothing but its class's formula: its class is exactly timm's
+    or torch's, it has no hook, no replaced `forward`, no parametrisation, no parameter of a special tensor type. This
+    is checked at every pass, since hooks, adapters and quantised layers come and go.
+    """
+
+    def __init__(self) -> None:
+        import timm.layers as layers
+        from timm.models import vision_transformer as vit
+
+        self.vit, self.block, self.attention = vit.VisionTransformer, vit.Block, vit.Attention
+        self.mlp, self.glu, self.swiglu = layers.Mlp, layers.GluMlp, layers.SwiGLU
+        self.patch_embed, self.patch_drop = layers.PatchEmbed, layers.PatchDropout
+        self.norms = (nn.LayerNorm, layers.LayerNorm)
+        self.gelus = (nn.GELU, layers.GELU)
+        mlp = "act drop1 norm fc2 drop2"
+        submodules = {
+            self.block: "norm1 attn ls1 drop_path1 norm2 mlp ls2 drop_path2",
+            self.attention: "qkv q_norm k_norm attn_drop norm gate proj proj_drop",
+            self.mlp: f"fc1 {mlp}",
+            self.glu: f"fc1 {mlp}",
+            self.swiglu: f"fc1_g fc1_x {mlp}",
+            self.patch_embed: "proj norm",
+            **dict.fromkeys((nn.Linear, nn.Conv2d, nn.Identity, nn.Dropout, *self.norms, *self.gelus), ""),
+        }
+        # class -> the submodules it may have
+        self.known = {cls: frozenset(names.split()) for cls, names in submodules.items()}
+
+    # ---- models ----------------------------------------------------------------------------------
+
+    def check_model(self, vit: nn.Module) -> None:
+        """Raises UsageError unless `vit` is a VisionTransformer, or a subclass that changes nothing used here."""
+        kind = type(vit).__name__
+        inner = getattr(vit, "module", None) or getattr(vit, "_orig_mod", None)
+        if isinstance(inner, self.vit):
             raise UsageError(
-                f"accelerate: {type(vit).__name__} has its own {name}, which encode would leave out; keep the "
-                "VisionTransformer as it is, and call fast.encode in a module around it"
+                f"accelerate: got a {kind}; call it with the VisionTransformer inside, in the model's own forward"
             )
-    _check_refused(vit, timm)
-    return timm
+        if not isinstance(vit, self.vit):
+            hint = (
+                "it encodes kept patches by itself, see encode(images, keep)"
+                if type(vit).__module__.startswith("extrema_fast.")
+                else "it takes timm's VisionTransformer (vit_*, deit*, and others of that class); Eva, NaFlexVit "
+                "and models of other libraries compute something else"
+            )
+            raise UsageError(f"accelerate: got a {kind}; {hint}")
+        for name in ("forward_features", "_pos_embed"):
+            if getattr(type(vit), name) is not getattr(self.vit, name) or name in vars(vit):
+                raise UsageError(
+                    f"accelerate: {kind} has its own {name}, which encode would leave out; keep the "
+                    "VisionTransformer as it is, and call fast.encode in a module around it"
+                )
+        self.check_options(vit)
 
+    def check_options(self, vit: Any) -> None:
+        """Raises UsageError for options of a VisionTransformer that are not supported."""
+        if getattr(vit.patch_embed, "dynamic_img_pad", False):
+            raise UsageError(
+                "accelerate: dynamic_img_pad is not supported; pad the images to a multiple of the patch size"
+            )
+        drop = vit.patch_drop
+        idle = type(drop) is self.patch_drop and not (drop.training and drop.prob > 0)
+        if not (idle or type(drop) is nn.Identity):
+            raise UsageError(
+                f"accelerate: {type(drop).__name__} is active and would drop patches by itself; give `keep` "
+                "instead, and set vit.patch_drop = torch.nn.Identity()"
+            )
 
-def _check_refused(vit: Any, timm: Timm) -> None:
-    if getattr(vit.patch_embed, "dynamic_img_pad", False):
-        raise UsageError(
-            "accelerate: dynamic_img_pad is not supported; pad the images to a multiple of the patch size"
+    # ---- modules: why they are called, empty where they are replaced ---------------------------------
+
+    def reason(self, module: nn.Module, known: dict[type, frozenset[str]] | None = None) -> str:
+        """Why calling the module could do more than its class's formula."""
+        known = self.known if known is None else known
+        cls, own = type(module), module.__dict__
+        if cls not in known:
+            return f"{cls.__name__} is not stock"
+        if "forward" in own or cls.forward.__module__ != cls.__module__:
+            return f"the forward method of this {cls.__name__} is replaced"
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if any(own[name] for name in hooks):
+            return "it has hooks"
+        if own.get("_compiled_call_impl") is not None:
+            return "it is compiled by itself"
+        for name, p in own["_parameters"].items():
+            if p is not None and type(p) is not nn.Parameter and type(p) is not Tensor:
+                return f"its {name} is a {type(p).__name__}"
+        if not own["_modules"].keys() <= known[cls]:
+            extra = ", ".join(sorted(own["_modules"].keys() - known[cls]))
+            return f"it has a submodule that stock lacks: {extra}"
+        return ""
+
+    def patch_embed_reason(self, embed: Any) -> str:
+        """Of the patch embedding: why all patches are embedded, not the kept ones alone."""
+        if type(embed) is not self.patch_embed:
+            return f"{type(embed).__name__} is not PatchEmbed"
+        if reason := self.reason(embed):
+            return reason
+        proj, norm = embed.proj, embed.norm
+        if type(proj) is not nn.Conv2d:
+            return f"proj: {type(proj).__name__} is not Conv2d"
+        if reason := self.reason(proj):
+            return f"proj: {reason}"
+        side = proj.kernel_size[0]
+        square = proj.kernel_size == proj.stride == (side, side) == tuple(embed.patch_size)
+        if not square or proj.padding not in ((0, 0), "valid") or proj.dilation != (1, 1) or proj.groups != 1:
+            return "proj: its patches overlap, have gaps or are not square"
+        if self.is_idle(norm):
+            return ""
+        if type(norm) not in self.norms:
+            return f"norm: {type(norm).__name__} may mix patches"
+        reason = self.reason(norm)
+        return f"norm: {reason}" if reason else ""
+
+    def block_reason(self, block: nn.Module) -> str:
+        """Of a block: why it is called as a whole."""
+        return "" if type(block) is self.block and not self.reason(block) else self._other(block, "Block")
+
+    def attention_reason(self, attn: Any) -> str:
+        """Of an attention layer."""
+        if type(attn) is not self.attention or self.reason(attn):
+            return self._other(attn, "Attention")
+        if getattr(attn, "gate", None) is not None:
+            return "it is gated"
+        if reason := self.reason(attn.attn_drop):
+            return f"attn_drop: {reason}"
+        if attn.training and attn.attn_drop.p > 0:
+            return "attention dropout is active"
+        # fused attention has this factor built in
+        if not attn.fused_attn and attn.scale != attn.head_dim**-0.5:
+            return f"its scale is {attn.scale}, not head_dim ** -0.5"
+        return ""
+
+    def mlp_reason(self, mlp: nn.Module) -> str:
+        """Of an MLP."""
+        if type(mlp) not in (self.mlp, self.glu, self.swiglu) or self.reason(mlp):
+            return self._other(mlp, "Mlp")
+        return "it is a convolution" if getattr(mlp, "chunk_dim", -1) != -1 else ""
+
+    def norm_reason(self, norm: nn.Module) -> str:
+        """Of a norm: why it does not run inside the linear layer that follows."""
+        if type(norm) not in self.norms:
+            return f"{type(norm).__name__} is not LayerNorm"
+        if norm.weight is None or norm.bias is None:
+            return "it has no weight or no bias"
+        return "timm's fast norm is on" if getattr(norm, "_fast_norm", False) else self.reason(norm)
+
+    def linear_reason(self, layer: nn.Module) -> str:
+        """Of a linear layer."""
+        return self.reason(layer) if type(layer) is nn.Linear else f"{type(layer).__name__} is not Linear"
+
+    def _other(self, module: nn.Module, stock: str) -> str:
+        return self.reason(module) or f"{type(module).__name__} is not {stock}"
+
+    def is_gelu(self, act: nn.Module) -> bool:
+        """Whether `act` is the exact GELU, which runs inside the linear layer that follows."""
+        exact = type(act) in self.gelus and getattr(act, "approximate", "none") == "none"
+        return exact and not self.reason(act)
+
+    def is_idle(self, module: nn.Module) -> bool:
+        """Whether calling `module` would return its input."""
+        idle = type(module) is nn.Identity or (
+            type(module) is nn.Dropout and not (module.training and module.p > 0)
         )
-    drop = vit.patch_drop
-    idle = type(drop) is timm.patch_drop and not (drop.training and drop.prob > 0)
-    if not (idle or type(drop) is nn.Identity):
-        raise UsageError(
-            f"accelerate: {type(drop).__name__} is active and would drop patches of its own; give `keep` instead, "
-            "and set vit.patch_drop = torch.nn.Identity()"
-        )
+        return idle and not self.reason(module)
+
+    def entries(self, name: str, block: Any) -> Iterator[Entry]:
+        """The report's entries of one block."""
+        if reason := self.block_reason(block):
+            yield Entry(name, reason)
+            return
+        for norm, branch in (("norm1", "attn"), ("norm2", "mlp")):
+            yield Entry(f"{name}.{norm}", self.norm_reason(getattr(block, norm)))
+            module = getattr(block, branch)
+            reason = self.attention_reason(module) if branch == "attn" else self.mlp_reason(module)
+            yield Entry(f"{name}.{branch}", reason)
+            if not reason:
+                for key in ("qkv", "proj", "fc1", "fc1_g", "fc1_x", "fc2"):
+                    if (layer := getattr(module, key, None)) is not None:
+                        yield Entry(f"{name}.{branch}.{key}", self.linear_reason(layer))
 
 
-def _grid_of(n: int, height: int, width: int) -> tuple[int, int]:
+def _square_grid(n: int, height: int, width: int) -> tuple[int, int]:
     """The grid of n square cells in an image."""
     rows = round((n * height / width) ** 0.5)
     if rows < 1 or n % rows or rows * width != n // rows * height:
@@ -346,12 +545,6 @@ def _grid_of(n: int, height: int, width: int) -> tuple[int, int]:
     return rows, n // rows
 
 
-def _pick(tokens: Tensor, keep: Tensor, pos: Tensor | None) -> Tensor:
-    """tokens [B, N, D], keep [V, B, K] -> [R, K, D] with positions."""
-    if pos is not None and pos.dtype == tokens.dtype:
-        return ops.token_gather(tokens, keep, pos)
-    return _add(ops.token_gather(tokens, keep), keep, pos)
-
-
-def _add(tokens: Tensor, keep: Tensor, pos: Tensor | None) -> Tensor:
+def _add_positions(tokens: Tensor, keep: Tensor, pos: Tensor | None) -> Tensor:
+    """tokens [R, K, D], keep [V, B, K], pos [N, D]."""
     return tokens if pos is None else tokens + F.embedding(keep.flatten(0, 1), pos)

@@ -20,6 +20,19 @@ from .timm_interface import resolve_layers, to_map
 if TYPE_CHECKING:
     from .encoder import Encoder
 
+# attributes of a DINO model -> those of the encoder
+_SHARED = {
+    "patch_size": "patch_size",
+    "embed_dim": "embed_dim",
+    "num_features": "embed_dim",
+    "num_heads": "heads",
+    "n_blocks": "depth",
+    "blocks": "blocks",
+    "patch_embed": "patch_embed",
+    "norm": "norm",
+    "cls_token": "cls_token",
+}
+
 
 class Dino(nn.Module):
     """The adapter; `encoder` is a sub-module, so its parameters are shared.
@@ -51,51 +64,10 @@ class Dino(nn.Module):
         self.head = nn.Identity()
         self.train(encoder.training)
 
-    # ---- attributes of a DINO model --------------------------------------------------------------
-
-    @property
-    def patch_size(self) -> int:
-        """Side of a patch in pixels."""
-        return self.encoder.patch_size
-
-    @property
-    def embed_dim(self) -> int:
-        """D."""
-        return self.encoder.embed_dim
-
-    num_features = embed_dim
-
-    @property
-    def num_heads(self) -> int:
-        """H."""
-        return self.encoder.heads
-
-    @property
-    def n_blocks(self) -> int:
-        """L."""
-        return self.encoder.depth
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The trunk's blocks."""
-        return self.encoder.blocks
-
-    @property
-    def patch_embed(self) -> nn.Module:
-        """The patch embedding."""
-        return self.encoder.patch_embed
-
-    @property
-    def norm(self) -> nn.Module:
-        """The final norm."""
-        return self.encoder.norm
-
-    @property
-    def cls_token(self) -> Tensor:
-        """[1, 1, D]."""
-        return self.encoder.cls_token
-
-    # ---- methods of a DINO model -----------------------------------------------------------------
+    def __getattr__(self, name: str) -> Any:
+        if name in _SHARED:
+            return getattr(self.encoder, _SHARED[name])
+        return super().__getattr__(name)
 
     def forward_features(self, x: Tensor | list[Tensor], masks: Any = None) -> Any:
         """Class token and patch tokens.

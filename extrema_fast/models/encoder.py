@@ -51,19 +51,7 @@ class Encoded(NamedTuple):
 class Encoder(TimmInterface):
     """ViT trunk and pooling head, with the methods that timm and its users call (`TimmInterface`).
 
-    Built by `create_encoder`, `load_encoder` or `build_encoder`.
-
-    Args:
-        config: sizes and drop-path rate.
-        num_classes: 0: features; else a linear head on the pooled feature.
-        global_pool: 'token' (class head), 'avg' (no class head: mean of the patch tokens after the final norm, or
-            before `fc_norm` in its place), or '' (class head; `forward` gives the tokens of `forward_features`).
-        fc_norm: with 'avg': normalise after pooling instead of before.
-        pos_embed: 'sincos' (fixed) or 'learned' (a parameter that starts from the table).
-        pos_coords: 'absolute' or 'rescaled' (`positions.SinCos`).
-        pos_grid: the grid trained on, for 'rescaled'; default: that of `config`.
-        in_chans: default: that of `config`.
-        drop_rate: dropout before the linear head.
+    Built by `create_encoder`, which describes the arguments, `load_encoder` or `build_encoder`.
 
     Raises:
         UsageError: an argument out of range.
@@ -101,6 +89,8 @@ class Encoder(TimmInterface):
         self.config = config
         self.embed_dim = self.num_features = self.head_hidden_size = width
         self.heads = heads
+        # of other sizes than the name says, see `model_args`
+        self.architecture = f"{_PREFIX}{config.size}{_SUFFIX}"
         self.in_chans = in_chans or config.in_chans
         self.num_classes, self.global_pool = num_classes, global_pool
         self.drop_path_rate, self.grad_checkpointing = config.drop_path, False
@@ -116,7 +106,7 @@ class Encoder(TimmInterface):
             # a buffer: it has no gradient; persistent: saved with the weights
             self.register_buffer("pos_embed", table)
         self.blocks = nn.ModuleList(Block(width, heads, config.mlp_ratio) for _ in range(depth))
-        self.cls_token, self.blocks_token = None, None
+        self.cls_token = self.blocks_token = None
         if global_pool != "avg":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
             self.blocks_token = nn.ModuleList(
@@ -128,36 +118,6 @@ class Encoder(TimmInterface):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
         self.init_weights()
-
-    @property
-    def img_size(self) -> tuple[int, int]:
-        """(height, width) in pixels; other sizes work with the sin-cos table."""
-        return self.patch_embed.img_size
-
-    @property
-    def patch_size(self) -> int:
-        """Side of a patch in pixels."""
-        return self.patch_embed.patch_size[0]
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches at `img_size`."""
-        return self.patch_embed.grid_size
-
-    @property
-    def num_patches(self) -> int:
-        """N."""
-        return self.patch_embed.num_patches
-
-    @property
-    def depth(self) -> int:
-        """L."""
-        return len(self.blocks)
-
-    @property
-    def architecture(self) -> str:
-        """The registered name of this size, or of the size that `model_args` changes."""
-        return f"{_PREFIX}{self.config.size}{_SUFFIX}"
 
     def extra_repr(self) -> str:
         return f"img_size={self.img_size}, patch={self.patch_size}, grid={self.grid}, pool={self.global_pool}"
@@ -173,7 +133,7 @@ class Encoder(TimmInterface):
         nn.init.xavier_uniform_(kernel.data.view(kernel.shape[0], -1))
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
-        if self.num_classes:
+        if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     # ---- the pieces, in the order they run -------------------------------------------------------
@@ -267,6 +227,7 @@ class Encoder(TimmInterface):
 
         With `return_weights` the maps are one [R, H, 1 + n] per pooling block; else the list is empty.
         """
+        assert self.cls_token is not None and self.blocks_token is not None
         cls = self.cls_token[:, 0].expand(tokens.shape[0], -1)
         maps, stats = [], None
         for block in self.blocks_token:
@@ -417,8 +378,9 @@ def create_encoder(
     patch = pair(patch_size, "patch_size")
     if patch[0] != patch[1]:
         raise UsageError(f"patch_size: patches are square, got {patch[0]} x {patch[1]}")
+    size: Any = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
     config = ModelConfig(
-        size=name.removeprefix(_PREFIX).removesuffix(_SUFFIX),
+        size=size,
         img_size=pair(img_size),
         patch_size=patch[0],
         drop_path=drop_path_rate,

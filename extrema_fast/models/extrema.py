@@ -252,9 +252,10 @@ class ExtreMA(nn.Module):
     @torch.no_grad()
     def sync_shadow_weights(self) -> None:
         """Copies the weights to their shadows, where there are any."""
-        layers = [m for m in self._linears(self).values() if m.shadow is not None]
-        if layers:
-            torch._foreach_copy_([m.shadow for m in layers], [m.weight for m in layers])
+        pairs = [(m.shadow, m.weight) for m in self._linears(self).values() if m.shadow is not None]
+        if pairs:
+            shadows, weights = zip(*pairs, strict=True)
+            torch._foreach_copy_(shadows, weights)
 
     @staticmethod
     def _linears(module: nn.Module) -> dict[str, Linear]:

@@ -140,7 +140,7 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, norm: nn.Module | None = None, recompute_norm: bool = False) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None, recompute_norm: bool = False) -> Tensor:
         """Attention of `norm(x)`: [R, n, D] -> [R, n, D]; the backward pass may recompute `norm(x)`."""
         r, n, width = x.shape
         qkv = linear(x, self.qkv, norm, recompute_norm).view(r, n, 3, self.heads, width // self.heads)
@@ -156,7 +156,7 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, width)
 
     def forward(
-        self, x: Tensor, norm: nn.Module | None = None, recompute: frozenset[str] = frozenset()
+        self, x: Tensor, norm: nn.LayerNorm | None = None, recompute: frozenset[str] = frozenset()
     ) -> Tensor:
         """MLP of `norm(x)`: [..., D] -> [..., D]; `recompute` as of `Block`."""
         hidden = linear(x, self.fc1, norm, "norm" in recompute)

@@ -67,15 +67,55 @@ class TimmInterface(nn.Module):
     has_class_token = False
 
     config: ModelConfig
+    architecture: str
     patch_embed: PatchEmbed
     sincos: SinCos
-    cls_token: nn.Parameter | None
     pos_embed: Tensor
-    embed_dim: int
+    # a ModuleList of `layers.Block`
+    blocks: Any
+    cls_token: nn.Parameter | None
+    blocks_token: nn.ModuleList | None
+    norm: nn.Module
+    fc_norm: nn.Module
+    head: nn.Module
+    head_drop: nn.Module
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    drop_path_rate: float
+    embed: Any
+    encode: Any
+    trunk_layers: Any
+    pool: Any
+    check_images: Any
+    _model_args: dict[str, Any]
+    _traits: dict[str, Any]
 
     # ---- attributes ------------------------------------------------------------------------------
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """(height, width) in pixels; other sizes work with the sin-cos table."""
+        return self.patch_embed.img_size
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.patch_embed.patch_size[0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches at `img_size`."""
+        return self.patch_embed.grid_size
+
+    @property
+    def num_patches(self) -> int:
+        """N at `img_size`."""
+        return self.patch_embed.num_patches
+
+    @property
+    def depth(self) -> int:
+        """L, trunk blocks."""
+        return len(self.blocks)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -199,9 +239,10 @@ class TimmInterface(nn.Module):
     ) -> list[Tensor]:
         """Patch tokens of the last n blocks, or of those named: [B, N, D], reshaped [B, D, rows, columns]."""
         fmt = "NCHW" if reshape else "NLC"
-        return self.forward_intermediates(
+        layers: Any = self.forward_intermediates(
             x, n, return_prefix_tokens, norm, output_fmt=fmt, intermediates_only=True
         )
+        return layers
 
     # ---- changes in place ------------------------------------------------------------------------
 
@@ -256,9 +297,10 @@ class TimmInterface(nn.Module):
         like = self.patch_embed.proj.weight
         self.head = nn.Identity()
         if num_classes:
-            self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
-            nn.init.trunc_normal_(self.head.weight, std=2e-5)
-            nn.init.zeros_(self.head.bias)
+            head = nn.Linear(like.shape[0], num_classes, device=like.device, dtype=like.dtype)
+            nn.init.trunc_normal_(head.weight, std=2e-5)
+            nn.init.zeros_(head.bias)
+            self.head = head
         self.head.train(self.training)
 
     def set_input_size(

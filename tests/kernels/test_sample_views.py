@@ -33,7 +33,7 @@ def test_equal_to_the_definition(n, kept, views, mode, seed, epoch):
 
 def test_training_uses_these_indices():
     assert torch.equal(
-        masking.sample_views(ROWS, 19, 5, 3, seed=4, epoch=2), sample_views(ROWS, 19, 5, 3, seed=4, epoch=2)
+        masking.draw_views(ROWS, 19, 5, 3, seed=4, epoch=2), sample_views(ROWS, 19, 5, 3, seed=4, epoch=2)
     )
 
 
