@@ -1,14 +1,9 @@
 """`accelerate` on timm's VisionTransformer.
 
-Covers, for every variant (class token or not, registers, positions learned, without the prefix, or none, LayerScale,
-qk-norm, scale norms, gated attention and MLPs, SwiGLU, RMSNorm, pre-norm, head_dim of its own, a norm or a
-convolutional stem before the blocks, gaps and rectangles in place of patches): dense output bit-equal to timm's in
-fp64; kept tokens and all gradients equal to the slow way, with views, permuted and repeated indices; prefix, class
-token and patches of the result. Real model names of timm. Other image sizes with dynamic_img_size. Training:
-drop-path, dropout, recomputation. Autocast and bf16: error against fp64. Everything that is not stock is called:
-hooks, LoRA, replaced forwards, parametrised, pruned, quantised and compiled layers, other classes. The owner:
-state_dict, optimizer steps, copies, two processes under DistributedDataParallel. torch.compile. Reports, strict.
-Refused models and bad input.
+Covers: every variant of the class, dense output bit-equal to timm's in fp64, kept tokens and all gradients equal to
+"embed all, gather, run the blocks", views, other sizes; training (drop-path, dropout, recomputation), autocast, bf16;
+everything that is not stock is called (hooks, LoRA, replaced forwards, parametrised, compiled, quantised parts); the
+owner (state_dict, optimizer, copies, two processes); torch.compile; reports, strict; refused models, bad input.
 """
 
 from __future__ import annotations
@@ -180,19 +175,6 @@ def test_variants(name, seed):
     assert bool(fast.report().called.get("patch_embed")) == (name in WHOLE)
 
 
-@pytest.mark.parametrize("options", [{}, {"scale_norm": True, "qk_norm": True}, {"attn_head_dim": 6}])
-def test_gated_attention(options, seed):
-    vit = build()
-    options = {"gated": True, "qkv_bias": True, "norm_layer": nn.LayerNorm} | options
-    vit.blocks[1].attn = type(vit.blocks[1].attn)(24, 3, **options).double()
-    images, keep, fast = images_for(vit).requires_grad_(), draw(2, 5), accelerate(vit, strict=True)
-    assert torch.equal(fast.forward_features(images), vit.forward_features(images))
-    out, wanted = fast.encode(images, keep).tokens, slow(vit, images, keep)
-    weight = torch.randn_like(wanted)
-    assert_same(gradients(vit, images, out, weight), gradients(vit, images, wanted, weight))
-    assert "blocks.1.attn.gate" in fast.report().replaced
-
-
 @pytest.mark.parametrize("kept", [1, 7, N])
 def test_views_run_at_once_and_equal_one_by_one(kept, seed):
     vit = build(reg_tokens=1)
@@ -208,9 +190,9 @@ def test_views_run_at_once_and_equal_one_by_one(kept, seed):
         assert (out.tokens[:, v] - slow(vit, images, keep[:, v])).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize("name", ["registers", "qk-norm"])
-def test_no_images(name):
-    vit = build(**({"reg_tokens": 1} if name == "registers" else {"qk_norm": True}))
+@pytest.mark.parametrize("options", [{"reg_tokens": 1}, {"qk_norm": True}])
+def test_no_images(options):
+    vit = build(**options)
     images, fast = images_for(vit, 0), accelerate(vit)
     p = vit.num_prefix_tokens
     assert fast.encode(images).tokens.shape == vit.forward_features(images).shape == (0, p + N, 24)
@@ -475,6 +457,9 @@ def not_stock(vit: VisionTransformer, how: str) -> str:
         # with a forward of the class that uses it, as adapter forks of timm have
         block.attn.adapter = nn.Linear(24, 24).double()
         return "blocks.1.attn"
+    if how == "gated":
+        block.attn = type(block.attn)(24, 3, gated=True, qkv_bias=True, norm_layer=nn.LayerNorm).double()
+        return "blocks.1.attn"
     if how == "compiled":
         block.mlp.fc2.compile(backend="eager")
         return "blocks.1.mlp.fc2"
@@ -496,7 +481,7 @@ class Doubled(Tensor):
 @pytest.mark.parametrize(
     "how",
     ["parametrised", "pruned", "forward of one block", "forward of one attention", "subclass", "another part",
-     "compiled", "tensor subclass"],
+     "gated", "compiled", "tensor subclass"],
 )  # fmt: skip
 def test_what_is_not_stock_is_called(how, seed):
     vit = build()
@@ -517,29 +502,6 @@ def test_a_class_whose_forward_was_exchanged(monkeypatch):
     monkeypatch.setattr(type(vit.blocks[0].attn), "forward", lambda self, x, **_: 3 * x)
     assert (fast.encode(images, keep).tokens - slow(vit, images, keep)).abs().max() <= 1e-12
     assert "blocks.0.attn" in fast.report().called
-
-
-def test_dynamically_quantised_layers_run(seed):
-    vit = build(torch.float32)
-    fast = accelerate(vit)
-    weights = vit.blocks[1].mlp.fc1.weight.detach()
-    scale = weights.abs().amax(1, keepdim=True) / 127
-
-    class Int8(nn.Module):
-        def __init__(self, bias):
-            super().__init__()
-            self.register_buffer("q", (weights / scale).round().to(torch.int8))
-            self.register_buffer("bias", bias)
-
-        def forward(self, x):
-            return F.linear(x, self.q.float() * scale, self.bias)
-
-    vit.blocks[1].mlp.fc1 = Int8(vit.blocks[1].mlp.fc1.bias.detach())
-    images, keep = images_for(vit), draw(2, 5)
-    torch.testing.assert_close(
-        fast.encode(images, keep).tokens, slow(vit, images, keep), rtol=1e-4, atol=1e-5
-    )
-    assert fast.report().called == {"blocks.1.mlp.fc1": "Int8 is not Linear"}
 
 
 # ---- the owner ----------------------------------------------------------------------------------------
@@ -642,30 +604,22 @@ def test_compiled():
 # ---- reports and errors -------------------------------------------------------------------------------
 
 
-def test_reports():
-    fast = accelerate(build(), strict=True)
-    assert fast.report().called == {} and str(fast.report()) == "17 of 17 parts replaced"
-    assert "blocks.1.mlp.fc2" in fast.report().replaced and "17 of 17" in repr(fast)
-    vit = build(mlp_layer=SwiGLU, norm_layer=RmsNorm)
-    told = str(accelerate(vit).report())
-    assert "blocks.0.norm1: called as it is (RmsNorm is not LayerNorm)" in told
-    assert len(accelerate(vit).report()) == len(told.splitlines()) - 1 + len(
-        accelerate(vit).report().replaced
-    )
-
-
-def test_strict_also_at_later_passes():
+def test_reports_and_strict():
     vit = build()
-    fast = accelerate(vit, strict=True)
-    images = images_for(vit)
+    fast, images = accelerate(vit, strict=True), images_for(vit)
+    report = fast.report()
+    assert report.called == {} and str(report) == "17 of 17 parts replaced" and "17 of 17" in repr(fast)
+    assert "blocks.1.mlp.fc2" in report.replaced
     fast.encode(images)
+    # strict holds at later passes, too
     handle = vit.blocks[0].norm1.register_forward_hook(lambda *_: None)
-    with pytest.raises(
-        UsageError, match=r"strict, but 16 of 17 parts replaced\nblocks\.0\.norm1: .*has hooks"
-    ):
+    with pytest.raises(UsageError, match=r"16 of 17 parts replaced\nblocks\.0\.norm1: .*has hooks"):
         fast.encode(images)
     handle.remove()
     fast.encode(images)
+    report = accelerate(build(mlp_layer=SwiGLU, norm_layer=RmsNorm)).report()
+    assert "blocks.0.norm1: called as it is (RmsNorm is not LayerNorm)" in str(report)
+    assert len(report) == len(report.called) + len(report.replaced)
 
 
 class OtherFeatures(VisionTransformer):
@@ -678,38 +632,30 @@ class OtherHead(VisionTransformer):
         return self.forward_features(x).mean(1)
 
 
-def test_subclasses():
-    options = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
-    accelerate(OtherHead(**options))
-    with pytest.raises(UsageError, match="OtherFeatures has its own forward_features"):
-        accelerate(OtherFeatures(**options))
-    vit = OtherHead(**options)
+def with_own_positions() -> VisionTransformer:
+    vit = OtherHead(img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3)
+    accelerate(vit)
     vit._pos_embed = lambda x: x
-    with pytest.raises(UsageError, match="has its own _pos_embed"):
-        accelerate(vit)
+    return vit
 
 
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (lambda: nn.Linear(2, 2), "got a Linear; it takes timm's VisionTransformer"),
-        (lambda: timm.create_model("eva02_tiny_patch14_224", img_size=28), "got a Eva; it takes timm's"),
-        (
-            lambda: timm.create_model("deit_tiny_distilled_patch16_224"),
-            "VisionTransformerDistilled has its own",
-        ),
-        (lambda: nn.DataParallel(build()), "got a DataParallel; call it with the VisionTransformer inside"),
-        (lambda: torch.compile(build()), "got a OptimizedModule; call it with the VisionTransformer inside"),
-        (
-            lambda: extrema_fast.create_encoder("extrema_vit_tiny_patch16_224"),
-            r"got a Encoder; it encodes kept patches by itself, see encode\(images, keep\)",
-        ),
-        (lambda: build(dynamic_img_pad=True, dynamic_img_size=True), "dynamic_img_pad is not supported"),
-        (lambda: build(patch_drop_rate=0.5).train(), "PatchDropout is active"),
+        (lambda: nn.Linear(2, 2), "Linear; it takes timm's VisionTransformer"),
+        (lambda: timm.create_model("eva02_tiny_patch14_224", img_size=28), "Eva; it takes timm's"),
+        (lambda: timm.create_model("deit_tiny_distilled_patch16_224"), "Distilled has its own"),
+        (lambda: OtherFeatures(img_size=16, depth=1), "OtherFeatures has its own forward_features"),
+        (with_own_positions, "has its own _pos_embed"),
+        (lambda: nn.DataParallel(build()), "DataParallel; call it with the VisionTransformer inside"),
+        (lambda: torch.compile(build()), "OptimizedModule; call it with the VisionTransformer inside"),
+        (lambda: extrema_fast.create_encoder("extrema_vit_tiny_patch16_224"), r"see encode\(images, keep\)"),
+        (lambda: build(dynamic_img_pad=True, dynamic_img_size=True), "dynamic_img_pad"),
+        (lambda: build(patch_drop_rate=0.5).train(), "PatchDropout"),
     ],
 )
 def test_refused_models(model, words):
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(UsageError, match=f"accelerate: .*{words}"):
         accelerate(model())
 
 
@@ -719,54 +665,34 @@ def test_patch_dropout_is_refused_where_it_is_active():
     assert torch.equal(fast.encode(images).tokens, vit.forward_features(images))
     vit.train()
     for keep in (None, draw(2, 5)):
-        with pytest.raises(UsageError, match="PatchDropout is active and would drop patches of its own"):
+        with pytest.raises(UsageError, match="PatchDropout is active"):
             fast.encode(images, keep)
 
 
-KEEP = torch.zeros(2, 4, dtype=torch.long)
+IMAGES, KEEP = torch.zeros(2, 3, *SIZE), torch.zeros(2, 4, dtype=torch.long)
 
 
 @pytest.mark.parametrize(
     ("images", "keep", "words"),
     [
-        (torch.zeros(3, *SIZE), KEEP, r"got \[3, 24, 40\]; a single image needs images\[None\]"),
-        (torch.zeros(2, 3, *SIZE, dtype=torch.uint8), KEEP, "expected normalised floats, got torch.uint8"),
-        (torch.zeros(2, 1, *SIZE), KEEP, r"expected \[B, 3, H, W\], got \[2, 1, 24, 40\]"),
-        (
-            torch.zeros(2, 3, 24, 48),
-            KEEP,
-            r"24 x 48 is not the size \(24, 40\) of this model; use vit.set_input",
-        ),
-        (torch.zeros(2, 3, *SIZE).double(), KEEP, "expected torch.float32 as the weights, got torch.float64"),
-        (torch.zeros(2, 3, *SIZE), KEEP.float(), "keep: expected integer indices, got torch.float32"),
-        (torch.zeros(2, 3, *SIZE), KEEP.bool(), "see extrema_fast.keep_from_mask"),
-        (torch.zeros(2, 3, *SIZE), KEEP[0], r"expected \[2, K\] or \[2, V, K\] with V and K >= 1, got \[4\]"),
-        (torch.zeros(3, 3, *SIZE), KEEP, r"expected \[3, K\] or \[3, V, K\] with V and K >= 1, got \[2, 4\]"),
-        (torch.zeros(2, 3, *SIZE), KEEP[:, :0], r"K >= 1, got \[2, 0\]"),
-        (
-            torch.zeros(2, 3, *SIZE),
-            KEEP + 15,
-            r"indices in \[0, 15\), which count patches only, got 15 to 15",
-        ),
-        (torch.zeros(2, 3, *SIZE), KEEP - 1, r"got -1 to -1"),
-        (torch.zeros(2, 3, *SIZE), KEEP.tolist(), "keep: expected a tensor of integer indices, got list"),
-        (np.zeros((2, 3, *SIZE), "float32"), KEEP, r"images: expected a tensor \[B, C, H, W\], got ndarray"),
+        (IMAGES[0], KEEP, r"images: .*images\[None\]"),
+        (IMAGES.byte(), KEEP, "images: .*torch.uint8"),
+        (IMAGES[:, :1], KEEP, r"images: .*\[2, 1, 24, 40\]"),
+        (torch.zeros(2, 3, 24, 48), KEEP, "images: 24 x 48 .*set_input_size"),
+        (IMAGES.double(), KEEP, "images: .*torch.float64"),
+        (np.zeros((2, 3, *SIZE), "float32"), KEEP, "images: .*ndarray"),
+        (IMAGES, KEEP.float(), "keep: .*torch.float32"),
+        (IMAGES, KEEP[0], r"keep: .*\[4\]"),
+        (IMAGES, KEEP + 15, "keep: .*15 to 15"),
     ],
 )
 def test_bad_input(images, keep, words):
     fast = accelerate(build(torch.float32))
     with pytest.raises(UsageError, match=words):
         fast.encode(images, keep)
-
-
-@pytest.mark.parametrize("images", [torch.zeros(2, 1, *SIZE), torch.zeros(2, 3, 24, 48), torch.zeros(3, *SIZE),
-                                    torch.zeros(2, 3, *SIZE).double()])  # fmt: skip
-def test_bad_images_of_a_dense_pass(images):
-    fast = accelerate(build(torch.float32))
-    with pytest.raises(UsageError, match="images: "):
-        fast.encode(images)
-    with pytest.raises(UsageError, match="images: "):
-        fast.forward_features(images)
+    if words.startswith("images"):
+        with pytest.raises(UsageError, match=words):
+            fast.forward_features(images)
 
 
 def test_more_bad_input(monkeypatch):
@@ -774,17 +700,15 @@ def test_more_bad_input(monkeypatch):
     with pytest.raises(UsageError, match="24 x 41 is not a multiple of the patch size 8"):
         accelerate(vit).encode(torch.zeros(2, 3, 24, 41), KEEP)
     for masks in ({"attn_mask": torch.zeros(16, 16)}, {"is_causal": True}):
-        with pytest.raises(UsageError, match=r"attends to all tokens; use vit\.forward_features"):
-            accelerate(vit).forward_features(torch.zeros(2, 3, *SIZE), **masks)
-    with pytest.raises(UsageError, match="unknown backend 'sdpaa'; did you mean 'sdpa'"):
+        with pytest.raises(UsageError, match=r"attn_mask, is_causal: .*vit\.forward_features"):
+            accelerate(vit).forward_features(IMAGES, **masks)
+    with pytest.raises(UsageError, match="'sdpaa'; did you mean 'sdpa'"):
         accelerate(vit, attention="sdpaa")
     stem = build(torch.float32, embed_layer=Stem)
     stem.patch_embed.proj.append(nn.MaxPool2d((1, 5)))
     stem.pos_embed = None
-    with pytest.raises(
-        UsageError, match="its 3 patches are no grid of 24 x 40 pixels; give it a `grid_size`"
-    ):
-        accelerate(stem).encode(torch.zeros(2, 3, *SIZE), KEEP)
+    with pytest.raises(UsageError, match="patch_embed: its 3 patches are no grid of 24 x 40 pixels"):
+        accelerate(stem).encode(IMAGES, KEEP)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UsageError, match=r'timm cannot be imported .*pip install "extrema-fast\[timm\]"'):
+    with pytest.raises(UsageError, match=r"timm cannot be imported .*extrema-fast\[timm\]"):
         accelerate(vit)
