@@ -1,8 +1,7 @@
-"""Keyed random numbers: every coin is a function of (seed, sample row, epoch, stream).
+"""Keyed random numbers: each is a function of (seed, sample row, epoch, stream).
 
-Philox4x32-10 (`kernels/_philox.py`), so CPU, GPU and Triton kernels agree word for word. Nothing is stored
-in a checkpoint, and no coin depends on the number of processes, micro-batches or steps taken before
-(Salmon et al., SC 2011).
+Philox4x32-10 (Salmon et al., SC 2011; `kernels/_philox.py`), so CPU, GPU and Triton kernels agree word for word.
+Nothing is stored in a checkpoint, and no number depends on processes, micro-batches or steps taken before.
 """
 
 from __future__ import annotations

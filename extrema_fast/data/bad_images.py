@@ -1,10 +1,8 @@
 """The list of images that cannot be used: each is named once and left out, and too many of them end the run.
 
-Whether an image can be used is a property of its file, and what replaces it one of (seed, epoch, place in the epoch)
-(`Order.substitutes`): the first candidate that can be used. So it makes no difference when an image is found, by which
-process, or whether the list is still there after a restart; the list only saves finding it again. (The exception is
-damage inside an image that DALI notices in some crops only. A JPEG file without its end, the usual kind, is not among
-them: `ImageFiles` checks for that.)
+Whether an image can be used is a property of its file, and what replaces it one of (seed, epoch, place in the epoch).
+So it makes no difference when an image is found, by which process, or whether the list survives a restart: it only
+saves finding it again. (The exception: damage inside an image that DALI notices in some crops only.)
 """
 
 from __future__ import annotations

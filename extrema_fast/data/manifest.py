@@ -1,29 +1,7 @@
-"""The manifest: a table of images that have been verified once, one row each, good or bad.
+"""The manifest: a table of images that have been verified once, one row each, good or bad (format: docs/data.md).
 
-A text file in UTF-8, fields separated by tabs:
-
-    line 1   `# extrema-fast manifest 1`, a tab, and a JSON object: `root` (where relative paths start; if
-             relative itself, at the folder of the manifest), `classes` (names in label order; [] without
-             labels), and the settings of the program that wrote it
-    line 2   the names of the columns
-    others   one image each:
-
-    path         of the file, or of the shard that holds the image; relative to the root, or absolute
-    member       the image's name inside the shard; empty: the file is the image
-    offset       of its first byte in the shard; -1: the file is the image
-    bytes        their number
-    mtime_ns     time of the file's last change, nanoseconds since 1970
-    crc32        of the bytes, 8 hexadecimal digits
-    kind         jpeg, png, ... as its first bytes say; empty: not known
-    width        pixels as stored, before any EXIF rotation; 0: not known
-    height
-    orientation  EXIF 1 to 8; 1 where there is none
-    label        the name of its class; empty: none
-    status       `ok`, or why the image cannot be used
-
-In path, member, label and status `\\t \\n \\r \\\\` stand for tab, line feed, carriage return and backslash, and
-`\\xNN` for a byte of a file name that is not UTF-8. `pandas.read_csv(M, sep="\\t", header=1)` reads it, so
-does `tail -n +2 M | cut -f1`. Rows may be taken out with any tool; training takes those with status `ok`.
+A text file in UTF-8 with tabs between fields: line 1 is a magic word and a JSON object, line 2 the names of the
+columns, all others one image each.
 """
 
 from __future__ import annotations

@@ -1,13 +1,9 @@
 """Which rows a global batch holds: a pure function of (seed, epoch, step), for any number of processes.
 
-    global   all rows of the epoch, permuted
-    shards   the tar shards permuted, and each row moved by a random part of `data.window` shards: at any moment rows
-             come from the last `window` shards only, so reads stay close together; the end of an epoch mixes
-             with its beginning, so that no part of it is mixed less; a window of all shards shuffles like `global`
-
-Either way an epoch holds each row once; its incomplete last batch is left out. In a mixture (`ImageSource.parts`) a
-part of n rows with `passes` p gives round(p n) rows per epoch, the next ones of an endless row of permutations, so
-that each comes once in 1/p epochs.
+global   all rows of the epoch, permuted
+shards   the tar shards permuted, and each row moved by a random share of `data.window` shards: at any moment rows
+         come from the last `window` shards only, so reads stay close together; the end of an epoch mixes with its
+         beginning, so that all of it is mixed equally; a window of all shards shuffles like `global`
 """
 
 from __future__ import annotations
@@ -23,7 +19,7 @@ from ..config import DataConfig
 from ..errors import UsageError
 from .image_source import ImageSource
 
-# candidates for the place of a row that cannot be used
+# candidates that replace a row that cannot be used; the first ones are rows that the epoch leaves out
 SUBSTITUTES = 64
 _LEFT_OVER_FIRST = 4
 # rows drawn at a time
@@ -31,7 +27,7 @@ _CHUNK = 1 << 16
 
 
 def epoch_length(source: Sized) -> int:
-    """Rows of an epoch, those of its incomplete last batch included; of anything but a mixture, its length."""
+    """Rows of an epoch, those of its incomplete last batch included; without fractions of a mixture, its length."""
     return sum(_count(*part) for part in getattr(source, "parts", ())) or len(source)
 
 
@@ -40,12 +36,14 @@ def _count(first: int, end: int, passes: float) -> int:
 
 
 class Order:
-    """The rows of every global batch, and what takes the place of a row that cannot be used.
+    """The rows of every global batch, and the candidates that replace a row that cannot be used.
 
-    raises UsageError: `data.order` shards for a source without shards, or a batch larger than an epoch
+    An epoch holds each row once; its incomplete last batch is left out. In a mixture, a part of n rows with `passes` p
+    gives round(p n) rows per epoch, the next ones of an endless sequence of permutations. The next epoch is shuffled in
+    a thread while the current one is read; two epochs are held, 8 bytes per row each.
 
-    The next epoch is shuffled in a thread of its own while the current one is read; two epochs are held, 8 bytes
-    per row each.
+    Raises:
+        UsageError: `data.order` shards for a source without shards, or a batch larger than an epoch.
     """
 
     def __init__(self, source: ImageSource, cfg: DataConfig, batch_size: int, seed: int) -> None:
@@ -71,10 +69,7 @@ class Order:
         return epoch, self._rows(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def substitutes(self, step: int, place: int) -> np.ndarray:
-        """[SUBSTITUTES] int64 rows for a place of a batch, in the order they are tried.
-
-        The first few are rows that this epoch leaves out, so they are not seen twice in it.
-        """
+        """[SUBSTITUTES] int64 rows that may replace the row at a place of a batch, in the order they are tried."""
         epoch, batch = divmod(step, self.steps)
         at = torch.tensor([batch * self.batch_size + place])
         w = rng.words(at, SUBSTITUTES, seed=self.seed, epoch=epoch, stream=rng.SUBSTITUTE)[0].numpy()
@@ -104,7 +99,7 @@ class Order:
         return rows[rng.permutation(self.length, seed=self.seed, epoch=epoch)].numpy()
 
     def _drawn(self, epoch: int) -> torch.Tensor:
-        """[length] int64 rows of an epoch, not shuffled yet."""
+        """[length] int64 rows of an epoch, not shuffled."""
         if not self.source.parts:
             return torch.arange(len(self.source))
         drawn = []

@@ -1,9 +1,9 @@
-"""The two built-in image sets, written once as image files into a cache folder.
+"""The two built-in image sets, written once as image files into the cache folder.
 
-`photos`: grayscale crops of the photographs that scikit-image ships inside its package (nothing is
-downloaded). Class = photograph; training crops come from its left half, test crops from its right
-half, each at a random place, scale, flip and brightness. `synthetic`: generated textures, for runs
-that only have to run. Both are ordinary class-folder trees, so the usual reader path serves them.
+`photos`: grayscale crops of the photographs that scikit-image ships inside its package (nothing is downloaded).
+Class = photograph; training crops come from its left half, test crops from its right half, each at a random place,
+scale, flip and brightness. `synthetic`: generated textures, for runs that only have to run. Both are ordinary folders
+of class folders.
 """
 
 from __future__ import annotations
@@ -27,33 +27,50 @@ from ..errors import StorageError, UsageError
 
 log = logging.getLogger(__name__)
 
-# photographs and micrographs inside the scikit-image wheel. Left out: drawings and masks, the second
-# stereo image of the motorcycle (a near copy of the first) and the 102-pixel microaneurysms
-PHOTOS = (
-    "astronaut.png",
-    "brick.png",
-    "camera.png",
-    "cell.png",
-    "chelsea.png",
-    "clock_motion.png",
-    "coffee.png",
-    "coins.png",
-    "grass.png",
-    "gravel.png",
-    "hubble_deep_field.jpg",
-    "ihc.png",
-    "moon.png",
-    "motorcycle_left.png",
-    "page.png",
-    "retina.jpg",
-    "rocket.jpg",
-    "text.png",
-)
 TEXTURES = ("blobs", "checks", "rings", "stripes")
+# What decides the files of a set, and with them the name of its folder: raise `version` whenever the same recipe would
+# give other files. `size` is the side of the stored square images in pixels; `scale` the side of a crop as a share of
+# the short side of its half photograph (evaluation uses the central 7/8 of it, 0.25 to 0.6 of that side); each crop is
+# multiplied by a number from [1 - brightness, 1 + brightness].
+PHOTOS_RECIPE: dict[str, Any] = {
+    "set": "photos",
+    "version": 1,
+    # photographs and micrographs inside the scikit-image wheel. Left out: drawings and masks, the second
+    # stereo image of the motorcycle (a near copy of the first) and the 102-pixel microaneurysms
+    "photos": [
+        "astronaut.png",
+        "brick.png",
+        "camera.png",
+        "cell.png",
+        "chelsea.png",
+        "clock_motion.png",
+        "coffee.png",
+        "coins.png",
+        "grass.png",
+        "gravel.png",
+        "hubble_deep_field.jpg",
+        "ihc.png",
+        "moon.png",
+        "motorcycle_left.png",
+        "page.png",
+        "retina.jpg",
+        "rocket.jpg",
+        "text.png",
+    ],
+    "size": 48,
+    "counts": {"train": 120, "test": 60},
+    "scale": [0.29, 0.69],
+    "brightness": 0.5,
+    "seed": 0,
+}
+SYNTHETIC_RECIPE: dict[str, Any] = {
+    "set": "synthetic",
+    "version": 1,
+    "size": 48,
+    "counts": {"train": 24, "test": 12},
+    "seed": 0,
+}
 MARKER = "COMPLETE.json"
-
-# part of the cache key: raise it whenever the same parameters would give other files
-_VERSION = 1
 _STALE_SECONDS = 3600
 
 
@@ -63,59 +80,51 @@ def cache_root() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "extrema_fast"
 
 
-def write_photos(
-    folder: str | Path | None = None,
-    *,
-    size: int = 48,
-    train_per_photo: int = 120,
-    test_per_photo: int = 60,
-    scale: tuple[float, float] = (0.29, 0.69),
-    brightness: float = 0.5,
-    seed: int = 0,
-) -> Path:
-    """The `photos` set; written on the first call, found again on later ones.
+def write_photos(recipe: dict[str, Any] = PHOTOS_RECIPE) -> Path:
+    """Writes the `photos` set on the first call, and finds it again on later ones.
 
-    folder      data set root; None: a cache folder named by the parameters
-    size        side of the stored square PNG files in pixels
-    scale       side of a crop as a share of the short side of the half it is taken from; evaluation sees the
-                central 7/8 of it, 0.25 to 0.6 of that side
-    brightness  each crop is multiplied by a number from [1 - brightness, 1 + brightness]
-    returns     the root, holding `train/<photo>/NNNN.png` and `test/<photo>/NNNN.png`
-    raises      UsageError: scikit-image or one of its photographs is missing, a value is out of range,
-                or `folder` holds something else; StorageError: the folder cannot be written
+    Returns:
+        The folder with `train/<photo>/NNNN.png` and `test/<photo>/NNNN.png`.
+
+    Raises:
+        UsageError: scikit-image or one of its photographs is missing, or the folder is damaged.
+        StorageError: the cache folder cannot be written.
     """
-    counts = {"train": train_per_photo, "test": test_per_photo}
-    _require_positive("photos", size=size, train_per_photo=train_per_photo, test_per_photo=test_per_photo)
-    _require(0 < scale[0] <= scale[1] <= 1, f"photos: scale: expected 0 < low <= high <= 1, got {scale}")
-    _require(0 <= brightness < 1, f"photos: brightness: expected [0, 1), got {brightness}")
-    recipe = {
-        "set": "photos",
-        "version": _VERSION,
-        "photos": list(PHOTOS),
-        "size": size,
-        "counts": counts,
-        "scale": list(scale),
-        "brightness": brightness,
-        "seed": seed,
-    }
 
     def write(root: Path) -> None:
-        for number, path in enumerate(photo_files()):
-            left, right = _halves(path)
-            for epoch, (split, half) in enumerate((("train", left), ("test", right))):
-                index = torch.arange(counts[split]) + (number << 32)
-                coins = rng.uniform(index, 5, seed=seed, epoch=epoch, stream=rng.CROP).tolist()
-                target = root / split / path.stem
-                target.mkdir(parents=True)
-                for row, u in enumerate(coins):
-                    crop = _crop(half, u, size, scale, brightness)
-                    crop.save(target / f"{row:04d}.png", compress_level=1)
+        for number, path in enumerate(_photo_files(recipe["photos"])):
+            halves = dict(zip(("train", "test"), _halves(path), strict=True))
+            for epoch, (split, half) in enumerate(halves.items()):
+                for u, file in _files(root / split / path.stem, recipe, number, epoch, 5, "png"):
+                    _crop(half, u.tolist(), recipe).save(file, compress_level=1)
 
-    return _write_once(folder, recipe, write)
+    return _write_once(recipe, write)
 
 
-def photo_files() -> list[Path]:
-    """Where the photographs are; raises UsageError naming what is missing."""
+def write_synthetic(recipe: dict[str, Any] = SYNTHETIC_RECIPE) -> Path:
+    """Writes generated colored textures as JPEG files in four classes, as `write_photos` does its set."""
+
+    def write(root: Path) -> None:
+        image = _pillow()
+        for number, name in enumerate(TEXTURES):
+            for epoch, split in enumerate(("train", "test")):
+                for u, file in _files(root / split / name, recipe, number, epoch, 10, "jpg"):
+                    image.fromarray(_texture(name, u, recipe["size"]).numpy()).save(file, quality=95)
+
+    return _write_once(recipe, write)
+
+
+def _files(
+    folder: Path, recipe: dict[str, Any], number: int, epoch: int, numbers: int, suffix: str
+) -> list[tuple[torch.Tensor, Path]]:
+    """(random numbers [numbers], file) of each image of a class; the folder is made."""
+    folder.mkdir(parents=True)
+    index = torch.arange(recipe["counts"][folder.parent.name]) + (number << 32)
+    drawn = rng.uniform(index, numbers, seed=recipe["seed"], epoch=epoch, stream=rng.CROP)
+    return [(u, folder / f"{row:04d}.{suffix}") for row, u in enumerate(drawn)]
+
+
+def _photo_files(names: list[str]) -> list[Path]:
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
         raise UsageError(
@@ -123,55 +132,13 @@ def photo_files() -> list[Path]:
             'pip install "extrema-fast[train]", or give --data.train a folder of images'
         )
     data = Path(spec.origin).parent / "data"
-    missing = [name for name in PHOTOS if not (data / name).is_file()]
+    missing = [name for name in names if not (data / name).is_file()]
     if missing:
         raise UsageError(
-            f"photos: {len(missing)} of {len(PHOTOS)} photographs are not in {data}, first: {missing[0]}; "
+            f"photos: {len(missing)} of {len(names)} photographs are not in {data}, first: {missing[0]}; "
             'this scikit-image packs other files: pip install "scikit-image>=0.25,<0.27"'
         )
-    return [data / name for name in PHOTOS]
-
-
-def write_synthetic(
-    folder: str | Path | None = None,
-    *,
-    size: int = 48,
-    train_per_class: int = 24,
-    test_per_class: int = 12,
-    seed: int = 0,
-) -> Path:
-    """Generated coloured textures as JPEG files, four classes; written once, like `write_photos`.
-
-    returns  the root, holding `train/<texture>/NNNN.jpg` and `test/<texture>/NNNN.jpg`
-    raises   as `write_photos`; scikit-image is not needed
-    """
-    counts = {"train": train_per_class, "test": test_per_class}
-    _require_positive("synthetic", size=size, train_per_class=train_per_class, test_per_class=test_per_class)
-    recipe = {"set": "synthetic", "version": _VERSION, "size": size, "counts": counts, "seed": seed}
-
-    def write(root: Path) -> None:
-        image = _pillow()
-        for number, name in enumerate(TEXTURES):
-            for epoch, split in enumerate(counts):
-                index = torch.arange(counts[split]) + (number << 32)
-                coins = rng.uniform(index, 10, seed=seed, epoch=epoch, stream=rng.CROP)
-                target = root / split / name
-                target.mkdir(parents=True)
-                for row, u in enumerate(coins):
-                    pixels = _texture(name, u, size).numpy()
-                    image.fromarray(pixels).save(target / f"{row:04d}.jpg", quality=95)
-
-    return _write_once(folder, recipe, write)
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise UsageError(message)
-
-
-def _require_positive(name: str, **values: int) -> None:
-    for key, value in values.items():
-        _require(value >= 1, f"{name}: {key}: expected at least 1, got {value}")
+    return [data / name for name in names]
 
 
 def _pillow() -> Any:
@@ -186,21 +153,21 @@ def _halves(path: Path) -> tuple[Any, Any]:
     # separate images: a crop of one half cannot reach a pixel of the other, not even when resizing
     with _pillow().open(path) as im:
         gray = im.convert("L")
-    # the colour profile of the original is wrong for it, and libpng complains at every read
+    # the color profile of the original is wrong for it, and libpng complains at every read
     gray.info.clear()
     w, h = gray.size
     return gray.crop((0, 0, w // 2, h)), gray.crop((w - w // 2, 0, w, h))
 
 
-def _crop(half: Any, u: list[float], size: int, scale: tuple[float, float], brightness: float) -> Any:
+def _crop(half: Any, u: list[float], recipe: dict[str, Any]) -> Any:
     image = _pillow()
-    w, h = half.size
-    side = max(1, round(min(w, h) * (scale[0] + (scale[1] - scale[0]) * u[0])))
+    (w, h), size, (low, high) = half.size, recipe["size"], recipe["scale"]
+    side = max(1, round(min(w, h) * (low + (high - low) * u[0])))
     x, y = int(u[1] * (w - side + 1)), int(u[2] * (h - side + 1))
     crop = half.crop((x, y, x + side, y + side)).resize((size, size), image.Resampling.BILINEAR)
     if u[3] < 0.5:
         crop = crop.transpose(image.Transpose.FLIP_LEFT_RIGHT)
-    gain = 1 + brightness * (2 * u[4] - 1)
+    gain = 1 + recipe["brightness"] * (2 * u[4] - 1)
     return crop.point([min(255, round(v * gain)) for v in range(256)])
 
 
@@ -226,23 +193,23 @@ def _texture(name: str, u: torch.Tensor, size: int) -> torch.Tensor:
     return ((first + (second - first) * mix) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def _write_once(folder: str | Path | None, recipe: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    """Runs `write` on a temporary sibling of `folder` and renames it; a finished folder is kept.
+def _write_once(recipe: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    """Runs `write` on a temporary folder and renames it; a finished one is kept.
 
-    The marker inside holds the recipe and the number of files: a folder with another recipe, without
-    a marker, or with files missing is never taken for the data set.
+    The marker inside holds the recipe and the number of files: a folder without a marker or with files missing is
+    never taken for the data set.
     """
     name = recipe["set"]
-    if folder is None:
-        key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-        root = cache_root() / f"{name}-{key}"
-    else:
-        root = Path(folder)
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    root = cache_root() / f"{name}-{key}"
     if _is_complete(root, recipe):
         return root
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(root)
+        # what a killed process left; a young one may still be written by another process
+        for old in root.parent.glob(f".{root.name}.*.tmp"):
+            if time.time() - old.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".tmp", dir=root.parent))
     except OSError as e:
         raise StorageError(
@@ -272,24 +239,13 @@ def _is_complete(root: Path, recipe: dict[str, Any]) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
-        found = json.loads((root / MARKER).read_text())
-    except (OSError, ValueError):
-        found = {}
-    if {k: v for k, v in found.items() if k != "files"} != recipe:
-        raise UsageError(
-            f"{recipe['set']}: {root} exists and holds something else; delete it or choose another folder"
-        )
+        wanted = json.loads((root / MARKER).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        wanted = "those of the set"
     present = sum(1 for p in root.rglob("*") if p.is_file() and p.name != MARKER)
-    if present != found["files"]:
+    if present != wanted:
         raise UsageError(
-            f"{recipe['set']}: {root} holds {present} files instead of {found['files']}; delete it, "
-            "it is written again by the next start"
+            f"{recipe['set']}: {root} holds {present} files instead of {wanted}; delete it, it is written again by "
+            "the next start"
         )
     return True
-
-
-def _remove_stale(root: Path) -> None:
-    # what a killed process left; a young one may still be written by another process
-    for old in root.parent.glob(f".{root.name}.*.tmp"):
-        if time.time() - old.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(old, ignore_errors=True)

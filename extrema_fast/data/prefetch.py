@@ -1,14 +1,7 @@
 """From the loader to the step: batches on the device, with their random parameters drawn.
 
-On a GPU a side stream copies the images into one of two buffers and draws there (keep indices of all views, color
-jitter, drop-path) while the step before is still running. The CPU only enqueues:
-
-    step's stream    ... step t-1 ....|.... step t ......|.... step t+1
-    side stream           copy, draw t      copy, draw t+1      copy, draw t+2
-    waits for             step t-2          step t-1            step t
-
-Two events per buffer keep the order: `filled` before the step reads it, `read` before it is filled again. Before they
-are used again, their times tell how long the step's stream waited for its batch; the CPU is at most two steps ahead.
+On a GPU a side stream copies the images into one of two buffers and draws there, while the step before is still
+running; the CPU only enqueues. On a CPU both happen when the next batch is asked for.
 """
 
 from __future__ import annotations
@@ -57,6 +50,14 @@ def _on_cpu(loader: Iterator[Batch], draw: Draw, device: torch.device) -> Iterat
 
 
 def _on_gpu(loader: Iterator[Batch], draw: Draw, device: torch.device) -> Iterator[Batch]:
+    """Two buffers in turn, two events each: `filled` before the step reads it, `read` before it is filled again.
+
+    step's stream    ... step t-1 ....|.... step t ......|.... step t+1
+    side stream           copy, draw t      copy, draw t+1      copy, draw t+2
+    waits for             step t-2          step t-1            step t
+
+    Before the events are used again, their times tell how long the step's stream waited for its batch.
+    """
     side = torch.cuda.Stream(device)
     # [0] is the batch before the last one, [1] the last one
     buffers: list[_Buffer] = []

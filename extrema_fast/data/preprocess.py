@@ -1,9 +1,10 @@
-"""From a picture to the encoder's input, with the numbers the weights were trained with."""
+"""Preprocessing of single images: resize, center crop and normalize, with the values the weights were trained with."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,14 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 def resize_crop(
     image: Tensor, size: tuple[int, int], interpolation: str = "bilinear", crop_pct: float = CROP_PCT
 ) -> Tensor:
-    """Short side to size / crop_pct (size * 256 / 224), antialiased, then the centre; as timm and torchvision.
+    """Resizes the short side to size / crop_pct (size * 256 / 224), antialiased, and crops the center, as timm does.
 
-    image:   [H, W, C] uint8;  size: (height, width) of the result
-    returns  [height, width, C] uint8; an image of exactly that size is returned as it is
+    Args:
+        image: [H, W, C] uint8.
+        size: (height, width) of the result.
+
+    Returns:
+        [height, width, C] uint8; an image of exactly that size is returned as it is.
     """
     if tuple(image.shape[:2]) == size:
         return image
@@ -46,7 +51,7 @@ def scaled_size(old: Sequence[int], size: tuple[int, int], crop_pct: float = CRO
 
 def center_of(scaled: Sequence[int], size: tuple[int, int]) -> tuple[int, int]:
     """(top, left) of the crop of `size` from an image of (height, width) `scaled`."""
-    # round half to even, as torchvision centres
+    # round half to even, as torchvision does
     top, left = (round((n - s) / 2) for n, s in zip(scaled, size, strict=True))
     return top, left
 
@@ -66,10 +71,12 @@ def _per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[flo
 
 
 class Preprocess:
-    """PIL image or uint8 [H, W, 3] tensor -> fp32 [C, H, W]; see `Encoder.preprocess`.
+    """Turns a PIL image or a uint8 tensor [H, W, 3] into fp32 [C, H, W]; see `Encoder.preprocess`.
 
-    in_chans  3; or 1: the gray value of RGB, or one channel as it is; another number takes uint8 tensors
-              [H, W, in_chans], and `mean` and `std` need that many entries, or one for all
+    Args:
+        size: (height, width) of the result.
+        in_chans: 3; or 1: the gray value of RGB, or one channel as it is; another number takes uint8 tensors
+            [H, W, in_chans], and `mean` and `std` need that many entries, or one for all.
     """
 
     def __init__(
@@ -92,7 +99,7 @@ class Preprocess:
         self.interpolation, self.crop_pct = interpolation, crop_pct
 
     @property
-    def metadata(self) -> dict:
+    def metadata(self) -> dict[str, Any]:
         """input_size (C, H, W), mean, std, interpolation, crop_pct."""
         return {
             "input_size": (self.in_chans, *self.size),
@@ -102,7 +109,7 @@ class Preprocess:
             "crop_pct": self.crop_pct,
         }
 
-    def __call__(self, image) -> Tensor:
+    def __call__(self, image: Any) -> Tensor:
         if not isinstance(image, Tensor):
             image = self._pixels(image)
         channels = (1, 3) if self.in_chans == 1 else (self.in_chans,)
@@ -117,14 +124,14 @@ class Preprocess:
         pixels = resize_crop(pixels, self.size, self.interpolation, self.crop_pct)
         return normalize(pixels[None], mean, std, self.in_chans)[0]
 
-    def _pixels(self, image) -> Tensor:
+    def _pixels(self, image: Any) -> Tensor:
         if not hasattr(image, "convert"):
             raise UsageError(
                 f"image: expected a PIL image or a uint8 tensor [H, W, C], got {type(image).__name__}"
             )
         if self.in_chans not in (1, 3):
             raise UsageError(
-                f"image: a picture has 3 channels, this encoder takes {self.in_chans}; "
+                f"image: a PIL image has 3 channels, this encoder takes {self.in_chans}; "
                 f"give a uint8 tensor [H, W, {self.in_chans}]"
             )
         rgb = image.convert("RGB")

@@ -1,13 +1,8 @@
 """Images in tar shards, read in place: a row is a shard and the byte range of an image in it.
 
-webdataset's convention: members whose names agree up to the first dot of the base name are one sample; its image
-has an image's extension, its label stands in `cls` (text, usually a number) or under "label" in `json`. Other
-components are left alone. Nothing is unpacked.
-
-Each tar has an index file in DALI's format (`wds2idx`, v1.2): a line per sample with extension, offset, size and name
-of each component, separated by blanks. White space in a name is written as `\\x20` and the like, which `wds2idx` does
-not do (its lines cannot be told apart then). An index is made where it is missing, older than its tar or does not match
-it: next to the tar, else in the cache folder, else in memory alone.
+Samples and labels follow webdataset's convention (docs/data.md). Each tar has an index file in DALI's format (`wds2idx`
+v1.2: a line per sample with extension, offset, size and name of each component), except that white space in a name is
+written as `\\x20` and the like, since lines could not be told apart otherwise.
 """
 
 from __future__ import annotations

@@ -1,18 +1,8 @@
 """Opens what the user names as images: built-in sets, folders, list files, manifests, tar shards and mixtures.
 
-A mixture is a TOML file that joins several sources:
-
-    [[source]]
-    path = "imagenet/train"      # whatever --data.train takes, relative to this file
-    passes = 1.0                 # how often an epoch goes through it (default 1)
-    [[source]]
-    path = "shards/web-{000..099}.tar"
-    passes = 0.25
-    label = "web"                # the class of all its images (default: their own)
-
-Whole passes repeat the rows of a source, with random parameters of their own. A remaining fraction f is one more copy
-of the rows, as an entry (first row, end row, f) of `ImageSource.parts`: an epoch takes that share of them, so that
-each comes once in 1/f epochs. 2.5 passes over n rows are 2n rows that come each epoch and n that come every second.
+A mixture is a TOML file that joins several sources (format: docs/data.md). Whole passes repeat the rows of a source,
+with random parameters of their own; a remaining fraction f is one more copy of the rows, as an entry (first row, end
+row, f) of `ImageSource.parts`: an epoch takes that share of them, so that each comes once in 1/f epochs.
 """
 
 from __future__ import annotations

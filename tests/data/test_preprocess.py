@@ -132,7 +132,7 @@ def test_gray_is_the_gray_value_of_rgb_or_one_channel_as_it_is():
     assert torch.allclose(Preprocess((16, 16), 1, (0.3,), (0.4,))(image), f(image), atol=1e-6)
 
 
-def test_more_channels_than_a_picture_has():
+def test_more_channels_than_an_image_has():
     pytest.importorskip("PIL")
     from PIL import Image
 
@@ -149,7 +149,7 @@ def test_more_channels_than_a_picture_has():
     # one number for all channels
     one, five = (Preprocess((16, 16), 5, (0.3,) * n, (0.5,) * n) for n in (1, 5))
     assert torch.equal(one(pixels), five(pixels)) and one.metadata == five.metadata
-    with pytest.raises(UsageError, match="a picture has 3 channels, this encoder takes 5"):
+    with pytest.raises(UsageError, match="a PIL image has 3 channels, this encoder takes 5"):
         f(Image.fromarray(picture(16, 16).numpy()))
     with pytest.raises(UsageError, match=r"expected uint8 \[H, W, 5\]"):
         f(picture(16, 16))
