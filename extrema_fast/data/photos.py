@@ -12,9 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +21,7 @@ import torch
 
 from .. import rng
 from ..errors import StorageError, UsageError
+from ..files import new_folder, read_json
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +69,6 @@ SYNTHETIC_RECIPE: dict[str, Any] = {
     "seed": 0,
 }
 MARKER = "COMPLETE.json"
-_STALE_SECONDS = 3600
 
 
 def cache_root() -> Path:
@@ -193,59 +190,38 @@ def _texture(name: str, u: torch.Tensor, size: int) -> torch.Tensor:
     return ((first + (second - first) * mix) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+class _Complete(Exception):
+    """Another process has written the set meanwhile."""
+
+
 def _write_once(recipe: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    """Runs `write` on a temporary folder and renames it; a finished one is kept.
+    """The folder of a recipe, filled by `write` unless it is complete.
 
     The marker inside holds the recipe and the number of files: a folder without a marker or with files missing is
     never taken for the data set.
     """
-    name = recipe["set"]
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    root = cache_root() / f"{name}-{key}"
-    if _is_complete(root, recipe):
-        return root
+    root = cache_root() / f"{recipe['set']}-{key}"
+
+    def check(root: Path) -> None:
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            wanted = read_json(root / MARKER, {}).get("files", "those of the set")
+            present = sum(1 for p in root.rglob("*") if p.is_file() and p.name != MARKER)
+            if present != wanted:
+                raise UsageError(
+                    f"{recipe['set']}: {root} holds {present} files instead of {wanted}; delete it, it is written "
+                    "again by the next start"
+                )
+            raise _Complete
+
     try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        # what a killed process left; a young one may still be written by another process
-        for old in root.parent.glob(f".{root.name}.*.tmp"):
-            if time.time() - old.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(old, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".tmp", dir=root.parent))
-    except OSError as e:
-        raise StorageError(
-            f"{name}: cannot write {root}: {e.strerror}; set XDG_CACHE_HOME to a writable folder"
-        ) from e
-    try:
-        write(work)
-        work.chmod(0o755)
-        files = sum(1 for p in work.rglob("*") if p.is_file())
-        (work / MARKER).write_text(json.dumps({**recipe, "files": files}, indent=1) + "\n")
-        try:
-            # replaces an empty folder, and fails on one that another process finished meanwhile
-            work.rename(root)
-        except OSError:
-            if not _is_complete(root, recipe):
-                raise
-        else:
-            log.info("%s: wrote %d images to %s", name, files, root)
-    except OSError as e:
-        raise StorageError(f"{name}: cannot write {root}: {e.strerror or e}; is the disk full?") from e
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with new_folder(root, check) as work:
+            write(work)
+            files = sum(1 for p in work.rglob("*") if p.is_file())
+            (work / MARKER).write_text(json.dumps({**recipe, "files": files}, indent=1) + "\n")
+        log.info("%s: wrote %d images to %s", recipe["set"], files, root)
+    except StorageError as e:
+        raise StorageError(f"{recipe['set']}: {e}; set XDG_CACHE_HOME to a writable folder") from e
+    except _Complete:
+        pass
     return root
-
-
-def _is_complete(root: Path, recipe: dict[str, Any]) -> bool:
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return False
-    try:
-        wanted = json.loads((root / MARKER).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        wanted = "those of the set"
-    present = sum(1 for p in root.rglob("*") if p.is_file() and p.name != MARKER)
-    if present != wanted:
-        raise UsageError(
-            f"{recipe['set']}: {root} holds {present} files instead of {wanted}; delete it, it is written again by "
-            "the next start"
-        )
-    return True
