@@ -33,7 +33,6 @@ EXTRAS = {
     "train": [
         "pillow>=10.1",
         "scikit-image>=0.22",
-        "tyro>=1.0",
         "rich>=13",
         "jinja2>=3.1",
         "matplotlib>=3.8",

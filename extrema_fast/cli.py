@@ -1,19 +1,17 @@
-"""The command line: parses, calls one Python function, prints its result.
+"""The command line: each command parses its options, calls one Python function and prints the result.
 
-    pretrain -> train.pretrain    evaluate, knn, probe -> evals    report -> report.report
-    import -> convert.import_released    export -> export.export    encoders -> encoder.list_models
-    index -> index.index    pack -> pack.pack    embed -> embed.embed    search -> search.search
-    kernels -> ops.choices, kernels.listing    tune -> kernels.tune    profile -> profile.profile
-
-Errors a user can act on are one line on standard error; the exit code is the error's own.
+Errors a user can act on are one line on standard error; the exit code is the error's own. Nothing here imports torch
+before a command needs it.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import ast
+import dataclasses
 import difflib
-import io
+import inspect
+import itertools
 import json
 import logging
 import os
@@ -21,17 +19,16 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
-from . import __version__
-from .config import PRESETS, Config, did_you_mean, flatten, load_config, preset, to_dict
+from . import __version__, config
+from .config import PRESETS, Config, did_you_mean, flatten, from_dict, load_config, preset, to_dict
 from .errors import ExtremaError, Preempted, UsageError
 from .training.memory import ask_for_huge_pages
 
 log = logging.getLogger(__name__)
 
 PROG = "extrema-fast"
-INSTALL = 'pip install "extrema-fast[train]"'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,46 +68,86 @@ def _dispatch(args: list[str]) -> int:
         if name.startswith("-"):
             raise UsageError(f"unknown option {name}; the command comes first, see {PROG} --help")
         raise UsageError(f"unknown command {name!r}{did_you_mean(name, list(COMMANDS))}")
-    COMMANDS[name][0](rest)
+    COMMANDS[name].run(_Parser(name), rest)
     return 0
 
 
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"usage: {PROG} COMMAND [options]", "", "commands:"]
-    lines += [f"  {name:<{width}}  {text}" for name, (_, text, _) in COMMANDS.items()]
-    lines += ["", "examples:"] + [f"  {PROG} {example}" for _, _, example in COMMANDS.values()]
+    lines += [f"  {name:<{width}}  {c.summary}" for name, c in COMMANDS.items()]
+    lines += ["", "examples:"] + [f"  {PROG} {c.example}" for c in COMMANDS.values()]
     return "\n".join([*lines, "", f"{PROG} COMMAND --help shows the options of one; --version the version"])
 
 
 # ---- parsing ---------------------------------------------------------------------------------------
 
 
+class _Command(NamedTuple):
+    run: Callable[[_Parser, list[str]], None]
+    summary: str
+    example: str
+
+
+COMMANDS: dict[str, _Command] = {}
+
+
+def _command(name: str, summary: str, example: str) -> Callable[[Callable], Callable]:
+    """Registers a function of (parser, arguments) as a command."""
+
+    def register(run: Callable[[_Parser, list[str]], None]) -> Callable:
+        COMMANDS[name] = _Command(run, summary, example)
+        return run
+
+    return register
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse whose errors are UsageErrors, with the nearest option for an unknown one."""
 
-    def __init__(self, name: str) -> None:
-        _, text, example = COMMANDS[name]
+    def __init__(self, name: str, **options: Any) -> None:
         super().__init__(
             prog=f"{PROG} {name}",
-            description=text,
-            epilog=f"example:\n  {PROG} {example}",
+            description=COMMANDS[name].summary,
+            epilog=f"example:\n  {PROG} {COMMANDS[name].example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            **options,
         )
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
+        raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+    def switch(self, name: str, text: str, **options: Any) -> None:
+        """An option without a value."""
+        self.add_argument(name, action="store_true", help=text, **options)
 
     def parse_all(self, args: list[str]) -> argparse.Namespace:
+        """As parse_args; an unknown option is an error that names the nearest."""
         parsed, rest = self.parse_known_args(dashed(args))
         for word in rest:
             if word.startswith("-"):
-                known = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
-                raise _unknown(word, known, self.prog)
+                raise self._unknown(word)
         if rest:
             self.error(f"unexpected argument {rest[0]!r}")
         return parsed
+
+    def options(self, args: list[str], quiet: bool = False) -> dict[str, Any]:
+        """The arguments by name; logging is set up."""
+        found = vars(self.parse_all(args))
+        _set_up_logging(found.get("quiet", quiet))
+        return found
+
+    def _unknown(self, word: str) -> UsageError:
+        known = [s for a in self._actions for s in a.option_strings if s.startswith("--") and s != "--help"]
+        name = word.partition("=")[0]
+        bare = name.strip("-")
+        # the group left out: every option that ends so
+        near = [k for k in known if k.endswith(f".{bare}")] or difflib.get_close_matches(name, known, n=1)
+        # `--lr` is far from `--optim.base-lr` by letters, but is a word of it
+        near = near or [k for k in known if bare in k.rpartition(".")[2].split("-")]
+        hint = f"; did you mean {' or '.join(near)}?" if near else f"; see {self.prog} --help"
+        return UsageError(f"unknown option {name}{hint}")
 
 
 def dashed(args: Sequence[str]) -> list[str]:
@@ -122,21 +159,10 @@ def dashed(args: Sequence[str]) -> list[str]:
     return out
 
 
-def _unknown(word: str, known: Sequence[str], prog: str) -> UsageError:
-    name = word.partition("=")[0]
-    bare = name.strip("-")
-    # the group left out: every option that ends so
-    near = [k for k in known if k.endswith(f".{bare}")] or difflib.get_close_matches(name, known, n=1)
-    # `--lr` is far from `--optim.base-lr` by letters, but is a word of it
-    near = near or [k for k in known if bare in k.rpartition(".")[2].split("-")]
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return UsageError(f"unknown option {name}{hint or f'; see {prog} --help'}")
-
-
 def _set_up_logging(quiet: bool) -> None:
     class Stderr(logging.StreamHandler):
-        # looked up for every line: a progress bar puts itself in the place of sys.stderr
-        stream = property(lambda self: sys.stderr, lambda self, value: None)  # type: ignore[assignment]
+        # looked up for every line: a progress bar replaces sys.stderr
+        stream = property(lambda self: sys.stderr, lambda self, value: None)
 
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     logger = logging.getLogger("extrema_fast")
@@ -148,6 +174,18 @@ def _set_up_logging(quiet: bool) -> None:
         logger.addHandler(handler)
 
 
+def _show(result: Any, as_json: bool, describe: Callable[[Any], str]) -> None:
+    print(json.dumps(result, indent=1) if as_json else describe(result))
+
+
+def _side(sides: list[int] | None) -> int | tuple[int, int] | None:
+    if sides is None:
+        return None
+    if len(sides) > 2:
+        raise UsageError(f"--img-size: expected a side, or height and width, got {len(sides)} numbers")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
 # ---- commands with a configuration -----------------------------------------------------------------
 
 
@@ -157,52 +195,103 @@ class _Configured(NamedTuple):
     ours: argparse.Namespace
     cfg: Config
     name: str
-    """preset"""
-    base: Config
     """of the preset"""
+    base: Config
+    """the preset"""
     before: Config
     """with the --config file, without flags"""
-    flags: list[str]
-    """dotted"""
+    flags: dict[str, Any]
+    """dotted options given"""
 
 
-def _config_parser(name: str) -> _Parser:
-    p = _Parser(name)
-    p.usage = f"{PROG} {name} [PRESET] [options] [--dotted.option VALUE ...]"
-    p.add_help = False
-    p.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}; default photos")
-    p.add_argument("--config", metavar="FILE", help="TOML or JSON over the preset")
-    return p
+def _add_dotted(p: _Parser) -> dict[str, argparse.Action]:
+    """Adds an option for every field of the configuration that `p` has no option of; returns them by dotted name."""
+    docs = {}
+    for node in ast.parse(inspect.getsource(config)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for member, after in itertools.pairwise(node.body):
+            if isinstance(member, ast.AnnAssign) and isinstance(after, ast.Expr):
+                text = " ".join(str(ast.literal_eval(after.value)).split())
+                docs[node.name, ast.unparse(member.target)] = text.replace("%", "%%")
+    actions: dict[str, argparse.Action] = {}
+
+    def add(group: Any, cls: Any, field: str, hint: Any, prefix: str) -> None:
+        leaf, name = field.replace("_", "-"), f"{prefix}{field}"
+        if f"--{prefix}{leaf}" in p._option_string_actions:
+            return
+        text = docs.get((cls.__name__, field), "")
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+        if hint is bool:
+            actions[name] = group.add_argument(f"--{prefix}{leaf}", action="store_true", **options)
+            options["help"] = argparse.SUPPRESS
+            group.add_argument(f"--{prefix}no-{leaf}", action="store_false", **options)
+            return
+        if get_origin(hint) is tuple:
+            options["nargs"], hint = len(get_args(hint)), get_args(hint)[0]
+        if get_origin(hint) is Literal:
+            options["choices"] = get_args(hint)
+        else:
+            options |= {"type": hint, "metavar": hint.__name__.upper()}
+        actions[name] = group.add_argument(f"--{prefix}{leaf}", **options)
+
+    for field, hint in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(hint):
+            group = p.add_argument_group(field, (hint.__doc__ or "").partition("\n")[0])
+            for name, of_field in get_type_hints(hint).items():
+                add(group, hint, name, of_field, f"{field}.")
+        else:
+            add(p, Config, field, hint, "")
+    return actions
 
 
 def _configure(p: _Parser, args: list[str]) -> _Configured | None:
-    """Preset, file and dotted flags beside the options of `p`; None once --help has been printed."""
+    """Preset, file and dotted options next to the options of `p`; None once --help has been printed."""
+    dotted = _add_dotted(p)
+    p.usage = f"{p.prog} [PRESET] [options] [--dotted.option VALUE ...]"
+    p.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}; default photos")
+    p.add_argument("--config", metavar="FILE", help="TOML or JSON file that changes the preset")
     args = dashed(args)
-    # a preset by position comes first: later words may be values of dotted options
+    # a preset by position comes first: later words may be values
     by_position = args.pop(0) if args and not args[0].startswith("-") else None
-    ours, rest = p.parse_known_args([a for a in args if a not in ("-h", "--help")])
+    wanted = [a for a in args if a not in ("-h", "--help")]
+    ours, rest = p.parse_known_args(wanted)
+    if rest and not rest[0].startswith("-"):
+        raise UsageError(f"unexpected argument {rest[0]!r}; a preset comes first: {p.prog} PRESET [options]")
+    p.parse_all(wanted)
     if by_position and ours.preset and by_position != ours.preset:
         raise UsageError(f"two presets, {by_position!r} and {ours.preset!r}; give one")
     name = by_position or ours.preset
     chosen = preset(name) if name else None
     before = load_config(ours.config, chosen) if ours.config else chosen or preset("photos")
-    known = [s for a in p._actions for s in a.option_strings if s.startswith("--") and s != "--help"]
-    if len(rest) < len(args) and {"-h", "--help"} & set(args):
-        print(p.format_help() + "\ndotted options, with this preset's values:\n")
-        _tyro(before, ["--help"], known, p.prog)
+    if len(wanted) < len(args):
+        values = flatten(before)
+        for option, action in dotted.items():
+            shown = " ".join(map(str, v)) if isinstance(v := values[option], list) else str(v)
+            action.help = f"{action.help} (now: {shown.replace('%', '%%')})".strip()
+        p.print_help()
         return None
-    cfg = _tyro(before, rest, known, p.prog)
-    return _Configured(ours, cfg, name or "photos", chosen or preset("photos"), before, rest)
+    flags = {option: getattr(ours, option) for option in dotted if hasattr(ours, option)}
+    nested: dict[str, Any] = {}
+    for option, value in flags.items():
+        group, _, leaf = option.rpartition(".")
+        (nested.setdefault(group, {}) if group else nested)[leaf] = value
+    cfg = from_dict(nested, before)
+    return _Configured(ours, cfg, name or "photos", chosen or preset("photos"), before, flags)
 
 
-def _pretrain(args: list[str]) -> None:
-    p = _config_parser("pretrain")
+@_command(
+    "pretrain",
+    "pretrain on images, or continue the run in --out",
+    "pretrain photos --train.epochs 80 --out runs/longer",
+)
+def _pretrain(p: _Parser, args: list[str]) -> None:
     p.add_argument("--init-from", metavar="PATH", help="weights to start from at step 0 (run, weights, .pth)")
-    p.add_argument("--overwrite", action="store_true", help="move the run in --out aside and start anew")
-    p.add_argument("--allow-config-change", action="store_true", help="continue a run with changed settings")
-    p.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    p.add_argument("--dry-run", action="store_true", help="three real steps, nothing written")
-    p.add_argument("--quiet", action="store_true", help="warnings and errors only")
+    p.switch("--overwrite", "move the run in --out aside and start a new one")
+    p.switch("--allow-config-change", "continue a run with changed settings")
+    p.switch("--print-config", "print the resolved configuration and stop")
+    p.switch("--dry-run", "three real steps, nothing written")
+    p.switch("--quiet", "warnings and errors only")
     given = _configure(p, args)
     if given is None:
         return
@@ -227,216 +316,151 @@ def _pretrain(args: list[str]) -> None:
         )
 
 
-def _tyro(base: Config, args: list[str], ours: Sequence[str], prog: str) -> Config:
-    """`base` with dotted flags applied; raises UsageError in one line, with options in `ours` known too."""
-    try:
-        import tyro
-    except ImportError:
-        raise UsageError(f"the command line needs tyro, which is not installed; {INSTALL}") from None
-    known = []
-    for option, value in flatten(base).items():
-        group, _, leaf = option.replace("_", "-").rpartition(".")
-        prefix = f"--{group}." if group else "--"
-        known += [prefix + leaf] + ([f"{prefix}no-{leaf}"] if isinstance(value, bool) else [])
-    for word in args:
-        if word.startswith("--") and word.partition("=")[0] not in [*known, "--help"]:
-            raise _unknown(word, [*known, *ours], prog)
-    if args == ["--help"]:
-        with contextlib.suppress(SystemExit):
-            tyro.cli(Config, default=base, args=args, prog=prog)
-        return base
-    printed = io.StringIO()
-    width = os.environ.get("COLUMNS")
-    # its message comes in a box as wide as the terminal; a wide one keeps it on one line
-    os.environ["COLUMNS"] = "2000"
-    try:
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            return tyro.cli(Config, default=base, args=args, prog=prog)
-    except SystemExit:
-        raise UsageError(_message(printed.getvalue(), prog)) from None
-    finally:
-        if width is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = width
-
-
-def _message(box: str, prog: str) -> str:
-    """The sentence inside tyro's error box."""
-    lines = [line.strip(" │╭╮╰╯┃|") for line in box.splitlines()]
-    rules = [i for i, line in enumerate(lines) if line and not line.strip("-─━")]
-    inside = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
-    text = " ".join(line for line in inside if line)
-    for prefix in ("Error parsing Config: ", "Error parsing "):
-        text = text.removeprefix(prefix)
-    group, _, after = text.partition(": ")
-    if after.startswith(f"{group}."):
-        text = after
-    if text.startswith("Unrecognized options: "):
-        text += f"; a preset comes first: {prog} PRESET [options]"
-    return text
-
-
 def _resolved(given: _Configured) -> dict[str, Any]:
     """What --print-config shows; `config` alone reloads through --config."""
-    _, cfg, name, base, before, flags = given
     from .data.sources import open_source
     from .distributed import detect
     from .training.plan import derived
 
+    cfg = given.cfg
     try:
         images = len(open_source(cfg.data.train, limit=cfg.data.limit, seed=cfg.train.seed))
         problem = None
     except ExtremaError as error:
         images, problem = None, str(error)
-    typed = {f.partition("=")[0].lstrip("-").replace("-", "_").replace(".no_", ".") for f in flags}
-    defaults, of_preset, of_file = (flatten(c) for c in (Config(), base, before))
+    defaults, of_preset, of_file = (flatten(c) for c in (Config(), given.base, given.before))
     sources = {}
     for option, value in flatten(cfg).items():
-        if option in typed:
+        if option in given.flags:
             sources[option] = "flag"
         elif of_file[option] != of_preset[option]:
             sources[option] = "file"
         elif value != defaults[option]:
-            sources[option] = f"preset {name}"
+            sources[option] = f"preset {given.name}"
     values = derived(cfg, detect(os.environ)[1], images)
     if problem:
         values["images_problem"] = problem
-    return {"preset": name, "config": to_dict(cfg), "derived": values, "sources": sources}
+    return {"preset": given.name, "config": to_dict(cfg), "derived": values, "sources": sources}
 
 
-def _profile(args: list[str]) -> None:
-    p = _config_parser("profile")
-    p.add_argument("--out", metavar="FOLDER", help="where the trace goes (default: runs/profile_PRESET)")
-    p.add_argument("--steps", type=int, default=3, metavar="N", help="steps profiled (default 3)")
-    p.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before (default 5)")
-    p.add_argument("--synthetic", action="store_true", help="random pictures from memory, no data set")
-    p.add_argument("--json", action="store_true", help="print the whole result as JSON")
-    p.add_argument("--quiet", action="store_true", help="warnings and errors only")
-    given = _configure(p, args)
-    if given is None:
-        return
-    ours, cfg, synthetic = given.ours, given.cfg, given.ours.synthetic
-    _set_up_logging(ours.quiet)
+def _evaluation(name: str, p: _Parser, args: list[str]) -> None:
+    p.add_argument("path", metavar="RUN_OR_WEIGHTS", help="run folder, weights folder or released .pth")
+    p.add_argument("--data", metavar="DIR", help="folder with train/ and test/ or val/; default: the run's")
+    p.add_argument("--train", metavar="DIR", help="labelled images to learn from")
+    p.add_argument("--test", metavar="DIR", help="labelled images to test on")
+    p.add_argument("--out", metavar="FILE", help="JSON result; default in a run: reports/evaluation.json")
+    p.add_argument("--which", choices=("teacher", "student"), default="teacher")
+    p.add_argument("--max-train", type=int, default=0, metavar="N", help="use N training images (0: all)")
+    p.add_argument("--max-test", type=int, default=0, metavar="N", help="use N test images (0: all)")
+    if name != "probe":
+        p.add_argument("--k", type=int, help="neighbors (default: the run's, 20)")
+        p.add_argument("--temperature", type=float, help="of the votes (default: the run's, 0.07)")
+    p.add_argument("--batch-size", type=int, metavar="N", help="images at a time")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    p.add_argument("--seed", type=int, default=0, metavar="S", help="of the random encoder and the probe")
+    p.switch("--force", "measure again although nothing has changed")
+    p.switch("--json", "print the whole result as JSON")
+    o = p.options(args)
+    as_json, path, data = o.pop("json"), o.pop("path"), o.pop("data")
+    if data is not None and o["train"] is not None:
+        raise UsageError("--data and --train name the same thing; give one")
+    from .evaluation import evaluate as evals
 
-    from .data.sources import BUILT_IN
-    from .tools import profile
-
-    train = cfg.data.train
-    if train == given.base.data.train and train not in BUILT_IN and not Path(train).expanduser().exists():
-        # where a preset expects its data set is a guess; a place the user has named is not
-        log.info("no images at %s: random pictures from memory (real ones: --data.train DIR)", train)
-        synthetic = True
-    out = ours.out or f"runs/profile_{given.name.replace('-', '_')}"
-    result = profile.profile(cfg, out, steps=ours.steps, warmup=ours.warmup, synthetic=synthetic)
-    if ours.json:
-        print(json.dumps(result, indent=1))
-        return
-    print(profile.describe(result))
-    print(f"{out}: trace.json.gz (ui.perfetto.dev), profile.json, profile.txt")
+    function = {"evaluate": evals.evaluate, "knn": evals.knn_command, "probe": evals.probe_command}[name]
+    train = o.pop("train")
+    result = function(path, train if data is None else data, o.pop("test"), **o)
+    _show(result, as_json, evals.format_table)
 
 
-# ---- the other commands ----------------------------------------------------------------------------
+@_command("evaluate", "k-NN and linear probe next to a random encoder and raw pixels", "evaluate runs/photos")
+def _evaluate(p: _Parser, args: list[str]) -> None:
+    _evaluation("evaluate", p, args)
 
 
-def _evaluate(name: str) -> Callable[[list[str]], None]:
-    def command(args: list[str]) -> None:
-        p = _Parser(name)
-        p.add_argument("path", metavar="RUN_OR_WEIGHTS", help="run folder, weights folder or released .pth")
-        p.add_argument(
-            "--data", metavar="DIR", help="folder with train/ and test/ or val/; default: the run's"
-        )
-        p.add_argument("--train", metavar="DIR", help="labelled images to learn from")
-        p.add_argument("--test", metavar="DIR", help="labelled images to be judged on")
-        p.add_argument("--out", metavar="FILE", help="JSON result; default in a run: reports/evaluation.json")
-        p.add_argument("--which", choices=("teacher", "student"), default="teacher")
-        p.add_argument("--max-train", type=int, default=0, metavar="N", help="use N training images (0: all)")
-        p.add_argument("--max-test", type=int, default=0, metavar="N")
-        if name != "probe":
-            p.add_argument("--k", type=int, help="neighbours (default: the run's, 20)")
-            p.add_argument("--temperature", type=float, help="of the votes (default: the run's, 0.07)")
-        p.add_argument("--batch-size", type=int)
-        p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-        p.add_argument("--seed", type=int, default=0)
-        p.add_argument("--force", action="store_true", help="measure again although nothing has changed")
-        p.add_argument("--json", action="store_true", help="print the whole result as JSON")
-        options = vars(p.parse_all(args))
-        _set_up_logging(False)
-        as_json, path, data = options.pop("json"), options.pop("path"), options.pop("data")
-        if data is not None and options["train"] is not None:
-            raise UsageError("--data and --train name the same thing; give one")
-        options["train"] = data if data is not None else options["train"]
-
-        from .evaluation import evaluate as evals
-
-        function = {"evaluate": evals.evaluate, "knn": evals.knn_command, "probe": evals.probe_command}[name]
-        result = function(path, options.pop("train"), options.pop("test"), **options)
-        print(json.dumps(result, indent=1) if as_json else evals.format_table(result))
-
-    return command
+@_command("knn", "k-NN alone", "knn runs/cifar10 --data cifar10")
+def _knn(p: _Parser, args: list[str]) -> None:
+    _evaluation("knn", p, args)
 
 
-def _report(args: list[str]) -> None:
-    p = _Parser("report")
+@_command("probe", "linear probe alone", "probe runs/cifar10 --train cifar10/train --test cifar10/test")
+def _probe(p: _Parser, args: list[str]) -> None:
+    _evaluation("probe", p, args)
+
+
+@_command("report", "write reports/report.html of a run", "report runs/photos")
+def _report(p: _Parser, args: list[str]) -> None:
     p.add_argument("run", metavar="RUN", help="run folder")
     p.add_argument("--images", type=int, default=8, metavar="N", help="test images shown (0: none)")
-    options = p.parse_all(args)
-    _set_up_logging(False)
+    o = p.options(args)
     from .reporting.report import report
 
-    print(report(options.run, images=options.images))
+    print(report(o["run"], images=o["images"]))
 
 
-def _import(args: list[str]) -> None:
-    p = _Parser("import")
-    p.add_argument("file", metavar="FILE", help="released ExtreMA checkpoint (.pth), or bare encoder weights")
-    p.add_argument("out", metavar="OUT", help="new weights folder")
-    p.add_argument("--which", choices=("teacher", "student"), help="keep one network (default: both)")
-    p.add_argument("--grid", type=int, nargs=2, metavar=("R", "C"), help="of a learned table not square")
-    p.add_argument("--num-heads", type=int, metavar="N", help="default: width / 64")
-    p.add_argument("--force", action="store_true", help="replace an earlier import or export at OUT")
-    options = vars(p.parse_all(args))
-    _set_up_logging(False)
-    from .weights.load import import_released
+@_command(
+    "index",
+    "decode every image once and list the good and the bad ones in a manifest, which training reads",
+    "index imagenet/train --out imagenet.tsv",
+)
+def _index(p: _Parser, args: list[str]) -> None:
+    p.add_argument("data", metavar="DATA", help="folder, list file, shards, or a manifest to check again")
+    p.add_argument("--out", required=True, metavar="M.tsv", help="manifest; the same command again continues")
+    p.switch("--strict", "Pillow, too, has to decode each image")
+    p.add_argument("--threads", type=int, metavar="N", help="images decoded at a time (default: the cores)")
+    p.add_argument("--max-pixels", type=int, metavar="N", help="larger images are bad (default: 178956970)")
+    p.switch("--force", "replace another file in --out, check all images again")
+    p.switch("--json", "print the result as JSON")
+    p.switch("--quiet", "warnings, errors and the result only")
+    o = {k: v for k, v in p.options(args).items() if v is not None}
+    as_json, quiet = o.pop("json"), o.pop("quiet")
+    from .tools.index import describe, index
 
-    print(import_released(options.pop("file"), options.pop("out"), **options))
-
-
-def _export(args: list[str]) -> None:
-    p = _Parser("export")
-    p.add_argument("weights", metavar="WEIGHTS", help="run, weights folder, weights file or released .pth")
-    p.add_argument("out", metavar="OUT", help="new folder")
-    p.add_argument("--format", default="extrema", help="extrema (= timm, default), vit, hf, onnx, "
-                   "torch-export")  # fmt: skip
-    p.add_argument("--which", choices=("teacher", "student"), help="default: teacher")
-    p.add_argument("--img-size", type=int, nargs="+", metavar="PIXELS", help="another size: side, or H W")
-    p.add_argument("--fc-norm", action="store_true", default=None, help="vit, hf: fresh norm after pooling")
-    p.add_argument("--class-token", action="store_true", help="hf: whole encoder; loads with extrema_fast")
-    p.add_argument("--opset", type=int, metavar="N", help="onnx: operator set (default 18)")
-    p.add_argument("--force", action="store_true", help="replace an earlier import or export at OUT")
-    options = vars(p.parse_all(args))
-    _set_up_logging(False)
-    size = options.pop("img_size")
-    if size is not None and len(size) > 2:
-        raise UsageError(f"--img-size: expected one side, or height and width, got {len(size)} numbers")
-    from .weights.export import export
-
-    result = export(
-        options.pop("weights"), options.pop("out"), img_size=size[0] if size and len(size) == 1 else size,
-        **options,
-    )  # fmt: skip
-    print(f"{result.folder}: {', '.join(result.files)}")
-    for check, difference in result.differences.items():
-        print(f"  {check}: largest difference {difference:.1e}")
+    result = index(o.pop("data"), o.pop("out"), progress=not quiet, **o)
+    troubles = [t._asdict() for t in result.troubles]
+    print(json.dumps(result._asdict() | {"troubles": troubles}, indent=1) if as_json else describe(result))
 
 
-def _embed(args: list[str]) -> None:
-    p = _Parser("embed")
+@_command(
+    "pack",
+    "shuffled tar shards of smaller images, for fast reading",
+    "pack images.tsv packed --size 256",
+)
+def _pack(p: _Parser, args: list[str]) -> None:
+    p.add_argument("data", metavar="MANIFEST", help="made by index; or any images: folder, list, shards")
+    p.add_argument("out", metavar="OUT", help="folder for the shards; the same command again continues")
+    p.add_argument(
+        "--size", type=int, default=256, metavar="N", help="pixels (default 256); 0: bytes as they are"
+    )
+    p.add_argument("--side", choices=("short", "long"), default="short", help="the side that becomes --size")
+    p.add_argument("--quality", type=int, default=90, metavar="Q", help="of JPEG files (default 90)")
+    p.add_argument("--shard-mb", type=float, default=512, metavar="MB", help="size of a shard (default 512)")
+    p.add_argument("--seed", type=int, default=0, metavar="S", help="of the shuffle")
+    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: one per core")
+    p.add_argument(
+        "--max-bad", type=float, default=0.01, metavar="SHARE", help="unreadable images (default 0.01)"
+    )
+    p.switch("--force", "move what is in OUT aside and start again")
+    p.add_argument(
+        "--no-measure", dest="measure", action="store_false", help="do not measure the loader's rate"
+    )
+    p.switch("--json", "print the result as JSON")
+    p.switch("--quiet", "warnings and errors only")
+    o = p.options(args)
+    as_json, quiet = o.pop("json"), o.pop("quiet")
+    from .tools.pack import describe, pack
+
+    _show(pack(o.pop("data"), o.pop("out"), progress=not quiet, **o), as_json, describe)
+
+
+@_command(
+    "embed",
+    "features of every image: class token, mean or patch tokens, as files",
+    "embed photos features --weights runs/photos",
+)
+def _embed(p: _Parser, args: list[str]) -> None:
     p.add_argument("data", metavar="DATA", help="folder, list file, shards, manifest, or photos")
     p.add_argument("out", metavar="OUT", help="folder for the features; the same command again continues")
-    p.add_argument(
-        "--weights", required=True, metavar="PATH", help="run folder, weights folder or released .pth"
-    )
+    p.add_argument("--weights", required=True, metavar="PATH", help="run, weights folder or released .pth")
     p.add_argument("--which", choices=("teacher", "student"), default="teacher")
     p.add_argument("--tokens", default="class", metavar="KIND", help="class (default), mean or patch")
     p.add_argument("--no-norm", dest="norm", action="store_false", help="before the final LayerNorm")
@@ -452,66 +476,27 @@ def _embed(args: list[str]) -> None:
     p.add_argument("--limit", type=int, default=0, metavar="N", help="a random N of the images (0: all)")
     p.add_argument("--loader", choices=("auto", "dali", "pil"), default="auto")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="decoding threads (0: the cores)")
-    p.add_argument("--exif", action="store_true", help="rotate by the EXIF tag")
+    p.switch("--exif", "rotate by the EXIF tag")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    p.add_argument("--strict", action="store_true", help="stop at an image that cannot be read")
-    p.add_argument("--force", action="store_true", help="replace features of other settings in OUT")
-    p.add_argument("--quiet", action="store_true", help="warnings and errors only")
-    options = vars(p.parse_all(args))
-    quiet = options.pop("quiet")
-    _set_up_logging(quiet)
-    options["img_size"] = _size(options["img_size"])
-
+    p.switch("--strict", "stop at an image that cannot be read")
+    p.switch("--force", "replace features of other settings in OUT")
+    p.switch("--quiet", "warnings and errors only")
+    o = p.options(args)
+    quiet = o.pop("quiet")
+    o["img_size"] = _side(o["img_size"])
     from .tools.embed import describe, embed
 
-    result = embed(
-        options.pop("data"), options.pop("out"), options.pop("weights"), progress=not quiet, **options
-    )
+    result = embed(o.pop("data"), o.pop("out"), o.pop("weights"), progress=not quiet, **o)
     if os.environ.get("RANK", "0") == "0":
         print(describe(result))
 
 
-def _pack(args: list[str]) -> None:
-    p = _Parser("pack")
-    p.add_argument("data", metavar="MANIFEST", help="made by index; or any images: folder, list, shards")
-    p.add_argument("out", metavar="OUT", help="folder for the shards; the same command again continues")
-    p.add_argument(
-        "--size", type=int, default=256, metavar="N", help="pixels (default 256); 0: bytes as they are"
-    )
-    p.add_argument("--side", choices=("short", "long"), default="short", help="the side that becomes --size")
-    p.add_argument("--quality", type=int, default=90, metavar="Q", help="of JPEG files (default 90)")
-    p.add_argument("--shard-mb", type=float, default=512, metavar="MB", help="size of a shard (default 512)")
-    p.add_argument("--seed", type=int, default=0, metavar="S", help="of the shuffle")
-    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: one per core")
-    p.add_argument(
-        "--max-bad", type=float, default=0.01, metavar="SHARE", help="unreadable images (default 0.01)"
-    )
-    p.add_argument("--force", action="store_true", help="move what is in OUT aside and start anew")
-    p.add_argument(
-        "--no-measure", dest="measure", action="store_false", help="do not measure the loader's rate"
-    )
-    p.add_argument("--json", action="store_true", help="print the result as JSON")
-    p.add_argument("--quiet", action="store_true", help="warnings and errors only")
-    options = vars(p.parse_all(args))
-    quiet, as_json = options.pop("quiet"), options.pop("json")
-    _set_up_logging(quiet)
-
-    from .tools.pack import describe, pack
-
-    result = pack(options.pop("data"), options.pop("out"), progress=not quiet, **options)
-    print(json.dumps(result, indent=1) if as_json else describe(result))
-
-
-def _size(sides: list[int] | None) -> int | tuple[int, int] | None:
-    if sides is None or len(sides) == 1:
-        return sides and sides[0]
-    if len(sides) != 2:
-        raise UsageError(f"--img-size: expected a side, or height and width, got {len(sides)} numbers")
-    return sides[0], sides[1]
-
-
-def _search(args: list[str]) -> None:
-    p = _Parser("search")
+@_command(
+    "search",
+    "the nearest images by features, with a picture",
+    "search query.jpg features --k 8 --out found.png",
+)
+def _search(p: _Parser, args: list[str]) -> None:
     p.add_argument("query", metavar="QUERY", help="an image, a path in the index, or images as for embed")
     p.add_argument("index", metavar="INDEX", help="features made by embed")
     p.add_argument(
@@ -520,74 +505,89 @@ def _search(args: list[str]) -> None:
     p.add_argument("--out", metavar="FILE.png", help="a picture: each query with what was found")
     p.add_argument("--weights", metavar="PATH", help="where the weights of the index are now")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    p.add_argument("--force", action="store_true", help="replace a file in --out that is no earlier picture")
-    p.add_argument("--json", action="store_true", help="print the result as JSON")
-    options = vars(p.parse_all(args))
-    _set_up_logging(quiet=True)
-    as_json = options.pop("json")
-
+    p.switch("--force", "replace a file in --out that is no earlier picture")
+    p.switch("--json", "print the result as JSON")
+    o = p.options(args, quiet=True)
+    as_json = o.pop("json")
     from .tools.search import format_table, search
 
-    result = search(options.pop("query"), options.pop("index"), **options)
-    print(json.dumps(result, indent=1) if as_json else format_table(result))
+    _show(search(o.pop("query"), o.pop("index"), **o), as_json, format_table)
 
 
-def _index(args: list[str]) -> None:
-    p = _Parser("index")
-    p.add_argument("data", metavar="DATA", help="folder, list file, shards, or a manifest to check again")
+@_command(
+    "import",
+    "convert a released ExtreMA checkpoint into a weights folder",
+    "import extrema_base.pth weights/extrema_base",
+)
+def _import(p: _Parser, args: list[str]) -> None:
+    p.add_argument("file", metavar="FILE", help="released ExtreMA checkpoint (.pth), or bare encoder weights")
+    p.add_argument("out", metavar="OUT", help="new weights folder")
+    p.add_argument("--which", choices=("teacher", "student"), help="keep one network (default: both)")
+    p.add_argument("--grid", type=int, nargs=2, metavar=("R", "C"), help="of a learned table not square")
+    p.add_argument("--num-heads", type=int, metavar="N", help="default: width / 64")
+    p.switch("--force", "replace an earlier import or export at OUT")
+    o = p.options(args)
+    from .weights.load import import_released
+
+    print(import_released(o.pop("file"), o.pop("out"), **o))
+
+
+@_command(
+    "export",
+    "write an encoder for timm, Hugging Face, ONNX or torch.export, checked before it is written",
+    "export runs/photos exported/photos --format onnx",
+)
+def _export(p: _Parser, args: list[str]) -> None:
+    p.add_argument("weights", metavar="WEIGHTS", help="run, weights folder, weights file or released .pth")
+    p.add_argument("out", metavar="OUT", help="new folder")
     p.add_argument(
-        "--out", required=True, metavar="M.tsv", help="the manifest; the same command again continues"
+        "--format", default="extrema", help="extrema (= timm, default), vit, hf, onnx, torch-export"
     )
-    p.add_argument("--strict", action="store_true", help="Pillow, too, has to decode each image")
-    p.add_argument("--threads", type=int, metavar="N", help="images decoded at a time (default: the cores)")
-    p.add_argument(
-        "--max-pixels", type=int, metavar="N", help="larger images are not good (default: 178956970)"
-    )
-    p.add_argument("--force", action="store_true", help="replace another file in --out, look at all again")
-    p.add_argument("--json", action="store_true", help="print the result as JSON")
-    p.add_argument("--quiet", action="store_true", help="warnings, errors and the result only")
-    options = {k: v for k, v in vars(p.parse_all(args)).items() if v is not None}
-    quiet, as_json = options.pop("quiet"), options.pop("json")
-    _set_up_logging(quiet)
+    p.add_argument("--which", choices=("teacher", "student"), help="default: teacher")
+    p.add_argument("--img-size", type=int, nargs="+", metavar="PIXELS", help="another size: side, or H W")
+    p.switch("--fc-norm", "vit, hf: fresh norm after pooling", default=None)
+    p.switch("--class-token", "hf: whole encoder; loads with extrema_fast")
+    p.add_argument("--opset", type=int, metavar="N", help="onnx: operator set (default 18)")
+    p.switch("--force", "replace an earlier import or export at OUT")
+    o = p.options(args)
+    o["img_size"] = _side(o["img_size"])
+    from .weights.export import export
 
-    from .tools.index import describe, index
-
-    result = index(options.pop("data"), options.pop("out"), progress=not quiet, **options)
-    troubles = [t._asdict() for t in result.troubles]
-    print(json.dumps(result._asdict() | {"troubles": troubles}, indent=1) if as_json else describe(result))
+    result = export(o.pop("weights"), o.pop("out"), **o)
+    print(f"{result.folder}: {', '.join(result.files)}")
+    for check, difference in result.differences.items():
+        print(f"  {check}: largest difference {difference:.1e}")
 
 
-def _encoders(args: list[str]) -> None:
-    p = _Parser("encoders")
+@_command("encoders", "list the encoder names", "encoders '*base*'")
+def _encoders(p: _Parser, args: list[str]) -> None:
     p.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="shell pattern")
-    options = p.parse_all(args)
+    pattern = p.options(args)["pattern"]
     from .models.encoder import list_models
 
-    names = list_models(options.pattern)
+    names = list_models(pattern)
     if not names:
-        raise UsageError(
-            f"no encoder matches {options.pattern!r}{did_you_mean(options.pattern, list_models())}"
-        )
+        raise UsageError(f"no encoder matches {pattern!r}{did_you_mean(pattern, list_models())}")
     print("\n".join(names))
 
 
-def _kernels(args: list[str]) -> None:
-    p = _Parser("kernels")
+@_command("kernels", "list the ops, what runs on this machine and why", "kernels --device cuda")
+def _kernels(p: _Parser, args: list[str]) -> None:
     p.add_argument("--device", metavar="DEVICE", help="cuda or cpu (default: cuda where there is one)")
-    p.add_argument("--json", action="store_true", help="as JSON")
-    options = p.parse_all(args)
+    p.switch("--json", "as JSON")
+    o = p.options(args, quiet=True)
     import torch
 
     from .kernels import listing
     from .ops import dispatch as ops
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = o["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.device(device)
     except RuntimeError:
         raise UsageError(f"--device: {device!r} is no device; use cpu or cuda") from None
     rows, chosen = listing.describe(device), ops.choices(device)
-    if options.json:
+    if o["json"]:
         print(json.dumps({"device": device, "kernels": rows, "choices": chosen}, indent=1))
         return
     print(listing.headline(device))
@@ -600,69 +600,42 @@ def _kernels(args: list[str]) -> None:
         print(f"  {op:<{width}}  {c['implementation']}: {c['reason']} (of {names})")
 
 
-def _tune(args: list[str]) -> None:
+@_command(
+    "profile",
+    "trace a few steps and show where their time goes",
+    "profile paper_small_80x5 --train.batch-size 16 --steps 3",
+)
+def _profile(p: _Parser, args: list[str]) -> None:
+    p.add_argument("--out", metavar="FOLDER", help="where the trace goes (default: runs/profile_PRESET)")
+    p.add_argument("--steps", type=int, default=3, metavar="N", help="steps profiled (default 3)")
+    p.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before (default 5)")
+    p.switch("--synthetic", "random images from memory, no data set")
+    p.switch("--json", "print the whole result as JSON")
+    p.switch("--quiet", "warnings and errors only")
+    given = _configure(p, args)
+    if given is None:
+        return
+    ours, cfg, synthetic = given.ours, given.cfg, given.ours.synthetic
+    _set_up_logging(ours.quiet)
+    from .data.sources import BUILT_IN
+    from .tools import profile
+
+    train = cfg.data.train
+    if train == given.base.data.train and train not in BUILT_IN and not Path(train).expanduser().exists():
+        # where a preset expects its data set is a guess; a place the user has named is not
+        log.info("no images at %s: random images from memory (real ones: --data.train DIR)", train)
+        synthetic = True
+    out = ours.out or f"runs/profile_{given.name.replace('-', '_')}"
+    result = profile.profile(cfg, out, steps=ours.steps, warmup=ours.warmup, synthetic=synthetic)
+    _show(result, ours.json, profile.describe)
+    if not ours.json:
+        print(f"{out}: trace.json.gz (ui.perfetto.dev), profile.json, profile.txt")
+
+
+@_command("tune", "measure launch settings of the Triton kernels on this GPU", "tune --op short_attention")
+def _tune(p: _Parser, args: list[str]) -> None:
     from .kernels import tune
 
     code = tune.main(args)
     if code:
         raise SystemExit(code)
-
-
-# name -> (function, what it does, example)
-COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
-    "pretrain": (
-        _pretrain,
-        "pretrain on images, or continue the run in --out",
-        "pretrain photos --train.epochs 80 --out runs/longer",
-    ),
-    "evaluate": (
-        _evaluate("evaluate"),
-        "k-NN and linear probe beside a random encoder and raw pixels",
-        "evaluate runs/photos",
-    ),
-    "knn": (_evaluate("knn"), "k-NN alone", "knn runs/cifar10 --data cifar10"),
-    "probe": (
-        _evaluate("probe"),
-        "linear probe alone",
-        "probe runs/cifar10 --train cifar10/train --test cifar10/test",
-    ),
-    "report": (_report, "write reports/report.html of a run", "report runs/photos"),
-    "index": (
-        _index,
-        "decode every image once and list the good and the bad ones in a manifest, which training reads",
-        "index imagenet/train --out imagenet.tsv",
-    ),
-    "pack": (
-        _pack,
-        "shuffled tar shards of smaller images, for fast reading",
-        "pack images.tsv packed --size 256",
-    ),
-    "embed": (
-        _embed,
-        "features of every image: class token, mean or patch tokens, as files",
-        "embed photos features --weights runs/photos",
-    ),
-    "search": (
-        _search,
-        "the nearest images by features, with a picture",
-        "search query.jpg features --k 8 --out found.png",
-    ),
-    "import": (
-        _import,
-        "convert a released ExtreMA checkpoint into a weights folder",
-        "import extrema_base.pth weights/extrema_base",
-    ),
-    "export": (
-        _export,
-        "write an encoder for timm, Hugging Face, ONNX or torch.export, checked on the way out",
-        "export runs/photos exported/photos --format onnx",
-    ),
-    "encoders": (_encoders, "list the encoder names", "encoders '*base*'"),
-    "kernels": (_kernels, "list the ops, what runs on this machine and why", "kernels --device cuda"),
-    "profile": (
-        _profile,
-        "trace a few steps and show where their time goes",
-        "profile paper_small_80x5 --train.batch-size 16 --steps 3",
-    ),
-    "tune": (_tune, "measure launch settings of the Triton kernels on this GPU", "tune --op short_attention"),
-}

@@ -20,7 +20,7 @@ import extrema_fast
 # where an implementation of an op is chosen; keyed random numbers, defined once; the command `kernels`
 KERNEL_USERS = {"ops", "rng", "data", "cli"}
 CORE = {"torch", "numpy", "safetensors", "tomli"} | set(sys.stdlib_module_names)
-HEAVY = {"torch", "numpy", "triton", "nvidia", "timm", "torchvision", "PIL", "tyro", "rich", "matplotlib"}
+HEAVY = {"torch", "numpy", "triton", "nvidia", "timm", "torchvision", "PIL", "rich", "matplotlib"}
 HEAVY |= {"jinja2", "skimage", "scipy", "tensorboard", "pyarrow", "transformers", "onnx", "xformers"}
 
 

@@ -297,7 +297,7 @@ def test_every_part_is_a_command_its_program_understands(capsys, repository):
             assert args == ["tune", "--out", "out"]
         else:
             assert module == "extrema_fast" and args[0] == "profile"
-            p = cli._config_parser("profile")
+            p = cli._Parser("profile")
             for option in ("--out", "--steps"):
                 p.add_argument(option)
             p.add_argument("--synthetic", action="store_true")
