@@ -425,7 +425,7 @@ def _program(encoder: Encoder) -> torch.export.ExportedProgram:
     encoder.set_attention("sdpa")
     for op in ("attention", "attention_pool", "patch_gather"):
         name = ops.choice(op, "cpu", say=False)[0]
-        if name not in ("auto", "sdpa", "absorbed", "reference", "products"):
+        if name not in ("auto", "sdpa", "absorbed", "reference", "matmul"):
             raise UsageError(
                 f"export: {op}={name} is asked for, and a graph holds torch's own operators alone; "
                 "unset EXTREMA_FAST_BACKEND"

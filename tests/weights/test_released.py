@@ -135,18 +135,13 @@ def test_force_replaces_an_import_and_nothing_else(file, folder, tmp_path):
     # a file of the user's own inside
     (out / "notes.txt").write_text("mine", encoding="utf-8")
     refused(lambda: import_released(file, out, force=True), "--force", "notes.txt")
-    assert (out / "notes.txt").read_text(encoding="utf-8") == "mine"
     # weights of a run look alike and are not replaced
     refused(lambda: import_released(file, folder, force=True), "--force", "neither")
-    assert load_metadata(folder)["step"] == 7
-    (tmp_path / "link").symlink_to(folder)
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    for link in ("link", "dangling"):
-        refused(lambda n=link: import_released(file, tmp_path / n, force=True), link, "symbolic link")
     refused(lambda: import_released(file, file), "not a folder")
     refused(lambda: import_released(folder, tmp_path / "b"), "not a file", "export")
     refused(lambda: import_released(tmp_path / "none.pth", tmp_path / "b"), "no such file")
-    assert names(tmp_path) == ["checkpoint.pth", "dangling", "link", "out", "w"]
+    assert names(out)[1:] == ["notes.txt", "teacher.safetensors"] and load_metadata(folder)["step"] == 7
+    assert names(tmp_path) == ["checkpoint.pth", "out", "w"]
 
 
 def test_files_are_readable_as_the_umask_says(file, tmp_path):
@@ -156,21 +151,6 @@ def test_files_are_readable_as_the_umask_says(file, tmp_path):
     finally:
         os.umask(before)
     assert {stat.S_IMODE(p.stat().st_mode) for p in out.iterdir()} == {0o640}
-
-
-def test_a_failing_write_leaves_the_earlier_import(file, tmp_path, monkeypatch):
-    out = import_released(file, tmp_path / "out")
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("extrema_fast.weights.folder.write_json", full)
-    with pytest.raises(StorageError, match="No space left") as error:
-        import_released(file, out, force=True)
-    assert error.value.exit_code == 5
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-    assert names(tmp_path) == ["checkpoint.pth", "out"]
 
 
 @pytest.mark.parametrize("name", ["is_file", "exists"])

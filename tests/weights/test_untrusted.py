@@ -150,30 +150,31 @@ def test_other_contents(tmp_path, data, words):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("place", ["state_dict", "optimizer", "extra"])
-def test_pickled_code_does_not_run(tmp_path, method, place, zipped):
-    target, file = tmp_path / "was_here", tmp_path / "bad.pth"
-    torch.save(released(method) | {place: Malicious(target)}, file, _use_new_zipfile_serialization=zipped)
-    all_refuse(file, tmp_path, "bad.pth", "read safely", "mkdir")
-    # torch's own text advises to load it anyway
-    assert "weights_only" not in refused(lambda: load.load_method_weights(method, file), "bad.pth")
-    assert not target.exists()
-    # the test can fail: unsafe loading does run it
-    torch.load(file, weights_only=False)
-    assert target.exists()
-
-
-@pytest.mark.parametrize("name", ["checkpoint.pth", "model.safetensors", "weights.bin", "no_extension"])
-def test_names_of_files_are_not_trusted(tmp_path, method, capsys, name):
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("checkpoint.pth", "state_dict"),
+        ("weights.bin", "optimizer"),
+        ("no_extension", "extra"),
+        ("model.safetensors", "extra"),
+    ],
+)
+def test_pickled_code_does_not_run(tmp_path, method, capsys, name, place, zipped):
     target, file = tmp_path / "was_here", tmp_path / name
-    torch.save(released(method) | {"x": Malicious(target)}, file)
+    torch.save(released(method) | {place: Malicious(target)}, file, _use_new_zipfile_serialization=zipped)
     # torch reads a file by the name of safetensors as such
     word = "damaged" if name.endswith(".safetensors") else "mkdir"
     all_refuse(file, tmp_path, name, "read safely", word)
+    # torch's own text advises to load it anyway
+    assert "weights_only" not in refused(lambda: load.load_method_weights(method, file), name)
     for command in ("import", "export"):
         assert main([command, str(file), str(tmp_path / "out")]) == 2
         assert word in capsys.readouterr().err
     assert not target.exists() and not (tmp_path / "out").exists()
+    # the test can fail: unsafe loading does run it
+    with open(file, "rb") as f:
+        torch.load(f, weights_only=False)
+    assert target.exists()
 
 
 @pytest.mark.parametrize("name", ["teacher.safetensors", "config.json"])
@@ -230,13 +231,9 @@ def entry(shape: list[int], start: int, end: int, dtype: str = "F32") -> dict:
 
 HEADERS = {
     "longer than the file": ({}, 2**40),
-    "longest number": ({}, 2**64 - 1),
     "overflowing shape": ({"pos_embed": entry([2**40, 2**40], 0, 4)}, None),
     "shape beyond its bytes": ({"pos_embed": entry([10**12], 0, 4)}, None),
-    "offsets beyond the file": ({"pos_embed": entry([10**9], 0, 4 * 10**9)}, None),
     "overlapping": ({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, None),
-    "backwards": ({"a": entry([1], 4, 0)}, None),
-    "negative": ({"a": entry([-1], 0, 4)}, None),
     "unknown type": ({"a": entry([1], 0, 4, "PICKLE")}, None),
     "nested": (b"{" + b'"a":{' * 50_000, None),
     "not an object": (b"[1]      ", None),
@@ -292,7 +289,6 @@ def describe(folder, **changes) -> None:
         ({"width": -64}, ["model.width", "-64"]),
         ({"width": True}, ["model.width", "True"]),
         ({"heads": 0, "width": 0}, ["width is 192"]),
-        ({"heads": 3}, ["heads"]),
         ({"pool_depth": 1}, ["pool_depth is 1 in its description, 2"]),
         ({"pool_depth": 10**9}, ["blocks"]),
         ({"mlp_ratio": 3.0}, ["hidden is 192 in its description, 128"]),
@@ -302,10 +298,8 @@ def describe(folder, **changes) -> None:
         ({"in_chans": 1}, ["in_chans is 1 in its description, 3"]),
         ({"img_size": [24, 16]}, ["patches is 6 in its description, 4"]),
         ({"img_size": [8 * 10**8, 8 * 10**8]}, ["patches"]),
-        ({"img_size": [0, 16]}, ["img_size"]),
         ({"img_size": 16}, ["img_size"]),
         ({"layer_scale": float("nan")}, ["layer_scale"]),
-        ({"drop_path": float("inf")}, ["drop_path"]),
         ({"size": "evil.Model"}, ["model.size", "evil.Model"]),
         ({"evil": 1}, ["unknown option model.evil"]),
     ],
@@ -323,7 +317,6 @@ def test_architectures_that_do_not_fit(tmp_path, folder, nothing_is_built, model
         ({"encoder": {"evil": 1}}, "unknown option encoder.evil"),
         ({"encoder": [1]}, "encoder"),
         ({"encoder": {"num_classes": 10**12}}, "1000000000000 classes"),
-        ({"encoder": {"num_classes": True}}, "num_classes"),
         ({"encoder": {"in_chans": 10**9}}, "in_chans is 1000000000"),
         ({"encoder": {"in_chans": "3"}}, "in_chans"),
         ({"encoder": {"fc_norm": 1}}, "fc_norm"),
@@ -333,7 +326,6 @@ def test_architectures_that_do_not_fit(tmp_path, folder, nothing_is_built, model
         ({"encoder": {"pos_coords": "evil"}}, "pos_coords"),
         ({"encoder": {"pos_embed": "evil"}}, "pos_embed"),
         ({"data": {"mean": [0.1], "std": [0.0]}}, "std"),
-        ({"data": {"mean": ["0"], "std": [1]}}, "mean"),
         ({"data": {"mean": [], "std": [1]}}, "mean"),
         ({"data": {"mean": [float("nan")], "std": [1]}}, "mean"),
         ({"data": {"std": [1]}}, "mean"),
