@@ -1,39 +1,54 @@
-"""Features of every image of a source, in parts that survive being killed (`extrema-fast embed`).
+"""`extrema-fast embed`: features of every image of a source, in parts that survive being killed.
 
-Images are cut in row order into parts of a fixed number of rows; a part is encoded, written and never touched
-again. So the bytes of a part depend neither on where an earlier run stopped nor on the number of processes.
-`embeddings.py` says what lies where, `embed_parts.py` does the work.
+Images are cut in row order into parts of a fixed number of rows; a part is encoded in batches that never cross it,
+written and never touched again. So its bytes depend neither on where an earlier run stopped nor on the number of
+processes. `embeddings.py` says what lies where.
 """
 
 from __future__ import annotations
 
-import fcntl
+import dataclasses
+import json
 import logging
 import math
 import os
-import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from ..config import Config, DataConfig
-from ..data.loader import choose_loader
+from ..data.augment import normalize
+from ..data.bad_images import BadRows
+from ..data.image_source import ImageSource
+from ..data.loader import EvalLoader, choose_loader
 from ..data.manifest import escape, write_lines
-from ..data.sources import BUILT_IN, ImageSource, open_source
-from ..distributed import start
-from ..errors import DataError, ExtremaError, StorageError, UsageError
+from ..data.sources import BUILT_IN, open_source, subset
+from ..distributed import World, start
+from ..errors import DataError, ExtremaError, NonFiniteError, OutOfMemoryError, StorageError, UsageError
 from ..evaluation.evaluate import weights_hash
 from ..models.encoder import Encoder
+from ..models.masking import sample_views
+from ..training.memory import is_out_of_memory
 from ..training.plan import precision
 from ..weights import load as convert
-from .embed_parts import Job, Settings, encode_parts
 from .embeddings import (
     BROKEN,
     DTYPES,
     FEATURES,
+    FORMAT,
     RECORDS,
     ROWS,
+    VERSION,
     Embeddings,
+    Row,
     check_format,
     finished,
     load_embeddings,
@@ -43,13 +58,105 @@ from .embeddings import (
     write_part,
 )
 from .progress import ImageProgress
+from .work import Work, changes
 
 log = logging.getLogger(__name__)
 
 TOKENS = ("class", "mean", "patch")
 # a part has about so many images, fewer where their features are large
 PART_IMAGES, PART_BYTES = 1024, 64 << 20
-_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a feature, in addition to weights and images; written to config.json.
+
+    Attributes:
+        tokens: `class`: class token [D]; `mean`: mean of the patch tokens [D]; `patch`: patch tokens [N, D].
+        norm: after the final LayerNorm (False: raw tokens, as the paper's linear probe uses).
+        dtype: of the stored numbers: fp32, fp16, bf16; the two short ones are also computed with bf16 matmuls
+            where the hardware has them.
+        format: npy, parquet, safetensors.
+        img_size: (height, width) the images are resized and cropped to.
+        keep_ratio: share of the patches the encoder sees, chosen at random by the image's row number.
+        part_images: images in a part.
+        loader: dali or pil: their pixels differ by rounding.
+    """
+
+    tokens: str
+    norm: bool
+    dtype: str
+    format: str
+    img_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    keep_ratio: float
+    exif: bool
+    loader: str
+    part_images: int
+    precision: str
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Settings:
+        """The settings in a config.json."""
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
+
+
+@dataclass
+class Job:
+    """Everything one process needs to make parts."""
+
+    encoder: Encoder
+    source: ImageSource
+    settings: Settings
+    data: DataConfig
+    batch_size: int
+    world: World
+    strict: bool
+
+    @property
+    def part_count(self) -> int:
+        return -(-len(self.source) // self.settings.part_images)
+
+    def part_rows(self, number: int) -> range:
+        """Rows of the source in a part."""
+        first = number * self.settings.part_images
+        return range(first, min(first + self.settings.part_images, len(self.source)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image's features."""
+        width, patches = self.encoder.embed_dim, self.encoder.num_patches
+        return (patches, width) if self.settings.tokens == "patch" else (width,)
+
+    def images(self, source: ImageSource, bad: BadRows | None = None) -> EvalLoader:
+        """The images of a source, [b, H, W, 3] uint8 with their row numbers; `bad` takes those left out."""
+        return EvalLoader(
+            source,
+            self.data,
+            self.settings.img_size,
+            batch_size=self.batch_size,
+            device=self.world.device,
+            bad=bad,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What config.json says beside weights and data; plain data, equal to itself read back."""
+        settings = json.loads(json.dumps(dataclasses.asdict(self.settings)))
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": settings,
+            "shape": list(self.shape),
+            "grid": list(self.encoder.grid),
+            "part_count": self.part_count,
+        }
+
+    def row(self, number: int) -> Row:
+        labels = self.source.labels
+        label = "" if labels is None else self.source.classes[int(labels[number])]
+        return Row(number, self.source.title(number), label)
 
 
 def embed(
@@ -68,7 +175,7 @@ def embed(
     part_images: int | None = None,
     split: str = "train",
     limit: int = 0,
-    loader: str = "auto",
+    loader: Literal["auto", "dali", "pil"] = "auto",
     threads: int = 0,
     exif: bool = False,
     device: str = "auto",
@@ -78,16 +185,22 @@ def embed(
 ) -> Embeddings:
     """Features of every image of `data` in the folder `out`, or the rest of them after an interruption.
 
-    data         what `open_source` takes: folder, list file, shards, manifest, `photos`; `split` and `limit` too
-    weights      what `load_encoder` takes; `which`: teacher or student
-    batch_size   images at a time (None: 32 on a CPU, 256 on a GPU)
-    part_images  images per part, a multiple of the batch (None: about 1,024, fewer when they are large)
-    strict       an image that cannot be read ends the run; else it is left out and listed in broken.tsv
-    force        removes features of other settings in `out` first (never anything else)
-    others       as `Settings`; they must be the same when a run is continued
-    returns      the finished features; under torchrun each process makes its share, and all return them
-    raises       UsageError; DataError when no image can be read; StorageError when `out` cannot be written;
-                 NonFiniteError for weights that give NaN. What is finished by then stays
+    Under torchrun each process makes a part of them, and all return them.
+
+    Args:
+        data: what `open_source` takes: folder, list file, shards, manifest, `photos`; `split` and `limit` too.
+        weights: what `load_encoder` takes; `which`: teacher or student.
+        batch_size: images at a time (None: 32 on a CPU, 256 on a GPU).
+        part_images: images per part, a multiple of the batch (None: about 1,024, fewer when they are large).
+        strict: an image that cannot be read ends the run; else it is left out and listed in broken.tsv.
+        force: removes features of other settings in `out` first (never anything else).
+        others: as `Settings`; they must be the same when a run is continued.
+
+    Raises:
+        UsageError: a wrong option, or features of other settings in `out`.
+        DataError: no image can be read.
+        StorageError: `out` cannot be written.
+        NonFiniteError: for weights that give NaN. What is finished by then stays.
     """
     out = Path(out)
     check_format(format, dtype)
@@ -97,9 +210,8 @@ def embed(
         encoder = convert.load_encoder(weights, which, img_size=img_size)
         if tokens == "class" and encoder.global_pool != "token":
             raise UsageError(f"{weights}: this encoder has no class token; use --tokens mean")
-        image_bytes = (
-            encoder.embed_dim * (encoder.num_patches if tokens == "patch" else 1) * DTYPES[dtype].itemsize
-        )
+        vectors = encoder.num_patches if tokens == "patch" else 1
+        image_bytes = encoder.embed_dim * vectors * DTYPES[dtype].itemsize
         default = 256 if world.device.type == "cuda" else 32
         batch_size, part_images = world.broadcast(
             world.rank_zero_only(lambda: _sizes(out, batch_size, default, part_images, image_bytes, force))
@@ -109,7 +221,7 @@ def embed(
             norm=norm,
             dtype=dtype,
             format=format,
-            img_size=tuple(encoder.img_size),
+            img_size=(encoder.img_size[0], encoder.img_size[1]),
             mean=tuple(encoder.mean),
             std=tuple(encoder.std),
             keep_ratio=keep_ratio,
@@ -120,19 +232,23 @@ def embed(
         )
         cfg = DataConfig(loader=loader, exif=exif, threads=threads)
         job = Job(encoder.to(world.device).eval(), source, settings, cfg, batch_size, world, strict)
+        where = data if data in BUILT_IN else os.path.abspath(Path(data).expanduser())
         config = job.describe() | {
-            "weights": _weights(encoder, weights, which),
-            "data": _data(source, data, split, limit),
+            "weights": {"path": os.path.abspath(weights), "which": which, "hash": weights_hash(encoder)},
+            "data": {
+                "path": where,
+                "split": split,
+                "limit": limit,
+                "images": len(source),
+                "fingerprint": source.fingerprint,
+            },
         }
-        lock = world.rank_zero_only(lambda: _open(out))
-        try:
+        with ExitStack() as held:
+            world.rank_zero_only(lambda: _lock(out, held))
             todo = world.broadcast(world.rank_zero_only(lambda: _prepare(out, config, force)))
             if todo is not None:
                 _make(job, out, todo, progress)
                 world.rank_zero_only(lambda: _finish(job, out))
-        finally:
-            if lock is not None:
-                os.close(lock)
     return load_embeddings(out)
 
 
@@ -175,67 +291,43 @@ def _sizes(
     return batch, part or batch * max(1, min(PART_IMAGES, PART_BYTES // image_bytes) // batch)
 
 
-def _weights(encoder: Encoder, path: str | Path, which: str) -> dict[str, Any]:
-    return {"path": os.path.abspath(path), "which": which, "hash": weights_hash(encoder)}
-
-
-def _data(source: ImageSource, spec: str, split: str, limit: int) -> dict[str, Any]:
-    where = spec if spec in BUILT_IN else os.path.abspath(Path(spec).expanduser())
-    return {
-        "path": where,
-        "split": split,
-        "limit": limit,
-        "images": len(source),
-        "fingerprint": source.fingerprint,
-    }
-
-
 # ---- the folder -----------------------------------------------------------------------------------
 
 
-def _open(out: Path) -> int | None:
-    """The folder, there and ours: the descriptor of its lock."""
+def _lock(out: Path, held: ExitStack) -> None:
+    """Makes sure that the folder is there and ours, and locks it until `held` is closed."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; give a new folder for the features")
-    if out.is_dir() and not read_config(out) and set(os.listdir(out)) - {_LOCK}:
+    # earlier versions left the file of the lock there
+    if out.is_dir() and not read_config(out) and set(os.listdir(out)) - {RECORDS, ".lock"}:
         raise UsageError(f"{out}: holds other files; nothing was touched, give a new folder for the features")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        held.enter_context(Work(out / RECORDS).locked(str(out)))
     except OSError as error:
         raise StorageError(f"{out}: cannot be written ({error.strerror})") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise UsageError(
-            f"{out}: another job is writing features here; wait for it, or give another folder"
-        ) from None
-    except OSError as error:
-        log.warning("%s: cannot be locked (%s); start no second job on it", out, error.strerror)
-    return lock
 
 
 def _prepare(out: Path, config: dict[str, Any], force: bool) -> list[int] | None:
     """Numbers of the parts to make; None when everything is finished."""
     old = read_config(out)
-    changes = _changes(old, config) if old else []
-    if changes and not force:
+    found = changes(_identity(old), _identity(config)) if old else []
+    if found and not force:
         raise UsageError(
-            f"{out}: holds features made with other settings ({'; '.join(changes)}); give another folder, or "
+            f"{out}: holds features made with other settings ({'; '.join(found)}); give another folder, or "
             "--force to replace them"
         )
-    if changes:
+    if found:
         remove(out)
         old = {}
-    for folder in (out, out / FEATURES, out / RECORDS):
-        for torn in folder.glob(".tmp-*"):
+    for parent in (out, out / FEATURES):
+        for torn in parent.glob(".tmp-*"):
             # of a process that was killed while writing
             torn.unlink(missing_ok=True)
     done = finished(out, old) if old else {}
     todo = [n for n in range(config["part_count"]) if n not in done]
     if not todo and old.get("complete") and (out / ROWS).is_file():
         log.info("%s: complete; weights, images and settings are unchanged, nothing to compute", out)
+        Work(out / RECORDS).remove()
         return None
     if old:
         log.info("%s: continues, %d of %d parts are finished", out, len(done), config["part_count"])
@@ -243,34 +335,24 @@ def _prepare(out: Path, config: dict[str, Any], force: bool) -> list[int] | None
     return todo
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs in a way that changes features, as `dtype: fp16 there, fp32 now`."""
-    found = [("version", old.get("version"), new["version"])]
-    for group, keys in (
-        ("weights", ("which", "hash")),
-        ("data", ("images", "fingerprint")),
-        ("settings", None),
-    ):
-        before = old.get(group, {})
-        for key in keys or new[group]:
-            name = key if group == "settings" else f"{group} {key}"
-            found.append((name, before.get(key), new[group][key]))
-    return [f"{name}: {_short(a)} there, {_short(b)} now" for name, a, b in found if a != b]
-
-
-def _short(value: Any) -> str:
-    return value[:12] if isinstance(value, str) else str(value)
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What features follow from, of a config.json."""
+    weights, data = config["weights"], config["data"]
+    found = {"version": config.get("version")}
+    found |= {f"weights {key}": weights.get(key) for key in ("which", "hash")}
+    found |= {f"data {key}": data.get(key) for key in ("images", "fingerprint")}
+    return found | config["settings"]
 
 
 def _finish(job: Job, out: Path) -> None:
     """The tables of a folder whose parts are all there; rows.tsv last but for the mark in config.json."""
     config = read_config(out)
-    parts = finished(out, config)
-    if len(parts) < job.part_count:
+    done = finished(out, config)
+    if len(done) < job.part_count:
         raise StorageError(
-            f"{out}: {job.part_count - len(parts)} parts have vanished; run the same command again"
+            f"{out}: {job.part_count - len(done)} parts have vanished; run the same command again"
         )
-    parts = [parts[n] for n in range(job.part_count)]
+    parts = [done[n] for n in range(job.part_count)]
     broken = [b for p in parts for b in p.broken]
     if broken and len(broken) == len(job.source):
         row, reason = broken[0]
@@ -284,7 +366,7 @@ def _finish(job: Job, out: Path) -> None:
         lines = (f"{n}\t{escape(job.source.title(n))}\t{escape(why)}\n" for n, why in broken)
         write_lines(out / BROKEN, "row\tpath\treason\n", lines)
     write_config(out, config | {"parts": [p._asdict() for p in parts], "complete": True})
-    shutil.rmtree(out / RECORDS, ignore_errors=True)
+    Work(out / RECORDS).remove()
 
 
 # ---- the work -------------------------------------------------------------------------------------
@@ -320,3 +402,105 @@ def _write_parts(job: Job, out: Path, numbers: list[int], bar: ImageProgress) ->
             pending = writer.submit(write_part, out, number, job.settings.format, features, rows, broken)
         if pending is not None:
             pending.result()
+
+
+def encode_parts(
+    job: Job, numbers: list[int], reached: Callable[[int], None] = lambda images: None
+) -> Iterator[tuple[int, Tensor, list[tuple[int, str]]]]:
+    """(number, features, [(row, reason) of images left out]) of each part, by one reader over all of them.
+
+    Args:
+        numbers: ascending.
+        reached: called after every batch with the number of images so far.
+
+    Raises:
+        DataError: an image that cannot be read, with `job.strict`.
+        NonFiniteError: as `encode_batch`.
+    """
+    if not numbers:
+        return
+    rows = torch.cat([torch.arange(r.start, r.stop) for r in map(job.part_rows, numbers)])
+    source = subset(job.source, rows)
+    # any number of them: what cannot be read is a result here
+    bad = BadRows(source, 1.0, quiet=True)
+    # where in `rows` a part begins and ends
+    ends = np.cumsum([len(job.part_rows(n)) for n in numbers]).tolist()
+    waiting = deque(zip(numbers, [0, *ends], ends, strict=False))
+    batches: list[Tensor] = []
+
+    def part() -> tuple[int, Tensor, list[tuple[int, str]]]:
+        number, first, end = waiting.popleft()
+        none = torch.empty(0, *job.shape, dtype=DTYPES[job.settings.dtype])
+        features = torch.cat([none, *batches])
+        batches.clear()
+        found = [place for place in range(first, end) if bad.known[place]]
+        return number, features, [(int(rows[place]), _reason(source, bad, place)) for place in found]
+
+    try:
+        for images, index in job.images(source, None if job.strict else bad):
+            # batches do not cross parts
+            while int(index[0]) >= waiting[0][2]:
+                yield part()
+            batches.append(encode_batch(job, images, rows[index]))
+            reached(int(index[-1]) + 1)
+    except DataError:
+        # of all images not one can be read: no error of this process's share alone
+        if len(bad) < len(rows):
+            raise
+    while waiting:
+        yield part()
+
+
+def _reason(source: ImageSource, bad: BadRows, place: int) -> str:
+    # without the path, which stands beside it
+    return bad.reasons[place].removeprefix(f"{source.title(place)}: ")
+
+
+@torch.inference_mode()
+def encode_batch(job: Job, images: Tensor, rows: Tensor) -> Tensor:
+    """Features of one batch, on the CPU in the stored type.
+
+    Args:
+        images: [b, H, W, 3] uint8.
+        rows: [b] row numbers, which choose the patches kept with `keep_ratio`.
+
+    Returns:
+        [b, D], or [b, N, D] for patch tokens.
+
+    Raises:
+        NonFiniteError: names the first image.
+        UsageError: only fp16 cannot hold the numbers.
+    """
+    s, device, encoder = job.settings, job.world.device, job.encoder
+    x = normalize(images.to(device, non_blocking=True), s.mean, s.std, encoder.in_chans)
+    keep = None
+    if s.keep_ratio < 1:
+        count = max(1, round(encoder.num_patches * s.keep_ratio))
+        keep = sample_views(rows.to(device), encoder.num_patches, count, 1)[:, 0]
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16"):
+            out = encoder.encode(x, keep, norm=s.norm)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"{len(x)} images at a time do not fit into the memory of {device}; use a smaller --batch-size"
+        ) from None
+    if s.tokens == "class":
+        full = out.cls.float()
+    else:
+        full = out.patches.float()
+        full = full.mean(1) if s.tokens == "mean" else full
+    features = full.to(DTYPES[s.dtype]).cpu()
+    bad = (~features.isfinite()).flatten(1).any(1)
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        name = job.source.title(int(rows[i]))
+        if full[i].isfinite().all():
+            raise UsageError(
+                f"{name}: a feature of {float(full[i].abs().max()):.3g} does not fit --dtype fp16; use fp32"
+            )
+        raise NonFiniteError(
+            f"{name}: its features are not finite; the weights have diverged: take earlier ones"
+        )
+    return features

@@ -13,7 +13,8 @@ In the tables a tab, line end, backslash or byte that is no UTF-8 is escaped as 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from ..data.manifest import escape, unescape
 from ..errors import StorageError, UsageError
-from ..files import new_file, read_json
+from ..files import new_file, read_json, write_file
+from .work import Work
 
 FORMAT, VERSION = "extrema-fast-embeddings", 1
 CONFIG, ROWS, BROKEN, FEATURES, RECORDS = "config.json", "rows.tsv", "broken.tsv", "features", ".parts"
@@ -74,11 +76,11 @@ def _parquet() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Lets `write` fill a file that a reader sees whole or not at all; StorageError when it cannot."""
+@contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    """Makes an OSError in the block a StorageError."""
     try:
-        with new_file(path) as f:
-            write(f)
+        yield
     except OSError as error:
         raise StorageError(
             f"{path}: cannot be written ({error.strerror or error}); what is finished stays, and the same "
@@ -101,13 +103,16 @@ def write_part(
 ) -> None:
     """Writes one part and, after it, the record that makes it count.
 
-    features  [n, ...] on the CPU, in the type they are stored in;  rows: the n images they belong to
+    Args:
+        features: [n, ...] on the CPU, in the type they are stored in.
+        rows: the n images they belong to.
     """
     path = part_file(folder, number, file_format)
-    replace_file(path, lambda f: _WRITERS[file_format](f, features, rows))
-    record = {"rows": len(rows), "bytes": path.stat().st_size, "broken": broken}
-    text = json.dumps(record).encode()
-    replace_file(folder / RECORDS / f"{number:05d}.json", lambda f: f.write(text))
+    with _storing(path):
+        with new_file(path) as f:
+            _WRITERS[file_format](f, features, rows)
+        record = Record(len(rows), path.stat().st_size, broken)
+        Work(folder / RECORDS).finish(number, record._asdict())
 
 
 def _write_npy(f: BinaryIO, features: Tensor, rows: list[Row]) -> None:
@@ -139,9 +144,7 @@ _WRITERS = {"npy": _write_npy, "parquet": _write_parquet, "safetensors": _write_
 
 def finished(folder: Path, config: dict[str, Any]) -> dict[int, Record]:
     """The parts that are there whole, by number: as the records say, and with as many bytes."""
-    records = dict(enumerate(config.get("parts") or []))
-    for path in (folder / RECORDS).glob("[0-9]*.json"):
-        records[int(path.stem)] = read_json(path, {})
+    records = dict(enumerate(config.get("parts") or [])) | Work(folder / RECORDS).finished()
     found = {}
     for number, r in records.items():
         file = part_file(folder, number, config["settings"]["format"])
@@ -155,32 +158,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG, {})
     if config.get("format") != FORMAT:
         return {}
-    settings, kinds = config.get("settings"), (("part_count", int), ("shape", list), ("parts", list))
-    whole = isinstance(settings, dict) and all(isinstance(config.get(k), kind) for k, kind in kinds)
-    whole = whole and all(isinstance(config.get(k), dict) for k in ("weights", "data"))
+    kinds = {"part_count": int, "shape": list, "parts": list, "weights": dict, "data": dict, "settings": dict}
+    whole = all(isinstance(config.get(k), kind) for k, kind in kinds.items())
     whole = whole and all(
         isinstance(p, dict) and {"rows", "bytes", "broken"} <= p.keys() for p in config["parts"]
     )
-    if not whole or settings.get("format") not in SUFFIX or settings.get("dtype") not in DTYPES:
+    settings = config["settings"] if whole else {}
+    if settings.get("format") not in SUFFIX or settings.get("dtype") not in DTYPES:
         raise UsageError(f"{folder / CONFIG}: damaged; move {folder} away and embed again")
     return config
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Replaces config.json."""
-    text = (json.dumps(config, indent=1) + "\n").encode()
-    replace_file(folder / CONFIG, lambda f: f.write(text))
+    with _storing(folder / CONFIG):
+        write_file(folder / CONFIG, json.dumps(config, indent=1) + "\n")
 
 
 def remove(folder: Path) -> None:
     """Removes what `embed` wrote there, and nothing else."""
-    for pattern in (
-        CONFIG,
-        ROWS,
-        BROKEN,
-        f"{RECORDS}/*.json",
-        *(f"{FEATURES}/[0-9]*{s}" for s in SUFFIX.values()),
-    ):
+    Work(folder / RECORDS).clear()
+    for pattern in (CONFIG, ROWS, BROKEN, *(f"{FEATURES}/[0-9]*{s}" for s in SUFFIX.values())):
         for path in sorted(folder.glob(pattern)):
             path.unlink()
 
@@ -246,7 +244,7 @@ class Embeddings:
             except Exception as error:
                 # three libraries, each with errors of its own for damaged bytes
                 raise UsageError(
-                    f"{path}: damaged ({error}); delete it and embed again: one part is made anew"
+                    f"{path}: damaged ({error}); delete it and embed again: only that part is made again"
                 ) from None
             if features.dtype != dtype:
                 raise UsageError(f"{path}: holds {features.dtype}, not the {dtype} of {CONFIG}")

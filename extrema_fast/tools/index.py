@@ -56,7 +56,8 @@ class Trouble(NamedTuple):
     """Rows with one kind of trouble: how many, and the first of them."""
 
     what: str
-    count: int
+    # the name of a method of tuples
+    count: int  # type: ignore[assignment]
     title: str
     details: str
 

@@ -4,15 +4,14 @@
                            row in the source as a little-endian int64 (DALI: dtypes=[..., types.INT64]).
                            KEY is the place in the shuffled order
     OUT/shard-000000.idx   where its members lie, for DALI's readers.webdataset and our own
-    OUT/manifest.tsv       every image with size and checksum (`manifest.py`); `--data.train OUT` reads by it
+    OUT/manifest.tsv       every image with size and checksum; `--data.train OUT` reads by it
     OUT/classes.txt        the name of class n in line n + 1, where there are labels
     OUT/left_out.tsv       images that could not be packed, and why
     OUT/SHA256SUMS         of all these: `cd OUT && sha256sum -c SHA256SUMS`
     OUT/pack.json          the settings, and whether it is finished
-    OUT/.pack/             while it is not: the unfinished shard, and what is in each finished one
+    OUT/.pack/             while it is not: the unfinished shard, and the records of the finished ones (`work.py`)
 
-The same source, settings and Pillow give the same bytes, whatever the threads and however often it was stopped:
-a shard is renamed into place and then noted, and what is not noted is made again.
+The same source, settings and Pillow give the same bytes, whatever the threads and however often it was stopped.
 """
 
 from __future__ import annotations
@@ -20,45 +19,37 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import json
 import logging
 import os
 import shlex
-import shutil
 import struct
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import rng
+from ..data.image_source import ImageSource
 from ..data.manifest import Row, escape, header_lines, is_manifest, row_line
 from ..data.shards import CLASSES
-from ..data.sources import BUILT_IN, MANIFEST, ImageSource, open_source
+from ..data.sources import BUILT_IN, MANIFEST, open_source
 from ..distributed import cores
 from ..errors import DataError, ExtremaError, StorageError, UsageError
-from ..files import write_file
-from .pack_folder import (
-    ABOUT,
-    FORMAT,
-    as_json,
-    begin,
-    check_same,
-    locked,
-    prepare,
-    read_about,
-    refuse_overlap,
-)
-from .pack_image import EXTENSIONS, Packed, pack_image
-from .pack_shard import END, WORK, Done, ShardWriter, finished_shards, space
+from ..files import read_json, write_file
 from .progress import ImageProgress
+from .shard_writer import END, EXTENSIONS, Done, Packed, ShardWriter, pack_image, space
+from .work import Work, changes
 
 log = logging.getLogger(__name__)
 
-SUMS, LEFT_OUT = "SHA256SUMS", "left_out.tsv"
+FORMAT = "extrema-fast pack 1"
+ABOUT, WORK, SUMS, LEFT_OUT = "pack.json", ".pack", "SHA256SUMS", "left_out.tsv"
 MB = 1_000_000
 # share of the images that may be unreadable
 MAX_BAD = 0.01
@@ -69,7 +60,8 @@ _PACK_EPOCH = 2**32 - 2
 # images of which the loader's rate is measured, at most
 _MEASURED = 512
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -112,20 +104,25 @@ def pack(
 ) -> dict[str, Any]:
     """Packs the images `data` names into the folder `out`; the same call again continues where it stopped.
 
-    data      a manifest, or whatever `open_source` takes
-    size      pixels of the `side` ("short" or "long") of larger images; 0: every image keeps its bytes
-    quality   of the JPEG files written; see `pack_image` for what is written how
-    shard_mb  a shard is at most so many million bytes, unless one image is more
-    seed      of the shuffle
-    threads   that decode and encode (0: one per core)
-    max_bad   share of the images that may be unreadable (one always may); they are left out and listed
-    force     moves what is in `out` aside and starts anew
-    measure   False: the loader's rate is not measured
-    returns   out, images, shards, bytes, left_out, finished_before, and `loader` when measured: kind, threads,
-              images, images_per_s of decoding and cropping to 224 x 224
+    Args:
+        data: a manifest, or whatever `open_source` takes.
+        size: pixels of the `side` ("short" or "long") of larger images; 0: every image keeps its bytes.
+        quality: of the JPEG files written; see `pack_image` for what is written how.
+        shard_mb: a shard is at most so many million bytes, unless one image is more.
+        seed: of the shuffle.
+        threads: that decode and encode (0: one per core).
+        max_bad: share of the images that may be unreadable (one always may); they are left out and listed.
+        force: moves what is in `out` aside and starts again.
+        measure: False: the loader's rate is not measured.
 
-    raises    UsageError: settings, or an `out` that holds something else; DataError: too many unreadable images;
-              StorageError: `out` cannot be written, e.g. no space (finished shards stay)
+    Returns:
+        out, images, shards, bytes, left_out, finished_before, and `loader` when measured: kind, threads, images,
+        images_per_s of decoding and cropping to 224 x 224.
+
+    Raises:
+        UsageError: settings, or an `out` that holds something else.
+        DataError: too many unreadable images.
+        StorageError: `out` cannot be written, e.g. no space (finished shards stay).
     """
     settings = Settings(size, side, quality, float(shard_mb), seed)
     if threads < 0:
@@ -136,32 +133,39 @@ def pack(
     out = Path(out).expanduser()
     pillow = _pillow()
     source = _open_source(data)
-    refuse_overlap(out, source)
+    _check_apart(out, source)
     about = {
         "format": FORMAT,
         "source": source.fingerprint,
         "images": len(source),
         **dataclasses.asdict(settings),
     }
+    work = Work(out / WORK)
     try:
-        finished = prepare(out, about, force)
+        finished = _prepare(out, work, about, force)
         if not finished:
-            with locked(out):
-                finished = check_same(out, about)
+            with _locked(out, work):
+                finished = _is_finished(out, about)
                 if not finished:
-                    begin(out, about, pillow)
-                    _pack(source, out, settings, threads, max_bad, progress)
-                    _finish(source, out, about, pillow)
+                    _begin(out, about, pillow)
+                    _pack(source, out, work, settings, threads, max_bad, progress)
+                    _finish(source, out, work, about, pillow)
     except OSError as e:
-        done = len(finished_shards(out))
         raise StorageError(
-            f"{out}: cannot be written ({e.strerror or e}); {done} finished shards stay, and the same command goes on "
-            "from there" + (" once there is space" if e.errno in _NO_SPACE else "")
+            f"{out}: cannot be written ({e.strerror or e}); {len(_finished_shards(out, work))} finished shards stay, "
+            "and the same command goes on from there"
+            + (" once there is space" if e.errno in _NO_SPACE else "")
         ) from e
     if finished:
         # it may have been killed just before it could
-        shutil.rmtree(out / WORK, ignore_errors=True)
-    result = _summary(out) | {"finished_before": finished}
+        work.remove()
+    about = read_json(out / ABOUT)
+    result = {
+        "out": str(out),
+        "images": about["packed"],
+        **{k: about[k] for k in ("shards", "bytes", "left_out")},
+    }
+    result["finished_before"] = finished
     if measure:
         try:
             result["loader"] = measure_loader(str(out), threads)
@@ -225,14 +229,99 @@ def _pillow() -> str:
     return f"{PIL.__version__}, libjpeg {features.version('libjpeg_turbo') or features.version('jpg')}"
 
 
+# ---- the folder -----------------------------------------------------------------------------------
+
+
+def _check_apart(out: Path, source: ImageSource) -> None:
+    inside = os.path.realpath(out) + os.sep
+    folders = {os.path.dirname(p) for p in source.paths}
+    if any((os.path.realpath(folder) + os.sep).startswith(inside) for folder in folders):
+        raise UsageError(f"{out}: the images are in there; give another folder for the packed set")
+
+
+def _locked(out: Path, work: Work) -> Any:
+    # earlier versions noted a finished shard as shard-000000.json; it is made again
+    return work.locked(str(out), own=r"shard-\d+\.(tar|json)")
+
+
+def _prepare(out: Path, work: Work, about: dict[str, Any], force: bool) -> bool:
+    """Whether the set is there already; UsageError for a folder that holds anything else."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; give a folder for the shards")
+    if not out.is_dir() or not any(out.iterdir()):
+        return False
+    if not force:
+        return _is_finished(out, about)
+    aside = _aside(out)
+    # nobody is packing into it
+    with _locked(out, work) if work.folder.is_dir() else nullcontext():
+        out.rename(aside)
+    log.info("%s: what was there is now in %s", out, aside)
+    return False
+
+
+def _aside(out: Path) -> Path:
+    number, out = 1, Path(os.path.abspath(out))
+    while (place := out.with_name(f"{out.name}.before{number if number > 1 else ''}")).exists():
+        number += 1
+    return place
+
+
+def _is_finished(out: Path, about: dict[str, Any]) -> bool:
+    """Whether a finished set of this source and these settings is there; UsageError when it is of others."""
+    old = read_json(out / ABOUT, {})
+    if old.get("format") != FORMAT:
+        if {p.name for p in out.iterdir()} - {WORK}:
+            raise UsageError(
+                f"{out}: holds other files; give a new folder, or --force to move them to {_aside(out).name}"
+            )
+        return False
+    found = changes(old, {k: v for k, v in about.items() if k != "source"})
+    if old.get("source") != about["source"]:
+        found.append("the images (names, sizes or labels)")
+    if found:
+        state = "finished" if old.get("complete") else "unfinished"
+        raise UsageError(
+            f"{out}: holds a packed set ({state}) that differs: {'; '.join(found)}; give another folder, or --force "
+            f"to move it to {_aside(out).name}"
+        )
+    if not old.get("complete"):
+        return False
+    files = {n: out / n for n in old["files"]}
+    broken = [n for n, f in files.items() if not f.is_file() or f.stat().st_size != old["files"][n]]
+    if broken:
+        raise UsageError(
+            f"{out}: the packed set was finished, but {len(broken)} of its files are gone or changed, first: "
+            f"{broken[0]}; --force packs again"
+        )
+    return True
+
+
+def _begin(out: Path, about: dict[str, Any], pillow: str) -> None:
+    before = read_json(out / ABOUT, {}).get("pillow", pillow)
+    if before != pillow:
+        log.warning("%s: begun with Pillow %s, goes on with %s: bytes may differ", out, before, pillow)
+    _write_about(out, {**about, "pillow": pillow, "complete": False})
+
+
+def _write_about(out: Path, about: dict[str, Any]) -> None:
+    write_file(out / ABOUT, json.dumps(about, indent=1) + "\n")
+
+
 # ---- the work -------------------------------------------------------------------------------------
 
 
 def _pack(
-    source: ImageSource, out: Path, settings: Settings, threads: int, max_bad: float, progress: bool
+    source: ImageSource,
+    out: Path,
+    work: Work,
+    settings: Settings,
+    threads: int,
+    max_bad: float,
+    progress: bool,
 ) -> None:
     """Writes the shards that are not there yet."""
-    done = finished_shards(out)
+    done = _finished_shards(out, work)
     start = done[-1].end if done else 0
     bad = sum(len(d.left_out) for d in done)
     if start:
@@ -255,7 +344,7 @@ def _pack(
         with ImageProgress("packing", len(source) - start, progress) as bar:
             for place, row, image in _in_order(pool, encode, range(start, len(source)), threads * _AHEAD):
                 if isinstance(image, str):
-                    shard = shard or ShardWriter(out, number, place)
+                    shard = shard or ShardWriter(out, work, number, place)
                     shard.left_out.append((row, source.title(row), image))
                     bad += 1
                     _check_budget(source, bad, max_bad, shard.left_out[-1], out)
@@ -264,7 +353,7 @@ def _pack(
                     if shard and shard.rows and shard.bytes + space(parts) + END > settings.shard_mb * MB:
                         shard.finish(place)
                         shard, number = None, number + 1
-                    shard = shard or ShardWriter(out, number, place)
+                    shard = shard or ShardWriter(out, work, number, place)
                     shard.add(parts, entry)
                 bar.reached(place + 1 - start)
             if shard:
@@ -323,9 +412,9 @@ def _check_budget(
         )
 
 
-def _finish(source: ImageSource, out: Path, about: dict[str, Any], pillow: str) -> None:
+def _finish(source: ImageSource, out: Path, work: Work, about: dict[str, Any], pillow: str) -> None:
     """Manifest, classes, checksums; then the folder is marked finished."""
-    done = finished_shards(out)
+    done = _finished_shards(out, work)
     rows = [row for d in done for row in d.rows]
     if not rows:
         raise DataError(
@@ -351,21 +440,27 @@ def _finish(source: ImageSource, out: Path, about: dict[str, Any], pillow: str) 
         "bytes": sum(d.bytes for d in done if d.rows),
         "left_out": len(left_out),
     }
-    write_file(out / ABOUT, as_json({**about, **counts, "pillow": pillow, "complete": True, "files": files}))
-    shutil.rmtree(out / WORK)
+    _write_about(out, {**about, **counts, "pillow": pillow, "complete": True, "files": files})
+    work.remove()
 
 
 def _first(done: list[Done]) -> str:
     return next((f"{title} ({why})" for d in done for _, title, why in d.left_out), "")
 
 
-def _summary(out: Path) -> dict[str, Any]:
-    about = read_about(out) or {}
-    return {
-        "out": str(out),
-        "images": about["packed"],
-        **{k: about[k] for k in ("shards", "bytes", "left_out")},
-    }
+def _finished_shards(out: Path, work: Work) -> list[Done]:
+    """The shards with a record, from the first one on, as far as they are there."""
+    records, found = work.finished(), list[Done]()
+    while len(found) in records:
+        try:
+            done = Done(**records[len(found)])
+            rows = [Row(*row) for row in done.rows]
+            if rows and (out / f"{done.name}.tar").stat().st_size != done.bytes:
+                break
+        except (OSError, TypeError):
+            break
+        found.append(done._replace(rows=rows, left_out=[(r, t, why) for r, t, why in done.left_out]))
+    return found
 
 
 def measure_loader(data: str, threads: int) -> dict[str, Any]:

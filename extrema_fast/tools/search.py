@@ -22,7 +22,7 @@ from ..distributed import World, pick_device
 from ..errors import ExtremaError, UsageError
 from ..evaluation.evaluate import weights_hash
 from ..weights import load as convert
-from .embed_parts import Job, Settings, encode_batch
+from .embed import Job, Settings, encode_batch
 from .embeddings import ROWS, Embeddings, Row, load_embeddings
 
 log = logging.getLogger(__name__)

@@ -33,6 +33,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from typing import NamedTuple
 
 from ..errors import ExtremaError, UsageError
@@ -234,7 +235,7 @@ def _start(strict: bool, max_pixels: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     warnings.simplefilter("ignore")
     os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -257,6 +258,11 @@ def _start(strict: bool, max_pixels: int) -> None:
         _decoder = _Decoder(both, lambda data: first(data) or pillow(data), max_pixels)
     else:
         _decoder = _Decoder(name, first, max_pixels)
+
+
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
 
 
 def _catch_stderr() -> Callable[[], str]:

@@ -32,6 +32,7 @@ from extrema_fast.errors import DataError, NonFiniteError, StorageError, UsageEr
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.tools.embed import describe, embed
 from extrema_fast.tools.embeddings import load_embeddings
+from extrema_fast.tools.work import Work
 from extrema_fast.weights.folder import save_weights, weights_meta
 from extrema_fast.weights.load import load_encoder
 
@@ -254,7 +255,7 @@ def test_two_processes(tmp_path, weights, images, run_cli):
     assert codes == [0, 0] and text.count("19 images\n") == 1, text
     assert files(tmp_path / "one") == files(tmp_path / "two")
     codes, text = run_cli(*args, "--dtype", "fp16", processes=2)
-    assert codes == [2, 2] and "dtype: fp32 there, fp16 now" in text
+    assert codes == [2, 2] and "dtype: fp32 -> fp16" in text
 
 
 def test_share_without_a_good_image(tmp_path, weights, images, run_cli):
@@ -345,12 +346,9 @@ def test_config_that_nests_too_deep(tmp_path):
 
 
 def test_one_job_at_a_time(tmp_path, weights, images):
-    import fcntl
-
     embed(str(images), tmp_path / "f", weights, **SMALL)
-    with open(tmp_path / "f" / ".lock") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="another job is writing features here"):
+    with Work(tmp_path / "f" / ".parts").locked("here"):
+        with pytest.raises(UsageError, match="f: another job is running here"):
             embed(str(images), tmp_path / "f", weights, **SMALL)
     embed(str(images), tmp_path / "f", weights, **SMALL)
 
@@ -361,12 +359,12 @@ def test_one_job_at_a_time(tmp_path, weights, images):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"tokens": "mean"}, "tokens: class there, mean now"),
-        ({"dtype": "fp16"}, "dtype: fp32 there, fp16 now"),
-        ({"which": "student"}, "weights which: teacher there, student now; weights hash: "),
-        ({"img_size": 32}, r"img_size: \[24, 24\] there, \[32, 32\] now"),
-        ({"limit": 5}, "data images: 19 there, 5 now"),
-        ({"part_images": 9}, "part_images: 6 there, 9 now"),
+        ({"tokens": "mean"}, "tokens: class -> mean"),
+        ({"dtype": "fp16"}, "dtype: fp32 -> fp16"),
+        ({"which": "student"}, "weights which: teacher -> student; weights hash: "),
+        ({"img_size": 32}, r"img_size: \[24, 24\] -> \[32, 32\]"),
+        ({"limit": 5}, "data images: 19 -> 5"),
+        ({"part_images": 9}, "part_images: 6 -> 9"),
     ],
 )
 def test_other_settings_are_refused(tmp_path, weights, images, change, named):
@@ -492,10 +490,10 @@ def test_no_image_left(tmp_path, weights):
 
 
 def test_memory_holds_a_few_parts(tmp_path, weights, images, monkeypatch):
-    from extrema_fast.tools import embed_parts
+    module = importlib.import_module("extrema_fast.tools.embed")
     from extrema_fast.tools.embeddings import write_part as write
 
-    encode = embed_parts.encode_batch
+    encode = module.encode_batch
     encoded, ahead = [0], []
 
     def count(job, batch, rows):
@@ -506,8 +504,8 @@ def test_memory_holds_a_few_parts(tmp_path, weights, images, monkeypatch):
         ahead.append(encoded[0] - 3 * (number + 1))
         write(folder, number, *rest)
 
-    monkeypatch.setattr(embed_parts, "encode_batch", count)
-    monkeypatch.setattr(importlib.import_module("extrema_fast.tools.embed"), "write_part", written)
+    monkeypatch.setattr(module, "encode_batch", count)
+    monkeypatch.setattr(module, "write_part", written)
     embed(str(images), tmp_path / "f", weights, **{**SMALL, "part_images": 3})
     # the one being written, and the one being computed
     assert len(ahead) == 7 and max(ahead) <= 6

@@ -22,16 +22,16 @@ import numpy as np
 import pytest
 import torch
 
-from extrema_fast import cli
+from extrema_fast import cli, files
 from extrema_fast.data import shards
 from extrema_fast.data.image_files import load_rgb
 from extrema_fast.data.manifest import read_manifest
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import DataError, StorageError, UsageError
 from extrema_fast.tools import pack as pack_module
-from extrema_fast.tools import pack_folder, pack_shard
+from extrema_fast.tools import shard_writer, work
 from extrema_fast.tools.pack import describe, pack
-from extrema_fast.tools.pack_image import pack_image
+from extrema_fast.tools.shard_writer import pack_image
 from tests.data.conftest import picture
 from tests.data.tars import write_tar
 
@@ -291,11 +291,10 @@ def stop_before(monkeypatch, count):
 
         return call
 
-    for module, name in ((pack_shard, "write_file"), (pack_module, "write_file")):
-        monkeypatch.setattr(module, name, counted(shards.write_file))
-    monkeypatch.setattr(pack_folder, "write_file", counted(shards.write_file))
-    monkeypatch.setattr(pack_shard.ShardWriter, "_write", counted(pack_shard.ShardWriter._write))
-    monkeypatch.setattr(pack_shard.os, "fsync", counted(os.fsync))
+    for module in (pack_module, shard_writer, work):
+        monkeypatch.setattr(module, "write_file", counted(files.write_file))
+    monkeypatch.setattr(shard_writer.ShardWriter, "_write", counted(shard_writer.ShardWriter._write))
+    monkeypatch.setattr(shard_writer.os, "fsync", counted(os.fsync))
 
 
 def test_stopped_anywhere_it_goes_on_to_the_same_bytes(tree, packed, tmp_path, monkeypatch):
@@ -320,15 +319,15 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(tree, packed, tmp_path, m
 
 KILLED = """
 import os, signal
-from extrema_fast.tools import pack_shard
-left, real = 40, pack_shard.ShardWriter._write
+from extrema_fast.tools import shard_writer
+left, real = 40, shard_writer.ShardWriter._write
 def write(self, data):
     global left
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     real(self, data)
-pack_shard.ShardWriter._write = write
+shard_writer.ShardWriter._write = write
 """
 
 
@@ -381,20 +380,22 @@ def test_other_settings_or_images_are_refused(tree, tmp_path, monkeypatch):
             pack(str(tree), out, **SMALL)
     before = contents(out)
     fails(
-        r"\(unfinished\) that differs: quality 90 -> 80; give another folder, or --force",
+        r"\(unfinished\) that differs: quality: 90 -> 80; give another folder, or --force",
         tree,
         out,
         quality=80,
     )
-    fails("differs: size 32 -> 48; side short -> long; seed 0 -> 1;", tree, out, size=48, side="long", seed=1)
+    fails(
+        "differs: size: 32 -> 48; side: short -> long; seed: 0 -> 1;", tree, out, size=48, side="long", seed=1
+    )
     image = tmp_path / "few" / "a" / "1.png"
     image.parent.mkdir(parents=True)
     image.write_bytes(encoded(picture(0, 9, 9), "PNG"))
-    fails(r"differs: images 23 -> 1; the images \(names, sizes or labels\)", tmp_path / "few", out)
+    fails(r"differs: images: 23 -> 1; the images \(names, sizes or labels\)", tmp_path / "few", out)
     assert contents(out) == before
     pack(str(tmp_path / "few"), out, **SMALL, force=True)
     assert len(open_source(str(out))) == 1 and (tmp_path / "set.before" / "pack.json").exists()
-    fails("differs: quality 90 -> 80", tmp_path / "few", out, quality=80)
+    fails("differs: quality: 90 -> 80", tmp_path / "few", out, quality=80)
     pack(str(tmp_path / "few"), out, **{**SMALL, "quality": 80}, force=True)
     assert (tmp_path / "set.before2" / "pack.json").exists()
 
@@ -462,14 +463,14 @@ def test_a_mixture_with_parts_is_refused(tree, tmp_path):
 
 def test_one_process_at_a_time(tree, tmp_path):
     out = tmp_path / "set"
-    with pack_folder.locked(out):
-        fails("another process is packing into it", tree, out)
+    with work.Work(out / ".pack").locked("here"):
+        fails(f"{out}: another job is running here", tree, out)
     assert pack(str(tree), out, **SMALL)["images"] == 23
 
 
 def full_after(monkeypatch, size, number):
     """Writing more than `size` bytes of shards raises OSError `number`."""
-    real, written = pack_shard.ShardWriter._write, [0]
+    real, written = shard_writer.ShardWriter._write, [0]
 
     def write(self, data):
         written[0] += len(data)
@@ -477,7 +478,7 @@ def full_after(monkeypatch, size, number):
             raise OSError(number, os.strerror(number))
         real(self, data)
 
-    monkeypatch.setattr(pack_shard.ShardWriter, "_write", write)
+    monkeypatch.setattr(shard_writer.ShardWriter, "_write", write)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
@@ -593,4 +594,4 @@ def test_command(tree, tmp_path, capsys):
     assert cli.main(["pack", str(tree), out, "--size", "32", "--json", "--no-measure", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out)["finished_before"] is True
     assert cli.main(["pack", str(tree), out, "--size", "33"]) == 2
-    assert "differs: size 32 -> 33" in capsys.readouterr().err
+    assert "differs: size: 32 -> 33" in capsys.readouterr().err

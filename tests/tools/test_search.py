@@ -251,7 +251,7 @@ def test_k_of_foreign_queries(made, tmp_path, monkeypatch):
     shutil.copy(made / "images/ape/00.png", tmp_path / "q.png")
     # nobody has to know how many images an index has
     assert len(search(tmp_path / "q.png", made / "index")[0]["neighbours"]) == 10
-    monkeypatch.setattr(sys.modules["extrema_fast.search"], "NEIGHBOURS", 14)
+    monkeypatch.setattr(sys.modules["extrema_fast.tools.search"], "NEIGHBOURS", 14)
     assert len(search(tmp_path / "q.png", made / "index")[0]["neighbours"]) == 13
     with pytest.raises(UsageError, match=r"--k: expected 1 to 13, the images of .*index, got 14"):
         search(tmp_path / "q.png", made / "index", k=14)
