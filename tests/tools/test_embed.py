@@ -319,7 +319,7 @@ def test_another_batch_size_continues(tmp_path, weights, images):
         again = embed(str(images), tmp_path / "g", weights, **{**options, "batch_size": batch})
         assert again.config["part_count"] == small.config["part_count"] == 4
         torch.testing.assert_close(again.features(), want, rtol=1e-5, atol=1e-6)
-    with pytest.raises(UsageError, match="part_images: 6 there"):
+    with pytest.raises(UsageError, match="part_images: 6 -> "):
         embed(str(images), tmp_path / "g", weights, **{**options, "batch_size": 4})
 
 
