@@ -1,4 +1,4 @@
-"""Registers, shared memory and access widths of every kernel, compiled for four architectures without a GPU.
+"""Registers and shared memory of every kernel, compiled for four architectures without a GPU.
 
 python -m benchmarks registers
 """
@@ -6,29 +6,16 @@ python -m benchmarks registers
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+
+from extrema_fast.kernels._spec import OPS
+from extrema_fast.kernels.aot import compile_rows
 
 from extrema_fast.errors import UsageError
 
 from .records import RECORDS, parser
 
 FILE = RECORDS / "registers.json"
-
-
-def compile_rows(ops: list[str], jobs: int = 1) -> list[dict]:
-    """Rows of `extrema_fast.kernels.aot`, made in a process without the interpreter."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "extrema_fast.kernels.aot", "--jobs", str(jobs), "--json", str(out)]
-        done = subprocess.run([*command, "--op", *ops], env=env, capture_output=True, text=True)
-        if not out.is_file():
-            raise RuntimeError(done.stderr[-2000:] or done.stdout[-2000:])
-        return json.loads(out.read_text(encoding="utf-8"))
 
 
 def key(row: dict) -> str:
@@ -43,10 +30,9 @@ def page(table: dict) -> str:
         "",
         f"Compiled ahead of time with Triton {table['triton']}, no GPU: `python -m benchmarks registers`.",
         "Registers per thread / shared memory in bytes. No variant spills (stack and local memory are 0 everywhere).",
-        "Wide: how many of the global loads and stores in the code move 16 bytes or more per thread (sm_90).",
         "",
-        "| op | variant | sm_80 | sm_90 | sm_100 | sm_120 | wide loads | wide stores |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| op | variant | sm_80 | sm_90 | sm_100 | sm_120 |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     groups: dict[tuple, dict] = {}
     for name, row in table["rows"].items():
@@ -54,21 +40,16 @@ def page(table: dict) -> str:
         groups.setdefault((op, variant), {})[arch] = row
     for (op, variant), by in groups.items():
         cells = [f"{by[a]['registers']} / {by[a]['shared']}" for a in ("sm_80", "sm_90", "sm_100", "sm_120")]
-        wide = by["sm_90"]
-        lines.append(
-            f"| {op} | {variant} | {' | '.join(cells)} | {wide['wide_loads']} of {wide['loads']} "
-            f"| {wide['wide_stores']} of {wide['stores']} |"
-        )
+        lines.append(f"| {op} | {variant} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str]) -> int:
-    """Writes registers.json and registers.md: registers, shared memory, access widths of every kernel."""
+    """Writes registers.json and registers.md: registers and shared memory of every kernel."""
     p = parser("registers", main.__doc__)
     p.add_argument("--jobs", type=int, default=2)
     args = p.parse_args(argv)
     import triton
-    from extrema_fast.kernels._spec import OPS
 
     # quick: one op, to see that the compiler works; the committed table is of all
     ops = list(OPS)[:1] if args.quick else list(OPS)
@@ -84,7 +65,7 @@ def main(argv: list[str]) -> int:
     if bad:
         print("\n".join(bad), file=sys.stderr)
         return 1
-    kept = ("registers", "shared", "stack", "local", "loads", "wide_loads", "stores", "wide_stores")
+    kept = ("registers", "shared", "stack", "local")
     table = {"triton": triton.__version__, "rows": {key(r): {k: r[k] for k in kept} for r in rows}}
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"{args.name}.json"

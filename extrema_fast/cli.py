@@ -578,7 +578,7 @@ def _kernels(p: _Parser, args: list[str]) -> None:
     o = p.options(args, quiet=True)
     import torch
 
-    from .kernels import listing
+    from .kernels import tune
     from .ops import dispatch as ops
 
     device = o["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -586,11 +586,11 @@ def _kernels(p: _Parser, args: list[str]) -> None:
         torch.device(device)
     except RuntimeError:
         raise UsageError(f"--device: {device!r} is no device; use cpu or cuda") from None
-    rows, chosen = listing.describe(device), ops.choices(device)
+    rows, chosen = tune.describe(device), ops.choices(device)
     if o["json"]:
         print(json.dumps({"device": device, "kernels": rows, "choices": chosen}, indent=1))
         return
-    print(listing.headline(device))
+    print(tune.headline(device))
     for row in rows:
         print(f"\n{row['op']} (version {row['version']}): {row['summary']}")
     print(f"\nchosen on {device}:")

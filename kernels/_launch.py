@@ -1,13 +1,15 @@
-"""What every launch needs: may Triton run here, output buffers, the device guard, tuned configurations."""
+"""What every op needs around its kernel: checks of arguments, registration, buffers, launches, launch settings."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,13 @@ def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except ImportError:
-        # an import hook may refuse it
+        # an import hook may block it
         return False
 
 
 HAS_TRITON = _installed("triton")
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -39,47 +42,170 @@ DTYPE_NAMES = {
 }
 
 
-# the oldest architecture that the kernels are compiled and checked for (aot.py)
-OLDEST = (8, 0)
+# ---- where kernels run ----------------------------------------------------------------------------
 
 
 @functools.cache
-def _too_old(index: int) -> str:
-    major, minor = torch.cuda.get_device_capability(index)
-    return (
-        "" if (major, minor) >= OLDEST else f"compute capability {major}.{minor}; kernels need 8.0 or newer"
-    )
+def _too_old(device: torch.device) -> str:
+    # 8.0 is the oldest architecture that the kernels are compiled and checked for (aot.py)
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"compute capability {major}.{minor}; kernels need 8.0 or newer"
 
 
 def can_run(device: torch.device | str) -> tuple[bool, str]:
-    """(may Triton kernels run on tensors of `device`?, the reason)."""
+    """Whether Triton kernels run on tensors of a device.
+
+    Args:
+        device: a device or its name.
+
+    Returns:
+        (yes or no, the reason in words).
+    """
     if not HAS_TRITON:
         return False, "Triton is not installed"
     device = torch.device(device)
-    kind, index = device.type, device.index
-    if kind == "cuda":
-        # traced code must not ask for a device's properties
-        if index is None and not torch.compiler.is_compiling() and torch.cuda.is_available():
-            index = torch.cuda.current_device()
-        old = "" if index is None or torch.compiler.is_compiling() else _too_old(index)
+    if device.type == "cuda":
+        old = _too_old(device) if torch.cuda.is_available() else ""
         return not old, old or "Triton on a CUDA device"
-    if kind == "cpu" and INTERPRET:
+    if device.type == "cpu" and INTERPRET:
         return True, "Triton's interpreter (TRITON_INTERPRET=1)"
-    return False, f"no Triton kernels on {kind}"
+    return False, f"no Triton kernels on {device.type}"
+
+
+# what torch.compiler.assume_constant_result sets, without its import of torch._dynamo: a traced graph holds the answer
+can_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether an op's implementation launches its kernel for `x`; else it runs its plain definition."""
+    """Whether an op launches its kernel for `x`; else it runs its plain PyTorch definition."""
     return can_run(x.device)[0]
 
 
 def checking() -> bool:
-    """EXTREMA_FAST_CHECK=1: indices are checked (a GPU is waited for) and outputs start as NaN."""
+    """EXTREMA_FAST_CHECK=1: indices are checked (which waits for a GPU) and outputs start as NaN."""
     return os.environ.get("EXTREMA_FAST_CHECK", "0") not in ("", "0")
 
 
+# ---- arguments ------------------------------------------------------------------------------------
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(x: object) -> str:
+    """`int64 [5, 8, 39]` for a tensor, the type's name for anything else."""
+    return f"{_name(x.dtype)} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and statistics: fp32, and fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype an op computes in: autocast's where it is on, else that of `x`; as in torch, fp64 stays fp64."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def check(
+    name: str,
+    x: Tensor,
+    shape: Sequence[int | str],
+    dtypes: Sequence[torch.dtype] | None = None,
+    like: Tensor | None = None,
+    hint: str = "",
+) -> None:
+    """Checks one tensor argument.
+
+    Args:
+        name: the argument's name in the error.
+        x: the argument.
+        shape: its sizes; those given as text (`"D"`) may have any value and are only shown.
+        dtypes: allowed element types; None: any.
+        like: a tensor whose device it must share.
+        hint: added to the error.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: its shape, dtype or device is wrong.
+    """
+    wanted = f"{' | '.join(_name(d) for d in dtypes) + ' ' if dtypes else ''}[{', '.join(map(str, shape))}]"
+    hint = f"; {hint}" if hint else ""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor {wanted}, got {describe(x)}{hint}")
+    fits = x.dim() == len(shape) and all(
+        isinstance(w, str) or w == s for w, s in zip(shape, x.shape, strict=True)
+    )
+    if not fits or (dtypes is not None and x.dtype not in dtypes):
+        raise ValueError(f"{name}: expected {wanted}, got {describe(x)}{hint}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name}: expected on {like.device} like the other arguments, got {x.device}{hint}")
+
+
+def check_keep(keep: Tensor, batch: int, num_tokens: int, like: Tensor, unique: str = "") -> Tensor:
+    """Checks keep indices.
+
+    Args:
+        keep: [V, B, K] int32 or int64. Values are checked on a CPU, and elsewhere when EXTREMA_FAST_CHECK=1.
+        batch: B.
+        num_tokens: the indices' upper bound.
+        like: a tensor whose device they must share.
+        unique: `view` (no index twice within a view) or `image` (nor within all views of an image), checked when
+            EXTREMA_FAST_CHECK=1.
+
+    Returns:
+        The indices as int32.
+
+    Raises:
+        ValueError: shape, dtype, device or values are wrong.
+    """
+    check("keep", keep, ("V", batch, "K"), (torch.int32, torch.int64), like, "integer indices, view-major")
+    if torch.compiler.is_compiling() or keep.numel() == 0:
+        return keep.int()
+    if checking() or keep.device.type == "cpu":
+        low, high = int(keep.min()), int(keep.max())
+        if low < 0 or high >= num_tokens:
+            raise ValueError(f"keep: expected indices in [0, {num_tokens}), got {low} to {high}")
+    if checking() and unique:
+        rows = keep.transpose(0, 1).flatten(1) if unique == "image" else keep.flatten(0, 1)
+        ordered = rows.sort(-1).values
+        if (ordered[:, 1:] == ordered[:, :-1]).any():
+            raise ValueError(f"keep: an index is twice within one {unique}")
+    return keep.int()
+
+
+# ---- registration and launches --------------------------------------------------------------------
+
+
+def register(schema: str, package: str, launcher: str, fake: Callable) -> Callable:
+    """Defines a torch op that runs a kernel's launcher, for every device, without autograd.
+
+    Args:
+        schema: `name(Tensor x, ...) -> Tensor`; the op is `extrema_fast::name`.
+        package: the op's package; its module `kernel`, which imports Triton, is imported by the first call.
+        launcher: name of the launcher in that module; it takes the schema's arguments in order.
+        fake: returns empty tensors of the results' shapes and dtypes, for tracing.
+
+    Returns:
+        The op.
+    """
+    name, _, arguments = schema.partition("(")
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"{package}.kernel"), launcher)(*args)
+
+    torch.library.define(f"extrema_fast::{name}", f"({arguments}")
+    torch.library.impl(f"extrema_fast::{name}", "CompositeExplicitAutograd")(run)
+    torch.library.register_fake(f"extrema_fast::{name}")(fake)
+    return getattr(torch.ops.extrema_fast, name).default
+
+
 def empty(shape: tuple[int, ...] | torch.Size, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An output buffer, contiguous, on the device of `like`; poisoned when `checking()`."""
+    """An output buffer, contiguous, on the device of `like`; filled with NaN when `checking()`."""
     out = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
     if checking():
         out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
@@ -87,7 +213,7 @@ def empty(shape: tuple[int, ...] | torch.Size, like: Tensor, dtype: torch.dtype 
 
 
 def constants(values: Sequence[float], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """These numbers on a device; filled there, since a copy from the host waits and no CUDA graph holds one."""
+    """These numbers on a device; filled there, since a copy from the CPU waits and no CUDA graph holds one."""
     if torch.device(device).type == "cpu":
         return torch.tensor(values, dtype=dtype)
     return torch.cat([torch.full((1,), v, dtype=dtype, device=device) for v in values])
@@ -100,68 +226,93 @@ def rows_ready(x: Tensor) -> Tensor:
     """
     expanded = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
     dense = x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] == 1
-    return (
-        x
-        if dense and not expanded and x.data_ptr() % 16 == 0
-        else x.clone(memory_format=torch.contiguous_format)
-    )
+    ready = dense and not expanded and x.data_ptr() % 16 == 0
+    return x if ready else x.clone(memory_format=torch.contiguous_format)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **kwargs: Any) -> None:
+def power_of_two(size: int, least: int = 1) -> int:
+    """The smallest power of two that is not below `size` and `least`."""
+    return 1 << (max(size, least) - 1).bit_length()
+
+
+@dataclass
+class Launch:
+    """One launch: kernel, arguments in order, constants and compile options; what Triton compiled for it."""
+
+    kernel: Any
+    args: tuple
+    options: dict[str, Any]
+    compiled: Any = None
+
+
+@dataclass
+class Recording:
+    """Launches, and the keys under which they looked for settings: (op, key)."""
+
+    run: bool
+    launches: list[Launch] = field(default_factory=list)
+    keys: list[tuple[str, str]] = field(default_factory=list)
+
+
+_recording: Recording | None = None
+
+
+@contextlib.contextmanager
+def recording(run: bool = True) -> Iterator[Recording]:
+    """Inside, launches are recorded; with `run=False` they are not run, so tensors may be on the device `meta`."""
+    global _recording
+    before, _recording = _recording, Recording(run)
+    try:
+        yield _recording
+    finally:
+        _recording = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
     """Runs `kernel[grid]` on the device of `like`; an empty grid is no launch.
 
     The long axis comes first in the grid: the second and third hold at most 65,535 programs.
     """
     if 0 in grid:
         return
-    guard = torch.cuda.device(like.device) if like.device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        # a default that Triton is about to change
-        compiled = kernel[grid](*args, enable_fp_fusion=True, **kwargs)
-    if _watched is not None:
-        _watched.append(compiled)
+    compiled = None
+    if _recording is None or _recording.run:
+        with torch.cuda.device(like.device) if like.device.type == "cuda" else contextlib.nullcontext():
+            # a default that Triton is about to change
+            compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
+    if _recording is not None:
+        _recording.launches.append(Launch(kernel, args, options, compiled))
 
 
-_watched: list[Any] | None = None
-
-
-@contextlib.contextmanager
-def watched():
-    """Inside, a list of what every launch ran: Triton's compiled kernels (None in the interpreter)."""
-    global _watched
-    before, _watched = _watched, []
-    try:
-        yield _watched
-    finally:
-        _watched = before
-
-
-# ---- configurations -------------------------------------------------------------------------------
+# ---- launch settings ------------------------------------------------------------------------------
 
 
 def device_name(device: torch.device | str) -> str:
-    """The name of a configuration file: `nvidia-h200`."""
+    """The name of a file of settings: `nvidia-h200`."""
     return torch.cuda.get_device_name(device).lower().replace(" ", "-")
 
 
-def config_key(direction: str, dtype: torch.dtype, **sizes: int) -> str:
-    """`bwd|bf16|D768|H12|n64`: the entry of a configuration file."""
-    return "|".join([direction, DTYPE_NAMES[dtype], *(f"{k}{v}" for k, v in sizes.items())])
+def settings_file(op: str, device: str, folder: Path | str | None) -> Path:
+    """The file of an op's settings for the GPU called `device`, in `folder` or in the package."""
+    return (Path(folder) / op if folder else Path(__file__).parent / op / "configs") / f"{device}.json"
 
 
 @functools.cache
 def _entries(op: str, device: str, extra: str) -> dict[str, dict]:
-    folders = [Path(__file__).parent / op / "configs", *([Path(extra) / op] if extra else [])]
     found: dict[str, dict] = {}
-    for folder in folders:
-        file = folder / f"{device}.json"
+    for folder in (None, extra) if extra else (None,):
+        file = settings_file(op, device, folder)
         if file.is_file():
             found |= read_entries(file)
     return found
 
 
 def read_entries(file: Path) -> dict[str, dict]:
-    """The entries of a configuration file; ValueError naming the file when it is none."""
+    """The entries of a file of settings.
+
+    Raises:
+        ValueError: naming the file, when it is not one.
+    """
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
         return {key: {**entry, "config": dict(entry["config"])} for key, entry in entries.items()}
@@ -172,40 +323,44 @@ def read_entries(file: Path) -> dict[str, dict]:
         ) from None
 
 
-def tuned(op: str, key: str, device: torch.device) -> dict[str, int]:
-    """Blocks, warps and stages measured for this GPU (`kernels/OP/configs/DEVICE.json`), or nothing.
-
-    EXTREMA_FAST_CONFIG_DIR names one more folder (OP/DEVICE.json), whose entries win.
-    """
-    if device.type != "cuda":
-        return {}
-    return entries(op, device_name(device)).get(key, {}).get("config", {})
-
-
 def entries(op: str, device: str) -> dict[str, dict]:
-    """Measured entries of an op for the GPU called `device`, those of EXTREMA_FAST_CONFIG_DIR among them."""
+    """Measured settings of an op for the GPU called `device`, those of EXTREMA_FAST_CONFIG_DIR among them."""
     return _entries(op, device, os.environ.get("EXTREMA_FAST_CONFIG_DIR", ""))
 
 
-_override: dict[str, dict[str, int]] = {}
+_forced: list[tuple[str, str, dict[str, int]]] = []
 
 
 @contextlib.contextmanager
-def forced(op: str, config: dict[str, int]):
-    """Inside, every launch of `op` takes these settings: what tuning and its tests try out."""
-    before = _override.get(op)
-    _override[op] = config
+def forced(op: str, config: dict[str, int], key: str = "") -> Iterator[None]:
+    """Inside, launches of `op` (under `key`, if one is given) take these settings, for tuning and tests."""
+    _forced.append((op, key, config))
     try:
         yield
     finally:
-        if before is None:
-            del _override[op]
-        else:
-            _override[op] = before
+        _forced.pop()
 
 
-def settings(
-    op: str, key: str, device: torch.device, heuristic: Callable[[], dict[str, int]]
-) -> dict[str, int]:
-    """Launch settings of one shape: the heuristic's, overridden by the tuned entry, by `forced`."""
-    return heuristic() | tuned(op, key, device) | _override.get(op, {})
+def settings(op: str, key: str, device: torch.device, default: dict[str, int]) -> dict[str, int]:
+    """Launch settings of one shape.
+
+    Args:
+        op: name of the op.
+        key: the entry in files of settings (`config_key`).
+        device: where it is launched. On a GPU, measured entries override the default: those of
+            `kernels/OP/configs/DEVICE.json`, then those of `OP/DEVICE.json` in EXTREMA_FAST_CONFIG_DIR.
+        default: blocks, warps and stages where nothing was measured.
+    """
+    if _recording is not None:
+        _recording.keys.append((op, key))
+    measured = entries(op, device_name(device)).get(key, {}) if device.type == "cuda" else {}
+    chosen = default | measured.get("config", {})
+    for name, wanted, config in _forced:
+        if name == op and wanted in ("", key):
+            chosen = chosen | config
+    return chosen
+
+
+def config_key(direction: str, dtype: torch.dtype, **sizes: int) -> str:
+    """`bwd|bf16|D768|H12|n64`: the entry in a file of settings."""
+    return "|".join([direction, DTYPE_NAMES[dtype], *(f"{k}{v}" for k, v in sizes.items())])

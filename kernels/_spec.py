@@ -1,13 +1,16 @@
-"""What every op tells about itself, read by the contract test, the compiler check, tuning and benchmarks."""
+"""What every op tells about itself, read by tests, the compiler check (aot.py), tuning and benchmarks."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from . import _launch
 
 # folder = op name; the order of the README's table
 OPS = (
@@ -25,40 +28,44 @@ OPS = (
 class Variant:
     """One kernel with one shipped configuration, compiled ahead of time for every architecture.
 
-    name        direction, dtype and shape, e.g. `bwd bf16 D768 H12 n39`; unique within the op
-    kernel      the @triton.jit function
-    signature   argument -> Triton type (`*bf16`, `i64`, `fp32`) of everything that is no constexpr
-    constexprs  argument -> value
-    aligned     arguments that are multiples of 16 at run time (pointers in bytes, strides in elements)
-    streamed    operands that make up the traffic, by the names under which `tl.load` and `tl.store` of the
-                kernel's file address them: each must move 16 bytes per thread and access
-    narrow      streamed operand -> (bytes that it moves at least, why not 16)
-    fp64        whether blocks of fp64 are meant
+    Attributes:
+        name: direction, dtype and shape, e.g. `bwd bf16 D768 H12 n39`; unique within the op.
+        launch: a recorded launch of that shape (`launches`).
     """
 
     name: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int = 2
-    aligned: tuple[str, ...] = ()
-    streamed: tuple[str, ...] = ()
-    narrow: dict[str, tuple[int, str]] = field(default_factory=dict)
-    fp64: bool = False
+    launch: _launch.Launch
+
+
+def launches(launcher: Callable, *args: Any) -> list[_launch.Launch]:
+    """What a launcher of an op's `kernel.py` launches for these arguments, without running it.
+
+    Tensors among them are on the device `meta`.
+    """
+    with _launch.recording(run=False) as recorded:
+        launcher(*args)
+    return recorded.launches
+
+
+def meta(dtype: torch.dtype, *shape: int) -> Tensor:
+    """A tensor without memory, for `launches`."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 @dataclass(frozen=True)
 class Case:
     """One measured shape of an op.
 
-    label      short, unique within the op: `student-B n39`
-    make       (device, dtype, generator) -> tuple of arguments; leaves that need gradients say so
-    providers  name -> function of these arguments, returning a tensor or a tuple of tensors; `ours` and
-               `reference` always, further entries are strong baselines (`sdpa`, `compiled`)
-    sizes      of each launch that can be tuned: direction -> sizes, as in the keys of configuration files
-    bytes_fwd, bytes_bwd  bytes that must move (README's budget) with elements of `itemsize` bytes
-    flops_fwd, flops_bwd  useful floating-point operations
+    Attributes:
+        label: short, unique within the op: `student-B n39`.
+        make: (device, dtype, generator) -> tuple of arguments; leaves that need gradients say so.
+        providers: name -> function of these arguments that returns a tensor or a tuple of tensors; `ours` and
+            `reference` always, others are strong baselines (`sdpa`, `compiled`).
+        bytes_fwd: bytes that the forward pass must move (README's budget) in 16-bit types.
+        bytes_bwd: the same of the backward pass.
+        flops_fwd: useful floating-point operations of the forward pass.
+        flops_bwd: the same of the backward pass.
+        backward: whether there is a backward pass.
     """
 
     label: str
@@ -69,21 +76,22 @@ class Case:
     flops_fwd: int = 0
     flops_bwd: int = 0
     backward: bool = True
-    sizes: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """An op: what it is called, what it registers, its compiled variants, its measured cases.
+    """An op: its name, what it registers, its compiled variants, its measured cases.
 
-    version    raised when results or saved tensors change
-    public     names exported by `extrema_fast.kernels.<name>` and documented in its README
-    torch_ops  registered ops, without the namespace `extrema_fast::`
-    variants   (every=False) -> list of Variant; imports Triton, so called only where it is installed. `every`:
-               beside the shipped shapes each kind of block that the launchers can choose
-    cases      (quick) -> list of Case; `quick` takes sizes an interpreter can run in seconds
-    space      (direction, dtype, sizes) -> list of launch settings for tuning to try; empty: nothing to tune
-    dtypes     what the kernels take, besides fp64 in the interpreter
+    Attributes:
+        name: the op's folder.
+        version: raised when results or saved tensors change.
+        summary: one line for `extrema-fast kernels`.
+        public: names exported by `extrema_fast.kernels.<name>` and documented in its README.
+        torch_ops: registered ops, without the namespace `extrema_fast::`.
+        variants: () -> list of Variant; imports Triton, so called only where it is installed.
+        cases: (quick) -> list of Case; `quick` takes sizes that an interpreter runs in seconds.
+        space: (direction, sizes) -> launch settings for tuning to try; None: nothing to tune.
+        dtypes: what the kernels take, besides fp64 in the interpreter.
     """
 
     name: str
@@ -91,10 +99,18 @@ class Spec:
     summary: str
     public: tuple[str, ...]
     torch_ops: tuple[str, ...]
-    variants: Callable[..., list[Variant]]
+    variants: Callable[[], list[Variant]]
     cases: Callable[[bool], list[Case]]
-    space: Callable[..., list[dict[str, int]]] = field(default=lambda *_: [])
+    space: Callable[[str, dict[str, int]], list[dict[str, int]]] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def grid(**choices: Any) -> list[dict[str, int]]:
+    """Every combination of these settings: `grid(num_warps=(4, 8), num_stages=(1, 2))`."""
+    found: list[dict[str, int]] = [{}]
+    for name, values in choices.items():
+        found = [settings | {name: value} for settings in found for value in values]
+    return found
 
 
 def spec(name: str) -> Spec:

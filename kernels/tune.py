@@ -1,6 +1,6 @@
-"""Measures launch settings on this GPU and writes them as JSON; nothing is tuned while training.
+"""The commands of the kernels: what runs here, and measuring launch settings; nothing is tuned while training.
 
-python -m extrema_fast.kernels.tune [--op NAME ...] [--dtype bf16] [--out FOLDER] [--dry-run]
+extrema-fast tune [--op NAME ...] [--dtype bf16] [--out FOLDER] [--dry-run]
 
 For every measured case of an op, each setting of its `space` is first compared with the plain definition in fp64
 and refused if its kernels spill registers, then timed inside a CUDA graph. The fastest goes to
@@ -14,8 +14,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -23,27 +22,48 @@ from pathlib import Path
 import torch
 
 from . import _launch
-from ._spec import OPS, Case, Spec, spec
+from ._spec import OPS, Case, Spec, spec, specs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-@contextmanager
-def recorded(op: str) -> Iterator[list[str]]:
-    """Inside, the keys under which launches of `op` look for settings."""
-    keys: list[str] = []
-    real = _launch.settings
+def headline(device: str) -> str:
+    """One line: whether kernels run on a device, and why."""
+    runs, why = _runs(device)
+    version = ""
+    if _launch.HAS_TRITON:
+        import triton
 
-    def settings(name, key, device, heuristic):
-        if name == op and key not in keys:
-            keys.append(key)
-        return real(name, key, device, heuristic)
+        version = f"Triton {triton.__version__}; "
+    return f"{version}kernels {'run' if runs else 'do not run'} on {device}: {why}"
 
-    _launch.settings = settings
-    try:
-        yield keys
-    finally:
-        _launch.settings = real
+
+def describe(device: str) -> list[dict]:
+    """One row per op: `op`, `version`, `summary`, `torch_ops`, `public`, `runs`, `reason`, `tuned` (entries)."""
+    runs, why = _runs(device)
+    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    return [
+        {
+            "op": s.name,
+            "version": s.version,
+            "summary": s.summary,
+            "torch_ops": [f"extrema_fast::{op}" for op in s.torch_ops],
+            "public": list(s.public),
+            "runs": runs,
+            "reason": why,
+            "tuned": len(_launch.entries(s.name, _launch.device_name(device))) if on_gpu else 0,
+        }
+        for s in specs()
+    ]
+
+
+def _runs(device: str) -> tuple[bool, str]:
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        return False, "this PyTorch sees no CUDA device"
+    return _launch.can_run(device)
+
+
+# ---- correct, and how fast ------------------------------------------------------------------------
 
 
 def run_case(case: Case, args: tuple, provider: str) -> tuple[torch.Tensor, ...]:
@@ -59,30 +79,30 @@ def run_case(case: Case, args: tuple, provider: str) -> tuple[torch.Tensor, ...]
     return (*outs, *(g for g in grads if g is not None))
 
 
-def wide(args: tuple) -> tuple:
-    """The same arguments in float64."""
-    return tuple(
+def is_correct(case: Case, args: tuple, dtype: torch.dtype) -> tuple[bool, float]:
+    """Compares `ours` and `reference` with the reference in fp64; errors are relative to the largest value.
+
+    Returns:
+        (whether ours is within twice the error of torch in `dtype` plus a floor, the worst ratio to that limit).
+    """
+    exact_args = tuple(
         a.detach().double().requires_grad_(a.requires_grad)
-        if isinstance(a, torch.Tensor) and a.is_floating_point()
+        if case.backward and isinstance(a, torch.Tensor) and a.is_floating_point()
         else a
         for a in args
     )
-
-
-def is_correct(case: Case, args: tuple, dtype: torch.dtype) -> tuple[bool, float]:
-    """(ours is within twice torch's error plus a floor, worst ratio); errors relative to the largest value."""
-    exact = run_case(case, wide(args), "reference") if case.backward else run_case(case, args, "reference")
+    exact = run_case(case, exact_args, "reference")
     ours = run_case(case, args, "ours")
     # without gradients the definition ran in this dtype already, and an optimizer's step must not run twice
     same = run_case(case, args, "reference") if case.backward else exact
-    largest = max(float(e.detach().abs().max()) for e in exact[1:]) if len(exact) > 1 else 0.0
+    largest = max((float(e.detach().abs().max()) for e in exact[1:]), default=0.0)
     worst = 0.0
     for i, (a, b, e) in enumerate(zip(ours, same, exact, strict=True)):
-        # a gradient that is zero in exact arithmetic is judged beside the others
+        # a gradient that is zero in exact arithmetic is compared with the size of the others
         scale = max(float(e.detach().abs().max()), 1e-3 * largest if i else 0.0, 1e-30)
         errors = [float((x.detach().double() - e.detach().double()).abs().max()) / scale for x in (a, b)]
         limit = 2 * errors[1] + torch.finfo(dtype).eps + 2e-6
-        # `not <=`: NaN is wrong
+        # NaN is wrong
         worst = max(worst, errors[0] / limit if errors[0] == errors[0] else float("inf"))
     return worst <= 1, worst
 
@@ -110,81 +130,58 @@ def time_us(function: Callable[[], object], repeats: int = 30) -> list[float]:
     return out
 
 
-def tries(s: Spec, keys: list[str]) -> Iterator[tuple[str, dict[str, int]]]:
-    """(key, settings) of everything to try for the keys that a case's launches asked for."""
-    for key in keys:
-        parts = key.split("|")
-        sizes = {m[1]: int(m[2]) for p in parts[2:] if (m := re.fullmatch(r"([A-Za-z]+)(\d+)", p))}
-        dtype = next((d for d, n in _launch.DTYPE_NAMES.items() if len(parts) > 1 and n == parts[1]), None)
-        for config in s.space(parts[0], dtype, sizes):
-            yield key, config
+# ---- tuning ---------------------------------------------------------------------------------------
 
 
-def plan(s: Spec, dtype: torch.dtype, out: Path | None) -> str:
-    """What tuning would try: settings per launch of every case, and where the fastest would go."""
-    lines = []
-    for case in s.cases(False):
-        counts = {d: len(s.space(d, dtype, sizes)) for d, sizes in case.sizes.items()}
-        if counts:
-            lines.append(f"  {case.label}: " + ", ".join(f"{d} {n} settings" for d, n in counts.items()))
-    if not lines:
-        return f"{s.name}: nothing to tune"
-    return "\n".join([f"{s.name} -> {_file(s, '<device>', out)}", *lines])
-
-
-def _file(s: Spec, device: str, out: Path | None) -> Path:
-    return (out / s.name if out else Path(__file__).parent / s.name / "configs") / f"{device}.json"
+def settings_to_try(s: Spec, key: str) -> list[dict[str, int]]:
+    """The settings of an op's `space` for a key such as `bwd|bf16|D768|H12`."""
+    direction, *rest = key.split("|")
+    sizes = {m[1]: int(m[2]) for text in rest if (m := re.fullmatch(r"([A-Za-z])(\d+)", text))}
+    return s.space(direction, sizes) if s.space else []
 
 
 def tune(
     s: Spec, dtype: torch.dtype, device: str, timer: Callable[[Callable[[], object]], list[float]]
 ) -> dict[str, dict]:
-    """Entries of a configuration file: the fastest settings per key that are correct and do not spill."""
+    """Finds the fastest settings that are correct and do not spill.
+
+    Args:
+        s: the op.
+        dtype: of the inputs.
+        device: where it runs.
+        timer: function -> microseconds of several calls.
+
+    Returns:
+        Entries of a file of settings: key -> `config`, `p50_us`, `case`.
+    """
     entries: dict[str, dict] = {}
     for case in s.cases(device == "cpu"):
-        generator = torch.Generator(device).manual_seed(0)
-        args = case.make(device, dtype, generator)
-        with recorded(s.name) as keys:
+        args = case.make(device, dtype, torch.Generator(device).manual_seed(0))
+        with _launch.recording() as first:
             run_case(case, args, "ours")
-        for key, config in tries(s, keys):
-            with only(s.name, key, config):
-                try:
-                    with _launch.watched() as launched:
+        keys = dict.fromkeys(key for op, key in first.keys if op == s.name)
+        for key, config in [(k, config) for k in keys for config in settings_to_try(s, k)]:
+            try:
+                with _launch.forced(s.name, config, key):
+                    with _launch.recording() as tried:
                         correct, _ = is_correct(case, args, dtype)
-                    if not correct or any(getattr(k, "n_spills", 0) for k in launched):
+                    if not correct or any(getattr(x.compiled, "n_spills", 0) for x in tried.launches):
                         continue
                     p50 = statistics.median(timer(partial(run_case, case, args, "ours")))
-                except Exception as error:
-                    # a setting that does not compile or fit is no candidate
-                    print(f"  {key} {config}: {type(error).__name__}", file=sys.stderr)
-                    continue
-            best = entries.get(key)
-            if best is None or p50 < best["p50_us"]:
+            except Exception as error:
+                # a setting that does not compile or fit is no candidate
+                print(f"  {key} {config}: {type(error).__name__}", file=sys.stderr)
+                continue
+            if key not in entries or p50 < entries[key]["p50_us"]:
                 entries[key] = {"config": config, "p50_us": round(p50, 3), "case": case.label}
     return entries
 
 
-@contextmanager
-def only(op: str, key: str, config: dict[str, int]) -> Iterator[None]:
-    """Inside, launches of `op` under `key` take `config`; its other launches are left alone."""
-    real = _launch.settings
-
-    def settings(name, wanted, device, heuristic):
-        found = real(name, wanted, device, heuristic)
-        return found | config if (name, wanted) == (op, key) else found
-
-    _launch.settings = settings
-    try:
-        yield
-    finally:
-        _launch.settings = real
-
-
 def write(s: Spec, entries: dict[str, dict], device: str, out: Path | None) -> Path:
-    """Merges the entries into the device's file."""
+    """Merges the entries into the device's file of settings and returns its path."""
     import triton
 
-    file = _file(s, device, out)
+    file = _launch.settings_file(s.name, device, out)
     file.parent.mkdir(parents=True, exist_ok=True)
     old = _launch.read_entries(file) if file.is_file() else {}
     content = {
@@ -199,35 +196,34 @@ def write(s: Spec, entries: dict[str, dict], device: str, out: Path | None) -> P
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; 2 without a CUDA device."""
+    """The command `tune`; 2 without a CUDA device."""
     parser = argparse.ArgumentParser(
         prog="extrema-fast tune",
-        description=__doc__.split("\n")[0],
+        description="Measures launch settings on this GPU and writes them as JSON.",
         epilog="example: extrema-fast tune --op short_attention attention_pool --dtype bf16",
     )
     parser.add_argument("--op", nargs="*", choices=OPS, default=list(OPS))
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--out", type=Path, help="another folder than the package's")
-    parser.add_argument("--dry-run", action="store_true", help="only list what would be tried")
+    parser.add_argument("--dry-run", action="store_true", help="only list the cases and the files")
     args = parser.parse_args(argv)
-    if args.dry_run:
-        for op in args.op:
-            print(plan(spec(op), DTYPES[args.dtype], args.out))
-        return 0
-    if not torch.cuda.is_available():
+    if not args.dry_run and not torch.cuda.is_available():
         print(
             "tune: needs a CUDA device, and this PyTorch sees none; --dry-run lists the cases",
             file=sys.stderr,
         )
         return 2
-    device = _launch.device_name("cuda")
-    for op in args.op:
-        s = spec(op)
-        entries = tune(s, DTYPES[args.dtype], "cuda", time_us)
-        if entries:
-            print(f"{op}: {len(entries)} entries in {write(s, entries, device, args.out)}")
+    device = "<device>" if args.dry_run else _launch.device_name("cuda")
+    for s in map(spec, args.op):
+        if s.space is None:
+            print(f"{s.name}: nothing to tune")
+        elif args.dry_run:
+            labels = ", ".join(case.label for case in s.cases(False))
+            print(f"{s.name} -> {_launch.settings_file(s.name, device, args.out)}\n  {labels}")
+        elif entries := tune(s, DTYPES[args.dtype], "cuda", time_us):
+            print(f"{s.name}: {len(entries)} entries in {write(s, entries, device, args.out)}")
         else:
-            print(f"{op}: nothing to tune")
+            print(f"{s.name}: no setting is correct")
     return 0
 
 

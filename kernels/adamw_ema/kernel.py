@@ -7,12 +7,15 @@ Order: norm (per chunk), prepare (one program), update (per chunk), their launch
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import _launch
+from .op import tables
 
 BLOCK = 4096
 COLUMNS = 11
@@ -208,41 +211,68 @@ _TYPES = {
 }
 
 
-def heuristic(kernel: str) -> dict[str, int]:
-    """16 elements per thread and tensor, until something else is measured faster."""
-    return {"num_warps": 8, "num_stages": 1}
-
-
 def update(
-    table: Tensor, chunks: Tensor, settings: Tensor, outcome: Tensor, has_norm: bool, has_flag: bool,
-    dtype: torch.dtype, grad_dtype: torch.dtype, shadow_dtype: torch.dtype,
-) -> None:  # fmt: skip
+    table: Tensor,
+    chunks: Tensor,
+    settings: Tensor,
+    outcome: Tensor,
+    has_norm: bool,
+    has_flag: bool,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+) -> None:
     """Norm, prepare and update over the tensors whose addresses `table` holds; `outcome` is written.
 
     table: [tensors, COLUMNS] int64;  chunks: [chunks, 2] int32;  settings: [1 + groups, 5] float64
+    dtypes: of parameters, gradients, low-precision copies
     """
     tensors, count = table.shape[0], chunks.shape[0]
-    acc = {"COLUMNS": COLUMNS, "ACC": _TYPES[dtype]}
+    dtype, grad, low = dtypes
     partials = _launch.empty((count if has_norm else 0,), table, dtype)
     derived = _launch.empty((tensors, DERIVED), table, dtype)
     common = _launch.empty((2,), table, dtype)
 
-    def options(kernel: str) -> dict[str, int]:
-        return _launch.settings("adamw_ema", kernel, table.device, lambda: heuristic(kernel))
+    def run(key: str, kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+        # 16 elements per thread and tensor, until something else is measured faster
+        default = {"num_warps": 8, "num_stages": 1}
+        options = {"COLUMNS": COLUMNS, "BLOCK": BLOCK, "ACC": _TYPES[dtype]} | constants
+        options |= _launch.settings("adamw_ema", key, table.device, default)
+        _launch.launch(kernel, (programs,), table, *args, **options)
 
     if has_norm:
-        _launch.launch(
-            adamw_ema_norm_kernel, (count,), table,
-            table, chunks, partials, BLOCK=BLOCK, GRAD=_TYPES[grad_dtype], **acc, **options("norm"),
-        )  # fmt: skip
-    _launch.launch(
-        adamw_ema_prepare_kernel, (1,), table,
-        table, settings, partials, derived, common, outcome, tensors, count,
-        DERIVED=DERIVED, BLOCK=1024, HAS_NORM=has_norm, HAS_FLAG=has_flag, **acc, **options("prepare"),
-    )  # fmt: skip
-    _launch.launch(
-        adamw_ema_kernel, (count,), table,
-        table, chunks, derived, common, outcome,
-        DERIVED=DERIVED, BLOCK=BLOCK, GRAD=_TYPES[grad_dtype], LOW=_TYPES[shadow_dtype], **acc,
-        **options("update"),
-    )  # fmt: skip
+        run("norm", adamw_ema_norm_kernel, count, table, chunks, partials, GRAD=_TYPES[grad])
+    results = (derived, common, outcome)
+    flags = {"DERIVED": DERIVED, "BLOCK": 1024, "HAS_NORM": has_norm, "HAS_FLAG": has_flag}
+    args = (table, settings, partials, *results, tensors, count)
+    run("prepare", adamw_ema_prepare_kernel, 1, *args, **flags)
+    types = {"DERIVED": DERIVED, "GRAD": _TYPES[grad], "LOW": _TYPES[low]}
+    run("update", adamw_ema_kernel, count, table, chunks, *results, **types)
+
+
+def step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    steps: list[Tensor],
+    teacher: list[Tensor],
+    shadow: list[Tensor],
+    teacher_shadow: list[Tensor],
+    teacher_of: list[int],
+    shadow_of: list[int],
+    teacher_shadow_of: list[int],
+    group: list[int],
+    settings: Tensor,
+    outcome: Tensor,
+    has_norm: bool,
+    has_flag: bool,
+) -> None:
+    """The op: one optimizer step, in place; `*_of` say which teacher or copy belongs to each parameter (-1: none)."""
+    if not params:
+        return
+    columns = [[t.data_ptr() for t in tensors] for tensors in (params, grads, exp_avg, exp_avg_sq, steps)]
+    for tensors, of in ((teacher, teacher_of), (shadow, shadow_of), (teacher_shadow, teacher_shadow_of)):
+        columns.append([tensors[i].data_ptr() if i >= 0 else 0 for i in of])
+    columns += [[p.numel() for p in params], list(group)]
+    low = next((t.dtype for t in (*shadow, *teacher_shadow)), torch.bfloat16)
+    table, chunks = tables(columns, BLOCK, params[0].device)
+    update(table, chunks, settings, outcome, has_norm, has_flag, (params[0].dtype, grads[0].dtype, low))

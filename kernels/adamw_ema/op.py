@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor
 
 from .. import _launch
-from .._check import describe
+from .._launch import describe
 from .reference import adamw_ema_reference
 
-torch.library.define(
-    "extrema_fast::adamw_ema",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] steps,"
+_step = _launch.register(
+    "adamw_ema(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] steps,"
     " Tensor(e!)[] teacher, Tensor(f!)[] shadow, Tensor(g!)[] teacher_shadow,"
     " int[] teacher_of, int[] shadow_of, int[] teacher_shadow_of, int[] group,"
     " Tensor settings, Tensor(h!) outcome, bool has_norm, bool has_flag) -> ()",
+    __package__,
+    "step",
+    lambda *_: None,
 )
 
 LOW = (torch.bfloat16, torch.float16)
@@ -46,8 +49,8 @@ def _pinned(size: int) -> Tensor:
 
 
 def _stage(values: Tensor, capturing: bool) -> Tensor:
-    """A pinned copy of host values; made beforehand by earlier calls when `capturing`."""
-    size = values.numel() * values.element_size()
+    """A pinned copy of values on the CPU; in memory that earlier calls kept ready when `capturing`."""
+    size = values.nbytes
     fit = [x for x in _ready if x.numel() >= size]
     if not capturing:
         _ready[:] = fit + [_pinned(size) for _ in range(READY - len(fit))]
@@ -60,7 +63,7 @@ def _stage(values: Tensor, capturing: bool) -> Tensor:
 
 
 def _send(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Small host values on the device, without waiting for it; also while a CUDA graph is captured."""
+    """A few numbers on the device, without waiting for it; also while a CUDA graph is captured."""
     host = torch.as_tensor(values, dtype=dtype)
     if device.type != "cuda":
         return host.to(device)
@@ -75,25 +78,26 @@ _cache: OrderedDict[tuple, Tensor] = OrderedDict()
 CACHED = 80
 
 
-def _cached(make: Callable[..., Tensor], *key: Any) -> Tensor:
-    """`make(*key)`, once; what a capture makes is not kept, since it is there only at the graph's replays."""
-    if (make, *key) in _cache:
-        _cache.move_to_end((make, *key))
-        return _cache[(make, *key)]
-    made = make(*key)
+def _cached(make: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`make(*args)`, once; what a capture makes is not kept, since it is there only at the graph's replays."""
+    key = (make, *args)
+    if key in _cache:
+        _cache.move_to_end(key)
+        return _cache[key]
+    made = make(*args)
     if not _capturing(made.device):
-        _cache[(make, *key)] = made
+        _cache[key] = made
         if len(_cache) > CACHED:
             _cache.popitem(last=False)
     return made
 
 
 def _chunks(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
-    """[chunks, 2] int32: which tensor, which part of it; by far the larger table, and it seldom changes."""
+    """[chunks, 2] int32: tensor, chunk of it; by far the larger table, and it seldom changes."""
     counts = (torch.tensor(sizes) + block - 1) // block
     tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-    part = torch.arange(len(tensor)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    return _send(torch.stack([tensor, part], 1), torch.int32, device)
+    chunk = torch.arange(len(tensor)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return _send(torch.stack([tensor, chunk], 1), torch.int32, device)
 
 
 def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
@@ -104,77 +108,47 @@ def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor
     return _send(torch.cat([rows, aligned.long()], 1).contiguous(), torch.int64, device)
 
 
-def _tables(columns: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    from .kernel import BLOCK
+def tables(columns: list[list[int]], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(addresses [tensors, 11] int64, chunks of `block` elements [chunks, 2] int32) for the kernels.
 
+    columns: ten lists: addresses of param, grad, exp_avg, exp_avg_sq, step, teacher, shadow, teacher shadow (0: none);
+    number of elements; group.
+    """
     keys = tuple(map(tuple, columns)), tuple(columns[8])
-    tables = _cached(_table, keys[0], device), _cached(_chunks, keys[1], BLOCK, device)
-    if _capturing(device) and not any(tables[0] is a and tables[1] is b for a, b in _captured):
-        _captured.append(tables)
-    return tables
-
-
-# ---- the op ---------------------------------------------------------------------------------------
-
-
-def _picked(tensors: list[Tensor], of: list[int]) -> list[Tensor | None]:
-    return [tensors[i] if i >= 0 else None for i in of]
-
-
-@torch.library.impl("extrema_fast::adamw_ema", "CompositeExplicitAutograd")
-def _adamw_ema(
-    params, grads, exp_avg, exp_avg_sq, steps, teacher, shadow, teacher_shadow,
-    teacher_of, shadow_of, teacher_shadow_of, group, settings, outcome, has_norm, has_flag,
-) -> None:  # fmt: skip
-    if not params:
-        return
-    extra = [
-        _picked(t, of)
-        for t, of in ((teacher, teacher_of), (shadow, shadow_of), (teacher_shadow, teacher_shadow_of))
-    ]
-    lists = [params, grads, exp_avg, exp_avg_sq, steps]
-    if not _launch.use_triton(params[0]):
-        adamw_ema_reference(*lists, *extra, list(group), settings, outcome, has_norm, has_flag)
-        return
-    from .kernel import update
-
-    columns = [[t.data_ptr() for t in tensors] for tensors in lists]
-    columns += [[0 if t is None else t.data_ptr() for t in tensors] for tensors in extra]
-    columns += [[p.numel() for p in params], list(group)]
-    low = next((t.dtype for t in (*shadow, *teacher_shadow)), LOW[0])
-    dtypes = params[0].dtype, grads[0].dtype, low
-    update(*_tables(columns, params[0].device), settings, outcome, has_norm, has_flag, *dtypes)
-
-
-@torch.library.register_fake("extrema_fast::adamw_ema")
-def _fake(*_) -> None:
-    return None
+    made = _cached(_table, keys[0], device), _cached(_chunks, keys[1], block, device)
+    if _capturing(device) and not any(made[0] is a and made[1] is b for a, b in _captured):
+        _captured.append(made)
+    return made
 
 
 # ---- the optimizer --------------------------------------------------------------------------------
 
 
 class AdamWEma(torch.optim.AdamW):
-    """AdamW, the EMA teacher and low-precision copies in one pass over the parameters.
-
-    params          tensors or groups, as for `torch.optim.AdamW`; fp32 (fp64 for tests), contiguous
-    lr, betas, eps, weight_decay  as there, per group; `lr` may be a 0-d device tensor
-    teacher         {parameter: its teacher} or pairs: moved by `step(momentum_weight=w)` towards the new
-                    parameter; parameters without one (a predictor's) are fine
-    shadow, teacher_shadow  {parameter: tensor of its shape in bf16 | fp16}: rewritten by every good step,
-                    `teacher_shadow` by those that move the teacher
+    """AdamW, the EMA update of the teacher and low-precision copies in one pass (maths: README.md beside this file).
 
     State dicts are those of `torch.optim.AdamW`; either continues the other's. Teachers and copies are not in
-    them. Nothing is read back by the host: `skipped` (0 or 1) and `grad_norm` (before clipping; None where
+    them. Nothing is read back by the CPU: `skipped` (0 or 1) and `grad_norm` (before clipping; None where
     it was not needed) are 0-d float64 device tensors of the last step. Without Triton: the same in torch.
 
-    raises ValueError, TypeError for what it cannot update, naming the parameter's shape and dtype
-    maths  kernels/adamw_ema/README.md
+    Args:
+        params: tensors or groups, as for `torch.optim.AdamW`; fp32 (fp64 for tests), contiguous.
+        lr: as there, per group; may be a 0-d device tensor.
+        betas: as there, per group.
+        eps: as there, per group.
+        weight_decay: as there, per group.
+        teacher: {parameter: its teacher} or pairs, updated by `step(momentum_weight=w)` towards the new parameter;
+            parameters without one (a predictor's) are fine.
+        shadow: {parameter: tensor of its shape in bf16 | fp16}, rewritten by every good step.
+        teacher_shadow: the same of the teachers, rewritten by good steps that update the teacher.
+
+    Raises:
+        ValueError: names the parameter's shape and dtype, for what it cannot update.
 
     Example::
 
-        optimizer = AdamWEma(student.parameters(), lr=1e-3, teacher=zip(student.parameters(),
-                             teacher.parameters()))
+        pairs = zip(student.parameters(), teacher.parameters())
+        optimizer = AdamWEma(student.parameters(), lr=1e-3, teacher=pairs)
         loss.backward()
         optimizer.step(momentum_weight=1 - momentum)
     """
@@ -243,7 +217,7 @@ class AdamWEma(torch.optim.AdamW):
         self._settings: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's is for state dicts' sake without what subclasses add
+        # torch's holds what state dicts need, not what subclasses add
         return super().__getstate__() | {"_pairs": self._pairs, "grad_norm": None, "skipped": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -256,7 +230,7 @@ class AdamWEma(torch.optim.AdamW):
         super().__setstate__(state)
         self._forget()
         for g in self.param_groups:
-            # an unfused AdamW kept its step count on the host
+            # an unfused AdamW kept its step count on the CPU
             g["fused"], g["foreach"] = True, None
             for p in g["params"]:
                 own = self.state.get(p)
@@ -313,16 +287,24 @@ class AdamWEma(torch.optim.AdamW):
         grad_scale: float | Tensor = 1.0,
         max_norm: float | None = None,
     ) -> Any:
-        """One update of everything that has a gradient; returns the closure's loss.
-
-        momentum_weight  w = 1 - momentum of `teacher += w (param - teacher)`; None: the teacher stays
-        found_inf        0-d, not 0: this step is bad, 0: it is not, whatever the gradients (what processes
-                         agreed on). None: bad when the gradients' norm is not finite. A bad step changes
-                         nothing: weights, moments, step count, teacher, copies
-        grad_scale       multiplies the gradients (1 / loss scale)
-        max_norm         clips the global norm (after `grad_scale`), as `clip_grad_norm_`
+        """Updates everything that has a gradient.
 
         `torch.amp.GradScaler` works: the attributes it sets are read where the arguments are not given.
+
+        Args:
+            closure: computes the loss again, as in torch.
+            momentum_weight: w = 1 - momentum of `teacher += w (param - teacher)`; None: the teacher stays.
+            found_inf: 0-d; not 0: this step is bad, 0: it is not, whatever the gradients (what processes agreed on).
+                None: bad when the gradients' norm is not finite. A bad step changes nothing: weights, moments, step
+                count, teacher, copies.
+            grad_scale: multiplies the gradients (1 / loss scale).
+            max_norm: clips the global norm (after `grad_scale`), as `clip_grad_norm_`.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError: sparse gradients, or parameters of several devices or dtypes.
         """
         loss = None
         if closure is not None:
@@ -330,36 +312,31 @@ class AdamWEma(torch.optim.AdamW):
                 loss = closure()
         if found_inf is None:
             found_inf = getattr(self, "found_inf", None)
-        if getattr(self, "grad_scale", None) is not None:
-            # the scaler's attribute is the loss scale itself
-            grad_scale = grad_scale / self.grad_scale
+        # the scaler's attribute is the loss scale itself
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            grad_scale = grad_scale / scale
         params, grads, group = self._with_grad()
         if not params:
             return loss
         has_norm, has_flag = max_norm is not None or found_inf is None, found_inf is not None
-        settings = self._settings_on(
-            params[0].device,
-            [
-                grad_scale,
-                0.0 if momentum_weight is None else momentum_weight,
-                0.0 if found_inf is None else found_inf,
-                float("inf") if max_norm is None else max_norm,
-                0.0,
-            ],
-        )
+        weight = 0.0 if momentum_weight is None else momentum_weight
+        flag = 0.0 if found_inf is None else found_inf
+        limit = float("inf") if max_norm is None else max_norm
+        settings = self._settings_on(params[0].device, [grad_scale, weight, flag, limit, 0.0])
         outcome = torch.empty(2, dtype=torch.float64, device=params[0].device)
-        # without a weight the teacher is not even touched
-        moving = momentum_weight is not None
-        lists, of = [], []
-        for name, used in (("teacher", moving), ("shadow", True), ("teacher_shadow", moving)):
-            pairs = self._pairs[name] if used else {}
-            place = {id(p): i for i, p in enumerate(pairs)}
-            lists.append(list(pairs.values()))
-            of.append([place.get(id(p), -1) for p in params])
-        state = [self.state[p] for p in params]
-        torch.ops.extrema_fast.adamw_ema.default(
-            params, grads, [s["exp_avg"] for s in state], [s["exp_avg_sq"] for s in state],
-            [s["step"] for s in state], *lists, *of, group, settings, outcome, has_norm, has_flag,
-        )  # fmt: skip
+        state = [[self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step")]
+        # without a weight the teacher is not touched
+        used = self._pairs if momentum_weight is not None else {"shadow": self._pairs["shadow"]}
+        others = [[used.get(name, {}).get(p) for p in params] for name in self._pairs]
+        last: list[Any] = [group, settings, outcome, has_norm, has_flag]
+        if _launch.use_triton(params[0]):
+            given = [[t for t in row if t is not None] for row in others]
+            places = [itertools.count() for _ in others]
+            of = [[-1 if t is None else next(n) for t in row] for row, n in zip(others, places, strict=True)]
+            _step(params, grads, *state, *given, *of, *last)
+        else:
+            arguments = [params, grads, *state, *others, *last]
+            adamw_ema_reference(*arguments)
         self.grad_norm, self.skipped = outcome[0] if has_norm else None, outcome[1]
         return loss

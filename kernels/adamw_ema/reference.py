@@ -1,6 +1,8 @@
-"""Plain PyTorch definition of adamw_ema: AdamW, then the teacher's move, over lists of tensors."""
+"""Plain PyTorch definition of adamw_ema: AdamW, then the EMA update of the teacher, over lists of tensors."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,15 +27,26 @@ def adamw_ema_reference(
     has_norm: bool,
     has_flag: bool,
 ) -> None:
-    """In place, for every tensor i, unless the step is bad (then nothing changes, the teacher neither):
+    """One step in place, for every tensor, unless the step is bad: then nothing changes, the teacher neither.
 
     g = factor grad;  p -= lr decay p;  m += (1 - b1) (g - m);  v = b2 v + (1 - b2) g^2;  t += 1
     p -= lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps);  teacher += weight (p - teacher)
     shadow = p and teacher_shadow = teacher in their own dtype
 
-    settings  [1 + groups, 5] float64: 1 / loss scale, weight, flag, max_norm; lr, beta1, beta2, eps, decay
-    outcome   [2] float64, written: the gradients' norm (has_norm), 1 if the step was bad: flag != 0
-              (has_flag), else norm not finite
+    Args:
+        params: p, updated; any shapes.
+        grads: of the same shapes, any float dtype.
+        exp_avg: m, updated.
+        exp_avg_sq: v, updated.
+        steps: t, 0-d fp32, updated.
+        teacher: updated; None for a parameter without one.
+        shadow: low-precision copies of the parameters, or None.
+        teacher_shadow: low-precision copies of the teachers, or None.
+        group: each parameter's row of settings.
+        settings: [1 + groups, 5] float64: 1 / loss scale, weight, flag, max_norm; lr, beta1, beta2, eps, decay.
+        outcome: [2] float64, written: the gradients' norm (`has_norm`); 1 if the step was bad, else 0.
+        has_norm: whether the norm is computed, and clipped to max_norm.
+        has_flag: whether the flag (not 0: bad) decides; else a norm that is not finite does.
     """
     factor, norm = settings[0, INV_SCALE], outcome.new_full((), float("nan"))
     if has_norm:
@@ -44,7 +57,7 @@ def adamw_ema_reference(
     bad = settings[0, FOUND] != 0 if has_flag else ~norm.isfinite()
     outcome[0], outcome[1] = norm, bad
 
-    def put(old: list[Tensor], new: list[Tensor]) -> None:
+    def put(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
         # a NaN gradient cannot be multiplied away, so the old value is chosen; nothing waits for the device
         for x, y in zip(old, new, strict=True):
             x.copy_(torch.where(bad, x, y.to(x.dtype)))
@@ -68,9 +81,12 @@ def adamw_ema_reference(
         torch._foreach_sub_(fresh, torch._foreach_div(torch._foreach_mul(new_m, rate), below))
         for old, new in ((p, fresh), (m, new_m), (v, new_v), (ticks, torch._foreach_add(ticks, 1))):
             put(old, new)
-        followed = [i for i in own if teacher[i] is not None]
         weight = settings[0, WEIGHT].to(dtype)
-        put([teacher[i] for i in followed], [torch.lerp(teacher[i], params[i], weight) for i in followed])
-        for copies, source in ((shadow, params), (teacher_shadow, teacher)):
-            held = [i for i in own if copies[i] is not None]
-            put([copies[i] for i in held], [source[i] for i in held])
+        for i in own:
+            e, low, e_low = teacher[i], shadow[i], teacher_shadow[i]
+            if e is not None:
+                put([e], [torch.lerp(e, params[i], weight)])
+            if low is not None:
+                put([low], [params[i]])
+            if e is not None and e_low is not None:
+                put([e_low], [e])

@@ -1,53 +1,32 @@
-"""adamw_ema for the harness: compiled variants, measured cases."""
+"""adamw_ema for tests, tuning and benchmarks: compiled variants, measured cases."""
 
 from __future__ import annotations
 
 import torch
 
-from .._spec import Case, Spec, Variant
+from .._launch import DTYPE_NAMES
+from .._spec import Case, Spec, Variant, launches, meta
 from .op import AdamWEma
 
 
-def variants(every: bool = False) -> list[Variant]:
+def variants() -> list[Variant]:
     """The three kernels with fp32 state; fp32 and bf16 gradients."""
-    import triton.language as tl
-
     from . import kernel
 
-    columns, acc = {"COLUMNS": kernel.COLUMNS}, {"ACC": tl.float32}
-    derived, block = {"DERIVED": kernel.DERIVED}, {"BLOCK": kernel.BLOCK}
-    table = {"table_ptr": "*i64", "chunks_ptr": "*i32"}
-    results = {"derived_ptr": "*fp32", "common_ptr": "*fp32", "outcome_ptr": "*fp64"}
+    bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
+    tables = meta(torch.int64, 3, kernel.COLUMNS), meta(torch.int32, 3, 2), meta(fp64, 2, 5), meta(fp64, 2)
 
-    def variant(
-        name: str, function, pointers: dict, numbers: dict, constants: dict, streamed: tuple
-    ) -> Variant:
-        chosen = kernel.heuristic(name.split()[0])
-        return Variant(
-            name, function, pointers | numbers, columns | acc | constants, **chosen,
-            aligned=tuple(pointers), streamed=streamed, fp64=name.startswith("prepare"),
-        )  # fmt: skip
+    def launched(norm: bool, flag: bool, grad: torch.dtype = fp32) -> list:
+        return launches(kernel.update, *tables, norm, flag, (fp32, grad, bf16))
 
-    prepare = {"table_ptr": "*i64", "settings_ptr": "*fp64", "partials_ptr": "*fp32"} | results
     found = [
-        variant(
-            f"prepare norm{norm:d} flag{flag:d}", kernel.adamw_ema_prepare_kernel, prepare,
-            {"tensors": "i32", "chunks": "i32"},
-            derived | {"BLOCK": 1024, "HAS_NORM": norm, "HAS_FLAG": flag}, (),
-        )
+        Variant(f"prepare norm{norm:d} flag{flag:d}", launched(norm, flag)[-2])
         for norm, flag in ((True, False), (True, True), (False, True))
-    ]  # fmt: skip
-    for name, dtype in (("fp32", tl.float32), ("bf16", tl.bfloat16)):
-        grad = block | {"GRAD": dtype}
-        found.append(
-            variant(f"norm grad {name}", kernel.adamw_ema_norm_kernel, table | {"partials_ptr": "*fp32"}, {},
-                    grad, ("full_ptr",))
-        )  # fmt: skip
-        found.append(
-            variant(f"update grad {name}", kernel.adamw_ema_kernel, table | results, {},
-                    grad | derived | {"LOW": tl.bfloat16},
-                    ("p_ptr", "g_ptr", "m_ptr", "v_ptr", "e_ptr", "s_address", "t_address"))
-        )  # fmt: skip
+    ]
+    for grad in (fp32, bf16):
+        norm, _, update = launched(True, False, grad)
+        found.append(Variant(f"norm grad {DTYPE_NAMES[grad]}", norm))
+        found.append(Variant(f"update grad {DTYPE_NAMES[grad]}", update))
     return found
 
 
@@ -99,9 +78,8 @@ def cases(quick: bool) -> list[Case]:
         return [_case("tiny", [(33, 130), (7,), (1, 1, 5)])]
 
     def trunk(width, depth):
-        block = [(3 * width, width), (3 * width,), (width, width), (width,), (4 * width, width), (4 * width,),
-                 (width, 4 * width), (width,), (width,), (width,), (width,), (width,)]  # fmt: skip
-        return block * depth
+        shapes = [(width,)] * 5 + [(3 * width, width), (3 * width,), (width, width), (4 * width, width)]
+        return (shapes + [(4 * width,), (width, 4 * width), (width,)]) * depth
 
     return [_case("S", trunk(384, 12)), _case("B", trunk(768, 12))]
 

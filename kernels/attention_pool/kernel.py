@@ -5,6 +5,8 @@ Order: forward kernel, backward kernel, their launchers. R rows, n tokens, D wid
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -246,82 +248,75 @@ def attention_pool_bwd_kernel(
 # ---- launchers ------------------------------------------------------------------------------------
 
 
-def block_d(width: int) -> int:
-    """The largest power of two up to 64 that divides the width: no column is ever masked."""
-    return min(64, width & -width)
-
-
 def heuristic(direction: str, n: int, width: int, itemsize: int) -> dict[str, int]:
-    """Blocks, warps and stages where nothing was measured: none spills (benchmarks/records/registers.md)."""
-    block = block_d(width)
+    """Settings where nothing was measured: none spills (benchmarks/records/registers.md)."""
+    # the largest power of two up to 64 that divides the width: no column is ever masked
+    block = min(64, width & -width)
     if itemsize > 2:
         # fp32 tiles of 64 columns spill
         return {"BLOCK_D": min(block, 32), "num_warps": 8, "num_stages": 1}
     # with two stages these spill a word on one architecture or another
     one = n <= 128 and (block < 64 or (direction == "fwd" and n > 64))
-    warps = 8 if n > 64 else 4
-    if direction == "bwd" and one:
-        warps = 4
+    warps = 4 if n <= 64 or (direction == "bwd" and one) else 8
     return {"BLOCK_D": block, "num_warps": warps, "num_stages": 1 if one else 2}
 
 
-def _options(direction: str, x: Tensor, heads: int) -> dict:
-    _, n, width = x.shape
-    key = _launch.config_key(direction, x.dtype, D=width, H=heads, n=triton.next_power_of_2(max(n, 16)))
-    chosen = _launch.settings(
-        "attention_pool", key, x.device, lambda: heuristic(direction, n, width, x.element_size())
-    )
-    return {
+def _launch_on(
+    direction: str, kernel: Any, x: Tensor, xh0: Tensor, u: Tensor, others: tuple[Tensor, ...], **options: Any
+) -> None:
+    rows, n, width = x.shape
+    heads, tile = u.shape[0], _launch.power_of_two(n, 16)
+    key = _launch.config_key(direction, x.dtype, D=width, H=heads, n=tile)
+    default = heuristic(direction, n, width, x.element_size())
+    options |= _launch.settings("attention_pool", key, x.device, default)
+    options |= {
         "n": n,
         "D": width,
         "H": heads,
-        "BLOCK_N": triton.next_power_of_2(max(n, 16)),
+        "BLOCK_N": tile,
         "BLOCK_H": HEADS,
         "CENTRE": x.element_size() > 2,
         "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
-    } | chosen
-
-
-def _row_stride(x: Tensor, axis: int) -> int:
-    return 0 if x.shape[axis] == 1 else x.stride(axis)
+    }
+    # a class row and queries shared by all rows are read with a stride of 0
+    stride_cr = 0 if xh0.shape[0] == 1 else xh0.stride(0)
+    stride_ur = 0 if u.shape[1] == 1 else u.stride(1)
+    strides = (x.stride(0), x.stride(1), stride_cr, u.stride(0), stride_ur, rows * width)
+    _launch.launch(kernel, (rows,), x, x, xh0, u, *others, *strides, **options)
 
 
 def forward(
-    x: Tensor, xh0: Tensor, u: Tensor, eps: float, stats: tuple[Tensor, Tensor] | None
+    x: Tensor, xh0: Tensor, u: Tensor, eps: float, stats: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(z [H, R, D], scores [R, H, n + 1], lse [R, H], mu [R, n], rstd [R, n])."""
+    """(z [H, R, D], scores [R, H, n + 1], lse [R, H], mu [R, n], rstd [R, n]) of x [R, n, D], xh0 and u."""
     rows, n, width = x.shape
-    heads = u.shape[0]
-    x, xh0, u = _launch.rows_ready(x), _launch.rows_ready(xh0), _launch.rows_ready(u)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    heads, wide = u.shape[0], _launch.wide(x.dtype)
+    x, xh0, u = (_launch.rows_ready(t) for t in (x, xh0, u))
     z = _launch.empty((heads, rows, width), x)
-    scores = _launch.empty((rows, heads, n + 1), x, wide)
-    lse = _launch.empty((rows, heads), x, wide)
+    scores, lse = _launch.empty((rows, heads, n + 1), x, wide), _launch.empty((rows, heads), x, wide)
     if stats is None:
         mu, rstd = _launch.empty((rows, n), x, wide), _launch.empty((rows, n), x, wide)
     else:
         mu, rstd = stats[0].contiguous(), stats[1].contiguous()
-    _launch.launch(
-        attention_pool_fwd_kernel, (rows,), x, x, xh0, u, z, scores, lse, mu, rstd,
-        x.stride(0), x.stride(1), _row_stride(xh0, 0), u.stride(0), _row_stride(u, 1), z.stride(0),
-        EPS=eps, HAS_STATS=stats is not None, **_options("fwd", x, heads),
-    )  # fmt: skip
-    return z, scores, lse, mu, rstd
+    outs = (z, scores, lse, mu, rstd)
+    _launch_on("fwd", attention_pool_fwd_kernel, x, xh0, u, outs, EPS=eps, HAS_STATS=stats is not None)
+    return outs
+
+
+def forward_stats(
+    x: Tensor, xh0: Tensor, u: Tensor, mu: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, scores, lse) as `forward`, from statistics of the tokens."""
+    return forward(x, xh0, u, 0.0, (mu, rstd))[:3]
 
 
 def backward(
     x: Tensor, xh0: Tensor, u: Tensor, dz: Tensor, scores: Tensor, lse: Tensor, mu: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [R, n, D], du [H, R, D], dxh0 [R, D]); the last two per row, also for shared inputs."""
-    rows, _, width = x.shape
-    heads = u.shape[0]
-    x, xh0, u = _launch.rows_ready(x), _launch.rows_ready(xh0), _launch.rows_ready(u)
-    dz = dz.contiguous()
-    dx, du, dxh0 = _launch.empty(x.shape, x), _launch.empty(dz.shape, x), _launch.empty((rows, width), x)
-    _launch.launch(
-        attention_pool_bwd_kernel, (rows,), x, x, xh0, u, dz, scores, lse, mu.contiguous(), rstd.contiguous(),
-        dx, du, dxh0,
-        x.stride(0), x.stride(1), _row_stride(xh0, 0), u.stride(0), _row_stride(u, 1), dz.stride(0),
-        **_options("bwd", x, heads),
-    )  # fmt: skip
+    x, xh0, u = (_launch.rows_ready(t) for t in (x, xh0, u))
+    dx, du = _launch.empty(x.shape, x), _launch.empty(dz.shape, x)
+    dxh0 = _launch.empty((x.shape[0], x.shape[2]), x)
+    others = (dz.contiguous(), scores, lse, mu.contiguous(), rstd.contiguous(), dx, du, dxh0)
+    _launch_on("bwd", attention_pool_bwd_kernel, x, xh0, u, others)
     return dx, du, dxh0

@@ -7,20 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _launch
-from .._check import FLOATS, autocast_dtype, check
+from .._launch import FLOATS, autocast_dtype, check
 from .reference import PoolWeights, attention_pool_absorbed
 
 MAX_TOKENS = 256
 MAX_HEADS = 16
-
-for _schema in (
-    "attention_pool_fwd(Tensor x, Tensor xh0, Tensor u, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "attention_pool_fwd_stats(Tensor x, Tensor xh0, Tensor u, Tensor mu, Tensor rstd)"
-    " -> (Tensor, Tensor, Tensor)",
-    "attention_pool_bwd(Tensor x, Tensor xh0, Tensor u, Tensor dz, Tensor scores, Tensor lse, Tensor mu,"
-    " Tensor rstd) -> (Tensor, Tensor, Tensor)",
-):
-    torch.library.define(f"extrema_fast::{_schema.split('(')[0]}", "(" + _schema.split("(", 1)[1])
 
 
 def fits(dtype: torch.dtype, n: int) -> bool:
@@ -29,111 +20,43 @@ def fits(dtype: torch.dtype, n: int) -> bool:
     return dtype.itemsize == 2 or (dtype == torch.float32 and n <= 64)
 
 
-def _runs(x: Tensor) -> bool:
-    # the interpreter holds everything
-    return _launch.use_triton(x) and (x.device.type == "cpu" or fits(x.dtype, x.shape[1]))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-# ---- the core in plain torch: the same quantities, formed one after the other -----------------------
-
-
-def _plain_forward(x: Tensor, xh0: Tensor, u: Tensor, mu: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
-    wide, rows = _wide(x), x.shape[0]
-    # [R, n, D], [R, D], [R, H, D]
-    xh = (x.to(wide) - mu[..., None]) * rstd[..., None]
-    c = xh0.to(wide).expand(rows, -1)
-    query = u.to(wide).expand(-1, rows, -1).transpose(0, 1)
-    scores = torch.cat([query @ c[..., None], query @ xh.transpose(1, 2)], -1)
-    lse = scores.logsumexp(-1)
-    p = (scores - lse[..., None]).exp()
-    z = p[..., 1:] @ xh + p[..., :1] * c[:, None]
-    return z.transpose(0, 1).to(x.dtype).contiguous(), scores, lse
-
-
-def _plain_backward(
-    x: Tensor, xh0: Tensor, u: Tensor, dz: Tensor, scores: Tensor, lse: Tensor, mu: Tensor, rstd: Tensor
-) -> tuple[Tensor, ...]:
-    wide, rows = _wide(x), x.shape[0]
-    xh = (x.to(wide) - mu[..., None]) * rstd[..., None]
-    c = xh0.to(wide).expand(rows, -1)
-    query, upstream = (t.to(wide).expand(-1, rows, -1).transpose(0, 1) for t in (u, dz))
-    p = (scores - lse[..., None]).exp()
-    dp = torch.cat([upstream @ c[..., None], upstream @ xh.transpose(1, 2)], -1)
-    da = p * (dp - (p * dp).sum(-1, keepdim=True))
-    du = da[..., 1:] @ xh + da[..., :1] * c[:, None]
-    both = p.transpose(1, 2) @ upstream + da.transpose(1, 2) @ query
-    dxh0, dxh = both[:, 0], both[:, 1:]
-    mean = dxh.mean(-1, keepdim=True)
-    dx = rstd[..., None] * (dxh - mean - xh * (dxh * xh).mean(-1, keepdim=True))
-    return (
-        dx.to(x.dtype).contiguous(),
-        du.transpose(0, 1).to(x.dtype).contiguous(),
-        dxh0.to(x.dtype).contiguous(),
-    )
-
-
-def token_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(mean, 1 / deviation) over D of tokens [R, n, D], fp32 (fp64 for fp64)."""
-    var, mu = torch.var_mean(x.to(_wide(x)), dim=-1, correction=0)
-    return mu, (var + eps).rsqrt()
-
-
-# ---- registration ---------------------------------------------------------------------------------
-
-
-@torch.library.impl("extrema_fast::attention_pool_fwd", "CompositeExplicitAutograd")
-def _fwd(x: Tensor, xh0: Tensor, u: Tensor, eps: float) -> tuple[Tensor, ...]:
-    if _runs(x):
-        from .kernel import forward
-
-        return forward(x, xh0, u, eps, None)
-    mu, rstd = token_stats(x, eps)
-    return (*_plain_forward(x, xh0, u, mu, rstd), mu, rstd)
-
-
-@torch.library.impl("extrema_fast::attention_pool_fwd_stats", "CompositeExplicitAutograd")
-def _fwd_stats(x: Tensor, xh0: Tensor, u: Tensor, mu: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
-    if _runs(x):
-        from .kernel import forward
-
-        return forward(x, xh0, u, 0.0, (mu, rstd))[:3]
-    return _plain_forward(x, xh0, u, mu, rstd)
-
-
-@torch.library.impl("extrema_fast::attention_pool_bwd", "CompositeExplicitAutograd")
-def _bwd(
-    x: Tensor, xh0: Tensor, u: Tensor, dz: Tensor, scores: Tensor, lse: Tensor, mu: Tensor, rstd: Tensor
-) -> tuple[Tensor, ...]:
-    if _runs(x):
-        from .kernel import backward
-
-        return backward(x, xh0, u, dz, scores, lse, mu, rstd)
-    return _plain_backward(x, xh0, u, dz, scores, lse, mu, rstd)
-
-
-@torch.library.register_fake("extrema_fast::attention_pool_fwd_stats")
-def _fake_stats(x: Tensor, xh0: Tensor, u: Tensor, mu: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
-    (rows, n, width), heads = x.shape, u.shape[0]
+def _fake_stats(x: Tensor, xh0: Tensor, u: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    (rows, n, width), heads, wide = x.shape, u.shape[0], _launch.wide(x.dtype)
     return (
         x.new_empty(heads, rows, width),
-        x.new_empty(rows, heads, n + 1, dtype=_wide(x)),
-        x.new_empty(rows, heads, dtype=_wide(x)),
+        x.new_empty(rows, heads, n + 1, dtype=wide),
+        x.new_empty(rows, heads, dtype=wide),
     )
 
 
-@torch.library.register_fake("extrema_fast::attention_pool_fwd")
 def _fake(x: Tensor, xh0: Tensor, u: Tensor, eps: float) -> tuple[Tensor, ...]:
-    mu, rstd = (x.new_empty(x.shape[:2], dtype=_wide(x)) for _ in range(2))
-    return (*_fake_stats(x, xh0, u, mu, rstd), mu, rstd)
+    stats = (x.new_empty(x.shape[:2], dtype=_launch.wide(x.dtype)) for _ in range(2))
+    return *_fake_stats(x, xh0, u), *stats
 
 
-@torch.library.register_fake("extrema_fast::attention_pool_bwd")
-def _fake_bwd(x: Tensor, xh0: Tensor, u: Tensor, dz: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
+def _fake_bwd(x: Tensor, xh0: Tensor, u: Tensor, dz: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
     return x.new_empty(x.shape), x.new_empty(dz.shape), x.new_empty(x.shape[0], x.shape[2])
+
+
+_fwd = _launch.register(
+    "attention_pool_fwd(Tensor x, Tensor xh0, Tensor u, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    __package__,
+    "forward",
+    _fake,
+)
+_fwd_stats = _launch.register(
+    "attention_pool_fwd_stats(Tensor x, Tensor xh0, Tensor u, Tensor mu, Tensor rstd) -> (Tensor, Tensor, Tensor)",
+    __package__,
+    "forward_stats",
+    _fake_stats,
+)
+_bwd = _launch.register(
+    "attention_pool_bwd(Tensor x, Tensor xh0, Tensor u, Tensor dz, Tensor scores, Tensor lse, Tensor mu,"
+    " Tensor rstd) -> (Tensor, Tensor, Tensor)",
+    __package__,
+    "backward",
+    _fake_bwd,
+)
 
 
 class _Core(torch.autograd.Function):
@@ -141,12 +64,11 @@ class _Core(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, xh0, u, eps, mu, rstd):
-        ops = torch.ops.extrema_fast
         if mu is None:
-            z, scores, lse, mu, rstd = ops.attention_pool_fwd.default(x, xh0, u, eps)
+            z, scores, lse, mu, rstd = _fwd(x, xh0, u, eps)
             made = (mu, rstd)
         else:
-            z, scores, lse = ops.attention_pool_fwd_stats.default(x, xh0, u, mu, rstd)
+            z, scores, lse = _fwd_stats(x, xh0, u, mu, rstd)
             # an output must not be an input
             made = (mu.detach(), rstd.detach())
         ctx.save_for_backward(x, xh0, u, scores, lse, mu, rstd)
@@ -161,18 +83,13 @@ class _Core(torch.autograd.Function):
         if dz is None:
             return (None,) * 6
         x, xh0, u, scores, lse, mu, rstd = ctx.saved_tensors
-        dx, du, dxh0 = torch.ops.extrema_fast.attention_pool_bwd.default(
-            x, xh0, u, dz.to(x.dtype), scores, lse, mu, rstd
-        )
+        dx, du, dxh0 = _bwd(x, xh0, u, dz.to(x.dtype), scores, lse, mu, rstd)
         # one class row for all: its gradient is a column sum
         if u.shape[1] != du.shape[1]:
             du = du.sum(1, keepdim=True)
         if xh0.shape[0] != dxh0.shape[0]:
             dxh0 = dxh0.sum(0, keepdim=True)
         return dx, dxh0, du, None, None, None
-
-
-# ---- public ---------------------------------------------------------------------------------------
 
 
 def attention_pool(
@@ -185,19 +102,29 @@ def attention_pool(
     stats: tuple[Tensor, Tensor] | None = None,
     return_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-    """Class attention of one query over its own row (ExtreMA section 3.2, a CaiT block), before the residual.
+    """Class attention of one query over its own row, before the residual (ExtreMA section 3.2, a CaiT block).
 
-    tokens   [R, n, D] bf16 | fp16 | fp32 | fp64; under autocast, computed in its dtype (fp64 is left alone)
-    cls      [R, D], or [1, D] shared by all rows (cheaper)
-    weights  PoolWeights: LayerNorm and the q, k, v, output projections, any float dtype
-    stats    (mean, 1 / deviation) [R, n] of the same tokens, as an earlier call returned them: successive
-             blocks normalise the same tokens, so the second need not measure them again
-    returns  (out [R, D] in the dtype computed in; probabilities [R, H, 1 + n] fp32, detached, column 0 the
-             class row, or None unless `return_weights`; stats for the next block)
-    raises   TypeError, ValueError naming the argument, what it got and what it needs
-    falls back to `attention_pool_absorbed` (stats None) above 256 tokens or 16 heads, or for a width that is
-             no multiple of 16; to plain torch inside on a GPU for fp64, and for fp32 above 64 tokens
-    maths    kernels/attention_pool/README.md
+    Maths: README.md beside this file. `attention_pool_absorbed` runs instead of the kernel where Triton cannot run,
+    above 256 tokens or 16 heads, for a width that is no multiple of 16 and, on a GPU, for fp64 and for fp32 above 64
+    tokens; it neither takes nor returns `stats`.
+
+    Args:
+        tokens: [R, n, D] bf16 | fp16 | fp32 | fp64; under autocast, computed in its dtype (fp64 stays fp64).
+        cls: [R, D], or [1, D] shared by all rows (cheaper).
+        weights: LayerNorm and the q, k, v, output projections, any float dtype.
+        heads: H, divides D.
+        eps: of the LayerNorm.
+        stats: (mean, 1 / standard deviation) [R, n] of the same tokens, as an earlier call returned them: successive
+            blocks normalise the same tokens, so the second need not measure them.
+        return_weights: whether to return the probabilities.
+
+    Returns:
+        (out [R, D] in the dtype computed in; probabilities [R, H, 1 + n] fp32, detached, column 0 the class row, or
+        None; stats for the next block, or None).
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: names the argument, what it got and what it expects.
     """
     check("tokens", tokens, ("R", "n", "D"), FLOATS)
     rows, n, width = tokens.shape
@@ -212,19 +139,21 @@ def attention_pool(
         check(f"weights.{name}", w, shape, FLOATS, tokens)
     if stats is not None:
         if len(stats) != 2:
-            raise ValueError(f"stats: expected (mean, 1 / deviation), got {len(stats)} tensors")
+            raise ValueError(f"stats: expected (mean, 1 / standard deviation), got {len(stats)} tensors")
         for name, s in zip(("stats[0]", "stats[1]"), stats, strict=True):
             check(name, s, (rows, n), (torch.float32, torch.float64), tokens)
 
-    if n > MAX_TOKENS or n < 1 or heads > MAX_HEADS or width % 16:
-        out, p = attention_pool_absorbed(tokens, cls.expand(rows, -1), weights, heads, eps)
-        return out, p.detach().float() if return_weights else None, None
-
-    x = tokens.to(autocast_dtype(tokens))
+    dtype = autocast_dtype(tokens)
+    possible = 1 <= n <= MAX_TOKENS and heads <= MAX_HEADS and width % 16 == 0
+    # the interpreter holds every tile
+    possible = possible and (tokens.device.type == "cpu" or fits(dtype, n))
+    if not (possible and _launch.use_triton(tokens)):
+        out, probabilities = attention_pool_absorbed(tokens, cls.expand(rows, -1), weights, heads, eps)
+        return out, probabilities.detach().float() if return_weights else None, None
     if stats is not None:
-        stats = stats[0].to(_wide(x)), stats[1].to(_wide(x))
+        stats = stats[0].to(_launch.wide(dtype)), stats[1].to(_launch.wide(dtype))
     with torch.autocast(tokens.device.type, enabled=False):
-        out, scores, lse, stats = _folded(x, cls, weights, heads, eps, stats)
+        out, scores, lse, stats = _folded(tokens.to(dtype), cls, weights, heads, eps, stats)
     p = (scores - lse[..., None]).exp().float() if return_weights else None
     return out, p, stats
 
@@ -233,7 +162,7 @@ def _folded(
     x: Tensor, cls: Tensor, w: PoolWeights, heads: int, eps: float, stats: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     rows, _, width = x.shape
-    d, dtype, wide = width // heads, x.dtype, _wide(x)
+    d, dtype, wide = width // heads, x.dtype, _launch.wide(x.dtype)
     scale = d**-0.5
     gain, shift, wq, bq, wk, bk, wv, bv, wo, bo = (t.to(wide) for t in w)
     # LayerNorm's gain and shift, and the scale, moved into the projections (autograd unfolds them)

@@ -32,8 +32,15 @@ def attention_pool_reference(
 ) -> tuple[Tensor, Tensor]:
     """`softmax(q k^T / sqrt(d)) v` of the class row over `LN([cls; tokens])`, as the paper writes it.
 
-    tokens:  [R, n, D];  cls: [R, D]
-    returns  ([R, D] before layer scale and residual, [R, H, 1 + n] probabilities, column 0 = the class row)
+    Args:
+        tokens: [R, n, D].
+        cls: [R, D].
+        w: the parameters.
+        heads: H.
+        eps: of the LayerNorm.
+
+    Returns:
+        ([R, D] before layer scale and residual, [R, H, 1 + n] probabilities, column 0 = the class row).
     """
     r, n, width = tokens.shape
     d = width // heads

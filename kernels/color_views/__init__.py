@@ -1,8 +1,7 @@
-"""Two colour-jittered, normalised versions of uint8 crops; maths in README.md."""
+"""Two color-jittered, normalised versions of uint8 crops; maths in README.md."""
 
-from .by_image import color_views_by_image
-from .op import color_views, color_views_plain
-from .reference import color_params, color_views_reference
+from .op import color_views
+from .reference import color_params, color_views_by_image, color_views_plain, color_views_reference
 
 __all__ = [
     "color_params",

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _launch
+from .reference import COLUMNS
 
 BLOCK = 1024
-COLUMNS = 10
 
 
 @triton.jit
@@ -113,12 +113,12 @@ def color_sums_kernel(
 
 @triton.jit(do_not_specialize=["batch"])
 def color_views_kernel(
-    # as above; out [2, B, C, H, W] or [2, B, N, C P P]
+    # as above; out [2, B, C, H, W]
     images_ptr,
     params_ptr,
     sums_ptr,
     out_ptr,
-    # of each channel: mean, 1 / deviation
+    # of each channel: mean, 1 / standard deviation
     mean_r,
     mean_g,
     mean_b,
@@ -128,14 +128,11 @@ def color_views_kernel(
     batch,
     stride_b,
     PIXELS: tl.constexpr,
-    WIDTH: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
     C: tl.constexpr,
-    PATCH: tl.constexpr,
-    RUN: tl.constexpr,
 ):
     which = tl.program_id(0).to(tl.int64)
     image = which // 2
@@ -154,34 +151,20 @@ def color_views_kernel(
     if tl.load(base + 5) > 0.0:
         level = _gray(r, g, b)
         r, g, b = level, level, level
-    # where channel 0 of each pixel goes, and how far apart its channels lie
-    target = out_ptr + (view * batch + image) * (C * PIXELS)
-    if PATCH == 0:
-        place0 = offs
-        step: tl.constexpr = PIXELS
-    else:
-        y = offs // WIDTH
-        x = offs - y * WIDTH
-        patch = (y // PATCH) * (WIDTH // PATCH) + x // PATCH
-        place0 = patch * (C * PATCH * PATCH) + (y % PATCH) * PATCH + x % PATCH
-        # not seen through the divisions: a patch's row is RUN neighbouring pixels at a time
-        place0 = tl.max_contiguous(tl.multiple_of(place0, RUN), RUN)
-        step: tl.constexpr = PATCH * PATCH
+    target = out_ptr + (view * batch + image) * (C * PIXELS) + offs
     low = out_ptr.dtype.element_ty
     if C == 1:
         r = _gray(r, g, b)
     r = (r - tl.cast(mean_r, tl.float32)) * tl.cast(scale_r, tl.float32)
-    tl.store(target + place0, r.to(low), mask=mask)
+    tl.store(target, r.to(low), mask=mask)
     if C == 3:
         g = (g - tl.cast(mean_g, tl.float32)) * tl.cast(scale_g, tl.float32)
         b = (b - tl.cast(mean_b, tl.float32)) * tl.cast(scale_b, tl.float32)
-        tl.store(target + place0 + step, g.to(low), mask=mask)
-        tl.store(target + place0 + 2 * step, b.to(low), mask=mask)
+        tl.store(target + PIXELS, g.to(low), mask=mask)
+        tl.store(target + 2 * PIXELS, b.to(low), mask=mask)
 
 
-def run(patch: int) -> int:
-    """Neighbouring pixels that stay neighbours in patch-major order, a power of two."""
-    return min(16, patch & -patch) or 1
+# ---- launcher -------------------------------------------------------------------------------------
 
 
 def render(
@@ -191,9 +174,8 @@ def render(
     std: Sequence[float],
     channels: int,
     dtype: torch.dtype,
-    patch: int,
 ) -> Tensor:
-    """[2, B, C, H, W], or [2, B, N, C P P] when `patch`."""
+    """Both views [2, B, C, H, W] of images uint8 [B, H, W, 3] with params [B, 2, 10]."""
     if channels == 1:
         mean, std = [sum(mean) / 3] * 3, [sum(std) / 3] * 3
     # numbers, not a tensor: copying one to a GPU waits, and cannot be captured in a graph
@@ -201,20 +183,13 @@ def render(
     images, params = images.contiguous(), params.contiguous()
     batch, height, width, _ = images.shape
     pixels, tiles = height * width, triton.cdiv(height * width, BLOCK)
-    shape = (2, batch, channels, height, width)
-    if patch:
-        shape = (2, batch, (height // patch) * (width // patch), channels * patch**2)
-    out = _launch.empty(shape, images, dtype)
+    out = _launch.empty((2, batch, channels, height, width), images, dtype)
     sums = _launch.empty((batch, 2, tiles), images, torch.float32)
-    config = _launch.settings(
-        "color_views", f"both|n{pixels}", images.device, lambda: {"num_warps": 4, "num_stages": 1}
-    )
-    sizes = {"PIXELS": pixels, "TILES": tiles, "BLOCK": BLOCK, "COLUMNS": COLUMNS}
-    grid = (2 * batch, tiles)
-    _launch.launch(color_sums_kernel, grid, images, images, params, sums, images.stride(0), **sizes, **config)
-    _launch.launch(
-        color_views_kernel, grid, images, images, params, sums, out, *norm, batch, images.stride(0),
-        WIDTH=width, BLOCK_T=triton.next_power_of_2(tiles), C=channels, PATCH=patch, RUN=run(patch), **sizes,
-        **config,
-    )  # fmt: skip
+    default = {"num_warps": 4, "num_stages": 1}
+    options = _launch.settings("color_views", f"both|n{pixels}", images.device, default)
+    options |= {"PIXELS": pixels, "TILES": tiles, "BLOCK": BLOCK, "COLUMNS": COLUMNS}
+    grid, reads, stride_b = (2 * batch, tiles), (images, params, sums), images.stride(0)
+    _launch.launch(color_sums_kernel, grid, images, *reads, stride_b, **options)
+    options |= {"BLOCK_T": triton.next_power_of_2(tiles), "C": channels}
+    _launch.launch(color_views_kernel, grid, images, *reads, out, *norm, batch, stride_b, **options)
     return out

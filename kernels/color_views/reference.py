@@ -1,10 +1,13 @@
-"""Plain PyTorch definition of color_views, with torchvision's ColorJitter semantics.
+"""Plain PyTorch definitions of color_views: for a whole batch, and image by image for CPUs.
 
-Images stay in [0, 1] floats and are clamped after every operation; contrast blends with the gray mean of the
-image as it stands when contrast is reached; hue is a rotation of HSV.
+The semantics are torchvision's ColorJitter: images are floats in [0, 1], clamped after every operation; contrast
+blends with the mean gray of the image as it stands when contrast is reached; hue is a rotation of HSV.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from .._philox import uniform
 GRAY = (0.299, 0.587, 0.114)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
-# columns of a parameter row [10]: colour jitter on, four factors, gray, four operations in their order
+# columns of a parameter row [10]: color jitter on, four factors, gray, four operations in their order
 ON, FACTORS, GRAY_ON, ORDER, COLUMNS = 0, slice(1, 5), 5, slice(6, 10), 10
 
 
@@ -39,12 +42,19 @@ def color_params(
     epoch: int,
     streams: tuple[int, int] = (2, 3),
 ) -> Tensor:
-    """The coins of both views, keyed by sample; nothing is waited for.
+    """Random parameters of both views, keyed by sample; nothing is read back by the CPU.
 
-    index:     [B] int64 global row numbers
-    strength   of brightness, contrast, saturation (factor 1 - s to 1 + s) and hue (turns, -s to s)
-    streams    of the student's and the teacher's coins
-    returns    [B, 2, 10] fp32 on the index's device: on, b, c, s, h, gray, then a permutation of 0..3
+    Args:
+        index: [B] int64, global row numbers of the images.
+        strength: s of brightness, contrast, saturation (factors from 1 - s to 1 + s) and hue (turns, -s to s).
+        jitter_prob: probability of color jitter.
+        gray_prob: probability of gray.
+        seed: seed of the generator.
+        epoch: part of the generator's counter.
+        streams: the generator's streams of the student's and the teacher's view.
+
+    Returns:
+        [B, 2, 10] fp32 on the index's device: on, b, c, s, h, gray, then a permutation of 0..3.
     """
     width = constants(strength, torch.float32, index.device)
     centre = constants((1.0, 1.0, 1.0, 0.0), torch.float32, index.device)
@@ -67,14 +77,21 @@ def color_params(
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], in_chans: int = 3) -> Tensor:
-    """uint8 [B, H, W, 3] -> fp32 [B, C, H, W], (x / 255 - mean) / std.
+    """Normalises images to fp32, (x / 255 - mean) / std.
 
-    C = 1 takes the gray value, the mean of the means and the mean of the deviations.
+    Args:
+        images: uint8 [B, H, W, 3].
+        mean: of the three channels, in [0, 1].
+        std: standard deviation of the three channels.
+        in_chans: C, 3 or 1; 1 takes the gray value, the mean of `mean` and the mean of `std`.
+
+    Returns:
+        [B, C, H, W].
     """
-    return finish(images.permute(0, 3, 1, 2).float() / 255, mean, std, in_chans)
+    return _finish(images.permute(0, 3, 1, 2).float() / 255, mean, std, in_chans)
 
 
-def finish(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...], in_chans: int) -> Tensor:
+def _finish(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...], in_chans: int) -> Tensor:
     if in_chans == 1:
         x, mean, std = _gray(x), (sum(mean) / 3,), (sum(std) / 3,)
     m, s = (constants(v, x.dtype, x.device).view(1, -1, 1, 1) for v in (mean, std))
@@ -103,7 +120,13 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Brightness, contrast, saturation and hue in each image's own order, clamped to [0, 1] after each.
 
-    x: [B, 3, H, W] in [0, 1];  factors: [B, 4], hue in turns;  order: [B, 4] permutation of 0..3
+    Args:
+        x: [B, 3, H, W] in [0, 1].
+        factors: [B, 4], hue in turns.
+        order: [B, 4], permutations of 0..3.
+
+    Returns:
+        [B, 3, H, W].
     """
     f = factors.to(x.dtype).view(-1, 4, 1, 1, 1)
     by_rows = x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -111,23 +134,23 @@ def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         out = x
         for op in range(4):
             hit = order[:, place] == op
-            # a CPU computes the rows that take this operation; elsewhere their number would have to be waited
-            # for, so all are computed and the right ones taken
-            rows = hit.nonzero()[:, 0] if by_rows else slice(None)
-            if by_rows and len(rows) == 0:
-                continue
-            part, factor = x[rows], f[rows, op]
-            if op == BRIGHTNESS:
-                part = part * factor
-            elif op == HUE:
-                part = _shift_hue(part, factor[:, :, 0])
-            else:
-                gray = _gray(part)
-                anchor = gray.mean((2, 3), keepdim=True) if op == CONTRAST else gray
-                part = factor * part + (1 - factor) * anchor
-            out = out.index_copy(0, rows, part) if by_rows else torch.where(hit.view(-1, 1, 1, 1), part, out)
+            if not by_rows:
+                # the number of rows that take this operation would have to be waited for: all are computed
+                out = torch.where(hit.view(-1, 1, 1, 1), _apply(x, op, f[:, op]), out)
+            elif len(rows := hit.nonzero()[:, 0]):
+                out = out.index_copy(0, rows, _apply(x[rows], op, f[rows, op]))
         x = out.clamp(0, 1)
     return x
+
+
+def _apply(x: Tensor, op: int, factor: Tensor) -> Tensor:
+    if op == BRIGHTNESS:
+        return x * factor
+    if op == HUE:
+        return _shift_hue(x, factor[:, :, 0])
+    gray = _gray(x)
+    anchor = gray.mean((2, 3), keepdim=True) if op == CONTRAST else gray
+    return factor * x + (1 - factor) * anchor
 
 
 def color_views_reference(
@@ -138,8 +161,6 @@ def color_views_reference(
     *,
     channels: int = 3,
     dtype: torch.dtype = torch.float32,
-    layout: str = "nchw",
-    patch: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Arguments and result as `color_views`, computed in fp32 (fp64 for fp64)."""
     x = images.permute(0, 3, 1, 2).to(torch.float64 if dtype == torch.float64 else torch.float32) / 255
@@ -152,13 +173,168 @@ def color_views_reference(
         else:
             y = torch.where(on.view(-1, 1, 1, 1), jitter(x, p[:, FACTORS], p[:, ORDER].long()), x)
         y = torch.where((p[:, GRAY_ON] > 0).view(-1, 1, 1, 1), _gray(y).expand_as(y), y)
-        y = finish(y, mean, std, channels).to(dtype)
-        out.append(in_patches(y, patch) if layout == "patches" else y.contiguous())
+        y = _finish(y, mean, std, channels).to(dtype)
+        out.append(y.contiguous())
     return out[0], out[1]
 
 
-def in_patches(x: Tensor, patch: int) -> Tensor:
-    """[B, C, H, W] -> [B, N, C P P], contiguous: patch-major, as `patch_gather` reads it."""
-    b, c, h, w = x.shape
-    x = x.view(b, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(b, -1, c * patch**2).contiguous()
+# ---- image by image, for CPUs ----------------------------------------------------------------------
+
+# torch splits an operation above this many elements over its threads: for so little work they wait for each other
+# longer than they compute, and decoding needs the other cores
+PIECE = 32768
+Planes = Sequence[Tensor]
+
+
+class _Piece:
+    """Some pixels of one image: its planes, two sets of planes to write to, and which of the three is current.
+
+    Values are levels: level = scale * plane + offset, with the scale and offset of the whole image.
+    """
+
+    def __init__(self, pixels: int, scratch: Tensor) -> None:
+        self.crop, self.one, self.two = (scratch.new_empty(3, pixels).unbind(0) for _ in range(3))
+        self.scratch = scratch[:, :pixels].unbind(0)
+        self.now: Planes = self.crop
+
+    def own(self) -> Planes:
+        """Planes that may take the place of the current ones: themselves, but never the crop."""
+        return self.one if self.now is self.crop else self.now
+
+    def gray(self) -> Tensor:
+        out = torch.mul(self.now[0], GRAY[0], out=self.scratch[0])
+        return out.add_(self.now[1], alpha=GRAY[1]).add_(self.now[2], alpha=GRAY[2])
+
+    def gray_sum(self) -> float:
+        return sum(w * float(plane.sum()) for w, plane in zip(GRAY, self.now, strict=True))
+
+    def clamp(self, low: float, high: float) -> None:
+        new = self.own()
+        for plane, out in zip(self.now, new, strict=True):
+            torch.clamp(plane, low, high, out=out)
+        self.now = new
+
+    def saturate(self, factor: float) -> None:
+        gray, new = self.gray().mul_(1 - factor), self.own()
+        for plane, out in zip(self.now, new, strict=True):
+            torch.add(gray, plane, alpha=factor, out=out)
+        self.now = new
+
+    def turn_hue(self, turns: float) -> None:
+        sextants = 6 * turns
+        # thirds of a turn are an exchange of channels; -1 to 1 sextants are left
+        thirds = round(sextants / 2)
+        sextants -= 2 * thirds
+        planes = [self.now[(k - thirds) % 3] for k in range(3)]
+        new = self.two if self.now is self.one else self.one
+        low, mid, top, step, side = self.scratch
+        a, b, c = planes
+        torch.minimum(a, b, out=low)
+        torch.maximum(a, b, out=top)
+        torch.minimum(top, c, out=mid)
+        torch.maximum(mid, low, out=mid).neg_()
+        torch.minimum(low, c, out=low)
+        torch.maximum(top, c, out=top)
+        torch.sub(top, low, out=step).mul_(abs(sextants))
+        for k, out in enumerate(new):
+            # clamp(2 c - mid -+ step, low, top): README.md
+            torch.sub(planes[(k + 1) % 3], planes[(k + 2) % 3], out=side)
+            torch.copysign(step, side, out=side)
+            torch.add(mid, planes[k], alpha=2, out=out).sub_(side, alpha=1 if sextants > 0 else -1)
+            torch.clamp(out, low, top, out=out)
+        self.now = new
+
+
+def color_views_by_image(
+    images: Tensor,
+    params: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    channels: int = 3,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and result as `color_views`, on a CPU; equal to `color_views_reference` up to rounding.
+
+    Computed in fp32 (fp64 for fp64) on the calling thread, in planes that stay in the cache, and only what an image's
+    parameters ask for (README.md). Brightness and contrast are numbers (scale, offset) carried along until something
+    needs the pixels; a clamp is left out where values cannot leave their range.
+    """
+    batch, height, width, _ = images.shape
+    pixels = height * width
+    if channels == 1:
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    # pieces of nearly the same size
+    size = -(-pixels // max(1, -(-pixels // PIECE)))
+    scratch = torch.empty(5, size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    out = torch.empty(2, batch, channels, pixels, dtype=dtype)
+    pieces = [_Piece(min(size, pixels - i), scratch) for i in range(0, pixels, size)]
+    for image, rows, targets in zip(images, params.tolist(), out.unbind(1), strict=True):
+        for piece, part in zip(pieces, image.reshape(pixels, 3).split(size), strict=True):
+            for k, plane in enumerate(piece.crop):
+                plane.copy_(part[:, k])
+        for row, target in zip(rows, targets, strict=True):
+            _view(pieces, row, target.split(size, 1), mean, std)
+    views = out.view(2, batch, channels, height, width)
+    return views[0], views[1]
+
+
+def _view(
+    pieces: list[_Piece],
+    row: list[float],
+    targets: Sequence[Tensor],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """One view, with the parameters `row`, of the image in the pieces' crops, into `targets` ([C, pixels] each)."""
+    for piece in pieces:
+        piece.now = piece.crop
+    scale, offset = _jitter(pieces, row[FACTORS], row[ORDER]) if row[ON] > 0 else (1.0, 0.0)
+    # level = scale * plane + offset, and the view is (level / 255 - mean) / std
+    scales = [scale / 255 / s for s in std]
+    shifts = [(offset / 255 - m) / s for m, s in zip(mean, std, strict=True)]
+    # tensors without dimensions, as torch.add scales its second argument only
+    added = torch.tensor(shifts, dtype=pieces[0].crop[0].dtype).unbind(0)
+    for piece, target in zip(pieces, targets, strict=True):
+        gray = row[GRAY_ON] > 0 or len(std) == 1
+        planes = [piece.gray()] * len(std) if gray else piece.now
+        for plane, shift, by, out in zip(planes, added, scales, target.unbind(0), strict=True):
+            torch.add(shift, plane, alpha=by, out=out)
+
+
+def _jitter(pieces: list[_Piece], factors: list[float], order: list[float]) -> tuple[float, float]:
+    """Applies the four operations in their order to all pieces; returns (scale, offset) of the result."""
+    scale, offset = 1.0, 0.0
+    pixels = sum(len(piece.crop[0]) for piece in pieces)
+    for op in map(int, order):
+        factor = factors[op]
+        if op == BRIGHTNESS:
+            scale, offset = factor * scale, factor * offset
+        elif op == CONTRAST:
+            anchor = scale * sum(piece.gray_sum() for piece in pieces) / pixels + offset
+            scale, offset = factor * scale, factor * offset + (1 - factor) * anchor
+        for piece in pieces:
+            if op == SATURATION:
+                piece.saturate(factor)
+            elif op == HUE:
+                piece.turn_hue(factor)
+        # up to 1 these are means of levels; a scale of 0 leaves one level
+        if op != HUE and factor > 1 and scale > 0:
+            for piece in pieces:
+                piece.clamp(-offset / scale, (255 - offset) / scale)
+    return scale, offset
+
+
+# ---- the choice ------------------------------------------------------------------------------------
+
+# images of fewer pixels are computed all together on a CPU: calls cost more than their arithmetic
+FEW_PIXELS = 48 * 48
+
+
+def color_views_plain(
+    images: Tensor, params: Tensor, mean: tuple[float, ...], std: tuple[float, ...], **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`color_views` in plain torch: image by image on a CPU, where that is faster, else the batch definition."""
+    many = images.shape[1] * images.shape[2] >= FEW_PIXELS
+    by_image = images.device.type == "cpu" and many and not torch.compiler.is_compiling()
+    return (color_views_by_image if by_image else color_views_reference)(images, params, mean, std, **options)

@@ -1,42 +1,29 @@
-"""color_views for the harness: compiled variants, measured cases."""
+"""color_views for tests, tuning and benchmarks: compiled variants, measured cases."""
 
 from __future__ import annotations
 
 import torch
 
-from .._spec import Case, Spec, Variant
+from .._spec import Case, Spec, Variant, launches, meta
 from .op import color_views
 from .reference import color_params, color_views_reference
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def variants(every: bool = False) -> list[Variant]:
-    """224-pixel crops: the sums, and the views as images and as patches."""
+def variants() -> list[Variant]:
+    """224-pixel crops: the sums, and the views in bf16 and fp32."""
     from . import kernel
 
-    sizes = {"PIXELS": 224 * 224, "TILES": 49, "BLOCK": kernel.BLOCK, "COLUMNS": kernel.COLUMNS}
-    reads = {"images_ptr": "*u8", "params_ptr": "*fp32", "sums_ptr": "*fp32"}
-    plain = {"num_warps": 4, "num_stages": 1}
-    numbers = dict.fromkeys(("mean_r", "mean_g", "mean_b", "scale_r", "scale_g", "scale_b"), "fp32")
-    found = [
-        Variant("sums n50176", kernel.color_sums_kernel, reads | {"stride_b": "i32"}, sizes, **plain,
-                aligned=(*reads, "stride_b"), streamed=("pixel_bytes",))
-    ]  # fmt: skip
-    for t, patch in (("bf16", 0), ("bf16", 16), ("fp32", 0)):
-        pointers = reads | {"out_ptr": f"*{t}"}
-        found.append(
-            Variant(
-                f"views {t} n50176 patch{patch}",
-                kernel.color_views_kernel,
-                pointers | numbers | {"batch": "i32", "stride_b": "i32"},
-                sizes | {"WIDTH": 224, "BLOCK_T": 64, "C": 3, "PATCH": patch, "RUN": kernel.run(patch)},
-                **plain,
-                aligned=(*pointers, "stride_b"),
-                streamed=("pixel_bytes", "target"),
-            )
-        )
-    return found
+    images, params = meta(torch.uint8, 3, 224, 224, 3), meta(torch.float32, 3, 2, 10)
+    sums, low = launches(kernel.render, images, params, MEAN, STD, 3, torch.bfloat16)
+    _, full = launches(kernel.render, images, params, MEAN, STD, 3, torch.float32)
+    views = "views {} n50176"
+    return [
+        Variant("sums n50176", sums),
+        Variant(views.format("bf16"), low),
+        Variant(views.format("fp32"), full),
+    ]
 
 
 def _case(label: str, batch: int, side: int) -> Case:
@@ -69,7 +56,7 @@ def cases(quick: bool) -> list[Case]:
 SPEC = Spec(
     name="color_views",
     version=1,
-    summary="two colour-jittered, normalised versions of uint8 crops in two passes",
+    summary="two color-jittered, normalised versions of uint8 crops in two passes",
     public=("color_views", "color_params"),
     torch_ops=("color_views",),
     variants=variants,

@@ -11,9 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _launch
-
-# uint8 [B, H, W, C]; float [B, C, H, W]; float [B, N, F]
-NHWC, NCHW, PATCHES = 0, 1, 2
+from .op import NHWC
 
 
 @triton.jit
@@ -35,19 +33,9 @@ def _patch_index(
 
 @triton.jit
 def _patch_start(
-    image,
-    j,
-    stride_b,
-    stride_c,
-    stride_h,
-    GW: tl.constexpr,
-    P: tl.constexpr,
-    C: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    image, j, stride_b, stride_h, GW: tl.constexpr, P: tl.constexpr, C: tl.constexpr, LAYOUT: tl.constexpr
 ):
     """Offset of each patch's first number."""
-    if LAYOUT == 2:
-        return image * stride_b + j * stride_h
     gy = j // GW
     gx = j - gy * GW
     if LAYOUT == 0:
@@ -58,8 +46,6 @@ def _patch_start(
 @triton.jit
 def _column(offs, stride_c, stride_h, P: tl.constexpr, C: tl.constexpr, LAYOUT: tl.constexpr):
     """Offset of column f within a patch; columns run (py, px, c) for NHWC, (c, py, px) otherwise."""
-    if LAYOUT == 2:
-        return offs.to(tl.int64)
     if LAYOUT == 0:
         py = offs // (P * C)
         return py.to(tl.int64) * stride_h + (offs - py * (P * C))
@@ -109,7 +95,7 @@ def patch_gather_kernel(
     offs_n = (pid - block * tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_f = tl.arange(0, BLOCK_F)
     image, j = _patch_index(keep_ptr, row, valid, batch, stride_kv, stride_kb, stride_kk, K, HAS_KEEP)
-    start = _patch_start(image, j, stride_b, stride_c, stride_h, GW, P, C, LAYOUT)
+    start = _patch_start(image, j, stride_b, stride_h, GW, P, C, LAYOUT)
     low = weight_ptr.dtype.element_ty
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for f in range(0, F, BLOCK_F):
@@ -167,7 +153,7 @@ def patch_pack_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < rows
     image, j = _patch_index(keep_ptr, row, valid, batch, stride_kv, stride_kb, stride_kk, K, HAS_KEEP)
-    start = _patch_start(image, j, stride_b, stride_c, stride_h, GW, P, C, LAYOUT)
+    start = _patch_start(image, j, stride_b, stride_h, GW, P, C, LAYOUT)
     offs_f = tl.arange(0, BLOCK_F)
     for f in range(0, F, BLOCK_F):
         cols = f + offs_f
@@ -185,7 +171,7 @@ def patch_pack_kernel(
 
 
 def heuristic(direction: str, itemsize: int, patch: int) -> dict[str, int]:
-    """Tiles of 128 x 128 x 64 in 16 bits, smaller otherwise; the gather alone moves 16 patches a program."""
+    """Settings where nothing was measured: tiles of 128 x 128 x 64 in 16 bits, smaller otherwise."""
     if direction == "pack":
         return {"BLOCK_M": 16, "BLOCK_F": 128, "num_warps": 4, "num_stages": 2}
     if itemsize > 2:
@@ -197,62 +183,61 @@ def heuristic(direction: str, itemsize: int, patch: int) -> dict[str, int]:
     return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_F": columns, "num_warps": 8, "num_stages": 2}
 
 
-def _prepare(images: Tensor, keep: Tensor | None, patch: int, layout: int):
-    """(images, keep, constexprs, strides, rows, batch)."""
+def _prepare(images: Tensor, keep: Tensor | None, patch: int, layout: int) -> tuple[tuple, tuple, dict]:
+    """((images, keep), (rows, batch, strides...), constants) of a launch."""
     images = _launch.rows_ready(images)
-    batch = images.shape[0]
     if layout == NHWC:
         if images.stride(2) != images.shape[3]:
             images = images.contiguous()
-        _, height, width, channels = images.shape
+        batch, height, width, channels = images.shape
         strides = (images.stride(0), 0, images.stride(1))
-    elif layout == NCHW:
-        _, channels, height, width = images.shape
-        strides = (images.stride(0), images.stride(1), images.stride(2))
     else:
-        n, numbers = images.shape[1:]
-        height, width, channels = patch, n * patch, numbers // patch**2
-        strides = (images.stride(0), 0, images.stride(1))
+        batch, channels, height, width = images.shape
+        strides = (images.stride(0), images.stride(1), images.stride(2))
     count = (height // patch) * (width // patch)
     views, kept = (1, count) if keep is None else (keep.shape[0], keep.shape[2])
-    constexprs = {
-        "GW": width // patch, "P": patch, "C": channels, "K": kept, "F": channels * patch**2,
-        "LAYOUT": layout, "HAS_KEEP": keep is not None,
-    }  # fmt: skip
-    index = images if keep is None else keep
-    strides = (*strides, *((0, 0, 0) if keep is None else keep.stride()))
-    return images, index, constexprs, strides, views * batch * kept, batch
+    constants = {
+        "GW": width // patch,
+        "P": patch,
+        "C": channels,
+        "K": kept,
+        "F": channels * patch**2,
+        "LAYOUT": layout,
+        "HAS_KEEP": keep is not None,
+    }
+    keep_strides = (0, 0, 0) if keep is None else keep.stride()
+    return (
+        (images, images if keep is None else keep),
+        (views * batch * kept, batch, *strides, *keep_strides),
+        constants,
+    )
 
 
 def _options(direction: str, dtype: torch.dtype, device: torch.device, width: int, patch: int) -> dict:
     key = _launch.config_key(direction, dtype, D=width, P=patch)
-    return _launch.settings("patch_gather", key, device, lambda: heuristic(direction, dtype.itemsize, patch))
+    return _launch.settings("patch_gather", key, device, heuristic(direction, dtype.itemsize, patch))
 
 
 def embed(
     images: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor, pos: Tensor, patch: int, layout: int
 ) -> Tensor:
-    """[M, D] in the weight's dtype."""
-    images, index, constexprs, strides, rows, batch = _prepare(images, keep, patch, layout)
-    width = weight.shape[0]
-    out = _launch.empty((rows, width), weight)
-    options = _options("fwd", weight.dtype, weight.device, width, patch)
-    tiles = triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"])
-    _launch.launch(
-        patch_gather_kernel, (tiles,), images,
-        images, index, weight.contiguous(), bias.contiguous(), pos.contiguous(), out, rows, batch, *strides,
-        D=width, ACC=tl.float64 if weight.dtype == torch.float64 else tl.float32, **constexprs, **options,
-    )  # fmt: skip
+    """Tokens [M, D] of the kept patches, in the weight's dtype; weight [D, F], bias [D], pos [N, D]."""
+    pointers, numbers, constants = _prepare(images, keep, patch, layout)
+    width, dtype = weight.shape[0], weight.dtype
+    out = _launch.empty((numbers[0], width), weight)
+    options = constants | _options("fwd", dtype, weight.device, width, patch)
+    options |= {"D": width, "ACC": tl.float64 if dtype == torch.float64 else tl.float32}
+    tiles = triton.cdiv(numbers[0], options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"])
+    pointers = (*pointers, weight.contiguous(), bias.contiguous(), pos.contiguous(), out)
+    _launch.launch(patch_gather_kernel, (tiles,), images, *pointers, *numbers, **options)
     return out
 
 
 def pack(images: Tensor, keep: Tensor | None, patch: int, layout: int, dtype: torch.dtype) -> Tensor:
-    """[M, F]: the kept patches' numbers alone."""
-    images, index, constexprs, strides, rows, batch = _prepare(images, keep, patch, layout)
-    out = _launch.empty((rows, constexprs["F"]), images, dtype)
-    options = _options("pack", dtype, images.device, constexprs["F"], patch)
-    _launch.launch(
-        patch_pack_kernel, (triton.cdiv(rows, options["BLOCK_M"]),), images,
-        images, index, out, rows, batch, *strides, **constexprs, **options,
-    )  # fmt: skip
+    """The kept patches' numbers alone, [M, F] of `dtype`."""
+    pointers, numbers, constants = _prepare(images, keep, patch, layout)
+    out = _launch.empty((numbers[0], constants["F"]), images, dtype)
+    options = constants | _options("pack", dtype, images.device, constants["F"], patch)
+    blocks = triton.cdiv(numbers[0], options["BLOCK_M"])
+    _launch.launch(patch_pack_kernel, (blocks,), images, *pointers, out, *numbers, **options)
     return out

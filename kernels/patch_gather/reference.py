@@ -14,8 +14,14 @@ from .._launch import constants
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     """`(x / 255 - mean) / std` per channel.
 
-    images:  [B, H, W, C] uint8;  mean, std: C numbers
-    returns  [B, C, H, W] of `dtype`; 16-bit ones are computed in fp32 and rounded once
+    Args:
+        images: [B, H, W, C] uint8.
+        mean: C numbers.
+        std: C numbers.
+        dtype: of the result; 16-bit ones are computed in fp32 and rounded once.
+
+    Returns:
+        [B, C, H, W].
     """
     wide = dtype if dtype.itemsize > 2 else torch.float32
     m, s = (constants(x, wide, images.device) for x in (mean, std))
@@ -25,9 +31,13 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype
 def gather_patches(images: Tensor, keep: Tensor | None, patch: int) -> Tensor:
     """Pixels of the kept patches.
 
-    images:  [B, C, H, W] float, H and W multiples of `patch`
-    keep:    [V, B, K] integer, entry = row * (W / patch) + column; None: all patches, one view
-    returns  [V*B, K, C * patch * patch] (view-major rows; channel, row, column innermost)
+    Args:
+        images: [B, C, H, W] float, H and W multiples of `patch`.
+        keep: [V, B, K] integer, entry = row * (W / patch) + column; None: all patches, one view.
+        patch: side of a patch in pixels.
+
+    Returns:
+        [V*B, K, C * patch * patch]: view-major rows; channel, row, column innermost.
     """
     b, c, h, w = images.shape
     gh, gw = h // patch, w // patch
@@ -43,15 +53,6 @@ def gather_patches(images: Tensor, keep: Tensor | None, patch: int) -> Tensor:
     return cells[image, row, column].reshape(v * b, k, c * patch * patch)
 
 
-def pick(patches: Tensor, keep: Tensor | None) -> Tensor:
-    """[B, N, F] -> [V*B, K, F] at keep [V, B, K]; all rows for None."""
-    if keep is None:
-        return patches
-    v, b, k = keep.shape
-    image = torch.arange(b, device=patches.device)[None, :, None].expand_as(keep)
-    return patches[image, keep.long()].reshape(v * b, k, patches.shape[-1])
-
-
 def patch_gather_reference(
     images: Tensor,
     keep: Tensor | None,
@@ -64,14 +65,22 @@ def patch_gather_reference(
 ) -> Tensor:
     """Embedded tokens of the kept patches plus their positions.
 
-    images:  float [B, C, H, W], or patches [B, N, C * P * P], or uint8 [B, H, W, C] with `mean` and `std`
-    keep:    [V, B, K] integer or None (all patches)
-    weight:  [D, C, P, P];  bias: [D] or None;  pos: [N, D]
-    returns  [V*B, K, D]
+    Args:
+        images: float [B, C, H, W], or uint8 [B, H, W, C] with `mean` and `std`.
+        keep: [V, B, K] integer, or None: all patches, one view.
+        weight: [D, C, P, P].
+        bias: [D] or None.
+        pos: [N, D].
+        mean: C numbers, for uint8 images.
+        std: C numbers, for uint8 images.
+
+    Returns:
+        [V*B, K, D], view-major.
     """
     if images.dtype == torch.uint8:
+        assert mean is not None and std is not None
         images = normalize(images, mean, std, weight.dtype)
-    patches = pick(images, keep) if images.dim() == 3 else gather_patches(images, keep, weight.shape[-1])
+    patches = gather_patches(images, keep, weight.shape[-1])
     tokens = F.linear(patches, weight.flatten(1), bias)
     if keep is None:
         return tokens + pos.to(tokens.dtype)

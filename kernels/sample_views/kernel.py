@@ -66,24 +66,20 @@ def sample_views_kernel(
     tl.store(keep_ptr + (view.to(tl.int64) * batch + image) * K + slot, i, mask=kept)
 
 
-def heuristic(num_patches: int) -> dict[str, int]:
-    """Words of one program, warps and stages, until something else is measured faster."""
-    return {"BLOCK_N": min(256, triton.next_power_of_2(num_patches)), "num_warps": 8, "num_stages": 1}
+# ---- launcher -------------------------------------------------------------------------------------
 
 
 def sample(
     index: Tensor, num_patches: int, num_keep: int, num_views: int, disjoint: bool, seed: int, epoch: int
 ) -> Tensor:
-    """[V, B, K] int32."""
+    """Keep indices [V, B, K] int32 of index [B] int64."""
     batch = index.shape[0]
     keep = _launch.empty((num_views, batch, num_keep), index, torch.int32)
-    config = _launch.settings(
-        "sample_views", f"sample|N{num_patches}", index.device, lambda: heuristic(num_patches)
-    )
-    blocks = triton.cdiv(num_patches, config["BLOCK_N"])
-    _launch.launch(
-        sample_views_kernel, (batch, blocks * (1 if disjoint else num_views)), index,
-        index.contiguous(), keep, batch, seed, epoch, N=num_patches, K=num_keep, V=num_views, DISJOINT=disjoint,
-        STREAM=STREAM, BLOCK_J=32, **config,
-    )  # fmt: skip
+    # the words of one program: up to 256
+    default = {"BLOCK_N": min(256, triton.next_power_of_2(num_patches)), "num_warps": 8, "num_stages": 1}
+    options = _launch.settings("sample_views", f"sample|N{num_patches}", index.device, default)
+    options |= {"N": num_patches, "K": num_keep, "V": num_views, "DISJOINT": disjoint}
+    blocks = triton.cdiv(num_patches, options["BLOCK_N"]) * (1 if disjoint else num_views)
+    args = (index.contiguous(), keep, batch, seed, epoch)
+    _launch.launch(sample_views_kernel, (batch, blocks), index, *args, STREAM=STREAM, BLOCK_J=32, **options)
     return keep

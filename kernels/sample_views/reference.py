@@ -23,10 +23,18 @@ def sample_views_reference(
 ) -> Tensor:
     """Kept tokens of every view: the first entries of a stable argsort of keyed random words.
 
-    index:   [B] int64
-    mode     `disjoint`: one permutation per image, view v takes entries [v K, (v+1) K);
-             `independent`: a permutation per view, its first K entries
-    returns  [V, B, K] int32
+    Args:
+        index: [B] int64, global row numbers of the images.
+        num_patches: N, patches per image.
+        num_keep: K, kept tokens per view.
+        num_views: V.
+        mode: `disjoint`: one permutation per image, view v takes entries [v K, (v+1) K); `independent`: a
+            permutation per view, its first K entries.
+        seed: seed of the generator.
+        epoch: part of the generator's counter.
+
+    Returns:
+        [V, B, K] int32.
     """
     batch = index.shape[0]
     draws = 1 if mode == "disjoint" else num_views

@@ -1,37 +1,26 @@
-"""sample_views for the harness: compiled variants, measured cases."""
+"""sample_views for tests, tuning and benchmarks: compiled variants, measured cases."""
 
 from __future__ import annotations
 
 import torch
 
-from .._spec import Case, Spec, Variant
+from .._spec import Case, Spec, Variant, launches, meta
 from .op import sample_views
-from .reference import STREAM, sample_views_reference
+from .reference import sample_views_reference
 
 
-def variants(every: bool = False) -> list[Variant]:
+def variants() -> list[Variant]:
     """The paper's views of 196 patches, and of 256; small and 64-bit seeds."""
     from . import kernel
 
-    shapes = [(196, 39, 5, True, "i32"), (196, 39, 5, False, "i32"), (256, 51, 5, True, "i64")]
-    if every:
-        shapes += [(n, 1, 1, True, "i64") for n in (1, 19, 49, 1024, 4096)]
     found = []
-    for n, k, v, disjoint, seed in shapes:
-        chosen = kernel.heuristic(n)
-        warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
-        found.append(
-            Variant(
-                f"{'disjoint' if disjoint else 'independent'} N{n} K{k} V{v}",
-                kernel.sample_views_kernel,
-                {"index_ptr": "*i64", "keep_ptr": "*i32", "batch": "i32", "seed": seed, "epoch": "i32"},
-                {"N": n, "K": k, "V": v, "DISJOINT": disjoint, "STREAM": STREAM, "BLOCK_J": 32} | chosen,
-                # one number in, scattered numbers out: nothing is streamed
-                warps,
-                stages,
-                aligned=("index_ptr", "keep_ptr"),
-            )
-        )
+    for n, k, mode, seed in (
+        (196, 39, "disjoint", 3),
+        (196, 39, "independent", 3),
+        (256, 51, "disjoint", 1 << 40),
+    ):
+        args = (meta(torch.int64, 3), n, k, 5, mode == "disjoint", seed, 1)
+        found.append(Variant(f"{mode} N{n} K{k} V5", *launches(kernel.sample, *args)))
     return found
 
 
@@ -59,7 +48,7 @@ def cases(quick: bool) -> list[Case]:
 SPEC = Spec(
     name="sample_views",
     version=1,
-    summary="keyed random keep indices of all views on the device, nothing is waited for",
+    summary="keyed random keep indices of all views, made on the device",
     public=("sample_views",),
     torch_ops=("sample_views",),
     variants=variants,

@@ -5,6 +5,8 @@ R sequences of n tokens, H heads of d; PACK sequences share a tile of BLOCK_N ro
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -135,7 +137,7 @@ def short_attention_bwd_kernel(
 
 
 def heuristic(direction: str, n: int, heads: int, d: int, itemsize: int, pack: int = 1) -> dict[str, int]:
-    """One sequence per tile and all heads in a program's loop, until something else is measured faster."""
+    """Settings where nothing was measured: one sequence per tile, all heads in a program's loop."""
     backward = direction == "bwd"
     # two warps spill in the forward pass of narrow heads
     warps = 2 if n <= 32 and (backward or d > 32) else 4
@@ -149,49 +151,39 @@ def heuristic(direction: str, n: int, heads: int, d: int, itemsize: int, pack: i
     return {"PACK": pack, "HEADS": 1 if alone else heads, "num_warps": warps, "num_stages": stages}
 
 
-def _options(direction: str, qkv: Tensor) -> dict:
-    _, n, _, heads, d = qkv.shape
+def _launch_on(direction: str, kernel: Any, qkv: Tensor, *pointers: Tensor) -> None:
+    rows, n, _, heads, d = qkv.shape
     key = _launch.config_key(direction, qkv.dtype, d=d, H=heads, n=n)
-    chosen = _launch.settings(
-        "short_attention", key, qkv.device, lambda: heuristic(direction, n, heads, d, qkv.element_size())
-    )
-    if heads % chosen["HEADS"]:
-        chosen = chosen | {"HEADS": heads}
-    return {
+    default = heuristic(direction, n, heads, d, qkv.element_size())
+    options = _launch.settings("short_attention", key, qkv.device, default)
+    if heads % options["HEADS"]:
+        options["HEADS"] = heads
+    options |= {
         "n": n,
         "H": heads,
         "D": d,
         # a constant: an argument would be rounded to fp32
         "SCALE": d**-0.5,
-        "BLOCK_N": triton.next_power_of_2(max(16, chosen["PACK"] * n)),
-        "BLOCK_D": triton.next_power_of_2(max(16, d)),
+        "BLOCK_N": _launch.power_of_two(options["PACK"] * n, 16),
+        "BLOCK_D": _launch.power_of_two(d, 16),
         "ACC": tl.float64 if qkv.dtype == torch.float64 else tl.float32,
-    } | chosen
-
-
-def _grid(rows: int, heads: int, options: dict) -> tuple[int, int]:
-    return triton.cdiv(rows, options["PACK"]), heads // options["HEADS"]
+    }
+    grid = (triton.cdiv(rows, options["PACK"]), heads // options["HEADS"])
+    _launch.launch(kernel, grid, qkv, *pointers, rows, *qkv.stride()[:4], **options)
 
 
 def forward(qkv: Tensor) -> Tensor:
-    """[R, n, 3, H, d] -> [R, n, H, d]."""
+    """Output [R, n, H, d] of qkv [R, n, 3, H, d]."""
     qkv = _launch.rows_ready(qkv)
     rows, n, _, heads, d = qkv.shape
-    out, options = _launch.empty((rows, n, heads, d), qkv), _options("fwd", qkv)
-    _launch.launch(
-        short_attention_fwd_kernel, _grid(rows, heads, options), qkv,
-        qkv, out, rows, *qkv.stride()[:4], **options,
-    )  # fmt: skip
+    out = _launch.empty((rows, n, heads, d), qkv)
+    _launch_on("fwd", short_attention_fwd_kernel, qkv, qkv, out)
     return out
 
 
 def backward(qkv: Tensor, dout: Tensor) -> Tensor:
     """The gradient of qkv, [R, n, 3, H, d] dense."""
     qkv, dout = _launch.rows_ready(qkv), dout.contiguous()
-    rows, _, _, heads, d = qkv.shape
-    dqkv, options = _launch.empty(qkv.shape, qkv), _options("bwd", qkv)
-    _launch.launch(
-        short_attention_bwd_kernel, _grid(rows, heads, options), qkv,
-        qkv, dout, dqkv, rows, *qkv.stride()[:4], **options,
-    )  # fmt: skip
+    dqkv = _launch.empty(qkv.shape, qkv)
+    _launch_on("bwd", short_attention_bwd_kernel, qkv, qkv, dout, dqkv)
     return dqkv

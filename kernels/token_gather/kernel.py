@@ -86,46 +86,52 @@ def token_gather_bwd_kernel(
 # ---- launchers ------------------------------------------------------------------------------------
 
 
-def block_d(width: int) -> int:
-    """The largest power of two up to 128 that divides the width: no column is masked."""
-    return min(128, width & -width)
-
-
 def heuristic(width: int) -> dict[str, int]:
-    """16 tokens x 128 columns a program."""
-    return {"BLOCK_D": block_d(width), "num_warps": 4, "num_stages": 2}
+    """Settings where nothing was measured: the largest power of two up to 128 columns that divides the width."""
+    return {"BLOCK_D": min(128, width & -width), "num_warps": 4, "num_stages": 2}
 
 
 def _options(direction: str, x: Tensor) -> dict:
-    key = _launch.config_key(direction, x.dtype, D=x.shape[-1])
-    chosen = _launch.settings("token_gather", key, x.device, lambda: heuristic(x.shape[-1]))
-    return {"ACC": tl.float64 if x.dtype == torch.float64 else tl.float32} | chosen
+    width = x.shape[-1]
+    key = _launch.config_key(direction, x.dtype, D=width)
+    chosen = _launch.settings("token_gather", key, x.device, heuristic(width))
+    return {"D": width, "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32} | chosen
 
 
 def forward(tokens: Tensor, keep: Tensor, pos: Tensor | None) -> Tensor:
-    """[V*B, K, D]."""
+    """Output [V*B, K, D] of tokens [B, N, D], keep [V, B, K] int32 and pos [N, D]."""
     tokens = _launch.rows_ready(tokens)
     (batch, _, width), (views, _, kept) = tokens.shape, keep.shape
     out = _launch.empty((views * batch, kept, width), tokens)
-    _launch.launch(
-        token_gather_fwd_kernel, (views * batch, triton.cdiv(kept, 16)), tokens,
-        tokens, keep, out if pos is None else pos.contiguous(), out,
-        batch, tokens.stride(0), tokens.stride(1), *keep.stride(),
-        K=kept, D=width, HAS_POS=pos is not None, BLOCK_K=16, **_options("fwd", tokens),
-    )  # fmt: skip
+    pointers = (tokens, keep, out if pos is None else pos.contiguous(), out)
+    strides = (*tokens.stride()[:2], *keep.stride())
+    options = {"K": kept, "HAS_POS": pos is not None, "BLOCK_K": 16} | _options("fwd", tokens)
+    grid = (views * batch, triton.cdiv(kept, 16))
+    _launch.launch(token_gather_fwd_kernel, grid, tokens, *pointers, batch, *strides, **options)
     return out
 
 
-def backward(dout: Tensor, inverse: Tensor, views: int) -> Tensor:
-    """[B, N, D] from dout [V*B, K, D] and the inverse table [T, B, N]."""
-    dout = dout.contiguous()
-    (tables, batch, n), (_, kept, width) = inverse.shape, dout.shape
+def inverse_table(keep: Tensor, num_tokens: int, disjoint: bool) -> Tensor:
+    """[T, B, N] int32: the slot v K + k that took token j of image b, or -1; T = 1 if disjoint, else V."""
+    views, batch, kept = keep.shape
+    table = torch.full(
+        (1 if disjoint else views, batch, num_tokens), -1, dtype=torch.int32, device=keep.device
+    )
+    slots = torch.arange(views * kept, dtype=torch.int32, device=keep.device).view(views, 1, kept)
+    slots = slots.expand(views, batch, kept)
+    if disjoint:
+        keep, slots = (x.transpose(0, 1).reshape(1, batch, views * kept) for x in (keep, slots))
+    return table.scatter_(2, keep.long(), slots)
+
+
+def backward(dout: Tensor, keep: Tensor, num_tokens: int, disjoint: bool) -> Tensor:
+    """The tokens' gradient [B, N, D] from dout [V*B, K, D]."""
+    (_, batch, kept), dout = keep.shape, dout.contiguous()
     if kept == 0:
-        return dout.new_zeros(batch, n, width)
-    dtokens = _launch.empty((batch, n, width), dout)
-    _launch.launch(
-        token_gather_bwd_kernel, (batch, triton.cdiv(n, 16)), dout,
-        dout, inverse, dtokens, batch,
-        N=n, K=kept, D=width, TABLES=tables, BLOCK_N=16, **_options("bwd", dout),
-    )  # fmt: skip
+        return dout.new_zeros(batch, num_tokens, dout.shape[-1])
+    table = inverse_table(keep, num_tokens, disjoint)
+    dtokens = _launch.empty((batch, num_tokens, dout.shape[-1]), dout)
+    options = {"N": num_tokens, "K": kept, "TABLES": len(table), "BLOCK_N": 16} | _options("bwd", dout)
+    grid = (batch, triton.cdiv(num_tokens, 16))
+    _launch.launch(token_gather_bwd_kernel, grid, dout, dout, table, dtokens, batch, **options)
     return dtokens

@@ -8,8 +8,13 @@ from torch import Tensor
 def token_gather_reference(tokens: Tensor, keep: Tensor, pos: Tensor | None = None) -> Tensor:
     """`out[v B + b, k] = tokens[b, j] + pos[j]` with `j = keep[v, b, k]`.
 
-    tokens:  [B, N, D];  keep: [V, B, K] integer;  pos: [N, D] or None
-    returns  [V*B, K, D], view-major
+    Args:
+        tokens: [B, N, D].
+        keep: [V, B, K] integer.
+        pos: [N, D] or None.
+
+    Returns:
+        [V*B, K, D], view-major.
     """
     b, n, width = tokens.shape
     v, _, k = keep.shape

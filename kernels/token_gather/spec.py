@@ -1,59 +1,30 @@
-"""token_gather for the harness: compiled variants, measured cases, settings to try."""
+"""token_gather for tests, tuning and benchmarks: compiled variants, measured cases, settings to try."""
 
 from __future__ import annotations
 
 import torch
 
-from .._spec import Case, Spec, Variant
+from .._launch import DTYPE_NAMES
+from .._spec import Case, Spec, Variant, grid, launches, meta
 from .op import token_gather
 from .reference import token_gather_reference
 
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
-
-def variants(every: bool = False) -> list[Variant]:
-    """Forward with positions, backward for disjoint and for five overlapping views."""
-    import triton.language as tl
-
+def variants() -> list[Variant]:
+    """Forward with positions, backward for disjoint and for five overlapping views; strided keep indices."""
     from . import kernel
 
     found = []
-    for dtype, width, kept, views in (
-        (torch.bfloat16, 384, 39, 5),
-        (torch.bfloat16, 768, 39, 5),
-        (torch.float32, 768, 39, 5),
-    ):
-        t, chosen = TYPES[dtype], kernel.heuristic(width)
-        warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
-        pointers = {"tokens_ptr": f"*{t}", "keep_ptr": "*i32", "pos_ptr": "*fp32", "out_ptr": f"*{t}"}
-        strides = dict.fromkeys(("stride_tb", "stride_tn", "stride_kv", "stride_kb", "stride_kk"), "i32")
-        found.append(
-            Variant(
-                f"fwd {t} D{width} K{kept}",
-                kernel.token_gather_fwd_kernel,
-                pointers | {"batch": "i32"} | strides,
-                chosen | {"K": kept, "D": width, "HAS_POS": True, "BLOCK_K": 16, "ACC": tl.float32},
-                warps,
-                stages,
-                aligned=(*pointers, "stride_tb", "stride_tn"),
-                streamed=("source", "target", "pos_ptr"),
-            )
+    keep = meta(torch.int32, 5, 3, 78)[..., ::2]
+    for dtype, width in ((torch.bfloat16, 384), (torch.bfloat16, 768), (torch.float32, 768)):
+        name = f"{DTYPE_NAMES[dtype]} D{width} K39"
+        tokens, pos, dout = (
+            meta(t, *s, width) for t, s in ((dtype, (3, 196)), (torch.float32, (196,)), (dtype, (15, 39)))
         )
-        pointers = {"dout_ptr": f"*{t}", "inverse_ptr": "*i32", "dtokens_ptr": f"*{t}"}
-        for tables in (1, views):
-            found.append(
-                Variant(
-                    f"bwd {t} D{width} K{kept} tables{tables}",
-                    kernel.token_gather_bwd_kernel,
-                    pointers | {"batch": "i32"},
-                    chosen
-                    | {"N": 196, "K": kept, "D": width, "TABLES": tables, "BLOCK_N": 16, "ACC": tl.float32},
-                    warps,
-                    stages,
-                    aligned=tuple(pointers),
-                    streamed=("source", "target"),
-                )
-            )
+        found.append(Variant(f"fwd {name}", *launches(kernel.forward, tokens, keep, pos)))
+        for tables in (1, 5):
+            launched = launches(kernel.backward, dout, keep, 196, tables == 1)
+            found.append(Variant(f"bwd {name} tables{tables}", *launched))
     return found
 
 
@@ -81,7 +52,6 @@ def _case(label: str, batch: int, n: int, views: int, kept: int, width: int) -> 
         },
         bytes_fwd=batch * views * kept * (4 * width + 4),
         bytes_bwd=2 * width * batch * (views * kept + n),
-        sizes={d: {"D": width} for d in ("fwd", "bwd")},
     )
 
 
@@ -96,12 +66,10 @@ def cases(quick: bool) -> list[Case]:
     ]
 
 
-def space(direction: str, dtype: torch.dtype, sizes: dict[str, int]) -> list[dict[str, int]]:
+def space(direction: str, sizes: dict[str, int]) -> list[dict[str, int]]:
     """Launch settings that tuning tries."""
     blocks = [b for b in (64, 128, 256) if sizes["D"] % b == 0]
-    return [
-        {"BLOCK_D": b, "num_warps": w, "num_stages": s} for b in blocks for w in (2, 4, 8) for s in (1, 2)
-    ]
+    return grid(BLOCK_D=blocks, num_warps=(2, 4, 8), num_stages=(1, 2))
 
 
 SPEC = Spec(

@@ -1,9 +1,43 @@
-"""The one tolerance rule of all kernels (see `assert_as_good`)."""
+"""What the tests of all ops share: the tolerance rule, and checks of gradients, layouts, repeatability and graphs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.float16)
+# every number of tokens the project promises
+TOKENS = (1, 7, 19, 39, 49, 196, 197)
+
+# layouts that hold the same numbers as a tensor of three or more axes
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sliced": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "every other column": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "transposed inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "offset base": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "wide rows": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    """Normal numbers, drawn in float64, that need a gradient."""
+    x = torch.randn(*shape, dtype=torch.float64) * scale + shift
+    return x.to(dtype).requires_grad_()
+
+
+def draw_keep(batch: int, n: int, views: int, kept: int, disjoint: bool = False) -> Tensor:
+    """Keep indices [V, B, K] int32."""
+    if disjoint:
+        draws = [torch.randperm(n)[: views * kept].view(views, kept) for _ in range(batch)]
+        return torch.stack(draws, 1).int()
+    return (
+        torch.stack([torch.randperm(n)[:kept] for _ in range(views * batch)]).view(views, batch, kept).int()
+    )
 
 
 def error(y: Tensor, exact: Tensor) -> float:
@@ -14,22 +48,75 @@ def error(y: Tensor, exact: Tensor) -> float:
     return float("inf") if gap.isnan() else float(gap / exact.detach().double().abs().max().clamp_min(1e-300))
 
 
-def floor(dtype: torch.dtype, length: int) -> float:
-    """2 u(dtype) + u(fp32) sqrt(length), u the unit roundoff; fp64: both in fp64."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return torch.finfo(dtype).eps + torch.finfo(wide).eps / 2 * length**0.5
-
-
 def assert_as_good(ours: Tensor, same: Tensor, exact: Tensor, length: int, name: str = "result") -> None:
     """error(ours) <= 2 error(torch in the same dtype) + floor, against the float64 definition.
 
-    length: number of terms of the longest sum behind one element
+    floor = 2 u(dtype) + u(fp32) sqrt(length), u the unit roundoff (fp64: both in fp64); length: number of terms of
+    the longest sum behind one element
     """
     assert ours.shape == exact.shape and ours.dtype == same.dtype, (name, ours.shape, ours.dtype, exact.shape)
-    mine, theirs = error(ours, exact), error(same, exact)
-    if ours.dtype == torch.float64:
-        # nothing is more exact: torch's own error is taken to be the floor
-        theirs = floor(ours.dtype, length)
-    limit = 2 * theirs + floor(ours.dtype, length)
+    wide = torch.float64 if ours.dtype == torch.float64 else torch.float32
+    floor = torch.finfo(ours.dtype).eps + torch.finfo(wide).eps / 2 * length**0.5
+    # in float64 nothing is more exact: torch's own error is taken to be the floor
+    mine, theirs = error(ours, exact), floor if ours.dtype == torch.float64 else error(same, exact)
+    limit = 2 * theirs + floor
     print(f"{name}: ours {mine:.2e}, torch {theirs:.2e}, limit {limit:.2e}")
     assert mine <= limit, f"{name}: error {mine:.2e}, limit {limit:.2e} (torch {theirs:.2e})"
+
+
+def with_gradients(f: Callable[..., Tensor], args: Sequence[Tensor], upstream: Tensor | None = None) -> tuple:
+    """(out, gradients of all `args`) for an upstream gradient (ones)."""
+    out = f(*args)
+    upstream = torch.ones_like(out) if upstream is None else upstream.to(out.dtype)
+    return out, *torch.autograd.grad((out * upstream).sum(), args)
+
+
+def compare(
+    ours: Callable[..., Tensor],
+    definition: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    length: int,
+    names: Sequence[str],
+    tight: float = 1e-11,
+) -> None:
+    """Output and gradients of `inputs` against the definition in float64, by the rule of all kernels."""
+    upstream = torch.randn(definition(*inputs).shape, dtype=torch.float64)
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    exact = with_gradients(definition, exact_inputs, upstream)
+    same = with_gradients(definition, inputs, upstream)
+    for name, a, b, c in zip(
+        ("out", *names), with_gradients(ours, inputs, upstream), same, exact, strict=True
+    ):
+        if a.dtype == torch.float64:
+            # small gradients are differences of larger terms
+            torch.testing.assert_close(a, c, rtol=tight, atol=tight)
+        else:
+            assert_as_good(a, b, c, length, name)
+
+
+def assert_repeats(run: Callable[[], Sequence[Tensor]]) -> None:
+    """Two runs, with other garbage in freed memory, give the same bits and no NaN; use with `poisoned`."""
+    runs = []
+    for _ in range(2):
+        torch.empty(100_000).fill_(float("nan"))
+        runs.append(run())
+    for a, b in zip(*runs, strict=True):
+        assert not a.isnan().any() and torch.equal(a, b)
+
+
+def assert_one_graph(f: Callable[..., Tensor], *arguments: Sequence[Tensor]) -> None:
+    """`f`, a scalar, compiles to one graph, forward and backward, and gives the same for each list of arguments."""
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=False)
+    for args in arguments:
+        leaves = [x for x in args if x.requires_grad]
+        a, b = compiled(*args), f(*args)
+        torch.testing.assert_close(a, b)
+        for x, y in zip(*(torch.autograd.grad(v, leaves) for v in (a, b)), strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def assert_errors(f: Callable[..., Any], cases: Sequence[tuple]) -> None:
+    """Each case, (positional arguments, options, what the error names), is a ValueError."""
+    for args, options, words in cases:
+        with pytest.raises(ValueError, match=words):
+            f(*args, **options)

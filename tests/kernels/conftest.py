@@ -18,7 +18,15 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_launch, "INTERPRET", False)
 
 
+@pytest.fixture(params=["kernel", "plain"])
+def path(request: pytest.FixtureRequest) -> str:
+    """Both: the kernel in the interpreter, and the plain definition."""
+    if request.param == "plain":
+        request.getfixturevalue("plain")
+    return request.param
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs start as NaN, so that an element no program writes is seen."""
+    """Outputs start as NaN, so that an element no program writes is found."""
     monkeypatch.setenv("EXTREMA_FAST_CHECK", "1")
