@@ -212,6 +212,15 @@ def test_all_patches_raw_tokens_and_order():
     assert (a.patches[:, order] - b.patches).abs().max() <= 1e-12 and (a.cls - b.cls).abs().max() <= 1e-12
 
 
+def test_pixels_beyond_the_last_patch_after_set_input_size():
+    vit = build()
+    fast = accelerate(vit)
+    vit.set_input_size((36, 20))
+    images = images_for(vit, size=(36, 20))
+    out = fast.encode(images, torch.tensor([[7, 0], [1, 2]]))
+    assert out.grid == (4, 2) and (out.tokens - slow(vit, images, out.keep)).abs().max() <= 1e-10
+
+
 def test_dropped_patches_are_not_read():
     vit = build()
     images, fast = images_for(vit), accelerate(vit)
@@ -255,16 +264,6 @@ def test_other_sizes_get_timms_resampled_positions(size, embed_class, seed):
     found = [gradients(vit, images, f(images, keep), weight) for f in (lambda *a: fast.encode(*a).tokens,
                                                                      lambda *a: slow(vit, *a))]  # fmt: skip
     assert_same(*found, limit=1e-6)
-
-
-def test_set_input_size_and_pixels_beyond_the_last_patch():
-    vit = build()
-    fast = accelerate(vit)
-    vit.set_input_size((36, 20))
-    images = images_for(vit, size=(36, 20))
-    out = fast.encode(images, torch.tensor([[7, 0], [1, 2]]))
-    assert out.grid == (4, 2)
-    assert (out.tokens - slow(vit, images, out.keep)).abs().max() <= 1e-10
 
 
 # ---- training -----------------------------------------------------------------------------------------
@@ -374,17 +373,6 @@ def test_hooks_fire_everywhere(kind, seed):
         assert len(fired) == 1, place
         assert (out - before).abs().max() <= 1e-12, place
         handle.remove()
-
-
-def test_a_hook_that_changes_the_output_changes_ours():
-    vit = build()
-    images, keep, fast = images_for(vit), draw(2, 5), accelerate(vit)
-    before = fast.encode(images, keep).tokens
-    vit.blocks[1].mlp.fc1.register_forward_hook(lambda m, x, y: y * 1.5)
-    after = fast.encode(images, keep).tokens
-    assert (after - before).abs().max() > 1e-3
-    assert (after - slow(vit, images, keep)).abs().max() <= 1e-12
-    assert fast.report().called == {"blocks.1.mlp.fc1": "it has hooks"}
 
 
 def test_hooks_for_all_modules_of_the_process():

@@ -116,8 +116,8 @@ def test_pretrained_cfg_is_what_timm_resolves_and_preprocess_does():
     assert set(own) == set(resolved) - {"crop_mode"}
 
 
-@pytest.mark.parametrize("size", [(224, 224), (48, 48), (32, 96)])
-@pytest.mark.parametrize("picture", [(431, 300), (173, 399), (100, 100)])
+@pytest.mark.parametrize("size", [(224, 224), (32, 96)])
+@pytest.mark.parametrize("picture", [(431, 300), (173, 399)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_preprocess_gives_the_pixels_of_timms_transform(size, picture, interpolation):
     pytest.importorskip("torchvision")
@@ -165,13 +165,6 @@ def test_forward_is_head_of_features(options, prefix, classes):
     assert same(logits, encoder.head(before)) and logits.shape[-1] == (classes or 48)
     wanted = {"token": features[:, 0], "avg": features.mean(1), "": features}[encoder.global_pool]
     assert same(before, encoder.fc_norm(wanted))
-
-
-def test_dropout_before_the_head():
-    encoder, x = make(num_classes=5, drop_rate=0.9), images()
-    assert torch.equal(encoder(x), encoder(x))
-    encoder.train()
-    assert not torch.equal(encoder(x), encoder(x))
 
 
 def test_reset_classifier():
@@ -300,12 +293,6 @@ def test_prune_leaves_nothing_unused(prune_norm):
         encoder.get_attention(x)
 
 
-def test_prune_may_keep_the_head():
-    encoder, x = make(num_classes=5), images()
-    assert encoder.prune_intermediate_layers(1, prune_head=False) == [3]
-    assert encoder(x).shape == (2, 5) and len(encoder.blocks) == 4
-
-
 def test_prune_keeps_the_drop_path_rate_of_each_block():
     encoder = Encoder(CONFIG)
     encoder.drop_path_rate = 0.6
@@ -377,10 +364,6 @@ def test_mean_pooling_over_a_class_head_gives_it_zero_gradients():
     for name, g in gradients(encoder).items():
         unused = name.startswith(("cls_token", "blocks_token"))
         assert g is not None and bool(g.any()) is not unused, name
-
-
-def test_no_weight_decay():
-    assert make().no_weight_decay() == {"pos_embed", "cls_token"}
 
 
 @pytest.mark.parametrize("coarse", [False, True])

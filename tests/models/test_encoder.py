@@ -10,7 +10,6 @@ errors; torch.compile without graph breaks.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,20 +88,6 @@ def test_names():
     assert list_models("*small*") == [names[2]] and list_models("resnet*") == []
 
 
-@pytest.mark.parametrize(("size", "width", "depth", "heads"), [("tiny", 192, 12, 3), ("small", 384, 12, 6)])
-def test_sizes(size, width, depth, heads):
-    encoder = create_encoder(f"extrema_vit_{size}_patch16_224")
-    assert (encoder.embed_dim, encoder.depth, encoder.heads) == (width, depth, heads)
-    assert (encoder.grid, encoder.num_patches, encoder.patch_size, encoder.img_size) == (
-        (14, 14),
-        196,
-        16,
-        (224, 224),
-    )
-    assert encoder.num_features == width and encoder.in_chans == 3 and encoder.num_classes == 0
-    assert encoder.pos_embed.shape == (1, 196, width)
-
-
 def test_size_of_base():
     with torch.device("meta"):
         encoder = Encoder(ModelConfig(size="base"))
@@ -139,13 +124,6 @@ def test_state_dict_has_the_released_names():
         96,
         32,
     )
-
-
-def test_names_do_not_depend_on_the_implementation(monkeypatch):
-    keys = set(Encoder(SMALL).state_dict())
-    monkeypatch.setattr(ops, "_chosen", {})
-    monkeypatch.setenv("EXTREMA_FAST_BACKEND", "reference")
-    assert set(Encoder(SMALL).state_dict()) == keys
 
 
 def test_building_with_a_seed_touches_no_other_generator():
@@ -276,19 +254,6 @@ def test_channels(channels):
         encoder.encode(images(1, channels + 1, 16, 32))
 
 
-def test_another_grid_is_what_an_encoder_of_that_size_computes():
-    encoder = make()
-    other = make(replace(SMALL, img_size=(16, 56)))
-    other.load_state_dict({k: v for k, v in encoder.state_dict().items() if k != "pos_embed"}, strict=False)
-    x, keep = images(2, 3, 16, 56), torch.tensor([[0, 13], [6, 7]])
-    for k in (None, keep):
-        a, b = encoder.encode(x, k), other.encode(x, k)
-        assert a.grid == b.grid == (2, 7) and close(a.cls, b.cls, 1e-6) and close(a.patches, b.patches, 1e-6)
-    # the indices' range follows the image, not the model
-    with pytest.raises(UsageError, match=r"\[0, 14\)"):
-        encoder.encode(x, torch.tensor([[14], [0]]))
-
-
 @pytest.mark.parametrize("pool", ["absorbed", "reference"])
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
 def test_implementations_agree(pool, attention, monkeypatch):
@@ -349,11 +314,6 @@ def test_attention_columns_follow_keep_and_column_0_is_the_class_token():
     assert encoder.get_attention(x)[0, 0, :, 0].min() > 0.9
 
 
-def test_no_attention_without_class_head():
-    with pytest.raises(UsageError, match="global_pool='avg'"):
-        make(global_pool="avg").get_attention(images())
-
-
 # ---- positions ------------------------------------------------------------------------------------
 
 
@@ -372,21 +332,8 @@ def test_position_table(grid, width):
     assert np.abs(table.numpy() - wanted).max() < 1e-13
     # computed in double, then rounded
     assert torch.equal(sincos_table(width, grid), table.float())
-
-
-def test_table_is_a_saved_buffer_and_the_width_is_checked():
-    encoder = Encoder(SMALL)
-    assert "pos_embed" in dict(encoder.named_buffers()) and "pos_embed" in encoder.state_dict()
-    assert "pos_embed" not in dict(encoder.named_parameters())
-    with pytest.raises(UsageError, match="multiple of 4, got 6"):
-        sincos_table(6, (2, 2))
-
-
-def test_learned_table():
-    encoder = Encoder(SMALL, pos_embed="learned")
-    assert encoder.pos_embed.requires_grad and torch.equal(encoder.pos_embed[0], sincos_table(32, (3, 5)))
-    with pytest.raises(UsageError, match=r"\(24, 24\) is not the size \(24, 40\) of the learned"):
-        encoder(torch.randn(1, 3, 24, 24))
+    with pytest.raises(UsageError, match=r"width: .*got 6"):
+        sincos_table(6, grid)
 
 
 # ---- pooling and heads ----------------------------------------------------------------------------
@@ -401,43 +348,6 @@ def test_mean_pooling_has_no_class_head():
     keep = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
     views = encoder.encode(x, keep)
     assert views.cls.shape == (2, 2, 32) and close(views.cls[:, 1], encoder.encode(x, keep[:, 1]).cls)
-
-
-def test_norm_after_the_mean():
-    encoder, x = make(global_pool="avg", fc_norm=True), images()
-    raw = encoder.encode(x, norm=False)
-    assert close(encoder(x), encoder.fc_norm(raw.patches.mean(1)))
-    assert "norm.weight" not in encoder.state_dict() and "fc_norm.weight" in encoder.state_dict()
-
-
-@pytest.mark.parametrize("options", [{}, {"global_pool": "avg"}, {"global_pool": "avg", "fc_norm": True}])
-def test_classifier(options):
-    encoder, x = make(num_classes=7, **options), images()
-    assert encoder(x).shape == (2, 7)
-    pooled = encoder.fc_norm(encoder.encode(x).cls)
-    assert close(encoder(x), F.linear(pooled, encoder.head.weight, encoder.head.bias))
-    fresh = Encoder(SMALL, 7, **options)
-    assert 0 < fresh.head.weight.abs().max() < 2e-4 and not fresh.head.bias.any()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"num_classes": 3},
-        {"num_classes": 3, "global_pool": "avg"},
-        {"num_classes": 3, "global_pool": "avg", "fc_norm": True},
-        {"pos_embed": "learned"},
-    ],
-)
-def test_every_parameter_gets_a_gradient(options):
-    encoder = make(**options)
-    (encoder(images(3)) * torch.randn(1, dtype=torch.float64)).square().sum().backward()
-    for name, p in encoder.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all(), name
-        # a key bias cancels in the softmax
-        if not name.endswith("attn.k.bias"):
-            assert p.grad.abs().max() > 0, name
 
 
 def test_gradients_by_finite_differences():
@@ -535,70 +445,67 @@ def test_drop_path_in_training_mode_only():
 # ---- errors ---------------------------------------------------------------------------------------
 
 
+IMAGES, KEEP = torch.zeros(2, 3, 24, 40), torch.zeros(2, 4, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
     ("x", "keep", "words"),
     [
-        (torch.zeros(2, 3, 24, 40, dtype=torch.uint8), None, ["images", "uint8", "preprocess"]),
-        (torch.zeros(3, 24, 40), None, ["[B, 3, H, W]", "images[None]"]),
-        (torch.zeros(2, 1, 24, 40), None, ["[B, 3, H, W]", "[2, 1, 24, 40]"]),
-        (torch.zeros(2, 3, 24, 41), None, ["width 41", "patch size 8", "40 or 48"]),
-        (torch.zeros(2, 3, 4, 40), None, ["height 4", "use 8"]),
-        (torch.zeros(2, 3, 24, 40), torch.tensor([[0], [15]]), ["keep", "[0, 15)", "0 to 15"]),
-        (torch.zeros(2, 3, 24, 40), torch.tensor([[-1], [3]]), ["keep", "-1 to 3"]),
-        (torch.zeros(2, 3, 24, 40), torch.zeros(2, 3), ["keep", "integer", "float32"]),
-        (torch.zeros(2, 3, 24, 40), torch.zeros(2, 15, dtype=torch.bool), ["bool", "keep_from_mask"]),
-        (torch.zeros(2, 3, 24, 40), torch.zeros(3, 4, dtype=torch.int64), ["[2, K]", "[3, 4]"]),
-        (torch.zeros(2, 3, 24, 40), torch.zeros(2, dtype=torch.int64), ["[2, K]", "[2]"]),
-        (torch.zeros(2, 3, 24, 40), torch.zeros(2, 0, dtype=torch.int64), ["K >= 1", "[2, 0]"]),
-        (torch.zeros(2, 3, 24, 40), torch.zeros(2, 0, 3, dtype=torch.int64), ["V and K", "[2, 0, 3]"]),
-        (torch.zeros(2, 3, 24, 40), [[0], [1]], ["keep: expected a tensor", "list", "torch.as_tensor(keep)"]),
-        (np.zeros((2, 3, 24, 40), "float32"), None, ["images: expected a tensor", "ndarray"]),
-        (
-            torch.zeros(2, 3, 24, 40).double(),
-            None,
-            ["torch.float32 as the weights", "torch.float64", "autocast"],
-        ),
+        (IMAGES.byte(), None, "images: .*uint8.*preprocess"),
+        (IMAGES[0], None, r"images: .*images\[None\]"),
+        (IMAGES[:, :1], None, r"images: .*\[2, 1, 24, 40\]"),
+        (torch.zeros(2, 3, 24, 41), None, "images: width 41 .* use 40 or 48"),
+        (torch.zeros(2, 3, 4, 40), None, "images: height 4"),
+        (IMAGES.double(), None, "images: .*torch.float64.*autocast"),
+        (np.zeros((2, 3, 24, 40), "float32"), None, "images: .*ndarray"),
+        (IMAGES, KEEP + 15, r"keep: .*\[0, 15\).* 15 to 15"),
+        # the range follows the image
+        (torch.zeros(2, 3, 16, 56), KEEP + 14, r"keep: .*\[0, 14\)"),
+        (IMAGES, KEEP - 1, "keep: .*-1 to -1"),
+        (IMAGES, KEEP.float(), "keep: .*float32"),
+        (IMAGES, KEEP.bool(), "keep: .*keep_from_mask"),
+        (torch.zeros(3, 3, 24, 40), KEEP, r"keep: .*\[3, K\].*\[2, 4\]"),
+        (IMAGES, KEEP[0], r"keep: .*\[4\]"),
+        (IMAGES, KEEP[:, :0], r"keep: .*\[2, 0\]"),
+        (IMAGES, KEEP[:, None][:, :0], r"keep: .*\[2, 0, 4\]"),
+        (IMAGES, KEEP.tolist(), "keep: .*list.*as_tensor"),
     ],
 )
 @pytest.mark.parametrize("call", ["encode", "get_attention"])
-def test_errors_name_what_was_wrong(x, keep, words, call):
-    with pytest.raises(UsageError) as error:
+def test_errors_of_encode(x, keep, words, call):
+    with pytest.raises(UsageError, match=words):
         getattr(Encoder(SMALL), call)(x, keep)
-    for word in words:
-        assert word in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"img_size": 225}, "height 225 is not a multiple of the patch size 16; nearest: 224 or 240"),
-        ({"img_size": (224, 100)}, "width 100"),
-        ({"global_pool": "mean"}, "'token', 'avg' or '' (no pooling), got 'mean'"),
-        ({"pos_coords": "polar"}, "'absolute' or 'rescaled', got 'polar'"),
-        ({"patch_size": (16, 8)}, "patches are square, got 16 x 8"),
-        ({"img_size": (224, 224, 3)}, "img_size: expected pixels or (height, width), got (224, 224, 3)"),
-        ({"embed_dim": 64}, "create_encoder: unknown option 'embed_dim'"),
+        ({"img_size": 225}, "height 225 .*nearest: 224 or 240"),
+        ({"img_size": (224, 224, 3)}, "img_size: "),
+        ({"img_size": 32.0}, "img_size: "),
+        ({"patch_size": (16, 8)}, "patch_size: "),
+        ({"global_pool": "mean"}, "global_pool: "),
+        ({"pos_coords": "polar"}, "pos_coords: "),
+        ({"pos_embed": "rope"}, "pos_embed: "),
+        ({"pos_grid": (0, 3)}, "pos_grid: "),
+        ({"pos_grid": 7.5}, "pos_grid: "),
+        ({"embed_dim": 64}, "unknown option 'embed_dim'"),
         ({"poolepth": 1}, "unknown option 'poolepth'; did you mean 'pool_depth'"),
         ({"width": 30}, "model.width: 30"),
-        ({"width": "large"}, "width: expected a whole number, got 'large'"),
-        ({"mlp_ratio": "4"}, "mlp_ratio: expected a number, got '4'"),
-        ({"img_size": 32.0}, "img_size: expected pixels or (height, width), got 32.0"),
-        ({"pos_grid": (0, 3)}, "pos_grid: expected rows and columns, got (0, 3)"),
-        ({"pos_grid": 7.5}, "pos_grid: expected pixels or"),
-        ({"drop_rate": 1.0}, "drop_rate: expected from 0 to below 1, got 1.0"),
-        ({"pos_embed": "rope"}, "'sincos' or 'learned', got 'rope'"),
-        ({"fc_norm": True}, "fc_norm: only with"),
-        ({"in_chans": 0}, "in_chans: expected a whole number, at least 1, got 0"),
-        ({"in_chans": "3"}, "in_chans: expected a whole number, at least 1, got '3'"),
-        ({"num_classes": 2.5}, "num_classes: expected 0 (features) or more, got 2.5"),
-        ({"num_classes": -1}, "num_classes"),
+        ({"width": "large"}, "width: "),
+        ({"mlp_ratio": "4"}, "mlp_ratio: "),
+        ({"drop_rate": 1.0}, "drop_rate: "),
         ({"drop_path_rate": 1.0}, "drop_path"),
+        ({"fc_norm": True}, "fc_norm: "),
+        ({"in_chans": 0}, "in_chans: "),
+        ({"in_chans": "3"}, "in_chans: "),
+        ({"num_classes": 2.5}, "num_classes: "),
+        ({"num_classes": -1}, "num_classes: "),
     ],
 )
 def test_building_errors(options, words):
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(UsageError, match=words):
         create_encoder("extrema_vit_tiny_patch16_224", **options)
-    assert words in str(error.value)
 
 
 # ---- other modes of use ---------------------------------------------------------------------------
