@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from benchmarks.with_timm import mend_torchvision
+from tests.torchvision_operators import define_torchvision_operators
 
-mend_torchvision()
+define_torchvision_operators()

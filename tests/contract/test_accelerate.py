@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import extrema_fast
-from benchmarks.with_timm import mend_torchvision
 from extrema_fast.errors import UsageError
 from extrema_fast.models.accelerate import accelerate
+from tests.torchvision_operators import define_torchvision_operators
 
 # also where a spawned process imports this file without conftest.py
-mend_torchvision()
+define_torchvision_operators()
 timm = pytest.importorskip("timm")
 from timm.layers import GluMlp, PatchEmbed, RmsNorm, SwiGLU, SwiGLUPacked  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
@@ -555,7 +555,7 @@ def _ddp_inputs() -> tuple[Tensor, Tensor, Project]:
 
 def test_two_processes_step_as_one(tmp_path, run_cli):
     here = (
-        "from benchmarks.with_timm import mend_torchvision\nmend_torchvision()\n"
+        "from tests.torchvision_operators import define_torchvision_operators\ndefine_torchvision_operators()\n"
         "from tests.contract.test_accelerate import train_with_another_process as train\n"
     )
     codes, output = run_cli("encoders", processes=2, setup=f"{here}train({str(tmp_path / 'w.pt')!r})")

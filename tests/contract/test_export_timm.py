@@ -108,8 +108,8 @@ class Blocked:
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())
 sys.path.insert(0, {repository!r})
-from benchmarks.with_timm import mend_torchvision
-mend_torchvision()
+from tests.torchvision_operators import define_torchvision_operators
+define_torchvision_operators()
 import timm, torch
 from PIL import Image
 root = {root!r}

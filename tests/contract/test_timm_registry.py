@@ -65,8 +65,8 @@ def test_registered_by_the_import_alone(run_cli):
     # a process that has imported this project, and not timm
     codes, out = run_cli(
         "encoders",
-        setup="from benchmarks.with_timm import mend_torchvision\n"
-        "mend_torchvision()\n"
+        setup="from tests.torchvision_operators import define_torchvision_operators\n"
+        "define_torchvision_operators()\n"
         "import sys, extrema_fast\n"
         "encoder = extrema_fast.create_encoder('extrema_vit_tiny_patch16_224', img_size=32)\n"
         "loaded, sys.modules['timm'] = 'timm' in sys.modules, None\n"

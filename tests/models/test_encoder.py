@@ -1,10 +1,8 @@
-"""The encoder as an object people call.
+"""The encoder: building, `encode`, attention maps, positions, drop-path.
 
-Covers: names and suggestions; released state-dict names; deterministic building; `encode` for every shape
-of `keep` against embed-all-then-gather, views, permuted and repeated indices, one kept token; other grids,
-non-square images, 1 to 5 channels; the position table against an independent formula; attention maps;
-pooling by mean, class heads; gradients of every parameter, gradcheck; drop-path law; initialisation;
-errors; torch.compile without graph breaks.
+Covers: names and suggestions; released state-dict names; deterministic building, initialization; `encode` for every
+shape of `keep` against embed-all-then-gather, views, permuted and repeated indices; 1 to 5 channels; the position
+table against an independent formula; attention maps; mean pooling; gradcheck; the drop-path law; errors; torch.compile.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The two losses and the gathering of targets.
 
-Covers: both losses against written-out loops in float64, gradients by finite differences; no gradient into
-the targets; scale invariance and range; offsets of micro-batches; bf16 inputs and autocast are computed in fp32; gathering over two real processes,
-and averaged gradients equal to the global batch's.
+Covers: both losses against written-out loops in float64, gradients by finite differences; no gradient into the
+targets; scale invariance and range; offsets of micro-batches; bf16 inputs and autocast are computed in fp32; gathering
+over two real processes, and averaged gradients equal to the global batch's.
 """
 
 from __future__ import annotations

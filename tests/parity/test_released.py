@@ -18,12 +18,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from benchmarks.with_timm import mend_torchvision
 from extrema_fast.config import from_dict, photos
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.ops import dispatch as ops
 from extrema_fast.training.optim import param_groups
 from extrema_fast.weights.load import load_encoder, load_metadata
+from tests.torchvision_operators import define_torchvision_operators
 
 FOLDER = Path(os.environ.get("EXTREMA_FAST_PARITY", Path(__file__).parents[3] / "shared" / "parity"))
 WHY = f"no vectors in {FOLDER}; set EXTREMA_FAST_PARITY to the folder that holds them"
@@ -225,7 +225,7 @@ def test_exports_of_the_released_format(tmp_path, which):
         out = torch.export.load(tmp_path / "program" / "model.pt2").module()(images)
     assert error(out[0], features) <= 1e-5 and error(out[1], tokens) <= 1e-5
 
-    mend_torchvision()
+    define_torchvision_operators()
     if importlib.util.find_spec("timm"):
         import timm
 
