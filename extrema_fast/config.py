@@ -1,8 +1,7 @@
-"""The configuration: frozen dataclasses, presets as functions, and the checks between fields.
+"""The configuration: frozen dataclasses, presets as functions, and the checks of and between fields.
 
-Precedence when a run is configured from the command line: defaults < preset < `--config` file <
-dotted flags. Everything a later module needs that follows from the configuration alone (kept
-tokens, grid, peak learning rate) is a property or function here, so that it has one definition.
+Precedence on the command line: defaults < preset < `--config` file < dotted flags. The docstring under a field is its
+help text. What follows from the configuration alone (kept tokens, grid, peak learning rate) is defined here, once.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import difflib
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +23,10 @@ from .errors import UsageError
 Attention = Literal[
     "auto", "sdpa", "flash", "efficient", "cudnn", "math", "xformers", "short", "matmul", "reference"
 ]
+Size = Literal["tiny", "small", "base", "large"]
 
 # width, depth, heads: ViT-Ti/S/B/L of the literature (head_dim 64)
-SIZES: dict[str, tuple[int, int, int]] = {
+SIZES: dict[Size, tuple[int, int, int]] = {
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "base": (768, 12, 12),
@@ -35,12 +36,22 @@ SIZES: dict[str, tuple[int, int, int]] = {
 # far above any vision transformer
 MAX_PARAMETERS = 100_000_000_000
 MAX_PATCHES = 1 << 20
+# Pillow's own limit: what it calls a decompression bomb
+MAX_PIXELS = 178_956_970
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
     """`"; did you mean 'x'?"`, or the list of what is known when nothing is near."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+def keep_count(num_patches: int, mask_ratio: float) -> int:
+    """Kept tokens per view, `int(N (1 - r))` in float64 as the released code truncates it.
+
+    Not always the exact floor: N = 100, r = 0.8 gives 19. Give `mask.keep` to choose directly.
+    """
+    return int(num_patches * (1 - mask_ratio))
 
 
 def _multiples_near(value: int, step: int) -> str:
@@ -53,21 +64,27 @@ def _require(ok: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def keep_count(num_patches: int, mask_ratio: float) -> int:
-    """Kept tokens per view, `int(N (1 - r))` in float64 as the released code truncates it.
-
-    Not always the exact floor: N = 100, r = 0.8 gives 19. Give `mask.keep` to choose directly.
-    """
-    return int(num_patches * (1 - mask_ratio))
+def _at_least(section: str, cfg: Any, **limits: float) -> None:
+    for name, low in limits.items():
+        value = getattr(cfg, name)
+        _require(value >= low, f"{section}.{name}: expected at least {low}, got {value}")
 
 
-# Pillow's own limit: what it calls a decompression bomb
-MAX_PIXELS = 178_956_970
+def _positive(section: str, cfg: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(cfg, name)
+        _require(value > 0, f"{section}.{name}: expected a number above 0, got {value}")
+
+
+def _share(section: str, cfg: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(cfg, name)
+        _require(0 <= value <= 1, f"{section}.{name}: expected a number from 0 to 1, got {value}")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from and how a crop is made (paper section 3.3, method.md section 5)."""
+    """Where images come from and how a crop is made (paper section 3.3)."""
 
     train: str = "photos"
     """`photos` or `synthetic` (built in), a folder of classes, a flat folder, a list file, a manifest, tar
@@ -75,33 +92,37 @@ class DataConfig:
     test: str = ""
     """Labelled images for k-NN and probe; empty: the built-in test half, or no evaluation."""
     policy: Literal["spatial", "spatial+color", "centercrop"] = "spatial+color"
-    """Same crop and flip for student and teacher; `+color` jitters each independently."""
+    """Random crop and flip, the same for student and teacher; `+color` jitters each separately."""
     area: tuple[float, float] = (0.2, 1.0)
-    """Crop area as a share of the image."""
+    """Smallest and largest area of a crop, as a share of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Crop aspect ratio, log-uniform."""
+    """Smallest and largest aspect ratio of a crop, log-uniform."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """Brightness, contrast, saturation, hue."""
+    """Strength of color jitter: brightness, contrast, saturation, hue."""
     jitter_prob: float = 0.8
+    """Probability of color jitter."""
     gray_prob: float = 0.2
+    """Probability of grayscale."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of the pixels per channel, subtracted."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of the pixels per channel, divided by."""
     exif: bool = False
-    """Rotate by the EXIF tag (off matches the paper's pipeline)."""
+    """Rotate by the EXIF tag (off as in the paper's pipeline)."""
     loader: Literal["auto", "dali", "pil"] = "auto"
     """`auto`: DALI where it is installed, else PIL."""
     threads: int = 0
     """Decoding threads per process; 0: the cores shared by the processes of this machine, at most 16."""
     hw_decoder_load: float = 0.65
-    """Share of the JPEG images that a GPU's own decoder takes, where it has one and DALI decodes there."""
+    """Share of the JPEG images that a GPU's hardware decoder takes, where it has one and DALI decodes there."""
     order: Literal["global", "shards"] = "global"
     """`global`: all rows shuffled; `shards`: tar shards shuffled, their rows within a moving window of shards."""
     window: int = 16
     """Shards whose rows mix with `order` shards; as many as there are: the same as `global`."""
     max_pixels: int = MAX_PIXELS
-    """Images of more pixels count as unreadable (the default is Pillow's limit)."""
+    """Images of more pixels count as unreadable (default: Pillow's limit)."""
     bad_budget: float = 1e-4
     """Share of the rows that may be unreadable before the run stops; at least one row, 0: none."""
     limit: int = 0
@@ -112,25 +133,13 @@ class DataConfig:
         _require(0 < lo <= hi <= 1, f"data.area: expected 0 < low <= high <= 1, got {self.area}")
         lo, hi = self.ratio
         _require(0 < lo <= hi, f"data.ratio: expected 0 < low <= high, got {self.ratio}")
-        for name in ("flip", "jitter_prob", "gray_prob"):
-            p = getattr(self, name)
-            _require(0 <= p <= 1, f"data.{name}: expected a probability in [0, 1], got {p}")
         _require(
-            all(j >= 0 for j in self.jitter) and self.jitter[3] <= 0.5,
-            f"data.jitter: expected non-negative strengths with hue <= 0.5, got {self.jitter}",
+            min(self.jitter) >= 0 and self.jitter[3] <= 0.5,
+            f"data.jitter: expected strengths of at least 0 with hue <= 0.5, got {self.jitter}",
         )
-        _require(min(self.std) > 0, f"data.std: expected positive numbers, got {self.std}")
-        _require(self.threads >= 0, f"data.threads: expected 0 (all cores) or more, got {self.threads}")
-        _require(
-            0 <= self.hw_decoder_load <= 1,
-            f"data.hw_decoder_load: expected a share in [0, 1], got {self.hw_decoder_load}",
-        )
-        _require(self.window >= 1, f"data.window: expected at least 1, got {self.window}")
-        _require(self.max_pixels >= 1, f"data.max_pixels: expected at least 1, got {self.max_pixels}")
-        _require(
-            0 <= self.bad_budget <= 1, f"data.bad_budget: expected a share in [0, 1], got {self.bad_budget}"
-        )
-        _require(self.limit >= 0, f"data.limit: expected 0 (all) or more, got {self.limit}")
+        _require(min(self.std) > 0, f"data.std: expected numbers above 0, got {self.std}")
+        _share("data", self, "flip", "jitter_prob", "gray_prob", "hw_decoder_load", "bad_budget")
+        _at_least("data", self, threads=0, window=1, max_pixels=1, limit=0)
 
 
 @dataclass(frozen=True)
@@ -138,16 +147,17 @@ class MaskConfig:
     """Which tokens the student sees (paper section 3.1)."""
 
     ratio: float = 0.8
-    """Share of tokens *dropped* in each view."""
+    """Share of the tokens that each view drops."""
     views: int = 5
+    """Views per image."""
     mode: Literal["disjoint", "independent"] = "disjoint"
+    """`disjoint`: no token is in two views of an image; `independent`: each view is drawn separately."""
     keep: int = 0
-    """Kept tokens per view; 0: int(N (1 - ratio))."""
+    """Kept tokens per view; 0: int(N (1 - ratio)) of N."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.ratio < 1, f"mask.ratio: expected 0 <= ratio < 1, got {self.ratio}")
-        _require(self.views >= 1, f"mask.views: expected at least 1, got {self.views}")
-        _require(self.keep >= 0, f"mask.keep: expected 0 (from the ratio) or more, got {self.keep}")
+        _at_least("mask", self, views=1, keep=0)
 
     def num_keep(self, num_patches: int) -> int:
         """Kept tokens per view for an image of `num_patches` tokens."""
@@ -158,28 +168,31 @@ class MaskConfig:
 class ModelConfig:
     """The encoder (paper section 3.2): a ViT trunk and class-attention pooling."""
 
-    size: Literal["tiny", "small", "base", "large"] = "base"
+    size: Size = "base"
+    """Width, depth and heads of ViT-Ti, -S, -B or -L."""
     img_size: tuple[int, int] = (224, 224)
     """Height and width in pixels; multiples of the patch size."""
     patch_size: int = 16
+    """Side of a patch in pixels."""
     in_chans: int = 3
+    """Channels: 3 (RGB) or 1 (gray)."""
     width: int = 0
-    """0: from the size; likewise depth and heads."""
+    """Width of the tokens; 0: from the size."""
     depth: int = 0
+    """Trunk blocks; 0: from the size."""
     heads: int = 0
+    """Attention heads; 0: width / 64."""
     mlp_ratio: float = 4.0
+    """Hidden units of an MLP per unit of width."""
     pool_depth: int = 2
     """Class-attention blocks."""
     layer_scale: float = 0.1
-    """Initial layer scale of the class-attention blocks (not 0: that silences the pooling)."""
+    """Initial layer scale of the class-attention blocks (not 0, which makes the pooled output constant)."""
     drop_path: float = 0.1
-    """Rate of the last trunk block; linear from 0 (student only)."""
+    """Drop-path rate of the student's last trunk block; rises linearly from 0 at the first."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads"):
-            v = getattr(self, name)
-            _require(v >= 0, f"model.{name}: expected 0 (from the size) or more, got {v}")
-        _require(self.patch_size >= 1, f"model.patch_size: expected at least 1, got {self.patch_size}")
+        _at_least("model", self, width=0, depth=0, heads=0, patch_size=1, pool_depth=1)
         _require(
             self.in_chans in (1, 3),
             f"model.in_chans: images are read as RGB or gray, expected 3 or 1, got {self.in_chans}",
@@ -191,7 +204,7 @@ class ModelConfig:
                     f"model.img_size: {side} {pixels} is not a multiple of the patch size {p}; "
                     f"nearest: {_multiples_near(pixels, p)}"
                 )
-        width, _, heads = self.shape
+        width, depth, heads = self.shape
         _require(
             width % heads == 0 and width % 4 == 0,
             f"model.width: {width} must be a multiple of heads ({heads}) and of 4 (sin-cos table)",
@@ -201,13 +214,8 @@ class ModelConfig:
             f"model.mlp_ratio: {self.mlp_ratio} leaves no hidden units at width {width}; try 4",
         )
         _require(0 <= self.drop_path < 1, f"model.drop_path: expected [0, 1), got {self.drop_path}")
-        _require(self.pool_depth >= 1, f"model.pool_depth: expected at least 1, got {self.pool_depth}")
         _require(self.layer_scale != 0, "model.layer_scale: 0 makes the pooled output constant; try 0.1")
-        self._check_size()
-
-    def _check_size(self) -> None:
-        # configurations come from files of others, too: an absurd one is refused before anything is allocated
-        width, depth, _ = self.shape
+        # configurations come from other people's files, too: an absurd one is an error before it allocates anything
         layers = depth + self.pool_depth
         block = width * (4 * width + 2 * int(width * self.mlp_ratio))
         count = layers * block + width * self.in_chans * self.patch_size**2
@@ -242,48 +250,51 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Projector, predictor and loss (paper section 3.4, method.md sections 1 and 4)."""
+    """Projector, predictor and loss (paper section 3.4)."""
 
     loss: Literal["byol", "infonce"] = "byol"
+    """`byol`: squared distance of normalized vectors; `infonce`: contrastive over the batch."""
     temperature: float = 0.2
-    """InfoNCE only."""
+    """Of InfoNCE."""
     hidden: int = 4096
+    """Hidden units of the projector."""
     out: int = 256
+    """Outputs of projector and predictor."""
     predictor_hidden: int = 4096
+    """Hidden units of the predictor."""
 
     def __post_init__(self) -> None:
-        _require(self.temperature > 0, f"head.temperature: expected > 0, got {self.temperature}")
-        for name in ("hidden", "out", "predictor_hidden"):
-            v = getattr(self, name)
-            _require(v >= 1, f"head.{name}: expected at least 1, got {v}")
+        _positive("head", self, "temperature")
+        _at_least("head", self, hidden=1, out=1, predictor_hidden=1)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimizer, learning rate and teacher momentum (method.md section 6)."""
+    """Optimizer, learning rate and teacher momentum."""
 
     name: Literal["adamw", "lamb", "lars"] = "adamw"
     """`lamb` and `lars` scale each layer's step by its norm: for batches of many thousands."""
     base_lr: float = 1.5e-4
-    """Peak rate for a batch of 256; the peak used is base_lr * batch_size / 256."""
+    """Peak learning rate for a batch of 256; the peak used is base_lr * batch_size / 256."""
     min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
     warmup_epochs: float = 40.0
+    """Epochs of linear warm-up from 0."""
     weight_decay: float = 0.1
+    """Of matrices; vectors, class token and positions are not decayed."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the moments; `lars` takes the first as its momentum."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     clip_grad: float = 0.0
     """Largest gradient norm; 0: no clipping, the norm is only logged."""
     momentum: float = 0.996
-    """Teacher momentum at step 0; rises to 1 on a cosine."""
+    """Teacher momentum (EMA) at step 0; rises to 1 on a cosine."""
 
     def __post_init__(self) -> None:
-        _require(self.base_lr > 0, f"optim.base_lr: expected > 0, got {self.base_lr}")
-        _require(self.min_lr >= 0, f"optim.min_lr: expected >= 0, got {self.min_lr}")
-        _require(self.warmup_epochs >= 0, f"optim.warmup_epochs: expected >= 0, got {self.warmup_epochs}")
-        _require(self.weight_decay >= 0, f"optim.weight_decay: expected >= 0, got {self.weight_decay}")
-        _require(0 <= self.momentum <= 1, f"optim.momentum: expected [0, 1], got {self.momentum}")
-        _require(self.clip_grad >= 0, f"optim.clip_grad: expected >= 0, got {self.clip_grad}")
-        _require(self.eps > 0, f"optim.eps: expected > 0, got {self.eps}")
+        _positive("optim", self, "base_lr", "eps")
+        _at_least("optim", self, min_lr=0, warmup_epochs=0, weight_decay=0, clip_grad=0)
+        _share("optim", self, "momentum")
         _require(all(0 <= b < 1 for b in self.betas), f"optim.betas: expected [0, 1), got {self.betas}")
 
 
@@ -292,35 +303,32 @@ class TrainConfig:
     """Length, batch and precision of the run."""
 
     epochs: int = 300
+    """Passes over the training images."""
     batch_size: int = 2048
-    """Global: images per optimizer step over all processes and micro-batches."""
+    """Images per optimizer step, over all processes and micro-batches."""
     accumulation: int = 1
     """Micro-batches per optimizer step."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the matrix products; weights, statistics and loss stay fp32. `auto`: bf16 on a GPU and on
+    """Arithmetic of the matmuls; weights, statistics and loss stay fp32. `auto`: bf16 on a GPU and on
     processors that multiply it in hardware, else fp32."""
     compile: Literal["auto", "none", "block", "loss", "step"] = "auto"
     """torch.compile of each trunk block, of teacher + student + loss as one graph, or of that and the backward
     pass. `auto`: `block` on a GPU, none on a CPU."""
     cuda_graph: bool = False
-    """Record the whole step, optimizer and teacher included, as one CUDA graph and replay it."""
+    """Record the whole step, optimizer and EMA update included, as one CUDA graph and replay it."""
     recompute: Literal["auto", "none", "gelu", "norm"] = "auto"
-    """What the backward pass computes again instead of keeping: GELU outputs, or these and LayerNorm outputs.
-    `auto`: both on a CPU, where no cost could be measured (record `memory`); nothing on a GPU."""
+    """What the backward pass recomputes instead of keeping: `gelu`: GELU outputs, `norm`: these and LayerNorm
+    outputs. `auto`: `norm` on a CPU, nothing on a GPU."""
     fp8: Literal["off", "teacher", "trunk"] = "off"
-    """FP8 products (torchao) in the teacher's trunk, or in both trunks; not recommended, no record yet."""
+    """FP8 matmuls (torchao) in the teacher's trunk, or in both trunks; not recommended, no record yet."""
     seed: int = 0
+    """Of weights, order, crops, colors and masks."""
     max_nonfinite: int = 3
     """Steps in a row with a non-finite loss or gradient before the run stops."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, f"train.epochs: expected at least 1, got {self.epochs}")
-        _require(self.batch_size >= 1, f"train.batch_size: expected at least 1, got {self.batch_size}")
-        _require(self.accumulation >= 1, f"train.accumulation: expected at least 1, got {self.accumulation}")
+        _at_least("train", self, epochs=1, batch_size=1, accumulation=1, max_nonfinite=1)
         _require(0 <= self.seed < 2**63, f"train.seed: expected 0 <= seed < 2**63, got {self.seed}")
-        _require(
-            self.max_nonfinite >= 1, f"train.max_nonfinite: expected at least 1, got {self.max_nonfinite}"
-        )
 
 
 @dataclass(frozen=True)
@@ -328,41 +336,38 @@ class CheckpointConfig:
     """When the run is saved."""
 
     every_epochs: int = 1
+    """Save every N epochs (0: off)."""
     every_steps: int = 0
-    """Additionally every N steps (0: off)."""
+    """Also save every N steps (0: off)."""
     retain: int = 2
     """Checkpoints kept (at least 2)."""
     milestone_epochs: int = 0
-    """Weights kept for good every N epochs (0: only the last)."""
+    """Keep the weights of every N epochs for good (0: only the last)."""
 
     def __post_init__(self) -> None:
-        _require(self.retain >= 2, f"ckpt.retain: expected at least 2, got {self.retain}")
-        for name in ("every_epochs", "every_steps", "milestone_epochs"):
-            v = getattr(self, name)
-            _require(v >= 0, f"ckpt.{name}: expected 0 (off) or more, got {v}")
+        _at_least("ckpt", self, retain=2, every_epochs=0, every_steps=0, milestone_epochs=0)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation while training, and the k-NN rule (method.md sections 7 and 10)."""
+    """Evaluation while training, and the k-NN rule."""
 
     every_epochs: int = 10
     """k-NN and collapse indicators on held-out images every N epochs, and at both ends (0: off)."""
     k: int = 20
+    """Neighbors that vote."""
     temperature: float = 0.07
+    """Of the votes' weights."""
     max_train: int = 20000
-    """Images of the training set in the online k-NN bank."""
+    """Images of the training set that k-NN compares with while training."""
     max_test: int = 5000
+    """Test images used while training."""
     batch_size: int = 256
+    """Images encoded at a time."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.every_epochs >= 0, f"eval.every_epochs: expected 0 (off) or more, got {self.every_epochs}"
-        )
-        for name in ("k", "max_train", "max_test", "batch_size"):
-            v = getattr(self, name)
-            _require(v >= 1, f"eval.{name}: expected at least 1, got {v}")
-        _require(self.temperature > 0, f"eval.temperature: expected > 0, got {self.temperature}")
+        _at_least("eval", self, every_epochs=0, k=1, max_train=1, max_test=1, batch_size=1)
+        _positive("eval", self, "temperature")
 
 
 @dataclass(frozen=True)
@@ -370,10 +375,12 @@ class LogConfig:
     """What is written while training."""
 
     every_steps: int = 10
+    """A line of metrics every N steps."""
     tensorboard: bool = False
+    """Write TensorBoard files, too."""
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, f"log.every_steps: expected at least 1, got {self.every_steps}")
+        _at_least("log", self, every_steps=1)
 
 
 @dataclass(frozen=True)
@@ -381,17 +388,17 @@ class SystemConfig:
     """The machine; nothing here changes the mathematics beyond rounding."""
 
     device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:1`."""
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
     threads: int = 0
     """CPU threads of torch (0: torch's own choice)."""
     backend: str = "auto"
-    """Implementation per op: `auto`, one name for all, or `attention_pool=triton,...` (`extrema_fast.ops`)."""
+    """Implementation per op: `auto`, one name for all, or `attention_pool=triton,...` (see `extrema-fast kernels`)."""
     attention: Attention = "auto"
-    """Self-attention backend (see `extrema_fast.ops.attention`); `auto` follows a fixed rule."""
+    """Self-attention backend; `auto` follows a fixed rule per device, dtype and number of tokens."""
     attention_teacher: Literal["same", Attention] = "same"
     """The teacher's, whose sequences are longer; `same`: as `attention`."""
     deterministic: bool = False
-    """torch's deterministic algorithms."""
+    """Use torch's deterministic algorithms."""
 
 
 @dataclass(frozen=True)
@@ -442,11 +449,7 @@ def validate(cfg: Config) -> None:
             f"mask: {v} disjoint views of {k} tokens need {v * k}, the image has {n}; "
             f"use mask.views <= {n // k}, {fewer if v <= n else ''}or mask.mode independent"
         )
-    b, a = cfg.train.batch_size, cfg.train.accumulation
-    if b % a:
-        raise UsageError(
-            f"train.batch_size: {b} does not divide into {a} micro-batches; nearest: {_multiples_near(b, a)}"
-        )
+    local_batch(cfg, 1)
     if cfg.optim.warmup_epochs >= cfg.train.epochs:
         raise UsageError(
             f"optim.warmup_epochs: {cfg.optim.warmup_epochs:g} must be shorter than "
@@ -456,14 +459,13 @@ def validate(cfg: Config) -> None:
 
 def local_batch(cfg: Config, world: int) -> int:
     """Images per process and micro-batch; raises UsageError where the batch does not divide."""
-    parts = world * cfg.train.accumulation
-    b = cfg.train.batch_size
-    if b % parts:
+    b, a = cfg.train.batch_size, cfg.train.accumulation
+    if b % (world * a):
+        over = f"{world} processes x {a} micro-batches" if world > 1 else f"{a} micro-batches"
         raise UsageError(
-            f"train.batch_size: {b} does not divide over {world} processes x "
-            f"{cfg.train.accumulation} micro-batches; nearest: {_multiples_near(b, parts)}"
+            f"train.batch_size: {b} does not divide over {over}; nearest: {_multiples_near(b, world * a)}"
         )
-    return b // parts
+    return b // (world * a)
 
 
 # ---- to and from plain data ----------------------------------------------------------------------
@@ -538,9 +540,14 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
 
 
 def load_config(path: str | Path, base: Config | None = None) -> Config:
-    """Reads a TOML or JSON file over `base`; a top-level `preset = "name"` chooses the base.
+    """Reads a TOML or JSON file that changes `base`; a top-level `preset = "name"` chooses the base.
 
-    raises UsageError for a missing or malformed file and for unknown keys.
+    Args:
+        path: ends in `.json` for JSON.
+        base: the configuration that the file changes, whatever preset it names.
+
+    Raises:
+        UsageError: for a missing or malformed file and for unknown keys.
     """
     path = Path(path)
     try:
@@ -561,9 +568,9 @@ def load_config(path: str | Path, base: Config | None = None) -> Config:
 
 def parse_toml(text: str) -> dict[str, Any]:
     """The tables of a TOML text; ValueError when it is none."""
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ModuleNotFoundError:  # Python 3.10
+    else:
         import tomli as tomllib
     return tomllib.loads(text)
 
@@ -634,8 +641,8 @@ def config_hash(cfg: Config) -> str:
 def photos() -> Config:
     """Minutes on a laptop CPU: photographs shipped with scikit-image, 32x32 crops (the default).
 
-    InfoNCE without colour, small batches and no drop-path, chosen by recorded runs: see
-    `benchmarks/records/`, which also holds BYOL on the same pictures.
+    InfoNCE without color jitter, small batches and no drop-path, chosen by recorded runs: see
+    `benchmarks/records/`, which also holds BYOL on the same images.
     """
     return Config(
         out="runs/photos",
@@ -676,7 +683,7 @@ def cifar10() -> Config:
     )
 
 
-def _paper(size: str, ratio: float, views: int, layer_scale: float = 0.1) -> Config:
+def _paper(size: Size, ratio: float, views: int, layer_scale: float = 0.1) -> Config:
     short = f"paper_{size}_{round(ratio * 100)}x{views}"
     return Config(
         out=f"runs/{short}",
@@ -690,7 +697,7 @@ def _paper(size: str, ratio: float, views: int, layer_scale: float = 0.1) -> Con
 
 
 def paper_small_80x5() -> Config:
-    """The paper's recipe at ViT-S: 5 disjoint views of 20 %, shared crop, two colour versions."""
+    """The paper's recipe at ViT-S: 5 disjoint views of 20 %, shared crop, two color versions."""
     return _paper("small", 0.8, 5)
 
 

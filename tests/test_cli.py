@@ -208,7 +208,8 @@ def test_help_of_every_option_needs_no_torch_and_shows_the_presets_values():
     text = " ".join(done.stdout.split())
     for option in flatten(preset("smoke")):
         assert f"--{option.replace('_', '-')} " in text
-    assert "(now: runs/smoke)" in text and "Share of tokens" in text and "(now: 0.2 1.0)" in text
+    assert all(action.help for action in cli._add_dotted(cli._Parser("pretrain")).values())
+    assert "(now: runs/smoke)" in text and "Share of the tokens" in text and "(now: 0.2 1.0)" in text
 
 
 def test_version():
