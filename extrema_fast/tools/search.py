@@ -1,15 +1,16 @@
-"""The images of an index that look most like a query (`extrema-fast search`): a table and a picture.
+"""`extrema-fast search`: the images of an index that are nearest to a query, as a table and as one picture.
 
 Exact: every feature is compared by cosine similarity, part by part, so memory does not grow with the index.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +20,23 @@ from ..config import DataConfig
 from ..data.loader import choose_loader
 from ..data.sources import EXTENSIONS, ImageSource, open_source
 from ..distributed import World, pick_device
-from ..errors import ExtremaError, UsageError
+from ..errors import ExtremaError, StorageError, UsageError
 from ..evaluation.evaluate import weights_hash
+from ..files import new_file
 from ..weights import load as convert
 from .embed import Job, Settings, encode_batch
 from .embeddings import ROWS, Embeddings, Row, load_embeddings
 
 log = logging.getLogger(__name__)
 
-# found for each query where nobody says how many
-NEIGHBOURS = 10
+# found for each query by default
+NEIGHBORS = 10
 # queries compared at a time, and queries in one picture
 QUERIES, SHEET_QUERIES = 4096, 24
+# of the picture: what its metadata says, pixels, colors
+SOFTWARE = "extrema-fast search"
+SIDE, GAP, MARGIN, FONT = 144, 12, 16, 14
+INK, GRAY, PAPER, LINE = (29, 35, 48), (98, 107, 122), (255, 255, 255), (205, 209, 217)
 
 
 def search(
@@ -45,15 +51,21 @@ def search(
 ) -> list[dict[str, Any]]:
     """The `k` nearest images of `index` to each query, by cosine similarity of their features.
 
-    k        how many (None: 10, or all where there are fewer)
-    query    an image file; a path as in the index's rows.tsv (its own features are used and it is not among
-             the results); or any images that `open_source` takes
-    index    a folder of `extrema-fast embed` with class tokens or means
-    out      a PNG file: a row per query (24 at most), the query left, what was found right of it
-    weights  where the index's weights are now, if they were moved; they must be the same
-    force    replace a file `out` that is no earlier picture
-    returns  per query {"query": path, "neighbours": [{"path", "label", "row", "score"}, ...]}, best first
-    raises   UsageError for what does not fit; DataError for a query that cannot be decoded
+    Args:
+        query: an image file; a path as in the index's rows.tsv (its own features are used and it is not among the
+            results); or any images that `open_source` takes.
+        index: a folder of `extrema-fast embed` with class tokens or means.
+        k: how many (None: 10, or all where there are fewer).
+        out: a PNG file: a row per query (24 at most), the query left, what was found right of it.
+        weights: where the index's weights are now, if they were moved; they must be the same.
+        force: replace a file `out` that is no earlier picture.
+
+    Returns:
+        Per query {"query": path, "neighbours": [{"path", "label", "row", "score"}, ...]}, best first.
+
+    Raises:
+        UsageError: what does not fit.
+        DataError: a query that cannot be decoded.
     """
     embeddings = load_embeddings(index)
     if len(embeddings.shape) > 1:
@@ -62,8 +74,6 @@ def search(
             "extrema-fast embed DATA OUT --weights PATH --tokens class (or mean)"
         )
     if out is not None:
-        from .contact_sheet import check_target
-
         check_target(Path(out), force)
     where = pick_device(device)
     own = _own_row(embeddings, str(query))
@@ -74,7 +84,7 @@ def search(
         names = [images.title(i) for i in range(len(images))]
     there = len(embeddings) - (own is not None)
     if k is None:
-        k = min(NEIGHBOURS, there)
+        k = min(NEIGHBORS, there)
     if not 1 <= k <= there:
         raise UsageError(
             f"--k: expected 1 to {there}, the {'other ' * (own is not None)}images of {index}, got {k}"
@@ -105,8 +115,11 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Cosine similarity and feature row of the k nearest to each query, best first; equal scores in row order.
 
-    queries  [Q, D] float
-    returns  [Q, k] fp32 and [Q, k] int64, on the CPU
+    Args:
+        queries: [Q, D] float.
+
+    Returns:
+        [Q, k] fp32 and [Q, k] int64, on the CPU.
     """
     queries = F.normalize(queries.float(), dim=1).to(device)
     best = torch.empty(len(queries), 0, device=device)
@@ -176,6 +189,7 @@ def _encode(
             f"{path}: other weights ({weights_hash(encoder)}) than those of the index ({made['hash']}), so features "
             "cannot be compared; give the right ones with --weights PATH, or embed again with these"
         )
+    loader: Literal["auto", "dali", "pil"]
     try:
         loader = choose_loader(settings.loader)
     except UsageError:
@@ -214,8 +228,6 @@ def _draw(
     own: tuple[int, Row] | None,
     embeddings: Embeddings,
 ) -> None:
-    from .contact_sheet import Tile, write_sheet
-
     if len(result) > SHEET_QUERIES:
         log.warning("%s: shows the first %d of %d queries", out, SHEET_QUERIES, len(result))
     source = _index_images(embeddings)
@@ -223,7 +235,7 @@ def _draw(
 
     def tiles() -> Iterator[list[Tile]]:
         for i, one in enumerate(result[:SHEET_QUERIES]):
-            data = _bytes(source, own[1].row) if images is None else _bytes(images, i)
+            data = _bytes(source, own[1].row) if own is not None else _bytes(images, i)
             line = [Tile(data, "query", _short(one["query"]))]
             for found in one["neighbours"]:
                 name = found["label"] or _short(found["path"])
@@ -260,7 +272,7 @@ def _short(path: str) -> str:
 
 def format_table(result: list[dict[str, Any]]) -> str:
     """The result as text: per query its path, then score, label and path of what was found."""
-    lines = []
+    lines: list[str] = []
     for one in result:
         lines += ["", one["query"]] if lines else [one["query"]]
         width = max(len(n["label"]) for n in one["neighbours"])
@@ -268,3 +280,111 @@ def format_table(result: list[dict[str, Any]]) -> str:
             label = f"{n['label']:<{width}}  " if width else ""
             lines.append(f"  {n['score']:+.4f}  {label}{n['path']}")
     return "\n".join(lines)
+
+
+# ---- the picture ----------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """One image: the bytes of its file (None: not there), and the text under it, first bold in tone."""
+
+    data: bytes | None
+    first: str
+    second: str
+
+
+def check_target(path: Path, force: bool) -> None:
+    """UsageError unless `path` can become a PNG file: free, an earlier sheet, or any file with `force`."""
+    image = _pillow()
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"--out: expected a file that ends in .png, got {path}")
+    if path.is_dir():
+        raise UsageError(f"--out {path}: is a folder; expected a file that ends in .png")
+    if not path.exists() or force:
+        return
+    try:
+        with image.open(path) as im:
+            ours = im.info.get("Software") == SOFTWARE
+    except Exception:
+        # whatever it is, it is no picture of ours
+        ours = False
+    if not ours:
+        raise UsageError(f"--out {path}: there is another file; choose a new name, or --force to replace it")
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise UsageError(
+            'pictures need Pillow, which is not installed; pip install "extrema-fast[train]"'
+        ) from None
+    return Image
+
+
+def write_sheet(path: Path, lines: list[list[Tile]], *, exif: bool = False) -> None:
+    """A PNG file with one line of tiles after the other; the first tile of each, the query, stands apart.
+
+    Args:
+        exif: rotate by the EXIF tag.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    image = _pillow()
+    from PIL import ImageDraw, ImageFont
+    from PIL.PngImagePlugin import PngInfo
+
+    font = ImageFont.load_default(FONT)
+    text = 2 * (FONT + 5)
+    step, row = SIDE + GAP, SIDE + text + 2 * GAP
+    width = 2 * MARGIN + max(map(len, lines)) * step - GAP + GAP
+    sheet = image.new("RGB", (width, 2 * MARGIN + len(lines) * row - 2 * GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, line in enumerate(lines):
+        y = MARGIN + i * row
+        for j, tile in enumerate(line):
+            # a wider gap and a rule between the query and what was found
+            x = MARGIN + j * step + (GAP if j else 0)
+            sheet.paste(_thumbnail(tile.data, exif), (x, y))
+            for n, (words, color) in enumerate(((tile.first, INK), (tile.second, GRAY))):
+                draw.text((x, y + SIDE + 4 + n * (FONT + 4)), _fit(words, font), fill=color, font=font)
+        x = MARGIN + SIDE + GAP
+        draw.line([(x, y), (x, y + SIDE + text)], fill=LINE, width=2)
+    marks = PngInfo()
+    marks.add_text("Software", SOFTWARE)
+    try:
+        with new_file(path) as f:
+            sheet.save(f, format="PNG", pnginfo=marks)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def _thumbnail(data: bytes | None, exif: bool) -> Any:
+    """A square of SIDE pixels: the whole image, small ones enlarged, with its own proportions; gray without one."""
+    image = _pillow()
+    from PIL import ImageOps
+
+    square = image.new("RGB", (SIDE, SIDE), (238, 240, 243))
+    if data is None:
+        return square
+    try:
+        with image.open(io.BytesIO(data)) as im:
+            im = ImageOps.exif_transpose(im) if exif else im
+            im = ImageOps.contain(im.convert("RGB"), (SIDE, SIDE), image.Resampling.BICUBIC)
+    except Exception:
+        # nearly anything, for damaged bytes
+        return square
+    square.paste(im, ((SIDE - im.width) // 2, (SIDE - im.height) // 2))
+    return square
+
+
+def _fit(text: str, font: Any) -> str:
+    """The text, its middle replaced by an ellipsis where it is wider than a tile."""
+    if font.getlength(text) <= SIDE:
+        return text
+    for kept in range(len(text) - 1, 1, -1):
+        short = f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
+        if font.getlength(short) <= SIDE:
+            return short
+    return "…"

@@ -24,9 +24,8 @@ from extrema_fast.cli import main
 from extrema_fast.config import from_dict
 from extrema_fast.errors import DataError, StorageError, UsageError
 from extrema_fast.models.extrema import ExtreMA
-from extrema_fast.tools.contact_sheet import GAP, MARGIN, SIDE, Tile, write_sheet
 from extrema_fast.tools.embed import embed
-from extrema_fast.tools.search import format_table, nearest, search
+from extrema_fast.tools.search import GAP, MARGIN, SIDE, Tile, format_table, nearest, search, write_sheet
 from extrema_fast.weights.folder import save_weights, weights_meta
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
@@ -251,7 +250,7 @@ def test_k_of_foreign_queries(made, tmp_path, monkeypatch):
     shutil.copy(made / "images/ape/00.png", tmp_path / "q.png")
     # nobody has to know how many images an index has
     assert len(search(tmp_path / "q.png", made / "index")[0]["neighbours"]) == 10
-    monkeypatch.setattr(sys.modules["extrema_fast.tools.search"], "NEIGHBOURS", 14)
+    monkeypatch.setattr(sys.modules["extrema_fast.tools.search"], "NEIGHBORS", 14)
     assert len(search(tmp_path / "q.png", made / "index")[0]["neighbours"]) == 13
     with pytest.raises(UsageError, match=r"--k: expected 1 to 13, the images of .*index, got 14"):
         search(tmp_path / "q.png", made / "index", k=14)
