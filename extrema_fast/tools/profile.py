@@ -5,7 +5,6 @@ The ranges in the code (`ops/scope.py`) are on while it runs; `trace.py` reads t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -13,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,17 @@ def profile(
 ) -> dict[str, Any]:
     """Profiles `steps` training steps of a run; nothing of the run itself is written.
 
-    out        folder for trace.json.gz (chrome://tracing, ui.perfetto.dev), profile.json and profile.txt
-    warmup     steps before: compilation, allocator, graph capture
-    synthetic  random pictures from memory in place of `cfg.data.train`
-    returns    what profile.json holds: milliseconds of a step by component (`rows`), matrix products and the
-               rate they reach (`products`), the longest ops, times, settings and versions
-    raises     UsageError for steps or warmup below 1, several processes, or images that are not there
+    Args:
+        out: folder for trace.json.gz (chrome://tracing, ui.perfetto.dev), profile.json and profile.txt.
+        warmup: steps before: compilation, allocator, graph capture.
+        synthetic: random images from memory in place of `cfg.data.train`.
+
+    Returns:
+        What profile.json holds: milliseconds of a step by component (`rows`), matmuls and the rate they reach
+        (`matmul`), the longest ops, times, settings and versions.
+
+    Raises:
+        UsageError: steps or warmup below 1, several processes, or images that are not there.
     """
     for name, value in (("steps", steps), ("warmup", warmup)):
         if value < 1:
@@ -68,11 +73,10 @@ def profile(
         run = build(cfg, world, source)  # type: ignore[arg-type]
         _announce(cfg, world, synthetic)
         compiles = compile_mode(cfg, world.device.type) != "none"
-        with recording(), _fused_names() if compiles else contextlib.nullcontext():
+        with recording(), _fused_names() if compiles else nullcontext():
             wrap(run)
-            loaded = _noise(run) if synthetic else _loaded(run)
-            with contextlib.closing(loaded):
-                times, profiler = _measure(run, batches(run, loaded), steps, warmup)
+            with nullcontext(_noise(run)) if synthetic else open_loader(run) as loader:
+                times, profiler = _measure(run, batches(run, loader), steps, warmup)
     folder.mkdir(parents=True, exist_ok=True)
     # a reader of the folder sees the old trace or the new one
     temporary = folder / f".tmp-{os.getpid()}-trace.json.gz"
@@ -98,25 +102,16 @@ def _announce(cfg: Config, world: World, synthetic: bool) -> None:
         log.warning("a step of this size takes minutes on a CPU; a smaller one: --train.batch-size 16")
 
 
-@contextlib.contextmanager
+@contextmanager
 def _fused_names() -> Iterator[None]:
     """Compiled CPU code marks each fused kernel; without it they would be a gap in the trace."""
-    try:
-        import torch._inductor.config as inductor
+    import torch._inductor.config as inductor
 
-        patch = inductor.patch("cpp.enable_kernel_profile", sys.platform == "linux")
-    except (ImportError, AttributeError, KeyError):
-        patch = contextlib.nullcontext()
-    with patch:
+    with inductor.patch("cpp.enable_kernel_profile", sys.platform == "linux"):
         yield
 
 
 # ---- steps ------------------------------------------------------------------------------------------
-
-
-def _loaded(run: Run) -> Iterator[Batch]:
-    with open_loader(run) as loader:
-        yield from loader
 
 
 def _noise(run: Run) -> Iterator[Batch]:
@@ -189,7 +184,7 @@ def _measure(run: Run, given: Iterator[Batch], steps: int, warmup: int) -> tuple
     return {"step_ms": plain, "profiled_step_ms": profiled}, profiler
 
 
-@contextlib.contextmanager
+@contextmanager
 def _quiet_profiler() -> Iterator[None]:
     """The tracer's own lines on standard error are left out, unless the user asks for them."""
     ours = "KINETO_LOG_LEVEL" not in os.environ
@@ -205,28 +200,9 @@ def _quiet_profiler() -> Iterator[None]:
 # ---- the result -------------------------------------------------------------------------------------
 
 
-def large_product_tflops(device: torch.device, dtype: torch.dtype, repeats: int = 15) -> float:
-    """TFLOP/s of one large matrix product of random numbers, median of `repeats`: what this machine can reach."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    times, clock = [], _clock(device)
-    for _ in range(repeats + 2):
-        began = clock()
-        torch.mm(a, b)
-        times.append((began, clock()))
-    _wait(device)
-    return 2 * n**3 / statistics.median(_ms(*pair) for pair in times[2:]) / 1e9
-
-
 def _result(run: Run, found: trace.Breakdown, times: dict[str, float], synthetic: bool) -> dict[str, Any]:
     cfg, device = run.cfg, run.world.device
-    dtype = precision(cfg, device.type)
-    large = large_product_tflops(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
     per_step = 1e-3 / found.steps
-
-    def rate(flop: float, us: float) -> float | None:
-        return flop / us / 1e6 if flop and us else None
-
     rows = [
         {
             "branch": r.branch,
@@ -235,16 +211,12 @@ def _result(run: Run, found: trace.Breakdown, times: dict[str, float], synthetic
             "backward_ms": r.backward_us * per_step,
             "ms": r.us * per_step,
             "share": r.us / found.wall_us,
-            "products_ms": r.products_us * per_step,
-            "products_gflop": r.flop / found.steps / 1e9,
-            "products_tflops_per_s": rate(r.flop, r.products_us),
+            "matmul_ms": r.matmul_us * per_step,
         }
         for r in found.rows
     ]
-    products, flop = sum(r.products_us for r in found.rows), sum(r.flop for r in found.rows)
-    reached = rate(flop, products)
-    step_s = times["step_ms"] / 1000
-    images_per_s = cfg.train.batch_size / step_s
+    matmul_us, flop = sum(r.matmul_us for r in found.rows), sum(r.flop for r in found.rows)
+    images_per_s = 1000 * cfg.train.batch_size / times["step_ms"]
     return {
         "what": "time of a training step by component",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -252,22 +224,19 @@ def _result(run: Run, found: trace.Breakdown, times: dict[str, float], synthetic
         "basis": "kernel time on the GPU" if found.on_device else "op time on the CPU",
         "images": "from memory" if synthetic else cfg.data.train,
         "steps": found.steps,
-        "steps_left_out": found.left_out,
         **times,
         "traced_step_ms": found.wall_us * per_step,
         "busy_share": found.busy_us / found.wall_us,
         "images_per_s": images_per_s,
-        "precision": dtype,
+        "precision": precision(cfg, device.type),
         "memory_gb": memory_gb(device),
-        "model_tflop_per_step": flops_per_image(cfg) * cfg.train.batch_size / 1e12,
         "model_tflops_per_s": flops_per_image(cfg) * images_per_s / 1e12,
-        "large_product_tflops_per_s": large,
-        "products": {
-            "ms": products * per_step,
-            "share": products / found.wall_us,
+        "matmul": {
+            "ms": matmul_us * per_step,
+            "share": matmul_us / found.wall_us,
             "tflop": flop / found.steps / 1e12,
-            "tflops_per_s": reached,
-            "of_large_product": reached / large if reached else None,
+            # shapes are unknown in a replayed CUDA graph
+            "tflops_per_s": flop / matmul_us / 1e6 if flop and matmul_us else None,
         },
         "rows": rows,
         "longest": [
@@ -279,58 +248,36 @@ def _result(run: Run, found: trace.Breakdown, times: dict[str, float], synthetic
     }
 
 
-HEADER = ("component", "forward ms", "backward ms", "both ms", "of step", "in products", "TFLOP/s")
+HEADER = ("component", "forward ms", "backward ms", "both ms", "of step", "in matmuls")
 
 
 def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """The rows of the table as text, in the order of `HEADER`; the last one is the whole step."""
 
-    def ms(value: float) -> str:
-        return f"{value:.2f}" if value else ""
+    def line(
+        name: str, forward: float, backward: float, both: float, share: float, matmul: float
+    ) -> tuple[str, ...]:
+        parts = [f"{value:.2f}" if value else "" for value in (forward, backward)]
+        in_matmuls = f"{100 * matmul / both:.0f} %" if matmul else ""
+        return (name, *parts, f"{both:.2f}", f"{100 * share:.1f} %", in_matmuls)
 
-    lines = []
-    for r in result["rows"]:
-        rate = r["products_tflops_per_s"]
-        share = f"{100 * r['products_ms'] / r['ms']:.0f} %" if r["products_ms"] else ""
-        lines.append(
-            (
-                f"{r['branch']} {r['component']}".strip(), ms(r["forward_ms"]), ms(r["backward_ms"]),
-                f"{r['ms']:.2f}", f"{100 * r['share']:.1f} %", share, f"{rate:.3g}" if rate else "",
-            )
-        )  # fmt: skip
+    rows, whole = result["rows"], result["traced_step_ms"]
+    lines = [
+        line(
+            f"{r['branch']} {r['component']}".strip(),
+            *(r[k] for k in ("forward_ms", "backward_ms", "ms", "share", "matmul_ms")),
+        )
+        for r in rows
+    ]
     if result["basis"].startswith("kernel"):
         idle = 1 - result["busy_share"]
-        lines.append(
-            ("no kernel running", "", "", ms(idle * result["traced_step_ms"]), f"{100 * idle:.1f} %", "", "")
-        )
-    p = result["products"]
-    sums = [ms(sum(r[k] for r in result["rows"])) for k in ("forward_ms", "backward_ms")]
-    rate = f"{p['tflops_per_s']:.3g}" if p["tflops_per_s"] else ""
-    lines.append(("step", *sums, ms(result["traced_step_ms"]), "100 %", f"{100 * p['share']:.0f} %", rate))
-    return lines
-
-
-def summary(result: dict[str, Any]) -> str:
-    """What the table does not say: times with and without the profiler, products against a large one."""
-    p, large, slow = result["products"], result["large_product_tflops_per_s"], result["steps_left_out"]
-    left_out = f" (left out, taking twice as long: {slow})" if slow else ""
-    lines = [
-        f"{result['device']}, {result['precision']}, images {result['images']}; {result['basis']}, "
-        f"mean over steps: {result['steps']}{left_out}",
-        f"a step takes {result['step_ms']:.1f} ms ({result['profiled_step_ms']:.1f} under the profiler): "
-        f"{result['images_per_s']:.4g} images/s, {result['model_tflops_per_s']:.3g} TFLOP/s of the model, "
-        f"{100 * result['model_tflops_per_s'] / large:.0f} % of a large matrix product's {large:.3g}",
-    ]
-    if p["tflops_per_s"]:
-        lines.append(
-            f"matrix products are {100 * p['share']:.0f} % of the step, at {p['tflops_per_s']:.3g} TFLOP/s: "
-            f"{100 * p['of_large_product']:.0f} % of a large one's rate"
-        )
-    return "\n".join(lines)
+        lines.append(line("no kernel running", 0, 0, idle * whole, idle, 0))
+    forward, backward = (sum(r[k] for r in rows) for k in ("forward_ms", "backward_ms"))
+    return [*lines, line("step", forward, backward, whole, 1, result["matmul"]["ms"])]
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Table and summary as plain text."""
+    """The table, and times with and without the profiler, as text."""
     lines = [HEADER, *table(result)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
 
@@ -338,7 +285,20 @@ def describe(result: dict[str, Any]) -> str:
         cells = [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
         return "  ".join(cells).rstrip()
 
-    rule = "-" * len(text(tuple("x" * w for w in widths)))
+    rule, matmul = "-" * (sum(widths) + 2 * len(widths) - 2), result["matmul"]
+    rate = f", at {matmul['tflops_per_s']:.3g} TFLOP/s" if matmul["tflops_per_s"] else ""
     return "\n".join(
-        [text(lines[0]), rule, *map(text, lines[1:-1]), rule, text(lines[-1]), "", summary(result)]
+        [
+            text(lines[0]),
+            rule,
+            *map(text, lines[1:-1]),
+            rule,
+            text(lines[-1]),
+            "",
+            f"{result['device']}, {result['precision']}, images {result['images']}; {result['basis']}, "
+            f"mean over steps: {result['steps']}",
+            f"a step takes {result['step_ms']:.1f} ms ({result['profiled_step_ms']:.1f} under the profiler): "
+            f"{result['images_per_s']:.4g} images/s, {result['model_tflops_per_s']:.3g} TFLOP/s of the model",
+            f"matmuls are {100 * matmul['share']:.0f} % of the step{rate}",
+        ]
     )

@@ -5,7 +5,7 @@ them and, on a GPU, the kernels these launched. Here each op is given to a compo
 
     forward   the innermost range around the op
     backward  the range of the forward op with the same autograd sequence number
-    trunk     split by what the op is: matrix product, attention, or the rest
+    trunk     split by what the op is: matmul, attention, or the rest
     compiled  a compiled region outside every range, and a replayed CUDA graph, are components of their own
 
 On a CPU the time of an op is its own time without the ops it calls, so that components add up to the step;
@@ -32,14 +32,14 @@ from ..ops.scope import PREFIX
 STEP = PREFIX + "STEP"
 COMPILED, GRAPH = "compiled graph", "CUDA graph"
 LINEARS, ATTENTION, REST = "trunk linears", "attention", "norm, GELU, residual, casts"
-PRODUCTS, FUSED = "matrix products", "fused elementwise"
+MATMUL, FUSED = "matmul", "fused elementwise"
 ACCUMULATE, OUTSIDE, DATA = "gradient norm, accumulation", "Python and engine", "data"
 # in the order a step runs them; what is found beyond these follows
 PARTS = ("embed", LINEARS, ATTENTION, REST, "pooling", "heads")
 ORDER = [
     ("", DATA), ("", "augment"), ("", "masks"), *(("teacher", p) for p in PARTS),
     *(("student", p) for p in PARTS), ("", "loss"),
-    *((b, p) for b in (COMPILED, GRAPH) for p in (PRODUCTS, ATTENTION, FUSED)),
+    *((b, p) for b in (COMPILED, GRAPH) for p in (MATMUL, ATTENTION, FUSED)),
     ("", ACCUMULATE), ("", "optimizer and EMA"), ("", "other"), ("", OUTSIDE),
 ]  # fmt: skip
 
@@ -53,8 +53,8 @@ _FACTORS = {
     "aten::_scaled_mm": (0, 1, -1),
     "mkldnn::_linear_pointwise": (0, 1, 0),
 }
-_IS_ATTENTION = re.compile(r"attention|flash|fmha|softmax|bmm|^_Products", re.IGNORECASE)
-_IS_PRODUCT = re.compile(
+_IS_ATTENTION = re.compile(r"attention|flash|fmha|softmax|bmm|^_Matmul", re.IGNORECASE)
+_IS_MATMUL = re.compile(
     r"^aten::(mm|addmm|linear|_scaled_mm|_addmm_activation)$|_linear_pointwise|^(Add)?mmBackward"
     r"|gemm|nvjet|cutlass|triton_tem|wgmma",
     re.IGNORECASE,
@@ -94,7 +94,7 @@ class Event:
 
     @cached_property
     def flop(self) -> float:
-        """Of a matrix product, from its shapes; 0 for any other op."""
+        """Of a matmul, from its shapes; 0 for any other op."""
         if self.name not in _FACTORS:
             return 0.0
         first, second, axis = _FACTORS[self.name]
@@ -106,13 +106,13 @@ class Event:
 
 @dataclass
 class Row:
-    """Time and matrix products of one component over all steps of a trace."""
+    """Time and matmuls of one component over all steps of a trace."""
 
     branch: str
     component: str
     forward_us: float = 0.0
     backward_us: float = 0.0
-    products_us: float = 0.0
+    matmul_us: float = 0.0
     flop: float = 0.0
 
     @property
@@ -134,8 +134,6 @@ class Breakdown:
     rows: list[Row]
     ops: list[tuple[str, str, float]]
     """(component, op or kernel, us), longest first"""
-    left_out: int
-    """steps that took more than twice the shortest one (CPU only: another program had the processor)"""
 
 
 def load(path: str | Path) -> list[dict[str, Any]]:
@@ -155,10 +153,6 @@ def read(events: list[dict[str, Any]]) -> Breakdown:
     steps = sorted((e for e in host if e.name == STEP), key=lambda e: e.start)
     if not steps:
         raise UsageError(f"the trace has no range {STEP!r}; make it with `extrema-fast profile`")
-    taken = len(steps)
-    if not device:
-        shortest = min(s.end - s.start for s in steps)
-        steps = [s for s in steps if s.end - s.start <= 2 * shortest]
     forward = {e.sequence: e for e in sorted(host, key=lambda e: e.start) if _is_forward(e)}
     table: dict[tuple[str, str], Row] = {}
     ops: dict[tuple[str, str], float] = defaultdict(float)
@@ -181,11 +175,12 @@ def read(events: list[dict[str, Any]]) -> Breakdown:
     order = {key: i for i, key in enumerate(ORDER)}
     rows = sorted(table.values(), key=lambda r: order.get((r.branch, r.component), len(order)))
     longest = [(*key, us) for key, us in sorted(ops.items(), key=lambda item: -item[1]) if us > 0]
-    return Breakdown(len(steps), bool(device), wall, busy, rows, longest, taken - len(steps))
+    return Breakdown(len(steps), bool(device), wall, busy, rows, longest)
 
 
 def _parse(events: list[dict[str, Any]]) -> tuple[list[Event], list[Event]]:
-    host, device = [], []
+    host: list[Event] = []
+    device: list[Event] = []
     for e in events:
         kind = e.get("cat")
         if e.get("ph") != "X" or (kind not in _HOST and kind not in _DEVICE):
@@ -233,7 +228,7 @@ def _is_forward(e: Event) -> bool:
 
 
 def _what(event: Event) -> str:
-    """`product`, `attention` or "" of an op, by its name or the nearest op around it with a telling one."""
+    """`matmul`, `attention` or "" of an op, by its name or the nearest op around it with a telling one."""
     for e in event.up():
         if e.name.startswith(PREFIX):
             break
@@ -242,8 +237,8 @@ def _what(event: Event) -> str:
         batched = name == "aten::matmul" and len(e.dims) > 1 and len(e.dims[1]) > 2
         if batched or _IS_ATTENTION.search(name):
             return "attention"
-        if _IS_PRODUCT.search(name) and "_fused_" not in name:
-            return "product"
+        if _IS_MATMUL.search(name) and "_fused_" not in name:
+            return "matmul"
         if "_fused_" in name or e.name.startswith(_NODE):
             break
     return ""
@@ -259,7 +254,7 @@ def _place(event: Event | None, forward: dict[int, Event], what: str = "") -> tu
         if e.name.startswith(PREFIX) and e.name != STEP:
             branch, _, scope = e.name.removeprefix(PREFIX).rpartition("/")
             if scope == "trunk":
-                scope = {"product": LINEARS, "attention": ATTENTION}.get(what, REST)
+                scope = {"matmul": LINEARS, "attention": ATTENTION}.get(what, REST)
             return branch, scope, any(x.name.startswith(_NODE) for x in e.up())
         if e.name.startswith(_NODE):
             if e.sequence < 0:
@@ -269,11 +264,11 @@ def _place(event: Event | None, forward: dict[int, Event], what: str = "") -> tu
             return branch, component, True
         in_region = in_region or bool(_IS_REGION.search(e.name))
     if in_region:
-        return COMPILED, {"product": PRODUCTS, "attention": ATTENTION}.get(what, FUSED), False
+        return COMPILED, {"matmul": MATMUL, "attention": ATTENTION}.get(what, FUSED), False
     return "", OUTSIDE if event.name == STEP else "other", False
 
 
-def _outermost_product(event: Event | None) -> Event | None:
+def _outermost_matmul(event: Event | None) -> Event | None:
     found = None
     for e in event.up() if event is not None else ():
         found = e if e.flop else found
@@ -287,10 +282,10 @@ def _count_ops(host: list[Event], steps: list[Event], forward: dict[int, Event],
         if e.thread != steps[0].thread or not inside(e.start):
             continue
         row = add(_place(e, forward), e.name, e.own_us)
-        product = _outermost_product(e)
-        if product is not None:
-            row.products_us += e.own_us
-            row.flop += e.flop if e is product else 0
+        matmul = _outermost_matmul(e)
+        if matmul is not None:
+            row.matmul_us += e.own_us
+            row.flop += e.flop if e is matmul else 0
     return sum(s.end - s.start for s in steps)
 
 
@@ -308,7 +303,7 @@ def _count_kernels(
         seen.append(kernel)
         what = _kernel_is(kernel)
         if "GraphLaunch" in launch.name:
-            component = {"product": PRODUCTS, "attention": ATTENTION}.get(what, FUSED)
+            component = {"matmul": MATMUL, "attention": ATTENTION}.get(what, FUSED)
             place = GRAPH, component, False
         elif launch.thread not in method_threads and kernel.external not in by_id:
             # the image reader's own threads
@@ -321,12 +316,12 @@ def _count_kernels(
                 upload = kernel.kind == "gpu_memcpy" and "HtoD" in kernel.name
                 place = "", DATA if upload else "other", False
         row = add(place, kernel.name, kernel.end - kernel.start)
-        product = _outermost_product(launch.parent or by_id.get(kernel.external))
-        if product is not None or (place[0] == GRAPH and what == "product"):
-            row.products_us += kernel.end - kernel.start
-        if product is not None and id(product) not in counted:
-            counted.add(id(product))
-            row.flop += product.flop
+        matmul = _outermost_matmul(launch.parent or by_id.get(kernel.external))
+        if matmul is not None or (place[0] == GRAPH and what == "matmul"):
+            row.matmul_us += kernel.end - kernel.start
+        if matmul is not None and id(matmul) not in counted:
+            counted.add(id(matmul))
+            row.flop += matmul.flop
     if not seen:
         raise UsageError("the trace has kernels, but none launched inside a step")
     busy, until = 0.0, 0.0
@@ -340,7 +335,7 @@ def _count_kernels(
 def _kernel_is(kernel: Event) -> str:
     if _IS_ATTENTION.search(kernel.name):
         return "attention"
-    return "product" if _IS_PRODUCT.search(kernel.name) else ""
+    return "matmul" if _IS_MATMUL.search(kernel.name) else ""
 
 
 def _inside(steps: list[Event]) -> Any:
