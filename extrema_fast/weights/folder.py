@@ -183,7 +183,7 @@ def _found_instead(path: Path) -> str:
 
 def check_replaceable(out: Path, force: bool = False) -> None:
     """Raises UsageError unless `out` is free or empty, or an earlier import or export that `force` replaces."""
-    only = f"{out}: --force replaces an import or an export only, and"
+    only = f"{out}: --force replaces only what `import` or `export` wrote;"
     try:
         if out.is_symlink():
             raise UsageError(f"{out}: is a symbolic link; name the folder itself, or another one")
@@ -198,9 +198,9 @@ def check_replaceable(out: Path, force: bool = False) -> None:
             )
         for name in inside:
             if name not in OWN_FILES or not (out / name).is_file():
-                raise UsageError(f"{only} here is {name}")
+                raise UsageError(f"{only} this folder holds {name}")
         if inside and not {"source", "export"} & _own_description(out).keys():
-            raise UsageError(f"{only} this is neither")
+            raise UsageError(f"{only} this folder was written by neither")
     except OSError as error:
         raise StorageError(f"{out}: cannot be written ({error})") from None
 
@@ -328,12 +328,12 @@ def _check_tables(meta: Mapping[str, Any]) -> None:
         if name == "encoder" and (unknown := [key for key in table if key not in checks]):
             raise UsageError(f"unknown option encoder.{unknown[0]}{did_you_mean(unknown[0], list(checks))}")
         for key, check in checks.items():
-            # normalization has no part that could be left out
+            # mean and std have no default
             if (key in table or (name == "data" and name in meta)) and not check(table.get(key)):
                 raise UsageError(f"{name}.{key}: {str(table.get(key))[:40]} makes no sense")
 
 
-# ---- files that nobody vouches for ----------------------------------------------------------------
+# ---- reading untrusted files ----------------------------------------------------------------------
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

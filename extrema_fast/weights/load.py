@@ -55,7 +55,7 @@ class Weights(NamedTuple):
     def choose(self, which: str | None) -> str:
         """The network that `which` means; None: the one the description names, else the teacher.
 
-        A network not known to be either (a bare file, a fine-tuned one) answers to any name.
+        A network not known to be either (a bare file, a fine-tuned one) is returned for any name.
         """
         if which is not None and which not in WHICH:
             raise UsageError(f"which: expected 'teacher' or 'student', got {which!r}")
@@ -75,7 +75,7 @@ def open_weights(
     Args:
         path: A run folder (its newest weights), a weights folder or one file of it, an exported folder, bare encoder
             weights, or a released ExtreMA `.pth`.
-        grid: (rows, columns) of patches, where the tensors alone do not tell.
+        grid: (rows, columns) of patches, where the tensors alone do not show it.
         num_heads: Heads of the trunk, where the file does not say and they are not width / 64.
 
     Raises:
@@ -210,7 +210,9 @@ def _build(
     state = {k: v for k, v in tensors.items() if not is_projector(k)}
     rescaled = trained if saved["pos_coords"] == "rescaled" else None
     if saved["pos_embed"] == "sincos" and not is_sincos(state["pos_embed"], config.grid, rescaled):
-        raise UsageError(f"{source}: the position table is not the fixed sin-cos table it is said to be")
+        raise UsageError(
+            f"{source}: the position table is not the fixed sin-cos table its description claims"
+        )
     state["patch_embed.proj.weight"] = adapt_in_chans(
         state["patch_embed.proj.weight"].float(), options["in_chans"] or config.in_chans
     )
@@ -327,7 +329,7 @@ def import_released(
             the tensors, optimizer and scaler are dropped.
         out: The new folder.
         which: Keep `teacher` or `student` only; default: all there are, with their training heads.
-        grid, num_heads: Where the tensors do not tell them, as in `load_encoder`.
+        grid, num_heads: Where the tensors do not show them, as in `load_encoder`.
         force: Replace an earlier import or export at `out`.
 
     Returns:

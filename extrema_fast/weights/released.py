@@ -294,7 +294,7 @@ def is_sincos(table: Tensor, grid: tuple[int, int], trained: tuple[int, int] | N
 def _find_grid(table: Tensor, grid: tuple[int, int] | None, source: str) -> tuple[tuple[int, int], bool]:
     """(rows, columns) of a position table [1, N, D], and whether it is the fixed sin-cos table.
 
-    The values of a fixed table tell its grid; a learned one is taken as square unless `grid` is given.
+    The values of a fixed table show its grid; a learned one is taken as square unless `grid` is given.
     """
     n, width = table.shape[1:]
     if grid is not None and grid[0] * grid[1] != n:
@@ -323,7 +323,7 @@ def infer_architecture(
     Args:
         state: Tensors of the encoder, by our names.
         source: Its name in messages.
-        grid: Rows and columns of the patches, where the position table does not tell.
+        grid: Rows and columns of the patches, where the position table does not show them.
         num_heads: Heads of the trunk, which leave no trace in shapes; default width / 64, as in all released sizes.
 
     Raises:
