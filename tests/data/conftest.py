@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from extrema_fast.config import DataConfig
+
+from .tars import write_tar
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -51,6 +54,22 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = picture(i, 40 + 7 * i % 60, 44 + 11 * i % 70)
         image.fromarray(pixels).save(folder / f"{i:02d}.{'jpg' if i % 2 else 'png'}", quality=92)
     return root
+
+
+@pytest.fixture(scope="session")
+def shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 23 images of `tree` in four tar shards of 7, 1, 9 and 6."""
+    folder = tmp_path_factory.mktemp("shards")
+    pack_files(folder, sorted(p for p in tree.rglob("*") if p.is_file()), (7, 1, 9, 6))
+    return folder
+
+
+def pack_files(folder: Path, paths: list[Path], counts: tuple[int, ...]) -> None:
+    """Writes image files into tar shards of so many images each."""
+    rows = iter(enumerate(paths))
+    for number, count in enumerate(counts):
+        some = [(f"{i:04d}{path.suffix}", path.read_bytes()) for i, path in itertools.islice(rows, count)]
+        write_tar(folder / f"{number}.tar", some)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from extrema_fast.config import DataConfig
 from extrema_fast.data import loader as data
 from extrema_fast.data.loader import EvalLoader, TrainLoader
 from extrema_fast.data.preprocess import resize_crop
@@ -30,18 +29,13 @@ def batches(source, cfg, count, size=SIZE, **kw):
         return list(itertools.islice(loader, count))
 
 
-def test_batches_have_the_promised_shapes(tree, config, kind):
-    (batch,) = batches(open_source(str(tree)), config(loader=kind), 1)
-    assert batch.images.shape == (6, *SIZE, 3) and batch.images.dtype == torch.uint8
-    assert batch.index.shape == (6,) and batch.index.dtype == torch.int64
-    assert (batch.epoch, batch.step) == (0, 0)
-    # a picture, not a constant or an empty buffer
-    assert batch.images.float().std() > 20
-
-
 def test_every_epoch_has_each_row_once(tree, config, kind):
     source = open_source(str(tree))
     seen = batches(source, config(loader=kind), 12, batch_size=5, seed=2)
+    for batch in seen:
+        assert batch.images.shape == (5, *SIZE, 3) and batch.images.dtype == torch.uint8
+        # an image, not a constant or an empty buffer
+        assert batch.index.dtype == torch.int64 and batch.images.float().std() > 20
     assert [b.epoch for b in seen] == [0] * 4 + [1] * 4 + [2] * 4
     assert [b.step for b in seen] == list(range(12))
     orders = [torch.cat([b.index for b in seen if b.epoch == e]) for e in range(3)]
@@ -54,25 +48,33 @@ def test_every_epoch_has_each_row_once(tree, config, kind):
     assert not set.intersection(*left_out)
 
 
+@pytest.fixture(params=["files", "shards"])
+def setup(request, tree, shards, config, kind):
+    """(source, settings): files in the global order, and tar shards in the order by shards."""
+    if request.param == "files":
+        return open_source(str(tree)), config(loader=kind)
+    return open_source(str(shards)), config(loader=kind, order="shards", window=2)
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert (x.epoch, x.step) == (y.epoch, y.step)
+        assert torch.equal(x.index, y.index) and torch.equal(x.images, y.images)
+
+
 @pytest.mark.parametrize("world", [2, 3])
-def test_worlds_see_the_same_global_batches(tree, config, kind, world):
-    source, cfg = open_source(str(tree)), config(loader=kind)
-    alone = batches(source, cfg, 5)
-    parts = [batches(source, cfg, 5, rank=r, world=world) for r in range(world)]
+def test_worlds_see_the_same_global_batches(setup, world):
+    alone = batches(*setup, 5)
+    parts = [batches(*setup, 5, rank=r, world=world) for r in range(world)]
     for step, whole in enumerate(alone):
         assert torch.equal(torch.cat([p[step].index for p in parts]), whole.index)
         assert torch.equal(torch.cat([p[step].images for p in parts]), whole.images)
 
 
-@pytest.mark.parametrize("start", [1, 2, 3, 4, 7])
-def test_restart_at_any_step_is_exact(tree, config, kind, start):
-    source, cfg = open_source(str(tree)), config(loader=kind)
+@pytest.mark.parametrize("start", [1, 3, 7])
+def test_restart_at_any_step_is_exact(setup, start):
     # 3 steps per epoch: the restarts lie before, on and after an epoch's end
-    whole = batches(source, cfg, 8)
-    again = batches(source, cfg, 8 - start, start_step=start)
-    for a, b in zip(whole[start:], again, strict=True):
-        assert (a.epoch, a.step) == (b.epoch, b.step)
-        assert torch.equal(a.index, b.index) and torch.equal(a.images, b.images)
+    assert_same(batches(*setup, 8)[start:], batches(*setup, 8 - start, start_step=start))
 
 
 def test_threads_and_seed(tree, config, kind):
@@ -137,18 +139,6 @@ def test_eval_loader_gives_each_image_once_in_order(tree, config, kind, batch_si
         assert all(len(images) == len(index) <= batch_size for images, index in seen)
     whole = torch.cat([images for images, _ in seen])
     assert torch.equal(whole, next(iter(EvalLoader(source, config(loader=kind), SIZE)))[0])
-
-
-def test_eval_resizes_and_crops_like_the_paper(tmp_path, config, kind):
-    # smooth, so that half a pixel of rounding in the resized size does not matter but a wrong box does
-    y, x = np.mgrid[0:90, 0:120]
-    pixels = np.stack([y * 2, x * 2, (x + y)], -1).astype(np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    ((got, _),) = EvalLoader(open_source(str(tmp_path)), config(loader=kind), (56, 56))
-    # short side to 64 = 56 * 256/224, then the centre
-    resized = Image.fromarray(pixels).resize((85, 64), Image.Resampling.BILINEAR)
-    want = np.asarray(resized.crop((15, 4, 71, 60))).astype(int)
-    assert np.abs(want - got[0].numpy()).max() <= 3
 
 
 @pytest.mark.parametrize("size", [(32, 32), (384, 384), (224, 224), (40, 96), (19, 39)])
@@ -229,10 +219,3 @@ def test_no_pillow(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(UsageError, match=r"needs Pillow: pip install \"extrema-fast\[train\]\""):
         data.choose_loader("pil")
-
-
-def test_the_built_in_set_trains(kind, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    source = open_source("synthetic", limit=16)
-    (batch,) = batches(source, DataConfig(loader=kind), 1, (32, 32), batch_size=16)
-    assert sorted(batch.index.tolist()) == list(range(16))

@@ -6,7 +6,6 @@ the fingerprint; rows taken out by hand and Windows line ends; damaged lines; fi
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 
@@ -76,10 +75,6 @@ def test_table(tmp_path):
     assert table.label.tolist() == [0, 0, 2] and table.crc32.tolist() == [0xCAFE, 0, 0]
     assert table.good().tolist() == [0, 2] and table.width.dtype == np.int32
     assert table.offset.tolist() == [-1] * 3 and table.mtime_ns.dtype == np.int64
-
-
-def test_empty_table(tmp_path):
-    assert len(read_manifest(write(tmp_path / "m.tsv", []))) == 0
 
 
 def test_source(tmp_path):
@@ -270,9 +265,3 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         write_lines(path, header_lines(".", []), [])
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "m.tsv"]
-
-
-def test_the_first_line_is_json_after_a_tab(tmp_path):
-    first = write(tmp_path / "m.tsv").read_text().split("\n")[0]
-    about = json.loads(first.removeprefix("# extrema-fast manifest 1\t"))
-    assert about == {"root": ".", "classes": ["a", "empty", "b\tc"]}

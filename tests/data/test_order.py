@@ -1,17 +1,14 @@
 """The order of an epoch.
 
 Covers: no row lost or repeated, global and by shards, odd shard sizes and windows; reads stay within the window; a
-window of all shards; the order of earlier versions; mixtures with parts of an epoch; substitutes; worlds and restarts
-by shards; errors; what a loader reads from a mixture of files and shards.
+window of all shards; the order of earlier versions; mixtures with parts of an epoch; substitutes; errors; what a loader
+reads from files, shards and both.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,22 +144,6 @@ def test_errors():
 # ---- with images ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def shards(tree, tmp_path_factory):
-    """The 23 images of `tree` in four tar shards of 7, 1, 9 and 6, and the rows of the tree they hold."""
-    folder = tmp_path_factory.mktemp("shards")
-    paths, start = open_source(str(tree)).paths, 0
-    for number, count in enumerate((7, 1, 9, 6)):
-        with tarfile.open(folder / f"{number}.tar", "w") as tar:
-            for i in range(start, start + count):
-                suffix = paths[i].rsplit(".", 1)[1]
-                info, data = tarfile.TarInfo(f"{i:04d}.{suffix}"), Path(paths[i]).read_bytes()
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-        start += count
-    return folder
-
-
 def test_images_in_shards_are_those_of_the_files(tree, shards, config, kind):
     files, packed = open_source(str(tree)), open_source(str(shards))
     assert len(packed) == 23 and packed.shards is not None
@@ -184,23 +165,6 @@ def test_files_and_shards_in_one_source(tree, shards, config, kind):
     )  # fmt: skip
     images = torch.cat([im for im, _ in EvalLoader(both, config(loader=kind), (24, 32), batch_size=9)])
     assert torch.equal(images[:23], images[23:])
-
-
-def test_worlds_and_restarts_by_shards(shards, config, kind):
-    source, cfg = open_source(str(shards)), config(loader=kind, order="shards", window=2)
-
-    def batches(count, **kw):
-        with TrainLoader(source, cfg, (24, 32), batch_size=6, seed=3, **kw) as loader:
-            return list(itertools.islice(loader, count))
-
-    alone = batches(7)
-    for start in (2, 5):
-        for a, b in zip(alone[start:], batches(7 - start, start_step=start), strict=True):
-            assert torch.equal(a.index, b.index) and torch.equal(a.images, b.images)
-    parts = [batches(7, rank=r, world=2) for r in range(2)]
-    for step, whole in enumerate(alone):
-        assert torch.equal(torch.cat([p[step].index for p in parts]), whole.index)
-        assert torch.equal(torch.cat([p[step].images for p in parts]), whole.images)
 
 
 def test_sizes_from_headers_are_turned_with_the_image(tmp_path, config, kind):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from extrema_fast.config import ModelConfig
-from extrema_fast.data.preprocess import CROP_PCT, Preprocess, resize_crop
+from extrema_fast.data.preprocess import Preprocess, resize_crop
 from extrema_fast.errors import UsageError
 from extrema_fast.models.encoder import create_encoder
 
@@ -50,10 +50,6 @@ def test_against_pil(size, scaled, result):
     out = resize_crop(image, result)
     assert out.dtype == torch.uint8 and out.shape == (*result, 3)
     assert np.abs(out.numpy() - wanted).max() <= 2
-
-
-def test_crop_share():
-    assert CROP_PCT == 0.875
 
 
 def test_a_picture_of_that_size_is_left_as_it_is():
@@ -97,11 +93,6 @@ def test_any_kind_of_pil_image(mode):
     f = Preprocess((16, 16), 3, **PLAIN)
     image = Image.fromarray(picture(40, 30).numpy()).convert(mode)
     assert torch.equal(f(image), f(image.convert("RGB")))
-
-
-def test_gray_encoders():
-    f = create_encoder(NAME, img_size=16, in_chans=1).preprocess()
-    assert f.metadata["input_size"] == (1, 16, 16) and f(picture(20, 20)).shape == (1, 16, 16)
 
 
 @pytest.mark.parametrize(

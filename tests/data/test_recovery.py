@@ -9,12 +9,10 @@ evaluation; memory.
 
 from __future__ import annotations
 
-import io
 import itertools
 import logging
 import shutil
 import struct
-import tarfile
 import zlib
 from pathlib import Path
 
@@ -32,7 +30,7 @@ from extrema_fast.distributed import World
 from extrema_fast.errors import DataError
 from extrema_fast.tools.index import index
 
-from .conftest import picture
+from .conftest import pack_files, picture
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 
@@ -61,10 +59,10 @@ def spoil(path, how):
         path.write_bytes({"text": b"no image at all", "empty": b"", "cut": data[: len(data) // 2]}[how])
 
 
-def assert_only(places, clean, mended):
+def assert_only(places, clean, replaced):
     """The same batches but for the images of some rows, which are others."""
     changed = 0
-    for a, b in zip(clean, mended, strict=True):
+    for a, b in zip(clean, replaced, strict=True):
         same = torch.tensor([row not in places for row in a.index.tolist()])
         assert torch.equal(a.index[same], b.index[same]) and torch.equal(a.images[same], b.images[same])
         assert not set(b.index.tolist()) & set(places)
@@ -81,9 +79,9 @@ def test_all_other_samples_are_undisturbed(images, config, kind, how, caplog):
     for row in bad:
         spoil(images / source.paths[row], how)
     with caplog.at_level(logging.WARNING, "extrema_fast"):
-        mended, found = batches(source, cfg, 12)
+        replaced, found = batches(source, cfg, 12)
     drawn = sum(row in bad for b in clean for row in b.index.tolist())
-    assert assert_only(bad, clean, mended) == drawn >= 2
+    assert assert_only(bad, clean, replaced) == drawn >= 2
     assert sorted(found.reasons) == bad
     # each is named once, with what is wrong
     told = [r.getMessage() for r in caplog.records if "left out from now on" in r.getMessage()]
@@ -91,11 +89,11 @@ def test_all_other_samples_are_undisturbed(images, config, kind, how, caplog):
     assert all(source.paths[row] in text for row, text in zip(bad, sorted(told), strict=True))
     # known from the start, found by someone else, another start, another world: nothing changes
     again, _ = batches(source, cfg, 12, bad=found)
-    assert_same(mended, again)
+    assert_same(replaced, again)
     later, _ = batches(source, cfg, 5, start_step=7)
-    assert_same(mended[7:], later)
+    assert_same(replaced[7:], later)
     parts = [batches(source, cfg, 12, rank=r, world=5)[0] for r in range(5)]
-    for step, whole in enumerate(mended):
+    for step, whole in enumerate(replaced):
         assert torch.equal(torch.cat([p[step].index for p in parts]), whole.index)
         assert torch.equal(torch.cat([p[step].images for p in parts]), whole.images)
 
@@ -135,32 +133,25 @@ def test_a_file_that_breaks_while_training(images, config, kind):
     source, cfg = open_source(str(images)), config(loader=kind)
     clean, _ = batches(source, cfg, 12)
     with TrainLoader(source, cfg, SIZE, batch_size=5, seed=3) as loader:
-        mended = [next(loader) for _ in range(8)]
+        replaced = [next(loader) for _ in range(8)]
         row = int(clean[11].index[2])
         spoil(images / source.paths[row], "gone")
-        mended += [next(loader) for _ in range(4)]
-    assert_same(clean[:8], mended[:8])
-    assert assert_only([row], clean[8:], mended[8:]) == 1
+        replaced += [next(loader) for _ in range(4)]
+    assert_same(clean[:8], replaced[:8])
+    assert assert_only([row], clean[8:], replaced[8:]) == 1
     assert "gone" in loader.bad.reasons[row]
 
 
 def test_a_shard_that_is_cut_short(tree, tmp_path, config, kind):
-    paths = open_source(str(tree)).paths
-    for number in range(2):
-        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
-            for i, path in enumerate(paths[11 * number : 11 * number + 11]):
-                data = Path(path).read_bytes()
-                info = tarfile.TarInfo(f"{i:04d}.{path[-3:]}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+    pack_files(tmp_path, [Path(p) for p in open_source(str(tree)).paths], (11, 11))
     source = open_source(str(tmp_path))
     cfg = config(loader=kind, bad_budget=0.2)
     clean, _ = batches(source, cfg, 8)
     with open(tmp_path / "1.tar", "r+b") as f:
         f.truncate(int(source.spans[19, 0]) + 100)
-    mended, found = batches(source, cfg, 8)
+    replaced, found = batches(source, cfg, 8)
     assert sorted(found.reasons) == [19, 20, 21]
-    assert assert_only([19, 20, 21], clean, mended) >= 3
+    assert assert_only([19, 20, 21], clean, replaced) >= 3
     assert all("ends after" in reason and "1.tar" in reason for reason in found.reasons.values())
 
 
@@ -217,14 +208,6 @@ def test_over_a_manifest_every_good_row_exactly_once(everything, config, tmp_pat
         rows = np.concatenate([b.index for seen, _ in parts for b in seen[epoch * steps :][:steps]])
         assert len(rows) == steps * batch == len(set(rows.tolist()))
     assert not any(len(bad) for _, bad in parts)
-
-
-def test_no_row_twice_where_enough_are_left_over(everything, config):
-    # 260 of 264 places: the four rows left over, unusable ones among them, take places first
-    seen, _ = batches(everything, config(loader="pil", bad_budget=0.1), 13 * 3, batch_size=20)
-    for epoch in range(3):
-        rows = torch.cat([b.index for b in seen[13 * epoch : 13 * epoch + 13]])
-        assert len(rows) == 260 and 260 - len(rows.unique()) <= 6
 
 
 # ---- limits -----------------------------------------------------------------------------------------
@@ -321,7 +304,7 @@ def test_the_list_in_a_file(images, config, tmp_path, caplog):
     assert read(source) == [3, 8]
     with pytest.raises(DataError, match="2 of 23 images cannot be used"):
         read(source, 1e-4)
-    # what has been mended is used again
+    # what has been repaired is used again
     Image.new("RGB", (40, 40)).save(images / "03.jpg")
     assert read(source) == [8]
     # another data set, a damaged file, none
@@ -346,61 +329,41 @@ def test_a_full_disk_is_no_reason_to_stop(images, config, caplog):
 
 def test_dali_loses_batches_without_a_file_to_blame(images, config, monkeypatch):
     pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
-    source, cfg = open_source(str(images)), config(loader="dali")
+    source, cfg, decoder = open_source(str(images)), config(loader="dali"), data_decode.DaliDecoder
     clean, _ = batches(source, cfg, 12)
-    real, runs = data_decode.DaliDecoder._run, itertools.count()
-
-    def unsteady(decoder, pipe):
-        images = real(decoder, pipe)
-        # the third batch, and the one that takes its place
-        if next(runs) in (2, 4):
-            raise RuntimeError("Critical error\nencountered:\na hiccup\nCurrent pipeline is gone")
-        return images
-
-    monkeypatch.setattr(data_decode.DaliDecoder, "_run", unsteady)
-    monkeypatch.setattr(data_decode.DaliDecoder, "_find_failed", lambda *args: {})
+    real, runs = decoder._run, itertools.count()
+    monkeypatch.setattr(decoder, "_find_failed", lambda *args: {})
+    # the third batch, and the one that replaces it
+    monkeypatch.setattr(decoder, "_run", losing(real, lambda _: next(runs) in (2, 4)))
     seen, found = batches(source, cfg, 12)
     assert_same(clean, seen)
     assert not found
-
     # every batch is lost, and only decoding it once more helps: slow for ever, so it ends
-    runs = itertools.count()
-    with monkeypatch.context() as m:
-        m.setattr(data_decode.DaliDecoder, "_run", every_other_lost(real))
-        with (
-            pytest.raises(DataError, match=r"not because of a file: lost again"),
-            TrainLoader(source, cfg, SIZE, batch_size=5, seed=3) as loader,
-        ):
-            for want in clean:
-                assert torch.equal(next(loader).images, want.images)
-                next(runs)
-    assert next(runs) == 3
-
-    monkeypatch.setattr(data_decode.DaliDecoder, "_run", always_lost(real))
+    runs, delivered = itertools.count(), 0
+    monkeypatch.setattr(decoder, "_run", losing(real, lambda _: next(runs) % 2 == 0))
+    with (
+        pytest.raises(DataError, match="not because of a file: lost again"),
+        TrainLoader(source, cfg, SIZE, batch_size=5, seed=3) as loader,
+    ):
+        for want in clean:
+            assert torch.equal(next(loader).images, want.images)
+            delivered += 1
+    assert delivered == 3
+    monkeypatch.setattr(decoder, "_run", losing(real, lambda images: len(images) > 1))
     with pytest.raises(DataError, match=r"not because of a file: lost again; try --data\.loader pil"):
         batches(source, cfg, 12)
 
 
-def every_other_lost(real):
-    runs = itertools.count()
+def losing(real, lost):
+    """`real`, raising as DALI does where `lost(images)` says so."""
 
-    def lost(decoder, pipe):
+    def run(decoder, pipe):
         images = real(decoder, pipe)
-        if next(runs) % 2 == 0:
-            raise RuntimeError("encountered:\nlost again\nCurrent pipeline is gone")
+        if lost(images):
+            raise RuntimeError("Critical error\nencountered:\nlost again\nCurrent pipeline is gone")
         return images
 
-    return lost
-
-
-def always_lost(real):
-    def lost(decoder, pipe):
-        images = real(decoder, pipe)
-        if len(images) > 1:
-            raise RuntimeError("encountered:\nlost again\nCurrent pipeline is gone")
-        return images
-
-    return lost
+    return run
 
 
 @pytest.mark.parametrize("batch", [1, 4, 23])

@@ -1,5 +1,6 @@
-"""Tar shards: grouping and labels by webdataset's convention, index files, patterns, and every broken tar.
+"""Tar shards.
 
+Covers: samples and labels by webdataset's convention, index files, patterns, and every kind of broken tar.
 Oracles: Python's tarfile for names and places, DALI's wds2idx for index files.
 """
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from extrema_fast.data import shards
-from extrema_fast.data.shards import Member, expand, index_text, members, parse_index, scan, split_name
+from extrema_fast.data.shards import Member, expand, index_text, members, parse_index, scan
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import DataError, UsageError
 from tests.data.tars import samples, special, write_tar
@@ -57,58 +58,58 @@ def test_limit_keeps_spans_names_and_shards(tmp_path):
     assert some.shards.tolist() == whole.shards[rows].tolist()
 
 
-def test_other_components_are_left_alone_and_json_labels_count(tmp_path):
-    entries = [
-        ("x/1.jpeg", b"one"),
-        ("x/1.txt", b"a caption"),
-        ("x/1.json", b'{"label": 12, "other": [1]}'),
-        ("x/1.seg.png", b"mask"),
-        ("x/2.json", b'{"label": "7"}'),
-        ("x/2.WEBP", b"two"),
-        ("x/notes.txt", b"nothing"),
-        ("README", b"no dot"),
-    ]
-    source = open_source(str(write_tar(tmp_path / "a.tar", entries)))
-    assert [source.read(r) for r in range(2)] == [b"one", b"two"]
-    assert source.classes == ["7", "12"] and source.labels.tolist() == [1, 0]
-
-
-def test_cls_goes_before_json_and_names_are_classes_too(tmp_path):
-    entries = [
-        ("1.json", b'{"label": 5}'),
-        ("1.cls", b"tench"),
-        ("1.png", b"x"),
-        ("2.png", b"y"),
-        ("2.cls", b"hen"),
-    ]
-    source = open_source(str(write_tar(tmp_path / "a.tar", entries)))
-    assert source.classes == ["hen", "tench"] and source.labels.tolist() == [1, 0]
+@pytest.mark.parametrize(
+    ("members_", "images", "labels"),
+    [
+        # other components are ignored; labels in json
+        (
+            {
+                "x/1.jpeg": b"one", "x/1.txt": b"a caption", "x/1.json": b'{"label": 12, "other": [1]}',
+                "x/1.seg.png": b"mask", "x/2.json": b'{"label": "7"}', "x/2.WEBP": b"two", "README": b"no dot",
+            },
+            [b"one", b"two"], ["12", "7"],
+        ),
+        # cls before json; names are classes too
+        (
+            {"1.json": b'{"label": 5}', "1.cls": b"tench", "1.png": b"x", "2.png": b"y", "2.cls": b"hen"},
+            [b"x", b"y"], ["tench", "hen"],
+        ),
+        # dots in names
+        (
+            {"my.photo.1.jpg": b"a", "my.photo.2.jpg": b"b", "v1.0/IMG.depth.png": b"m", "v1.0/IMG.jpg": b"c"},
+            [b"a", b"b", b"c"], None,
+        ),
+        # hidden files
+        ({"d/._1.jpg": b"finder", "d/1.jpg": b"a", ".2.jpg": b"b"}, [b"a"], None),
+        # absolute and parent paths are only names
+        ({"/etc/1.jpg": b"a", "../2.jpg": b"b", "c/../../3.jpg": b"c"}, [b"a", b"b", b"c"], None),
+    ],
+    ids=["json", "cls", "dots", "hidden", "paths"],
+)  # fmt: skip
+def test_samples_and_labels(tmp_path, monkeypatch, members_, images, labels):
+    path = write_tar(tmp_path / "a.tar", members_.items())
+    source = open_source(str(path))
+    assert [source.read(r) for r in range(len(source))] == images
+    found = source.labels if labels is None else [source.classes[i] for i in source.labels.tolist()]
+    assert found == labels
+    assert sorted(os.listdir(tmp_path)) == ["a.idx", "a.tar"]
+    # a file that the index leaves out does not make it a wrong one
+    no_scan(monkeypatch)
+    assert open_source(str(path)).fingerprint == source.fingerprint
 
 
 @pytest.mark.parametrize(
-    "last",
-    [
-        [],
-        [("9.cls", b" \n")],
-        [("9.cls", b"\xff")],
-        [("9.json", b'{"label": true}')],
-        [("9.json", b'{"label": 1.5}')],
-        [("9.json", b"[" * 100_000)],
-        [("9.json", b"{}")],
-    ],
-)
-def test_a_label_that_is_missing_drops_all(tmp_path, caplog, last):
+    "label",
+    [None, (".cls", b" \n"), (".cls", b"\xff"), (".json", b'{"label": true}'), (".json", b'{"label": 1.5}'),
+     (".json", b"[" * 100_000), (".json", b"{}")],
+)  # fmt: skip
+def test_a_label_that_is_missing_drops_all(tmp_path, caplog, label):
+    last = [] if label is None else [("9" + label[0], label[1])]
     path = write_tar(tmp_path / "a.tar", [*samples(3), ("9.jpg", b"x"), *last])
     with caplog.at_level(logging.WARNING):
         source = open_source(str(path))
     assert len(source) == 4 and source.labels is None and source.classes == []
     assert f"1 of 4 images have no label (cls, or label in json), first: {path}:9.jpg" in caplog.text
-
-
-def test_no_labels_at_all_is_no_news(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        source = open_source(str(write_tar(tmp_path / "a.tar", samples(3, label=False))))
-    assert source.labels is None and not caplog.text
 
 
 def test_classes_txt_names_the_numbers(tmp_path, caplog):
@@ -123,28 +124,6 @@ def test_classes_txt_names_the_numbers(tmp_path, caplog):
         assert source.classes == ["0", "2"] and source.labels.tolist() == [1, 0]
         assert "2 different names do not name the classes up to 2" in caplog.text
         caplog.clear()
-
-
-def test_names_with_dots(tmp_path):
-    entries = [
-        ("my.photo.1.jpg", b"a"),
-        ("my.photo.2.jpg", b"b"),
-        ("v1.0/IMG.depth.png", b"m"),
-        ("v1.0/IMG.jpg", b"c"),
-    ]
-    source = open_source(str(write_tar(tmp_path / "a.tar", entries)))
-    assert [source.read(r) for r in range(len(source))] == [b"a", b"b", b"c"]
-    assert split_name("v1.0/IMG.depth.png") == ("v1.0/IMG", "depth.png")
-    assert split_name("v1.0/IMG") == ("v1.0/IMG", "")
-
-
-def test_hidden_members_are_no_samples(tmp_path, monkeypatch):
-    entries = [("d/._1.jpg", b"finder"), ("d/1.jpg", b"a"), (".2.jpg", b"b")]
-    path = write_tar(tmp_path / "a.tar", entries)
-    assert [m.name for m in members(str(path))] == ["d/1.jpg"]
-    # the file behind the last one listed does not make the index a wrong one
-    no_scan(monkeypatch)
-    assert [m.name for m in members(str(path))] == ["d/1.jpg"]
 
 
 def test_fingerprint_follows_content_not_place(tmp_path):
@@ -195,14 +174,8 @@ def test_scan_finds_what_tarfile_extracts(tmp_path, fmt):
 
 def test_index_is_byte_for_byte_what_dali_makes(tmp_path):
     wds2idx = pytest.importorskip("wds2idx", reason="wds2idx comes with DALI (extra: dali-cuda13)")
-    entries = [
-        *samples(9),
-        ("d/0009.txt", b"alone"),
-        ("README", b"x"),
-        ("d/.hidden.jpg", b"y"),
-        ("e/1.a.jpg", b"z"),
-    ]
-    path = write_tar(tmp_path / "a.tar", [special("d", tarfile.DIRTYPE), *entries])
+    others = {"d/0009.txt": b"alone", "README": b"x", "d/.hidden.jpg": b"y", "e/1.a.jpg": b"z"}
+    path = write_tar(tmp_path / "a.tar", [special("d", tarfile.DIRTYPE), *samples(9), *others.items()])
     open_source(str(path))
     with wds2idx.IndexCreator(str(path), str(tmp_path / "dali.idx"), verbose=False) as creator:
         creator.create_index()
@@ -300,17 +273,9 @@ def test_bad_patterns(tmp_path):
     (tmp_path / "a0.jpg").write_bytes(b"x")
     fails(tmp_path / "a{0..3}.tar", r"3 of 4 files do not exist, first: .*a1\.tar")
     fails(tmp_path / "b*.tar", r"b\*\.tar: matches no file; expected tar files")
-    fails(
-        tmp_path / "a*.jpg", r"1 of 1 files are not named \.tar, first: .*a0\.jpg; a pattern names tar shards"
-    )
+    fails(tmp_path / "a*.jpg", r"1 of 1 files are not named \.tar, first: .*a0\.jpg")
     fails(tmp_path / "a{0..9999999}.tar", "names more than 1000000 files")
     fails(tmp_path / "a{0,0}.tar", r"names the shard .*a0\.tar more than once")
-
-
-def test_a_folder_with_images_is_no_folder_of_shards(tmp_path):
-    write_tar(tmp_path / "a.tar", samples(2))
-    (tmp_path / "1.jpg").write_bytes(b"x")
-    assert open_source(str(tmp_path)).names is None
 
 
 # ---- broken tars ----------------------------------------------------------------------------------
@@ -330,23 +295,16 @@ def test_empty_shards(tmp_path, caplog):
 
 
 def test_what_is_no_tar(tmp_path):
-    (tmp_path / "a.tar").write_bytes(os.urandom(5000))
-    fails(tmp_path / "a.tar", r"a\.tar: not a tar file, or cut off before its first image", DataError)
-    (tmp_path / "b.tar").write_text("hello\n")
-    fails(tmp_path / "b.tar", "not a tar file", DataError)
+    path = tmp_path / "a.tar"
+    for content in (os.urandom(5000), b"hello\n"):
+        path.write_bytes(content)
+        fails(path, r"a\.tar: not a tar file, or cut off before its first image", DataError)
     for mode, command in (("gz", "gzip -d"), ("bz2", "bzip2 -d"), ("xz", "xz -d")):
-        path = tmp_path / f"{mode}.tar"
         with tarfile.open(path, f"w:{mode}") as tar:
             tar.addfile(tarfile.TarInfo("x.jpg"))
-        fails(
-            path,
-            rf"a compressed tar; images are read in place, so decompress it first \({command}\)",
-            DataError,
-        )
+        fails(path, rf"a\.tar: a compressed tar; .* \({command}\)", DataError)
         path.rename(tmp_path / f"set.tar.{mode}")
-        fails(
-            tmp_path / f"set.tar.{mode}", "a compressed archive: unpack it first, or decompress it to a .tar"
-        )
+        fails(tmp_path / f"set.tar.{mode}", "a compressed archive: unpack it first")
 
 
 @pytest.mark.parametrize("fmt", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -378,11 +336,7 @@ def test_a_damaged_header_is_not_the_end(tmp_path):
     data[at + 3] ^= 0x40
     path.write_bytes(data)
     (tmp_path / "a.idx").unlink(missing_ok=True)
-    fails(
-        path,
-        rf"a\.tar: truncated or damaged after d/0004\.cls \(file 10\): no valid header at byte {at}",
-        DataError,
-    )
+    fails(path, rf"a\.tar: truncated or damaged after d/0004\.cls .* no valid header at byte {at}", DataError)
 
 
 def test_flipped_bytes_end_in_a_data_error_or_do_no_harm(tmp_path, seed):
@@ -416,44 +370,22 @@ def test_a_size_below_zero_does_not_go_round_for_ever(tmp_path):
     fails(path, "-600 bytes", DataError)
 
 
-def test_keys_that_come_twice_in_a_shard(tmp_path):
-    path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("2.jpg", b"y"), ("1.jpg", b"z")])
-    fails(
-        path,
-        r"a\.tar: the key 1 comes twice, as 1\.jpg at byte 512 and 1\.jpg at byte 2560; write",
-        DataError,
-    )
-    path = write_tar(tmp_path / "b.tar", [("1.jpg", b"x"), ("1.png", b"y")])
+def test_keys_that_come_twice(tmp_path):
+    path = write_tar(tmp_path / "a/a.tar", [("1.jpg", b"x"), ("2.jpg", b"y"), ("1.jpg", b"z")])
+    fails(path, r"a\.tar: the key 1 comes twice, as 1\.jpg at byte 512 and 1\.jpg at byte 2560", DataError)
+    path = write_tar(tmp_path / "b/b.tar", [("1.jpg", b"x"), ("1.png", b"y")])
     fails(path, r"b\.tar: two images of one key, 1\.jpg and 1\.png", DataError)
-
-
-def test_keys_that_come_again_in_another_shard_are_other_images(tmp_path):
-    write_tar(tmp_path / "a.tar", samples(3))
-    write_tar(tmp_path / "b.tar", samples(4, first=1))
-    source = open_source(str(tmp_path))
+    # in two shards they are two images
+    write_tar(tmp_path / "c/a.tar", samples(3))
+    write_tar(tmp_path / "c/b.tar", samples(4, first=1))
+    source = open_source(str(tmp_path / "c"))
     assert len(source) == 7 and len(set(source.names)) == 7
 
 
-def test_absolute_and_parent_paths_are_only_names(tmp_path):
-    path = write_tar(
-        tmp_path / "a.tar",
-        [("/etc/1.jpg", b"a"), ("../2.jpg", b"b"), ("c/../../3.jpg", b"c"), ("4..jpg", b"d")],
-    )
-    source = open_source(str(path))
-    assert [source.read(r) for r in range(4)] == [b"a", b"b", b"c", b"d"]
-    assert sorted(os.listdir(tmp_path)) == ["a.idx", "a.tar"]
-
-
 def test_links_and_devices_are_left_out(tmp_path, caplog):
-    entries = [
-        ("1.jpg", b"a"),
-        special("2.jpg", tarfile.SYMTYPE, "/etc/passwd"),
-        special("3.jpg", tarfile.LNKTYPE, "1.jpg"),
-        special("4.jpg", tarfile.CHRTYPE),
-        special("5.jpg", tarfile.FIFOTYPE),
-        ("6.jpg", b"b"),
-    ]
-    path = write_tar(tmp_path / "a.tar", entries)
+    kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)
+    entries = [special(f"{i}.jpg", kind, "1.jpg") for i, kind in enumerate(kinds, 2)]
+    path = write_tar(tmp_path / "a.tar", [("1.jpg", b"a"), *entries, ("6.jpg", b"b")])
     with caplog.at_level(logging.WARNING):
         source = open_source(str(path))
     assert [source.read(r) for r in range(2)] == [b"a", b"b"] and len(source) == 2
@@ -480,24 +412,8 @@ def test_a_shard_that_vanishes_or_shrinks_is_named(tmp_path):
         source.read(0)
 
 
-def test_a_shard_that_cannot_be_read(tmp_path, monkeypatch):
-    path = write_tar(tmp_path / "a.tar", samples(2))
-    real = os.path.getsize
-
-    def refuse(p):
-        if str(p) == str(path):
-            raise PermissionError(13, "Permission denied")
-        return real(p)
-
-    monkeypatch.setattr(shards.os.path, "getsize", refuse)
-    fails(path, r"a\.tar: cannot be read \(Permission denied\)")
-
-
 def test_a_dangling_link_and_a_loop_of_links(tmp_path):
     (tmp_path / "gone.tar").symlink_to(tmp_path / "nowhere.tar")
     (tmp_path / "loop.tar").symlink_to(tmp_path / "loop.tar")
     fails(tmp_path / "loop.tar", "loop.tar: ")
-    fails(
-        tmp_path,
-        r"(gone|loop)\.tar: cannot be read \((No such file or directory|Too many levels of symbolic links)\)",
-    )
+    fails(tmp_path, r"(gone|loop)\.tar: cannot be read")
