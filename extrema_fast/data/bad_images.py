@@ -32,11 +32,11 @@ class BadRows:
 
     Args:
         budget: share of the rows that may be unusable (`data.bad_budget`): at least one row, none with 0.
-        quiet: no warning for each row.
+        warn: whether each row found is logged as a warning.
     """
 
-    def __init__(self, source: ImageSource, budget: float, *, quiet: bool = False) -> None:
-        self.source, self.quiet = source, quiet
+    def __init__(self, source: ImageSource, budget: float, *, warn: bool = True) -> None:
+        self.source, self.warn = source, warn
         self.limit = max(1, int(budget * len(source))) if budget else 0
         # [n] bool
         self.known = np.zeros(len(source), bool)
@@ -54,7 +54,7 @@ class BadRows:
             if not self._add(row, reason):
                 return
             self._not_sent.append(row)
-            log.log(logging.DEBUG if self.quiet else logging.WARNING, "left out from now on: %s", reason)
+            log.log(logging.WARNING if self.warn else logging.DEBUG, "left out from now on: %s", reason)
             self._write()
             self.check()
 
@@ -135,7 +135,7 @@ class BadRows:
         try:
             write_lines(self._file, f"{_HEAD}{self.source.fingerprint}\nrow\tname\treason\n", lines)
         except StorageError as error:
-            log.warning("%s; training goes on", error)
+            log.warning("%s; training continues", error)
 
 
 def _read(file: Path, source: ImageSource) -> Iterator[tuple[int, str]]:

@@ -195,7 +195,7 @@ def _has_end(f: Any) -> bool:
 
 
 def _raise_pillow_limit(limit: int) -> None:
-    # Pillow has a limit of its own, for the whole process: raised when more is asked for, never lowered
+    # Pillow's own limit, for the whole process: raised when `limit` needs it, never lowered
     try:
         from PIL import Image
     except ImportError:

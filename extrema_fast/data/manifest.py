@@ -406,7 +406,7 @@ def _check_files(name: str, paths: list[str], offset: np.ndarray, size: np.ndarr
             changed.append(paths[r])
     if changed:
         raise UsageError(
-            f"{name}: {len(changed)} of {len(rows)} files looked at are gone or have another size, first: "
+            f"{name}: {len(changed)} of {len(rows)} files checked are gone or have another size, first: "
             f"{changed[0]}; run `extrema-fast index` again"
         )
 

@@ -169,7 +169,7 @@ def _crop(half: Any, u: list[float], recipe: dict[str, Any]) -> Any:
 
 
 def _texture(name: str, u: torch.Tensor, size: int) -> torch.Tensor:
-    """[size, size, 3] uint8: a pattern of period, angle and phase from `u`, between two colours."""
+    """[size, size, 3] uint8: a pattern of period, angle and phase from `u`, between two colors."""
     axis = (torch.arange(size) + 0.5) / size - 0.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     angle, period = 2 * torch.pi * u[0], 2 * torch.pi * (3 + 5 * u[1])

@@ -172,7 +172,7 @@ def _from_folder(
     if images:
         if nested:
             log.warning(
-                "%s: %d images beside folders with %d more; all are used, without labels",
+                "%s: %d images next to folders with %d more; all are used, without labels",
                 name,
                 len(images),
                 len(nested),

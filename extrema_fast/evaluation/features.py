@@ -57,7 +57,7 @@ def extract(
         device: Where to compute.
         strict: An image that cannot be decoded is a DataError; otherwise it is left out, and the log says how many.
     """
-    bad = None if strict else BadRows(source, 1.0, quiet=True)
+    bad = None if strict else BadRows(source, 1.0, warn=False)
     modes = [(m, m.training) for m in encoder.modules()]
     encoder.to(device).eval()
     cls, mean, rows = [], [], []
@@ -133,5 +133,5 @@ def load_batch(
     n = len(source)
     rows = [int((j + 0.5) * n / min(count, n)) for j in range(min(count, n))]
     few = subset(source, torch.tensor(rows))
-    bad = None if strict else BadRows(few, 1.0, quiet=True)
+    bad = None if strict else BadRows(few, 1.0, warn=False)
     return torch.cat([images for images, _ in EvalLoader(few, cfg, img_size, bad=bad)])

@@ -241,16 +241,16 @@ def test_nothing_good(tmp_path):
 def test_images_that_are_elsewhere_or_changed(tmp_path):
     path = write(tmp_path / "m.tsv", root="images")
     (tmp_path / "images/a/1.jpg").write_bytes(bytes(6))
-    fails(path, r"1 of 2 files looked at are gone or have another size, first: .*images/a/1\.jpg; run")
+    fails(path, r"1 of 2 files checked are gone or have another size, first: .*images/a/1\.jpg; run")
     (tmp_path / "images/a/1.jpg").unlink()
-    fails(path, r"1 of 2 files looked at are gone")
+    fails(path, r"1 of 2 files checked are gone")
     assert len(manifest_source(path, check=False)) == 2
     shutil.rmtree(tmp_path / "images")
     fails(path, rf'should be in {tmp_path}/images, which does not exist; set "root" in its first line')
     shards = [Row("x.tar", "1.jpg", 512, 100, width=1, height=1)]
     write(path, shards, classes=())
     (tmp_path / "x.tar").write_bytes(bytes(600))
-    fails(path, "1 of 1 files looked at are gone or have another size")
+    fails(path, "1 of 1 files checked are gone or have another size")
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

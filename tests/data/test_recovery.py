@@ -321,7 +321,7 @@ def test_a_full_disk_is_no_reason_to_stop(images, config, caplog):
     bad = BadRows(source, 0.1)
     bad.keep_in(images / "03.jpg" / BAD_ROWS)
     batches(source, config(loader="pil"), 8, bad=bad)
-    assert list(bad.reasons) == [3] and "training goes on" in caplog.text
+    assert list(bad.reasons) == [3] and "training continues" in caplog.text
 
 
 # ---- DALI itself, evaluation, memory ------------------------------------------------------------------
@@ -373,7 +373,7 @@ def test_evaluation_leaves_out_what_it_is_allowed_to(images, config, kind, batch
     source, cfg = open_source(str(images)), config(loader=kind)
     with pytest.raises(DataError, match=r"0[03]\.(png|jpg): cannot be decoded .*extrema-fast index"):
         list(EvalLoader(source, cfg, SIZE, batch_size=batch))
-    bad = BadRows(source, 1.0, quiet=True)
+    bad = BadRows(source, 1.0, warn=False)
     seen = list(EvalLoader(source, cfg, SIZE, batch_size=batch, bad=bad))
     rows = torch.cat([index for _, index in seen]).tolist()
     assert rows == [r for r in range(23) if r not in (0, 3, 22)] and sorted(bad.reasons) == [0, 3, 22]
@@ -381,7 +381,7 @@ def test_evaluation_leaves_out_what_it_is_allowed_to(images, config, kind, batch
     for path in images.iterdir():
         path.write_bytes(b"nothing")
     with pytest.raises(DataError, match="nor can any other of 23"):
-        list(EvalLoader(source, cfg, SIZE, batch_size=batch, bad=BadRows(source, 1.0, quiet=True)))
+        list(EvalLoader(source, cfg, SIZE, batch_size=batch, bad=BadRows(source, 1.0, warn=False)))
 
 
 def test_memory_stays_flat(tree, kind):

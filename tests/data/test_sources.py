@@ -64,7 +64,7 @@ def test_images_beside_folders_are_used_without_labels(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         source = open_source(str(tmp_path))
     assert len(source) == 2 and source.labels is None
-    assert "1 images beside folders with 1 more" in caplog.text
+    assert "1 images next to folders with 1 more" in caplog.text
 
 
 def test_an_empty_class_folder_keeps_its_number(tmp_path, caplog):
