@@ -422,7 +422,7 @@ def encode_parts(
     rows = torch.cat([torch.arange(r.start, r.stop) for r in map(job.part_rows, numbers)])
     source = subset(job.source, rows)
     # any number of them: what cannot be read is a result here
-    bad = BadRows(source, 1.0, quiet=True)
+    bad = BadRows(source, 1.0, warn=False)
     # where in `rows` a part begins and ends
     ends = np.cumsum([len(job.part_rows(n)) for n in numbers]).tolist()
     waiting = deque(zip(numbers, [0, *ends], ends, strict=False))
