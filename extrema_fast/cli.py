@@ -18,6 +18,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
@@ -118,9 +119,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
+    # shorter, as most lines below begin with it
+    add = argparse.ArgumentParser.add_argument
+
     def switch(self, name: str, text: str, **options: Any) -> None:
         """An option without a value."""
-        self.add_argument(name, action="store_true", help=text, **options)
+        self.add(name, action="store_true", help=text, **options)
 
     def parse_all(self, args: list[str]) -> argparse.Namespace:
         """As parse_args; an unknown option is an error that names the nearest."""
@@ -223,9 +227,9 @@ def _add_dotted(p: _Parser) -> dict[str, argparse.Action]:
         text = docs.get((cls.__name__, field), "")
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
         if hint is bool:
-            actions[name] = group.add_argument(f"--{prefix}{leaf}", action="store_true", **options)
+            actions[name] = group.add(f"--{prefix}{leaf}", action="store_true", **options)
             options["help"] = argparse.SUPPRESS
-            group.add_argument(f"--{prefix}no-{leaf}", action="store_false", **options)
+            group.add(f"--{prefix}no-{leaf}", action="store_false", **options)
             return
         if get_origin(hint) is tuple:
             options["nargs"], hint = len(get_args(hint)), get_args(hint)[0]
@@ -233,7 +237,7 @@ def _add_dotted(p: _Parser) -> dict[str, argparse.Action]:
             options["choices"] = get_args(hint)
         else:
             options |= {"type": hint, "metavar": hint.__name__.upper()}
-        actions[name] = group.add_argument(f"--{prefix}{leaf}", **options)
+        actions[name] = group.add(f"--{prefix}{leaf}", **options)
 
     for field, hint in get_type_hints(Config).items():
         if dataclasses.is_dataclass(hint):
@@ -249,8 +253,8 @@ def _configure(p: _Parser, args: list[str]) -> _Configured | None:
     """Preset, file and dotted options next to the options of `p`; None once --help has been printed."""
     dotted = _add_dotted(p)
     p.usage = f"{p.prog} [PRESET] [options] [--dotted.option VALUE ...]"
-    p.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}; default photos")
-    p.add_argument("--config", metavar="FILE", help="TOML or JSON file that changes the preset")
+    p.add("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}; default photos")
+    p.add("--config", metavar="FILE", help="TOML or JSON file that changes the preset")
     args = dashed(args)
     # a preset by position comes first: later words may be values
     by_position = args.pop(0) if args and not args[0].startswith("-") else None
@@ -286,7 +290,7 @@ def _configure(p: _Parser, args: list[str]) -> _Configured | None:
     "pretrain photos --train.epochs 80 --out runs/longer",
 )
 def _pretrain(p: _Parser, args: list[str]) -> None:
-    p.add_argument("--init-from", metavar="PATH", help="weights to start from at step 0 (run, weights, .pth)")
+    p.add("--init-from", metavar="PATH", help="weights to start from at step 0 (run, weights, .pth)")
     p.switch("--overwrite", "move the run in --out aside and start a new one")
     p.switch("--allow-config-change", "continue a run with changed settings")
     p.switch("--print-config", "print the resolved configuration and stop")
@@ -344,20 +348,20 @@ def _resolved(given: _Configured) -> dict[str, Any]:
 
 
 def _evaluation(name: str, p: _Parser, args: list[str]) -> None:
-    p.add_argument("path", metavar="RUN_OR_WEIGHTS", help="run folder, weights folder or released .pth")
-    p.add_argument("--data", metavar="DIR", help="folder with train/ and test/ or val/; default: the run's")
-    p.add_argument("--train", metavar="DIR", help="labelled images to learn from")
-    p.add_argument("--test", metavar="DIR", help="labelled images to test on")
-    p.add_argument("--out", metavar="FILE", help="JSON result; default in a run: reports/evaluation.json")
-    p.add_argument("--which", choices=("teacher", "student"), default="teacher")
-    p.add_argument("--max-train", type=int, default=0, metavar="N", help="use N training images (0: all)")
-    p.add_argument("--max-test", type=int, default=0, metavar="N", help="use N test images (0: all)")
+    p.add("path", metavar="RUN_OR_WEIGHTS", help="run folder, weights folder or released .pth")
+    p.add("--data", metavar="DIR", help="folder with train/ and test/ or val/; default: the run's")
+    p.add("--train", metavar="DIR", help="labelled images to learn from")
+    p.add("--test", metavar="DIR", help="labelled images to test on")
+    p.add("--out", metavar="FILE", help="JSON result; default in a run: reports/evaluation.json")
+    p.add("--which", choices=("teacher", "student"), default="teacher")
+    p.add("--max-train", type=int, default=0, metavar="N", help="use N training images (0: all)")
+    p.add("--max-test", type=int, default=0, metavar="N", help="use N test images (0: all)")
     if name != "probe":
-        p.add_argument("--k", type=int, help="neighbors (default: the run's, 20)")
-        p.add_argument("--temperature", type=float, help="of the votes (default: the run's, 0.07)")
-    p.add_argument("--batch-size", type=int, metavar="N", help="images at a time")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    p.add_argument("--seed", type=int, default=0, metavar="S", help="of the random encoder and the probe")
+        p.add("--k", type=int, help="neighbors (default: the run's, 20)")
+        p.add("--temperature", type=float, help="of the votes (default: the run's, 0.07)")
+    p.add("--batch-size", type=int, metavar="N", help="images at a time")
+    p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    p.add("--seed", type=int, default=0, metavar="S", help="of the random encoder and the probe")
     p.switch("--force", "measure again although nothing has changed")
     p.switch("--json", "print the whole result as JSON")
     o = p.options(args)
@@ -372,25 +376,19 @@ def _evaluation(name: str, p: _Parser, args: list[str]) -> None:
     _show(result, as_json, evals.format_table)
 
 
-@_command("evaluate", "k-NN and linear probe next to a random encoder and raw pixels", "evaluate runs/photos")
-def _evaluate(p: _Parser, args: list[str]) -> None:
-    _evaluation("evaluate", p, args)
-
-
-@_command("knn", "k-NN alone", "knn runs/cifar10 --data cifar10")
-def _knn(p: _Parser, args: list[str]) -> None:
-    _evaluation("knn", p, args)
-
-
-@_command("probe", "linear probe alone", "probe runs/cifar10 --train cifar10/train --test cifar10/test")
-def _probe(p: _Parser, args: list[str]) -> None:
-    _evaluation("probe", p, args)
+_command("evaluate", "k-NN and linear probe next to a random encoder and raw pixels", "evaluate runs/photos")(
+    partial(_evaluation, "evaluate")
+)
+_command("knn", "k-NN alone", "knn runs/cifar10 --data cifar10")(partial(_evaluation, "knn"))
+_command("probe", "linear probe alone", "probe runs/cifar10 --train cifar10/train --test cifar10/test")(
+    partial(_evaluation, "probe")
+)
 
 
 @_command("report", "write reports/report.html of a run", "report runs/photos")
 def _report(p: _Parser, args: list[str]) -> None:
-    p.add_argument("run", metavar="RUN", help="run folder")
-    p.add_argument("--images", type=int, default=8, metavar="N", help="test images shown (0: none)")
+    p.add("run", metavar="RUN", help="run folder")
+    p.add("--images", type=int, default=8, metavar="N", help="test images shown (0: none)")
     o = p.options(args)
     from .reporting.report import report
 
@@ -403,11 +401,11 @@ def _report(p: _Parser, args: list[str]) -> None:
     "index imagenet/train --out imagenet.tsv",
 )
 def _index(p: _Parser, args: list[str]) -> None:
-    p.add_argument("data", metavar="DATA", help="folder, list file, shards, or a manifest to check again")
-    p.add_argument("--out", required=True, metavar="M.tsv", help="manifest; the same command again continues")
+    p.add("data", metavar="DATA", help="folder, list file, shards, or a manifest to check again")
+    p.add("--out", required=True, metavar="M.tsv", help="manifest; the same command again continues")
     p.switch("--strict", "Pillow, too, has to decode each image")
-    p.add_argument("--threads", type=int, metavar="N", help="images decoded at a time (default: the cores)")
-    p.add_argument("--max-pixels", type=int, metavar="N", help="larger images are bad (default: 178956970)")
+    p.add("--threads", type=int, metavar="N", help="images decoded at a time (default: the cores)")
+    p.add("--max-pixels", type=int, metavar="N", help="larger images are bad (default: 178956970)")
     p.switch("--force", "replace another file in --out, check all images again")
     p.switch("--json", "print the result as JSON")
     p.switch("--quiet", "warnings, errors and the result only")
@@ -426,23 +424,17 @@ def _index(p: _Parser, args: list[str]) -> None:
     "pack images.tsv packed --size 256",
 )
 def _pack(p: _Parser, args: list[str]) -> None:
-    p.add_argument("data", metavar="MANIFEST", help="made by index; or any images: folder, list, shards")
-    p.add_argument("out", metavar="OUT", help="folder for the shards; the same command again continues")
-    p.add_argument(
-        "--size", type=int, default=256, metavar="N", help="pixels (default 256); 0: bytes as they are"
-    )
-    p.add_argument("--side", choices=("short", "long"), default="short", help="the side that becomes --size")
-    p.add_argument("--quality", type=int, default=90, metavar="Q", help="of JPEG files (default 90)")
-    p.add_argument("--shard-mb", type=float, default=512, metavar="MB", help="size of a shard (default 512)")
-    p.add_argument("--seed", type=int, default=0, metavar="S", help="of the shuffle")
-    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: one per core")
-    p.add_argument(
-        "--max-bad", type=float, default=0.01, metavar="SHARE", help="unreadable images (default 0.01)"
-    )
+    p.add("data", metavar="MANIFEST", help="made by index; or any images: folder, list, shards")
+    p.add("out", metavar="OUT", help="folder for the shards; the same command again continues")
+    p.add("--size", type=int, default=256, metavar="N", help="pixels (default 256); 0: bytes as they are")
+    p.add("--side", choices=("short", "long"), default="short", help="the side that becomes --size")
+    p.add("--quality", type=int, default=90, metavar="Q", help="of JPEG files (default 90)")
+    p.add("--shard-mb", type=float, default=512, metavar="MB", help="size of a shard (default 512)")
+    p.add("--seed", type=int, default=0, metavar="S", help="of the shuffle")
+    p.add("--threads", type=int, default=0, metavar="N", help="default: one per core")
+    p.add("--max-bad", type=float, default=0.01, metavar="SHARE", help="unreadable images (default 0.01)")
     p.switch("--force", "move what is in OUT aside and start again")
-    p.add_argument(
-        "--no-measure", dest="measure", action="store_false", help="do not measure the loader's rate"
-    )
+    p.add("--no-measure", dest="measure", action="store_false", help="do not measure the loader's rate")
     p.switch("--json", "print the result as JSON")
     p.switch("--quiet", "warnings and errors only")
     o = p.options(args)
@@ -458,26 +450,24 @@ def _pack(p: _Parser, args: list[str]) -> None:
     "embed photos features --weights runs/photos",
 )
 def _embed(p: _Parser, args: list[str]) -> None:
-    p.add_argument("data", metavar="DATA", help="folder, list file, shards, manifest, or photos")
-    p.add_argument("out", metavar="OUT", help="folder for the features; the same command again continues")
-    p.add_argument("--weights", required=True, metavar="PATH", help="run, weights folder or released .pth")
-    p.add_argument("--which", choices=("teacher", "student"), default="teacher")
-    p.add_argument("--tokens", default="class", metavar="KIND", help="class (default), mean or patch")
-    p.add_argument("--no-norm", dest="norm", action="store_false", help="before the final LayerNorm")
-    p.add_argument("--dtype", default="fp32", metavar="TYPE", help="fp32 (default), fp16 or bf16")
-    p.add_argument("--format", default="npy", metavar="NAME", help="npy (default), parquet or safetensors")
-    p.add_argument("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width")
-    p.add_argument(
-        "--keep-ratio", type=float, default=1.0, metavar="R", help="encode a random share of patches"
-    )
-    p.add_argument("--batch-size", type=int, metavar="N", help="images at a time (32 on a CPU, 256 on a GPU)")
-    p.add_argument("--part-images", type=int, metavar="N", help="images per file (about 1024)")
-    p.add_argument("--split", choices=("train", "test"), default="train", help="of a built-in image set")
-    p.add_argument("--limit", type=int, default=0, metavar="N", help="a random N of the images (0: all)")
-    p.add_argument("--loader", choices=("auto", "dali", "pil"), default="auto")
-    p.add_argument("--threads", type=int, default=0, metavar="N", help="decoding threads (0: the cores)")
+    p.add("data", metavar="DATA", help="folder, list file, shards, manifest, or photos")
+    p.add("out", metavar="OUT", help="folder for the features; the same command again continues")
+    p.add("--weights", required=True, metavar="PATH", help="run, weights folder or released .pth")
+    p.add("--which", choices=("teacher", "student"), default="teacher")
+    p.add("--tokens", default="class", metavar="KIND", help="class (default), mean or patch")
+    p.add("--no-norm", dest="norm", action="store_false", help="before the final LayerNorm")
+    p.add("--dtype", default="fp32", metavar="TYPE", help="fp32 (default), fp16 or bf16")
+    p.add("--format", default="npy", metavar="NAME", help="npy (default), parquet or safetensors")
+    p.add("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width")
+    p.add("--keep-ratio", type=float, default=1.0, metavar="R", help="encode a random share of patches")
+    p.add("--batch-size", type=int, metavar="N", help="images at a time (32 on a CPU, 256 on a GPU)")
+    p.add("--part-images", type=int, metavar="N", help="images per file (about 1024)")
+    p.add("--split", choices=("train", "test"), default="train", help="of a built-in image set")
+    p.add("--limit", type=int, default=0, metavar="N", help="a random N of the images (0: all)")
+    p.add("--loader", choices=("auto", "dali", "pil"), default="auto")
+    p.add("--threads", type=int, default=0, metavar="N", help="decoding threads (0: the cores)")
     p.switch("--exif", "rotate by the EXIF tag")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     p.switch("--strict", "stop at an image that cannot be read")
     p.switch("--force", "replace features of other settings in OUT")
     p.switch("--quiet", "warnings and errors only")
@@ -497,14 +487,12 @@ def _embed(p: _Parser, args: list[str]) -> None:
     "search query.jpg features --k 8 --out found.png",
 )
 def _search(p: _Parser, args: list[str]) -> None:
-    p.add_argument("query", metavar="QUERY", help="an image, a path in the index, or images as for embed")
-    p.add_argument("index", metavar="INDEX", help="features made by embed")
-    p.add_argument(
-        "--k", type=int, metavar="N", help="images found for each query (default 10, if there are)"
-    )
-    p.add_argument("--out", metavar="FILE.png", help="a picture: each query with what was found")
-    p.add_argument("--weights", metavar="PATH", help="where the weights of the index are now")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    p.add("query", metavar="QUERY", help="an image, a path in the index, or images as for embed")
+    p.add("index", metavar="INDEX", help="features made by embed")
+    p.add("--k", type=int, metavar="N", help="images found for each query (default 10, if there are)")
+    p.add("--out", metavar="FILE.png", help="a picture: each query with what was found")
+    p.add("--weights", metavar="PATH", help="where the weights of the index are now")
+    p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     p.switch("--force", "replace a file in --out that is no earlier picture")
     p.switch("--json", "print the result as JSON")
     o = p.options(args, quiet=True)
@@ -520,11 +508,11 @@ def _search(p: _Parser, args: list[str]) -> None:
     "import extrema_base.pth weights/extrema_base",
 )
 def _import(p: _Parser, args: list[str]) -> None:
-    p.add_argument("file", metavar="FILE", help="released ExtreMA checkpoint (.pth), or bare encoder weights")
-    p.add_argument("out", metavar="OUT", help="new weights folder")
-    p.add_argument("--which", choices=("teacher", "student"), help="keep one network (default: both)")
-    p.add_argument("--grid", type=int, nargs=2, metavar=("R", "C"), help="of a learned table not square")
-    p.add_argument("--num-heads", type=int, metavar="N", help="default: width / 64")
+    p.add("file", metavar="FILE", help="released ExtreMA checkpoint (.pth), or bare encoder weights")
+    p.add("out", metavar="OUT", help="new weights folder")
+    p.add("--which", choices=("teacher", "student"), help="keep one network (default: both)")
+    p.add("--grid", type=int, nargs=2, metavar=("R", "C"), help="of a learned table not square")
+    p.add("--num-heads", type=int, metavar="N", help="default: width / 64")
     p.switch("--force", "replace an earlier import or export at OUT")
     o = p.options(args)
     from .weights.load import import_released
@@ -538,16 +526,14 @@ def _import(p: _Parser, args: list[str]) -> None:
     "export runs/photos exported/photos --format onnx",
 )
 def _export(p: _Parser, args: list[str]) -> None:
-    p.add_argument("weights", metavar="WEIGHTS", help="run, weights folder, weights file or released .pth")
-    p.add_argument("out", metavar="OUT", help="new folder")
-    p.add_argument(
-        "--format", default="extrema", help="extrema (= timm, default), vit, hf, onnx, torch-export"
-    )
-    p.add_argument("--which", choices=("teacher", "student"), help="default: teacher")
-    p.add_argument("--img-size", type=int, nargs="+", metavar="PIXELS", help="another size: side, or H W")
+    p.add("weights", metavar="WEIGHTS", help="run, weights folder, weights file or released .pth")
+    p.add("out", metavar="OUT", help="new folder")
+    p.add("--format", default="extrema", help="extrema (= timm, default), vit, hf, onnx, torch-export")
+    p.add("--which", choices=("teacher", "student"), help="default: teacher")
+    p.add("--img-size", type=int, nargs="+", metavar="PIXELS", help="another size: side, or H W")
     p.switch("--fc-norm", "vit, hf: fresh norm after pooling", default=None)
     p.switch("--class-token", "hf: whole encoder; loads with extrema_fast")
-    p.add_argument("--opset", type=int, metavar="N", help="onnx: operator set (default 18)")
+    p.add("--opset", type=int, metavar="N", help="onnx: operator set (default 18)")
     p.switch("--force", "replace an earlier import or export at OUT")
     o = p.options(args)
     o["img_size"] = _side(o["img_size"])
@@ -561,7 +547,7 @@ def _export(p: _Parser, args: list[str]) -> None:
 
 @_command("encoders", "list the encoder names", "encoders '*base*'")
 def _encoders(p: _Parser, args: list[str]) -> None:
-    p.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="shell pattern")
+    p.add("pattern", nargs="?", default="*", metavar="PATTERN", help="shell pattern")
     pattern = p.options(args)["pattern"]
     from .models.encoder import list_models
 
@@ -573,7 +559,7 @@ def _encoders(p: _Parser, args: list[str]) -> None:
 
 @_command("kernels", "list the ops, what runs on this machine and why", "kernels --device cuda")
 def _kernels(p: _Parser, args: list[str]) -> None:
-    p.add_argument("--device", metavar="DEVICE", help="cuda or cpu (default: cuda where there is one)")
+    p.add("--device", metavar="DEVICE", help="cuda or cpu (default: cuda where there is one)")
     p.switch("--json", "as JSON")
     o = p.options(args, quiet=True)
     import torch
@@ -606,9 +592,9 @@ def _kernels(p: _Parser, args: list[str]) -> None:
     "profile paper_small_80x5 --train.batch-size 16 --steps 3",
 )
 def _profile(p: _Parser, args: list[str]) -> None:
-    p.add_argument("--out", metavar="FOLDER", help="where the trace goes (default: runs/profile_PRESET)")
-    p.add_argument("--steps", type=int, default=3, metavar="N", help="steps profiled (default 3)")
-    p.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before (default 5)")
+    p.add("--out", metavar="FOLDER", help="where the trace goes (default: runs/profile_PRESET)")
+    p.add("--steps", type=int, default=3, metavar="N", help="steps profiled (default 3)")
+    p.add("--warmup", type=int, default=5, metavar="N", help="steps before (default 5)")
     p.switch("--synthetic", "random images from memory, no data set")
     p.switch("--json", "print the whole result as JSON")
     p.switch("--quiet", "warnings and errors only")
