@@ -227,9 +227,9 @@ def _add_dotted(p: _Parser) -> dict[str, argparse.Action]:
         text = docs.get((cls.__name__, field), "")
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
         if hint is bool:
-            actions[name] = group.add(f"--{prefix}{leaf}", action="store_true", **options)
+            actions[name] = group.add_argument(f"--{prefix}{leaf}", action="store_true", **options)
             options["help"] = argparse.SUPPRESS
-            group.add(f"--{prefix}no-{leaf}", action="store_false", **options)
+            group.add_argument(f"--{prefix}no-{leaf}", action="store_false", **options)
             return
         if get_origin(hint) is tuple:
             options["nargs"], hint = len(get_args(hint)), get_args(hint)[0]
@@ -237,7 +237,7 @@ def _add_dotted(p: _Parser) -> dict[str, argparse.Action]:
             options["choices"] = get_args(hint)
         else:
             options |= {"type": hint, "metavar": hint.__name__.upper()}
-        actions[name] = group.add(f"--{prefix}{leaf}", **options)
+        actions[name] = group.add_argument(f"--{prefix}{leaf}", **options)
 
     for field, hint in get_type_hints(Config).items():
         if dataclasses.is_dataclass(hint):
@@ -483,17 +483,17 @@ def _embed(p: _Parser, args: list[str]) -> None:
 
 @_command(
     "search",
-    "the nearest images by features, with a picture",
+    "the nearest images by features, as a table and a contact sheet",
     "search query.jpg features --k 8 --out found.png",
 )
 def _search(p: _Parser, args: list[str]) -> None:
     p.add("query", metavar="QUERY", help="an image, a path in the index, or images as for embed")
     p.add("index", metavar="INDEX", help="features made by embed")
     p.add("--k", type=int, metavar="N", help="images found for each query (default 10, if there are)")
-    p.add("--out", metavar="FILE.png", help="a picture: each query with what was found")
+    p.add("--out", metavar="FILE.png", help="contact sheet: each query with what was found")
     p.add("--weights", metavar="PATH", help="where the weights of the index are now")
     p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    p.switch("--force", "replace a file in --out that is no earlier picture")
+    p.switch("--force", "replace a file in --out that search did not write")
     p.switch("--json", "print the result as JSON")
     o = p.options(args, quiet=True)
     as_json = o.pop("json")

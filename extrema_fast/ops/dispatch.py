@@ -193,13 +193,13 @@ def choice(op: str, device: torch.device | str = "cpu", *, say: bool = True) -> 
     """
     kind = torch.device(device).type
     if (op, kind) not in _chosen:
-        name, asker = _requested(op)
+        name, requested_by = _requested(op)
         if name == "auto":
             name, why = _auto(op, kind)
         elif reason := unsupported(op, name, kind):
-            raise _error(op, name, asker, kind, reason)
+            raise _error(op, name, requested_by, kind, reason)
         else:
-            why = f"asked for by {asker}"
+            why = f"asked for by {requested_by}"
         _chosen[op, kind] = (name, why)
         # a logger call inside torch.compile would break the graph
         if say and not torch.compiler.is_compiling():
@@ -217,7 +217,7 @@ def _auto(op: str, kind: str) -> tuple[str, str]:
     return name, why
 
 
-def _error(op: str, name: str, asker: str, kind: str, reason: str) -> UsageError:
+def _error(op: str, name: str, requested_by: str, kind: str, reason: str) -> UsageError:
     if name == "triton":
         remedy = (
             "use `auto`, a CUDA device, or TRITON_INTERPRET=1 to run kernels in Triton's interpreter "
@@ -228,7 +228,7 @@ def _error(op: str, name: str, asker: str, kind: str, reason: str) -> UsageError
     else:
         can = [n for n in backends.BACKENDS if not unsupported(op, n, kind)]
         remedy = f"available on {kind}: auto, {', '.join(can)}"
-    return UsageError(f"backend: {asker} asks for {op}={name}, but {reason}; {remedy}")
+    return UsageError(f"backend: {requested_by} asks for {op}={name}, but {reason}; {remedy}")
 
 
 def choices(device: torch.device | str = "cpu") -> dict[str, dict[str, Any]]:
@@ -273,14 +273,14 @@ def _attention_plan(
     key = ("attention", backend, setting, allow_fallback, device, dtype, d, train)
     if key not in _chosen:
         check_attention_name(backend)
-        name, asker = _requested("attention", backend)
+        name, requested_by = _requested("attention", backend)
         if name == "triton" and (reason := unsupported("attention", name, device)):
-            raise _error("attention", name, asker, device.type, reason)
+            raise _error("attention", name, requested_by, device.type, reason)
         if name == "auto":
             plan, why = backends.auto_plan(device, dtype, d, train)
         else:
             plan, why = backends.named_plan(name, device, dtype, d, train, allow_fallback)
-            why = f"{asker} asks for {name}{why}"
+            why = f"{requested_by} asks for {name}{why}"
         why = f"{backends.in_words(plan)} ({backends.describe(device, dtype, d, train)}: {why})"
         _chosen[key] = plan, why
         if plan[0][1]:
@@ -291,11 +291,11 @@ def _attention_plan(
 def _attention_error(
     backend: str, device: torch.device, dtype: torch.dtype, n: int, d: int, train: bool
 ) -> None:
-    name, asker = _requested("attention", backend)
+    name, requested_by = _requested("attention", backend)
     reason = backends.unsupported(name, device, dtype, n, d, train)
     can = ", ".join(backends.available(device, dtype, n, d, train))
     raise UsageError(
-        f"attention: {asker} asks for {name}, but {reason}; available here "
+        f"attention: {requested_by} asks for {name}, but {reason}; available here "
         f"({backends.describe(device, dtype, d, train)}, {n} tokens): auto, {can}"
     )
 
@@ -309,7 +309,7 @@ _attention_error._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def check_attention(
     backend: str, device: torch.device, dtype: torch.dtype, n: int, d: int, train: bool
 ) -> str:
-    """Decides and logs now which backend such sequences will run on.
+    """The backend that sequences of `n` tokens at head_dim `d` will run on, decided and logged now.
 
     Args:
         backend: `auto` or a name of `extrema_fast.ops.attention`.
@@ -318,9 +318,6 @@ def check_attention(
         n: tokens of a sequence.
         d: head_dim.
         train: with a backward pass.
-
-    Returns:
-        The backend's name.
 
     Raises:
         UsageError: when one asked for by name cannot run: what it lacks, and what is available.
