@@ -10,7 +10,7 @@ from pathlib import Path as _Path
 import extrema_fast as _extrema_fast
 
 if _find_spec("extrema_fast.kernels") is None:
-    # a checkout that is not installed: kernels/ lies beside the package
+    # a checkout that is not installed: kernels/ is next to the package
     _extrema_fast.__path__.append(str(_Path(__file__).resolve().parent))
 
 dependencies = ["torch"]
@@ -41,12 +41,15 @@ def _entry(name):
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = f"""{name}, in eval mode on the CPU.
 
-    weights   what `extrema_fast.load_encoder` reads: run folder, weights file, released .pth; None: random
-    flavour   'native' or 'timm' (one class has both interfaces), or 'dino'
-    which     'teacher' or 'student', of files that hold both (default: the teacher)
-    version   of DINO's interface: 2 or 3
-    options   of `extrema_fast.load_encoder`, without weights of `extrema_fast.create_encoder`
-    raises    UsageError, also for weights of another size
+    Args:
+        weights: what `extrema_fast.load_encoder` reads (run folder, weights file, released .pth); None: random.
+        flavour: 'native' or 'timm' (one class has both interfaces), or 'dino'.
+        which: 'teacher' or 'student', of files that hold both (default: the teacher).
+        version: of DINO's interface, 2 or 3.
+        **options: of `extrema_fast.load_encoder`, or without weights of `extrema_fast.create_encoder`.
+
+    Raises:
+        UsageError: also for weights of another size.
     """
     return entry
 

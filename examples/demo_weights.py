@@ -1,6 +1,6 @@
 """Weights for the examples when you have none: a small encoder, pretrained on the built-in photographs.
 
-In a project of your own, `extrema_fast.load_encoder("runs/mine")` takes the place of all this.
+In your own project, `extrema_fast.load_encoder("runs/mine")` replaces all this.
 """
 
 from dataclasses import replace
@@ -10,10 +10,10 @@ import extrema_fast
 
 
 def demo_weights(path: str | None, quick: bool) -> str:
-    """`path`, or the run that `make demo` leaves; pretrained first where there is none (minutes on a CPU)."""
+    """`path`, or the run of `make demo`, which is pretrained first if it is missing (minutes on a CPU)."""
     if path is not None:
         return path
-    cfg = extrema_fast.preset("photos")
+    cfg = replace(extrema_fast.preset("photos"), out="runs/demo")
     if quick:
         cfg = replace(
             cfg,
@@ -23,8 +23,6 @@ def demo_weights(path: str | None, quick: bool) -> str:
             train=replace(cfg.train, epochs=2),
             eval=replace(cfg.eval, every_epochs=0),
         )
-    else:
-        cfg = replace(cfg, out="runs/demo")
     if not (Path(cfg.out) / "weights").exists():
         print(f"no --weights given: pretraining into {cfg.out}", flush=True)
         extrema_fast.pretrain(cfg)

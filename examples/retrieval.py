@@ -3,7 +3,7 @@
     python examples/retrieval.py                                         # the built-in photographs
     python examples/retrieval.py --weights runs/mine --data my_images --query cat.jpg
 
-Ends in a picture, and in the share of found images that are of the query's class. The same from the command line:
+Draws what it found, and prints the share of images found that are of the query's class. From the command line:
 
     extrema-fast embed my_images features --weights runs/mine
     extrema-fast search cat.jpg features --out found.png
@@ -20,38 +20,32 @@ from extrema_fast.data.sources import open_source
 
 def main(argv: list[str] | None = None) -> float:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--data", default="photos", help="images to search: a folder, list file, shards or manifest"
-    )
-    p.add_argument(
-        "--query", help="an image, or a folder of them (default: nine photographs of the test half)"
-    )
-    p.add_argument("--weights", help="run folder or weights; default: a small encoder made for the examples")
-    p.add_argument("--out", default="runs/retrieval", help="where features and picture go")
+    p.add_argument("--data", default="photos", help="images: a folder, list file, shards or manifest")
+    p.add_argument("--query", help="an image, or a folder of images (default: nine test photographs)")
+    p.add_argument("--weights", help="run folder or weights (default: a small encoder made for the examples)")
+    p.add_argument("--out", default="runs/retrieval", help="folder for the features and the drawing")
     p.add_argument("--k", type=int, default=8, help="images found per query")
     p.add_argument("--quick", action="store_true", help="little data, for a test")
     args = p.parse_args(argv)
     out, weights = Path(args.out), demo_weights(args.weights, args.quick)
 
-    # one feature vector per image, in files that are read part by part; stopped and started again, it goes on.
-    # force: another run of this example may have left features of other weights
-    index = extrema_fast.embed(
-        args.data, out / "features", weights, limit=200 if args.quick else 0, force=True
-    )
+    # one feature vector per image, in files; if interrupted, the next call continues.
+    # force: replace features of other weights that an earlier run of this example left
+    limit = 200 if args.quick else 0
+    index = extrema_fast.embed(args.data, out / "features", weights, limit=limit, force=True)
     print(f"{len(index)} images, {index.shape[0]} numbers each, in {index.folder}")
 
     query = args.query
     if query is None:
-        # training crops come from the left halves of the photographs, these from the right ones
+        # training crops come from the left halves of the photographs, these from the right halves
         query = str(out / "queries.txt")
         Path(query).write_text("\n".join(open_source("photos", "test").paths[30::120]))
-    picture = out / "found.png"
-    found = extrema_fast.search(query, index.folder, k=args.k, out=picture)
+    found = extrema_fast.search(query, index.folder, k=args.k, out=out / "found.png")
 
-    # in a folder of class folders, the class is the folder's name
+    # in class folders, the class is the folder's name
     same = [n["label"] == Path(one["query"]).parent.name for one in found for n in one["neighbours"]]
     share = sum(same) / len(same)
-    print(f"{share:.1%} of the {len(same)} images found are of their query's class; see {picture}")
+    print(f"{share:.1%} of the {len(same)} images found are of their query's class; see {out / 'found.png'}")
     return share
 
 

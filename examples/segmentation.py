@@ -2,9 +2,9 @@
 
     python examples/segmentation.py [--weights runs/mine]
 
-The task is made here: two photographs, joined along a random border; every pixel's class is its photograph. For
-images and masks of your own, let `composed` return them: images uint8 [n, H, W, 3], masks int64 [n, H, W] with
-class numbers. Any size works that the patch divides. Ends in the mean IoU on unseen images, and a picture.
+The task is made here: two photographs, joined along a random border; the class of each pixel is its photograph. For
+your own images and masks, let `composed` return them. Any size works that is a multiple of the patch size. Prints the
+mean IoU on unseen images and draws some of them.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from extrema_fast.data.loader import EvalLoader
 from extrema_fast.data.sources import open_source
 
 CLASSES = ("brick", "grass", "gravel", "hubble_deep_field", "ihc", "page")
-COLOURS = np.array(
+COLORS = np.array(
     [(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75)]
 )
 
@@ -46,11 +46,9 @@ def composed(split: str, count: int, side: int) -> tuple[torch.Tensor, torch.Ten
 
 def main(argv: list[str] | None = None) -> float:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--weights", help="run folder or weights; default: a small encoder made for the examples")
-    p.add_argument("--out", default="runs/segmentation.png", help="the picture")
-    p.add_argument(
-        "--side", type=int, default=48, help="pixels; another size than in pretraining is no trouble"
-    )
+    p.add_argument("--weights", help="run folder or weights (default: a small encoder made for the examples)")
+    p.add_argument("--out", default="runs/segmentation.png", help="the drawing")
+    p.add_argument("--side", type=int, default=48, help="pixels; may differ from the size of pretraining")
     p.add_argument("--images", type=int, default=1500, help="training images")
     p.add_argument("--steps", type=int, default=1000, help="steps of the head")
     p.add_argument("--quick", action="store_true", help="little data, for a test")
@@ -60,17 +58,17 @@ def main(argv: list[str] | None = None) -> float:
     encoder = extrema_fast.load_encoder(demo_weights(args.weights, args.quick), img_size=args.side)
 
     @torch.no_grad()
-    def tokens(images: torch.Tensor) -> torch.Tensor:
-        """Patch tokens before the final norm as feature maps [n, D, rows, columns]."""
+    def feature_maps(images: torch.Tensor) -> torch.Tensor:
+        """Patch tokens before the final norm, [n, D, rows, columns]."""
         maps = []
-        for part in images.split(64):
-            out = encoder.encode(normalize(part, encoder.mean, encoder.std), norm=False)
-            maps.append(out.patches.transpose(1, 2).unflatten(2, out.grid))
+        for chunk in images.split(64):
+            out = encoder.encode(normalize(chunk, encoder.mean, encoder.std), norm=False)
+            maps.append(out.patches.mT.unflatten(2, out.grid))
         return torch.cat(maps)
 
     images, masks = composed("train", args.images, args.side)
     test_images, test_masks = composed("test", args.images // 4, args.side)
-    maps, test_maps = tokens(images), tokens(test_images)
+    maps, test_maps = feature_maps(images), feature_maps(test_images)
 
     head = torch.nn.Sequential(
         torch.nn.BatchNorm2d(encoder.embed_dim), torch.nn.Conv2d(encoder.embed_dim, len(CLASSES), 1)
@@ -90,9 +88,9 @@ def main(argv: list[str] | None = None) -> float:
     table = torch.bincount((test_masks * len(CLASSES) + guess).flatten(), minlength=len(CLASSES) ** 2)
     table = table.view(len(CLASSES), len(CLASSES)).double()
     iou = table.diag() / (table.sum(0) + table.sum(1) - table.diag()).clamp_min(1)
-    shown = [np.concatenate([test_images[i], COLOURS[test_masks[i]], COLOURS[guess[i]]], 1) for i in range(6)]
+    rows = [np.concatenate([test_images[i], COLORS[test_masks[i]], COLORS[guess[i]]], 1) for i in range(6)]
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    sheet = Image.fromarray(np.concatenate(shown).astype(np.uint8))
+    sheet = Image.fromarray(np.concatenate(rows).astype(np.uint8))
     sheet.resize((3 * sheet.width, 3 * sheet.height), Image.Resampling.NEAREST).save(args.out)
     print(f"mean IoU {iou.mean():.1%} on {len(test_masks)} unseen images ({len(CLASSES)} classes)")
     print(f"{args.out}: image, truth, guess")

@@ -19,21 +19,29 @@ from .errors import UsageError, cannot_import
 from .models.encoder import Encoder, create_encoder, list_models
 from .models.positions import resample_patch_kernel, resample_table
 
-# what saved weights may hold beside the encoder's own keys: projector, predictor
+# keys of saved weights next to the encoder's own: projector, predictor
 _TRAINING_HEADS = re.compile(r"(?:head\.\d+|predictor)\.")
 _CLASS_HEAD = ("cls_token", "blocks_token.")
-# in a released checkpoint both networks lie side by side; frozen features are the teacher's
+# a released checkpoint holds both networks; frozen features are the teacher's
 _TEACHER, _STUDENT = "momentum_encoder.", "base_encoder."
 
 
 def checkpoint_filter_fn(state: Mapping[str, Any], model: Encoder) -> dict[str, Tensor]:
-    """Saved weights -> what `model` loads, whatever of head, pool, size and patch differs.
+    """Adapts saved weights to `model`, which may have another head, pool, image size or patch size.
 
-    state    encoder keys, also of this project's `teacher.safetensors`, or of a released checkpoint (teacher)
-    returns  the keys of `model`: without projector and predictor; class head dropped where the model has none;
-             a fresh `fc_norm` in place of `norm`; the sin-cos table of another grid replaced, a learned one
-             resampled; the patch kernel resampled. Channels and classifier are timm's to adapt.
-    raises   UsageError when encoder weights are missing or unknown
+    Projector and predictor are dropped, and the class head where the model has none; a fresh `fc_norm` takes the place
+    of `norm`; a sin-cos table of another grid is replaced, a learned one resampled; the patch kernel is resampled.
+    Channels and classifier are timm's to adapt.
+
+    Args:
+        state: encoder keys, also of this project's `teacher.safetensors`, or of a released checkpoint (its teacher).
+        model: the encoder that will load them.
+
+    Returns:
+        The keys of `model`.
+
+    Raises:
+        UsageError: encoder weights are missing or unknown.
     """
     state = dict(state)
     for prefix in ("module.", _TEACHER):
@@ -59,13 +67,16 @@ def checkpoint_filter_fn(state: Mapping[str, Any], model: Encoder) -> dict[str, 
 
 
 def _check_keys(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    # the linear head may be another, or none
+    # the linear head may differ
     missing = sorted(k for k in own.keys() - state.keys() if not k.startswith("head."))
     unknown = sorted(k for k in state.keys() - own.keys() if not k.startswith("head."))
     if missing or unknown:
-        parts = [f"{n}: {', '.join(k[:3])}" + " ..." * (len(k) > 3) for n, k in
-                 (("missing", missing), ("unknown", unknown)) if k]  # fmt: skip
-        raise UsageError(f"the weights do not fit this architecture ({'; '.join(parts)})")
+        lists = [
+            f"{name}: {', '.join(keys[:3])}" + " ..." * (len(keys) > 3)
+            for name, keys in (("missing", missing), ("unknown", unknown))
+            if keys
+        ]
+        raise UsageError(f"the weights do not fit this architecture ({'; '.join(lists)})")
 
 
 def _fit_table(table: Tensor, kernel: Tensor, model: Encoder) -> Tensor:
@@ -80,7 +91,7 @@ def _fit_table(table: Tensor, kernel: Tensor, model: Encoder) -> Tensor:
         return resample_table(table, grid, model.grid)
     saved = getattr(model, "pretrained_model_args", {})
     if grid is not None and "pos_grid" not in saved and model.sincos.trained == model.grid:
-        # nothing said what these weights were trained on: the grid they were saved at
+        # no record of the grid trained on: take the one they were saved at
         model.sincos.trained = grid
     if grid == model.grid:
         return table
