@@ -15,7 +15,7 @@ JOBS ?= 2
 # which DALI: dali-cuda13, or dali-cuda12 for an older driver (either also reads images without a GPU)
 DALI ?= dali-cuda13
 DEMO_OUT ?= runs/demo
-# more arguments for gpu-check: --out FOLDER, --minutes 20, --only PART ..., --tune, --list
+# more arguments for gpu-check: --out FOLDER, --minutes 20, --only PART ..., --list
 GPU_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -57,10 +57,10 @@ GPU_NEEDS = import pytest, torch, extrema_fast.kernels
 
 gpu-check:  ## what only a GPU shows, in 9 minutes: tests, benchmarks, records (PYTHON=... that has it all)
 	@for python in $(GPU_PYTHONS); do \
-		if $$python -c '$(GPU_NEEDS)' 2>/dev/null; then exec $$python -m benchmarks gpu_suite $(GPU_ARGS); fi; \
+		if $$python -c '$(GPU_NEEDS)' 2>/dev/null; then exec $$python -m benchmarks gpu_visit $(GPU_ARGS); fi; \
 	done; \
 	echo "none of $(GPU_PYTHONS) can '$(GPU_NEEDS)': installing (offline: see CONTRIBUTING.md)"; \
-	$(MAKE) --no-print-directory install && exec $(BIN)/python -m benchmarks gpu_suite $(GPU_ARGS)
+	$(MAKE) --no-print-directory install && exec $(BIN)/python -m benchmarks gpu_visit $(GPU_ARGS)
 
 install: $(TEST_READY)  ## everything for development, into .venv
 

@@ -2,44 +2,46 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 
 from extrema_fast.config import did_you_mean
 from extrema_fast.errors import ExtremaError
 
-from .registry import ENTRIES, MEASUREMENTS, TOOLS
-
-USAGE = """usage: python -m benchmarks NAME [--quick] [--out FOLDER] [--name NAME] [--list] [options]
-
-measurements (each writes a record; `NAME --help` tells its options, `NAME --list` what it would measure):
-{measurements}
-
-tools:
-{tools}
-"""
+# name -> (module:function, one line)
+COMMANDS = {
+    "step": ("step:main", "training steps: released, strong, ours; --memory, --scaling"),
+    "kernels": ("kernels:main", "every op next to its plain definition and strong baselines"),
+    "attention": ("kernels:attention", "self-attention backends over sequence lengths and dtypes"),
+    "registers": ("kernels:registers", "registers and shared memory of every kernel, without a GPU"),
+    "encode": ("encode:main", "inference, dense and masked: ours, accelerated timm, timm, Hugging Face"),
+    "loader": ("loader:main", "images/s of the data path next to a DataLoader of PIL and of torchvision"),
+    "startup": ("startup:main", "imports, first step per compile mode, first batch"),
+    "learning": ("learning:main", "a preset over seeds against the random encoder"),
+    "compare": ("harness:compare", "two records: ratios with a verdict on noise"),
+    "index": ("harness:index", "README.md of the folder of records"),
+    "gpu_visit": ("gpu_visit:main", "everything that only a GPU can show, in one go"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the measurement named by the first argument; lists them without one. 2: the user can mend it."""
+    """Runs the sub-command named first and returns its exit code; 2 for an error that the user can correct."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("--help", "-h", "--list"):
-        print(USAGE.format(measurements=lines(MEASUREMENTS), tools=lines(TOOLS)), end="")
+    if not argv or argv[0] in ("--help", "-h"):
+        print(
+            "usage: python -m benchmarks NAME [options]   (NAME --help: its options, NAME --list: its cases)\n"
+        )
+        print("\n".join(f"  {name:10} {about}" for name, (_, about) in COMMANDS.items()))
         return 0
-    if argv[0] not in ENTRIES:
-        print(f"benchmarks: unknown {argv[0]!r}{did_you_mean(argv[0], list(ENTRIES))}", file=sys.stderr)
+    if argv[0] not in COMMANDS:
+        print(f"benchmarks: unknown {argv[0]!r}{did_you_mean(argv[0], list(COMMANDS))}", file=sys.stderr)
         return 2
+    module, _, function = COMMANDS[argv[0]][0].partition(":")
     try:
-        return ENTRIES[argv[0]].main(argv[1:])
+        return getattr(importlib.import_module(f"{__package__}.{module}"), function)(argv[1:])
     except ExtremaError as error:
         print(f"benchmarks {argv[0]}: {error}", file=sys.stderr)
         return 2
-
-
-def lines(entries: tuple) -> str:
-    """`  name  about` of what is there."""
-    there = [e for e in entries if importlib.util.find_spec(f"{__package__}.{e.module or e.name}")]
-    return "\n".join(f"  {e.name:10} {e.about}" for e in there)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 Each seed is its own process running the product's own commands, so a record shows what a user would get:
 
-    python -m benchmarks learning photos --seeds 0 1 2 --name photos_infonce
-    python -m benchmarks learning photos --seeds 0 --name photos_byol -- --head.loss byol --optim.base-lr 2e-3
+python -m benchmarks learning photos --seeds 0 1 2 --name photos_infonce -- --system.threads 1
 """
 
 from __future__ import annotations
@@ -14,93 +13,66 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from .records import heading, new_record, parser, write_record
-from .tables import Page, Table
+from . import harness
+from .harness import Record, table
 
 
 def main(argv: list[str]) -> int:
-    """Pretrains and evaluates a preset over seeds; writes records/<date>_<machine>_<name>/."""
-    ours, _, overrides = (argv, [], []) if "--" not in argv else (
-        argv[: argv.index("--")], None, argv[argv.index("--") + 1 :]
-    )  # fmt: skip
-    p = parser("learning", main.__doc__)
+    """Pretrains and evaluates a preset over seeds; options of `pretrain` follow after `--`."""
+    split = argv.index("--") if "--" in argv else len(argv)
+    overrides = argv[split + 1 :]
+    p = harness.parser("learning", main.__doc__, timed=False)
     p.add_argument("preset", nargs="?", default="photos")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--runs", type=Path, default=Path("runs/learning"), help="where the run folders go")
-    p.add_argument("--max-train", type=int, default=0, help="images of the evaluation's training part")
+    p.add_argument("--max-train", type=int, default=0, help="training images of the evaluation (0: all)")
     p.add_argument("--max-test", type=int, default=0)
-    # the record's name follows the preset
-    p.set_defaults(name="")
-    args = p.parse_args(ours)
+    args = p.parse_args(argv[:split])
     preset, seeds = ("smoke", [0]) if args.quick else (args.preset, args.seeds)
+    args.name = preset if args.name == "learning" else args.name
     if args.list:
         print(f"  {preset}, seeds {seeds}, {' '.join(overrides) or 'no overrides'}")
         return 0
-    name = args.name or preset
-    limits = [f"--max-{part}={n}" for part, n in (("train", args.max_train), ("test", args.max_test)) if n]
-    runs = [run(preset, s, args.runs / f"{name}-seed{s}", overrides, limits) for s in seeds]
-    record = new_record(
-        f"learning: {preset}",
-        "learning",
-        argv,
-        args.note,
-        overrides=overrides,
-        summary=summary(runs),
-        runs=runs,
-    )
-    write_record(record, page(record), name, args.out)
+    limits = [f"--max-{name}={n}" for name, n in (("train", args.max_train), ("test", args.max_test)) if n]
+    runs = [run(preset, s, args.runs / f"{args.name}-seed{s}", overrides, limits) for s in seeds]
+    record = harness.new_record(f"learning: {preset}", "learning", argv, args.note, overrides=overrides)
+    record |= {"summary": summary(runs), "runs": runs}
+    harness.write_record(record, page(record), args)
     return 0
 
 
-def run(preset: str, seed: int, out: Path, overrides: list[str], limits: list[str]) -> dict:
-    """One seed: pretrain, evaluate; wall-clock seconds of both, and the evaluation."""
+def run(preset: str, seed: int, out: Path, overrides: list[str], limits: list[str]) -> dict[str, Any]:
+    """Pretrains and evaluates one seed; returns seconds of both, the evaluation and the curve."""
     program = [sys.executable, "-m", "extrema_fast"]
-    started = time.perf_counter()
     # an earlier run of the same name is moved aside, so that the time is that of a whole run
-    subprocess.run(
-        [
-            *program,
-            "pretrain",
-            preset,
-            "--out",
-            str(out),
-            "--train.seed",
-            str(seed),
-            *overrides,
-            "--overwrite",
-        ],
-        check=True,
-    )
+    train = ["pretrain", preset, "--out", str(out), "--train.seed", str(seed), *overrides, "--overwrite"]
+    began = time.perf_counter()
+    subprocess.run([*program, *train], check=True)
     trained = time.perf_counter()
     subprocess.run([*program, "evaluate", str(out), *limits], check=True)
     done = time.perf_counter()
-    result = json.loads((out / "reports" / "evaluation.json").read_text(encoding="utf-8"))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "seed": seed,
-        "pretrain_s": round(trained - started, 1),
+        "pretrain_s": round(trained - began, 1),
         "evaluate_s": round(done - trained, 1),
         "config": json.loads((out / "config.json").read_text(encoding="utf-8")),
-        "evaluation": result,
+        "evaluation": json.loads((out / "reports" / "evaluation.json").read_text(encoding="utf-8")),
         "curve": [r for r in log if r.get("kind") == "eval"],
     }
 
 
-def rows_of(run: dict) -> dict[tuple[str, str], dict]:
-    """{(encoder, feature): row} of one run's evaluation."""
-    return {(r["encoder"], r["feature"]): r for r in run["evaluation"]["rows"]}
-
-
-def summary(runs: list[dict]) -> dict:
-    """Mean, sample deviation and values over seeds; per encoder and feature, and as gain over random init."""
-    out: dict[str, dict] = {}
+def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns mean, standard deviation and values over seeds per encoder and feature, and the gain over random init."""
+    out: dict[str, dict[str, Any]] = {}
 
     def add(key: str, values: list[float]) -> None:
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         out[key] = {"mean": statistics.mean(values), "stdev": spread, "values": values}
 
-    tables = [rows_of(r) for r in runs]
+    tables = [{(r["encoder"], r["feature"]): r for r in run["evaluation"]["rows"]} for run in runs]
     for encoder, feature in tables[0]:
         for metric in ("knn", "probe"):
             add(f"{metric} | {encoder} | {feature}", [t[encoder, feature][metric] for t in tables])
@@ -112,18 +84,13 @@ def summary(runs: list[dict]) -> dict:
     return out
 
 
-def page(record: dict) -> Page:
-    """The record to read."""
-    rows = []
+def page(record: Record) -> list[str]:
+    """Returns the record to read."""
+    lines = []
     for key, s in record["summary"].items():
-        factor = 1 if key.startswith("seconds") else 100
-        each = ", ".join(f"{v * factor:.1f}" for v in s["values"])
-        rows.append(
-            [key.replace(" | ", ", "), f"{s['mean'] * factor:.1f}", f"{s['stdev'] * factor:.1f}", each]
-        )
+        values = [v if key.startswith("seconds") else 100 * v for v in (s["mean"], s["stdev"], *s["values"])]
+        mean, stdev, *each = (f"{v:.1f}" for v in values)
+        lines.append([key.replace(" | ", ", "), mean, stdev, ", ".join(each)])
     seeds = ", ".join(str(r["seed"]) for r in record["runs"])
-    return [
-        *heading(record),
-        f"Mean ± sample deviation over seeds {seeds}; accuracies in %.",
-        Table(["quantity", "mean", "±", "each seed"], rows),
-    ]
+    text = f"Mean and standard deviation over seeds {seeds}; accuracies in %."
+    return [*harness.heading(record), text, table(["quantity", "mean", "deviation", "each seed"], lines)]

@@ -1,314 +1,456 @@
-"""Images per second of the data path beside the pipelines that a user would otherwise write, in turns.
+"""Images per second of the data path next to the pipelines that a user would otherwise write, in turns.
 
 python -m benchmarks loader --data imagenet/train --threads 8
 python -m benchmarks loader --data imagenet/train --memory-epochs 50 --limit 500
-python -m benchmarks loader --data imagenet/train --ways ours-gpu --stages crop --sweep 0 0.65 0.9 --threads 8 15
 
-Stages: `decode`, whole images; `crop`, decoding, random crop, resize and flip; `views`, two normalised colour views of
-each crop on top; `end to end`, that and training steps. First every way's pictures are compared with PIL's for the
-same boxes and factors: nothing is concluded about one whose differ. Each way runs in a process of its own, all of them
-on the same cores, as many as `--threads`; they take turns, and each is at rest while another one is timed.
+Stages: `crop`, decoding, random crop, resize and flip; `views`, two normalized color views of each crop in addition;
+`train`, that and training steps. Each way runs in its own process, all on the same cores, as many as --threads; they
+take turns, and the others are stopped while one is timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+import dataclasses
+import importlib
+import importlib.util
+import math
+import os
+import random
 import tempfile
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from extrema_fast.config import DataConfig
+from extrema_fast.data.augment import color_jitter, jitter_params
+from extrema_fast.data.loader import Batch, TrainLoader
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import UsageError
 
-from . import plots
-from .loader_baselines import PREFETCH
-from .loader_page import page
-from .loader_ways import STAGES, WAYS
-from .processes import Worker, WorkerError
-from .providers import PROVIDERS
-from .records import new_record, parser, write_record
-from .stats import percentiles, ratio, verdict
+from . import harness
+from .baselines import Inputs, Ours
+from .harness import Record, Row, percentiles, say, table
+from .processes import Turns, import_torchvision, status_mb
+from .providers import HUGE_PAGES, configuration
 
-# the issue of a data path: as much faster than PIL and a DataLoader
-GOAL, GOAL_STAGE = 1.3, "views"
-MADE = "made"
+STAGES = {
+    "crop": "decoding, random crop, resize, flip",
+    "views": "crop, then two color views, normalized, where the step runs",
+    "train": "views feeding training steps",
+}
+WAYS = {
+    "ours": "TrainLoader, decoded by DALI on the CPU",
+    "ours-gpu": "TrainLoader, decoded by DALI on the GPU",
+    "ours-pil": "TrainLoader, decoded by PIL in threads",
+    "dataloader": "PIL and torch.utils.data.DataLoader, transforms by hand",
+    "torchvision": "torchvision's transforms v2 on PIL images, DataLoader",
+}
+# of a DataLoader's worker; torch's default
+PREFETCH = 2
 
 
-@dataclass
-class Job:
-    """A way at a stage; `key` names its row."""
+def missing(way: str) -> str:
+    """Returns why a way cannot run here; empty when it can."""
+    if importlib.util.find_spec("PIL") is None:
+        return "Pillow is not installed"
+    if way == "ours-gpu" and not torch.cuda.is_available():
+        return "needs a CUDA device"
+    if way in ("ours", "ours-gpu") and importlib.util.find_spec("nvidia.dali") is None:
+        return "DALI is not installed (extras dali-cuda13, dali-cuda12)"
+    if way == "torchvision":
+        try:
+            import_torchvision()
+            importlib.import_module("torchvision.transforms.v2")
+        # a torchvision of another torch fails in many ways
+        except Exception as error:
+            return f"torchvision cannot be imported: {error}"
+    return ""
 
-    way: str
-    stage: str
+
+# ---- what a user would write ----------------------------------------------------------------------
+
+
+class Photos(Dataset):
+    """Images as PIL and Python make them, with torchvision's distributions.
+
+    Items are [H, W, 3] uint8 (crop) or [2, 3, H, W] fp32: two color versions of one crop, normalized (views).
+    """
+
+    def __init__(self, cfg: DataConfig, size: tuple[int, int], stage: str) -> None:
+        self.source = open_source(cfg.train, "train", limit=cfg.limit)
+        self.cfg, self.size, self.stage = cfg, size, stage
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> Tensor:
+        crop = self.crop(self.load(row))
+        if self.stage == "crop":
+            return torch.from_numpy(np.array(crop))
+        return torch.stack([self.tensor(self.color(crop)) for _ in range(2)])
+
+    def load(self, row: int) -> Any:
+        """Returns a decoded PIL image."""
+        from io import BytesIO
+
+        from PIL import Image
+
+        return Image.open(BytesIO(self.source.read(row))).convert("RGB")
+
+    def crop(self, image: Any) -> Any:
+        """RandomResizedCrop and a flip."""
+        from PIL import Image
+
+        box = self.random_box(image.width, image.height)
+        image = image.crop(box).resize(self.size[::-1], Image.Resampling.BILINEAR)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < self.cfg.flip else image
+
+    def random_box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Returns (left, top, right, bottom) as torchvision's RandomResizedCrop draws it."""
+        low, high = map(math.log, self.cfg.ratio)
+        for _ in range(10):
+            area = width * height * random.uniform(*self.cfg.area)
+            ratio = math.exp(random.uniform(low, high))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = random.randint(0, width - w), random.randint(0, height - h)
+                return left, top, left + w, top + h
+        return 0, 0, width, height
+
+    def color(self, image: Any) -> Any:
+        """ColorJitter in random order, then RandomGrayscale."""
+        from PIL import Image, ImageEnhance
+
+        enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        *strengths, hue = self.cfg.jitter
+        for op in random.sample(range(4), 4) if random.random() < self.cfg.jitter_prob else []:
+            if op < 3:
+                x = strengths[op]
+                image = enhance[op](image).enhance(random.uniform(max(0, 1 - x), 1 + x))
+                continue
+            h, s, v = image.convert("HSV").split()
+            # 8 bits wrap around
+            turned = np.array(h, dtype=np.uint8) + np.uint8(int(random.uniform(-hue, hue) * 255) % 256)
+            image = Image.merge("HSV", (Image.fromarray(turned), s, v)).convert("RGB")
+        return image.convert("L").convert("RGB") if random.random() < self.cfg.gray_prob else image
+
+    def tensor(self, image: Any) -> Tensor:
+        """Returns [3, H, W] fp32, normalized."""
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.cfg.mean, self.cfg.std))
+        return x.sub_(mean).div_(std)
+
+
+class TorchvisionPhotos(Photos):
+    """The same with torchvision's transforms v2 on PIL images."""
+
+    def __init__(self, cfg: DataConfig, size: tuple[int, int], stage: str) -> None:
+        super().__init__(cfg, size, stage)
+        import_torchvision()
+        from torchvision.transforms import v2
+
+        jitter = v2.ColorJitter(*cfg.jitter)
+        crop = [v2.RandomResizedCrop(size, cfg.area, cfg.ratio), v2.RandomHorizontalFlip(cfg.flip)]
+        color = [v2.RandomApply([jitter], cfg.jitter_prob), v2.RandomGrayscale(cfg.gray_prob)]
+        tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(cfg.mean, cfg.std)]
+        self.crop, self.color, self.tensor = v2.Compose(crop), v2.Compose(color), v2.Compose(tensor)
+
+
+def batches(dataset: Photos, batch: int, workers: int) -> Iterator[Tensor]:
+    """Yields endless shuffled batches of worker processes, which end with the generator."""
+    # one endless epoch: a user's would wait for its first batches again and again
+    sampler = RandomSampler(dataset, num_samples=10**9)
+    options = {"num_workers": workers, "prefetch_factor": PREFETCH, "drop_last": True}
+    iterator: Any = iter(DataLoader(dataset, batch, sampler=sampler, **options))
+    try:
+        yield from iterator
+    finally:
+        iterator._shutdown_workers()
+
+
+# ---- inside a process -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is read and made, and with how many threads (or worker processes) and cores."""
+
+    data: DataConfig
+    size: tuple[int, int]
+    batch: int
     threads: int
-    data: dict[str, Any] = field(default_factory=dict)
-    label: str = ""
+    model: str = "tiny"
+    device: str = "cpu"
 
-    @property
-    def key(self) -> str:
-        return " | ".join(filter(None, [self.way, self.stage, self.label]))
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """Ours with the memory settings of the command line, the others with the system's."""
-        return next(p for p in PROVIDERS if p.name == "ours").environment if WAYS[self.way].ours else {}
+class Loading:
+    """One way of making batches at a stage, ready and at rest."""
+
+    def __init__(self, way: str, stage: str, setting: Setting, warmup: int) -> None:
+        self.setting, self.stack, cores = setting, ExitStack(), limit_cores(setting.threads)
+        torch.set_num_threads(setting.threads)
+        began = time.perf_counter()
+        self.fetch, self.use = self.open(way, stage)
+        self.one()
+        first = time.perf_counter() - began
+        for _ in range(min(warmup, self.images // setting.batch)):
+            self.one()
+        self.built = {"first_batch_s": first, "cores": cores, "images": self.images}
+
+    def open(self, way: str, stage: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+        """Returns (fetch a batch, use it); fetching is waiting, as far as training is concerned."""
+        s = self.setting
+        step = (
+            trainer(s, "spatial+color" if way.startswith("ours") else "spatial") if stage == "train" else None
+        )
+        if not way.startswith("ours"):
+            dataset = (Photos if way == "dataloader" else TorchvisionPhotos)(s.data, s.size, stage)
+            self.images = len(dataset)
+            made = self.stack.enter_context(closing(batches(dataset, s.batch, s.threads)))
+            # a step takes the same time on any images: its own ones stand for the views that arrive
+            stand_in = torch.zeros(s.batch, *s.size, 3, dtype=torch.uint8, device=s.device)
+            index = torch.arange(s.batch)
+
+            def take(views: Tensor) -> None:
+                views.to(s.device, non_blocking=True)
+                if step is not None:
+                    step.step(Inputs(stand_in, index))
+
+            return made.__next__, take
+        data = dataclasses.replace(s.data, loader="pil" if way == "ours-pil" else "dali", threads=s.threads)
+        source = open_source(data.train, "train", limit=data.limit)
+        self.images = len(source)
+        device = "cuda" if way == "ours-gpu" else "cpu"
+        loader = TrainLoader(source, data, s.size, batch_size=s.batch, seed=0, device=device)
+        self.stack.enter_context(loader)
+
+        def jitter(batch: Batch) -> None:
+            images, index = (t.to(s.device, non_blocking=True) for t in (batch.images, batch.index))
+            if step is not None:
+                step.step(Inputs(images, batch.index))
+            elif stage == "views":
+                color_jitter(images, jitter_params(index, data, seed=0, epoch=batch.epoch), data)
+
+        return loader.__next__, jitter
+
+    def one(self) -> float:
+        """Makes one batch; returns the seconds it was waited for."""
+        began = time.perf_counter()
+        batch = self.fetch()
+        waited = time.perf_counter() - began
+        self.use(batch)
+        return waited
+
+    def turn(self, warm: int, count: int) -> dict[str, list[float]]:
+        """Makes `warm` untimed batches, `count` timed ones; returns ms per batch and the share of waiting."""
+        for _ in range(warm):
+            self.one()
+        self.wait()
+        began = time.perf_counter()
+        waited = sum(self.one() for _ in range(count))
+        self.wait()
+        took = time.perf_counter() - began
+        return {"samples_ms": [1000 * took / count], "waits": [waited / took]}
+
+    def wait(self) -> None:
+        """Waits for a GPU."""
+        if self.setting.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    def epochs(self, count: int) -> dict[str, Any]:
+        """Makes `count` epochs: resident memory in MB at the end of each."""
+        found = []
+        for _ in range(count):
+            for _ in range(self.images // self.setting.batch):
+                self.one()
+            found.append(status_mb("VmRSS"))
+        return {"rss_mb": found, "peak_mb": status_mb("VmHWM")}
+
+    def close(self) -> None:
+        """Ends threads and worker processes."""
+        self.stack.close()
+
+
+def trainer(s: Setting, policy: str) -> Ours:
+    """Returns our training step at the setting's size."""
+    sections: dict[str, Any] = {"data": {"policy": policy}, "model": {"img_size": list(s.size)}}
+    cfg = configuration(s.model, batch=s.batch, **sections, system={"threads": s.threads})
+    return Ours(cfg, torch.device(s.device), "auto")
+
+
+def limit_cores(count: int) -> int:
+    """Restricts this process and its children to `count` cores (Linux); returns how many there are now."""
+    try:
+        mine = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, mine[:count])
+        return min(count, len(mine))
+    except (AttributeError, OSError):
+        return os.cpu_count() or 1
+
+
+# ---- the command ----------------------------------------------------------------------------------
 
 
 def main(argv: list[str]) -> int:
-    """Images/s of the data path, ours and what a user would write: decode, crop, colour views, end to end."""
-    p = parser("loader", main.__doc__)
-    p.add_argument("--data", default="photos",
-                   help="as data.train: a folder, a list file, shards; `made`: JPEGs of noise")  # fmt: skip
-    p.add_argument("--limit", type=int, default=0, help="use only this many images")
-    p.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    p.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
-    p.add_argument("--img-size", type=int, default=224)
-    p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--batches", type=int, default=0, help="timed batches per turn")
-    p.add_argument("--rounds", type=int, default=0, help="turns of every way")
-    p.add_argument("--threads", type=int, nargs="+", default=[2],
-                   help="decoding threads or worker processes, and cores (several: with --sweep)")  # fmt: skip
-    p.add_argument(
-        "--model", choices=("tiny", "small", "base", "large"), default="tiny", help="of end to end"
+    """Images/s of the data path, ours and what a user would write: crop, color views, training."""
+    args = options(argv)
+    unable = {way: why for way in args.ways if (why := missing(way))}
+    able = [way for way in args.ways if way not in unable]
+    if args.list:
+        for way in args.ways:
+            print(f"  {way:12} {WAYS[way]}" + (f"  [not here: {unable[way]}]" if way in unable else ""))
+        print("  stages: " + "; ".join(f"{s}, {STAGES[s]}" for s in args.stages))
+        return 0
+    if not able:
+        raise UsageError(f"--ways: none of them runs here: {unable}")
+    with tempfile.TemporaryDirectory() as folder:
+        data = made(Path(folder), max(128, 2 * args.batch)) if args.data == "made" else args.data
+        images = len(open_source(data, "train", limit=args.limit))
+        if images < args.batch:
+            raise UsageError(
+                f"--batch: {args.batch} is more than the {images} images of {args.data}; use fewer"
+            )
+        rows = measure(able, data, args)
+    names = ("data", "img_size", "batch", "threads", "model", "device", "rounds", "memory_epochs")
+    settings = {name: getattr(args, name) for name in names} | {
+        "images": images,
+        "batches_per_turn": args.steps,
+    }
+    over = f" over {args.memory_epochs} epochs" if args.memory_epochs else ""
+    what = f"data path{over}, {args.data}, {args.img_size} px"
+    record = harness.new_record(what, "loader", argv, args.note, settings=settings, rows=rows, not_run=unable)
+    record["ratios"] = ratios(rows)
+    texts = [f"{r['stage']} {r['ratio']:.2f}x {r['other']}" for r in record["ratios"] if r["ours"] == "ours"]
+    texts += [f"{r['way']} {r['mb_per_epoch']:+.3f} MB per epoch" for r in rows if "mb_per_epoch" in r]
+    record["headline"] = "; ".join(texts)
+    harness.write_record(record, page(record), args)
+    return 0
+
+
+def options(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line; raises UsageError."""
+    p = harness.parser("loader", main.__doc__)
+    add = p.add_argument
+    add(
+        "--data",
+        default="photos",
+        help="as data.train: a folder, a list file, shards; `made`: JPEGs of noise",
     )
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where `end to end` trains")
-    p.add_argument("--sweep", type=float, nargs="*", metavar="LOAD",
-                   help="one by one: every --threads; for ours-gpu, these shares of the hardware decoder")  # fmt: skip
-    p.add_argument(
-        "--memory-epochs", type=int, default=0, metavar="N", help="instead: resident memory over N epochs"
-    )
+    add("--limit", type=int, default=0, help="use only this many images")
+    add("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    add("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    add("--img-size", type=int, default=224)
+    add("--batch", type=int, default=32)
+    add("--model", choices=("tiny", "small", "base", "large"), default="tiny", help="of the stage `train`")
+    add("--memory-epochs", type=int, default=0, metavar="N", help="instead: resident memory over N epochs")
     args = p.parse_args(argv)
-    if args.sweep is None and len(args.threads) > 1:
-        raise UsageError("--threads: several numbers need --sweep")
     for name in ("batch", "img_size"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    if min(args.threads) < 1:
-        raise UsageError(f"--threads: expected at least 1, got {min(args.threads)}")
-    unable = {name: why for name in args.ways if (why := WAYS[name].missing())}
-    if args.list:
-        for name in args.ways:
-            print(
-                f"  {name:12} {WAYS[name].about}"
-                + (f"  [not here: {unable[name]}]" if name in unable else "")
-            )
-        print("  stages: " + "; ".join(f"{s}, {STAGES[s]}" for s in args.stages))
-        return 0
-    able = [name for name in args.ways if name not in unable]
-    if not able:
-        raise UsageError(f"--ways: none of them runs here: {unable}")
-    args.batches = args.batches or (3 if args.quick else 8)
-    args.rounds = args.rounds or (5 if args.quick else 10)
-    with tempfile.TemporaryDirectory() as folder:
-        data = made(Path(folder), max(128, 2 * args.batch)) if args.data == MADE else args.data
-        images = len(open_source(data, "train", limit=args.limit))
-        if images < args.batch:
-            raise UsageError(f"--batch: {args.batch} is more than the {images} images of {args.data}")
-        record = memory(able, data, args, argv) if args.memory_epochs else run(able, data, args, argv)
-    record["settings"] |= {"data": args.data, "images": images}
-    record["not_run"] = unable
-    write_record(record, page(record), args.name, args.out, plots.loader)
-    return 1 if any(not g["passed"] for g in record["gates"]) else 0
-
-
-def say(text: str) -> None:
-    """Progress, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    args.threads = args.threads or 2
+    harness.settle(args)
+    args.rounds, args.steps = args.rounds or (5 if args.quick else 10), args.steps or (3 if args.quick else 8)
+    return args
 
 
 def made(folder: Path, count: int) -> str:
-    """`count` JPEGs of 500 x 375 with about the bytes and detail of photographs: noise of several scales."""
-    import numpy as np
+    """Writes JPEGs of 500 x 375 with about the bytes and detail of photographs: noise of several scales."""
     from PIL import Image
 
     for i in range(count):
-        random = np.random.default_rng(i)
-        picture = np.full((375, 500, 3), 128.0)
+        generator = np.random.default_rng(i)
+        total = np.full((375, 500, 3), 128.0)
         for scale in (4, 8, 16, 64, 250):
-            noise = random.normal(size=(375 // scale + 1, 500 // scale + 2, 3)) * 8 * scale**0.4
+            noise = generator.normal(size=(375 // scale + 1, 500 // scale + 2, 3)) * 8 * scale**0.4
             rough = Image.fromarray((128 + noise).clip(0, 255).astype(np.uint8))
-            picture += np.asarray(rough.resize((500, 375), Image.Resampling.BICUBIC), float) - 128
-        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"{i:04}.jpg", quality=92)
+            total += np.asarray(rough.resize((500, 375), Image.Resampling.BICUBIC), float) - 128
+        Image.fromarray(total.clip(0, 255).astype(np.uint8)).save(folder / f"{i:04}.jpg", quality=92)
     return str(folder)
 
 
-# ---- what is measured -------------------------------------------------------------------------------
+def measure(ways: list[str], data: str, args: argparse.Namespace) -> list[Row]:
+    """Returns one row per way and stage; the ways of a stage take turns."""
+    rows: list[Row] = []
+    cfg = DataConfig(train=data, limit=args.limit)
+    setting = Setting(cfg, (args.img_size, args.img_size), args.batch, args.threads, args.model, args.device)
+    for stage in ["views"] if args.memory_epochs else args.stages:
+        mine = {w: {"key": f"{w} | {stage}", "way": w, "stage": stage, "batch": args.batch} for w in ways}
+        with Turns(mine, pause=True) as turns:
+            for way in ways:
+                environment = {HUGE_PAGES: "1"} if way.startswith("ours") else {}
+                turns.start(
+                    way, Loading, way, stage, setting, 4 if args.quick else 64, environment=environment
+                )
+            if args.memory_epochs:
+                say(f"{args.memory_epochs} epochs of {', '.join(ways)}")
+                turns.add("epochs", args.memory_epochs)
+            else:
+                # what was prepared ahead is used up before the clock starts
+                ahead = 1 if stage == "train" else PREFETCH * args.threads + 4
+                turns.run(args.rounds, ahead, max(1, args.steps // 4) if stage == "train" else args.steps)
+        rows += mine.values()
+        if turns.interrupted:
+            break
+    for row in rows:
+        if row.get("samples_ms"):
+            row |= percentiles(row["samples_ms"])
+            row["images_per_s"] = 1000 * row["batch"] / row["p50_ms"]
+            row["waited"] = float(np.median(row.pop("waits")))
+        if len(row.get("rss_mb", [])) > 1:
+            # slope over the last four fifths, by least squares
+            late = np.arange(len(row["rss_mb"]))[len(row["rss_mb"]) // 5 :]
+            row["last_mb"] = row["rss_mb"][-1]
+            row["mb_per_epoch"] = float(np.polyfit(late, np.asarray(row["rss_mb"])[late], 1)[0])
+    return rows
 
 
-def settings(data: str, args: argparse.Namespace, threads: int, own: dict[str, Any]) -> dict[str, Any]:
-    """What a process is told."""
-    return {
-        "data": {"train": data, "limit": args.limit, "threads": threads} | own,
-        "size": [args.img_size, args.img_size], "batch": args.batch, "threads": threads, "model": args.model,
-        "device": args.device, "warmup": 4 if args.quick else 64,
-    }  # fmt: skip
+def ratios(rows: list[Row]) -> list[dict[str, Any]]:
+    """Returns every way of ours against each baseline at each stage."""
+    timed = [r for r in rows if "p50_ms" in r]
+    return [
+        {"stage": a["stage"], "ours": a["way"], "other": b["way"]}
+        | harness.ratio(b["samples_ms"], a["samples_ms"])
+        for a in timed
+        for b in timed
+        if a["stage"] == b["stage"] and a["way"].startswith("ours") and not b["way"].startswith("ours")
+    ]
 
 
-def planned(ways: list[str], args: argparse.Namespace) -> list[list[Job]]:
-    """Jobs by group: those of a group take turns."""
-    if args.sweep is None:
-        return [[Job(way, stage, args.threads[0]) for way in ways] for stage in args.stages]
-    found = []
-    for stage in args.stages:
-        for way in ways:
-            for threads in args.threads:
-                loads = args.sweep if WAYS[way].device == "cuda" else []
-                jobs = [Job(way, stage, threads, {"hw_decoder_load": v}, f"{threads} threads, load {v:g}")
-                        for v in loads]  # fmt: skip
-                found += [[j] for j in jobs or [Job(way, stage, threads, {}, f"{threads} threads")]]
-    return found
-
-
-def run(ways: list[str], data: str, args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
-    """Gates, then times in turns: the record."""
-    gates = check(ways, data, args)
-    rows: list[dict[str, Any]] = []
-    for jobs in planned(ways, args):
-        rows += measure(jobs, data, args)
-    record = new_record(
-        f"data path, {args.data}, {args.img_size} px", "loader", argv, args.note,
-        settings={"img_size": args.img_size, "batch": args.batch, "threads": args.threads, "model": args.model,
-                  "device": args.device, "rounds": args.rounds, "batches_per_turn": args.batches,
-                  "in_turns": args.sweep is None},
-        gates=gates, rows=rows,
-    )  # fmt: skip
-    record["ratios"] = ratios(record)
-    record["headline"] = "; ".join(
-        f"{r['stage']} {r['ratio']:.2f}x {r['other']}" for r in record["ratios"] if "ratio" in r
+def page(record: Record) -> list[str]:
+    """Returns the record to read."""
+    s, rows = record["settings"], record["rows"]
+    text = (
+        f"{s['images']} images of {s['data']}, crops of {s['img_size']}, batch {s['batch']}, {s['threads']} "
     )
-    return record
-
-
-def check(ways: list[str], data: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every way's pictures against PIL's, in a process of their own; raises UsageError when that fails."""
-    say(f"comparing the pictures of {', '.join(ways)}")
-    try:
-        with Worker(args.threads[0], module="loader_worker") as worker:
-            return worker("gates", ways=ways, settings=settings(data, args, args.threads[0], {}))["gates"]
-    except WorkerError as error:
-        raise UsageError(f"the comparison of pictures failed: {error}") from None
-
-
-def measure(jobs: list[Job], data: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per job; what fails has an `error`."""
-    rows = {
-        job.key: {"key": job.key, "way": job.way, "stage": job.stage, "label": job.label, "batch": args.batch}
-        for job in jobs
-    }
-    warm = {job.key: 1 if job.stage == "end to end" else ahead(job) + 2 for job in jobs}
-    batches = max(1, args.batches // 4) if jobs[0].stage == "end to end" else args.batches
-    with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-
-        def ask(job: Job, do: str, **arguments: Any) -> dict[str, Any]:
-            try:
-                return workers[job.key](do, **arguments)
-            except WorkerError as error:
-                rows[job.key] |= {"error": str(error)}
-                workers.pop(job.key).close()
-                say(f"{job.key}: {error}")
-                return {}
-
-        for job in jobs:
-            worker = Worker(job.threads, environment=job.environment, module="loader_worker")
-            workers[job.key] = stack.enter_context(worker)
-            told = settings(data, args, job.threads, job.data)
-            rows[job.key] |= ask(job, "build", way=job.way, stage=job.stage, settings=told)
-        turns: dict[str, list[dict[str, Any]]] = {job.key: [] for job in jobs}
-        for i in range(args.rounds):
-            # another one begins each round
-            for job in jobs[i % len(jobs) :] + jobs[: i % len(jobs)]:
-                if job.key in workers and (found := ask(job, "turn", warm=warm[job.key], batches=batches)):
-                    turns[job.key].append(found)
-                    say(
-                        f"round {i + 1}/{args.rounds} {job.key}: {1000 * args.batch / found['ms']:.1f} images/s"
-                    )
-        for job in jobs:
-            if job.key in workers:
-                ask(job, "finish")
-                rows[job.key] |= summary(turns[job.key], args.batch, rows[job.key]["cores"])
-    return list(rows.values())
-
-
-def ahead(job: Job) -> int:
-    """Batches that a way may have prepared when its turn begins, used up before the clock starts."""
-    return 6 if WAYS[job.way].ours else PREFETCH * job.threads
-
-
-def summary(turns: list[dict[str, Any]], batch: int, cores: int) -> dict[str, Any]:
-    """Percentiles over turns of the milliseconds per batch, and what follows from them."""
-    samples = [t["ms"] for t in turns]
-    found: dict[str, Any] = {"samples_ms": samples} | percentiles(samples)
-    cpu = [t["cpu_ms_per_image"] for t in turns]
-    found["cpu_ms_per_image_samples"] = cpu
-    found["cpu_ms_per_image"] = percentiles(cpu)["p50_ms"]
-    found["images_per_s"] = 1000 * batch / found["p50_ms"]
-    found["images_per_s_per_core"] = found["images_per_s"] / cores
-    found["images_per_cpu_s"] = 1000 / found["cpu_ms_per_image"]
-    found["waited"] = percentiles([t["waited"] for t in turns])["p50_ms"]
-    return found
-
-
-def ratios(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every way of ours against each baseline at each stage; refused after a failed check."""
-    passed = {g["name"] for g in record["gates"] if g["passed"]}
-    found = []
-    for stage in dict.fromkeys(r["stage"] for r in record["rows"]):
-        here = {r["way"]: r for r in record["rows"] if r["stage"] == stage and not r["label"]}
-        for mine in (w for w in ("ours", "ours-gpu", "ours-pil") if w in here):
-            for other in (w for w in ("dataloader", "torchvision") if w in here):
-                goal = GOAL if stage == GOAL_STAGE and (mine, other) == ("ours", "dataloader") else None
-                entry = {"stage": stage, "ours": mine, "other": other, "goal": goal}
-                bad = [w for w in (mine, other) if w not in passed or "samples_ms" not in here[w]]
-                if bad:
-                    found.append(entry | {"refused": f"{', '.join(bad)}: no result to compare"})
-                    continue
-                entry |= ratio(here[other]["samples_ms"], here[mine]["samples_ms"])
-                entry["verdict"] = verdict(entry)
-                cpu = ratio(*(here[w]["cpu_ms_per_image_samples"] for w in (other, mine)))
-                found.append(entry | {f"cpu_{k}": cpu[k] for k in ("ratio", "low", "high")})
-    return found
-
-
-# ---- memory -----------------------------------------------------------------------------------------
-
-
-def memory(ways: list[str], data: str, args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
-    """Resident memory of ours at the end of each epoch, crops and colour views: the record."""
-    rows = []
-    for way in (w for w in ways if WAYS[w].ours):
-        job = Job(way, "views", args.threads[0])
-        say(f"{args.memory_epochs} epochs of {way}")
-        row: dict[str, Any] = {"key": f"{way} | memory", "way": way, "stage": "memory", "label": ""}
-        try:
-            with Worker(job.threads, environment=job.environment, module="loader_worker") as worker:
-                told = settings(data, args, job.threads, {})
-                row |= worker("build", way=way, stage="views", settings=told)
-                row |= growth(worker("epochs", count=args.memory_epochs))
-                worker("finish")
-        except WorkerError as error:
-            row["error"] = str(error)
-        rows.append(row)
-    record = new_record(
-        f"memory of the data path over {args.memory_epochs} epochs", "loader", argv, args.note,
-        settings={"img_size": args.img_size, "batch": args.batch, "threads": args.threads,
-                  "epochs": args.memory_epochs},
-        gates=[], ratios=[], rows=rows,
-    )  # fmt: skip
-    record["headline"] = "; ".join(
-        f"{r['way']} {r['mb_per_epoch']:+.3f} MB per epoch" for r in rows if "mb_per_epoch" in r
-    )
-    return record
-
-
-def growth(found: dict[str, Any]) -> dict[str, Any]:
-    """`mb_per_epoch`: slope of the resident memory over the last four fifths of the epochs, by least squares."""
-    import numpy as np
-
-    rss = np.asarray(found["rss_mb"])
-    late = np.arange(len(rss))[len(rss) // 5 :]
-    slope = float(np.polyfit(late, rss[late], 1)[0]) if len(late) > 1 else 0.0
-    return found | {"mb_per_epoch": slope, "first_mb": float(rss[late[0]]), "last_mb": float(rss[-1])}
+    text += "decoding threads or worker processes, and as many cores for everything that a way starts."
+    out = [*harness.heading(record), text]
+    grown = [r for r in rows if "mb_per_epoch" in r]
+    if grown:
+        specs = ("MB at the end=last_mb:.1f", "MB per epoch=mb_per_epoch:+.3f", "peak MB=peak_mb:.1f")
+        out += [harness.columns(grown, "way=way", *specs), "Resident memory at the end of each epoch."]
+    if record["ratios"]:
+        lines = [[r["stage"], r["ours"], r["other"], *harness.ratio_cells(r)] for r in record["ratios"]]
+        out += [
+            "## Ratios",
+            table(["stage", "ours", "against", "images/s", "95 % interval", "verdict"], lines),
+        ]
+    timed = [r for r in rows if "p50_ms" in r]
+    if timed:
+        specs = ("p20 ms=p20_ms:.1f", "p50 ms=p50_ms:.1f", "p80 ms=p80_ms:.1f", "images/s=images_per_s:.1f")
+        out.append(harness.columns(timed, "stage=stage", "way=way", *specs, "waited=waited:.0%"))
+        out.append(
+            f"{s['rounds']} turns of {s['batches_per_turn']} batches (train: a quarter of that), ms per batch; a turn "
+            "is one sample, as loaders deliver in bursts. Waited: share of the time in which no batch was there; "
+            f"`train` trains ViT-{s['model']} on {s['device']}."
+        )
+        out.append("\n".join(f"* `{w}`: {WAYS[w]}" for w in dict.fromkeys(r["way"] for r in timed)))
+        out.append("\n".join(f"* {t}: {STAGES[t]}" for t in dict.fromkeys(r["stage"] for r in timed)))
+    return out + harness.lost(record)

@@ -1,35 +1,38 @@
-"""Providers in processes of their own, stepped in turns."""
+"""Processes that take turns, and what is measured inside one: time, memory, matmul and copy rates, matmul share.
+
+Each provider runs in its own process: peak memory is its own, and its failure is no other's. The processes
+alternate, so that a change of clock rate or load meets all of them.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
+import multiprocessing
 import os
-import selectors
-import subprocess
+import re
+import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from extrema_fast.config import Config, to_dict
-from extrema_fast.errors import UsageError
+import torch
+import torch.nn.functional as F
 
-from .providers import Provider
+from .harness import Row, say
 
-ROOT = Path(__file__).parents[1]
-# untimed steps before the first measurement, and before each turn
-WARMUP = {"cuda": 20, "cpu": 2}
-WARM_PER_TURN = {"cuda": 3, "cpu": 0}
-# seconds without an answer: a cold compilation of a large model takes minutes
-PATIENCE = 1200
-Say = Callable[[str], None]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# seconds without an answer; a cold compilation of a large model takes minutes
+PATIENCE = 1200.0
+_libraries: list[torch.library.Library] = []
 
 
 class WorkerError(Exception):
-    """What went wrong in a provider's process; `out_of_memory` tells the one kind with known remedies."""
+    """What went wrong in a provider's process; `out_of_memory` marks exhausted memory."""
 
     def __init__(self, message: str, out_of_memory: bool = False) -> None:
         super().__init__(message)
@@ -37,77 +40,71 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """A process that answers requests (`worker.Service`); raises WorkerError when it cannot.
+    """A process that holds one object, whose methods are called from here.
 
-    Use as a context manager, or `close` it.
+    Args:
+        factory: a class or function of a module; called in the process with `args`.
+        args: picklable arguments.
+        environment: variables of the process in addition to ours.
+        patience: seconds to wait for an answer.
+        group: the process leads its own group, so that it can be stopped together with its children.
 
-    environment  variables of the process on top of ours
-    module       of the benchmarks, whose service answers
+    `built` is the object's attribute of that name, a dictionary, once it exists.
+
+    Raises:
+        WorkerError: the object cannot be built, a call fails, or the process ends or does not answer.
     """
 
     def __init__(
         self,
-        threads: int = 0,
-        patience: float = PATIENCE,
+        factory: Callable[..., Any],
+        *args: Any,
         environment: dict[str, str] | None = None,
-        module: str = "worker",
+        patience: float = PATIENCE,
+        group: bool = False,
     ) -> None:
+        context = multiprocessing.get_context("spawn")
         self.patience = patience
-        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        env = os.environ | (environment or {}) | {"PYTHONPATH": path}
-        if threads:
-            env["OMP_NUM_THREADS"] = str(threads)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", f"benchmarks.{module}"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=env,
-        )  # fmt: skip
-
-    def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """The answer to one request."""
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, factory, args, group))
+        with _environment(environment or {}):
+            self.process.start()
+        theirs.close()
         try:
-            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self.process.stdin.flush()
-            line = self._line()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            code = self.process.wait()
-            killed = code == -9
-            why = "killed (most likely out of memory)" if killed else f"ended with {code}: {self.tail()}"
-            raise WorkerError(f"{do}: the process was {why}", killed)
-        answer = json.loads(line)
-        if "error" in answer:
-            raise WorkerError(f"{do}: {answer['error']}", answer["out_of_memory"])
-        return answer
+            self.built: dict[str, Any] = self._receive("start")
+        except BaseException:
+            self.close()
+            raise
 
-    def _line(self) -> str:
-        with selectors.DefaultSelector() as ready:
-            ready.register(self.process.stdout, selectors.EVENT_READ)
-            if not ready.select(self.patience):
+    def __call__(self, method: str, *args: Any, **options: Any) -> Any:
+        """Calls a method of the object and returns its result."""
+        with contextlib.suppress(OSError):
+            self.pipe.send((method, args, options))
+        return self._receive(method)
+
+    def _receive(self, method: str) -> Any:
+        try:
+            if not self.pipe.poll(self.patience):
                 self.process.kill()
-                self.process.wait()
-                raise WorkerError(f"no answer in {self.patience:.0f} s")
-        return self.process.stdout.readline()
-
-    def tail(self) -> str:
-        """The last line the process wrote to standard error."""
-        self.errors.seek(0)
-        lines = [line for line in self.errors.read().splitlines() if line.strip()]
-        return lines[-1][:300] if lines else "nothing was written"
+                raise WorkerError(f"{method}: no answer in {self.patience:g} s")
+            kind, answer = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(30)
+            code = self.process.exitcode
+            killed = code == -signal.SIGKILL
+            why = "was killed (most likely out of memory)" if killed else f"ended with code {code}"
+            raise WorkerError(f"{method}: the process {why}", killed) from None
+        if kind != "ok":
+            raise WorkerError(f"{method}: {answer}", kind == "memory")
+        return answer
 
     def close(self) -> None:
         """Ends the process."""
-        if self.process.stdin and not self.process.stdin.closed:
-            with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.close()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
+        self.pipe.close()
+        self.process.join(30)
+        if self.process.is_alive():
             self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
-        self.errors.close()
+            self.process.join()
 
     def __enter__(self) -> Worker:
         return self
@@ -116,182 +113,276 @@ class Worker:
         self.close()
 
 
-@dataclass(frozen=True)
-class Job:
-    """One row to be measured: a provider at a configuration on a device.
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
-    key  unique name of the row
+
+def _serve(pipe: Connection, factory: Callable[..., Any], args: tuple, group: bool) -> None:
+    # Ctrl-C is the parent's; what is printed here must not mix with its standard output
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if group:
+        os.setpgid(0, 0)
+    os.dup2(2, 1)
+    served: Any = None
+    options: dict[str, Any] = {}
+    method, arguments = "", args
+    while True:
+        try:
+            if served is None:
+                served = factory(*arguments)
+                answer = getattr(served, "built", {})
+            else:
+                answer = getattr(served, method)(*arguments, **options)
+            pipe.send(("ok", answer))
+        except Exception as error:
+            traceback.print_exc()
+            text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:400]
+            exhausted = (
+                isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+            )
+            pipe.send(("memory" if exhausted else "error", text))
+            if served is None:
+                return
+        try:
+            method, arguments, options = pipe.recv()
+        except EOFError:
+            break
+    getattr(served, "close", lambda: None)()
+
+
+class Turns:
+    """Workers by key that take turns; one that fails leaves, with the reason as `error` in its row.
+
+    Args:
+        rows: rows of the record by key; answers are added to them.
+        pause: stop each process and its children while it is not its turn: they would work ahead.
     """
 
-    key: str
-    provider: Provider
-    cfg: Config
-    device: str
-    threads: int = 0
-    sets: int = 4
-
-    @property
-    def precision(self) -> str:
-        return self.provider.resolved(self.device)
-
-    @property
-    def kind(self) -> str:
-        """`cuda` or `cpu`."""
-        return self.device.partition(":")[0]
-
-
-def check_warmup(steps: int, kind: str) -> int:
-    """`steps` if it is enough untimed steps; raises UsageError otherwise."""
-    least = WARMUP[kind]
-    if steps < least:
-        raise UsageError(
-            f"--warmup: {steps} steps are not enough on {kind}, where the first ones compile, allocate and "
-            f"raise clocks; use at least {least}"
-        )
-    return steps
-
-
-def measure(
-    jobs: list[Job],
-    *,
-    rounds: int,
-    steps: int,
-    warmup: int,
-    weights: str = "",
-    rates: bool = False,
-    profile: Iterable[str] = (),
-    together: bool = True,
-    say: Say = lambda text: None,
-) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
-    """Times every job: warm-up, then `rounds` turns of `steps` steps, the jobs one after another in each round.
-
-    weights     file the providers start from
-    rates       also measure large products and copies in every round
-    profile     keys of the jobs whose step is profiled at the end
-    together    all processes stay alive and alternate; False: one after another (less memory, more drift)
-    returns     (one row per job in order, with `samples_ms` or `error`; samples of the rates)
-    raises      UsageError for too little warm-up
-    """
-    if jobs:
-        check_warmup(warmup, jobs[0].kind)
-    rows = {job.key: _head(job) for job in jobs}
-    sampled: list[dict[str, float]] = []
-    groups = [jobs] if together else [[job] for job in jobs]
-    for group in groups:
-        with _Bench(group, rows, say, rates) as bench:
-            bench.start(weights, warmup)
-            bench.alternate(rounds, steps, sampled)
-            bench.finish(set(profile))
-    return list(rows.values()), sampled
-
-
-def _head(job: Job) -> dict[str, Any]:
-    return {
-        "key": job.key,
-        "provider": job.provider.name,
-        "family": job.provider.family,
-        "about": job.provider.about,
-        "precision": job.precision,
-        "batch": job.cfg.train.batch_size,
-        "options": job.provider.options,
-        "environment": job.provider.environment,
-    }
-
-
-class _Bench:
-    """The processes of a group of jobs; what fails leaves with an error in its row."""
-
-    def __init__(self, jobs: list[Job], rows: dict[str, dict[str, Any]], say: Say, rates: bool) -> None:
-        self.jobs, self.rows, self.say, self.with_rates = jobs, rows, say, rates
+    def __init__(self, rows: dict[str, Row], pause: bool = False) -> None:
+        self.rows, self.pause = rows, pause
         self.workers: dict[str, Worker] = {}
-        self.rates: Worker | None = None
+        self.interrupted = False
 
-    def __enter__(self) -> _Bench:
+    def __enter__(self) -> Turns:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in [*self.workers.values(), self.rates]:
-            if worker is not None:
-                worker.close()
+        for key, worker in self.workers.items():
+            self._signal(key, signal.SIGCONT)
+            worker.close()
 
-    def ask(self, job: Job, do: str, **arguments: Any) -> dict[str, Any] | None:
-        """The answer, or None after noting the failure and ending the process."""
+    def start(
+        self, key: str, factory: Callable[..., Any], *args: Any, environment: dict[str, str] | None = None
+    ) -> None:
+        """Starts a worker; `built` goes to its row."""
         try:
-            return self.workers[job.key](do, **arguments)
+            self.workers[key] = Worker(factory, *args, environment=environment, group=self.pause)
+            self.rows[key] |= self.workers[key].built
+            self._signal(key, signal.SIGSTOP)
         except WorkerError as error:
-            self.rows[job.key] |= failure(job, error)
-            self.say(f"{job.key}: {self.rows[job.key]['error']}")
-            self.workers.pop(job.key).close()
-            return None
+            self._failed(key, error)
 
-    def alive(self) -> list[Job]:
-        return [job for job in self.jobs if job.key in self.workers]
+    def ask(self, key: str, method: str, *args: Any) -> dict[str, Any]:
+        """Calls a method of a worker; empty after a failure or without that worker."""
+        if key not in self.workers:
+            return {}
+        try:
+            self._signal(key, signal.SIGCONT)
+            return self.workers[key](method, *args)
+        except WorkerError as error:
+            self._failed(key, error)
+            return {}
+        finally:
+            self._signal(key, signal.SIGSTOP)
 
-    def start(self, weights: str, warmup: int) -> None:
-        if self.with_rates and self.jobs:
-            first = self.jobs[0]
-            self.rates = Worker(first.threads)
-            precisions = sorted({job.precision for job in self.jobs})
-            self.rates("rates", device=first.device, precisions=precisions, threads=first.threads)
-        for job in self.jobs:
-            self.workers[job.key] = Worker(job.threads, environment=job.provider.environment)
-            built = self.ask(
-                job, "build", provider=asdict(job.provider), config=to_dict(job.cfg), device=job.device,
-                precision=job.precision, sets=job.sets, threads=job.threads, weights=weights,
-            )  # fmt: skip
-            ready = self.ask(job, "warmup", steps=warmup) if built else None
-            if ready:
-                self.rows[job.key] |= built | ready | {"samples_ms": [], "warmup": warmup}
-                self.say(
-                    f"{job.key}: built in {built['build_s']:.1f} s, first step {ready['first_step_s']:.1f} s"
-                )
+    def _signal(self, key: str, number: int) -> None:
+        pid = self.workers[key].process.pid if key in self.workers else None
+        if self.pause and pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, number)
 
-    def alternate(self, rounds: int, steps: int, sampled: list[dict[str, float]]) -> None:
-        for i in range(rounds):
-            if self.rates is not None:
-                sampled.append(self.rates("rate"))
-            jobs = self.alive()
-            # another one begins each round
-            for job in jobs[i % max(1, len(jobs)) :] + jobs[: i % max(1, len(jobs))]:
-                answer = self.ask(job, "turn", warm=WARM_PER_TURN[job.kind], steps=steps)
-                if answer:
-                    self.rows[job.key]["samples_ms"] += answer["samples_ms"]
-                    self.say(f"round {i + 1}/{rounds} {job.key}: {min(answer['samples_ms']):.1f} ms")
+    def _failed(self, key: str, error: WorkerError) -> None:
+        self.rows[key] |= {"error": str(error)} | ({"out_of_memory": True} if error.out_of_memory else {})
+        say(f"{key}: {error}")
+        if key in self.workers:
+            self.workers.pop(key).close()
 
-    def finish(self, profile: set[str]) -> None:
-        for job in self.alive():
-            self.rows[job.key] |= self.ask(job, "memory") or {}
-        for job in self.alive():
-            if job.key in profile:
-                self.rows[job.key] |= self.ask(job, "profile") or {}
+    def add(self, method: str, *args: Any) -> None:
+        """Calls a method of every worker, one after another; the answers go to their rows."""
+        for key in list(self.workers) if not self.interrupted else ():
+            self.rows[key] |= self.ask(key, method, *args)
 
+    def run(self, rounds: int, *args: Any, before: Callable[[], object] | None = None) -> None:
+        """Calls `turn(*args)` of every worker in each round; another one begins each round.
 
-def failure(job: Job, error: WorkerError) -> dict[str, Any]:
-    """What a row says instead of times; for exhausted memory the sizes and three remedies."""
-    if not error.out_of_memory:
-        return {"error": str(error)}
-    cfg = job.cfg
-    width, depth, _ = cfg.model.shape
-    sizes = (
-        f"{job.provider.name} with width {width}, depth {depth}, batch {cfg.train.batch_size}, "
-        f"{cfg.mask.views} views of {cfg.num_keep} tokens, {job.precision} on {job.device}"
-    )
-    remedies = (
-        f"a smaller --batch ({max(1, cfg.train.batch_size // 2)}), --ours train.recompute=norm, "
-        "or train.accumulation in training"
-    )
-    return {"error": f"out of memory: {sizes}; try {remedies}", "out_of_memory": True}
+        Lists in the answers are appended to those of the row. Ctrl-C ends the rounds and keeps what was measured.
+
+        Args:
+            rounds: number of rounds.
+            args: arguments of `turn`.
+            before: called at the beginning of each round.
+        """
+        try:
+            for i in range(rounds):
+                if before is not None:
+                    before()
+                keys = list(self.workers)
+                first = i % max(1, len(keys))
+                for key in keys[first:] + keys[:first]:
+                    for name, values in self.ask(key, "turn", *args).items():
+                        self.rows[key].setdefault(name, []).extend(values)
+                say(f"round {i + 1} of {rounds}")
+        except KeyboardInterrupt:
+            self.interrupted = True
+            say("interrupted: the record holds the rounds so far")
 
 
-def check_gates(jobs: list[Job], weights: Path) -> tuple[float, list[dict[str, Any]]]:
-    """In a process of its own: (the first step's true loss, exact comparisons); weights go to `weights`.
+# ---- inside a process -----------------------------------------------------------------------------
 
-    raises WorkerError
+
+def prepare(device: str, threads: int, precision: str = "") -> torch.device:
+    """Sets CPU threads, and whole fp32 where that is measured; returns the device."""
+    if threads:
+        torch.set_num_threads(threads)
+    if precision == "fp32":
+        # convolutions would use TF32
+        torch.backends.cudnn.allow_tf32 = False
+    return torch.device(device)
+
+
+def import_torchvision() -> None:
+    """Imports torchvision, which timm needs, also where its operators are built for another torch.
+
+    Raises:
+        ImportError: it is not installed.
     """
-    job = jobs[0]
-    with Worker(job.threads) as worker:
-        answer = worker(
-            "gates", providers=[asdict(j.provider) for j in jobs], config=to_dict(job.cfg), device=job.device,
-            threads=job.threads, weights=str(weights),
-        )  # fmt: skip
-    return answer["first_loss"], answer["gates"]
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "does not exist" not in str(error):
+            raise
+        for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        # nothing here runs these operators; kept alive, the definitions would go with the library object
+        _libraries.append(torch.library.Library("torchvision", "DEF"))
+        for name in ("nms", "qnms"):
+            _libraries[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401
+
+
+def clock(function: Callable[[], object], device: str | torch.device, calls: int = 1) -> list[float]:
+    """Returns the milliseconds of each call; by events on a GPU, without waiting between calls."""
+    if torch.device(device).type == "cuda":
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            function()
+            mark.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+    samples = []
+    for _ in range(calls):
+        began = time.perf_counter()
+        function()
+        samples.append(1000 * (time.perf_counter() - began))
+    return samples
+
+
+class Memory:
+    """Memory of this process in MB: allocated by torch on a GPU, resident on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.gpu = device.type == "cuda"
+
+    def now(self) -> float:
+        """Memory at this moment."""
+        return torch.cuda.memory_allocated() / 2**20 if self.gpu else status_mb("VmRSS")
+
+    def peak(self) -> float:
+        """The most since the last `reset`."""
+        return torch.cuda.max_memory_allocated() / 2**20 if self.gpu else status_mb("VmHWM")
+
+    def reset(self) -> None:
+        """Forgets the peak."""
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+
+
+def status_mb(key: str) -> float:
+    """Returns a field of /proc/self/status in MB; 0 without /proc. (ru_maxrss would hold the parent's peak.)"""
+    file = Path("/proc/self/status")
+    found = re.search(rf"^{key}:\s+(\d+)", file.read_text(), re.M) if file.is_file() else None
+    return int(found[1]) / 1024 if found else 0.0
+
+
+class Rates:
+    """Rates of large matmuls (a linear layer, n x n x n) and copies on this machine."""
+
+    def __init__(self, device: str, precisions: list[str], threads: int = 0) -> None:
+        self.device = prepare(device, threads)
+        gpu = self.device.type == "cuda"
+        self.side = 8192 if gpu else 3072
+        generator = torch.Generator(device).manual_seed(0)
+        factors = torch.randn(2, self.side, self.side, generator=generator, device=device)
+        self.factors = {p: factors.to(DTYPES[p]) for p in precisions}
+        size = (2**30 if gpu else 2**28,)
+        self.source = torch.randint(1, 255, size, dtype=torch.uint8, generator=generator, device=device)
+        self.target = torch.empty_like(self.source)
+        for _ in range(3 if gpu else 1):
+            self.sample()
+
+    @torch.no_grad()
+    def sample(self) -> dict[str, float]:
+        """Measures each once: `{"products_bf16_tflops": ..., "copy_gb_per_s": (read + write)}`."""
+        found = {}
+        for name, (a, b) in self.factors.items():
+            (ms,) = clock(lambda a=a, b=b: F.linear(a, b), self.device)
+            found[f"products_{name}_tflops"] = 2 * self.side**3 / ms / 1e9
+        (ms,) = clock(lambda: self.target.copy_(self.source), self.device)
+        return found | {"copy_gb_per_s": 2 * self.source.numel() / ms / 1e6}
+
+
+_MATMUL_OP = re.compile(r"^aten::(mm|bmm|addmm|baddbmm|_scaled_mm|_addmm_activation)$|_linear_pointwise")
+_MATMUL_KERNEL = re.compile(r"gemm|nvjet|cutlass|triton_tem|wgmma|xmma", re.IGNORECASE)
+
+
+def matmul_share(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """Profiles one step.
+
+    Returns:
+        `step_ms`, and of its matmuls `ms`, `share` and `tflops` (None where shapes are unknown: a replayed graph).
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    # without the tracer's own lines on standard error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+    gpu = device.type == "cuda"
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+    # the first profile pays for starting the tracer
+    with profile(activities=kinds):
+        step()
+    with profile(activities=kinds, record_shapes=True, with_flops=True) as profiler:
+        (step_ms,) = clock(step, device)
+    events = profiler.key_averages()
+    flops = sum(e.flops for e in events if e.flops and _MATMUL_OP.search(e.key))
+    if gpu:
+        times = {e.key: e.self_device_time_total for e in events if str(e.device_type).endswith("CUDA")}
+        us = sum(t for name, t in times.items() if _MATMUL_KERNEL.search(name))
+    else:
+        us = sum(e.self_cpu_time_total for e in events if _MATMUL_OP.search(e.key))
+    tflops = flops / us / 1e6 if flops and us else None
+    return {"step_ms": step_ms, "ms": us / 1000, "share": us / 1000 / step_ms, "tflops": tflops}

@@ -1,0 +1,249 @@
+"""The benchmark of the training step, at a tiny size.
+
+Covers: released and strong formulations have our loss and gradients, with drop-path and color jitter; a wrong one is
+caught and nothing is concluded about it; the interface of a checkout of the released code, by a stand-in, with given
+masks and drop-path factors; a whole measurement in processes, with one provider that fails, and its page; selection of
+providers; options as text; memory per image and growth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import harness, released_code, step
+from benchmarks.baselines import Ours
+from benchmarks.providers import PROVIDERS, chosen, configuration, parse_settings
+from benchmarks.step import Job, compare, given, one_step, random_images
+from extrema_fast.errors import UsageError
+
+CPU = torch.device("cpu")
+BY_NAME = {p.name: p for p in PROVIDERS}
+SHAPE = {"img_size": [112, 112], "patch_size": 8, "width": 64, "depth": 2, "heads": 2}
+HEAD = {"hidden": 48, "out": 24, "predictor_hidden": 48}
+
+
+def tiny(**more):
+    model = SHAPE | more.pop("model", {})
+    return configuration("tiny", batch=2, drop_path=0.4, model=model, head=HEAD, **more)
+
+
+@pytest.fixture(scope="module")
+def truth():
+    cfg = tiny(color=True)
+    ours = BY_NAME["ours"].eager().make(cfg, CPU, "fp32")
+    weights = {n: p.detach().clone() for n, p in ours.student().items()}
+    inputs = given(random_images(cfg, 1, CPU)[0], cfg, CPU)
+    assert inputs.scale is not None and (inputs.scale == 0).any()
+    return cfg, inputs, weights, one_step(ours, inputs)
+
+
+def found(stepper, inputs, weights):
+    with torch.no_grad():
+        for name, value in weights.items():
+            stepper.student()[name].copy_(value)
+            if name in stepper.teacher():
+                stepper.teacher()[name].copy_(value)
+    return one_step(stepper, inputs)
+
+
+@pytest.mark.parametrize("name", ["released", "strong-eager", "strong-eager-plain-attention"])
+def test_baselines_have_our_loss_and_gradients(name, truth):
+    cfg, inputs, weights, wanted = truth
+    got = found(BY_NAME[name].eager().make(cfg, CPU, "fp32"), inputs, weights)
+    check = compare(name, got, wanted)
+    assert check["passed"], check
+    # one wrong gradient among many, one that is missing, a wrong loss, NaN
+    key = "encoder.blocks.0.mlp.fc1.weight"
+    wrong = [(got[0], got[1] | {key: 1.01 * got[1][key]}), (1.001 * got[0], got[1])]
+    wrong += [
+        (got[0], {k: g for k, g in got[1].items() if k != key}),
+        (got[0], got[1] | {key: got[1][key] * torch.nan}),
+    ]
+    assert not any(compare(name, w, wanted)["passed"] for w in wrong)
+
+
+def test_steps_change_student_and_teacher(truth):
+    cfg, inputs, _, _ = truth
+    for name in ("released", "strong-eager", "ours"):
+        stepper = BY_NAME[name].eager().make(cfg, CPU, "fp32")
+        before = [
+            {n: p.detach().clone() for n, p in group.items()}
+            for group in (stepper.student(), stepper.teacher())
+        ]
+        for _ in range(2):
+            stepper.step(replace(inputs, keep=None, scale=None))
+        for old, new in zip(before, (stepper.student(), stepper.teacher()), strict=True):
+            assert any((old[n] != p).any() for n, p in new.items()), name
+
+
+# ---- a checkout of the released code ----------------------------------------------------------------
+
+VITS = """
+import torch
+from torch import nn
+from extrema_fast.config import ModelConfig
+from extrema_fast.models.encoder import Encoder
+
+class Vit(Encoder):
+    def __init__(self, num_classes, init_values, class_attention_layers, drop_path_rate=0.0):
+        super().__init__(ModelConfig(img_size=(112, 112), patch_size=8, width=64, depth=2, heads=2,
+                                     layer_scale=init_values, pool_depth=class_attention_layers))
+        for block in self.blocks:
+            block.drop_path = nn.Dropout(drop_path_rate)
+
+    def forward(self, x, masks=None):
+        x = self.patch_embed(x) + self.pos_embed
+        if masks is not None:
+            x = torch.cat([x.gather(1, m[..., None].expand(-1, -1, x.shape[2])) for m in masks])
+        for b in self.blocks:
+            x = x + b.drop_path(b.attn(b.norm1(x)))
+            x = x + b.drop_path(b.mlp(b.norm2(x)))
+        return self.head(self.norm(self.pool(x)[0]))
+
+vit_small = Vit
+"""
+BUILDER = """
+import numpy, torch
+import torch.nn.functional as F
+from torch import nn
+from torch._six import inf
+from extrema_fast.models.extrema import mlp_head
+
+class ExtreMA(nn.Module):
+    def __init__(self, base, ema, out, hidden, T, ratio, views, disjoint):
+        super().__init__()
+        assert numpy.float is float and inf > 0 and disjoint
+        self.base_encoder, self.momentum_encoder = base(num_classes=hidden), ema(num_classes=hidden)
+        self.ratio, self.views = ratio, views
+        for encoder in (self.base_encoder, self.momentum_encoder):
+            encoder.head = mlp_head(encoder.embed_dim, hidden, hidden, out)
+        self.momentum_encoder.requires_grad_(False)
+        self.predictor = mlp_head(out, hidden, out)
+
+    def generate_mask(self, x, count, ratio=0.0):
+        order = torch.rand(x.size(0), 196, device=x.get_device()).argsort(1)
+        size = int(196 * (1 - ratio))
+        return [order[:, i * size : (i + 1) * size] for i in range(count)] if ratio > 0 else None
+
+    def forward(self, x, m, loss):
+        q = self.predictor(self.base_encoder(x[0], self.generate_mask(x[0], self.views, self.ratio)))
+        with torch.no_grad():
+            for a, b in zip(self.base_encoder.parameters(), self.momentum_encoder.parameters()):
+                b.data = b.data * m + a.data * (1 - m)
+            k = F.normalize(self.momentum_encoder(x[1], self.generate_mask(x[0], 1, 0.0)), dim=1)
+        return sum((F.normalize(v, dim=1) - k).square().sum(1).mean() for v in q.chunk(self.views)) / self.views
+"""
+MISC = """
+class NativeScalerWithGradNormCount:
+    def __call__(self, loss, optimizer, clip_grad=None, parameters=None):
+        self._scaler.scale(loss).backward()
+        self._scaler.step(optimizer)
+        self._scaler.update()
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    (tmp_path / "lib").mkdir()
+    for file, text in {"vits": VITS, "lib/__init__": "", "lib/builder": BUILDER, "lib/misc": MISC}.items():
+        (tmp_path / f"{file}.py").write_text(text)
+    monkeypatch.setattr(released_code, "SIZES", {64: "vit_small"})
+    for name in ("vits", "lib", "lib.builder", "lib.misc"):
+        monkeypatch.delitem(__import__("sys").modules, name, raising=False)
+    return tmp_path
+
+
+def test_released_code_takes_our_masks_and_drop_path(checkout, truth):
+    cfg, inputs, weights, wanted = truth
+    (provider,), _ = chosen(["released-fp32"], "cpu", released_code=str(checkout))
+    assert provider.name == "released-code-fp32" and provider.family == "released"
+    released_code.check(checkout, cfg)
+    stepper = provider.make(cfg, CPU, "fp32")
+    check = compare("released-code", found(stepper, inputs, weights), wanted)
+    assert check["passed"], check
+    # its own random ones while it is timed
+    stepper.step(replace(inputs, keep=None, scale=None))
+    assert stepper.loss() > 0 and stepper.taken == 2
+
+
+def test_what_the_released_code_cannot_step_is_refused_before_anything_is_built(checkout):
+    with pytest.raises(UsageError, match="--model small"):
+        released_code.check(checkout, configuration("tiny"))
+    (checkout / "vits.py").unlink()
+    with pytest.raises(UsageError, match=r"vits\.py"):
+        released_code.check(checkout, tiny())
+
+
+# ---- a measurement ----------------------------------------------------------------------------------
+
+
+def test_a_measurement_end_to_end(tmp_path, monkeypatch):
+    args = step.options(
+        ["--out", str(tmp_path), "--rounds", "5", "--device", "cpu", "--threads", "1", "--batch", "2"]
+    )
+    cfg = tiny(train={"precision": "fp32"})
+    names = ("released-fp32", "strong-eager", "ours")
+    jobs = [Job(n, replace(BY_NAME[n], precision="fp32"), cfg, "cpu", 1) for n in names]
+    record = harness.new_record("w", "step", [], **step.measure([jobs], args), not_run={"x": "why"})
+    assert [c["passed"] for c in record["gates"]] == [True] * 6, record["gates"]
+    record |= step.conclusions(record, args)
+    text = (harness.write_record(record, step.page(record), args) / "README.md").read_text()
+    for row in record["rows"]:
+        assert len(row["samples_ms"]) == 5 and row["peak_mb"] > 50 and 0 < row["products"]["share"] <= 1.5
+        assert f"| {row['key']} |" in text
+    assert {r["other"] for r in record["ratios"]} == {"released-fp32", "strong-eager"}
+    assert "* x: why" in text and record["rates"]["copy_gb_per_s"] > 0
+
+
+def rows_of(**bad):
+    samples = {"released": 200.0, "strong": 120.0, "strong-plain-attention": 110.0, "ours": 100.0}
+    return [
+        {"key": n, "provider": n, "family": n.split("-")[0], "about": n, "precision": "bf16", "peak_mb": 10.0}
+        | {"samples_ms": [ms] * 5, "p50_ms": ms, "products": {"ms": 80.0}}
+        | bad.get(n, {})
+        for n, ms in samples.items()
+    ]
+
+
+@pytest.mark.parametrize("bad", ["", "ours", "strong-plain-attention"])
+def test_nothing_is_concluded_about_a_provider_whose_check_failed(bad):
+    gates = [{"name": r["provider"], "passed": r["provider"] != bad} for r in rows_of()]
+    ratios = {r["other"]: r for r in step.ratios({"rows": rows_of(), "gates": gates})}
+    assert set(ratios) == {"released", "strong-plain-attention"}
+    for other, r in ratios.items():
+        assert ("refused" in r) == (bad in ("ours", other)) and ("ratio" in r) != ("refused" in r)
+    if not bad:
+        assert ratios["released"]["ratio"] == 2 and ratios["released"]["limit"] == 2.5
+
+
+def test_memory_per_image_and_growth():
+    rows = [{"provider": "ours", "batch": b, "peak_mb": 500.0 + 30 * b} for b in (2, 4, 8)]
+    assert step.per_image(rows) == {"ours": pytest.approx(30)} and step.per_image(rows[:1]) == {}
+    rows = [{"axis": "batch", "value": b, "p50_ms": 5.0 * b} for b in (2, 4, 8)]
+    assert step.growth(rows) == {"batch": pytest.approx(1)}
+
+
+@pytest.mark.parametrize("form", ["--memory", "--scaling", "--one-by-one"])
+def test_plans(form):
+    args = step.options([form, "--quick", "--device", "cpu"])
+    able, _ = chosen(args.providers, "cpu")
+    groups, what = step.plan(args, able)
+    keys = [job.key for group in groups for job in group]
+    assert len(set(keys)) == len(keys) > 4 and what
+    assert (max(map(len, groups)) > 1) == (form == "--scaling")
+
+
+def test_settings_as_text():
+    text = "train.compile=step,train.accumulation=2,system.backend=lamb=foreach,adamw_ema=fused,train.cuda_graph=true"
+    assert parse_settings(text) == {
+        "train.compile": "step",
+        "train.accumulation": 2,
+        "system.backend": "lamb=foreach,adamw_ema=fused",
+        "train.cuda_graph": True,
+    }
+    able, _ = chosen(["ours"], "cpu", extra=["train.recompute=gelu"])
+    assert able[-1].name == "ours train.recompute=gelu" and able[-1].family == "ours"
+    assert Ours(tiny(), CPU, "fp32", **{"train.recompute": "gelu"}).run.cfg.train.recompute == "gelu"
