@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from extrema_fast.data import decode as data_decode
 from extrema_fast.data.image_files import ImageFiles, load_rgb
 from extrema_fast.data.loader import EvalLoader, TrainLoader, center_boxes
 from extrema_fast.data.sources import open_source
@@ -132,22 +131,3 @@ def test_a_kind_that_only_pil_reads_is_named(tmp_path, config):
     assert len(eval_batch(source, config(loader="pil"))) == 2
     with pytest.raises(DataError, match=r"b\.png: .*\(by DALI, nvImage.*; PIL can: --data\.loader pil"):
         eval_batch(source, config(loader="dali"))
-
-
-def test_a_failure_of_dali_itself_is_no_file_error(tmp_path, config, monkeypatch):
-    pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
-    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    real = data_decode.DaliDecoder._pipeline
-    built = []
-
-    class Broken:
-        def run(self):
-            raise RuntimeError("Critical error\nencountered:\nno memory\nCurrent pipeline is gone")
-
-    def first_is_broken(*args, **kw):
-        built.append(1)
-        return Broken() if len(built) == 1 else real(*args, **kw)
-
-    monkeypatch.setattr(data_decode.DaliDecoder, "_pipeline", first_is_broken)
-    with pytest.raises(DataError, match=r"not because of a file: no memory; try --data\.loader pil"):
-        eval_batch(open_source(str(tmp_path)), config(loader="dali"))

@@ -183,12 +183,6 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
         write_synthetic()
 
 
-def test_default_cache_is_in_the_home_folder(monkeypatch, tmp_path):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert photos.cache_root() == tmp_path / ".cache/extrema_fast"
-
-
 def test_synthetic_is_a_labelled_color_set(cache):
     train, test = open_source("synthetic"), open_source("synthetic", "test")
     assert train.classes == test.classes == list(TEXTURES)
