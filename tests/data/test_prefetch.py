@@ -1,4 +1,4 @@
-"""From loader to step on a CPU, and what is said of waiting.
+"""Prefetching on a CPU, waiting for images, decoding threads.
 
 Covers: on a CPU batches are the loader's, drawn, with the time spent in the loader; on a GPU (simulated) the time its
 stream waited; when waiting is reported (not at first, not twice, again when worse), the remedy that fits, the share on

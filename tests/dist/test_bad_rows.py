@@ -1,6 +1,6 @@
 """Two processes and images that cannot be decoded.
 
-Covers: all broken files beside good ones, five epochs, one process and two see the same rows, every good row once;
+Covers: broken files among good ones, five epochs, one process and two see the same rows, every good row once;
 the list holds what either has found; over the budget both stop with one message, also when only one has found
 anything and before a checkpoint is written.
 """
@@ -107,7 +107,7 @@ def test_over_the_budget_both_stop_alike(pretrain):
     assert len((out / "bad_rows.tsv").read_text().splitlines()) == 4
 
 
-def test_a_process_that_cannot_go_on_does_not_leave_the_other_waiting(pretrain):
+def test_a_process_that_cannot_continue_does_not_leave_the_other_waiting(pretrain):
     codes, text, out = pretrain("clean", "--train.epochs", "1", processes=2)
     first = rows_by_step(out, 2)[0]
     for row in first[4:]:
