@@ -323,7 +323,9 @@ def check_attention(
         UsageError: when one asked for by name cannot run: what it lacks, and what is available.
     """
     name = backends.at(_attention_plan(backend, _setting, _fallback_allowed, device, dtype, d, train), n)
-    if not name or backends.unsupported(name, device, dtype, n, d, train):
+    # `auto` has left out what cannot run
+    named = _requested("attention", backend)[0] in backends.BACKENDS
+    if not name or (named and backends.unsupported(name, device, dtype, n, d, train)):
         _attention_error(backend, device, dtype, n, d, train)
     return name
 

@@ -13,7 +13,8 @@ from torch.profiler import record_function
 # what the names begin with in a trace
 PREFIX = "extrema:"
 _recording = False
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @contextmanager

@@ -263,6 +263,13 @@ def test_a_plan_is_logged_once_with_its_reason(caplog):
 # ---- the setting ----------------------------------------------------------------------------------
 
 
+def test_auto_is_never_an_error(monkeypatch):
+    monkeypatch.setattr(attention, "unsupported", lambda *_: "it is broken")
+    assert chosen() == "sdpa"
+    with pytest.raises(UsageError, match="asks for reference, but it is broken"):
+        chosen("reference")
+
+
 def chosen(backend="auto", n=19, d=16) -> str:
     ops._chosen.clear()
     return ops.check_attention(backend, CPU, FP32, n, d, True)
