@@ -1,7 +1,7 @@
-"""Triton kernels of ExtreMA's operations, each beside its plain PyTorch reference; see each folder's README.md.
+"""Triton kernels of ExtreMA's operations, each with its plain PyTorch definition; see each folder's README.md.
 
-This folder is installed as `extrema_fast.kernels` and imports nothing of the rest of `extrema_fast`. Nothing here
-needs Triton or a GPU to be imported: where a kernel cannot run, an op computes the same in plain PyTorch.
+This folder is installed as `extrema_fast.kernels` and imports nothing of the rest of `extrema_fast`. Its import needs
+neither Triton nor a GPU: where a kernel cannot run, the public functions compute the same in plain PyTorch.
 """
 
 if __name__ == "extrema_fast.kernels":
@@ -26,8 +26,8 @@ if __name__ == "extrema_fast.kernels":
         "token_gather",
     ]
 else:
-    # `kernels` on PyPI is another package, which others (transformers) look for and import: found here instead,
-    # it must be empty and not fail. Under a second name every op would be registered twice.
+    # `kernels` on PyPI is another package, which transformers imports where it is installed. If that import finds
+    # this folder instead, it must be empty and not fail: under a second name every op would be registered twice.
     __path__ = []
 
     def __getattr__(name: str):

@@ -247,7 +247,7 @@ class Launch:
 
 @dataclass
 class Recording:
-    """Launches, and the keys under which they looked for settings: (op, key)."""
+    """Launches, and the settings that were read: (op, key)."""
 
     run: bool
     launches: list[Launch] = field(default_factory=list)

@@ -106,7 +106,7 @@ def adamw_ema_prepare_kernel(
         before = tl.load(t_ptr, mask=mask, other=0.0)
         tl.store(t_ptr, before + 1.0, mask=mask & (skip == 0))
         t = before.to(tl.float64) + 1.0
-        # the powers in fp64, as torch computes them on the host; 0^t is 0
+        # the powers in fp64, as torch computes them on the CPU; 0^t is 0
         power1 = tl.where(beta1 > 0.0, tl.exp2(t * tl.log2(tl.where(beta1 > 0.0, beta1, 1.0))), 0.0)
         power2 = tl.where(beta2 > 0.0, tl.exp2(t * tl.log2(tl.where(beta2 > 0.0, beta2, 1.0))), 0.0)
         out = derived_ptr + tensor * DERIVED
@@ -148,7 +148,7 @@ def _update(
     m = tl.load(m_ptr, mask=mask, other=other)
     v = tl.load(v_ptr, mask=mask, other=other)
     e = tl.zeros([BLOCK], ACC)
-    # asked for with the others, although needed last
+    # loaded with the others, although needed last
     if e_address != 0:
         e = tl.load(e_ptr, mask=mask, other=other)
     g = g * tl.load(common_ptr)
@@ -187,7 +187,7 @@ def adamw_ema_kernel(
     LOW: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    # nothing is touched on a bad step, the teacher neither
+    # a bad step changes nothing, the teacher neither
     if tl.load(outcome_ptr + 1) == 0.0:
         pid = tl.program_id(0).to(tl.int64)
         tensor = tl.load(chunks_ptr + pid * 2).to(tl.int64)

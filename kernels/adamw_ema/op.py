@@ -64,14 +64,14 @@ def _stage(values: Tensor, capturing: bool) -> Tensor:
 
 def _send(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A few numbers on the device, without waiting for it; also while a CUDA graph is captured."""
-    host = torch.as_tensor(values, dtype=dtype)
+    on_cpu = torch.as_tensor(values, dtype=dtype)
     if device.type != "cuda":
-        return host.to(device)
-    host = _stage(host, _capturing(device))
-    there = host.to(device, non_blocking=True)
+        return on_cpu.to(device)
+    on_cpu = _stage(on_cpu, _capturing(device))
+    sent = on_cpu.to(device, non_blocking=True)
     if _capturing(device):
-        _captured.append((host, there))
-    return there
+        _captured.append((on_cpu, sent))
+    return sent
 
 
 _cache: OrderedDict[tuple, Tensor] = OrderedDict()

@@ -58,7 +58,7 @@ def adamw_ema_reference(
     outcome[0], outcome[1] = norm, bad
 
     def put(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
-        # a NaN gradient cannot be multiplied away, so the old value is chosen; nothing waits for the device
+        # a NaN gradient cannot be multiplied away, so the old value is chosen, on the device
         for x, y in zip(old, new, strict=True):
             x.copy_(torch.where(bad, x, y.to(x.dtype)))
 

@@ -17,20 +17,20 @@ from .. import _launch
 # dots need at least 16 rows on every architecture: heads are padded to this
 HEADS = 16
 
-# CENTRE: tokens lose their mean before the products. In 16 bits that would round them again; there raw tokens are
-# multiplied and the sums corrected. In fp32 the correction would cost digits where the mean is large.
+# CENTRE: the tokens' mean is subtracted before the matmuls. In 16 bits that would round them a second time: there raw
+# tokens are multiplied and the sums corrected. In fp32 the correction would cost digits where the mean is large.
 
 
 @triton.jit
 def _merge(mean, m2, x, start, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
     """Chan's merge of (mean, M2) of the columns so far with the next chunk's [n, BLOCK_D]: no cancellation."""
     chunk = tl.sum(x, 1) / BLOCK_D
-    centred = x - chunk[:, None]
+    centered = x - chunk[:, None]
     gap = chunk - mean
     # in ACC: the quotient of two integers would be fp32
     before = tl.cast(start, ACC)
     share = BLOCK_D / (before + BLOCK_D)
-    return mean + gap * share, m2 + tl.sum(centred * centred, 1) + gap * gap * (before * share)
+    return mean + gap * share, m2 + tl.sum(centered * centered, 1) + gap * gap * (before * share)
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def attention_pool_fwd_kernel(
         tl.store(mu_ptr + row * n + offs_n, mean, mask=mask_n)
         tl.store(rstd_ptr + row * n + offs_n, rstd, mask=mask_n)
 
-    # scores of the normalised tokens; from raw ones r_j (u . x_j - mu_j sum(u))
+    # scores of the normalized tokens; from raw ones r_j (u . x_j - mu_j sum(u))
     a = rstd[None, :] * raw
     if not CENTRE:
         a = rstd[None, :] * (raw - mean[None, :] * u_sum[:, None])

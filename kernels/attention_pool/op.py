@@ -16,7 +16,7 @@ MAX_HEADS = 16
 
 def fits(dtype: torch.dtype, n: int) -> bool:
     """Whether a GPU's registers hold the kernel for tokens of this type (README.md)."""
-    # fp32 products take no tensor cores: their tiles spill above 64 tokens. There are none in fp64
+    # fp32 matmuls use no tensor cores: their tiles spill above 64 tokens. There are none in fp64
     return dtype.itemsize == 2 or (dtype == torch.float32 and n <= 64)
 
 
@@ -60,7 +60,7 @@ _bwd = _launch.register(
 
 
 class _Core(torch.autograd.Function):
-    """(z, scores, lse, mu, rstd) from tokens, normalised class row and absorbed queries."""
+    """(z, scores, lse, mu, rstd) from tokens, normalized class row and absorbed queries."""
 
     @staticmethod
     def forward(ctx, x, xh0, u, eps, mu, rstd):
@@ -115,7 +115,7 @@ def attention_pool(
         heads: H, divides D.
         eps: of the LayerNorm.
         stats: (mean, 1 / standard deviation) [R, n] of the same tokens, as an earlier call returned them: successive
-            blocks normalise the same tokens, so the second need not measure them.
+            blocks normalize the same tokens, so the second need not measure them.
         return_weights: whether to return the probabilities.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Two color-jittered, normalised versions of uint8 crops; maths in README.md."""
+"""Two color-jittered, normalized versions of uint8 crops; maths in README.md."""
 
 from .op import color_views
 from .reference import color_params, color_views_by_image, color_views_plain, color_views_reference

@@ -35,7 +35,7 @@ def color_views(
     channels: int = 3,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Two color-jittered, normalised versions of each crop, ExtreMA's student and teacher view of a shared crop.
+    """Two color-jittered, normalized versions of each crop, ExtreMA's student and teacher view of a shared crop.
 
     Maths: README.md beside this file. Runs the plain PyTorch definition where Triton cannot run, for float64 and above
     4 million pixels.
@@ -45,7 +45,7 @@ def color_views(
         params: [B, 2, 10] fp32, of `color_params`.
         mean: of the three channels, in [0, 1].
         std: standard deviation of the three channels.
-        channels: 3, or 1: the gray value, normalised with the mean of `mean` and of `std`.
+        channels: 3, or 1: the gray value, normalized with the mean of `mean` and of `std`.
         dtype: of the result: float32, bfloat16, float16 or float64.
 
     Returns:

@@ -77,7 +77,7 @@ def color_params(
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], in_chans: int = 3) -> Tensor:
-    """Normalises images to fp32, (x / 255 - mean) / std.
+    """Normalizes images to fp32, (x / 255 - mean) / std.
 
     Args:
         images: uint8 [B, H, W, 3].
@@ -135,7 +135,7 @@ def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         for op in range(4):
             hit = order[:, place] == op
             if not by_rows:
-                # the number of rows that take this operation would have to be waited for: all are computed
+                # to know which rows take this operation, the CPU would wait for the device: all are computed
                 out = torch.where(hit.view(-1, 1, 1, 1), _apply(x, op, f[:, op]), out)
             elif len(rows := hit.nonzero()[:, 0]):
                 out = out.index_copy(0, rows, _apply(x[rows], op, f[rows, op]))
@@ -180,8 +180,8 @@ def color_views_reference(
 
 # ---- image by image, for CPUs ----------------------------------------------------------------------
 
-# torch splits an operation above this many elements over its threads: for so little work they wait for each other
-# longer than they compute, and decoding needs the other cores
+# torch splits an operation above this many elements over its threads, which costs more than it saves for so little
+# work, and decoding needs the other cores
 PIECE = 32768
 Planes = Sequence[Tensor]
 

@@ -56,7 +56,7 @@ def cases(quick: bool) -> list[Case]:
 SPEC = Spec(
     name="color_views",
     version=1,
-    summary="two color-jittered, normalised versions of uint8 crops in two passes",
+    summary="two color-jittered, normalized versions of uint8 crops in two passes",
     public=("color_views", "color_params"),
     torch_ops=("color_views",),
     variants=variants,

@@ -86,7 +86,7 @@ def patch_gather_kernel(
     BLOCK_F: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    # the tiles of one block of tokens are neighbours, so that its pixels stay in L2
+    # the tiles of one block of tokens are neighbors, so that its pixels stay in L2
     tiles: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0).to(tl.int64)
     block = pid // tiles

@@ -45,18 +45,24 @@ _pack = _launch.register(
 )
 
 
+def pack_linear(
+    images: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor, pos: Tensor, patch: int, layout: int
+) -> Tensor:
+    """As the op `patch_gather_fwd`, by the gather alone and torch's matmul; [M, D]."""
+    out = F.linear(_pack(images, keep, patch, layout, weight.dtype), weight).to(bias.dtype) + bias
+    at = pos.repeat(len(images), 1) if keep is None else pos[keep.flatten().long()]
+    return (out + at.to(bias.dtype)).to(weight.dtype)
+
+
 class _PatchGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images, keep, weight, bias, pos, patch, layout):
         # the backward pass gathers the patches again: the image is smaller
         ctx.save_for_backward(images, *(() if keep is None else (keep,)))
         ctx.patch, ctx.layout, ctx.bias_dtype = patch, layout, bias.dtype
-        # fp32 and fp64 products take no tensor cores: cuBLAS has the better ones. The interpreter tests all
-        if weight.dtype.itemsize == 2 or images.device.type == "cpu":
-            return _fwd(images, keep, weight, bias, pos, patch, layout)
-        out = F.linear(_pack(images, keep, patch, layout, weight.dtype), weight).to(bias.dtype) + bias
-        at = pos.repeat(len(images), 1) if keep is None else pos[keep.flatten().long()]
-        return (out + at.to(bias.dtype)).to(weight.dtype)
+        # fp32 and fp64 matmuls use no tensor cores: cuBLAS has better ones. The interpreter tests all
+        fused = weight.dtype.itemsize == 2 or images.device.type == "cpu"
+        return (_fwd if fused else pack_linear)(images, keep, weight, bias, pos, patch, layout)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -87,8 +93,8 @@ def patch_gather(
     or `pos` need a gradient.
 
     Args:
-        images: uint8 [B, H, W, C] with `mean` and `std` (the normalisation (x / 255 - mean) / std is folded into the
-            weight), or normalised float [B, C, H, W].
+        images: uint8 [B, H, W, C] with `mean` and `std` (the normalization (x / 255 - mean) / std is folded into the
+            weight), or normalized float [B, C, H, W].
         keep: [V, B, K] int32 (int64 is converted) in [0, N), or None: all patches, one view. Indices are checked on a
             CPU, elsewhere with EXTREMA_FAST_CHECK=1.
         weight: [D, C, P, P], of the patch convolution.
@@ -117,7 +123,7 @@ def patch_gather(
         check("images", images, ("B", channels, "H", "W"), FLOATS, weight, "or uint8 [B, H, W, C]")
     sides = images.shape[1:3] if layout == NHWC else images.shape[2:]
     if layout != NHWC and (mean is not None or std is not None):
-        raise ValueError("mean, std: only for uint8 images; float images are normalised already")
+        raise ValueError("mean, std: only for uint8 images; float images are normalized already")
     if sides[0] % patch or sides[1] % patch:
         raise ValueError(f"images: sides {tuple(sides)} are no multiples of the patch size {patch}")
     batch, n = images.shape[0], (sides[0] // patch) * (sides[1] // patch)

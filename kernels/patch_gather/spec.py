@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from .._launch import DTYPE_NAMES
 from .._spec import Case, Spec, Variant, grid, launches, meta
-from .op import NCHW, NHWC, patch_gather
+from .op import NCHW, NHWC, pack_linear, patch_gather
 from .reference import patch_gather_reference
 
 
@@ -61,12 +61,6 @@ def _case(label: str, batch: int, side: int, patch: int, views: int, kept: int, 
         pos = torch.randn(n, width, device=device, generator=generator)
         return images, keep, weight.to(dtype).requires_grad_(), bias.to(dtype).requires_grad_(), pos
 
-    def pack_linear(images, keep, weight, bias, pos):
-        """The gather alone, then torch's linear layer."""
-        a = torch.ops.extrema_fast.patch_pack(images, keep, patch, 1, weight.dtype)
-        out = F.linear(a, weight.flatten(1), bias) + pos.to(weight.dtype)[keep.flatten().long()]
-        return out.view(views * batch, kept, width)
-
     def convolution(images, keep, weight, bias, pos):
         """The released order: embed every patch, add positions, gather per view."""
         tokens = F.conv2d(images, weight, bias, stride=patch).flatten(2).transpose(1, 2)
@@ -81,7 +75,9 @@ def _case(label: str, batch: int, side: int, patch: int, views: int, kept: int, 
         {
             "ours": patch_gather,
             "reference": patch_gather_reference,
-            "pack + linear": pack_linear,
+            "pack + linear": lambda x, keep, w, b, pos: pack_linear(
+                x, keep, w.flatten(1), b, pos, patch, NCHW
+            ).view(views * batch, kept, width),
             "convolution": convolution,
             "convolution compiled": torch.compile(convolution, dynamic=False),
         },
@@ -116,7 +112,7 @@ def space(direction: str, sizes: dict[str, int]) -> list[dict[str, int]]:
 SPEC = Spec(
     name="patch_gather",
     version=1,
-    summary="normalisation, gather of kept patches, embedding, bias and position; the rest is not read",
+    summary="normalization, gather of kept patches, embedding, bias and position; the rest is not read",
     public=("patch_gather",),
     torch_ops=("patch_gather_fwd", "patch_pack"),
     variants=variants,

@@ -35,7 +35,7 @@ def short_attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    # PACK neighbouring sequences, HEADS heads one after the other
+    # PACK neighboring sequences, HEADS heads one after the other
     first = tl.program_id(0).to(tl.int64) * PACK
     head0 = tl.program_id(1) * HEADS
     offs = tl.arange(0, BLOCK_N)
@@ -52,14 +52,14 @@ def short_attention_fwd_kernel(
     source = row[:, None] * stride_r + token[:, None].to(tl.int64) * stride_n + offs_d[None, :]
     target = (row[:, None] * n + token[:, None]) * (H * D) + offs_d[None, :]
     # [BLOCK_N, BLOCK_N]: a query sees the keys of its own sequence
-    seen = valid[None, :] & (which[:, None] == which[None, :])
+    attends = valid[None, :] & (which[:, None] == which[None, :])
     for i in range(HEADS):
         head = (head0 + i).to(tl.int64)
         q = tl.load(qkv_ptr + source + head * stride_h, mask=mask, other=0.0)
         k = tl.load(qkv_ptr + source + head * stride_h + stride_3, mask=mask, other=0.0)
         v = tl.load(qkv_ptr + source + head * stride_h + 2 * stride_3, mask=mask, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * SCALE
-        s = tl.where(seen, s, float("-inf"))
+        s = tl.where(attends, s, float("-inf"))
         # rows without keys are padding: any finite top keeps NaN out
         top = tl.max(s, 1)
         top = tl.where(top == float("-inf"), 0.0, top)
@@ -107,14 +107,14 @@ def short_attention_bwd_kernel(
     flat = row[:, None] * n + token[:, None]
     dense = flat * (H * D) + offs_d[None, :]
     target = flat * (3 * H * D) + offs_d[None, :]
-    seen = valid[None, :] & (which[:, None] == which[None, :])
+    attends = valid[None, :] & (which[:, None] == which[None, :])
     low = qkv_ptr.dtype.element_ty
     for i in range(HEADS):
         head = (head0 + i).to(tl.int64)
         q = tl.load(qkv_ptr + source + head * stride_h, mask=mask, other=0.0)
         k = tl.load(qkv_ptr + source + head * stride_h + stride_3, mask=mask, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * SCALE
-        s = tl.where(seen, s, float("-inf"))
+        s = tl.where(attends, s, float("-inf"))
         top = tl.max(s, 1)
         top = tl.where(top == float("-inf"), 0.0, top)
         e = tl.exp(s - top[:, None])

@@ -16,7 +16,7 @@ HEAD_DIMS = (16, 32, 64, 80)
 
 def fits(dtype: torch.dtype, n: int, d: int) -> bool:
     """Whether a GPU's registers and shared memory hold the tile of n tokens and d columns (README.md)."""
-    # fp32 products take no tensor cores: larger tiles spill, the largest cannot start where a block has 99 KB.
+    # fp32 matmuls use no tensor cores: larger tiles spill, the largest cannot start where a block has 99 KB.
     # There are none in fp64
     tile = power_of_two(n, 16) * power_of_two(d, 16)
     return dtype.itemsize == 2 or (dtype == torch.float32 and tile <= 2048)

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.kernels._compare import assert_errors
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# a hundredth of an 8-bit level, normalised
+# a hundredth of an 8-bit level, normalized
 LEVEL = 0.01 / 255 / min(STD)
 ORDERS = torch.tensor(list(itertools.permutations(range(4))), dtype=torch.float32)
 SWITCHES = pytest.mark.parametrize(("on", "gray"), [(1.0, 0.0), (0.0, 0.0), (0.0, 1.0), (1.0, 1.0)])

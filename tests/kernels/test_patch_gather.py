@@ -1,7 +1,7 @@
 """patch_gather against its plain definition.
 
 Covers: uint8 and float images, all patches and kept ones, patch sizes 4, 14, 16, gray and RGB, every number of patches,
-fp64, fp32, fp16; weight and bias gradients; normalisation of uint8, loss-scaled fp16 gradients; images and positions
+fp64, fp32, fp16; weight and bias gradients; normalization of uint8, loss-scaled fp16 gradients; images and positions
 that need a gradient; a frozen weight; autocast; gradcheck; opcheck; one graph; layouts; poisoned outputs;
 repeatability; empty batches; nothing kept; errors.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import pytest
 import torch
 from extrema_fast.kernels.patch_gather import patch_gather, patch_gather_reference
+from extrema_fast.kernels.patch_gather.op import NCHW, NHWC, pack_linear
 
 from tests.kernels._compare import (
     DTYPES,
@@ -79,15 +80,15 @@ def test_all_patches_without_bias(path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("patch", [4, 16])
-def test_uint8_images_are_normalised(dtype, patch, path):
+def test_uint8_images_are_normalized(dtype, patch, path):
     _, keep, weight, bias, pos = make(patch=patch, dtype=dtype)
     images = pixels(2, 2 * patch, 3 * patch)
     m, s = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (MEAN, STD))
-    normalised = (images.permute(0, 3, 1, 2).double() / 255 - m) / s
+    normalized = (images.permute(0, 3, 1, 2).double() / 255 - m) / s
     compare(
-        # in float64: the definition of normalised images, whatever the images were
+        # in float64: the definition of normalized images, whatever the images were
         lambda w, b: patch_gather(images, keep, w, b, pos, mean=MEAN, std=STD),
-        lambda w, b: patch_gather_reference(normalised.to(w), keep, w, b, pos.to(w)),
+        lambda w, b: patch_gather_reference(normalized.to(w), keep, w, b, pos.to(w)),
         [weight, bias],
         3 * patch**2,
         ["weight", "bias"],
@@ -140,6 +141,15 @@ def test_dtypes_of_images_weight_and_autocast(path):
     assert low.dtype == torch.bfloat16 and double.dtype == torch.float64
     low.float().sum().backward()
     assert weight.grad.dtype == bias.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("all_patches", [True, False])
+@pytest.mark.parametrize("layout", [NHWC, NCHW])
+def test_the_gather_alone_and_torchs_matmul_equal_the_fused_kernel(layout, all_patches):
+    images, keep, weight, bias, pos = make()
+    x = pixels() if layout == NHWC else images
+    args = (x, None if all_patches else keep, weight.flatten(1), bias, pos, 4, layout)
+    torch.testing.assert_close(pack_linear(*args), OPS.patch_gather_fwd(*args), rtol=1e-12, atol=1e-12)
 
 
 def test_gradcheck():

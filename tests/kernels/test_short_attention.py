@@ -1,7 +1,7 @@
 """short_attention against its plain definition.
 
 Covers: output and gradient in fp64, fp32 and fp16 at every length and head_dim; several sequences per tile (also when
-they do not fill the last one; neighbours do not leak into each other); heads split over programs; the launch settings
+they do not fill the last one; neighbors do not leak into each other); heads split over programs; the launch settings
 of packed tiles; gradcheck; opcheck; one graph; strided, expanded and offset inputs and gradients; poisoned outputs;
 repeatability; empty batches; the plain path; FLOPs; errors.
 """

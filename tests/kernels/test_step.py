@@ -1,9 +1,8 @@
 """Whole training steps with kernels on and off: only rounding differs.
 
-Covers: three optimizer steps (colour views, disjoint and independent masks, drop-path, both losses) with
-every op's Triton kernel, with each one alone, and without; loss, weights, teacher and optimizer state; a
-checkpoint written with one optimizer continues under the other; the encoder's features and attention maps;
-pooling blocks share statistics.
+Covers: optimizer steps (color jitter, disjoint and independent masks, drop-path, both losses) with every op's Triton
+kernel, with each one alone, and without: loss, weights, teacher and optimizer state; the encoder's features and
+attention maps; a kernel requested by name that cannot run.
 """
 
 from __future__ import annotations
