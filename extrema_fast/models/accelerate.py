@@ -129,7 +129,7 @@ class Accelerated:
         Gradients of gradients exist in fp32 and fp64 only: 16-bit matmuls have a backward pass of their own.
 
         Args:
-            images: [B, C, H, W] float, normalised, of the size that `vit` takes.
+            images: [B, C, H, W] float, normalized, of the size that `vit` takes.
             keep: None (all), [B, K], or [B, V, K] integer in [0, N), counting patches only; order is kept.
             norm: apply the model's final norm (its `fc_norm` belongs to its head and is not applied).
 

@@ -242,7 +242,7 @@ class Encoder(TimmInterface):
         """Class token and patch tokens; only kept patches are read, projected and attended to.
 
         Args:
-            images: [B, C, H, W] float, normalised; sides multiples of the patch size (other grids than the model's
+            images: [B, C, H, W] float, normalized; sides multiples of the patch size (other grids than the model's
                 use the sin-cos table of that grid).
             keep: None (all), [B, K], or [B, V, K] integer in [0, N); order is kept, repeats are allowed.
             norm: apply the final LayerNorm (False: raw tokens, as the paper's linear probe uses).
@@ -303,7 +303,7 @@ class Encoder(TimmInterface):
         return Dino(self, version, layer_class)
 
     def preprocess(self) -> Preprocess:
-        """The transform of these weights: PIL image or uint8 [H, W, 3] -> normalised float32 [C, H, W].
+        """The transform of these weights: PIL image or uint8 [H, W, 3] -> normalized float32 [C, H, W].
 
         Resizes the short side to size / crop_pct (size * 256 / 224, antialiased) and crops the centre; the numbers
         are in the transform's `metadata` (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
@@ -345,7 +345,7 @@ def create_encoder(
     drop_rate: float = 0.0,
     **shape: Any,
 ) -> Encoder:
-    """A randomly initialised encoder.
+    """A randomly initialized encoder.
 
     Args:
         name: one of `list_models()`.
@@ -356,7 +356,7 @@ def create_encoder(
         patch_size: pixels.
         global_pool: 'token' (class head), 'avg' (mean of patch tokens, no class head), or '' (class head; `forward`
             gives all tokens).
-        fc_norm: with 'avg': normalise after pooling instead of before (the paper's fine-tuning).
+        fc_norm: with 'avg': normalize after pooling instead of before (the paper's fine-tuning).
         pos_embed: 'sincos' (fixed) or 'learned' (a parameter that starts from the table).
         pos_coords: 'absolute' or 'rescaled': coordinates of grids other than `pos_grid` (`positions.SinCos`).
         pos_grid: (rows, columns) trained on; default: that of `img_size`.

@@ -45,7 +45,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """BYOL: the mean of |q - k|^2 = 2 - 2 cos(q, k) of L2-normalised vectors, over images and views.
+    """BYOL: the mean of |q - k|^2 = 2 - 2 cos(q, k) of L2-normalized vectors, over images and views.
 
     Args:
         prediction: [V b, d] predictions q, view-major.

@@ -48,7 +48,7 @@ def check_images(images: Tensor, chans: int | None = None, dtype: torch.dtype | 
             + ("; a single image needs images[None]" if images.dim() == 3 else "")
         )
     if not images.is_floating_point():
-        raise UsageError(f"images: expected normalised floats, got {images.dtype}; see encoder.preprocess()")
+        raise UsageError(f"images: expected normalized floats, got {images.dtype}; see encoder.preprocess()")
     if dtype not in (None, images.dtype) and not autocasts(images.device.type):
         raise UsageError(f"images: expected {dtype} as the weights, got {images.dtype}; or use autocast")
 

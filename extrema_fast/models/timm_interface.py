@@ -17,11 +17,6 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from .positions import resample_table
 
-if TYPE_CHECKING:
-    from ..config import ModelConfig
-    from .layers import PatchEmbed
-    from .positions import SinCos
-
 log = logging.getLogger(__name__)
 
 POOLS = ("", "token", "avg")
@@ -66,29 +61,20 @@ class TimmInterface(nn.Module):
     # True would promise a class token from every layer
     has_class_token = False
 
-    config: ModelConfig
-    architecture: str
-    patch_embed: PatchEmbed
-    sincos: SinCos
-    pos_embed: Tensor
-    # a ModuleList of `layers.Block`
-    blocks: Any
-    cls_token: nn.Parameter | None
-    blocks_token: nn.ModuleList | None
-    norm: nn.Module
-    fc_norm: nn.Module
-    head: nn.Module
-    head_drop: nn.Module
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    drop_path_rate: float
-    embed: Any
-    encode: Any
-    trunk_layers: Any
-    pool: Any
-    check_images: Any
-    _model_args: dict[str, Any]
-    _traits: dict[str, Any]
+    if TYPE_CHECKING:
+        # set by `Encoder`, which also has the methods used here
+        config: Any
+        blocks: Any
+        blocks_token: Any
+        cls_token: Any
+        pos_embed: Any
+        norm: Any
+        fc_norm: Any
+        head: Any
+        _model_args: dict[str, Any]
+        _traits: dict[str, Any]
+
+        def __getattr__(self, name: str) -> Any: ...
 
     # ---- attributes ------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import torch
 from extrema_fast.config import ModelConfig
 from extrema_fast.errors import UsageError
 from extrema_fast.models.encoder import Encoder
+from tests.encoders import close, randomized
 
 CONFIG = ModelConfig(
     img_size=(12, 20), patch_size=4, width=48, depth=4, heads=3, mlp_ratio=2.0, drop_path=0.0
@@ -24,21 +25,11 @@ N = 15
 
 @pytest.fixture
 def encoder() -> Encoder:
-    encoder = Encoder(CONFIG).double().eval()
-    with torch.no_grad():
-        for p in encoder.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return encoder
+    return randomized(Encoder(CONFIG).double())
 
 
 def images(b: int = 2, h: int = 12, w: int = 20) -> torch.Tensor:
     return torch.randn(b, 3, h, w, dtype=torch.float64)
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(
-        a, b, rtol=0, atol=1e-11 * max(1.0, float(b.detach().abs().max()))
-    )
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -48,14 +39,14 @@ def test_dictionary(encoder, version):
     extra = {2: "x_norm_regtokens", 3: "x_storage_tokens"}[version]
     assert set(out) == {"x_norm_clstoken", "x_norm_patchtokens", extra, "x_prenorm", "masks"}
     features, raw = encoder.forward_features(x), encoder.encode(x, norm=False)
-    assert same(out["x_norm_clstoken"], features[:, 0]) and same(out["x_norm_patchtokens"], features[:, 1:])
+    assert close(out["x_norm_clstoken"], features[:, 0]) and close(out["x_norm_patchtokens"], features[:, 1:])
     assert out[extra].shape == (2, 0, 48) and out["masks"] is None
-    assert same(out["x_prenorm"][:, 0], raw.cls) and same(out["x_prenorm"][:, 1:], raw.patches)
+    assert close(out["x_prenorm"][:, 0], raw.cls) and close(out["x_prenorm"][:, 1:], raw.patches)
 
 
 def test_forward(encoder):
     model, x = encoder.as_dino(), images()
-    assert same(model(x), encoder(x))
+    assert close(model(x), encoder(x))
     assert set(model(x, is_training=True)) == set(model.forward_features(x))
 
 
@@ -63,9 +54,9 @@ def test_list_of_crops(encoder):
     model, crops = encoder.as_dino(), [images(), images(3, 8, 8)]
     out = model.forward_features(crops)
     assert isinstance(out, list) and [o["x_norm_patchtokens"].shape[:2] for o in out] == [(2, N), (3, 4)]
-    assert same(out[1]["x_norm_clstoken"], encoder(crops[1]))
+    assert close(out[1]["x_norm_clstoken"], encoder(crops[1]))
     assert (
-        same(model(crops)[0], encoder(crops[0]))
+        close(model(crops)[0], encoder(crops[0]))
         and model(crops, [None, None], is_training=True)[1]["masks"] is None
     )
     with pytest.raises(UsageError, match="mask token"):
@@ -77,13 +68,13 @@ def test_layers_of_version_2(encoder):
     layers = model.get_intermediate_layers(x)
     assert isinstance(layers, tuple) and len(layers) == 1
     # the norm is on by default, unlike timm's
-    assert same(layers[0], encoder.get_intermediate_layers(x, 1, norm=True)[0])
+    assert close(layers[0], encoder.get_intermediate_layers(x, 1, norm=True)[0])
     for n in (3, [0, 2], (-1, 1)):
         for reshape in (False, True):
             for norm in (False, True):
                 ours = model.get_intermediate_layers(x, n, reshape, False, norm)
                 wanted = encoder.get_intermediate_layers(x, n, reshape=reshape, norm=norm)
-                assert isinstance(ours, tuple) and all(same(a, b) for a, b in zip(ours, wanted, strict=True))
+                assert isinstance(ours, tuple) and all(close(a, b) for a, b in zip(ours, wanted, strict=True))
     assert ours[0].shape == (2, 48, 3, 5)
     pairs = model.get_intermediate_layers(x, 2, return_class_token=True)
     assert [[t.shape for t in pair] for pair in pairs] == [[(2, N, 48), (2, 48)]] * 2
@@ -97,7 +88,7 @@ def test_layers_of_version_3(encoder):
     with pytest.raises(TypeError):
         model.get_intermediate_layers(x, 2)
     (alone,) = model.get_intermediate_layers(x)
-    assert same(alone, encoder.forward_features(x)[:, 1:])
+    assert close(alone, encoder.forward_features(x)[:, 1:])
     out = model.get_intermediate_layers(
         x, n=2, reshape=True, return_class_token=True, return_extra_tokens=True
     )
@@ -115,15 +106,15 @@ def test_class_token_of_a_layer(encoder, version, norm):
     ours, repeated = head.get_intermediate_layers(x, **layers), last.get_intermediate_layers(x, **layers)
     true = encoder.encode(x, norm=norm).cls
     # exact at the last layer
-    assert same(ours[1][1], true) and same(repeated[1][1], true) and same(repeated[0][1], true)
+    assert close(ours[1][1], true) and close(repeated[1][1], true) and close(repeated[0][1], true)
     # before it, the class head on that layer's tokens: what an encoder of so many blocks computes
     short = copy.deepcopy(encoder)
     short.prune_intermediate_layers([1], prune_head=False)
-    assert same(ours[0][1], short.encode(x, norm=norm).cls) and not same(ours[0][1], true)
-    assert all(same(a[0], b[0]) for a, b in zip(ours, repeated, strict=True))
+    assert close(ours[0][1], short.encode(x, norm=norm).cls) and not close(ours[0][1], true)
+    assert all(close(a[0], b[0]) for a, b in zip(ours, repeated, strict=True))
     # also where the last layer is not asked for
     (pair,) = last.get_intermediate_layers(x, n=[1], return_class_token=True, norm=norm)
-    assert same(pair[1], true)
+    assert close(pair[1], true)
 
 
 def test_attributes(encoder):
@@ -145,7 +136,7 @@ def test_parameters_are_shared(encoder):
     assert all(p.grad is not None for p in encoder.parameters())
     with torch.no_grad():
         encoder.cls_token.add_(1)
-    assert same(model(x), encoder(x))
+    assert close(model(x), encoder(x))
     assert encoder.train().as_dino().training and model.train().encoder.training
     model.float()
     assert encoder.cls_token.dtype == torch.float32
@@ -176,6 +167,6 @@ def test_compiles_into_one_graph(encoder):
             model.get_intermediate_layers(x, n=2, return_class_token=True),
             strict=True,
         ):
-            assert same(ours[0], wanted[0]) and same(ours[1], wanted[1])
+            assert close(ours[0], wanted[0]) and close(ours[1], wanted[1])
     finally:
         torch.compiler.reset()

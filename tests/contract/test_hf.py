@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from extrema_fast.models.encoder import create_encoder, timm_config
+from tests.encoders import close, randomized
 
 pytest.importorskip("timm")
 pytest.importorskip("PIL")
@@ -35,10 +36,7 @@ def hf():
 def folder_of(path, **options):
     """(exported folder, its encoder in eval mode)."""
     options = {"img_size": (16, 40), "patch_size": 8, "width": 48, "depth": 3, "heads": 3, **options}
-    encoder = create_encoder("extrema_vit_tiny_patch16_224", **options).eval()
-    with torch.no_grad():
-        for p in encoder.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
+    encoder = randomized(create_encoder("extrema_vit_tiny_patch16_224", **options))
     path.mkdir(exist_ok=True)
     save_file(encoder.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(timm_config(encoder)))
@@ -48,13 +46,6 @@ def folder_of(path, **options):
 @pytest.fixture
 def exported(tmp_path):
     return folder_of(tmp_path / "weights")
-
-
-def close(a, b) -> bool:
-    # transformers maps the file: weights lie differently in memory, and products round differently
-    return a.shape == b.shape and torch.allclose(
-        a, b, rtol=0, atol=2e-6 * max(1.0, float(b.detach().abs().max()))
-    )
 
 
 def picture():

@@ -23,6 +23,7 @@ from extrema_fast.models.positions import (
     resample_table,
     sincos_table,
 )
+from tests.encoders import randomized
 
 CONFIG = ModelConfig(
     img_size=(24, 40), patch_size=8, width=32, depth=2, heads=2, mlp_ratio=2.0, drop_path=0.0
@@ -31,11 +32,7 @@ GRIDS = [(1, 1), (1, 9), (7, 2), (3, 5), (6, 10), (19, 1)]
 
 
 def make(config: ModelConfig = CONFIG, **options) -> Encoder:
-    encoder = Encoder(config, **options).eval()
-    with torch.no_grad():
-        for p in encoder.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return encoder
+    return randomized(Encoder(config, **options))
 
 
 def images(grid: tuple[int, int], patch: int = 8, b: int = 2) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from extrema_fast.config import ModelConfig
 from extrema_fast.errors import UsageError
 from extrema_fast.models.encoder import Encoder
+from tests.encoders import close, randomized
 
 timm = pytest.importorskip("timm")
 
@@ -28,11 +29,7 @@ N = 15
 
 def make(**options) -> Encoder:
     """A float64 encoder whose every parameter is random."""
-    encoder = Encoder(CONFIG, **options).double().eval()
-    with torch.no_grad():
-        for p in encoder.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return encoder
+    return randomized(Encoder(CONFIG, **options).double())
 
 
 def images(b: int = 2) -> torch.Tensor:
@@ -53,12 +50,6 @@ def stock(encoder: Encoder) -> torch.nn.Module:
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(("cls_token", "blocks_token"))}
     model.load_state_dict(state)
     return model
-
-
-def same(a, b) -> bool:
-    return a.shape == b.shape and torch.allclose(
-        a, b, rtol=0, atol=1e-11 * max(1.0, float(b.detach().abs().max()))
-    )
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor | None]:
@@ -90,7 +81,7 @@ def test_patch_embedding():
     assert embed.img_size == (12, 20) and isinstance(embed.proj, torch.nn.Conv2d)
     assert embed.feat_ratio() == 4 and embed.feat_ratio(as_scalar=False) == (4, 4)
     assert embed.dynamic_feat_size((16, 40)) == (4, 10)
-    assert same(embed(x) + encoder.pos_embed, encoder.embed(x))
+    assert close(embed(x) + encoder.pos_embed, encoder.embed(x))
     assert (encoder.patch_size, encoder.grid, encoder.num_patches, encoder.img_size) == (
         4,
         (3, 5),
@@ -161,10 +152,10 @@ def test_forward_is_head_of_features(options, prefix, classes):
     features = encoder.forward_features(x)
     assert features.shape == (2, prefix + N, 48)
     logits, before = encoder.forward_head(features), encoder.forward_head(features, pre_logits=True)
-    assert same(encoder(x), logits) and before.shape[-1] == encoder.head_hidden_size
-    assert same(logits, encoder.head(before)) and logits.shape[-1] == (classes or 48)
+    assert close(encoder(x), logits) and before.shape[-1] == encoder.head_hidden_size
+    assert close(logits, encoder.head(before)) and logits.shape[-1] == (classes or 48)
     wanted = {"token": features[:, 0], "avg": features.mean(1), "": features}[encoder.global_pool]
-    assert same(before, encoder.fc_norm(wanted))
+    assert close(before, encoder.fc_norm(wanted))
 
 
 def test_reset_classifier():
@@ -172,17 +163,17 @@ def test_reset_classifier():
     features = encoder.forward_features(x)
     encoder.reset_classifier(0)
     assert isinstance(encoder.head, torch.nn.Identity) and encoder.num_classes == 0
-    assert same(encoder(x), features[:, 0]) and encoder.global_pool == "token"
+    assert close(encoder(x), features[:, 0]) and encoder.global_pool == "token"
     encoder.reset_classifier(9, "avg")
     assert encoder(x).shape == (2, 9) and encoder.head.weight.dtype == torch.float64
     assert not encoder.head.bias.any() and 0 < encoder.head.weight.abs().max() < 2e-4
-    assert same(encoder.forward_head(features, pre_logits=True), features[:, 1:].mean(1))
+    assert close(encoder.forward_head(features, pre_logits=True), features[:, 1:].mean(1))
     encoder.reset_classifier(0, "")
-    assert same(encoder(x), features)
+    assert close(encoder(x), features)
     encoder.train().reset_classifier(2, "token")
     assert encoder.head.training and encoder(x).shape == (2, 2)
     # encode gives the class token whatever the pool
-    assert same(encoder.eval().encode(x).cls, features[:, 0])
+    assert close(encoder.eval().encode(x).cls, features[:, 0])
 
 
 @pytest.mark.parametrize(
@@ -219,13 +210,13 @@ def test_reset_classifier_refuses(options, args, words):
 def test_forward_intermediates(indices, layers, norm, output_fmt):
     encoder, x = make(), images()
     final, taken = encoder.forward_intermediates(x, indices, norm=norm, output_fmt=output_fmt)
-    assert same(final, encoder.forward_features(x)) and isinstance(taken, list)
+    assert close(final, encoder.forward_features(x)) and isinstance(taken, list)
     oracle = stock(encoder).forward_intermediates(
         x, layers, norm=norm, output_fmt=output_fmt, intermediates_only=True
     )
     assert len(taken) == len(layers)
     for a, b in zip(taken, oracle, strict=True):
-        assert a.shape == ((2, 48, 3, 5) if output_fmt == "NCHW" else (2, N, 48)) and same(a, b)
+        assert a.shape == ((2, 48, 3, 5) if output_fmt == "NCHW" else (2, N, 48)) and close(a, b)
     alone = encoder.forward_intermediates(
         x, indices, norm=norm, output_fmt=output_fmt, intermediates_only=True, stop_early=True
     )
@@ -255,7 +246,7 @@ def test_get_intermediate_layers():
     oracle = stock(encoder)
     for options in ({}, {"n": 3}, {"n": [0, 2], "reshape": True}, {"n": 2, "norm": True}):
         ours, theirs = (m.get_intermediate_layers(x, **options) for m in (encoder, oracle))
-        assert isinstance(ours, list) and all(same(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert isinstance(ours, list) and all(close(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +279,7 @@ def test_prune_leaves_nothing_unused(prune_norm):
     sum(a.square().sum() for a in after).backward()
     assert all(g is not None and g.abs().max() > 0 for g in gradients(encoder).values())
     assert not any(k.startswith(("head", "cls", "blocks_token", "blocks.3")) for k in encoder.state_dict())
-    assert encoder(x).shape == (2, N, 48) and same(encoder.encode(x).cls, encoder(x).mean(1))
+    assert encoder(x).shape == (2, N, 48) and close(encoder.encode(x).cls, encoder(x).mean(1))
     with pytest.raises(UsageError, match="no class head"):
         encoder.get_attention(x)
 
@@ -423,7 +414,7 @@ def test_lightly_trains_wrapper():
     model, x = make(), images()
     (features,) = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
     assert features.shape == (2, model.num_features, 3, 5)
-    assert same(features.flatten(2).transpose(1, 2), model.forward_features(x)[:, 1:])
+    assert close(features.flatten(2).transpose(1, 2), model.forward_features(x)[:, 1:])
 
 
 def test_compiles_into_one_graph():
@@ -437,7 +428,7 @@ def test_compiles_into_one_graph():
         whole = torch.compile(layers, backend="eager", fullgraph=True)
         for size in ((12, 20), (8, 28)):
             y = torch.randn(1, 3, *size, dtype=torch.float64)
-            assert all(same(a, b) for a, b in zip(whole(y), layers(y), strict=True))
+            assert all(close(a, b) for a, b in zip(whole(y), layers(y), strict=True))
         encoder.set_grad_checkpointing()
         again = torch.compile(encoder, backend="eager", fullgraph=True)
         again(x).sum().backward()

@@ -14,6 +14,7 @@ import torch
 
 from extrema_fast.config import ModelConfig
 from extrema_fast.models.encoder import Encoder
+from tests.encoders import close, randomized
 
 timm = pytest.importorskip("timm")
 
@@ -33,22 +34,8 @@ def config(grid: tuple[int, int], depth: int = 3) -> ModelConfig:
     )
 
 
-def randomised(encoder: Encoder) -> Encoder:
-    encoder = encoder.double().eval()
-    with torch.no_grad():
-        for p in encoder.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return encoder
-
-
 def images(encoder: Encoder) -> torch.Tensor:
     return torch.randn(2, 3, *encoder.img_size, dtype=torch.float64)
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and float((a - b).detach().abs().max()) <= 1e-11 * max(
-        1.0, float(b.detach().abs().max())
-    )
 
 
 def cait(cfg: ModelConfig) -> torch.nn.Module:
@@ -83,7 +70,7 @@ def cait(cfg: ModelConfig) -> torch.nn.Module:
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_whole_encoder_is_timms_cait_with_plain_blocks(grid):
-    encoder = randomised(Encoder(config(grid)))
+    encoder = randomized(Encoder(config(grid)).double())
     oracle = cait(encoder.config)
     state = {k.replace("blocks_token.", "blocks_token_only."): v for k, v in encoder.state_dict().items()}
     oracle.load_state_dict(state, strict=True)
@@ -123,7 +110,7 @@ def vit(cfg: ModelConfig, **options) -> torch.nn.Module:
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_trunk_is_a_stock_vit(grid):
-    encoder = randomised(Encoder(config(grid)))
+    encoder = randomized(Encoder(config(grid)).double())
     oracle = vit(encoder.config, fc_norm=False, num_classes=0)
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(("cls_token", "blocks_token"))}
     oracle.load_state_dict(state, strict=True)
@@ -136,7 +123,7 @@ def test_trunk_is_a_stock_vit(grid):
 @pytest.mark.parametrize("fc_norm", [False, True])
 @pytest.mark.parametrize("grid", [(1, 1), (5, 3), (7, 7)])
 def test_mean_pooled_encoder_with_a_head_is_a_stock_vit(grid, fc_norm):
-    encoder = randomised(Encoder(config(grid), 5, global_pool="avg", fc_norm=fc_norm))
+    encoder = randomized(Encoder(config(grid), 5, global_pool="avg", fc_norm=fc_norm).double())
     oracle = vit(encoder.config, fc_norm=fc_norm, num_classes=5)
     oracle.load_state_dict(encoder.state_dict(), strict=True)
     x = images(encoder)

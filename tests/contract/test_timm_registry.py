@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from extrema_fast.errors import UsageError
 from extrema_fast.models.encoder import Encoder, create_encoder, list_models, model_args, timm_config
 from extrema_fast.models.positions import adapt_in_chans, resample_patch_kernel, resample_table
+from tests.encoders import close, randomized
 
 timm = pytest.importorskip("timm")
 importlib.import_module("extrema_fast.timm")
@@ -33,11 +34,7 @@ SIZE = (16, 40)
 
 def build(**options) -> Encoder:
     """A small encoder, every parameter random, in eval mode."""
-    encoder = create_encoder(TINY, **{"img_size": SIZE, **SMALL, **options}).eval()
-    with torch.no_grad():
-        for p in encoder.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return encoder
+    return randomized(create_encoder(TINY, **{"img_size": SIZE, **SMALL, **options}))
 
 
 def write(folder, encoder: Encoder) -> str:
@@ -50,12 +47,6 @@ def write(folder, encoder: Encoder) -> str:
 
 def images(b: int = 2, c: int = 3, size: tuple[int, int] = SIZE) -> torch.Tensor:
     return torch.randn(b, c, *size)
-
-
-def close(a, b) -> bool:
-    return a.shape == b.shape and torch.allclose(
-        a, b, rtol=0, atol=2e-6 * max(1.0, float(b.detach().abs().max()))
-    )
 
 
 # ---- registration ---------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from extrema_fast.models.encoder import (
     sincos_table,
 )
 from extrema_fast.ops import dispatch as ops
+from tests.encoders import close, randomized
 
 SMALL = ModelConfig(img_size=(24, 40), patch_size=8, width=32, depth=3, heads=2, mlp_ratio=2.0)
 N = 15
@@ -33,11 +34,7 @@ N = 15
 
 def make(config: ModelConfig = SMALL, **options) -> Encoder:
     """A small float64 encoder whose every parameter is random, so that none can be left out unnoticed."""
-    encoder = Encoder(config, **options).double().eval()
-    with torch.no_grad():
-        for p in encoder.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return encoder
+    return randomized(Encoder(config, **options).double())
 
 
 def images(b: int = 2, c: int = 3, h: int = 24, w: int = 40) -> torch.Tensor:
@@ -70,11 +67,6 @@ def by_definition(encoder: Encoder, x: torch.Tensor, keep: torch.Tensor) -> tupl
         cls = cls + block.gamma_2 * block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(cls))))
     out = encoder.norm(torch.cat([cls, tokens], 1))
     return out[:, 0], out[:, 1:]
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-11) -> bool:
-    a, b = a.detach(), b.detach()
-    return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
 
 
 # ---- names and building ---------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_the_teacher_never_trains_and_never_drops_paths():
     images = torch.randn(4, 3, 16, 24)
     first, second = method.teacher_branch(images), method.teacher_branch(images)
     assert torch.equal(first[0], second[0])
-    # which would be seen: the student draws new coins each time
+    # the student draws new numbers at every pass
     keep = draw_views(4, 6, 2, 3)
     assert not torch.equal(method.student_branch(images, keep)[1], method.student_branch(images, keep)[1])
     method.eval()
