@@ -21,52 +21,23 @@ import pytest
 import torch
 
 from extrema_fast.cli import main
-from extrema_fast.config import from_dict
 from extrema_fast.errors import DataError, StorageError, UsageError
-from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.tools.embed import embed
 from extrema_fast.tools.search import GAP, MARGIN, SIDE, Tile, format_table, nearest, search, write_sheet
-from extrema_fast.weights.folder import save_weights, weights_meta
+from tests.tools.conftest import SMALL as EMBED
+from tests.tools.conftest import random_weights, write_images
+
+SMALL = {**EMBED, "part_images": 3}
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
-
-CFG = from_dict(
-    {
-        "model": {
-            "img_size": [24, 24],
-            "patch_size": 8,
-            "width": 16,
-            "depth": 1,
-            "heads": 2,
-            "drop_path": 0.0,
-        },
-        "mask": {"ratio": 0.5, "views": 1},
-        "head": {"hidden": 16, "out": 8, "predictor_hidden": 16},
-    }
-)
-SMALL = {"batch_size": 3, "part_images": 3, "loader": "pil", "progress": False}
-
-
-def random_weights(folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    method = ExtreMA(CFG)
-    with torch.no_grad():
-        for p in method.parameters():
-            p.add_(torch.randn_like(p) * 0.3)
-    return save_weights(folder, method, weights_meta(CFG, 7))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A folder with `images` (13, in two classes), `weights` and `index`."""
     root = tmp_path_factory.mktemp("made")
-    draw = np.random.default_rng(7)
-    for i in range(13):
-        path = root / "images" / ("ape", "bee")[i % 2] / f"{i:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        coarse = draw.integers(0, 256, (3, 4, 3)).astype(np.uint8)
-        Image.fromarray(coarse).resize((30 + i, 41 - i)).save(path)
-    random_weights(root / "weights", 1)
+    write_images(root / "images", 13)
+    random_weights(root / "weights")
     embed(str(root / "images"), root / "index", root / "weights", **SMALL)
     return root
 
