@@ -21,17 +21,15 @@ from __future__ import annotations
 import io
 import os
 import re
-import signal
 import stat
 import tempfile
 import threading
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import NamedTuple
@@ -231,8 +229,8 @@ _decoder: _Decoder | None = None
 def _start(strict: bool, max_pixels: int) -> None:
     """Makes a new process ready: the best decoder here; with `strict` Pillow has to agree."""
     global _decoder
-    # Ctrl-C is for the process that started this one, and this one ends with it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # a session to itself: Ctrl-C is for the process that started this one, and this one ends with it
+    os.setsid()
     parent = parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
@@ -327,13 +325,15 @@ def _read(path: str, offset: int, length: int) -> tuple[bytes, int]:
 BATCH = 16
 # batches given out per process, so that none waits for the slowest
 _AHEAD = 4
+# the result of a batch (None: its process had died), and the place of the executor
+_Given = tuple["Future[list[Verdict]] | None", int]
 
 
 class Pool:
     """Checks many files at once, in processes; a context manager.
 
-    Each process has an executor and a thread to itself, so the death of one (a decoder crashed, or memory was
-    short) breaks no other. It is replaced, and its files are tried one by one: the one it dies of again is to blame.
+    Each process has an executor to itself, so the death of one (a decoder crashed, or memory was short) breaks no
+    other. It is replaced, and its files are tried one by one: the one it dies of again is to blame.
     """
 
     def __init__(self, processes: int, *, strict: bool, max_pixels: int) -> None:
@@ -341,55 +341,70 @@ class Pool:
             import PIL  # noqa: F401
         except ImportError:
             raise UsageError('reading images needs Pillow: pip install "extrema-fast[train]"') from None
-        self.decoder = ""
         self._arguments = strict, max_pixels
-        self._count = processes
-        self._own = threading.local()
-        self._executors: list[ProcessPoolExecutor] = []
-        self._threads = ThreadPoolExecutor(processes, thread_name_prefix="check")
+        self._executors = [self._start() for _ in range(processes)]
+        names = [executor.submit(_name) for executor in self._executors]
+        try:
+            self.decoder = names[0].result()
+        except BrokenProcessPool:
+            raise ExtremaError(
+                "a process that decodes images died at its start; check that PIL and nvidia.nvimgcodec can be "
+                'imported (a script that calls `index` has to do so below `if __name__ == "__main__":`)'
+            ) from None
+
+    def _start(self) -> ProcessPoolExecutor:
+        # a forked process would share the locks of threads
+        return ProcessPoolExecutor(1, get_context("spawn"), _start, self._arguments)
 
     def check(self, files: Sequence[File]) -> Iterator[list[Verdict]]:
         """Verdicts in the order of `files`, some at a time."""
-        starts = iter(range(0, len(files), BATCH))
-        waiting: deque[Future[list[Verdict]]] = deque()
-        while True:
-            free = _AHEAD * self._count - len(waiting)
-            waiting += [self._threads.submit(self._batch, files[s : s + BATCH]) for s in islice(starts, free)]
-            if not waiting:
-                return
-            yield waiting.popleft().result()
+        batches = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
+        waiting: deque[_Given] = deque()
+        for number, batch in enumerate(batches):
+            until = min(len(batches), number + _AHEAD * len(self._executors))
+            for ahead in range(number + len(waiting), until):
+                waiting.append(self._submit(batches[ahead], waiting))
+            yield self._result(*waiting.popleft(), batch)
 
-    def _batch(self, files: Sequence[File]) -> list[Verdict]:
-        executor = self._executor()
+    def _submit(self, files: Sequence[File], waiting: Iterable[_Given]) -> _Given:
+        """Gives a batch to the process that has the least to do."""
+        busy = {place: 0 for place in range(len(self._executors))}
+        for future, place in waiting:
+            busy[place] += future is not None and not future.done()
+        place = min(busy, key=busy.__getitem__)
         try:
-            return executor.submit(_check_files, files).result()
+            return self._executors[place].submit(_check_files, files), place
+        # its process has died, which is dealt with where the result is asked for
         except BrokenProcessPool:
-            executor.shutdown(wait=False)
-            self._own.executor = None
-        if len(files) == 1:
-            return [Verdict(status="crashes the decoder: its process died")]
-        return [self._batch([file])[0] for file in files]
+            return None, place
 
-    def _executor(self) -> ProcessPoolExecutor:
-        executor = getattr(self._own, "executor", None)
-        if executor is None:
-            # a forked process would share the threads' locks
-            executor = ProcessPoolExecutor(1, get_context("spawn"), _start, self._arguments)
-            self._executors.append(executor)
+    def _result(
+        self, future: Future[list[Verdict]] | None, place: int, files: Sequence[File]
+    ) -> list[Verdict]:
+        try:
+            if future is not None:
+                return future.result()
+        except BrokenProcessPool:
+            pass
+        verdicts = []
+        for file in files:
             try:
-                self.decoder = executor.submit(_name).result()
+                verdicts += self._executors[place].submit(_check_files, [file]).result()
             except BrokenProcessPool:
-                raise ExtremaError(
-                    "a process that decodes images died at its start; check that PIL and nvidia.nvimgcodec can be "
-                    'imported (a script that calls `index` has to do so below `if __name__ == "__main__":`)'
-                ) from None
-            self._own.executor = executor
-        return executor
+                self._executors[place] = self._start()
+                verdicts += self._again(place, file)
+        return verdicts
+
+    def _again(self, place: int, file: File) -> list[Verdict]:
+        try:
+            return self._executors[place].submit(_check_files, [file]).result()
+        except BrokenProcessPool:
+            self._executors[place] = self._start()
+            return [Verdict(status="crashes the decoder: its process died")]
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
         for executor in self._executors:
-            executor.shutdown(wait=True, cancel_futures=True)
+            executor.shutdown(cancel_futures=True)
