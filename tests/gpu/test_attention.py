@@ -1,6 +1,6 @@
 """Self-attention backends on a GPU: `make test-gpu`.
 
-Covers, for every backend that can run here: bf16, fp16 and fp32 against float64, forward and gradients, at 1 to 196
+Covers, for `auto` and every backend that can run here: bf16, fp16 and fp32 against float64, forward and gradients, at 1 to 196
 tokens; that a name forces its kernel; more rows than one launch takes, and rows around FlashAttention-2's limit,
 against the plain formula; compiled into one graph; captured in a CUDA graph; no waiting for the device; errors.
 """
@@ -39,7 +39,7 @@ def device() -> torch.device:
 def require(
     name: str, device: torch.device, dtype: torch.dtype, n: int, d: int = 64, train: bool = True
 ) -> None:
-    why = attention.unsupported(name, device, dtype, n, d, train)
+    why = "" if name == "auto" else attention.unsupported(name, device, dtype, n, d, train)
     if why:
         pytest.skip(f"{name}: {why}")
 
@@ -69,7 +69,7 @@ def plain(qkv: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["auto", *NAMES])
 def test_against_float64(name, n, dtype, device):
     require(name, device, dtype, n)
     qkv, upstream = randn(33, n, 3, 6, 64, dtype=dtype), randn(33, n, 6, 64, dtype=dtype)
@@ -142,8 +142,7 @@ def test_chunks_equal_the_whole(name, device, monkeypatch):
 
 @pytest.mark.parametrize("name", ["auto", *NAMES])
 def test_compiled_into_one_graph(name, device):
-    if name != "auto":
-        require(name, device, torch.bfloat16, 39)
+    require(name, device, torch.bfloat16, 39)
     qkv, upstream = randn(16, 39, 3, 6, 64), randn(16, 39, 6, 64)
     wanted = with_gradient(lambda x: ops.attention(x, name), qkv, upstream)
     try:
