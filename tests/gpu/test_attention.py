@@ -1,8 +1,8 @@
 """Self-attention backends on a GPU: `make test-gpu`.
 
-Covers, for `auto` and every backend that can run here: bf16, fp16 and fp32 against float64, forward and gradients, at 1 to 196
-tokens; that a name forces its kernel; more rows than one launch takes, and rows around FlashAttention-2's limit,
-against the plain formula; compiled into one graph; captured in a CUDA graph; no waiting for the device; errors.
+Covers, for `auto` and every backend that can run here: bf16, fp16 and fp32 against float64, forward and gradients, at
+1 to 196 tokens; that a name forces its kernel; more rows than one launch takes, and rows around FlashAttention-2's
+limit, against the plain formula; compiled into one graph; captured in a CUDA graph; no waiting for the device; errors.
 """
 
 from __future__ import annotations
