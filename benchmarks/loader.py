@@ -15,6 +15,7 @@ import dataclasses
 import importlib
 import importlib.util
 import math
+import multiprocessing
 import os
 import random
 import tempfile
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 
 from extrema_fast.config import DataConfig
 from extrema_fast.data.augment import color_jitter, jitter_params
@@ -167,9 +168,19 @@ class TorchvisionPhotos(Photos):
 def batches(dataset: Photos, batch: int, workers: int) -> Iterator[Tensor]:
     """Yields endless shuffled batches of worker processes, which end with the generator."""
     # one endless epoch: a user's would wait for its first batches again and again
-    sampler = RandomSampler(dataset, num_samples=10**9)
-    options = {"num_workers": workers, "prefetch_factor": PREFETCH, "drop_last": True}
-    iterator: Any = iter(DataLoader(dataset, batch, sampler=sampler, **options))
+    sampler: Sampler = RandomSampler(dataset, num_samples=10**9)
+    # this process was spawned, a user's program is not: its workers are forked where that is possible
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    loader = DataLoader(
+        dataset,
+        batch,
+        sampler=sampler,
+        num_workers=workers,
+        prefetch_factor=PREFETCH,
+        drop_last=True,
+        multiprocessing_context=method,
+    )
+    iterator: Any = iter(loader)
     try:
         yield from iterator
     finally:
