@@ -22,9 +22,10 @@ from extrema_fast.data.loader import Batch
 from extrema_fast.distributed import World
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.train import train_step
+from extrema_fast.training.draw import draw
 from extrema_fast.training.optim import Schedule
-from extrema_fast.training.state import build, prepare_torch, wrap
-from extrema_fast.training.step import draw
+from extrema_fast.training.run import build, prepare_torch
+from extrema_fast.training.step import wrap
 
 # images of the imagined training set, so that every provider has the same schedules
 IMAGES = 100_000
@@ -129,7 +130,7 @@ class Ours(Stepper):
 
     def step(self, inputs: Inputs) -> None:
         # its masks follow from seed, row and epoch: `Inputs.keep` holds the same
-        drawn = draw(self.run, inputs.images, inputs.index, 0)
+        drawn = draw(self.run.cfg, inputs.images, inputs.index, 0)
         train_step(self.run, Batch(inputs.images, inputs.index, 0, self.run.step, drawn))
         self.run.step += 1
 

@@ -13,8 +13,8 @@ import torch
 from extrema_fast import kernels
 from extrema_fast.config import Config, did_you_mean, from_dict
 from extrema_fast.errors import UsageError
-from extrema_fast.training.memory import keep_freed_memory
-from extrema_fast.training.plan import precision as precision_of
+from extrema_fast.training.resolve import precision as precision_of
+from extrema_fast.training.run import keep_freed_memory
 
 from .baselines import Stepper, with_settings
 
@@ -56,7 +56,7 @@ class Provider:
         kind = device.partition(":")[0]
         if self.precision == "amp" and kind == "cuda":
             return "fp16"
-        return "fp32" if self.precision == "fp32" else precision_of(Config(), kind)
+        return "fp32" if self.precision == "fp32" else precision_of("auto", kind)
 
     def missing(self, device: str) -> str:
         """Returns why it cannot run there; empty when it can."""

@@ -28,7 +28,7 @@ from extrema_fast.config import Config
 from extrema_fast.errors import UsageError
 from extrema_fast.models.drop_path import drop_path_scale
 from extrema_fast.models.masking import draw_views
-from extrema_fast.training.plan import flops_per_image
+from extrema_fast.training.resolve import flops_per_image
 
 from . import harness
 from .baselines import Inputs, Stepper, with_settings

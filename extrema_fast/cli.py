@@ -25,7 +25,6 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get
 from . import __version__, config
 from .config import PRESETS, Config, did_you_mean, flatten, from_dict, load_config, preset, to_dict
 from .errors import ExtremaError, Preempted, UsageError
-from .training.memory import ask_for_huge_pages
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,8 @@ PROG = "extrema-fast"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code (0, or an ExtremaError's; 130 after a second Ctrl-C)."""
     args = list(sys.argv[1:] if argv is None else argv)
-    ask_for_huge_pages()
+    # CPU tensors on huge pages, where the system has them; torch reads this at its first allocation
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         return _dispatch(args)
     except Preempted as error:
@@ -305,7 +305,7 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
         print(json.dumps(_resolved(given), indent=1))
     elif ours.dry_run:
         from .tools.dry_run import dry_run
-        from .training.plan import describe
+        from .training.resolve import describe
 
         print(describe(dry_run(cfg)))
     else:
@@ -324,7 +324,7 @@ def _resolved(given: _Configured) -> dict[str, Any]:
     """What --print-config shows; `config` alone reloads through --config."""
     from .data.sources import open_source
     from .distributed import detect
-    from .training.plan import derived
+    from .training.resolve import derived
 
     cfg = given.cfg
     try:

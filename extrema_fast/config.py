@@ -311,9 +311,9 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the matmuls; weights, statistics and loss stay fp32. `auto`: bf16 on a GPU and on
     processors that multiply it in hardware, else fp32."""
-    compile: Literal["auto", "none", "block", "loss", "step"] = "auto"
-    """torch.compile of each trunk block, of teacher + student + loss as one graph, or of that and the backward
-    pass. `auto`: `block` on a GPU, none on a CPU."""
+    compile: Literal["auto", "none", "block", "step"] = "auto"
+    """torch.compile of each trunk block (`block`), or of teacher, student and loss as one graph (`step`).
+    `auto`: `block` on a GPU, none on a CPU."""
     cuda_graph: bool = False
     """Record the whole step, optimizer and EMA update included, as one CUDA graph and replay it."""
     recompute: Literal["auto", "none", "gelu", "norm"] = "auto"
@@ -508,8 +508,17 @@ def _replace(obj: Any, data: dict[str, Any], prefix: str, recorded: bool = False
         if dataclasses.is_dataclass(old):
             changed[name] = _replace(old, value, f"{prefix}{name}.", recorded)
         else:
+            value = _current_value(f"{prefix}{name}", value, recorded)
             changed[name] = _coerce(value, hints[name], f"{prefix}{name}")
     return dataclasses.replace(obj, **changed)
+
+
+def _current_value(name: str, value: Any, recorded: bool) -> Any:
+    """`value`, or in the recorded configuration of an old run the name that this value has now."""
+    now = RENAMED_VALUES.get(name, {}).get(value) if isinstance(value, str) else None
+    if now and not recorded:
+        raise UsageError(f"{name}: {value!r} is called {now!r} now; use {now}")
+    return now or value
 
 
 def _check_removed(name: str, value: Any) -> None:
@@ -579,6 +588,13 @@ def parse_toml(text: str) -> dict[str, Any]:
 # value is an error, except in the recorded configuration of an old run.
 REMOVED: dict[str, tuple[Any, str]] = {
     "train.compact": (False, "leave it out: the result is the same without it"),
+}
+
+# option -> its values of older versions -> what they are called now
+RENAMED_VALUES = {
+    "train.compile": {"loss": "step"},
+    "system.attention": {"products": "matmul", "fa3": "xformers"},
+    "system.attention_teacher": {"products": "matmul", "fa3": "xformers"},
 }
 
 # fields that may differ between a run and its resumption: they do not change what is learned

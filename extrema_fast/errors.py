@@ -47,3 +47,9 @@ def cannot_import(package: str, error: Exception, extra: str) -> str:
     if "torchvision::" in str(error):
         remedy = "torchvision was built for another torch; install both from the same index"
     return f"{package} cannot be imported ({' '.join(str(error).split())[:200]}); {remedy}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory is exhausted, on a GPU or a CPU."""
+    text = f"{type(error).__name__} {error}".lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text

@@ -18,7 +18,7 @@ from ..data.sources import open_source
 from ..errors import UsageError, cannot_import
 from ..evaluation.evaluate import CLS, MEAN, PIXELS, PRETRAINED, RANDOM, resolve_data, run_config
 from ..files import read_json, write_file
-from ..training.metrics import duration, read_log
+from ..training.logging import duration, read_log
 from ..weights import load as convert
 from . import figures
 from .figures import Series, line_chart

@@ -9,10 +9,10 @@ from ..config import Config, local_batch
 from ..data.order import epoch_length
 from ..distributed import start
 from ..train import train_step
-from ..training.metrics import memory_gb
-from ..training.plan import checkpoint_bytes, derived
-from ..training.state import build, open_loader, open_train, prepare_torch, wrap
-from ..training.step import batches
+from ..training.logging import memory_gb
+from ..training.resolve import checkpoint_bytes, derived
+from ..training.run import build, open_loader, open_train, prepare_torch
+from ..training.step import batches, wrap
 
 
 def dry_run(cfg: Config, steps: int = 3) -> dict[str, Any]:
@@ -38,6 +38,10 @@ def dry_run(cfg: Config, steps: int = 3) -> dict[str, Any]:
         return derived(cfg, world.size, epoch_length(run.source)) | {
             "device": str(world.device),
             "loader": loader.kind,
+            "precision": run.resolved.precision,
+            "compile": run.resolved.compile,
+            "recompute": run.resolved.recompute,
+            "attention": [run.resolved.attention, run.resolved.attention_teacher],
             "step_ms": [round(1000 * t, 1) for t in times],
             "images_per_s": cfg.train.batch_size / min(times),
             "hours_estimated": min(times) * run.schedule.total_steps / 3600,

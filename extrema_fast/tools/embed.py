@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import Config, DataConfig
+from ..config import DataConfig
 from ..data.augment import normalize
 from ..data.bad_images import BadRows
 from ..data.image_source import ImageSource
@@ -32,12 +32,19 @@ from ..data.loader import EvalLoader, choose_loader
 from ..data.manifest import escape, write_lines
 from ..data.sources import BUILT_IN, open_source, subset
 from ..distributed import World, start
-from ..errors import DataError, ExtremaError, NonFiniteError, OutOfMemoryError, StorageError, UsageError
+from ..errors import (
+    DataError,
+    ExtremaError,
+    NonFiniteError,
+    OutOfMemoryError,
+    StorageError,
+    UsageError,
+    is_out_of_memory,
+)
 from ..evaluation.evaluate import weights_hash
 from ..models.encoder import Encoder
 from ..models.masking import sample_views
-from ..training.memory import is_out_of_memory
-from ..training.plan import precision
+from ..training.resolve import precision
 from ..weights import load as convert
 from .embeddings import (
     BROKEN,
@@ -228,7 +235,7 @@ def embed(
             exif=exif,
             loader=choose_loader(loader),
             part_images=part_images,
-            precision="fp32" if dtype == "fp32" else precision(Config(), world.device.type),
+            precision="fp32" if dtype == "fp32" else precision("auto", world.device.type),
         )
         cfg = DataConfig(loader=loader, exif=exif, threads=threads)
         job = Job(encoder.to(world.device).eval(), source, settings, cfg, batch_size, world, strict)

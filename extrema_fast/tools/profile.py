@@ -26,11 +26,11 @@ from ..errors import UsageError
 from ..files import write_file
 from ..ops.scope import recording
 from ..train import train_step
-from ..training.metrics import memory_gb
-from ..training.plan import flops_per_image, precision
+from ..training.logging import memory_gb
+from ..training.resolve import flops_per_image
+from ..training.run import Run, build, open_loader, open_train, prepare_torch
 from ..training.run_folder import versions
-from ..training.state import Run, build, open_loader, open_train, prepare_torch, wrap
-from ..training.step import batches, compile_mode
+from ..training.step import batches, wrap
 from . import trace
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def profile(
         source = range(max(_NOISE_IMAGES, cfg.train.batch_size)) if synthetic else open_train(cfg)
         run = build(cfg, world, source)  # type: ignore[arg-type]
         _announce(cfg, world, synthetic)
-        compiles = compile_mode(cfg, world.device.type) != "none"
+        compiles = run.resolved.compile != "none"
         with recording(), _fused_names() if compiles else nullcontext():
             wrap(run)
             with nullcontext(_noise(run)) if synthetic else open_loader(run) as loader:

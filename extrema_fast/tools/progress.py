@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from ..training.metrics import duration
+from ..training.logging import duration
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: atomic save, trusted load, retention.
+"""Checkpoints: saved atomically, verified when read, the newest few kept.
 
     checkpoints/step_00000100/state.safetensors   weights, teacher, optimizer moments, counters
                               state.json          step, attempt, config, data fingerprint, versions
@@ -6,7 +6,7 @@
     latest                                        the newest folder's name
     weights/step_00000100/                        weights alone, readable without a run
 
-A save writes a temporary sibling, syncs it, and renames it; a load trusts only `COMPLETE`.
+A save writes a temporary folder, syncs it and renames it; a folder counts only when its files match `COMPLETE`.
 `EXTREMA_FAULT=point:n` kills the process at the n-th pass of a named point (tests).
 """
 
@@ -19,8 +19,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from ..config import CheckpointConfig, Config, changed_maths, to_dict
 from ..errors import StorageError, UsageError
-from ..files import read_json, sync, write_file
+from ..files import new_folder, read_json, sync, write_file
 from ..models.extrema import ExtreMA
 from .optim import check_family
 
@@ -40,12 +39,11 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 TENSORS, STATE, COMPLETE = "state.safetensors", "state.json", "COMPLETE"
-FAULTS = ("begin", "tensors", "state", "complete", "renamed", "latest", "pruned", "weights", "evaluated")
 _hits: dict[str, int] = {}
 
 
 def fault(point: str) -> None:
-    """Dies by SIGKILL here when EXTREMA_FAULT names this point and this pass; free when unset."""
+    """Kills the process (SIGKILL) when EXTREMA_FAULT names this point and this pass of it; for tests."""
     wanted = os.environ.get("EXTREMA_FAULT")
     if wanted:
         _hits[point] = _hits.get(point, 0) + 1
@@ -65,7 +63,7 @@ class Checkpoint:
         return int(self.state["step"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything in state.safetensors, on the CPU, in memory of its own."""
+        """Everything in state.safetensors, copied to CPU memory."""
         return {name: t.clone() for name, t in load_file(self.path / TENSORS).items()}
 
 
@@ -73,7 +71,7 @@ class Checkpoint:
 
 
 def collect(method: ExtreMA, optimizer: torch.optim.Optimizer, counters: Tensor) -> dict[str, Tensor]:
-    """Name -> tensor of everything a resumption needs; optimizer state by parameter name."""
+    """Name -> CPU tensor of everything that resuming needs; optimizer state by parameter name."""
     tensors = {f"method.{name}": t for name, t in method.state_dict().items()}
     for name, p in method.student_parameters():
         for key, value in optimizer.state.get(p, {}).items():
@@ -91,8 +89,11 @@ def restore(
 ) -> None:
     """The inverse of `collect`.
 
-    saved_by  class name of the optimizer whose state this is; empty: as this one's
-    raises    UsageError for another architecture, or another family of optimizers (optim.name)
+    Args:
+        saved_by: class name of the optimizer whose state this is; empty: that of `optimizer`.
+
+    Raises:
+        UsageError: another architecture, or another family of optimizers (`optim.name`).
     """
     if saved_by:
         check_family(saved_by, optimizer)
@@ -112,7 +113,7 @@ def restore(
     state = {i: by_name[name] for i, name in enumerate(order) if name in by_name}
     rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    # a rate in a tensor stays that tensor: torch would put a copy in its place
+    # a rate in a tensor stays that tensor, which a CUDA graph reads; torch would replace it by a copy
     for group, lr in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = lr
     counters.copy_(tensors["counters"])
@@ -126,31 +127,6 @@ def _one_line(error: Exception) -> str:
 # ---- writing ---------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _replacing(target: Path, point: str) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `target` when the block ends well, and disappears otherwise."""
-    new = target.with_name(f".tmp-{target.name}")
-    old = target.with_name(f".tmp-old-{target.name}")
-    for path in (new, old):
-        shutil.rmtree(path, ignore_errors=True)
-    try:
-        new.mkdir(parents=True)
-        yield new
-        for path in (*new.iterdir(), new):
-            sync(path)
-        fault(point)
-        if target.exists():
-            # only a damaged one, or weights of a step that is being repeated
-            os.rename(target, old)
-        os.rename(new, target)
-        sync(target.parent)
-    finally:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        for path in (new, old):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as f:
@@ -160,13 +136,14 @@ def _digest(path: Path) -> str:
 
 
 def write(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-    """Writes checkpoints/step_*/ and `latest` (training-system.md section 6).
+    """Writes checkpoints/step_*/ and `latest`.
 
-    raises OSError or SafetensorError with nothing half-written left behind
+    Raises:
+        StorageError, OSError, SafetensorError: it could not be written; nothing incomplete is left.
     """
     fault("begin")
     target = run / "checkpoints" / f"step_{step:08d}"
-    with _replacing(target, "complete") as new:
+    with new_folder(target) as new:
         save_file(tensors, new / TENSORS)
         fault("tensors")
         (new / STATE).write_text(
@@ -177,6 +154,7 @@ def write(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
         for name in files:
             sync(new / name)
         (new / COMPLETE).write_text(json.dumps(files), encoding="utf-8")
+        fault("complete")
     fault("renamed")
     write_file(run / "latest", target.name + "\n")
     fault("latest")
@@ -196,7 +174,7 @@ def step_folders(parent: Path) -> dict[int, Path]:
 def remove_temporaries(run: Path) -> None:
     """Removes what an interrupted save left (at start, under the run's lock)."""
     for parent in (run, run / "checkpoints", run / "weights"):
-        for path in parent.glob(".tmp-*"):
+        for path in (*parent.glob(".tmp-*"), *parent.glob(".replaced-*")):
             log.info("removing the unfinished %s", path)
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -205,7 +183,7 @@ def remove_temporaries(run: Path) -> None:
 
 
 class Saver:
-    """Saves a run, keeps the newest few checkpoints, and decides when failing to save ends the run."""
+    """Saves a run, removes old checkpoints, and decides when a failing save ends the run."""
 
     def __init__(self, run: Path, cfg: CheckpointConfig, steps_per_epoch: int) -> None:
         self.run, self.cfg = run, cfg
@@ -218,21 +196,26 @@ class Saver:
         step: int,
         tensors: dict[str, Tensor],
         state: dict[str, Any],
-        export: Callable[[Path], None],
+        export: Callable[[Path], Any],
         *,
         final: bool = False,
     ) -> None:
-        """Weights first, then the checkpoint: a run that counts as finished has its weights.
+        """Writes the weights, then the checkpoint, so that a run that counts as finished has its weights.
 
-        export: writes the weights files into the folder it is given
-        raises  StorageError when the third save in a row fails, or the last one of the run
+        Args:
+            export: writes the weights files into the folder it is given.
+            final: whether a failure is an error already now.
+
+        Raises:
+            StorageError: the third save in a row failed, or a final one.
         """
         try:
-            with _replacing(self.run / "weights" / f"step_{step:08d}", "weights") as new:
+            with new_folder(self.run / "weights" / f"step_{step:08d}") as new:
                 export(new)
+                fault("weights")
             write(self.run, step, tensors, state)
             self._prune(step)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, StorageError) as error:
             self.failures += 1
             text = f"checkpoint of step {step} in {self.run} failed ({_one_line(error)})"
             if final or self.failures >= 3:
@@ -243,7 +226,7 @@ class Saver:
 
     def _prune(self, step: int) -> None:
         folders = step_folders(self.run / "checkpoints")
-        # what lies ahead of this step was damaged, or it would have been resumed from
+        # a checkpoint of a later step was damaged, or the run would have resumed from it
         keep = set([s for s in folders if s <= step][-self.cfg.retain :])
         for s, path in folders.items():
             if s not in keep:
@@ -255,10 +238,10 @@ class Saver:
 
 
 def _remove(folder: Path) -> None:
-    # renamed first: a folder is whole or gone, also when this is interrupted
-    doomed = folder.with_name(f".tmp-old-{folder.name}")
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    # renamed first, so that an interruption leaves it whole or removed
+    temporary = folder.with_name(f".tmp-old-{folder.name}")
+    os.rename(folder, temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---- reading ---------------------------------------------------------------------------------------
@@ -282,7 +265,7 @@ def damage(folder: Path) -> str:
 
 
 def newest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint that passes its own record; a damaged one is named and passed over."""
+    """The newest checkpoint that is not damaged; damaged ones are named in the log."""
     for _, path in reversed(step_folders(run / "checkpoints").items()):
         reason = damage(path)
         if not reason:
@@ -296,7 +279,7 @@ def newest(run: Path) -> Checkpoint | None:
     return None
 
 
-# a change of these cannot be continued from: the tensors would not fit
+# options that set the shapes of tensors: a run cannot continue with others
 _SHAPES = ("model.", "head.hidden", "head.out", "head.predictor_hidden")
 _NOT_SHAPES = ("model.drop_path", "model.layer_scale")
 
@@ -310,16 +293,26 @@ def check_same(
     allow: bool,
     data: Sequence[str] = (),
 ) -> list[str]:
-    """The differences a resumed run is allowed to have, as `["mask.ratio: 0.8 -> 0.9", ...]`.
+    """Compares the recorded configuration of a run with the one that is to continue it.
 
-    data    what else is known to differ where the fingerprints do, in the same form
-    raises UsageError naming every difference and the remedies, unless allowed; other shapes never are
+    Args:
+        old: recorded configuration.
+        fingerprint: of the recorded images; None: unknown.
+        allow: accept differences; other shapes are never accepted.
+        data: what else differs about the images, named when the fingerprints differ.
+
+    Returns:
+        The accepted differences, as `["mask.ratio: 0.8 -> 0.9", ...]`.
+
+    Raises:
+        UsageError: names every difference and the remedies.
     """
     changes = changed_maths(old, to_dict(cfg))
     shapes = [c for c in changes if c.startswith(_SHAPES) and not c.startswith(_NOT_SHAPES)]
     settings = bool(changes)
-    other_images = bool(fingerprint and new_fingerprint and fingerprint != new_fingerprint)
-    if other_images:
+    other_images = False
+    if fingerprint and new_fingerprint and fingerprint != new_fingerprint:
+        other_images = True
         changes += [f"data fingerprint: {fingerprint[:12]} -> {new_fingerprint[:12]}", *data]
     if not changes or (allow and not shapes):
         return changes

@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers and schedules; every schedule is a pure function of the step (method.md section 6)."""
+"""Parameter groups, optimizers and schedules; every schedule is a function of the step alone."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ class Schedule:
 
 def param_groups(named: list[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict]:
     """Two groups: decay on matrices and the patch kernel; none on vectors, class token, positions."""
-    decay, plain = [], []
+    decay: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for name, p in named:
         (plain if p.dim() <= 1 or name.endswith(("cls_token", "pos_embed")) else decay).append(p)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -77,14 +78,16 @@ FAMILIES = {
 
 
 def build_optimizer(method: ExtreMA, cfg: Config, *, tensor_lr: bool = False) -> torch.optim.Optimizer:
-    """`optim.name` over the student branch: AdamW, LAMB (both by the switch, `ops`), or LARS.
+    """The optimizer `optim.name` of the student branch: AdamW, LAMB (implementations: `ops.dispatch`) or LARS.
 
-    tensor_lr  the rate is one 0-d fp32 tensor on the parameters' device, for steps recorded in a CUDA graph;
-               `set_lr` sets either kind
-    States continue under another implementation of the same name. LARS takes its momentum from
+    A checkpoint continues under another implementation of the same name. LARS takes its momentum from
     `optim.betas[0]`.
 
-    raises UsageError for LAMB or LARS without weight decay, and for apex with a tensor rate
+    Args:
+        tensor_lr: the learning rate is a 0-d fp32 tensor on the device, for steps recorded in a CUDA graph.
+
+    Raises:
+        UsageError: LAMB or LARS without weight decay, or apex with a tensor rate.
     """
     o = cfg.optim
     named = method.student_parameters()
@@ -101,25 +104,24 @@ def build_optimizer(method: ExtreMA, cfg: Config, *, tensor_lr: bool = False) ->
         return Lars(groups, lr=lr, momentum=o.betas[0])
     if o.name == "lamb":
         return ops.lamb(groups, lr=lr, betas=o.betas, eps=o.eps)
-    moved = dict(method.teacher_branch.named_parameters())
+    by_name = dict(method.teacher_branch.named_parameters())
     # the predictor has no teacher
-    teacher = {p: moved[name] for name, p in named if name in moved}
+    teacher: dict[Tensor, Tensor] = {p: by_name[name] for name, p in named if name in by_name}
     return ops.adamw(groups, teacher, method.shadow_pairs(), lr=lr, betas=o.betas, eps=o.eps)
 
 
 def gates_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `step()` reads the attribute `found_inf`: not 0 there, and weights and state keep their bits.
+    """Whether `step()` changes nothing when the optimizer's attribute `found_inf` (0-d fp32, on the device) is not 0.
 
-    found_inf: 0-d fp32, on the parameters' device. Where this is false (apex, `foreach` and `reference` of
-    AdamW) the caller decides whether to call `step()`.
+    Where this is false, the caller decides whether to call `step()`, which waits for the device.
     """
     own = getattr(optimizer, "gates_on_device", None)
-    # torch's own: the fused one alone reads it
+    # of torch's optimizers only the fused ones read it
     return all(g.get("fused") for g in optimizer.param_groups) if own is None else own
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
-    """Sets the rate of every group; a rate that is a tensor is written in place, without waiting for a device."""
+    """Sets the learning rate of every group; a rate that is a tensor is written in place, without waiting."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)

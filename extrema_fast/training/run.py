@@ -1,42 +1,65 @@
-"""A run in memory: what a step reads and changes, on one process."""
+"""A run in memory on one process: built from a configuration, resumed from its folder, saved to it."""
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import os
+import platform
+import socket
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import Config
-from ..data.sources import ImageSource
+from ..config import Config, SystemConfig, config_hash, to_dict
+from ..data.bad_images import BadRows
+from ..data.loader import TrainLoader
+from ..data.order import epoch_length
+from ..data.sources import BUILT_IN, ImageSource, open_source
 from ..distributed import World
+from ..errors import UsageError
+from ..files import read_json
 from ..models.extrema import ExtreMA
-from .metrics import Counters
-from .optim import Schedule
+from ..ops import dispatch as ops
+from ..ops.fp8 import apply_fp8
+from ..weights.folder import save_weights, weights_meta
+from ..weights.load import load_method_weights
+from .checkpoint import Checkpoint, Saver, check_same, collect, newest, remove_temporaries, restore
+from .draw import MicroBatch
+from .logging import Counters
+from .optim import Schedule, build_optimizer
+from .resolve import Resolved, resolve
+from .run_folder import RunFolder, check, versions
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Run:
-    """One process's side of a run; method, optimizer, counters and step are what a checkpoint holds."""
+    """One process's side of a run; a checkpoint holds method, optimizer, counters and step."""
 
     cfg: Config
     world: World
+    resolved: Resolved
     source: ImageSource
     """training images"""
     method: ExtreMA
     student: nn.Module
-    """method.student_branch, under DistributedDataParallel with more than one process"""
+    """`method.student_branch`, under DistributedDataParallel with more than one process"""
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     counters: Counters
     teacher_weight: Tensor
-    """0-d fp64 on the device: 1 - momentum of the move that ends the step"""
-    gradients: Callable[[Run, list[Any]], Tensor] | None = None
-    """adds a step's gradients and returns its loss, compiled; None: `step.gradients`"""
-    compute: Callable[[list[Any]], None] | None = None
-    """all of a step but its coins, recorded; None: `step.compute`"""
+    """0-d fp64 on the device: 1 - momentum of the EMA update that ends the step"""
+    compiled_loss: Callable[..., Tensor] | None = None
+    """`step.micro_batch_loss`, compiled; None: as it is"""
+    recorded: Callable[[list[MicroBatch]], None] | None = None
+    """`step.compute` of this run as a CUDA graph; None: as it is"""
     step: int = 0
     """steps taken"""
 
@@ -45,12 +68,251 @@ class Run:
         """True when all steps have been taken."""
         return self.step >= self.schedule.total_steps
 
-    def epochs_end(self, epochs: int) -> bool:
-        """True at the end of every `epochs` epochs; never for 0."""
+    def _ends_epochs(self, epochs: int) -> bool:
         return epochs > 0 and self.step % (epochs * self.schedule.steps_per_epoch) == 0
 
+    def evaluates(self) -> bool:
+        """True after the steps at which the configuration asks for an evaluation; always at both ends."""
+        epochs = self.cfg.eval.every_epochs
+        return epochs > 0 and (self._ends_epochs(epochs) or self.last)
+
     def saves(self) -> bool:
-        """True where the configuration asks for a checkpoint or a milestone."""
+        """True after the steps at which the configuration asks for a checkpoint or a milestone, and the last."""
         every = self.cfg.ckpt
-        epochs = self.epochs_end(every.every_epochs) or self.epochs_end(every.milestone_epochs)
-        return epochs or bool(every.every_steps and self.step % every.every_steps == 0)
+        epochs = self._ends_epochs(every.every_epochs) or self._ends_epochs(every.milestone_epochs)
+        return self.last or epochs or bool(every.every_steps and self.step % every.every_steps == 0)
+
+
+# ---- building ---------------------------------------------------------------------------------------
+
+
+def prepare_torch(cfg: SystemConfig) -> None:
+    """Sets threads, memory and determinism of this process."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def keep_freed_memory() -> bool:
+    """Makes the C library keep what a step frees for the next step, instead of returning it to the system.
+
+    Returns:
+        Whether it does: only glibc, and nothing set by the user in MALLOC_* variables.
+    """
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        # another C library
+        return False
+    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: no block is mapped on its own (a threshold above 32 MB is not
+    # accepted), and the heap does not shrink
+    settings = {-4: 0, -1: 2**31 - 1, -2: 16 << 20}
+    return all([mallopt(name, value) for name, value in settings.items()])
+
+
+def open_train(cfg: Config) -> ImageSource:
+    """The training images; UsageError when they do not fill one batch."""
+    source = open_source(cfg.data.train, "train", limit=cfg.data.limit, seed=cfg.train.seed)
+    if epoch_length(source) < cfg.train.batch_size:
+        raise UsageError(
+            f"train.batch_size: {cfg.train.batch_size} is more than the {epoch_length(source)} images of "
+            f"{source.name}; use at most {epoch_length(source)}"
+        )
+    return source
+
+
+def open_test(cfg: Config) -> ImageSource | None:
+    """Images for the evaluations while training; None when there are none or they are switched off."""
+    if not cfg.eval.every_epochs or not (cfg.data.test or cfg.data.train in BUILT_IN):
+        return None
+    return open_source(cfg.data.test or cfg.data.train, "test")
+
+
+def build(cfg: Config, world: World, source: ImageSource) -> Run:
+    """A run at step 0 on this process's device; `step.wrap` makes it ready for training.
+
+    Raises:
+        UsageError: the configuration cannot run here (`resolve`).
+    """
+    resolved = resolve(cfg, world.device, world.size)
+    method = ExtreMA(cfg).to(world.device).train()
+    teacher = cfg.system.attention_teacher
+    method.student.set_attention(cfg.system.attention)
+    method.teacher.set_attention(cfg.system.attention if teacher == "same" else teacher)
+    method.student.set_recompute(resolved.recompute)
+    apply_fp8(method, cfg.train.fp8, world.device)
+    if resolved.shadow_weights:
+        method.add_shadow_weights(torch.bfloat16)
+    return Run(
+        cfg,
+        world,
+        resolved,
+        source,
+        method,
+        student=method.student_branch,
+        optimizer=build_optimizer(method, cfg, tensor_lr=resolved.cuda_graph),
+        schedule=Schedule(cfg, epoch_length(source) // cfg.train.batch_size),
+        counters=Counters(world.device),
+        teacher_weight=torch.zeros((), dtype=torch.float64, device=world.device),
+    )
+
+
+def open_loader(run: Run, bad_rows: Path | None = None) -> TrainLoader:
+    """This process's batches from the run's step on.
+
+    Args:
+        bad_rows: file that lists the unreadable rows found by earlier starts; rank 0 keeps it up to date.
+
+    Raises:
+        UsageError: sizes or an order that do not fit, or a missing loader.
+        DataError: more unreadable images than `data.bad_budget` allows.
+    """
+    cfg, world = run.cfg, run.world
+    bad = BadRows(run.source, cfg.data.bad_budget)
+    if bad_rows is not None:
+        bad.read(bad_rows, cfg.data)
+        if world.is_rank_zero:
+            bad.keep_in(bad_rows)
+    return TrainLoader(
+        run.source,
+        cfg.data,
+        cfg.model.img_size,
+        batch_size=cfg.train.batch_size,
+        seed=cfg.train.seed,
+        rank=world.rank,
+        world=world.size,
+        start_step=run.step,
+        device=world.device,
+        bad=bad,
+        pinned=world.device.type == "cuda",
+    )
+
+
+# ---- resuming ---------------------------------------------------------------------------------------
+
+
+def is_finished(cfg: Config, allow: bool) -> bool:
+    """Whether the folder holds this run, complete; UsageError when it holds a different one."""
+    out = Path(cfg.out)
+    if not check(out) or read_json(out / "status.json", {}).get("state") != "complete":
+        return False
+    found = newest(out)
+    if found is None or check_same(out, found.state["config"], None, cfg, "", allow):
+        return False
+    return found.step >= found.state["total_steps"]
+
+
+def init_weights(run: Run, path: str | Path, overwrite: bool) -> None:
+    """`--init-from`: weights only, at step 0; ignored once the run has a checkpoint."""
+    if not overwrite and _has_checkpoints(run):
+        log.info("--init-from %s is ignored: the run has a checkpoint", path)
+        return
+    load_method_weights(run.method, path)
+    log.info("initial weights from %s", path)
+
+
+def _has_checkpoints(run: Run) -> bool:
+    return any(Path(run.cfg.out).glob("checkpoints/step_*"))
+
+
+def resume(run: Run, allow: bool) -> None:
+    """Brings a run to the newest valid checkpoint of its folder, if there is one.
+
+    Args:
+        allow: continue although settings that change the mathematics differ.
+
+    Raises:
+        UsageError: the folder's run has other settings, images or shapes (`check_same`).
+    """
+    found = run.world.rank_zero_only(lambda: _find_checkpoint(run, allow))
+    where = run.world.broadcast(str(found.path) if found else "")
+    if not where:
+        if run.world.is_rank_zero and _has_checkpoints(run):
+            log.warning("no checkpoint in %s can be read; starting from step 0", run.cfg.out)
+        return
+    path = Path(where)
+    found = found or Checkpoint(path, read_json(path / "state.json"))
+    restore(found.tensors(), run.method, run.optimizer, run.counters.tensor, found.state.get("optimizer", ""))
+    run.step = found.step
+    if not found.state["ema_ahead"] and not run.last:
+        # a run that has been made longer: what was its last step left the EMA update out
+        run.method.ema_update(1 - run.schedule.momentum(run.step))
+    log.info("continuing at step %d of %d (%s)", run.step, run.schedule.total_steps, where)
+
+
+def _find_checkpoint(run: Run, allow: bool) -> Checkpoint | None:
+    out = Path(run.cfg.out)
+    remove_temporaries(out)
+    found = newest(out)
+    # before the first checkpoint, config.json and env.json say what was begun here
+    config = found.state["config"] if found else read_json(out / "config.json", {})
+    known = found.state if found else read_json(out / "env.json", {})
+    if config:
+        now, fingerprint = data_set(run.source), known.get("fingerprint")
+        sizes = [
+            f"{k}: {known[k]} -> {now[k]}" for k in ("images", "shards") if known.get(k, now[k]) != now[k]
+        ]
+        for change in check_same(out, config, fingerprint, run.cfg, run.source.fingerprint, allow, sizes):
+            log.warning("--allow-config-change: %s", change)
+    return found
+
+
+# ---- recording --------------------------------------------------------------------------------------
+
+
+def data_set(source: ImageSource) -> dict[str, Any]:
+    """What must stay the same about the images of a run: how many, in how many shards, and which."""
+    shards = 0 if source.shards is None else len(set(source.shards.tolist()))
+    return {"images": len(source), "shards": shards, "fingerprint": source.fingerprint}
+
+
+def describe(run: Run, folder: RunFolder) -> None:
+    """Writes config.json and env.json: what runs, where, with which versions, and how it was chosen."""
+    device = run.world.device
+    env = {
+        "attempt": folder.attempt,
+        "argv": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "versions": versions(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "world_size": run.world.size,
+        "ops": ops.choices(device),
+        "loader": run.resolved.loader,
+        "precision": run.resolved.precision,
+        "resolved": asdict(run.resolved),
+        "config_hash": config_hash(run.cfg),
+        **data_set(run.source),
+    }
+    folder.write_json("config.json", to_dict(run.cfg))
+    folder.write_json("env.json", env)
+
+
+def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:
+    """Writes checkpoint and weights of this step (on rank 0); with `must` a failure is an error, not a warning."""
+    if saver.last_step == run.step:
+        return
+    state: dict[str, Any] = {
+        "attempt": attempt,
+        "total_steps": run.schedule.total_steps,
+        # the teacher has had the update that the released code makes at the start of the next step
+        "ema_ahead": not run.last,
+        "config": to_dict(run.cfg),
+        "config_hash": config_hash(run.cfg),
+        **data_set(run.source),
+        "optimizer": type(run.optimizer).__name__,
+        "world_size": run.world.size,
+        "versions": versions(),
+    }
+    tensors = collect(run.method, run.optimizer, run.counters.tensor)
+    meta = weights_meta(run.cfg, run.step)
+    saver.save(run.step, tensors, state, lambda folder: save_weights(folder, run.method, meta), final=must)

@@ -1,8 +1,8 @@
-"""The run folder: marker, lock, status, environment, moving an old run aside.
+"""The run folder: marker, lock, status, moving an old run aside.
 
     config.json  env.json  status.json  run.lock  log.jsonl  checkpoints/  latest  weights/  reports/
 
-Only folders that carry our marker are ever written to or moved.
+Only folders that hold the marker are ever written to or moved.
 """
 
 from __future__ import annotations
@@ -10,15 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
-import socket
-import sys
 import time
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..errors import StorageError, UsageError
 from ..files import lock, read_json, write_file
@@ -29,10 +24,7 @@ MARKER = ".extrema-fast-run"
 
 
 def check(path: Path) -> bool:
-    """True if `path` is a run folder of ours, False if it is free; reads only.
-
-    raises UsageError for a file, or a folder with other content
-    """
+    """True if `path` is a run folder, False if it is free; UsageError for a file, or a folder of other content."""
     if (path / MARKER).is_file():
         return True
     if path.is_dir() and not any(path.iterdir()):
@@ -44,10 +36,14 @@ def check(path: Path) -> bool:
 
 
 class RunFolder:
-    """A run folder held by this process: created or taken over, locked until `close`.
+    """A run folder created or continued by this process, locked until `close`.
 
-    raises UsageError when another job holds it or the path is not a run, StorageError when it cannot be
-    written
+    Args:
+        overwrite: first moves the run that is there aside.
+
+    Raises:
+        UsageError: another job holds it, or the path is not a run.
+        StorageError: it cannot be written.
     """
 
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -103,32 +99,14 @@ class RunFolder:
         except OSError as error:
             log.warning("status.json could not be written (%s)", error)
 
-    def write_env(self, device: torch.device, world: int, **more: Any) -> None:
-        """env.json: what ran, where, with which versions."""
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        env = {
-            "attempt": self.attempt,
-            "argv": sys.argv,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "host": socket.gethostname(),
-            "versions": versions(),
-            "device": str(device),
-            "gpu": gpu,
-            "threads": torch.get_num_threads(),
-            "world_size": world,
-        }
-        self.write_json("env.json", env | more)
-
 
 def versions() -> dict[str, str]:
     """Installed versions of what a result can depend on."""
     from importlib import metadata
 
-    names = ("torch", "numpy", "safetensors", "triton", "pillow", "scikit-image", "nvidia-dali-cuda130",
-             "nvidia-dali-cuda120", "xformers")  # fmt: skip
+    names = "extrema-fast torch numpy safetensors triton pillow scikit-image"
     found = {}
-    for name in ("extrema-fast", *names):
+    for name in (*names.split(), "nvidia-dali-cuda130", "nvidia-dali-cuda120", "xformers"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -1,158 +1,72 @@
-"""One optimizer step: draw coins, augment, teacher, student, loss, backward, update. Compiled or recorded if asked.
+"""One optimizer step: color jitter, teacher, student, loss, backward, update; compiled or recorded if asked for.
 
-    draw        everything random of a batch, per micro-batch (`Part`); all of it small
-    compute     all the rest, on the device alone: what a CUDA graph records (`graph.StepGraph`)
-    update      optimizer, then the teacher's move, then low-precision copies; nothing moves in a bad step
-
-The host never waits for the device here, except for optimizers that cannot skip a step by themselves.
+Nothing here waits for a GPU, except optimizers that cannot skip a step by themselves.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from ..config import Config
-from ..data.augment import color_jitter, jitter_params
+from ..config import local_batch
+from ..data.augment import color_jitter
 from ..data.loader import Batch
 from ..data.prefetch import prefetch
-from ..errors import UsageError
-from ..models.drop_path import drop_path_scale
 from ..models.extrema import ExtreMA, gather_targets
-from ..models.masking import draw_views
-from ..ops import dispatch as ops
 from ..ops.dispatch import AdamWEma
 from ..ops.scope import scope, scoped
+from .draw import MicroBatch, draw
+from .logging import memory_gb
 from .optim import gates_on_device, set_lr
-from .plan import precision
 from .run import Run
 
-# torch.compile's backend; tests that count graphs take one without code generation
+log = logging.getLogger(__name__)
+
+# backend of torch.compile; tests that count graphs replace it by one without code generation
 BACKEND = "inductor"
+# steps before a CUDA graph is recorded, so that kernels, plans and compiled code exist
+EAGER_STEPS = 3
 
 
-class Part(NamedTuple):
-    """One micro-batch on the device.
+class StepStats(NamedTuple):
+    """What is known of a step without waiting for the device; loss and gradient norm are in `run.counters`."""
 
-    images  [b, H, W, 3] uint8
-    colors  [b, 2, 10] colour coins, or None
-    keep    [V, b, K] int32 kept tokens
-    path    drop-path factors of the student trunk, [L, 2, V b], or None
-    """
-
-    images: Tensor
-    colors: Tensor | None
-    keep: Tensor
-    path: Tensor | None
-
-
-# ---- what is chosen by default ----------------------------------------------------------------------
-
-
-def compile_mode(cfg: Config, kind: str) -> str:
-    """`train.compile`; `auto`: `block` on a GPU, none on a CPU.
-
-    On a CPU inductor's code for it is no faster, larger, and takes a minute to compile (record `modes`).
-    """
-    mode = cfg.train.compile
-    return ("block" if kind == "cuda" else "none") if mode == "auto" else mode
-
-
-def recomputed(cfg: Config, kind: str) -> str:
-    """`train.recompute`; `auto`: `norm` on a CPU, none on a GPU, where it has not been measured."""
-    what = cfg.train.recompute
-    return ("norm" if kind == "cpu" else "none") if what == "auto" else what
-
-
-def keeps_low(cfg: Config, kind: str) -> bool:
-    """Whether layers keep low-precision copies of their weights: with bf16 on a GPU.
-
-    On a CPU a cast in the forward pass costs what renewing a copy costs, without its memory.
-    """
-    return kind == "cuda" and precision(cfg, kind) == "bf16"
-
-
-def check_modes(cfg: Config, kind: str, processes: int) -> None:
-    """Raises UsageError for modes that cannot run together, or not on `kind` (`cpu`, `cuda`)."""
-    mode = compile_mode(cfg, kind)
-    if cfg.train.cuda_graph and kind != "cuda":
-        raise UsageError(
-            f"train.cuda_graph: needs a CUDA device, this run is on {kind}; use train.compile instead"
-        )
-    if processes > 1:
-        for name, on in (("cuda_graph", cfg.train.cuda_graph), (f"compile {mode}", mode in ("loss", "step"))):
-            if on:
-                raise UsageError(
-                    f"train.{name}: bypasses the exchange of gradients between {processes} processes; "
-                    "use train.compile block"
-                )
-    if mode in ("loss", "step") and cfg.head.loss == "infonce" and cfg.train.accumulation > 1:
-        raise UsageError(
-            f"train.compile {mode}: with InfoNCE the teacher must cover all {cfg.train.accumulation} micro-batches "
-            "before the first student pass; use train.accumulation 1, or train.compile block"
-        )
-    if mode == "step" and cfg.train.cuda_graph:
-        raise UsageError(
-            "train.cuda_graph: records the backward pass itself; use it with train.compile loss or block"
-        )
-
-
-# ---- draw ------------------------------------------------------------------------------------------
-
-
-def slices(size: int, parts: int) -> list[slice]:
-    """`parts` equal slices of `size` rows."""
-    each = size // parts
-    return [slice(i, i + each) for i in range(0, each * parts, each)]
-
-
-def draw(run: Run, images: Tensor, index: Tensor, epoch: int) -> list[Part]:
-    """The micro-batches of this process's part of a batch, with their coins.
-
-    images: [B, H, W, 3] uint8, on the device;  index: [B] int64 sample rows, on the CPU
-    """
-    cfg, device = run.cfg, run.world.device
-    mask, model = cfg.mask, cfg.model
-    keys = {"seed": cfg.train.seed, "epoch": epoch}
-    there = index.to(device, non_blocking=True)
-    parts = []
-    for p in slices(len(index), cfg.train.accumulation):
-        keep = draw_views(there[p], model.num_patches, cfg.num_keep, mask.views, mode=mask.mode, **keys)
-        path = drop_path_scale(there[p], mask.views, model.shape[1], model.drop_path, **keys)
-        parts.append(Part(images[p], jitter_params(there[p], cfg.data, **keys), keep, path))
-    return parts
+    lr: float
+    waited_s: float
+    """how long the step waited for its images"""
 
 
 def batches(run: Run, loader: Iterable[Batch]) -> Iterator[Batch]:
-    """The loader's batches on the run's device, ready for `train_step`."""
-    return prefetch(loader, partial(draw, run), run.world.device)
+    """The loader's batches on the run's device with their random parameters, ready for `train_step`."""
+    return prefetch(loader, partial(draw, run.cfg), run.world.device)
 
 
-# ---- compute ---------------------------------------------------------------------------------------
+def train_step(run: Run, batch: Batch) -> StepStats:
+    """Takes one optimizer step on this process's part of a batch, which comes from `batches`."""
+    lr, last = run.schedule.lr(run.step), run.step + 1 == run.schedule.total_steps
+    set_lr(run.optimizer, lr)
+    # the released code updates the teacher at the start of the next step, so the last step has no update
+    run.teacher_weight.fill_(0.0 if last else 1 - run.schedule.momentum(run.step + 1))
+    (run.recorded or partial(compute, run))(batch.micro_batches)
+    return StepStats(lr, batch.waited)
 
 
-def autocast(cfg: Config, kind: str) -> torch.autocast:
-    """The context of the matrix products: bf16, or nothing."""
-    # a recorded cast would be replayed, its cached result would not be renewed
-    return torch.autocast(
-        kind, torch.bfloat16, precision(cfg, kind) == "bf16", cache_enabled=not cfg.train.cuda_graph
-    )
-
-
-def compute(run: Run, parts: list[Part]) -> None:
-    """Gradients of all micro-batches, then the update; loss and norms go to `run.counters`."""
+def compute(run: Run, micro_batches: list[MicroBatch]) -> None:
+    """Gradients of all micro-batches, then the update; all of it on the device, so that it can be recorded."""
     run.optimizer.zero_grad(set_to_none=True)
-    loss = (run.gradients or gradients)(run, parts)
+    loss = gradients(run, micro_batches)
     params = [p for _, p in run.method.student_parameters()]
     with scope("gradient norm, accumulation"):
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         if run.cfg.optim.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(params, run.cfg.optim.clip_grad, norm)
-    # one process's bad step is everybody's
+    # a step that is bad on one process is skipped on all
     bad = 1 - (loss.isfinite() & norm.isfinite()).double()
     bad, loss = run.world.sum(torch.stack([bad, loss.double()]))
     bad, loss = (bad > 0).double(), loss / run.world.size
@@ -160,128 +74,181 @@ def compute(run: Run, parts: list[Part]) -> None:
     run.counters.add(loss, norm, bad)
 
 
-def gradients(run: Run, parts: list[Part]) -> Tensor:
+def gradients(run: Run, micro_batches: list[MicroBatch]) -> Tensor:
     """Adds the gradients of all micro-batches to the student's; returns the loss, a detached scalar."""
-    cfg, method, device = run.cfg, run.method, run.world.device
-    views = [color_jitter(p.images, p.colors, cfg.data, cfg.model.in_chans) for p in parts]
-    context = partial(autocast, cfg, device.type)
-    # the teacher sees the whole batch before the first student pass: InfoNCE compares with every target
-    with context():
-        targets, offset = torch.cat([method.teacher_branch(teacher)[0] for _, teacher in views]), 0
-    if cfg.head.loss == "infonce":
-        targets, offset = gather_targets(targets)
-    loss = torch.zeros((), device=device)
-    size = len(parts[0].images)
-    for i, (part, (student, _)) in enumerate(zip(parts, views, strict=True)):
-        with run.world.no_sync_unless(i + 1 == len(parts), run.student):
-            with context():
-                prediction, _ = run.student(student, part.keep, part.path)
-            one = method.loss(prediction, targets, size, offset + i * size) / len(parts)
-            one.backward()
-        loss += one.detach()
-    return loss
+    cfg, count = run.cfg, len(micro_batches)
+    loss_of = run.compiled_loss or _loss_of(run)
+    views = [color_jitter(m.images, m.jitter, cfg.data, cfg.model.in_chans) for m in micro_batches]
+    others: dict[str, Any] = {}
+    if cfg.head.loss == "infonce" and (count > 1 or run.world.size > 1):
+        # each image is compared with the targets of the whole batch
+        with run.resolved.autocast():
+            own = torch.cat([run.method.teacher_branch(teacher)[0] for _, teacher in views])
+        others["targets"], first = gather_targets(own)
+    total = torch.zeros((), device=run.world.device)
+    for i, (m, (student, teacher)) in enumerate(zip(micro_batches, views, strict=True)):
+        if others:
+            others["offset"] = first + i * len(m.images)
+        with run.world.no_sync_unless(i + 1 == count, run.student):
+            loss = loss_of(student, teacher, m.keep, m.drop_path, **others) / count
+            loss.backward()
+        total += loss.detach()
+    return total
 
 
-def loss_of_part(
+def micro_batch_loss(
     method: ExtreMA,
-    cfg: Config,
-    kind: str,
-    student: Tensor,
-    teacher: Tensor,
+    student: nn.Module,
+    autocast: Callable[[], torch.autocast],
+    student_images: Tensor,
+    teacher_images: Tensor,
     keep: Tensor,
-    path: Tensor | None,
+    drop_path: Tensor | None,
+    targets: Tensor | None = None,
+    offset: int = 0,
 ) -> Tensor:
-    """Teacher, student and loss of one micro-batch, the unit of `train.compile loss`; images [b, C, H, W]."""
-    with autocast(cfg, kind):
-        targets, _ = method.teacher_branch(teacher)
-        prediction, _ = method.student_branch(student, keep, path)
-    return method.loss(prediction, targets, len(student))
+    """Teacher, student and loss of one micro-batch; with `train.compile step` one graph.
 
-
-def compile_run(run: Run) -> None:
-    """Puts compiled code in place, as `train.compile` asks; nothing is compiled before the first step."""
-    cfg, kind = run.cfg, run.world.device.type
-    mode = compile_mode(cfg, kind)
-    check_modes(cfg, kind, run.world.size)
-    if mode == "none":
-        return
-    # decided now: a choice made inside compiled code would compile it once more
-    ops.choices(run.world.device)
-    # a recompilation at every step would otherwise end in silent eager execution
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": BACKEND}
-    if mode == "block":
-        for block in (*run.method.student.blocks, *run.method.teacher.blocks):
-            # in place: the names of the weights stay
-            block.compile(**options)
-        return
-    loss = partial(loss_of_part, run.method, cfg, kind)
-    if mode == "step":
-        torch._dynamo.config.trace_autograd_ops = True
-        params = [p for _, p in run.method.student_parameters()]
-
-        def loss_and_gradients(*args: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-            value = loss(*args)
-            return value.detach(), torch.autograd.grad(value, params)
-
-        run.gradients = partial(_gradients_compiled, torch.compile(loss_and_gradients, **options), params)
-    else:
-        run.gradients = partial(_gradients_of_graph, torch.compile(loss, **options))
-
-
-def _gradients_of_graph(loss_fn: Callable[..., Tensor], run: Run, parts: list[Part]) -> Tensor:
-    """As `gradients`, with teacher, student and loss as one compiled graph and its backward as another."""
-    total = torch.zeros((), device=run.world.device)
-    for p in parts:
-        student, teacher = color_jitter(p.images, p.colors, run.cfg.data, run.cfg.model.in_chans)
-        loss = loss_fn(student, teacher, p.keep, p.path)
-        (loss / len(parts)).backward()
-        total += loss.detach() / len(parts)
-    return total
-
-
-def _gradients_compiled(function: Callable, params: list[Tensor], run: Run, parts: list[Part]) -> Tensor:
-    """As `gradients`, forward and backward as one compiled graph."""
-    total = torch.zeros((), device=run.world.device)
-    for p in parts:
-        student, teacher = color_jitter(p.images, p.colors, run.cfg.data, run.cfg.model.in_chans)
-        loss, grads = function(student, teacher, p.keep, p.path)
-        for param, grad in zip(params, grads, strict=True):
-            grad = grad / len(parts) if len(parts) > 1 else grad
-            param.grad = grad if param.grad is None else param.grad + grad
-        total += loss / len(parts)
-    return total
-
-
-# ---- update ----------------------------------------------------------------------------------------
-
-
-def set_schedule(run: Run) -> float:
-    """Sets this step's learning rate and the teacher's weight for the move that ends it; returns the rate."""
-    lr, last = run.schedule.lr(run.step), run.step + 1 == run.schedule.total_steps
-    set_lr(run.optimizer, lr)
-    # the released code moves the teacher at the start of the next step, so the last step has no move
-    run.teacher_weight.fill_(0.0 if last else 1 - run.schedule.momentum(run.step + 1))
-    return lr
+    Args:
+        student: `method.student_branch`, possibly under data parallelism.
+        student_images: [b, C, H, W] fp32; likewise `teacher_images`.
+        keep: [V, b, K] int32.
+        drop_path: [L, 2, V b] or None.
+        targets: [M, d] teacher's projections of the whole batch; None: those of these images, computed here.
+        offset: row in `targets` of the first image.
+    """
+    with autocast():
+        if targets is None:
+            targets, _ = method.teacher_branch(teacher_images)
+        prediction, _ = student(student_images, keep, drop_path)
+    return method.loss(prediction, targets, len(student_images), offset)
 
 
 @scoped("optimizer and EMA")
 def update(run: Run, bad: Tensor) -> None:
-    """Optimizer, then the teacher's move with the momentum of the next step; neither when `bad`.
+    """Optimizer, then the teacher's EMA update with the momentum of the next step; neither when `bad` is 1.
 
-    The released code moves the teacher at the start of a step with the weights the previous one left; here
-    the same move ends the step.
+    The released code updates the teacher at the start of a step, with the weights that the step before left;
+    here the same update ends that step.
     """
     weight, optimizer = run.teacher_weight, run.optimizer
     if isinstance(optimizer, AdamWEma):
-        # one pass over all parameters, gated on the device, copies included
+        # one pass over all parameters, gated on the device, shadow weights included
         optimizer.step(momentum_weight=weight, found_inf=bad)
         return
     if gates_on_device(optimizer):
-        # weights, moments and step count are left alone where this is 1
+        # where this is 1, weights, moments and step count keep their bits
         optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         optimizer.step()
     elif not bad:
         optimizer.step()
     run.method.ema_update(weight * (1 - bad))
     run.method.sync_shadow_weights()
+
+
+def wrap(run: Run) -> None:
+    """Makes a run ready for training once its weights are in place: shadow weights, compiling, data parallelism.
+
+    Nothing is compiled or recorded before the first steps.
+    """
+    run.method.sync_shadow_weights()
+    mode = run.resolved.compile
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": BACKEND}
+    if mode != "none":
+        # otherwise recompiling at every step would end in silent eager execution
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if mode == "block":
+        for block in (*run.method.student.blocks, *run.method.teacher.blocks):
+            # in place, so that the weights keep their names
+            block.compile(**options)
+    run.student = run.world.wrap(run.method.student_branch)
+    if mode == "step":
+        run.compiled_loss = torch.compile(_loss_of(run), **options)
+    if run.resolved.cuda_graph:
+        run.recorded = StepGraph(partial(compute, run), run.world.device)
+
+
+def _loss_of(run: Run) -> Callable[..., Tensor]:
+    return partial(micro_batch_loss, run.method, run.student, run.resolved.autocast)
+
+
+def memory_remedy(run: Run) -> str:
+    """The sizes of a step, and what makes it smaller."""
+    cfg, r = run.cfg, run.resolved
+    images, count = local_batch(cfg, run.world.size), cfg.train.accumulation
+    width, depth, _ = cfg.model.shape
+    remedies = [f"--train.accumulation {2 * count} (the same result, half the activations)"]
+    if r.recompute != "norm":
+        remedies.append("--train.recompute norm (a quarter less of the trunk's)")
+    remedies.append(f"--train.batch-size {max(1, cfg.train.batch_size // 2)}")
+    remedies.append(f"more processes (torchrun --nproc-per-node {2 * run.world.size})")
+    if r.precision == "fp32":
+        remedies.append("--train.precision bf16")
+    return (
+        f"{images} images per process and micro-batch, {cfg.mask.views} views of {cfg.num_keep} tokens and the "
+        f"teacher's {cfg.model.num_patches}, width {width}, depth {depth}, {r.precision}, peak "
+        f"{memory_gb(run.world.device):.1f} GB; try {', '.join(remedies[:-1])}, or {remedies[-1]}"
+    )
+
+
+class StepGraph:
+    """Calls `function(inputs)`, recorded as a CUDA graph: the first steps as it is, then a replay.
+
+    Inputs of another structure or shape run as they are. If recording fails, that is logged once and all later
+    steps run as they are.
+
+    Args:
+        function: reads `inputs` (tensors, nested) and tensors that stay in place, writes only the latter, and never
+            waits for the device.
+    """
+
+    def __init__(self, function: Callable[[Any], None], device: torch.device) -> None:
+        self.function, self.device = function, device
+        self.stream = torch.cuda.Stream(device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: list[Any] = []
+        self.spec: Any = None
+        self.steps, self.failed = 0, False
+
+    def __call__(self, inputs: Any) -> None:
+        """One step; recording executes nothing, so the step that records is replayed as all later ones."""
+        tensors, spec = pytree.tree_flatten(inputs)
+        self.steps += 1
+        if self.failed or self.steps <= EAGER_STEPS or not (self.graph or self._record(tensors, spec)):
+            self._on_side_stream(inputs)
+        elif not self._fits(tensors, spec):
+            self.function(inputs)
+        else:
+            for buffer, given in zip(self.inputs, tensors, strict=True):
+                if isinstance(buffer, Tensor):
+                    buffer.copy_(given, non_blocking=True)
+            self.graph.replay()  # type: ignore[union-attr]
+
+    def _fits(self, tensors: list[Any], spec: Any) -> bool:
+        return spec == self.spec and all(
+            a.shape == b.shape and a.dtype == b.dtype if isinstance(a, Tensor) else a == b
+            for a, b in zip(self.inputs, tensors, strict=True)
+        )
+
+    def _on_side_stream(self, inputs: Any) -> None:
+        # what warms up must have run on a stream that can be recorded
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            self.function(inputs)
+        current.wait_stream(self.stream)
+
+    def _record(self, tensors: list[Any], spec: Any) -> bool:
+        self.inputs = [t.clone() if isinstance(t, Tensor) else t for t in tensors]
+        self.spec, graph = spec, torch.cuda.CUDAGraph()
+        try:
+            # decoding threads may allocate meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.function(pytree.tree_unflatten(self.inputs, spec))
+        except RuntimeError as error:
+            self.failed, self.inputs = True, []
+            log.warning("train.cuda_graph: the step cannot be recorded (%s); it runs as it is", error)
+            return False
+        self.graph = graph
+        log.info("train.cuda_graph: step recorded after %d plain ones", self.steps - 1)
+        return True

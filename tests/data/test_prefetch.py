@@ -8,7 +8,6 @@ the progress line; decoding threads from the cores. Real streams and buffers: te
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import time
 from functools import partial
@@ -22,9 +21,9 @@ from extrema_fast.config import from_dict, smoke
 from extrema_fast.data import loader as data
 from extrema_fast.data.prefetch import _on_gpu, prefetch
 from extrema_fast.distributed import World
-from extrema_fast.training import state
-from extrema_fast.training.metrics import Progress, WaitWatch
-from extrema_fast.training.step import draw
+from extrema_fast.training import run as run_module
+from extrema_fast.training.draw import draw
+from extrema_fast.training.logging import DataWaitWarning
 
 pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 
@@ -37,18 +36,18 @@ TINY = {
 }
 
 
-def begin() -> state.Run:
+def begin() -> run_module.Run:
     cfg = from_dict(TINY, smoke())
-    return state.build(cfg, World(torch.device("cpu")), state.open_train(cfg))
+    return run_module.build(cfg, World(torch.device("cpu")), run_module.open_train(cfg))
 
 
 def test_on_a_cpu_batches_are_the_loaders_with_their_draws():
     run, cpu = begin(), torch.device("cpu")
-    with state.open_loader(run) as one, state.open_loader(run) as two:
-        for a, b in itertools.islice(zip(prefetch(one, partial(draw, run), cpu), two, strict=True), 5):
+    with run_module.open_loader(run) as one, run_module.open_loader(run) as two:
+        for a, b in itertools.islice(zip(prefetch(one, partial(draw, run.cfg), cpu), two, strict=True), 5):
             assert torch.equal(a.images, b.images) and torch.equal(a.index, b.index)
             assert (a.epoch, a.step) == (b.epoch, b.step) and a.waited > 0
-            drawn, expected = a.micro_batches, draw(run, b.images, b.index, b.epoch)
+            drawn, expected = a.micro_batches, draw(run.cfg, b.images, b.index, b.epoch)
             assert len(drawn) == 2 and all(map(torch.equal, tree_leaves(drawn), tree_leaves(expected)))
 
 
@@ -127,35 +126,28 @@ def test_how_long_a_gpu_waits_is_told_by_its_streams(monkeypatch, fill_s, step_s
 
 
 def test_waiting_is_told_once_and_again_when_worse():
-    watch = WaitWatch("buy a faster disk")
-    assert watch.look(0.9, 60) == ""  # the first interval
-    assert watch.look(0.05, 60) == "" and watch.look(0.5, 0.9) == ""
+    watch = DataWaitWarning("buy a faster disk")
+    assert watch.check(0.9, 60) == ""  # the first interval
+    assert watch.check(0.05, 60) == "" and watch.check(0.5, 0.9) == ""
     # one interval may have been disturbed
-    assert watch.look(0.3, 60) == ""
-    assert watch.look(0.07, 60) == "steps wait for images 7 % of the time; buy a faster disk"
-    assert [watch.look(share, 60) for share in (0.07, 0.01, 0.14, 0.14, 0.15)] == [""] * 5
-    assert watch.look(0.16, 60).startswith("steps wait for images 15 %")
-    assert watch.look(0.16, 60) == ""
+    assert watch.check(0.3, 60) == ""
+    assert watch.check(0.07, 60) == "steps wait for images 7 % of the time; buy a faster disk"
+    assert [watch.check(share, 60) for share in (0.07, 0.01, 0.14, 0.14, 0.15)] == [""] * 5
+    assert watch.check(0.16, 60).startswith("steps wait for images 15 %")
+    assert watch.check(0.16, 60) == ""
 
 
 def test_the_remedy_fits(monkeypatch):
     run = begin()
     monkeypatch.setattr(data, "decoding_threads", lambda wanted: wanted or 7)
-    with state.open_loader(run) as loader:
+    with run_module.open_loader(run) as loader:
         assert loader.remedy() == (
             'raise data.threads from 1 to 7; install DALI (pip install "extrema-fast[dali-cuda13]"); '
             "pack the images (extrema-fast pack), or put them on a faster disk"
         )
     monkeypatch.setattr(data, "decoding_threads", lambda wanted: 1)
-    with state.open_loader(run) as loader:
+    with run_module.open_loader(run) as loader:
         assert "data.threads" not in loader.remedy()
-
-
-def test_the_share_stands_on_the_progress_line():
-    stream = io.StringIO()
-    record = {"step": 1, "epoch": 0.1, "loss": 1.0, "images_per_s": 10, "lr": 1e-3, "data_wait": 0.126}
-    Progress(10, stream=stream).update(record)
-    assert "10 img/s  wait 13 %  lr" in stream.getvalue()
 
 
 @pytest.mark.parametrize(

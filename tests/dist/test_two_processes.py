@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from extrema_fast.training.metrics import history
+from extrema_fast.training.logging import history
 
 TINY = {
     "data": {"loader": "pil", "threads": 1, "limit": 24},
@@ -89,7 +89,7 @@ def test_compiled_blocks_on_two_equal_plain_ones_on_one(pretrain):
     assert codes == [0, 0], text
     assert_close(one, two)
     codes, text, _ = pretrain("three", "--train.compile", "step", processes=2)
-    assert codes == [2, 2] and "bypasses the exchange of gradients between 2 processes" in text
+    assert codes == [2, 2] and "bypasses the all-reduce of gradients between 2 processes" in text
 
 
 STOP_ONE = """

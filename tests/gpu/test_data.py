@@ -24,7 +24,9 @@ from extrema_fast.data.sources import open_source
 from extrema_fast.distributed import World
 from extrema_fast.train import train_step
 from extrema_fast.training import step
-from extrema_fast.training.state import build, wrap
+from extrema_fast.training.draw import draw as draw_batch
+from extrema_fast.training.run import build
+from extrema_fast.training.step import wrap
 
 pytestmark = pytest.mark.gpu
 
@@ -114,7 +116,7 @@ def test_two_buffers_take_turns():
 def test_the_host_only_enqueues():
     device = torch.device("cuda", 0)
     run = begin({})
-    fed = prefetch(iter(random_batches(8)), lambda *args: step.draw(run, *args), device)
+    fed = prefetch(iter(random_batches(8)), lambda *args: draw_batch(run.cfg, *args), device)
     for _ in range(3):
         next(fed)
     torch.cuda.synchronize()

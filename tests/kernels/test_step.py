@@ -15,7 +15,8 @@ from extrema_fast.config import from_dict, smoke
 from extrema_fast.distributed import World
 from extrema_fast.models.encoder import build_encoder
 from extrema_fast.ops import dispatch as ops
-from extrema_fast.training import state, step
+from extrema_fast.training import run as run_module
+from extrema_fast.training import step
 
 TINY = {
     "data": {"loader": "pil", "threads": 1, "limit": 6, "policy": "spatial+color"},
@@ -37,12 +38,11 @@ def fresh(monkeypatch):
     monkeypatch.setattr(ops, "_setting", "auto")
 
 
-def run_steps(backend: str, steps: int = STEPS, **change) -> tuple[state.Run, list[float]]:
-    cfg = from_dict(change, from_dict(TINY, smoke()))
-    ops.set_backend(backend)
-    run = state.build(cfg, World(torch.device("cpu")), state.open_train(cfg))
+def run_steps(backend: str, steps: int = STEPS, **change) -> tuple[run_module.Run, list[float]]:
+    cfg = from_dict(change, from_dict(TINY | {"system": {"backend": backend}}, smoke()))
+    run = run_module.build(cfg, World(torch.device("cpu")), run_module.open_train(cfg))
     losses = []
-    with state.open_loader(run) as loader:
+    with run_module.open_loader(run) as loader:
         for _ in range(steps):
             run.counters.restart()
             train.train_step(run, next(step.batches(run, loader)))
@@ -51,7 +51,7 @@ def run_steps(backend: str, steps: int = STEPS, **change) -> tuple[state.Run, li
     return run, losses
 
 
-def tensors(run: state.Run) -> dict[str, torch.Tensor]:
+def tensors(run: run_module.Run) -> dict[str, torch.Tensor]:
     found = dict(run.method.state_dict())
     for name, p in run.method.student_parameters():
         for key in ("exp_avg", "exp_avg_sq"):
@@ -59,7 +59,7 @@ def tensors(run: state.Run) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_close(a: state.Run, b: state.Run, tolerance: float = 2e-4) -> None:
+def assert_close(a: run_module.Run, b: run_module.Run, tolerance: float = 2e-4) -> None:
     one, two = tensors(a), tensors(b)
     assert one.keys() == two.keys()
     for name, x in one.items():

@@ -26,7 +26,7 @@ from extrema_fast.errors import UsageError
 from extrema_fast.models.encoder import Encoder
 from extrema_fast.ops import attention
 from extrema_fast.ops import dispatch as ops
-from extrema_fast.training import state
+from extrema_fast.training import run as run_module
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -402,9 +402,9 @@ def test_an_encoders_setting_reaches_its_blocks(monkeypatch):
     assert {b.attn.backend for b in encoder.blocks} == {"reference"}, "an error changes nothing"
 
 
-def built(**system) -> state.Run:
+def built(**system) -> run_module.Run:
     small = {"model": {"size": "tiny", "width": 32, "heads": 2, "depth": 2}, "system": system}
-    return state.build(from_dict(small, smoke()), World(CPU), range(100))
+    return run_module.build(from_dict(small, smoke()), World(CPU), range(100))
 
 
 def test_a_runs_settings_reach_student_and_teacher(monkeypatch):

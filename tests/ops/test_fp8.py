@@ -22,8 +22,8 @@ from extrema_fast.errors import UsageError
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.ops.fp8 import LAYERS, apply_fp8
 from extrema_fast.training import step
-from extrema_fast.training.metrics import LOSS
-from extrema_fast.training.state import build, wrap
+from extrema_fast.training.logging import LOSS
+from extrema_fast.training.run import build
 
 CFG = from_dict({"model": {"drop_path": 0.0}, "optim": {"warmup_epochs": 0.0}}, smoke())
 needs_torchao = pytest.mark.skipif(
@@ -155,7 +155,7 @@ def test_training_steps(mode):
     for wanted in ("off", mode):
         run = build(CFG, World(torch.device("cpu")), range(64))
         apply_fp8(run.method, wanted, "cpu", emulate=True)
-        wrap(run)
+        step.wrap(run)
         torch.manual_seed(0)
         images = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8)
         for _ in range(3):

@@ -25,7 +25,7 @@ from extrema_fast.ops import dispatch as ops
 from extrema_fast.ops.scope import PREFIX, recording, scope, scoped
 from extrema_fast.tools import profile, trace
 from extrema_fast.training import step
-from extrema_fast.training.state import build, wrap
+from extrema_fast.training.run import build
 
 TINY = from_dict(
     {
@@ -349,7 +349,7 @@ def test_every_component_is_found_and_they_add_up(profiled):
 def test_matmuls_are_those_torch_counts(profiled):
     result, _ = profiled
     run = build(TINY, World(torch.device("cpu")), range(1000))
-    wrap(run)
+    step.wrap(run)
     images = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter:
         train.train_step(run, *step.batches(run, [Batch(images, torch.arange(6), 0, 0)]))

@@ -30,7 +30,7 @@ from extrema_fast.training.checkpoint import (
     restore,
     write,
 )
-from extrema_fast.training.metrics import Counters
+from extrema_fast.training.logging import Counters
 from extrema_fast.training.optim import build_optimizer
 from extrema_fast.training.run_folder import RunFolder, check
 
@@ -318,7 +318,7 @@ def test_attempts_are_counted(tmp_path):
     for attempt in (1, 2, 3):
         with RunFolder(tmp_path) as folder:
             assert folder.attempt == attempt
-            folder.write_env(torch.device("cpu"), 1)
+            folder.write_json("env.json", {"attempt": attempt})
 
 
 def test_an_unwritable_place(tmp_path):

@@ -1,6 +1,6 @@
-"""What the allocators are asked.
+"""Memory of a training process on a CPU.
 
-Covers: huge pages and glibc's malloc, unless the user has set them; freed memory that is kept.
+Covers: glibc's malloc keeps freed memory, unless the user has set it or there is another C library.
 """
 
 from __future__ import annotations
@@ -11,28 +11,22 @@ import sys
 
 import pytest
 
-from extrema_fast.training import memory
+from extrema_fast.training.run import keep_freed_memory
 
 
-def test_what_the_allocators_are_asked(monkeypatch):
-    environment: dict[str, str] = {}
-    memory.ask_for_huge_pages(environment)
-    assert environment == {memory.HUGE_PAGES: "1"}
-    environment[memory.HUGE_PAGES] = "0"
-    memory.ask_for_huge_pages(environment)
-    assert environment[memory.HUGE_PAGES] == "0", "the user's own choice stays"
+def test_malloc_settings_of_the_user_stay(monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
-    assert not memory.keep_freed_memory(), "nor is a malloc touched that the user has set"
+    assert not keep_freed_memory()
     monkeypatch.delenv("MALLOC_ARENA_MAX")
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert not memory.keep_freed_memory()
+    assert not keep_freed_memory()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_freed_memory_is_kept():
     code = """
 import ctypes, resource, sys
-from extrema_fast.training.memory import keep_freed_memory
+from extrema_fast.training.run import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit(3)
 libc = ctypes.CDLL(None)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from extrema_fast import train
 from extrema_fast.config import Config, from_dict, smoke
 from extrema_fast.errors import Preempted, UsageError
-from extrema_fast.training.metrics import history
+from extrema_fast.training.logging import history
 from extrema_fast.weights.load import load_encoder
 
 TINY = {

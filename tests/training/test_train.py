@@ -30,9 +30,11 @@ from extrema_fast.models.drop_path import drop_path_scale
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.models.masking import draw_views
 from extrema_fast.tools.dry_run import dry_run
-from extrema_fast.training import metrics, state, step
+from extrema_fast.training import logging as train_logging
+from extrema_fast.training import step
 from extrema_fast.training.optim import Schedule, build_optimizer
-from extrema_fast.training.plan import flops_per_image, headline
+from extrema_fast.training.resolve import Resolved, flops_per_image, headline
+from extrema_fast.training.run import Run, build, open_loader, open_train
 
 TINY = {
     "data": {"loader": "pil", "threads": 1, "limit": 24},
@@ -50,13 +52,13 @@ def tiny(out: Path | str = "unused", **change) -> Config:
     return from_dict(change, from_dict(TINY | {"out": str(out)}, smoke()))
 
 
-def begin(**change) -> tuple[state.Run, TrainLoader]:
+def begin(**change) -> tuple[Run, TrainLoader]:
     cfg = tiny(**change)
-    run = state.build(cfg, World(torch.device("cpu")), state.open_train(cfg))
-    return run, state.open_loader(run)
+    run = build(cfg, World(torch.device("cpu")), open_train(cfg))
+    return run, open_loader(run)
 
 
-def weights(run: state.Run) -> dict[str, torch.Tensor]:
+def weights(run: Run) -> dict[str, torch.Tensor]:
     """Everything a step can change."""
     out = {k: v.clone() for k, v in run.method.state_dict().items()}
     for name, p in run.method.student_parameters():
@@ -65,7 +67,7 @@ def weights(run: state.Run) -> dict[str, torch.Tensor]:
 
 
 def logged(run: Path, kind: str) -> list[dict]:
-    return [r for r in metrics.read_log(run / "log.jsonl") if r["kind"] == kind]
+    return [r for r in train_logging.read_log(run / "log.jsonl") if r["kind"] == kind]
 
 
 # ---- the step --------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def test_same_as_the_released_order(loss):
             before = run.counters.tensor.clone()
             train.train_step(run, next(step.batches(run, loader)))
             run.step += 1
-            got = (run.counters.tensor - before)[metrics.LOSS].item()
+            got = (run.counters.tensor - before)[train_logging.LOSS].item()
 
             batch, keys = next(again), {"seed": cfg.train.seed, "epoch": t // 3}
             student, teacher = color_jitter(
@@ -241,6 +243,7 @@ def test_log_and_evaluations(tmp_path, capsys):
     assert "eval step 9: k-NN class token" in screen and "(step 0: " in screen
     assert "batch 8 (processes x micro-batches x images = 1 x 1 x 8), peak learning rate 0.000625" in screen
     env = json.loads((out / "env.json").read_text())
+    assert env["resolved"]["compile"] == "none" and env["resolved"]["recompute"] == "norm"
     assert env["loader"] == "pil" and env["ops"]["attention"]["implementation"] and env["versions"]["torch"]
     assert from_dict(json.loads((out / "config.json").read_text())) == cfg
     assert json.loads((out / "weights" / "step_00000009" / "config.json").read_text())["step"] == 9
@@ -295,7 +298,7 @@ def test_compile_wraps_each_block_once(monkeypatch):
     run, loader = begin(train={"compile": "block"})
     loader.close()
     names = set(run.method.state_dict())
-    state.wrap(run)
+    step.wrap(run)
     assert compiled == [*run.method.student.blocks, *run.method.teacher.blocks]
     assert set(run.method.state_dict()) == names
 
@@ -370,7 +373,7 @@ def test_signals_chain_the_previous_handler():
 
 
 def test_counters():
-    c = metrics.Counters()
+    c = train_logging.Counters()
     for loss, bad in ((1.0, 0), (float("nan"), 1), (float("inf"), 1), (3.0, 0)):
         c.add(torch.tensor(loss), torch.tensor(2 * loss), torch.tensor(float(bad)))
     reading, two = c.read(), {"skipped": 2, "skipped_in_a_row": 2}
@@ -389,26 +392,22 @@ def test_counters():
 def test_a_torn_log_line(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "st')
-    log = metrics.JsonLog(path)
+    log = train_logging.JsonLog(path)
     log.write({"kind": "train", "step": 1, "loss": float("nan")})
     log.write({"kind": "train", "step": 2, "loss": 0.1})
     log.close()
-    assert [r["step"] for r in metrics.read_log(path)] == [1, 1, 2]
-    assert metrics.history(path, "train", 1) == [{"kind": "train", "step": 1, "loss": None}]
-
-
-def record(step: int) -> dict:
-    return {"step": step, "loss": 0.5, "images_per_s": 10.0, "epoch": 0.1, "lr": 1e-3}
+    assert [r["step"] for r in train_logging.read_log(path)] == [1, 1, 2]
+    assert train_logging.history(path, "train", 1) == [{"kind": "train", "step": 1, "loss": None}]
 
 
 def test_progress_is_about_forty_lines():
     stream = io.StringIO()
-    screen = metrics.Progress(1000, stream=stream)
+    screen = train_logging.Progress("step", 1000, stream=stream)
     for at in range(1, 1001):
-        screen.advance(at)
-        screen.update(record(at))
+        screen.update(at)
+        screen.update(at, f"loss {at}")
     lines = stream.getvalue().splitlines()
-    assert 38 <= len(lines) <= 43 and lines[-1].startswith("step 1000/1000") and "loss 0.5000" in lines[0]
+    assert 38 <= len(lines) <= 43 and lines[-1].startswith("step 1000/1000  loss 1000  left 0:00")
 
 
 def test_progress_bar_on_a_terminal():
@@ -417,19 +416,18 @@ def test_progress_bar_on_a_terminal():
             return True
 
     stream = Terminal()
-    screen = metrics.Progress(10, stream=stream)
-    assert screen.bar is not None
-    screen.update(record(4))
-    screen.say("hello [1/2]")
-    screen.advance(10)
-    screen.close()
+    with train_logging.Progress("step", 10, stream=stream) as screen:
+        assert screen.bar is not None
+        screen.update(4, "loss 0.5000")
+        screen.say("hello [1/2]")
+        screen.update(10)
     assert "hello [1/2]" in stream.getvalue() and "loss 0.5000" in stream.getvalue()
 
 
 def test_progress_off():
     stream = io.StringIO()
-    screen = metrics.Progress(10, enabled=False, stream=stream)
-    screen.update(record(1))
+    screen = train_logging.Progress("step", 10, enabled=False, stream=stream)
+    screen.update(1, "loss")
     screen.say("x")
     assert stream.getvalue() == ""
 
@@ -440,8 +438,10 @@ def test_flops_of_the_paper_recipe():
     trunk = depth * (3 * 5 * 39 * (24 * width**2 + 4 * 39 * width) + 196 * (24 * width**2 + 4 * 196 * width))
     total = flops_per_image(paper_base_80x5())
     assert trunk < total < 1.15 * trunk
-    text = headline(paper_base_80x5(), 8, 1_281_167, "cuda", "dali")
+    resolved = Resolved("cuda", "bf16", True, "block", False, "none", "short", "sdpa", {}, "dali", 16, 8)
+    text = headline(paper_base_80x5(), resolved, 8, 1_281_167)
     assert "8 x 1 x 256" in text and "peak learning rate 0.0012" in text and "625 steps" in text
+    assert "bf16 on cuda, dali loader" in text and "attention short (student) sdpa (teacher)" in text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,494 @@
+"""Training metrics: sums on the device, log.jsonl, TensorBoard, the progress bar and status.json."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+
+import torch
+from torch import Tensor
+
+from ..errors import ExtremaError, NonFiniteError, Preempted, UsageError
+from .resolve import flops_per_image
+from .run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from .run import Run
+    from .step import StepStats
+
+log = logging.getLogger(__name__)
+
+LOSS, NORM, GOOD, SKIPPED, IN_A_ROW, WORST = range(6)
+
+
+# ---- sums on the device -----------------------------------------------------------------------------
+
+
+class Reading:
+    """A copy of the counters on its way to the CPU."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        on_gpu = tensor.device.type == "cuda"
+        self.copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+        self.copy.copy_(tensor, non_blocking=True)
+        self.event = torch.cuda.Event() if on_gpu else None
+        if self.event is not None:
+            self.event.record()
+
+    def arrived(self) -> bool:
+        """Whether `values` returns without waiting."""
+        return self.event is None or self.event.query()
+
+    def values(self) -> dict[str, Any]:
+        """Mean loss and gradient norm of the good steps (None without any), skipped steps, most of them in a row."""
+        if self.event is not None:
+            self.event.synchronize()
+        values = self.copy.tolist()
+        loss, norm = (v / values[GOOD] if values[GOOD] else None for v in values[:2])
+        return {
+            "loss": loss,
+            "grad_norm": norm,
+            "skipped": int(values[SKIPPED]),
+            "skipped_in_a_row": int(values[WORST]),
+        }
+
+
+class Counters:
+    """Sums over the steps since the last log line.
+
+    `tensor` [6] fp64 is on the device, so that no step waits for it, and in the checkpoint, so that a resumed run
+    logs the same values.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.tensor = torch.zeros(6, dtype=torch.float64, device=device)
+
+    def add(self, loss: Tensor, norm: Tensor, bad: Tensor) -> None:
+        """Adds a step: scalar loss and gradient norm; `bad` is 1 when the step was skipped."""
+        t, good = self.tensor, 1 - bad.double()
+        zero = torch.zeros_like(good)
+        t[LOSS] += torch.where(good > 0, loss.double(), zero)
+        t[NORM] += torch.where(good > 0, norm.double(), zero)
+        t[GOOD] += good
+        t[SKIPPED] += 1 - good
+        t[IN_A_ROW] = (t[IN_A_ROW] + 1) * (1 - good)
+        t[WORST] = torch.maximum(t[WORST], t[IN_A_ROW])
+
+    def read(self) -> Reading:
+        """The sums so far; does not wait for a GPU."""
+        return Reading(self.tensor)
+
+    def worst_in_a_row(self) -> int:
+        """Most skipped steps in a row since the last `restart`; waits for the device."""
+        return int(self.tensor[WORST].item())
+
+    def restart(self) -> None:
+        """Begins the next interval; the total of skipped steps stays."""
+        self.tensor[:SKIPPED] = 0
+        self.tensor[WORST] = self.tensor[IN_A_ROW]
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory in GB: the allocator's on a GPU, the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+# ---- the log of a run -------------------------------------------------------------------------------
+
+
+class _Line(NamedTuple):
+    """A log line whose loss may still be on its way from the device."""
+
+    step: int
+    values: dict[str, Any]
+    reading: Reading
+
+
+class TrainLog:
+    """Log of a run: log.jsonl, TensorBoard, the terminal and status.json, all written by rank 0.
+
+    A context manager: leaving it records in status.json how the run ended.
+
+    Args:
+        folder: the run's folder; None on other ranks, which write nothing.
+        progress: show a progress bar, or some lines of text where there is no terminal.
+
+    Raises:
+        UsageError: TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, run: Run, folder: RunFolder | None, progress: bool = True) -> None:
+        self.run, self.folder = run, folder
+        self.bad_images = 0
+        self.warnings: list[str] = []
+        self.evals: list[dict[str, Any]] = []
+        self.sinks: list[JsonLog | TensorBoard] = []
+        total = run.schedule.total_steps
+        self.progress = Progress("step", total, run.step, enabled=progress and folder is not None)
+        if folder is not None:
+            self.evals = history(folder.path / "log.jsonl", "eval", run.step)
+            self.sinks.append(JsonLog(folder.path / "log.jsonl"))
+            if run.cfg.log.tensorboard:
+                self.sinks.append(TensorBoard(folder.path / "tensorboard"))
+        self._data_wait = DataWaitWarning("")
+        self._pending: _Line | None = None
+        self._restart()
+
+    def start(self, headline: str, remedy: str) -> None:
+        """Prints what begins; `remedy` says what shortens waiting for images on this machine."""
+        self.progress.say(headline)
+        self._data_wait = DataWaitWarning(remedy)
+        self._restart()
+
+    def due(self) -> bool:
+        """Whether the current step ends with a log line."""
+        return self.run.last or self.run.step % self.run.cfg.log.every_steps == 0
+
+    def step(self, stats: StepStats) -> None:
+        """Counts a step; writes a line when it is due and its values have arrived from the device.
+
+        Raises:
+            NonFiniteError: too many steps in a row were skipped.
+        """
+        run, due = self.run, self.due()
+        self.progress.update(run.step)
+        self._steps += 1
+        self._waited += stats.waited_s
+        if due:
+            self._write_pending()
+            self._pending = self._line(stats)
+            run.counters.restart()
+            self._restart()
+        on_cpu = run.world.device.type == "cpu"
+        # several GPUs write at the next line or save: all stop at the same step when values are not finite
+        if self._pending and (on_cpu or run.world.size == 1) and self._pending.reading.arrived():
+            self._write_pending()
+        if on_cpu:
+            self._check_finite(run.step, run.counters.worst_in_a_row())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context for evaluating and saving: writes what is pending; its duration is not counted as training."""
+        self._write_pending()
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+    def eval(self, values: dict[str, Any]) -> list[dict[str, Any]]:
+        """Records an evaluation; returns all of the run so far, oldest first, this one last."""
+        if self.folder is not None:
+            record = self._write("eval", self.run.step, values)
+            self.evals = [e for e in self.evals if e["step"] < self.run.step] + [record]
+            self.progress.say(f"eval step {self.run.step}: {describe_eval(record, self.evals[0])}")
+        return self.evals
+
+    def warn(self, texts: list[str]) -> None:
+        """Warns of the state of training; status.json shows these texts until the next call."""
+        self.warnings = texts
+        for text in texts:
+            self._warning(text)
+        if texts:
+            self._status("running")
+
+    def __enter__(self) -> TrainLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        state, reason = "complete", ""
+        if error is not None:
+            state = "preempted" if isinstance(error, Preempted) else "failed"
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if not isinstance(error, ExtremaError):
+                reason = f"{type(error).__name__}: {reason}"
+        else:
+            peak = memory_gb(self.run.world.device)
+            steps = self.run.schedule.total_steps
+            self.progress.say(f"complete: {steps} steps, peak memory {peak:.2f} GB, {self.run.cfg.out}")
+        self.progress.close()
+        for sink in self.sinks:
+            sink.close()
+        self._status(state, reason)
+
+    def _restart(self) -> None:
+        self._began, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    def _line(self, stats: StepStats) -> _Line:
+        run, seconds = self.run, max(time.perf_counter() - self._began, 1e-9)
+        images_per_s, data_wait = self._steps * run.cfg.train.batch_size / seconds, self._waited / seconds
+        if slow := self._data_wait.check(data_wait, seconds):
+            self._warning(slow)
+        values = {
+            "images": run.step * run.cfg.train.batch_size,
+            "lr": stats.lr,
+            "momentum": run.schedule.momentum(run.step),
+            "tflops_per_s": images_per_s * flops_per_image(run.cfg) / 1e12,
+            "memory_gb": memory_gb(run.world.device),
+            "bad_images": self.bad_images,
+            "images_per_s": images_per_s,
+            "step_ms": 1000 * seconds / max(self._steps, 1),
+            "data_wait": data_wait,
+        }
+        return _Line(run.step, values, run.counters.read())
+
+    def _write_pending(self) -> None:
+        if self._pending is None:
+            return
+        (step, values, reading), self._pending = self._pending, None
+        sums = reading.values()
+        self._check_finite(step, sums.pop("skipped_in_a_row"))
+        record = self._write("train", step, values | sums)
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+        self.progress.update(
+            step,
+            f"epoch {record['epoch']:.2f}  loss {loss}  {record['images_per_s']:.0f} img/s  "
+            f"wait {100 * record['data_wait']:.0f} %  lr {record['lr']:.2e}",
+        )
+        self._status("running")
+
+    def _check_finite(self, step: int, worst: int) -> None:
+        limit = self.run.cfg.train.max_nonfinite
+        if worst >= limit:
+            raise NonFiniteError(
+                f"step {step}: {worst} steps in a row had a loss or gradient that is not finite "
+                f"(train.max_nonfinite {limit}); they changed no weights; try a lower optim.base_lr, or fp32"
+            )
+
+    def _write(self, kind: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
+        epoch = round(step / self.run.schedule.steps_per_epoch, 6)
+        attempt = self.folder.attempt if self.folder else 0
+        record = {"kind": kind, "step": step, "epoch": epoch, "attempt": attempt} | values
+        for sink in self.sinks:
+            sink.write(record)
+        return record
+
+    def _warning(self, text: str) -> None:
+        if self.folder is not None:
+            log.warning("WARNING step %d: %s", self.run.step, text)
+            self._write("warning", self.run.step, {"text": text})
+
+    def _status(self, state: str, reason: str = "") -> None:
+        if self.folder is not None:
+            reason = reason or "; ".join(self.warnings)
+            self.folder.status(state, self.run.step, self.run.schedule.total_steps, reason)
+
+
+class DataWaitWarning:
+    """Decides when to warn that steps wait for images: in two intervals in a row, and again when it has doubled.
+
+    The first interval (files not cached, kernels not compiled) and those below a second are left out.
+    """
+
+    LIMIT, SHORTEST_S = 0.05, 1.0
+
+    def __init__(self, remedy: str) -> None:
+        self.remedy, self.warned, self.last, self.first = remedy, 0.0, 0.0, True
+
+    def check(self, share: float, seconds: float) -> str:
+        """The warning for an interval that spent `share` of its time waiting; empty: none."""
+        first, self.first = self.first, False
+        if first or seconds < self.SHORTEST_S:
+            return ""
+        share, self.last = min(share, self.last), share
+        if share <= max(self.LIMIT, 2 * self.warned):
+            return ""
+        self.warned = share
+        return f"steps wait for images {100 * share:.0f} % of the time; {self.remedy}"
+
+
+# ---- log.jsonl and TensorBoard ----------------------------------------------------------------------
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log.jsonl, oldest first; lines cut off by a crash are left out."""
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
+def history(path: Path, kind: str, up_to: int) -> list[dict[str, Any]]:
+    """Records of one kind up to a step, ascending; the last one of a step that was repeated."""
+    found = {
+        r["step"]: r for r in read_log(path) if r.get("kind") == kind and r.get("step", math.inf) <= up_to
+    }
+    return [found[step] for step in sorted(found)]
+
+
+class JsonLog:
+    """Appends one JSON object per line; a full disk is reported once and does not stop training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.failed = path, False
+        # a line cut off by a crash is ended, so that the next record has a line of its own
+        torn = path.is_file() and path.stat().st_size and path.read_bytes()[-1:] != b"\n"
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        if torn:
+            self.file.write("\n")
+
+    def write(self, record: dict[str, Any]) -> None:
+        # NaN is not JSON
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        try:
+            self.file.write(json.dumps(plain, allow_nan=False) + "\n")
+            self.file.flush()
+        except OSError as error:
+            if not self.failed:
+                log.warning("%s cannot be written (%s); training goes on", self.path, error)
+            self.failed = True
+
+    def close(self) -> None:
+        try:
+            self.file.close()
+        except OSError as error:
+            log.warning("%s: %s", self.path, error)
+
+
+class TensorBoard:
+    """The same records as scalars; a failure while training is reported and ends the writing only."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UsageError(
+                'log.tensorboard: TensorBoard is not installed; pip install "extrema-fast[tensorboard]"'
+            ) from None
+        self.writer: Any = SummaryWriter(str(folder))
+        self.failed = False
+
+    def write(self, record: dict[str, Any]) -> None:
+        try:
+            for key, value in () if self.failed else record.items():
+                if isinstance(value, (int, float)) and key not in ("step", "attempt"):
+                    self.writer.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+        except Exception as error:
+            log.warning("TensorBoard stopped (%s); training goes on", error)
+            self.failed = True
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+# ---- the terminal -----------------------------------------------------------------------------------
+
+
+def describe_eval(record: dict[str, Any], first: dict[str, Any]) -> str:
+    """`k-NN class token 41.2 % (step 0: 25.2 %), spread 0.53, rank 12.1, cosine 0.42`."""
+    parts = []
+    for key, name in (("knn_cls", "k-NN class token"), ("knn_mean", "k-NN patch mean")):
+        if record.get(key) is not None:
+            start = first.get(key)
+            change = f" (step 0: {100 * start:.1f} %)" if start is not None and record is not first else ""
+            parts.append(f"{name} {100 * record[key]:.1f} %{change}")
+    for key, name in (("teacher_std", "spread"), ("teacher_rank", "rank"), ("teacher_cosine", "cosine")):
+        if record.get(key) is not None:
+            parts.append(f"{name} {record[key]:.3g}")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, or `2:03` below an hour."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
+
+
+class Progress:
+    """Progress of a long task: a bar on a terminal, elsewhere a line of text now and then.
+
+    Args:
+        what: what is counted; the first word of bar and lines.
+        total: how many there are.
+        start: how many were done before.
+        enabled: False shows nothing.
+        lines: about how many lines are printed without a terminal; at least one a minute.
+        stream: standard output by default.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        start: int = 0,
+        *,
+        enabled: bool = True,
+        lines: int = 40,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.what, self.total, self.start, self.enabled, self.lines = what, total, start, enabled, lines
+        self.stream = stream or sys.stdout
+        self.began, self.shown, self.shown_at = time.monotonic(), -total, -math.inf
+        self.bar: Any = self._bar() if enabled and self.stream.isatty() else None
+
+    def _bar(self) -> Any:
+        try:
+            from rich import progress
+            from rich.console import Console
+        except ImportError:
+            return None
+        columns = (
+            progress.TextColumn(self.what),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[text]}"),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+        )
+        bar = progress.Progress(*columns, console=Console(file=self.stream))
+        self.task = bar.add_task("", total=self.total, completed=self.start, text="")
+        bar.start()
+        return bar
+
+    def update(self, done: int, text: str = "") -> None:
+        """Moves the bar to `done`; with `text` (rates, losses) also shows it, on a line when one is due."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, **({"text": text} if text else {}))
+            return
+        late = time.monotonic() - self.shown_at > 60
+        if not text or not (late or done - self.shown >= self.total / self.lines or done == self.total):
+            return
+        self.shown, self.shown_at = done, time.monotonic()
+        left = (time.monotonic() - self.began) / max(done - self.start, 1) * (self.total - done)
+        self.say(f"{self.what} {done:>{len(str(self.total))}}/{self.total}  {text}  left {duration(left)}")
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if not self.enabled:
+            return
+        if self.bar is not None:
+            self.bar.console.print(text, highlight=False, markup=False)
+        else:
+            self.stream.write(text + "\n")
+            self.stream.flush()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,186 @@
+"""What a configuration means on this machine: every `auto` settled once, modes checked, values derived."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config import Config, local_batch
+from ..data.loader import choose_loader, decoding_threads
+from ..errors import UsageError
+from ..models.encoder import count_flops
+from ..models.extrema import ExtreMA
+from ..ops import dispatch as ops
+from .optim import Schedule
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The settings of a run with every `auto` settled; recorded in env.json as `resolved`."""
+
+    device: str
+    """`cpu` or `cuda`"""
+    precision: str
+    """`fp32` or `bf16`, of the matrix products"""
+    shadow_weights: bool
+    """whether linear layers keep bf16 copies of their weights"""
+    compile: str
+    """`none`, `block` or `step`"""
+    cuda_graph: bool
+    recompute: str
+    """`none`, `gelu` or `norm`"""
+    attention: str
+    """backend of the student's self-attention at the kept tokens"""
+    attention_teacher: str
+    """backend of the teacher's at all tokens"""
+    ops: dict[str, str]
+    """op -> implementation"""
+    loader: str
+    """`dali` or `pil`"""
+    decoding_threads: int
+    torch_threads: int
+
+    def autocast(self) -> torch.autocast:
+        """Context of the forward passes: bf16 products, or none."""
+        # a CUDA graph would replay a cast whose cached result is not renewed
+        enabled, cached = self.precision == "bf16", not self.cuda_graph
+        return torch.autocast(self.device, torch.bfloat16, enabled, cache_enabled=cached)
+
+
+def resolve(cfg: Config, device: torch.device, world_size: int = 1) -> Resolved:
+    """Settles what `cfg` leaves open, once, where a run begins; sets and logs the implementation of each op.
+
+    Raises:
+        UsageError: modes that cannot run together or on this device, or something asked for by name that is
+            missing here.
+    """
+    train, system, kind = cfg.train, cfg.system, device.type
+    # on a CPU compiled code is no faster, needs more memory, and takes a minute to compile (record `modes`)
+    mode = {"auto": "block" if kind == "cuda" else "none"}.get(train.compile, train.compile)
+    _check_modes(cfg, mode, kind, world_size)
+    dtype_name = precision(train.precision, kind)
+    dtype = torch.bfloat16 if dtype_name == "bf16" else torch.float32
+    width, _, heads = cfg.model.shape
+    teacher = system.attention if system.attention_teacher == "same" else system.attention_teacher
+    ops.set_backend(system.backend)
+    return Resolved(
+        device=kind,
+        precision=dtype_name,
+        # on a CPU a cast in the forward pass takes as long as syncing a copy, and no memory
+        shadow_weights=kind == "cuda" and dtype_name == "bf16",
+        compile=mode,
+        cuda_graph=train.cuda_graph,
+        # no cost could be measured on a CPU (record `memory`)
+        recompute={"auto": "norm" if kind == "cpu" else "none"}.get(train.recompute, train.recompute),
+        attention=ops.check_attention(system.attention, device, dtype, cfg.num_keep, width // heads, True),
+        attention_teacher=ops.check_attention(
+            teacher, device, dtype, cfg.model.num_patches, width // heads, False
+        ),
+        ops={op: choice["implementation"] for op, choice in ops.choices(device).items()},
+        loader=choose_loader(cfg.data.loader),
+        decoding_threads=decoding_threads(cfg.data.threads),
+        torch_threads=system.threads or torch.get_num_threads(),
+    )
+
+
+def _check_modes(cfg: Config, mode: str, kind: str, world_size: int) -> None:
+    train = cfg.train
+    if train.cuda_graph and kind != "cuda":
+        raise UsageError(
+            f"train.cuda_graph: needs a CUDA device, this run is on {kind}; use train.compile instead"
+        )
+    for name, on in (("cuda_graph", train.cuda_graph), ("compile step", mode == "step")):
+        if on and world_size > 1:
+            raise UsageError(
+                f"train.{name}: bypasses the all-reduce of gradients between {world_size} processes; "
+                "use train.compile block"
+            )
+    if mode == "step" and cfg.head.loss == "infonce" and train.accumulation > 1:
+        raise UsageError(
+            f"train.compile step: with InfoNCE the teacher must cover all {train.accumulation} micro-batches "
+            "before the first student pass; use train.accumulation 1, or train.compile block"
+        )
+
+
+def precision(setting: str, device_type: str) -> str:
+    """`fp32` or `bf16` for `train.precision`; `auto` is bf16 on CUDA and on CPUs with AVX512-BF16 or AMX."""
+    if setting != "auto":
+        return setting
+    if device_type == "cpu":
+        # torch 2.10 does not tell yet
+        has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
+    return "bf16"
+
+
+# ---- derived values ---------------------------------------------------------------------------------
+
+
+def flops_per_image(cfg: Config) -> float:
+    """FLOPs of one training step per image: three times the student's forward pass of V views, once the teacher's.
+
+    The patch embedding counts all N patches for both branches, whatever is gathered first, and twice for the
+    student, because pixels have no gradient. Recomputation does not change the count.
+    """
+    h, width, views = cfg.head, cfg.model.shape[0], cfg.mask.views
+    projector = 2 * (width * h.hidden + h.hidden**2 + h.hidden * h.out)
+    predictor = 2 * (h.out * h.predictor_hidden + h.predictor_hidden * h.out)
+    student = count_flops(cfg.model, views, cfg.num_keep) + views * (projector + predictor)
+    teacher = count_flops(cfg.model, 1, cfg.model.num_patches) + projector
+    patches = 2 * cfg.model.num_patches * cfg.model.in_chans * cfg.model.patch_size**2 * width
+    return 3 * student + teacher + 3 * patches
+
+
+def checkpoint_bytes(method: ExtreMA) -> int:
+    """Bytes of one checkpoint and its weights folder: fp32 weights twice, two AdamW moments."""
+    trained = sum(p.numel() for _, p in method.student_parameters())
+    weights = sum(t.numel() for t in method.state_dict().values())
+    return 4 * (2 * weights + 2 * trained)
+
+
+def derived(cfg: Config, processes: int = 1, images: int | None = None) -> dict[str, Any]:
+    """Values that follow from the configuration (and from the number of training images, when known)."""
+    schedule = None if images is None else Schedule(cfg, images // cfg.train.batch_size)
+    return {
+        "grid": list(cfg.model.grid),
+        "num_patches": cfg.model.num_patches,
+        "num_keep": cfg.num_keep,
+        "width_depth_heads": list(cfg.model.shape),
+        "peak_lr": cfg.peak_lr,
+        "global_batch": cfg.train.batch_size,
+        "processes": processes,
+        "local_batch": local_batch(cfg, processes),
+        "gflops_per_image": round(flops_per_image(cfg) / 1e9, 6),
+        "images": images,
+        "steps_per_epoch": schedule and schedule.steps_per_epoch,
+        "total_steps": schedule and schedule.total_steps,
+        "warmup_steps": schedule and schedule.warmup_steps,
+    }
+
+
+def headline(cfg: Config, resolved: Resolved, processes: int, images: int) -> str:
+    """The run in three lines: what is trained on how many images an epoch, batch and rate, how it is computed."""
+    v, r = derived(cfg, processes, images), resolved
+    factors = f"{processes} x {cfg.train.accumulation} x {v['local_batch']}"
+    return (
+        f"{cfg.data.train}: {images} images, {cfg.train.epochs} epochs of {v['steps_per_epoch']} steps; "
+        f"{cfg.mask.views} views of {v['num_keep']} of {v['num_patches']} tokens; {cfg.head.loss}, "
+        f"{r.precision} on {r.device}, {r.loader} loader\n"
+        f"batch {cfg.train.batch_size} (processes x micro-batches x images = {factors}), "
+        f"peak learning rate {cfg.peak_lr:.3g} = {cfg.optim.base_lr:g} x {cfg.train.batch_size} / 256\n"
+        f"compile {r.compile}{' in a CUDA graph' if r.cuda_graph else ''}, recompute {r.recompute}, attention "
+        f"{r.attention} (student) {r.attention_teacher} (teacher), threads {r.torch_threads} (torch) "
+        f"{r.decoding_threads} (decoding)"
+    )
+
+
+def describe(values: dict[str, Any]) -> str:
+    """Aligned `name  value` lines."""
+    width = max(len(name) for name in values)
+
+    def text(v: Any) -> str:
+        return f"{v:.4g}" if isinstance(v, float) else str(v)
+
+    return "\n".join(f"{name:<{width}}  {text(value)}" for name, value in values.items())
