@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -173,10 +174,17 @@ def start(device: str) -> Iterator[World]:
     except ExtremaError:
         # raised on all ranks; after any other error the others may be in a collective: let the process end
         if ours:
-            dist.destroy_process_group()
+            _leave()
         raise
     if ours:
-        dist.destroy_process_group()
+        _leave()
+
+
+def _leave() -> None:
+    dist.destroy_process_group()
+    # a gloo thread may still wait for the GIL to release a tensor, while the group's destructor, which holds the GIL,
+    # waits for that thread; sleeping lets it finish first
+    time.sleep(0.1)
 
 
 class Signals:
