@@ -228,7 +228,7 @@ def _result(run: Run, found: trace.Breakdown, times: dict[str, float], synthetic
         "traced_step_ms": found.wall_us * per_step,
         "busy_share": found.busy_us / found.wall_us,
         "images_per_s": images_per_s,
-        "precision": precision(cfg, device.type),
+        "precision": run.resolved.precision,
         "memory_gb": memory_gb(device),
         "model_tflops_per_s": flops_per_image(cfg) * images_per_s / 1e12,
         "matmul": {
