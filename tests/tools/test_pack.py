@@ -139,14 +139,6 @@ def test_the_folder_is_read_by_its_manifest_or_by_its_shards(packed, tmp_path, c
     assert "names other shards" in caplog.text
 
 
-def test_indexes_are_those_of_dali(packed, tmp_path):
-    wds2idx = pytest.importorskip("wds2idx", reason="wds2idx comes with DALI (extra: dali-cuda13)")
-    for shard in packed[0].glob("*.tar"):
-        with wds2idx.IndexCreator(str(shard), str(tmp_path / "x.idx"), verbose=False) as creator:
-            creator.create_index()
-        assert shard.with_suffix(".idx").read_bytes() == (tmp_path / "x.idx").read_bytes()
-
-
 def test_dali_reads_the_shards(tree, packed):
     fn = pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed (extra: dali-cuda13)")
     from nvidia.dali import pipeline_def, types
@@ -174,18 +166,6 @@ def test_dali_reads_the_shards(tree, packed):
     assert back.labels.tolist() == source.labels[torch.tensor(np.concatenate(rows))].tolist()
 
 
-def test_the_loader_reads_the_packed_set(packed, config, kind):
-    from extrema_fast.data.loader import EvalLoader
-
-    source = open_source(str(packed[0]))
-    images = torch.cat([b for b, _ in EvalLoader(source, config(loader=kind), (28, 28))])
-    assert images.shape == (23, 28, 28, 3)
-    for row in (0, 11, 22):
-        # the centre of both is the same part of the picture
-        whole = decoded(source.read(row)).mean((0, 1))
-        assert abs(images[row].numpy().astype(int).mean((0, 1)) - whole).max() < 40
-
-
 # ---- one image ------------------------------------------------------------------------------------
 
 
@@ -195,17 +175,15 @@ def test_small_jpegs_keep_their_bytes(tmp_path):
         assert pack_image(data, size, side, 90) == (data, "jpeg", 50, 40, 1)
     assert pack_image(data, 39, "short", 90)[2:] == (49, 39, 1)
     assert pack_image(data, 49, "long", 90)[2:] == (49, 39, 1)
+    # very long images keep a pixel
+    wide = encoded(picture(0, 2, 600))
+    assert pack_image(wide, 100, "long", 90)[2:4] == (100, 1)
+    assert pack_image(wide, 1, "short", 90)[2:4] == (300, 1)
     png = encoded(picture(0, 40, 50), "PNG")
     assert pack_image(png, 0, "short", 90) == (png, "png", 50, 40, 1)
     small = pack_image(png, 256, "short", 90)
     assert small.kind == "jpeg" and (small.width, small.height) == (50, 40)
     assert abs(decoded(small.data) - picture(0, 40, 50)).mean() < 12
-
-
-def test_very_long_images_keep_a_pixel(tmp_path):
-    data = encoded(picture(0, 2, 600))
-    assert pack_image(data, 100, "long", 90)[2:4] == (100, 1)
-    assert pack_image(data, 1, "short", 90)[2:4] == (300, 1)
 
 
 def test_odd_images_are_packed_as_the_loaders_see_them(odd_images):
@@ -481,7 +459,7 @@ def full_after(monkeypatch, size, number):
     monkeypatch.setattr(shard_writer.ShardWriter, "_write", write)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_no_space_keeps_what_is_finished(tree, packed, tmp_path, monkeypatch, number):
     out = tmp_path / "set"
     words = "once there is space" if number != errno.EIO else "goes on from there$"
