@@ -239,3 +239,18 @@ def test_licence_is_complete(repository):
     text = (repository / "LICENSE").read_text(encoding="utf-8")
     assert text.lstrip().startswith("Apache License") and "END OF TERMS AND CONDITIONS" in text
     assert all(f"\n   {n}. " in text for n in range(1, 10))
+
+
+def test_pages_link_to_what_exists(repository):
+    pages = [
+        *repository.glob("*.md"),
+        *(repository / "docs").glob("*.md"),
+        *repository.glob("kernels/**/*.md"),
+    ]
+    pages += [repository / "examples/README.md"]
+    missing = []
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            if "://" not in link and not (page.parent / link).exists():
+                missing.append(f"{page.relative_to(repository)}: {link}")
+    assert len(pages) > 10 and not missing
