@@ -64,8 +64,7 @@ from .embeddings import (
     write_config,
     write_part,
 )
-from .progress import ImageProgress
-from .work import Work, changes
+from .work import ImageProgress, Work, changes
 
 log = logging.getLogger(__name__)
 

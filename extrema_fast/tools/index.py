@@ -38,9 +38,8 @@ from ..data.manifest import (
 from ..data.sources import BUILT_IN, EXTENSIONS, open_source
 from ..distributed import cores
 from ..errors import DataError, Preempted, StorageError, UsageError
-from .progress import ImageProgress
 from .verify import BATCH, OK, Pool, Verdict
-from .work import Work
+from .work import ImageProgress, Work
 
 log = logging.getLogger(__name__)
 
