@@ -18,6 +18,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
@@ -323,10 +324,11 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
 def _resolved(given: _Configured) -> dict[str, Any]:
     """What --print-config shows; `config` alone reloads through --config."""
     from .data.sources import open_source
-    from .distributed import detect
-    from .training.resolve import derived
+    from .distributed import detect, pick_device
+    from .training.resolve import derived, resolve
 
     cfg = given.cfg
+    _, processes, local_rank = detect(os.environ)
     try:
         images = len(open_source(cfg.data.train, limit=cfg.data.limit, seed=cfg.train.seed))
         problem = None
@@ -341,9 +343,14 @@ def _resolved(given: _Configured) -> dict[str, Any]:
             sources[option] = "file"
         elif value != defaults[option]:
             sources[option] = f"preset {given.name}"
-    values = derived(cfg, detect(os.environ)[1], images)
+    values = derived(cfg, processes, images)
     if problem:
         values["images_problem"] = problem
+    try:
+        device = pick_device(cfg.system.device, local_rank, processes)
+        values["resolved"] = asdict(resolve(cfg, device, processes))
+    except ExtremaError as error:
+        values["resolved_problem"] = str(error)
     return {"preset": given.name, "config": to_dict(cfg), "derived": values, "sources": sources}
 
 

@@ -140,6 +140,14 @@ def test_print_config_derives_and_names_sources(capsys, tmp_path):
     assert (derived["steps_per_epoch"], derived["total_steps"]) == (2, 14)
 
 
+def test_print_config_settles_auto(capsys):
+    found = print_config(capsys, "smoke")["derived"]["resolved"]
+    assert {"precision", "compile", "recompute", "attention", "loader"} <= found.keys()
+    assert "auto" not in (found["precision"], found["compile"], found["recompute"], found["loader"])
+    problem = print_config(capsys, "smoke", "--system.device", "cpu", "--train.cuda-graph")["derived"]
+    assert "train.cuda_graph" in problem["resolved_problem"]
+
+
 def test_print_config_without_images(capsys):
     derived = print_config(capsys, "smoke", "--data.train", "/nowhere/at/all")["derived"]
     assert derived["steps_per_epoch"] is None and "/nowhere/at/all" in derived["images_problem"]
