@@ -352,7 +352,7 @@ def picture(record: Record, folder: Path) -> list[str]:
     Returns:
         The file's name in a list; empty without matplotlib or such rows.
     """
-    rows = [r for r in record["rows"] if "images_per_s" in r][::-1]
+    rows = [r for r in record.get("rows", []) if "images_per_s" in r][::-1]
     try:
         import matplotlib
     except ImportError:

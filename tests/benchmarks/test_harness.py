@@ -72,7 +72,8 @@ def test_picture(tmp_path):
     pytest.importorskip("matplotlib")
     assert harness.picture(record(), tmp_path) == ["bars.png"]
     assert 3_000 < (tmp_path / "bars.png").stat().st_size < 150_000
-    assert harness.picture({"rows": [{"key": "x"}]}, tmp_path) == []
+    for record_without in ({"rows": [{"key": "x"}]}, {"runs": []}):
+        assert harness.picture(record_without, tmp_path) == []
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
