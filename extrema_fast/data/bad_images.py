@@ -61,9 +61,8 @@ class BadRows:
     def check(self) -> None:
         """Raises DataError when more rows are unusable than the budget allows."""
         with self._lock:
-            if len(self) <= self.limit:
-                return
             first = "; ".join(self.source.title(row) for row in list(self.reasons)[:3])
+        if len(self) > self.limit:
             raise DataError(
                 f"{self.source.name}: {len(self)} of {len(self.source)} images cannot be used, data.bad_budget allows "
                 f"{self.limit}; first: {first}; run `extrema-fast index {self.source.name} --out M.tsv`, which lists "
@@ -119,11 +118,10 @@ class BadRows:
         self.check()
 
     def _add(self, row: int, reason: str) -> bool:
-        new = row not in self.reasons
-        if new:
-            self.known[row] = True
-            self.reasons[row] = reason
-        return new
+        if row in self.reasons:
+            return False
+        self.known[row], self.reasons[row] = True, reason
+        return True
 
     def _write(self) -> None:
         if self._file is None:

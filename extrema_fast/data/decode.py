@@ -28,53 +28,48 @@ _MAX_LOST = AHEAD + 1
 
 
 class Work(NamedTuple):
-    """A batch to decode.
+    """A batch to decode."""
 
-    Attributes:
-        rows: [b] int64 row numbers.
-        boxes: [b, 4] float64 top, left, bottom, right in pixels of the (EXIF-rotated, if asked) image.
-        flips: [b] bool, all False with `Settings.whole`.
-        data: the bytes of each image, [size] uint8; None: the decoder reads the files.
-        step: which batch this is.
-    """
-
+    # [b] int64 row numbers
     rows: np.ndarray
+    # [b, 4] float64 top, left, bottom, right in pixels of the (EXIF-rotated, if asked) image
     boxes: np.ndarray
+    # [b] bool, all False with `Settings.whole`
     flips: np.ndarray
+    # the bytes of each image, [size] uint8; None: the decoder reads the files
     data: list[np.ndarray] | None
     step: int
 
+    def only(self, place: int) -> Work:
+        """The batch of one of its images."""
+        one = slice(place, place + 1)
+        data = None if self.data is None else self.data[one]
+        return Work(self.rows[one], self.boxes[one], self.flips[one], data, self.step)
+
 
 class Decoded(NamedTuple):
-    """A decoded batch.
+    """A decoded batch."""
 
-    Attributes:
-        images: [b, H, W, 3] uint8; not to be used when a place has failed.
-        failed: place in the batch -> why it cannot be decoded.
-    """
-
+    # [b, H, W, 3] uint8; not to be used when a place has failed
     images: Tensor
+    # place in the batch -> why it cannot be decoded
     failed: dict[int, DataError]
 
 
 class Settings(NamedTuple):
-    """How batches are decoded.
-
-    Attributes:
-        whole: the resize filter may read pixels outside a box (resize, then crop), and nothing is flipped; else the
-            box is cut out first.
-        device: the CPU, or a GPU: decoding starts on the CPU and ends there (DALI only).
-        hw: share of JPEG images for a GPU's hardware decoder.
-        pinned: CPU batches in page-locked memory, for copies that overlap with the step.
-    """
+    """How batches are decoded."""
 
     img_size: tuple[int, int]
     batch: int
     threads: int
+    # the resize filter may read pixels outside a box (resize, then crop), and nothing is flipped; else it is cut first
     whole: bool
-    device: torch.device = torch.device("cpu")
-    hw: float = 0.65
-    pinned: bool = False
+    # the CPU, or a GPU: decoding starts on the CPU and ends there (DALI only)
+    device: torch.device
+    # share of JPEG images for a GPU's hardware decoder
+    hw: float
+    # CPU batches in page-locked memory, for copies that overlap with the step
+    pinned: bool
 
 
 def _ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
@@ -208,11 +203,7 @@ class DaliDecoder:
             del pipe
 
     def decode(self, work: Work) -> Decoded:
-        """Decodes one batch now.
-
-        Raises:
-            DataError: DALI fails although it can decode every image.
-        """
+        """Decodes one batch now; DataError where DALI fails although it can decode every image."""
         if not len(work.rows):
             return Decoded(torch.empty(0), {})
         try:
@@ -233,31 +224,26 @@ class DaliDecoder:
 
     def _find_failed(self, work: Work) -> dict[int, DataError]:
         """The places that DALI cannot decode; for most kinds of damage it names no file itself."""
-        by_pil: dict[int, DataError] = {}
-        places = range(len(work.rows))
 
-        def try_pil(i: int) -> None:
+        def try_pil(i: int) -> DataError | None:
             try:
                 self.files.rgb(int(work.rows[i]), None if work.data is None else work.data[i])
             except DataError as e:
-                by_pil[i] = e
+                return e
+            return None
 
         with ThreadPoolExecutor(self.settings.threads) as pool:
-            list(pool.map(try_pil, places))
+            by_pil = list(pool.map(try_pil, range(len(work.rows))))
         # what PIL cannot decode is nearly always all of it, and DALI has the last word
-        for some in ([i for i in places if i in by_pil], [i for i in places if i not in by_pil]):
-            failed = {}
-            for i in some:
-                one = slice(i, i + 1)
-                data = None if work.data is None else work.data[one]
+        failed: dict[int, DataError] = {}
+        for suspected in (True, False):
+            for i in [i for i, error in enumerate(by_pil) if bool(error) == suspected and not failed]:
                 try:
-                    self._decode(Work(work.rows[one], work.boxes[one], work.flips[one], data, work.step))
+                    self._decode(work.only(i))
                 except RuntimeError as e:
                     reason = f"by DALI, {_reason(e)}; PIL can: --data.loader pil"
-                    failed[i] = by_pil.get(i) or self.files.error(int(work.rows[i]), reason)
-            if failed:
-                return failed
-        return {}
+                    failed[i] = by_pil[i] or self.files.error(int(work.rows[i]), reason)
+        return failed
 
     def _arguments(self, work: Work) -> tuple[Any, ...]:
         """(files or their paths as uint8 arrays, starts, ends) with `whole`, else (files, starts, sizes, flips)."""
@@ -271,10 +257,7 @@ class DaliDecoder:
         return data, start.astype(np.int32), (end - start).astype(np.int32), work.flips.astype(np.int32)
 
     def _pipeline(self, feed: Callable[[], tuple[Any, ...]], batch: int) -> Any:
-        """Read, decode (the box only, unless `whole`), resize, flip -> [b, H, W, 3] uint8.
-
-        `feed` returns the arguments of a batch, and raises StopIteration at the end.
-        """
+        """Reads, decodes (the box only, unless `whole`), resizes and flips what `feed` returns: `_arguments`."""
         # without the types of DALI, which know little of its operators
         dali, fn, types = (importlib.import_module(f"nvidia.dali{name}") for name in ("", ".fn", ".types"))
         s = self.settings

@@ -59,11 +59,7 @@ class ImageSource:
         return self.paths[row] if self.names is None else self.names[row]
 
     def read(self, row: int) -> bytes:
-        """Reads the bytes of a row's image.
-
-        Raises:
-            OSError: the file is gone or ends too early.
-        """
+        """Reads the bytes of a row's image; OSError when the file is gone or ends too early."""
         offset, length = (0, -1) if self.spans is None else self.spans[row].tolist()
         with open(self.paths[row], "rb", buffering=0) as f:
             if length < 0:

@@ -59,17 +59,10 @@ class Batch(NamedTuple):
 def random_boxes(
     sizes: np.ndarray, rows: np.ndarray, cfg: DataConfig, *, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Crop boxes by torchvision's RandomResizedCrop rule, and flips.
+    """Crop boxes by torchvision's RandomResizedCrop rule, and flips, for images of `sizes` [b, 2] (height, width).
 
     Area uniform, log of the ratio uniform, at most 10 tries; then the largest centered box whose ratio is allowed.
-
-    Args:
-        sizes: [b, 2] height and width of the images in pixels.
-        rows: [b] row numbers; all random numbers are keyed by (seed, row, epoch).
-
-    Returns:
-        [b, 4] float64 of whole pixels (top, left, bottom, right), always inside the image and not empty, and [b]
-        bool flips.
+    Returns [b, 4] float64 of whole pixels (top, left, bottom, right), inside the image and not empty, and [b] bool.
     """
     u = rng.uniform(torch.from_numpy(rows), 2 * _TRIES + 3, seed=seed, epoch=epoch, stream=rng.CROP)
     u = u.numpy().astype(np.float64)
@@ -95,15 +88,9 @@ def random_boxes(
 
 
 def center_boxes(sizes: np.ndarray, img_size: tuple[int, int]) -> np.ndarray:
-    """Boxes of "resize so that the short side fits 256/224 of the crop, then crop the center", as `preprocess` does.
+    """[b, 4] float64 boxes as of `random_boxes`, fractions included, that `preprocess` resizes and center-crops to.
 
-    Args:
-        sizes: [b, 2] height and width of the images in pixels.
-        img_size: (height, width) of the crops.
-
-    Returns:
-        [b, 4] float64 (top, left, bottom, right) in pixels of the image, fractions included; the whole image where it
-        already has `img_size`.
+    It resizes the short side to 256/224 of the crop; an image that already has `img_size` is left whole.
     """
     return np.array([_center_box(size, img_size) for size in sizes.tolist()], np.float64).reshape(-1, 4)
 
@@ -367,8 +354,12 @@ def choose_loader(wanted: str) -> Literal["dali", "pil"]:
     """The loader for `data.loader`; logs once why `auto` took PIL.
 
     Raises:
-        UsageError: the one asked for, or for `auto` both, are not installed.
+        UsageError: the one asked for is not installed, or Pillow, which both need for headers.
     """
+    try:
+        importlib.import_module("PIL.Image")
+    except ImportError as e:
+        raise UsageError('reading images needs Pillow: pip install "extrema-fast[train]"') from e
     if wanted != "pil":
         try:
             importlib.import_module("nvidia.dali.fn")
@@ -383,8 +374,4 @@ def choose_loader(wanted: str) -> Literal["dali", "pil"]:
                 "images are decoded by PIL: DALI cannot be loaded (%s); DALI: pip install extrema-fast[dali-cuda13]",
                 str(e),
             )
-    try:
-        importlib.import_module("PIL.Image")
-    except ImportError as e:
-        raise UsageError('reading images needs Pillow: pip install "extrema-fast[train]"') from e
     return "pil"

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -146,42 +146,8 @@ def row_line(row: Row) -> str:
     return "\t".join(map(str, text.values())) + "\n"
 
 
-def parse_row(line: str) -> Row:
-    """Reads the line of a row.
-
-    Raises:
-        ValueError: says what is wrong with it.
-    """
-    fields = line.rstrip("\r\n").split("\t")
-    if len(fields) != len(COLUMNS):
-        raise ValueError(f"expected {len(COLUMNS)} fields separated by tabs, got {len(fields)}")
-    text = dict(zip(COLUMNS, fields, strict=True))
-    values: dict[str, Any] = {c: _number(c, v) if c in _RANGES else unescape(v) for c, v in text.items()}
-    row = Row(**values)
-    if not row.path:
-        raise ValueError("the path is empty")
-    for column, (least, most) in _RANGES.items():
-        if not least <= values[column] <= most:
-            raise ValueError(f"{column}: expected {least} to {most}, got {values[column]}")
-    if row.status == OK and not (row.bytes and row.width and row.height):
-        raise ValueError(f"status is ok with {row.bytes} bytes, width {row.width}, height {row.height}")
-    return row
-
-
-def _number(column: str, text: str) -> int:
-    try:
-        return int(text, 16 if column == "crc32" else 10)
-    except ValueError:
-        what = "8 hexadecimal digits" if column == "crc32" else "a whole number"
-        raise ValueError(f"{column}: expected {what}, got {text[:40]!r}") from None
-
-
 def parse_header(first: str, columns: str, name: str) -> dict[str, Any]:
-    """Reads the two lines that begin a manifest; returns the JSON object of the first.
-
-    Raises:
-        UsageError: names the line.
-    """
+    """The JSON object in the first of the two lines that begin a manifest; UsageError names a wrong line."""
     version, _, about = first.removeprefix(MAGIC).partition("\t")
     if not first.startswith(MAGIC):
         raise UsageError(
@@ -209,11 +175,7 @@ def parse_header(first: str, columns: str, name: str) -> dict[str, Any]:
 
 
 def write_lines(path: str | os.PathLike[str], head: str, lines: Iterable[str]) -> None:
-    """Writes `head` and `lines` to a file atomically.
-
-    Raises:
-        StorageError: the file cannot be written; the old one is untouched.
-    """
+    """Writes `head` and `lines` to a file atomically; after a StorageError the old one is untouched."""
     # through a link, so that it stays one
     target = Path(os.path.realpath(path))
     try:
@@ -264,22 +226,24 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 def _read_rows(f: TextIO, name: str, classes: list[str]) -> Iterator[dict[str, Any]]:
     """Columns of `_CHUNK` rows at a time, at least once."""
     number_of = {"": -1} | {c: i for i, c in enumerate(classes)}
-    line, more = 3, True
-    while more:
-        lines = list(islice(f, _CHUNK))
-        more = len(lines) == _CHUNK
-        try:
-            yield _columns(lines, number_of)
-        except (ValueError, OverflowError, KeyError):
-            # slower, but it knows which line
-            raise _first_bad(lines, line, name, number_of) from None
-        line += len(lines)
+    first, lines = 3, list(islice(f, _CHUNK))
+    yield _columns(lines, f"{name}: line", first, number_of)
+    while len(lines) == _CHUNK:
+        first, lines = first + _CHUNK, list(islice(f, _CHUNK))
+        yield _columns(lines, f"{name}: line", first, number_of)
 
 
-def _columns(lines: list[str], number_of: dict[str, int]) -> dict[str, Any]:
-    """The columns of some lines; ValueError, OverflowError or KeyError when any is wrong."""
-    if any(line.count("\t") != len(COLUMNS) - 1 for line in lines):
-        raise ValueError
+def _columns(lines: list[str], where: str, first: int, number_of: dict[str, int]) -> dict[str, Any]:
+    """The columns of some lines, the first of which has the number `first`; UsageError names a wrong one."""
+
+    def check(fine: Any, problem: str, values: Sequence[Any] | np.ndarray) -> None:
+        wrong = np.flatnonzero(~np.asarray(fine, bool)).tolist()
+        if wrong:
+            raise UsageError(f"{where} {first + wrong[0]}: {problem.format(values[wrong[0]])}")
+
+    counts = [line.count("\t") + 1 for line in lines]
+    wanted = f"expected {len(COLUMNS)} fields separated by tabs, got {{}}"
+    check([n == len(COLUMNS) for n in counts], wanted, counts)
     text = "".join(lines).replace("\r\n", "\n").removesuffix("\n")
     fields = text.replace("\n", "\t").split("\t") if lines else []
     columns: dict[str, Any] = {c: fields[i :: len(COLUMNS)] for i, c in enumerate(COLUMNS)}
@@ -287,29 +251,32 @@ def _columns(lines: list[str], number_of: dict[str, int]) -> dict[str, Any]:
         columns |= {c: [unescape(v) for v in columns[c]] for c in _TEXT}
     # the same few words in every row
     columns |= {c: list(map(intern, columns[c])) for c in ("kind", "status")}
-    columns["label"] = np.array([number_of[v] for v in columns["label"]], np.int64)
-    good = np.array([s == OK for s in columns["status"]], bool)
+    paths, labels = columns["path"], columns["label"]
+    check([p != "" for p in paths], "the path is empty", paths)
+    unknown = f"label {{!r}} is none of the {len(number_of) - 1} classes in line 1"
+    check([v in number_of for v in labels], unknown, labels)
+    columns["label"] = np.array([number_of[v] for v in labels], np.int64)
     for c, (least, most) in _RANGES.items():
-        numbers = [int(v, 16) for v in columns[c]] if c == "crc32" else list(map(int, columns[c]))
-        columns[c] = np.array(numbers, np.int32 if c in _INT32 else np.int64)
-        if ((columns[c] < least) | (columns[c] > most)).any():
-            raise ValueError
-    known = (columns["bytes"] > 0) & (columns["width"] > 0) & (columns["height"] > 0)
-    if not all(columns["path"]) or (good & ~known).any():
-        raise ValueError
+        column, base = columns[c], 16 if c == "crc32" else 10
+        wanted = "8 hexadecimal digits" if c == "crc32" else f"a whole number from {least} to {most}"
+        try:
+            numbers = np.array([int(v, base) for v in column], np.int64)
+            fine: Any = (numbers >= least) & (numbers <= most)
+        except (ValueError, OverflowError):
+            fine = [_is_in(v, base, least, most) for v in column]
+        check(fine, f"{c}: expected {wanted}, got {{!r:.40}}", column)
+        columns[c] = numbers.astype(np.int32) if c in _INT32 else numbers
+    sizes = np.stack([columns[c] for c in ("bytes", "width", "height")], 1)
+    fine = np.array([s != OK for s in columns["status"]], bool) | sizes.all(1)
+    check(fine, "status is ok with {0[0]} bytes, width {0[1]}, height {0[2]}", sizes)
     return columns
 
 
-def _first_bad(lines: list[str], line: int, name: str, number_of: dict[str, int]) -> UsageError:
-    for number, text in enumerate(lines, line):
-        try:
-            label = parse_row(text).label
-        except ValueError as e:
-            return UsageError(f"{name}: line {number}: {e}")
-        if label not in number_of:
-            known = f"is none of the {len(number_of) - 1} classes in line 1"
-            return UsageError(f"{name}: line {number}: label {label!r} {known}")
-    raise AssertionError("a table is wrong, but none of its lines")
+def _is_in(text: str, base: int, least: int, most: int) -> bool:
+    try:
+        return least <= int(text, base) <= most
+    except ValueError:
+        return False
 
 
 def root_folder(path: str | os.PathLike[str], root: str) -> str:

@@ -183,15 +183,14 @@ def _texture(name: str, u: torch.Tensor, size: int) -> torch.Tensor:
     elif name == "rings":
         wave = torch.sin(period * (a * a + b * b).sqrt() + phase)
     else:
-        wave = torch.sin(period * a + phase) + torch.cos(period * b - phase)
-        wave = wave / 2
+        wave = (torch.sin(period * a + phase) + torch.cos(period * b - phase)) / 2
     mix = (wave + 1)[..., None] / 2
     first, second = u[4:7] * 0.6, 0.4 + u[7:10] * 0.6
     return ((first + (second - first) * mix) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 class _Complete(Exception):
-    """Another process has written the set meanwhile."""
+    pass
 
 
 def _write_once(recipe: dict[str, Any], write: Callable[[Path], None]) -> Path:

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -91,12 +91,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def members(path: str) -> list[Member]:
-    """The regular files of a tar, from its index or by a scan of its headers.
-
-    Raises:
-        DataError: no tar, or a truncated or damaged one.
-        OSError: it cannot be read.
-    """
+    """The regular files of a tar, from its index or by a scan of its headers, whose result becomes its index."""
     real = os.path.realpath(path)
     key = hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
     places = [Path(path).with_suffix(".idx"), cache_root() / "shards" / f"{Path(real).stem}-{key}.idx"]
@@ -117,13 +112,9 @@ def members(path: str) -> list[Member]:
 
 
 def scan(path: str) -> list[Member]:
-    """The regular files of a tar in its order, by its headers.
+    """The regular files of a tar in its order, by its headers, hidden and sparse ones left out.
 
-    Hidden files, links, devices and sparse files are left out.
-
-    Raises:
-        DataError: no tar, or a truncated or damaged one.
-        OSError: it cannot be read.
+    DataError when it is no tar, or a truncated or damaged one; OSError when it cannot be read.
     """
     found: list[Member] = []
     left_out: list[str] = []
@@ -233,13 +224,12 @@ def _from_index(path: str, index: Path) -> list[Member] | None:
 
 def _mismatch(path: str, found: list[Member]) -> str:
     """Evidence that an index is not of this tar, from a few headers; empty: none."""
-    step = max(1, (len(found) - 1) // (_CHECKED - 1))
+    last = max(found, key=lambda m: m.offset, default=Member("", 0, 0))
     with open(path, "rb") as f:
-        for m in sorted({*found[::step], *found[-1:]}, key=lambda m: m.offset):
+        for m in {*found[:: max(1, len(found) // _CHECKED)], *found[-1:]}:
             info = _header_at(f, m.offset - BLOCK)
             if info is None or not info.isreg() or info.size != m.size:
                 return f"no file of {m.size} bytes at byte {m.offset}"
-        last = max(found, key=lambda m: m.offset, default=Member("", 0, 0))
         end = last.offset + -(-last.size // BLOCK) * BLOCK
         if os.fstat(f.fileno()).st_size < end:
             return f"the tar ends before {last.name} does"
@@ -250,13 +240,10 @@ def _mismatch(path: str, found: list[Member]) -> str:
 
 
 def _header_at(f: BinaryIO, offset: int) -> tarfile.TarInfo | None:
-    if offset < 0:
-        return None
-    f.seek(offset)
-    try:
+    f.seek(max(0, offset))
+    with suppress(tarfile.TarError):
         return tarfile.TarInfo.frombuf(f.read(BLOCK), "utf-8", "surrogateescape")
-    except tarfile.TarError:
-        return None
+    return None
 
 
 # ---- which shards ---------------------------------------------------------------------------------
@@ -279,24 +266,18 @@ def is_tar(path: str | os.PathLike[str]) -> bool:
 
 
 def expand(pattern: str) -> list[str]:
-    """The paths a pattern names: `{0000..0009}` and `{a,b}` by bash's rules, then `*`, `?`, `[...]`, `**`.
-
-    Raises:
-        UsageError: a path is missing, or nothing matches.
-    """
+    """The paths a pattern names: `{0000..0009}` and `{a,b}` by bash's rules, then `*`, `?`, `[...]`, `**`."""
     found: list[str] = []
-    missing: list[str] = []
     for path in _expand_braces(os.path.expanduser(pattern)):
-        if re.search(r"[*?\[]", path) and not os.path.exists(path):
-            found += sorted(glob.glob(path, recursive=True))
-        else:
-            found.append(path)
-            if not os.path.isfile(path):
-                missing.append(path)
+        has_wildcards = re.search(r"[*?\[]", path) and not os.path.exists(path)
+        found += sorted(glob.glob(path, recursive=True)) if has_wildcards else [path]
         if len(found) > _MAX_SHARDS:
             raise UsageError(f"{pattern}: names more than {_MAX_SHARDS} files")
+    missing = [path for path in found if not os.path.isfile(path)]
     if missing:
-        raise UsageError(f"{pattern}: {len(missing)} of {len(found)} files do not exist, first: {missing[0]}")
+        raise UsageError(
+            f"{pattern}: {len(missing)} of {len(found)} do not exist as files, first: {missing[0]}"
+        )
     if not found:
         raise UsageError(
             f"{pattern}: matches no file; expected tar files, as in shards/train-{{0000..0009}}.tar"
@@ -377,15 +358,12 @@ def _open_shard(path: str, extensions: tuple[str, ...]) -> _Shard:
 def _label(fd: int, member: Member) -> str | None:
     """The label in a `cls` or `json` component; None where it has none."""
     try:
-        text = os.pread(fd, min(member.size, _MAX_LABEL), member.offset).decode()
-        if split_name(member.name)[1].lower() == "cls":
-            return text.strip() or None
-        value = json.loads(text)["label"]
+        value: Any = os.pread(fd, min(member.size, _MAX_LABEL), member.offset).decode()
+        if split_name(member.name)[1].lower() == "json":
+            value = json.loads(value)["label"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        return None
-    return str(value).strip() or None
+    return (str(value).strip() or None) if type(value) in (int, str) else None
 
 
 # ---- as images ------------------------------------------------------------------------------------
@@ -396,18 +374,12 @@ def shard_source(
 ) -> ImageSource:
     """Opens the images in tar shards, in the order of `paths` and within each of the tar.
 
-    Labels are kept where every image has one. A file `classes.txt` next to the first shard names the classes
-    of labels that are line numbers, counted from 0. The same key in two shards is two images.
+    Labels are kept where every image has one. The same key in two shards is two images.
 
     Args:
         name: the name of the set in messages.
         extensions: of images, in lower case, with the dot.
         check: False: no warning about images of 0 bytes.
-
-    Raises:
-        UsageError: a shard that cannot be read, or no image in any.
-        DataError: no tar, a truncated or compressed one, a key that comes twice in a shard, or nothing but images
-            of 0 bytes.
     """
     shards = [shard for shard in _open_shards(name, paths, extensions) if shard.samples]
     if not shards:
@@ -456,18 +428,12 @@ def _open_shards(name: str, paths: list[str], extensions: tuple[str, ...]) -> It
 def _labels(name: str, shards: list[_Shard], names: list[str]) -> tuple[Tensor | None, list[str]]:
     written = [label for shard in shards for label in shard.labels]
     given = [label for label in written if label is not None]
+    if given and len(given) < len(written):
+        what = f"{len(written) - len(given)} of {len(written)} images have no label (cls, or label in json)"
+        log.warning("%s: %s, first: %s; used without labels", name, what, names[written.index(None)])
     if len(given) < len(written):
-        if given:
-            log.warning(
-                "%s: %d of %d images have no label (cls, or label in json), first: %s; used without labels",
-                name,
-                len(written) - len(given),
-                len(written),
-                names[written.index(None)],
-            )
         return None, []
-    labels, classes = number_classes(given)
-    return _name_classes(shards[0].path, labels, classes)
+    return _name_classes(shards[0].path, *number_classes(given))
 
 
 def _name_classes(path: str, labels: Tensor, classes: list[str]) -> tuple[Tensor, list[str]]:
@@ -477,17 +443,10 @@ def _name_classes(path: str, labels: Tensor, classes: list[str]) -> tuple[Tensor
         return labels, classes
     try:
         names = [unescape(line) for line in listing.read_text(encoding="utf-8").splitlines()]
+        if int(classes[-1]) >= len(names) or len(set(names)) < len(names):
+            raise ValueError(f"{len(set(names))} different names do not name the classes up to {classes[-1]}")
     except (OSError, ValueError) as e:
-        log.warning("%s: cannot be read (%s); classes keep their numbers", listing, e)
-        return labels, classes
-    different = len(set(names))
-    if int(classes[-1]) >= len(names) or different < len(names):
-        log.warning(
-            "%s: %d different names do not name the classes up to %s; classes keep their numbers",
-            listing,
-            different,
-            classes[-1],
-        )
+        log.warning("%s: not used (%s); classes keep their numbers", listing, e)
         return labels, classes
     return torch.tensor([int(c) for c in classes])[labels], names
 

@@ -107,10 +107,7 @@ def _open(spec: str, split: str, check: bool) -> ImageSource:
     except OSError as e:
         raise UsageError(f"{spec}: cannot be read ({e.strerror})") from e
     if is_folder:
-        source = _from_folder(spec, path, split, extensions, check)
-        return (
-            source if isinstance(source, ImageSource) else _from_tars(spec, path, source, extensions, check)
-        )
+        return _from_folder(spec, path, split, extensions, check)
     if is_file and is_manifest(path):
         return manifest_source(path, check=check)
     if is_file and is_tar(path):
@@ -137,9 +134,7 @@ def _from_tars(
 
 
 def _why_not_found(path: Path) -> str:
-    parent = path.parent
-    while not parent.is_dir() and parent != parent.parent:
-        parent = parent.parent
+    parent = next((p for p in path.parents if p.is_dir()), path.parent)
     if parent != path.parent:
         return f"does not exist ({path.parent} neither; {parent} does)"
     try:
@@ -153,10 +148,8 @@ def _why_not_found(path: Path) -> str:
 # ---- folders --------------------------------------------------------------------------------------
 
 
-def _from_folder(
-    name: str, root: Path, split: str, extensions: tuple[str, ...], check: bool
-) -> ImageSource | list[str]:
-    """The images below a folder, or the tar files in it where there are tars and no image."""
+def _from_folder(name: str, root: Path, split: str, extensions: tuple[str, ...], check: bool) -> ImageSource:
+    """The images below a folder, or in the tar files in it where there are tars and no image."""
     folders, files = _list(root)
     found = Counter(map(_suffix, files))
     images = [str(root / f) for f in files if f.lower().endswith(extensions)]
@@ -167,7 +160,7 @@ def _from_folder(
     if not images and not nested:
         tars = [str(root / f) for f in files if f.lower().endswith(".tar")]
         if tars:
-            return tars
+            return _from_tars(name, root, tars, extensions, check)
         raise UsageError(_no_images(name, len(folders), found))
     if images:
         if nested:
@@ -187,15 +180,11 @@ def _from_folder(
 
 def _list(folder: Path) -> tuple[list[str], list[str]]:
     """Sorted names of the folders and of the files in a folder, hidden ones left out."""
-    folders: list[str] = []
-    files: list[str] = []
     try:
-        for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-            if not entry.name.startswith("."):
-                (folders if _is_dir(entry) else files).append(entry.name)
+        entries = sorted((e.name, _is_dir(e)) for e in os.scandir(folder) if not e.name.startswith("."))
     except OSError as e:
         raise UsageError(f"{folder}: cannot be read ({e.strerror}); check its permissions") from e
-    return folders, files
+    return [name for name, is_dir in entries if is_dir], [name for name, is_dir in entries if not is_dir]
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:
@@ -285,23 +274,22 @@ def _from_paths(
     digest, prefix = hashlib.sha256(), str(root) + os.sep
     missing, empty = [], []
     for row, path in enumerate(paths):
-        size = 0
         try:
             size = os.stat(path).st_size
-            if not size:
-                empty.append(path)
+            empty += [] if size else [path]
         except (OSError, ValueError):
+            size = 0
             missing.append(path)
         # below the root, so that a moved data set is still the same
         below = path.removeprefix(prefix)
         label = "" if labels is None else classes[labels[row]]
         digest.update(f"{below}\t{size}\t{label}\n".encode("utf-8", "surrogateescape"))
-    if missing and check:
-        hint = "; is it a list of images?" if len(missing) == len(paths) else ""
-        raise UsageError(
-            f"{name}: {len(missing)} of {len(paths)} files do not exist, first: {missing[0][:300]}{hint}"
-        )
     if check:
+        if missing:
+            hint = "; is it a list of images?" if len(missing) == len(paths) else ""
+            raise UsageError(
+                f"{name}: {len(missing)} of {len(paths)} files do not exist, first: {missing[0][:300]}{hint}"
+            )
         warn_of_empty(name, len(empty), len(paths), empty[0] if empty else "")
     tensor = None if labels is None else torch.tensor(labels, dtype=torch.int64)
     return ImageSource(name, paths, tensor, classes, digest.hexdigest())
@@ -363,9 +351,8 @@ def _read_mixture(name: str, path: Path) -> list[_Entry]:
         raise UsageError(f"{name}: cannot be read ({getattr(e, 'strerror', None) or e})") from e
     except ValueError as e:
         raise UsageError(f"{name}: not TOML ({e})") from e
-    for key in table:
-        if key != "source":
-            raise UsageError(f"{name}: unknown key {key!r}{did_you_mean(key, ['source'])}; {example}")
+    for key in table.keys() - {"source"}:
+        raise UsageError(f"{name}: unknown key {key!r}{did_you_mean(key, ['source'])}; {example}")
     entries = table.get("source")
     if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
         raise UsageError(f"{name}: no [[source]] in it; {example}")
@@ -374,11 +361,8 @@ def _read_mixture(name: str, path: Path) -> list[_Entry]:
 
 def _entry(where: str, fields: dict[str, Any]) -> _Entry:
     keys = list(_Entry._fields)
-    for key in fields:
-        if key not in keys:
-            raise UsageError(
-                f"{where}: unknown key {key!r}{did_you_mean(key, keys)}; known: {', '.join(keys)}"
-            )
+    for key in fields.keys() - keys:
+        raise UsageError(f"{where}: unknown key {key!r}{did_you_mean(key, keys)}; known: {', '.join(keys)}")
     path, passes, label = fields.get("path"), fields.get("passes", 1.0), fields.get("label")
     if not isinstance(path, str) or not path:
         raise UsageError(f"{where}: path: expected the place of images, got {path!r}")
@@ -408,14 +392,12 @@ def _open_entry(where: str, mixture: Path, entry: _Entry, split: str, check: boo
 
 def _shares(rows: int, passes: float, where: str) -> list[float]:
     """1.0 for each whole pass, then the remaining fraction; UsageError where that is less than one row."""
-    whole = math.floor(passes)
-    rest = passes - whole
-    # 0.1 + 0.2 and the like
-    if rest < 1e-9:
-        return [1.0] * whole
-    if round(rest * rows) == 0:
+    rest, whole = math.modf(passes)
+    # less is rounding, as of 0.1 + 0.2
+    shares = [1.0] * int(whole) + [rest] * (rest >= 1e-9 or not whole)
+    if round(shares[-1] * rows) == 0:
         raise UsageError(f"{where}: passes: {rest:g} of {rows} images is less than one image an epoch")
-    return [1.0] * whole + [rest]
+    return shares
 
 
 def _join(
@@ -424,8 +406,10 @@ def _join(
     """Tables below each other, those that are None filled with a blank row; None when all are."""
     if all(t is None for t in tables):
         return None
-    filled: list[np.ndarray] = [np.tile(np.array(blank, dtype), (len(s), 1)) for s in sources]
-    return np.concatenate([f if t is None else t for t, f in zip(tables, filled, strict=True)])
+    whole = [
+        np.full((len(s), len(blank)), blank) if t is None else t for t, s in zip(tables, sources, strict=True)
+    ]
+    return np.concatenate(whole).astype(dtype)
 
 
 def _join_shards(sources: list[ImageSource]) -> np.ndarray | None:
@@ -442,21 +426,17 @@ def _join_shards(sources: list[ImageSource]) -> np.ndarray | None:
 def _join_labels(
     name: str, sources: list[ImageSource], blocks: list[ImageSource]
 ) -> tuple[Tensor | None, list[str]]:
-    unlabelled = [s.name for s in sources if s.labels is None]
-    if unlabelled:
-        if len(unlabelled) < len(sources):
-            log.warning("%s: no labels in %s; the mixture has none", name, unlabelled[0])
-        return None, []
-    numeric = [all(c.isdecimal() for c in s.classes) for s in sources]
-    if len(set(numeric)) > 1:
-        numbers, words = sources[numeric.index(True)], sources[numeric.index(False)]
-        log.warning(
-            "%s: classes are numbers in %s and names in %s (first: %r); the mixture has no labels",
-            name,
-            numbers.name,
-            words.name,
-            words.classes[0],
-        )
+    """Labels and classes where all sources have them, as numbers or as names; None and a warning elsewhere."""
+    unlabelled = [s for s in sources if s.labels is None]
+    kinds = {all(c.isdecimal() for c in s.classes): s for s in sources}
+    why = ""
+    if len(unlabelled) < len(sources) and unlabelled:
+        why = f"no labels in {unlabelled[0].name}"
+    elif len(kinds) > 1:
+        why = f"classes are numbers in {kinds[True].name} and names in {kinds[False].name}"
+    if why:
+        log.warning("%s: %s; the mixture has no labels", name, why)
+    if why or unlabelled:
         return None, []
     union = set().union(*(s.classes for s in sources))
     classes = sources[0].classes if set(sources[0].classes) == union else number_classes(sorted(union))[1]

@@ -102,11 +102,11 @@ def test_labels_that_do_not_agree_are_dropped(sets, caplog):
     with caplog.at_level(logging.WARNING):
         source = open_source(str(mixture(sets / "m.toml", {"path": "s"}, {"path": "one"})))
     assert source.labels is None and source.classes == []
-    assert "classes are numbers in" in caplog.text and "(first: 'a')" in caplog.text
+    assert "classes are numbers in" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert open_source(str(mixture(sets / "m.toml", {"path": "one"}, {"path": "flat"}))).labels is None
-    assert f"no labels in {sets / 'flat'}; the mixture has none" in caplog.text
+    assert f"no labels in {sets / 'flat'}; the mixture has no labels" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert open_source(str(mixture(sets / "m.toml", {"path": "flat"}, {"path": "flat"}))).labels is None

@@ -271,7 +271,7 @@ def test_patterns(tmp_path, monkeypatch):
 def test_bad_patterns(tmp_path):
     write_tar(tmp_path / "a0.tar", samples(1))
     (tmp_path / "a0.jpg").write_bytes(b"x")
-    fails(tmp_path / "a{0..3}.tar", r"3 of 4 files do not exist, first: .*a1\.tar")
+    fails(tmp_path / "a{0..3}.tar", r"3 of 4 do not exist as files, first: .*a1\.tar")
     fails(tmp_path / "b*.tar", r"b\*\.tar: matches no file; expected tar files")
     fails(tmp_path / "a*.jpg", r"1 of 1 files are not named \.tar, first: .*a0\.jpg")
     fails(tmp_path / "a{0..9999999}.tar", "names more than 1000000 files")
