@@ -70,6 +70,20 @@ class Exported(NamedTuple):
     differences: dict[str, float]
 
 
+class Format(NamedTuple):
+    """One format: functions that write it and read it back, what they need, the largest accepted difference."""
+
+    # writes the files; returns config.json without our description
+    write: Callable[[Job], dict[str, Any]]
+    # the largest difference of each comparison
+    compare: Callable[[Job], dict[str, float]]
+    packages: tuple[str, ...] = ()
+    # of this project, brings the packages
+    extra: str = ""
+    options: tuple[str, ...] = ()
+    limit: float = 1e-5
+
+
 def export(
     weights: str | Path,
     out: str | Path,
@@ -104,9 +118,9 @@ def export(
     given = {"fc_norm": fc_norm, "class_token": class_token or None, "opset": opset}
     options = {k: v for k, v in given.items() if v is not None}
     for option in options:
-        if name not in _OPTIONS[option]:
-            flag, formats = option.replace("_", "-"), " and ".join(_OPTIONS[option])
-            raise UsageError(f"--{flag}: an option of --format {formats}, not of {name}")
+        if option not in form.options:
+            formats = " and ".join(k for k, f in FORMATS.items() if option in f.options)
+            raise UsageError(f"--{option.replace('_', '-')}: an option of --format {formats}, not of {name}")
     if class_token and fc_norm:
         raise UsageError("--fc-norm: comes after mean pooling; give it or --class-token")
     for package in form.packages:
@@ -228,37 +242,40 @@ def _write_extrema(job: Job) -> dict[str, Any]:
 def _compare_extrema(job: Job) -> dict[str, float]:
     found = {"load_encoder": _outputs_differ(job, load_encoder(job.folder))}
     try:
-        import timm
-
         from .. import timm as _registered  # noqa: F401
     except (ImportError, RuntimeError) as error:
         log.info("not read back with timm, which cannot be imported (%s)", str(error).splitlines()[0])
         return found
-    model = timm.create_model(f"local-dir:{job.folder.absolute()}", pretrained=True).eval()
-    return {**found, "timm local-dir": _outputs_differ(job, model)}
+    return found | {"timm local-dir": _compare_timm(job)}
+
+
+def _compare_timm(job: Job) -> float:
+    import timm
+
+    model = timm.create_model(f"local-dir:{job.folder.absolute()}", pretrained=True)
+    return _outputs_differ(job, model.eval())
 
 
 def _write_vit(job: Job) -> dict[str, Any]:
     """The mean-pooled trunk as a stock timm ViT without class token."""
-    write_tensors(job.folder / WEIGHTS, job.encoder.state_dict())
-    width, depth, heads = job.encoder.config.shape
-    config = timm_config(job.encoder)
+    config = _write_extrema(job)
+    encoder = job.encoder
+    width, depth, heads = encoder.config.shape
     args = {
-        "img_size": list(job.encoder.img_size),
-        "patch_size": job.encoder.patch_size,
+        "img_size": list(encoder.img_size),
+        "patch_size": encoder.patch_size,
+        "in_chans": encoder.in_chans,
         "embed_dim": width,
         "depth": depth,
         "num_heads": heads,
-        "mlp_ratio": job.encoder.config.mlp_ratio,
+        "mlp_ratio": encoder.config.mlp_ratio,
         "class_token": False,
         "global_pool": "avg",
-        "fc_norm": isinstance(job.encoder.fc_norm, nn.LayerNorm),
+        "fc_norm": isinstance(encoder.fc_norm, nn.LayerNorm),
     }
-    if job.encoder.in_chans != 3:
-        args["in_chans"] = job.encoder.in_chans
     return {
         **config,
-        "architecture": f"vit_{job.encoder.config.size}_patch16_224",
+        "architecture": f"vit_{encoder.config.size}_patch16_224",
         "global_pool": "avg",
         "model_args": args,
         # timm resamples the table when it is asked for another size
@@ -267,10 +284,7 @@ def _write_vit(job: Job) -> dict[str, Any]:
 
 
 def _compare_vit(job: Job) -> dict[str, float]:
-    import timm
-
-    model = timm.create_model(f"local-dir:{job.folder.absolute()}", pretrained=True).eval()
-    return {"timm local-dir, tokens and pooled": _outputs_differ(job, model)}
+    return {"timm local-dir, tokens and pooled": _compare_timm(job)}
 
 
 # ---- Hugging Face ---------------------------------------------------------------------------------
@@ -287,26 +301,19 @@ def _write_hf(job: Job) -> dict[str, Any]:
 
 def _compare_hf(job: Job) -> dict[str, float]:
     from transformers import AutoModel, AutoModelForImageClassification
-    from transformers.utils import logging as hf_logging
 
     if "class_token" in job.options:
         from .. import timm as _registered  # noqa: F401
-    bar = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        kinds = [AutoModel, AutoModelForImageClassification][: 2 if job.encoder.num_classes else 1]
-        model, *classifier = (k.from_pretrained(job.folder, local_files_only=True).eval() for k in kinds)
-    finally:
-        if bar:
-            hf_logging.enable_progress_bar()
-    ours, theirs, logits = [], [], []
+    model = AutoModel.from_pretrained(job.folder, local_files_only=True).eval()
+    ours, theirs = [], []
     for x in job.images:
         tokens, result = job.encoder.forward_features(x), model(pixel_values=x)
         ours += [tokens, job.encoder.forward_head(tokens, pre_logits=True)]
         theirs += [result.last_hidden_state, result.pooler_output]
-        logits += [c(pixel_values=x).logits for c in classifier]
     found = {"AutoModel, tokens and pooled": largest_difference(ours, theirs)}
-    if logits:
+    if job.encoder.num_classes:
+        classifier = AutoModelForImageClassification.from_pretrained(job.folder, local_files_only=True).eval()
+        logits = [classifier(pixel_values=x).logits for x in job.images]
         wanted = [job.encoder(x) for x in job.images]
         found["AutoModelForImageClassification, logits"] = largest_difference(wanted, logits)
     return found
@@ -490,14 +497,12 @@ def _compare_onnx(job: Job) -> dict[str, float]:
     import onnx
     import onnxruntime
 
-    onnx.checker.check_model(str(job.folder / ONNX))
+    file = str(job.folder / ONNX)
+    onnx.checker.check_model(file)
     settings = onnxruntime.SessionOptions()
     # its own errors are raised; the log would repeat them
     settings.log_severity_level = 4
-    settings.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        str(job.folder / ONNX), settings, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
 
     def run(x: Tensor) -> list[Tensor]:
         return [torch.from_numpy(y) for y in session.run(None, {"images": x.numpy()})]
@@ -521,29 +526,13 @@ def _quiet() -> Iterator[None]:
 # ---- formats --------------------------------------------------------------------------------------
 
 
-class Format(NamedTuple):
-    """How one format is written and compared.
-
-    Attributes:
-        write: Writes the files; returns the `config.json` without our description.
-        compare: Reads them back; returns the largest difference of each comparison.
-        packages: What both need beyond the core.
-        extra: The extra of this project that brings the packages.
-        limit: Largest difference that is accepted.
-    """
-
-    write: Callable[[Job], dict[str, Any]]
-    compare: Callable[[Job], dict[str, float]]
-    packages: tuple[str, ...] = ()
-    extra: str = ""
-    limit: float = 1e-5
-
-
 FORMATS: dict[str, Format] = {
     "extrema": Format(_write_extrema, _compare_extrema),
-    "vit": Format(_write_vit, _compare_vit, ("timm",), "timm"),
-    "hf": Format(_write_hf, _compare_hf, ("timm", "transformers"), "hf"),
-    "onnx": Format(_write_onnx, _compare_onnx, ("onnx", "onnxscript", "onnxruntime"), "onnx", 1e-4),
+    "vit": Format(_write_vit, _compare_vit, ("timm",), "timm", ("fc_norm",)),
+    "hf": Format(_write_hf, _compare_hf, ("timm", "transformers"), "hf", ("fc_norm", "class_token")),
+    "onnx": Format(
+        _write_onnx, _compare_onnx, ("onnx", "onnxscript", "onnxruntime"), "onnx", ("opset",), limit=1e-4
+    ),
     "torch-export": Format(_write_program, _compare_program),
 }
 _ALIASES = {"timm": "extrema", "timm-vit": "vit", "timm-cait": "cait", "torch_export": "torch-export"}
@@ -551,5 +540,3 @@ _REMOVED = {
     "torchscript": "onnx or torch-export",
     "cait": "extrema, which timm loads after `import extrema_fast.timm`",
 }
-# option -> formats that have it
-_OPTIONS = {"fc_norm": ("vit", "hf"), "class_token": ("hf",), "opset": ("onnx",)}

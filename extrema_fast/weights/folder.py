@@ -30,6 +30,8 @@ from .. import __version__
 from ..config import Config, ModelConfig, config_hash, did_you_mean, from_dict, to_dict
 from ..errors import StorageError, UsageError
 from ..files import read_json
+from ..models.positions import COORDS
+from ..models.timm_interface import POOLS
 
 FORMAT = "extrema-fast-weights"
 VERSION = 1
@@ -88,16 +90,7 @@ def write_folder(folder: Path, meta: Mapping[str, Any], networks: Mapping[str, M
 
 
 def save_weights(folder: str | Path, method: Any, meta: Mapping[str, Any]) -> Path:
-    """Writes both networks of an `ExtreMA` into a weights folder.
-
-    Args:
-        folder: Where to write; made if it is not there.
-        method: The `ExtreMA`.
-        meta: Its description, as of `weights_meta` (`model` at least).
-
-    Returns:
-        The folder.
-    """
+    """Writes both networks of an `ExtreMA`, described by `meta` (as of `weights_meta`; `model` at least)."""
     return write_folder(Path(folder), meta, {which: method_tensors(method, which) for which in WHICH})
 
 
@@ -125,8 +118,8 @@ def input_meta(
     crop_pct: float = 0.875,
 ) -> dict[str, Any]:
     """The images an encoder expects: size [C, H, W], channel names, range and statistics, resizing."""
+    chans = input_size[0]
     names = {1: ["gray"], 3: ["red", "green", "blue"]}
-    chans = int(input_size[0])
     return {
         "input_size": list(input_size),
         "channels": names.get(chans, [f"channel {i}" for i in range(chans)]),
@@ -150,12 +143,10 @@ def weights_folder(path: Path) -> Path:
         )
     if not path.is_dir():
         raise UsageError(f"{path}: neither a file nor a folder")
-    if networks_in(path):
-        return path
-    found = sorted(p for p in (path / "weights").glob("step_*") if networks_in(p))
-    if found:
-        return found[-1]
-    raise UsageError(f"{path}: {_found_instead(path)}")
+    found = [p for p in (path, *sorted(path.glob("weights/step_*"), reverse=True)) if networks_in(p)]
+    if not found:
+        raise UsageError(f"{path}: {_found_instead(path)}")
+    return found[0]
 
 
 def networks_in(folder: Path) -> list[str]:
@@ -170,7 +161,7 @@ def _found_instead(path: Path) -> str:
     inside = ", ".join(names[:6]) or "nothing"
     if "log.jsonl" in names:
         return f"this run has saved no weights yet (found: {inside})"
-    if "COMPLETE" in names or "state.safetensors" in names:
+    if {"COMPLETE", "state.safetensors"} & set(names):
         return "a checkpoint of a run; its weights are in the run folder's weights/step_*"
     for name in names:
         if name.startswith("model.") and name.endswith(GRAPHS):
@@ -199,7 +190,7 @@ def check_replaceable(out: Path, force: bool = False) -> None:
         for name in inside:
             if name not in OWN_FILES or not (out / name).is_file():
                 raise UsageError(f"{only} this folder holds {name}")
-        if inside and not {"source", "export"} & _own_description(out).keys():
+        if inside and not {"source", "export"} & own_description(out, {}).keys():
             raise UsageError(f"{only} this folder was written by neither")
     except OSError as error:
         raise StorageError(f"{out}: cannot be written ({error})") from None
@@ -215,13 +206,14 @@ def read_description(folder: Path) -> dict[str, Any]:
         UsageError: `config.json` is damaged, another program's, of a newer version, or makes no sense.
     """
     file = folder / "config.json"
-    data = read_json(file)
-    meta = _own_part(data)
-    if meta.get("format") != FORMAT:
-        alone = "".join(
-            f"; to read tensors alone give {folder / n}.safetensors" for n in networks_in(folder)[:1]
+    meta = own_description(folder)
+    if not is_own(meta):
+        names = networks_in(folder)
+        alone = f"; to read tensors alone give {folder / names[0]}.safetensors" if names else ""
+        raise UsageError(
+            f"{file}: not a weights description (`format` is not {FORMAT}; found: "
+            f"{', '.join(list(meta)[:6])[:200] or 'nothing'}); nothing named there is loaded{alone}"
         )
-        raise UsageError(f"{file}: not a weights description ({_owner(data)}){alone}")
     version = meta.get("version")
     if type(version) is not int or version > VERSION:
         raise UsageError(
@@ -236,31 +228,16 @@ def read_description(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def is_described(folder: Path) -> bool:
-    """Whether `config.json` of a folder has a description of ours (which may still make no sense)."""
-    return bool(_own_description(folder))
-
-
-def _own_description(folder: Path) -> dict[str, Any]:
-    """The unchecked description of ours in a folder, or {}."""
-    try:
-        meta = _own_part(read_json(folder / "config.json"))
-    except UsageError:
-        return {}
-    return meta if meta.get("format") == FORMAT else {}
-
-
-def _own_part(data: dict[str, Any]) -> dict[str, Any]:
+def own_description(folder: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What `config.json` of a folder holds under `extrema_fast`, or at its top; not checked."""
+    data = read_json(folder / "config.json", default)
     own = data.get("extrema_fast")
     return own if isinstance(own, dict) else data
 
 
-def _owner(data: Mapping[str, Any]) -> str:
-    owners = {"model_type": "Hugging Face", "architectures": "Hugging Face", "architecture": "timm"}
-    for key, owner in owners.items():
-        if key in data:
-            return f"one of {owner}'s, of {str(data[key])[:80]}; nothing named there is loaded"
-    return f"`format` is not {FORMAT}"
+def is_own(meta: Mapping[str, Any]) -> bool:
+    """Whether a description is of this project (it may still make no sense)."""
+    return meta.get("format") == FORMAT
 
 
 def model_config(meta: Mapping[str, Any]) -> ModelConfig:
@@ -286,37 +263,27 @@ def encoder_options(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {**ENCODER_OPTIONS, **meta.get("encoder", {})}
 
 
-def _is_count(value: Any, least: int = 0) -> bool:
+def _whole(value: Any, least: int) -> bool:
     return type(value) is int and value >= least
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _are_numbers(value: Any, above: float = -math.inf) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(type(v) in (int, float) and above < v < math.inf for v in value)
-    )
+def _numbers(value: Any, above: float = -math.inf) -> bool:
+    return isinstance(value, list) and all(type(v) in (int, float) and above < v < math.inf for v in value)
 
 
 # what the tables of a description may hold
 _CHECKS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "encoder": {
-        "num_classes": _is_count,
-        "in_chans": lambda v: v is None or _is_count(v, 1),
-        "global_pool": _is_text,
+        "num_classes": lambda v: _whole(v, 0),
+        "in_chans": lambda v: v is None or _whole(v, 1),
+        "global_pool": lambda v: v in POOLS,
         "fc_norm": lambda v: type(v) is bool,
-        "pos_embed": _is_text,
-        "pos_coords": _is_text,
-        "pos_grid": lambda v: (
-            v is None or (isinstance(v, list) and len(v) == 2 and all(_is_count(n, 1) for n in v))
-        ),
+        "pos_embed": lambda v: v in ("sincos", "learned"),
+        "pos_coords": lambda v: v in COORDS,
+        "pos_grid": lambda v: v is None or (_numbers(v, 0) and list(map(type, v)) == [int, int]),
     },
-    "data": {"mean": _are_numbers, "std": lambda v: _are_numbers(v, above=0)},
-    "input": {"interpolation": _is_text, "crop_pct": lambda v: _are_numbers([v]) and 0 <= v <= 1},
+    "data": {"mean": lambda v: v and _numbers(v), "std": lambda v: v and _numbers(v, 0)},
+    "input": {"interpolation": lambda v: type(v) is str, "crop_pct": lambda v: _numbers([v]) and 0 <= v <= 1},
 }
 
 
@@ -375,52 +342,38 @@ def check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     A view can claim any shape over a few bytes; copying it would fill the memory.
     """
     for name, value in state.items():
-        if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided:
-            raise UsageError(f"{path}: {name} is not a dense tensor")
-        if not value.is_floating_point():
+        plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided
+        if not (plain and value.is_floating_point() and value.device.type == "cpu" and value.dim()):
             raise UsageError(
-                f"{path}: {name} is {value.dtype}; weights are floating-point numbers{looks_like(state)}"
+                f"{path}: {name}: expected a dense floating-point tensor of at least one dimension, got "
+                f"{value.dtype}, {value.layout}, shape {list(value.shape)}, device {value.device}{looks_like(state)}"
             )
-        if value.device.type != "cpu":
-            raise UsageError(f"{path}: {name} holds no values (device {value.device.type})")
-        if value.dim() == 0:
-            raise UsageError(f"{path}: {name} is a single number; weights have at least one dimension")
-    claimed = sum(v.numel() * v.element_size() for v in state.values())
+    claimed, size = sum(v.numel() * v.element_size() for v in state.values()), path.stat().st_size
     # tied tensors are counted twice
-    if claimed > 2 * path.stat().st_size:
-        raise UsageError(
-            f"{path}: its tensors claim {claimed} bytes, the file has {path.stat().st_size}; not read"
-        )
+    if claimed > 2 * size:
+        raise UsageError(f"{path}: its tensors claim {claimed} bytes, the file has {size}; not read")
 
 
-# whose checkpoint it is, and patterns of which each must match some key; most specific first
-_OTHERS: dict[str, tuple[str, ...]] = {
-    "a DINOv3 ViT": (r"storage_tokens$|rope_embed\.",),
-    "a DINOv2 ViT": (r"mask_token$", r"blocks\.\d+\.(\d+\.)?ls1\.gamma"),
-    "an I-JEPA checkpoint": (r"predictor_blocks\.|predictor_embed\.",),
-    "an MAE checkpoint": (r"decoder_blocks\.|decoder_embed\.|decoder_pos_embed",),
-    "an OpenCLIP model": (r"visual\.transformer\.resblocks|visual\.trunk\.",),
-    "a Hugging Face ViT": (r"embeddings\.patch_embeddings|attention\.attention\.query",),
-    "a torchvision ViT": (r"encoder\.layers\.encoder_layer_0", r"conv_proj\."),
-    "a Swin transformer": (r"layers\.\d+\.blocks\.\d+\.attn",),
-    "a BEiT model": (r"attn\.q_bias$|relative_position_bias_table",),
-    "a MoCo v3 checkpoint": (r"base_encoder\.", r"momentum_encoder\."),
-    "a CaiT model": (r"blocks_token_only\.",),
-    "a ResNet": (r"layer1\.0\.conv1",),
-    "a DINO checkpoint": (r"backbone\.blocks\.\d+\.attn\.qkv",),
-    "a ViT of timm, with a class token among the patches": (r"cls_token$", r"blocks\.\d+\.attn\.qkv"),
-    "a ViT of timm": (r"blocks\.\d+\.attn\.qkv",),
+# first letters of a key -> whose checkpoint it is; the most telling first
+_OTHERS = {
+    "decoder_blocks.": "an MAE checkpoint",
+    "base_encoder.": "a MoCo v3 checkpoint",
+    "backbone.": "a DINO checkpoint",
+    "visual.": "an OpenCLIP model",
+    "vit.": "a Hugging Face ViT",
+    "embeddings.": "a Hugging Face ViT",
+    "encoder.layers.": "a torchvision ViT",
+    "layer1.": "a ResNet",
+    "blocks.": "a ViT of timm or DINO; timm loads it, and extrema_fast.accelerate encodes masked images with it",
 }
-_TIMM_HINT = "; timm loads it, and extrema_fast.accelerate encodes masked images with it"
 
 
 def looks_like(keys: Collection[str]) -> str:
     """The end of an error message: whose checkpoint has such keys, or nothing."""
-    if any("blocks_token." in k for k in keys):
-        return ""
-    for name, needed in _OTHERS.items():
-        if all(any(re.search(p, k) for k in keys) for p in needed):
-            return f"; this looks like {name}" + (_TIMM_HINT if "ViT of timm" in name else "")
+    if not any("blocks_token." in k for k in keys):
+        for prefix, name in _OTHERS.items():
+            if any(k.removeprefix("module.").startswith(prefix) for k in keys):
+                return f"; this looks like {name}"
     return ""
 
 

@@ -26,10 +26,11 @@ from .folder import (
     WHICH,
     check_replaceable,
     encoder_options,
-    is_described,
+    is_own,
     method_tensors,
     model_config,
     networks_in,
+    own_description,
     read_description,
     read_safetensors,
     weights_folder,
@@ -70,30 +71,18 @@ class Weights(NamedTuple):
 def open_weights(
     path: str | Path, grid: Sequence[int] | None = None, num_heads: int | None = None
 ) -> Weights:
-    """Finds out what `path` holds.
-
-    Args:
-        path: A run folder (its newest weights), a weights folder or one file of it, an exported folder, bare encoder
-            weights, or a released ExtreMA `.pth`.
-        grid: (rows, columns) of patches, where the tensors alone do not show it.
-        num_heads: Heads of the trunk, where the file does not say and they are not width / 64.
-
-    Raises:
-        UsageError: The file is missing, damaged or of another project; the message names what was found.
-    """
+    """Finds out what `path` holds; arguments and errors as in `load_encoder`."""
     path = Path(path)
     if grid is not None:
         if len(grid) != 2 or not all(isinstance(g, int) and g > 0 for g in grid):
             raise UsageError(f"grid: expected (rows, columns) of patches, got {grid!r}")
         grid = (grid[0], grid[1])
     try:
-        folder, names = path, []
         if path.is_file():
             folder, names = path.parent, [path.stem]
             described = path.suffix == ".safetensors" and path.stem in networks_in(folder)
-            if not described or not is_described(folder):
-                meta, networks = read_checkpoint(path, grid, num_heads)
-                return Weights(path, meta, networks)
+            if not described or not is_own(own_description(folder, {})):
+                return Weights(path, *read_checkpoint(path, grid, num_heads))
         else:
             folder = weights_folder(path)
             names = networks_in(folder)
@@ -213,38 +202,36 @@ def _build(
         raise UsageError(
             f"{source}: the position table is not the fixed sin-cos table its description claims"
         )
-    state["patch_embed.proj.weight"] = adapt_in_chans(
-        state["patch_embed.proj.weight"].float(), options["in_chans"] or config.in_chans
-    )
+    kernel = "patch_embed.proj.weight"
+    state[kernel] = adapt_in_chans(state[kernel].float(), options["in_chans"] or config.in_chans)
     encoder = Encoder(config, **{**options, "pos_grid": trained})
     if options["pos_coords"] != saved["pos_coords"]:
         state["pos_embed"] = encoder.pos_embed.detach()
     # what this variant does not have is left out
-    unused: tuple[str, ...] = ()
-    if saved["num_classes"] and (
-        saved["num_classes"] != options["num_classes"] or not _same_pool(saved, options)
-    ):
-        unused += ("head.",)
-    if isinstance(encoder.norm, torch.nn.Identity):
-        unused += ("norm.",)
-    if encoder.blocks_token is None:
-        unused += ("cls_token", "blocks_token.")
-    _fill(encoder, {k: v for k, v in state.items() if not k.startswith(unused)}, source)
+    unused = {
+        "head.": saved["num_classes"]
+        and not (saved["num_classes"] == options["num_classes"] and _same_pool(saved, options)),
+        "norm.": isinstance(encoder.norm, torch.nn.Identity),
+        "cls_token": encoder.cls_token is None,
+        "blocks_token.": encoder.blocks_token is None,
+    }
+    prefixes = tuple(prefix for prefix, is_unused in unused.items() if is_unused)
+    _fill(encoder, {k: v for k, v in state.items() if not k.startswith(prefixes)}, source)
     return encoder
 
 
 def _fill(encoder: Encoder, state: Mapping[str, Tensor], source: str) -> None:
     """Loads encoder keys strictly; only a new head or norm may stay as it is."""
     own = encoder.state_dict()
-    needed = {k for k in own if not k.startswith(("head.", "fc_norm."))}
+    both = sorted(state.keys() & own.keys())
     found = {
-        "missing": sorted(needed - state.keys()),
-        "unknown": sorted(state.keys() - own.keys()),
-        "shape": sorted(
+        "missing": [k for k in own if k not in state and not k.startswith(("head.", "fc_norm."))],
+        "unknown": [k for k in state if k not in own],
+        "shape": [
             f"{k} {list(state[k].shape)} for {list(own[k].shape)}"
-            for k in state.keys() & own.keys()
+            for k in both
             if state[k].shape != own[k].shape
-        ),
+        ],
     }
     if wrong := "; ".join(f"{name}: {first(keys)}" for name, keys in found.items() if keys):
         raise UsageError(f"{source}: the weights do not fit this architecture ({wrong})")
@@ -280,13 +267,8 @@ def random_encoder_like(path: str | Path) -> Encoder:
 # ---- whole methods, and folders -------------------------------------------------------------------
 
 
-def load_method_weights(method: Any, path: str | Path, *, source: str = "--init-from") -> None:
-    """Copies both networks and their heads into an `ExtreMA`; strict.
-
-    Args:
-        method: The `ExtreMA`.
-        path: A weights folder, a run folder or a released file.
-        source: The option's name in messages.
+def load_method_weights(method: Any, path: str | Path) -> None:
+    """Copies both networks and their heads from `path` into an `ExtreMA`; strict.
 
     Raises:
         UsageError: The architecture or the heads differ, or a network is missing; nothing is copied then.
@@ -294,7 +276,7 @@ def load_method_weights(method: Any, path: str | Path, *, source: str = "--init-
     weights = open_weights(path)
     if missing := [w for w in WHICH if w not in weights.networks]:
         raise UsageError(
-            f"{source} {path}: holds {' and '.join(weights.networks)}, no {' and no '.join(missing)}; "
+            f"--init-from {path}: holds {' and '.join(weights.networks)}, no {' and no '.join(missing)}; "
             "training starts from both with their heads"
         )
     pairs = [(weights.read(which), method_tensors(method, which)) for which in WHICH]
@@ -303,7 +285,7 @@ def load_method_weights(method: Any, path: str | Path, *, source: str = "--init-
         if bad := sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k)):
             k = bad[0]
             raise UsageError(
-                f"{source} {path}: another architecture: {k} is {found.get(k, 'nothing')} there, "
+                f"--init-from {path}: another architecture: {k} is {found.get(k, 'nothing')} there, "
                 f"{expected.get(k, 'nothing')} in this configuration"
                 + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "")
             )
@@ -341,12 +323,9 @@ def import_released(
     """
     file, out = Path(file), Path(out)
     check_replaceable(out, force)
-    try:
-        if file.exists() and not file.is_file():
-            raise UsageError(f"{file}: not a file; a run or weights folder needs no import, see `export`")
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be read ({error})") from None
     weights = open_weights(file, grid, num_heads)
+    if not file.is_file():
+        raise UsageError(f"{file}: not a file; a run or weights folder needs no import, see `export`")
     names = list(weights.networks) if which is None else [weights.choose(which)]
     networks = {name: weights.read(name) for name in names}
     config, saved = model_config(weights.meta), encoder_options(weights.meta)

@@ -41,7 +41,7 @@ HEAD_DIM = 64
 # a position table this close to the formula is the fixed one (the released files hold it in fp32)
 SINCOS_TOLERANCE = 1e-5
 
-_BRANCHES = {"base_encoder.": "student", "momentum_encoder.": "teacher"}
+_BRANCHES = {"base_encoder": "student", "momentum_encoder": "teacher"}
 # what an encoder has at least, and all it can have
 _NEEDED = (
     "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks_token.0.attn.q.weight",
@@ -61,15 +61,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 def read_checkpoint(
     file: Path, grid: tuple[int, int] | None = None, num_heads: int | None = None
 ) -> tuple[dict[str, Any], Networks]:
-    """Reads a checkpoint file without a description.
+    """The description and the networks (student and teacher, or one `model`) of a file without a description.
 
     Args:
         file: From `torch.save` or safetensors.
         grid: Rows and columns of a learned position table that is not square.
         num_heads: Heads of the trunk, where that is not width / 64.
-
-    Returns:
-        A description, and the tensors by network: student and teacher, or one `model`.
 
     Raises:
         UsageError: The file cannot be read safely, is incomplete, or is another project's.
@@ -77,13 +74,13 @@ def read_checkpoint(
     data, state = _read(file)
     networks = _networks(state, file)
     main = networks.get("teacher", networks.get(SINGLE, {}))
-    model, options = infer_architecture(main, str(file), grid, num_heads)
+    model, options = _infer_architecture(main, str(file), grid, num_heads)
     if options["fc_norm"] and "norm.weight" in main:
         raise UsageError(f"{file}: has both a final norm and a norm after pooling; an encoder has one")
     # the resizing of the official recipes
     interpolation = "bicubic" if options["fc_norm"] else "bilinear"
     size = (options["in_chans"], *model["img_size"])
-    epoch, arch = (data.get(k) if isinstance(data, dict) else None for k in ("epoch", "arch"))
+    epoch, arch = data.get("epoch"), data.get("arch")
     meta = {
         "model": model,
         "encoder": options,
@@ -101,7 +98,7 @@ def read_checkpoint(
 # ---- the state dict -------------------------------------------------------------------------------
 
 
-def _read(file: Path) -> tuple[Any, dict[str, Tensor]]:
+def _read(file: Path) -> tuple[dict[Any, Any], dict[str, Tensor]]:
     """Everything in the file, and its state dict."""
     if file.suffix in GRAPHS:
         raise UsageError(f"{file}: an exported graph, {NOT_WEIGHTS}")
@@ -109,50 +106,40 @@ def _read(file: Path) -> tuple[Any, dict[str, Tensor]]:
         if f.read(9)[8:] == b"{":
             return {}, read_safetensors(file)
     data = read_torch(file)
-    state = _state_dict(data, file)
-    check_tensors(state, file)
-    return data, state
-
-
-def _state_dict(data: Any, file: Path) -> dict[str, Tensor]:
     found, nested = type(data).__name__, []
     if isinstance(data, dict):
         # nested ones first: next to them are epoch, optimizer, arguments
-        for candidate in (data.get("state_dict"), data.get("model"), data):
-            if (
-                isinstance(candidate, dict)
-                and candidate
-                and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in candidate.items())
-            ):
-                return dict(candidate)
-        found = ", ".join([k for k in data if isinstance(k, str)][:6]) or "nothing"
-        nested = [
-            k for value in data.values() if isinstance(value, dict) for k in value if isinstance(k, str)
-        ]
+        for state in (data.get("state_dict"), data.get("model"), data):
+            if isinstance(state, dict) and state and _are_tensors(state):
+                check_tensors(state, file)
+                return data, dict(state)
+        found = first(data, 6) or "nothing"
+        nested = [str(k) for value in data.values() if isinstance(value, dict) for k in value]
     raise UsageError(
         f"{file}: expected a released ExtreMA checkpoint with `state_dict`, found: {found}{looks_like(nested)}"
     )
 
 
+def _are_tensors(state: Mapping[Any, Any]) -> bool:
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+
+
 def _networks(state: Mapping[str, Tensor], file: Path) -> Networks:
     # data-parallel training wraps the model
     state = {k.removeprefix("module."): v for k, v in state.items()}
-    if not any(k.startswith(tuple(_BRANCHES)) for k in state):
+    if not any(k.partition(".")[0] in _BRANCHES for k in state):
         return {SINGLE: _one_encoder(state, file)}
     networks: Networks = {"student": {}, "teacher": {}}
-    unknown = []
     for key, value in state.items():
-        prefix = next((p for p in _BRANCHES if key.startswith(p)), None)
-        if prefix:
-            networks[_BRANCHES[prefix]][key.removeprefix(prefix)] = value
-        elif key.startswith("predictor."):
+        branch, _, name = key.partition(".")
+        if branch in _BRANCHES:
+            networks[_BRANCHES[branch]][name] = value
+        elif branch == "predictor":
             networks["student"][key] = value
         else:
-            unknown.append(key)
+            raise UsageError(f"{file}: unknown key: {key}{looks_like(state)}")
     if not any("blocks_token." in k for k in state):
         raise _not_extrema(networks["student"] or networks["teacher"], file, looks_like(state))
-    if unknown:
-        raise UsageError(f"{file}: unknown keys: {first(unknown)}")
     if not networks["teacher"] or not networks["student"]:
         raise UsageError(f"{file}: needs `module.base_encoder.*` and `module.momentum_encoder.*` keys")
     return {name: _complete_bias(tensors) for name, tensors in networks.items()}
@@ -195,8 +182,7 @@ def _complete_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Adds zeros as qkv bias to an encoder trained without one."""
     names = [k for k in state if k.endswith("attn.qkv.weight")]
     if not any(k.endswith("attn.qkv.bias") for k in state):
-        for k in names:
-            state[k.removesuffix("weight") + "bias"] = torch.zeros(state[k].shape[0])
+        state |= {k.removesuffix("weight") + "bias": torch.zeros(state[k].shape[0]) for k in names}
     return state
 
 
@@ -210,9 +196,9 @@ def _not_extrema(state: Mapping[str, Tensor], file: Path, whose: str) -> UsageEr
 # ---- the architecture -----------------------------------------------------------------------------
 
 
-def first(names: Iterable[str], count: int = 3) -> str:
+def first(names: Iterable[Any], count: int = 3) -> str:
     """The first few names, for a message."""
-    names = list(names)
+    names = [str(name)[:80] for name in names]
     return ", ".join(names[:count]) + (" ..." if len(names) > count else "")
 
 
@@ -312,23 +298,10 @@ def _find_grid(table: Tensor, grid: tuple[int, int] | None, source: str) -> tupl
     return grid or (side, side), False
 
 
-def infer_architecture(
-    state: Mapping[str, Tensor],
-    source: str,
-    grid: tuple[int, int] | None = None,
-    num_heads: int | None = None,
+def _infer_architecture(
+    state: Mapping[str, Tensor], source: str, grid: tuple[int, int] | None, num_heads: int | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model and encoder options of a description, from the tensors of one encoder.
-
-    Args:
-        state: Tensors of the encoder, by our names.
-        source: Its name in messages.
-        grid: Rows and columns of the patches, where the position table does not show them.
-        num_heads: Heads of the trunk, which leave no trace in shapes; default width / 64, as in all released sizes.
-
-    Raises:
-        UsageError: names what is missing, contradictory, or cannot be inferred.
-    """
+    """The model and encoder options of a description, from the tensors of one encoder, by our names."""
     found = _dimensions({k: tuple(v.shape) for k, v in state.items()}, source)
     width, depth, patch, chans = (found[k] for k in ("width", "depth", "patch_size", "in_chans"))
     if num_heads is None and width % HEAD_DIM:

@@ -1,9 +1,7 @@
 """Exports that need the core installation alone, and the rules that all formats share.
 
-Covers: our own format back through `load_encoder` with its metadata, every variant of the encoder; torch.export
-reloaded, dynamic batch, images of another size; unknown and removed formats, options of other formats, missing
-packages; `--force`; a comparison that fails, a full disk, an interrupt; the command line. (A killed process:
-tests/test_files.py.)
+Covers: our own format and torch.export for every variant of the encoder; metadata; folders of older versions; unknown
+formats and options, missing packages; `--force`; a comparison that fails, a full disk, an interrupt; the command line.
 """
 
 from __future__ import annotations
@@ -33,10 +31,6 @@ def read(folder) -> dict:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
-def load_program(folder):
-    return torch.export.load(folder / "model.pt2").module()
-
-
 # ---- formats --------------------------------------------------------------------------------------
 
 
@@ -53,7 +47,8 @@ def test_round_trip(folder, method, tmp_path, which):
     refused(lambda: load_encoder(result.folder, other), f"no {other} weights", which)
 
 
-def test_metadata(folder, tmp_path):
+def test_metadata_and_an_exported_size(folder, tmp_path):
+    wanted = load_encoder(folder, img_size=(24, 40))
     export(folder, tmp_path / "out", img_size=(24, 40))
     config = read(tmp_path / "out")
     assert config["architecture"] == "extrema_vit_tiny_patch16_224"
@@ -74,12 +69,7 @@ def test_metadata(folder, tmp_path):
     assert (own["which"], own["step"], own["images"], own["seed"]) == ("teacher", 7, 112, 3)
     assert own["config_hash"] == config_hash(CFG) and own["software"].startswith("extrema-fast ")
     assert own["export"]["format"] == "extrema" and own["export"]["differences"]["load_encoder"] == 0
-
-
-def test_an_exported_size_stays(folder, tmp_path):
-    wanted = load_encoder(folder, img_size=(24, 40))
-    export(folder, tmp_path / "out", img_size=(24, 40))
-    # and an export of an export is the same again
+    # an export of an export is the same again
     export(tmp_path / "out", tmp_path / "again")
     assert read(tmp_path / "again")["extrema_fast"]["step"] == 7
     for path in ("out", "again"):
@@ -91,28 +81,26 @@ def test_an_exported_size_stays(folder, tmp_path):
 def test_every_variant_of_the_encoder(tmp_path, variant):
     encoder = perturbed(ENCODERS[variant]())
     torch.save(encoder.state_dict(), tmp_path / "bare.pth")
-    images = torch.randn(3, encoder.in_chans, *encoder.img_size)
-    for format in ("extrema", "torch-export"):
-        export(tmp_path / "bare.pth", tmp_path / format, format)
-    with torch.no_grad():
-        out = load_program(tmp_path / "torch-export")(images)
-        for found in (load_encoder(tmp_path / "extrema")(images), out[-1 if encoder.num_classes else 0]):
-            assert torch.allclose(found, encoder(images), atol=1e-6)
+    export(tmp_path / "bare.pth", tmp_path / "extrema")
+    result = export(tmp_path / "bare.pth", tmp_path / "program", "torch-export")
+    assert max(result.differences.values()) <= 1e-5
+    loaded = load_encoder(tmp_path / "extrema")
+    run = torch.export.load(tmp_path / "program" / "model.pt2").module()
+    for batch in (1, 5):
+        images = torch.randn(batch, encoder.in_chans, *encoder.img_size)
+        with torch.no_grad():
+            out, wanted = run(images), encoder(images)
+            patches = encoder.encode(images).patches
+        assert torch.allclose(loaded(images), wanted, atol=1e-6)
+        assert torch.allclose(out[-1 if encoder.num_classes else 0], wanted, atol=1e-6)
+        assert torch.allclose(out[1], patches, atol=1e-5)
 
 
 def test_an_exported_program(folder, tmp_path):
-    result = export(folder, tmp_path / "out", "torch-export", img_size=(24, 16))
-    assert max(result.differences.values()) <= 1e-5
-    run, encoder = load_program(tmp_path / "out"), load_encoder(folder, img_size=(24, 16))
-    for batch in (1, 2, 5):
-        images = torch.randn(batch, 3, 24, 16)
-        with torch.no_grad():
-            cls, patches = run(images)
-            wanted = encoder.encode(images)
-        assert torch.allclose(cls, wanted.cls, atol=1e-5)
-        assert torch.allclose(patches, wanted.patches, atol=1e-5)
+    export(folder, tmp_path / "out", "torch-export", img_size=(24, 16))
+    run = torch.export.load(tmp_path / "out" / "model.pt2").module()
     # also the same number of patches in another arrangement
-    for other in ((16, 24), (24, 24), (8, 8)):
+    for other in ((16, 24), (24, 24)):
         with pytest.raises(AssertionError, match="images"):
             run(torch.randn(1, 3, *other))
     assert read(tmp_path / "out")["graph"]["outputs"] == ["class_token", "patch_tokens"]
@@ -168,38 +156,35 @@ def test_a_missing_package_names_the_extra(folder, tmp_path, monkeypatch, format
     monkeypatch.setitem(FORMATS, format, FORMATS[format]._replace(packages=(package,)))
     extra = f"extrema-fast[{FORMATS[format].extra}]"
     refused(lambda: export(folder, tmp_path / "out", format), package, extra)
+    broken = cannot_import(package, RuntimeError("operator torchvision::nms does not exist"), "hf")
+    assert broken.endswith("torchvision was built for another torch; install both from the same index")
     assert names(tmp_path) == ["w"]
-
-
-def test_what_helps_when_a_package_cannot_be_imported():
-    gone = cannot_import("timm", ModuleNotFoundError("No module named 'timm'"), "hf")
-    assert gone == """timm cannot be imported (No module named 'timm'); pip install "extrema-fast[hf]\""""
-    other = cannot_import("timm", RuntimeError("operator torchvision::nms does not exist"), "hf")
-    assert other.endswith("torchvision was built for another torch; install both from the same index")
 
 
 def test_force_replaces_an_export_and_nothing_else(folder, method, tmp_path):
     out = export(folder, tmp_path / "out", "torch-export").folder
     refused(lambda: export(folder, out), "not empty", "--force")
-    assert names(out) == ["config.json", "model.pt2"]
     export(folder, out, force=True)
     assert names(out) == ["config.json", "model.safetensors"]
-    # the weights themselves, and a run that holds them
-    refused(lambda: export(folder, folder, force=True), "--force", "neither")
-    refused(lambda: export(folder, tmp_path, force=True), "--force", "out")
-    (out / "README.md").mkdir()
-    refused(lambda: export(folder, out, force=True), "--force", "README.md")
-    (out / "README.md").rmdir()
     # exporting an export over itself reads it first
     export(out, out, force=True)
     assert same(load_encoder(out), method.teacher)
-    # a folder like an export, of another program's weights
-    (out / "config.json").write_text('{"architecture": "vit_small_patch16_224"}')
-    refused(lambda: export(folder, out, force=True), "--force", "neither")
+    (out / "README.md").mkdir()
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "link").symlink_to(out)
-    for link in ("dangling", "link"):
-        refused(lambda n=link: export(folder, tmp_path / n, force=True), link, "symbolic link")
+    for target, words in (
+        # the weights themselves, a folder that holds them, and a file of the user's own
+        (folder, ["--force", "neither"]),
+        (tmp_path, ["--force", "dangling"]),
+        (out, ["--force", "README.md"]),
+        (tmp_path / "dangling", ["dangling", "symbolic link"]),
+        (tmp_path / "link", ["link", "symbolic link"]),
+    ):
+        refused(lambda t=target: export(folder, t, force=True), *words)
+    # a folder like an export, of another program's weights
+    (out / "README.md").rmdir()
+    (out / "config.json").write_text('{"architecture": "vit_small_patch16_224"}')
+    refused(lambda: export(folder, out, force=True), "--force", "neither")
     assert names(tmp_path) == ["dangling", "link", "out", "w"]
 
 
@@ -268,10 +253,9 @@ def test_commands(tmp_path, file, capsys):
     own = read(tmp_path / "out")["extrema_fast"]
     assert own["which"] == "student" and own["input"]["input_size"] == [3, 24, 16]
     assert own["source"]["file"] == "checkpoint.pth"
-    assert main(args) == 2
     assert main([*args, "--img-size", "24", "--force"]) == 0
-    assert main([*args, "--img-size", "24", "16", "8", "--force"]) == 2
-    assert main(["export", str(tmp_path / "weights"), str(tmp_path / "b"), "--format", "tflite"]) == 2
+    for wrong in ([], ["--img-size", "24", "16", "8", "--force"], ["--format", "tflite", "--force"]):
+        assert main([*args, *wrong]) == 2
     err = capsys.readouterr().err
     assert "--img-size" in err and "'tflite'" in err
     assert names(tmp_path) == ["checkpoint.pth", "out", "weights"]

@@ -1,8 +1,7 @@
 """Checkpoint files of the released code and bare encoder weights, made here in the published layouts.
 
-Covers: import of a pretraining checkpoint, both networks or one; fine-tuning checkpoints (pickled arguments,
-learned table, norm after pooling, classifier, layer scale) and linear-probe checkpoints; grids, heads and sizes
-that shapes do not tell; half precision, missing qkv bias; incomplete files; `--force` and what it never replaces.
+Covers: import of a pretraining checkpoint, both networks or one; fine-tuning and linear-probe checkpoints; grids, heads
+and sizes that shapes do not tell; other precisions; incomplete files; `--force` and what it never replaces.
 """
 
 from __future__ import annotations
@@ -72,8 +71,8 @@ def test_importing_one_network(file, tmp_path, method):
 def test_files_of_older_torch_and_files_with_plain_arguments(file, method):
     torch.save(released(method), file, _use_new_zipfile_serialization=False)
     assert same(load_encoder(file), method.teacher)
-    torch.save(released(method, args=argparse.Namespace(lr=0.1, batch=[1, 2])), file)
-    assert same(load_encoder(file), method.teacher)
+    torch.save(released(method, epoch="300", args=argparse.Namespace(lr=0.1, batch=[1, 2])), file)
+    assert same(load_encoder(file), method.teacher) and load_metadata(file)["source"]["epoch"] is None
     # the allowance ends with the call
     with pytest.raises(Exception, match="Namespace"):
         torch.load(file, weights_only=True)
@@ -87,16 +86,13 @@ def momentum(name: str, value):
     ("change", "words"),
     [
         (lambda d: d.pop("state_dict"), ["`state_dict`", "found: epoch, arch"]),
-        (lambda d: d.update(state_dict={1: torch.ones(1)}), ["`state_dict`"]),
         (lambda d: d.update(state_dict={"a": 1}), ["`state_dict`"]),
         (lambda d: d["state_dict"].update({"module.queue": torch.ones(1)}), ["unknown", "queue"]),
         (lambda d: d["state_dict"].pop("module.momentum_encoder.norm.bias"), ["(teacher)", "norm.bias"]),
-        (lambda d: d["state_dict"].pop("module.base_encoder.norm.bias"), ["(student)", "norm.bias"]),
         (lambda d: d["state_dict"].pop("module.momentum_encoder.pos_embed"), ["pos_embed is missing"]),
         (momentum("extra", torch.ones(1)), ["(teacher)", "unknown: extra"]),
         (momentum("norm.bias", torch.full((64,), float("nan"))), ["(teacher)", "not finite: norm.bias"]),
         (momentum("pos_embed", torch.zeros(1, 5, 64)), ["5 rows", "grid="]),
-        (momentum("pos_embed", torch.zeros(4, 64)), ["pos_embed [4, 64]"]),
         (momentum("pos_embed", torch.zeros(1, 4, 32)), ["pos_embed [1, 4, 32]"]),
         (momentum("patch_embed.proj.weight", torch.zeros(64, 9)), ["patch_embed.proj.weight is [64, 9]"]),
         (
@@ -111,17 +107,10 @@ def test_incomplete_files(file, tmp_path, change, words):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("epoch", [None, "300", [1]])
-def test_an_odd_epoch_is_no_obstacle(file, tmp_path, epoch):
-    resave(file, lambda d: d.update(epoch=epoch))
-    assert load_metadata(import_released(file, tmp_path / "out"))["source"]["epoch"] is None
-
-
-def test_a_table_that_is_not_the_formula_is_learned(file):
-    resave(file, lambda d: d["state_dict"]["module.momentum_encoder.pos_embed"].add_(2e-5))
-    assert isinstance(load_encoder(file).pos_embed, torch.nn.Parameter)
-    resave(file, lambda d: d["state_dict"]["module.momentum_encoder.pos_embed"].sub_(1.5e-5))
-    assert not isinstance(load_encoder(file).pos_embed, torch.nn.Parameter)
+@pytest.mark.parametrize(("shift", "learned"), [(2e-5, True), (5e-6, False)])
+def test_a_table_that_is_not_the_formula_is_learned(file, shift, learned):
+    resave(file, lambda d: d["state_dict"]["module.momentum_encoder.pos_embed"].add_(shift))
+    assert isinstance(load_encoder(file).pos_embed, torch.nn.Parameter) == learned
 
 
 # ---- the folder that is written -------------------------------------------------------------------
@@ -213,7 +202,7 @@ def test_a_linear_probe_keeps_the_pretrained_features(tmp_path, method):
 # ---- what shapes do not tell ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (7, 1), (3, 5), (2, 8), (4, 4), (6, 6)])
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (3, 5), (2, 8), (4, 4)])
 def test_the_fixed_table_tells_its_grid(tmp_path, grid):
     encoder = perturbed(Encoder(replace(CFG.model, img_size=(8 * grid[0], 8 * grid[1]))))
     loaded = load_encoder(saved(tmp_path, encoder))
@@ -227,10 +216,8 @@ def test_a_learned_table_that_is_not_square(tmp_path):
     torch.save(data, file)
     refused(lambda: load_encoder(file), "21 rows", "grid=")
     refused(lambda: load_encoder(file, grid=(4, 5)), "4 x 5", "21 rows")
-    for loaded in (
-        load_encoder(file, grid=(3, 7)),
-        load_encoder(import_released(file, tmp_path / "out", grid=(3, 7))),
-    ):
+    out = import_released(file, tmp_path / "out", grid=(3, 7))
+    for loaded in (load_encoder(file, grid=(3, 7)), load_encoder(out)):
         assert loaded.grid == (3, 7) and same(loaded, own)
 
 

@@ -1,9 +1,8 @@
 """Damaged files, files of other projects, files by strangers: nothing runs, nothing large is allocated.
 
-Covers, for `load_encoder`, `import` and `export`: damage x format; pickled code in checkpoints, weights folders and
-descriptions; compressed archives; tensors that claim more than they hold; safetensors headers; keys too many or too
-few; checkpoints of other projects, named; descriptions of other programs, absurd sizes, other types, deep nesting,
-gigabytes; links, loops, devices, pipes. (timm's own loader: tests/contract/test_export_timm.py.)
+Covers, for `load_encoder`, `import` and `export`: damage x format; keys too many or too few; pickled code; compressed
+archives; tensors and headers that claim more than they hold; checkpoints and descriptions of other programs; absurd
+sizes and types; links, loops, devices, pipes. (timm's own loader: tests/contract/test_export_timm.py.)
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import json
 import os
 import struct
 import zipfile
-from io import BytesIO
 
 import pytest
 import torch
@@ -47,23 +45,16 @@ def all_refuse(path, tmp_path, *words: str) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def empty_zip(_: bytes) -> bytes:
-    zipfile.ZipFile(memory := BytesIO(), "w").close()
-    return memory.getvalue()
-
-
 # ---- damage ---------------------------------------------------------------------------------------
 
 DAMAGE = {
     "empty": lambda data: b"",
     "text": lambda data: b"not a checkpoint at all\n" * 9,
-    "random": lambda data: os.urandom(500),
     "cut in the header": lambda data: data[:100],
-    "half": lambda data: data[: len(data) // 2],
     "last byte missing": lambda data: data[:-1],
     # in the pickle or the header, near the front
     "flipped": lambda data: data[:90] + bytes(255 - b for b in data[90:400]) + data[400:],
-    "another zip": empty_zip,
+    "another zip": lambda data: b"PK\5\6" + bytes(18),
 }
 
 
@@ -100,50 +91,33 @@ def test_keys_too_many_or_too_few(folder):
 # ---- other projects -------------------------------------------------------------------------------
 
 VIT = ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight"]
+MOCO = [f"module.{e}_encoder.{k}" for e in ("base", "momentum") for k in VIT]
 
 
-@pytest.mark.parametrize(
-    ("keys", "name", "missing"),
-    [
-        (VIT, "a ViT of timm, with a class token", "blocks_token.0"),
-        ([*VIT, "mask_token", "blocks.0.ls1.gamma"], "a DINOv2 ViT", "blocks_token.0"),
-        ([*VIT, "storage_tokens", "blocks.0.ls1.gamma"], "a DINOv3 ViT", "blocks_token.0"),
-        ([*VIT, "mask_token", "decoder_blocks.0.attn.qkv.weight"], "an MAE checkpoint", "blocks_token.0"),
-        (["vit.embeddings.patch_embeddings.projection.weight"], "a Hugging Face ViT", "patch_embed"),
-        (["visual.transformer.resblocks.0.ln_1.weight"], "an OpenCLIP model", "patch_embed"),
-        (["conv1.weight", "layer1.0.conv1.weight", "fc.weight"], "a ResNet", "patch_embed"),
-        (
-            [f"module.{e}_encoder.{k}" for e in ("base", "momentum") for k in VIT],
-            "a MoCo v3 checkpoint",
-            "blocks_token.0",
-        ),
-        (["backbone.blocks.0.attn.qkv.weight", "backbone.cls_token"], "a DINO checkpoint", "patch_embed"),
-        (["encoder.weight", "decoder.weight"], None, "patch_embed"),
-    ],
-)
-def test_checkpoints_of_others_are_named(tmp_path, keys, name, missing):
-    torch.save({"model": {k: torch.ones(2) for k in keys}}, tmp_path / "other.pth")
-    all_refuse(tmp_path / "other.pth", tmp_path, "other.pth", "missing:", missing, name or "")
-    text = refused(lambda: load_encoder(tmp_path / "other.pth"))
-    assert ("looks like" in text) == (name is not None)
+def model(*keys: str) -> dict:
+    return {"model": {k: torch.ones(2) for k in keys}}
 
 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (torch.ones(3), ["found: Tensor"]),
-        ([1, 2], ["found: list"]),
+        (model(*VIT), ["missing: blocks_token.0", "a ViT of timm", "accelerate"]),
+        (model(*VIT, "decoder_blocks.0.norm1.weight"), ["extra: decoder_blocks", "an MAE checkpoint"]),
+        (model(*MOCO), ["missing: blocks_token.0", "a MoCo v3 checkpoint"]),
+        (model("embeddings.cls_token"), ["missing: patch_embed", "extra: embeddings", "Hugging Face"]),
+        (model("encoder.weight"), ["missing: patch_embed", "extra: encoder.weight)"]),
         # networks nested as DINO saves them
-        ({"teacher": {f"backbone.{k}": torch.ones(1) for k in VIT}}, ["found: teacher", "a DINO checkpoint"]),
+        ({"teacher": model("backbone.cls_token")["model"]}, ["found: teacher;", "a DINO checkpoint"]),
+        (torch.ones(3), ["found: Tensor"]),
         # counters among the weights do not hide whose they are
         ({"layer1.0.conv1.weight": torch.ones(2), "bn1.count": torch.tensor(3)}, ["torch.int64", "a ResNet"]),
         # complete, and with parts that an encoder has no place for
         (trained().teacher.state_dict() | {"register_tokens": torch.ones(1)}, ["extra: register_tokens"]),
     ],
 )
-def test_other_contents(tmp_path, data, words):
-    torch.save(data, tmp_path / "x.pth")
-    all_refuse(tmp_path / "x.pth", tmp_path, "x.pth", *words)
+def test_checkpoints_of_others(tmp_path, data, words):
+    torch.save(data, tmp_path / "other.pth")
+    all_refuse(tmp_path / "other.pth", tmp_path, "other.pth", *words)
 
 
 # ---- code -----------------------------------------------------------------------------------------
@@ -152,12 +126,7 @@ def test_other_contents(tmp_path, data, words):
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(
     ("name", "place"),
-    [
-        ("checkpoint.pth", "state_dict"),
-        ("weights.bin", "optimizer"),
-        ("no_extension", "extra"),
-        ("model.safetensors", "extra"),
-    ],
+    [("checkpoint.pth", "state_dict"), ("no_extension", "optimizer"), ("model.safetensors", "extra")],
 )
 def test_pickled_code_does_not_run(tmp_path, method, capsys, name, place, zipped):
     target, file = tmp_path / "was_here", tmp_path / name
@@ -201,12 +170,12 @@ TENSORS = {
     "expanded": (lambda: torch.zeros(1, 1, 1, 1).expand(HUGE), "its tensors claim"),
     "sparse": (
         lambda: torch.sparse_coo_tensor(torch.zeros(4, 1, dtype=torch.long), [1.0], HUGE),
-        "not a dense tensor",
+        "sparse_coo",
     ),
-    "integer": (lambda: torch.zeros(64, 3, 8, 8, dtype=torch.int8), "floating-point"),
-    "complex": (lambda: torch.zeros(64, 3, 8, 8, dtype=torch.complex64), "floating-point"),
-    "without values": (lambda: torch.empty(HUGE, device="meta"), "no values"),
-    "scalar": (lambda: torch.tensor(1.0), "single number"),
+    "integer": (lambda: torch.zeros(64, 3, 8, 8, dtype=torch.int8), "torch.int8"),
+    "complex": (lambda: torch.zeros(64, 3, 8, 8, dtype=torch.complex64), "torch.complex64"),
+    "without values": (lambda: torch.empty(HUGE, device="meta"), "device meta"),
+    "scalar": (lambda: torch.tensor(1.0), "shape []"),
 }
 
 
@@ -234,9 +203,7 @@ HEADERS = {
     "overflowing shape": ({"pos_embed": entry([2**40, 2**40], 0, 4)}, None),
     "shape beyond its bytes": ({"pos_embed": entry([10**12], 0, 4)}, None),
     "overlapping": ({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, None),
-    "unknown type": ({"a": entry([1], 0, 4, "PICKLE")}, None),
     "nested": (b"{" + b'"a":{' * 50_000, None),
-    "not an object": (b"[1]      ", None),
 }
 
 
@@ -279,34 +246,29 @@ def describe(folder, **changes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "words"),
+    ("changes", "words"),
     [
         ({"depth": 3}, ["depth is 3 in its description, 2 in its tensors"]),
-        ({"depth": 4000}, ["depth is 4000", "2 in its tensors"]),
         ({"depth": 10**9}, ["blocks"]),
         ({"width": 128, "heads": 2}, ["width is 128 in its description, 64"]),
         ({"width": 10**9, "heads": 1}, ["model", "parameters"]),
         ({"width": -64}, ["model.width", "-64"]),
         ({"width": True}, ["model.width", "True"]),
-        ({"heads": 0, "width": 0}, ["width is 192"]),
         ({"pool_depth": 1}, ["pool_depth is 1 in its description, 2"]),
-        ({"pool_depth": 10**9}, ["blocks"]),
         ({"mlp_ratio": 3.0}, ["hidden is 192 in its description, 128"]),
         ({"mlp_ratio": 1e300}, ["config.json"]),
         ({"patch_size": 0}, ["patch_size"]),
-        ({"patch_size": 4}, ["patch_size is 4 in its description, 8"]),
         ({"in_chans": 1}, ["in_chans is 1 in its description, 3"]),
         ({"img_size": [24, 16]}, ["patches is 6 in its description, 4"]),
         ({"img_size": [8 * 10**8, 8 * 10**8]}, ["patches"]),
-        ({"img_size": 16}, ["img_size"]),
         ({"layer_scale": float("nan")}, ["layer_scale"]),
         ({"size": "evil.Model"}, ["model.size", "evil.Model"]),
         ({"evil": 1}, ["unknown option model.evil"]),
     ],
 )
-def test_architectures_that_do_not_fit(tmp_path, folder, nothing_is_built, model, words):
+def test_architectures_that_do_not_fit(tmp_path, folder, nothing_is_built, changes, words):
     meta = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    describe(folder, model=meta["model"] | model)
+    describe(folder, model=meta["model"] | changes)
     all_refuse(folder, tmp_path, "w", *words)
     refused(lambda: random_encoder_like(folder), *words)
 
@@ -315,62 +277,45 @@ def test_architectures_that_do_not_fit(tmp_path, folder, nothing_is_built, model
     ("changes", "word"),
     [
         ({"encoder": {"evil": 1}}, "unknown option encoder.evil"),
-        ({"encoder": [1]}, "encoder"),
+        ({"encoder": [1]}, "encoder: expected a table"),
         ({"encoder": {"num_classes": 10**12}}, "1000000000000 classes"),
-        ({"encoder": {"in_chans": 10**9}}, "in_chans is 1000000000"),
-        ({"encoder": {"in_chans": "3"}}, "in_chans"),
-        ({"encoder": {"fc_norm": 1}}, "fc_norm"),
-        ({"encoder": {"pos_grid": [10**9]}}, "pos_grid"),
-        ({"encoder": {"pos_grid": [0, 2]}}, "pos_grid"),
-        ({"encoder": {"global_pool": "os.system"}}, "global_pool"),
-        ({"encoder": {"pos_coords": "evil"}}, "pos_coords"),
-        ({"encoder": {"pos_embed": "evil"}}, "pos_embed"),
-        ({"data": {"mean": [0.1], "std": [0.0]}}, "std"),
-        ({"data": {"mean": [], "std": [1]}}, "mean"),
-        ({"data": {"mean": [float("nan")], "std": [1]}}, "mean"),
-        ({"data": {"std": [1]}}, "mean"),
-        ({"data": 5}, "config.json"),
-        ({"input": {"crop_pct": 10**9}}, "crop_pct"),
-        ({"input": {"interpolation": 7}}, "interpolation"),
-        ({"input": 3}, "config.json"),
+        ({"encoder": {"in_chans": "3"}}, "encoder.in_chans"),
+        ({"encoder": {"fc_norm": 1}}, "encoder.fc_norm"),
+        ({"encoder": {"pos_grid": [0, 2]}}, "encoder.pos_grid"),
+        ({"encoder": {"pos_grid": [1.0, 2]}}, "encoder.pos_grid"),
+        ({"encoder": {"global_pool": "os.system"}}, "encoder.global_pool"),
+        ({"encoder": {"pos_coords": ["absolute"]}}, "encoder.pos_coords"),
+        ({"encoder": {"pos_embed": "evil"}}, "encoder.pos_embed"),
+        ({"data": {"mean": [0.1], "std": [0.0]}}, "data.std"),
+        ({"data": {"mean": [], "std": [1]}}, "data.mean"),
+        ({"data": {"mean": [float("nan")], "std": [1]}}, "data.mean"),
+        ({"data": {"std": [1]}}, "data.mean"),
+        ({"input": {"crop_pct": 10**9}}, "input.crop_pct"),
+        ({"input": {"interpolation": 7}}, "input.interpolation"),
         ({"model": 5}, "config.json"),
         ({"version": "1"}, "version"),
         ({"version": 2, "software": "extrema-fast 7"}, "extrema-fast 7); update extrema-fast"),
-        ({"format": "pickle"}, "config.json"),
-        ({"extrema_fast": {"model": {}}}, "config.json"),
+        ({"format": "pickle"}, "`format` is not extrema-fast-weights"),
+        ({"extrema_fast": {"model": {}}}, "found: model"),
     ],
 )
 def test_descriptions_that_make_no_sense(tmp_path, folder, changes, word):
     describe(folder, **changes)
-    all_refuse(folder, tmp_path, word)
+    all_refuse(folder, tmp_path, "w", word)
 
 
-FOREIGN = {
-    "architectures": ["os.system"],
-    "auto_map": {"AutoModel": "evil.Model"},
-    "_target_": "subprocess.call",
-}
+# class names, modules and remote code of other programs are never looked up
+FOREIGN = '{"architectures": ["os.system"], "auto_map": {"AutoModel": "evil.Model"}, "model_type": "evil"}'
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        *(
-            (text, [])
-            for text in ("", "{", "[1]", "3", "null", "{}", b"\xff\xfe\x80", '{"model": {"wdth": 64}}')
-        ),
-        *((text, []) for text in ("[" * 10**5, '{"a":' * 10**5, '{"format": ' + "9" * 10**5 + "}")),
-        # class names, modules and remote code of other programs are never looked up
-        (
-            json.dumps(FOREIGN | {"model_type": "evil"}),
-            ["Hugging Face", "evil", "nothing named there is loaded"],
-        ),
-        (json.dumps({"architecture": "vit_evil", "num_classes": 0}), ["timm", "vit_evil"]),
-    ],
-    ids=range(13),
+    "text",
+    ["", "{", "[1]", "null", "{}", b"\xff\xfe\x80", FOREIGN, "[" * 10**5, '{"format": ' + "9" * 10**5 + "}"],
+    ids=range(9),
 )
-def test_other_descriptions(tmp_path, folder, method, text, words):
+def test_other_descriptions(tmp_path, folder, method, text):
     (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    words = ["found: architectures, auto_map", "nothing named there is loaded"] if text == FOREIGN else []
     all_refuse(folder, tmp_path, "config.json", "description", *words)
     # a file next to it is bare then, and tells its architecture itself
     assert same(load_encoder(folder / "student.safetensors"), method.student)
@@ -408,13 +353,16 @@ def test_links(tmp_path, folder, method):
 def test_devices_and_pipes_do_not_hang(tmp_path, folder):
     os.mkfifo(tmp_path / "pipe")
     for path in ("/dev/zero", "/dev/null", tmp_path / "pipe"):
-        refused(lambda p=path: load_encoder(p), "neither a file nor a folder")
-        refused(lambda p=path: import_released(p, tmp_path / "out"), "not a file")
-        refused(lambda p=path: export(p, tmp_path / "out"), "neither a file nor a folder")
+        for call in (
+            load_encoder,
+            lambda p: import_released(p, tmp_path / "o"),
+            lambda p: export(p, tmp_path / "o"),
+        ):
+            refused(lambda c=call, p=path: c(p), "neither a file nor a folder")
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
     refused(lambda: load_encoder(folder), "config.json is missing")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "o").exists()
 
 
 def test_names_that_are_no_paths(tmp_path):
