@@ -19,7 +19,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
@@ -70,35 +69,30 @@ def _dispatch(args: list[str]) -> int:
         if name.startswith("-"):
             raise UsageError(f"unknown option {name}; the command comes first, see {PROG} --help")
         raise UsageError(f"unknown command {name!r}{did_you_mean(name, list(COMMANDS))}")
-    COMMANDS[name].run(_Parser(name), rest)
+    COMMANDS[name][0](_Parser(name), rest)
     return 0
 
 
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"usage: {PROG} COMMAND [options]", "", "commands:"]
-    lines += [f"  {name:<{width}}  {c.summary}" for name, c in COMMANDS.items()]
-    lines += ["", "examples:"] + [f"  {PROG} {c.example}" for c in COMMANDS.values()]
+    lines += [f"  {name:<{width}}  {run.__doc__}" for name, (run, _) in COMMANDS.items()]
+    lines += ["", "examples:"] + [f"  {PROG} {example}" for _, example in COMMANDS.values()]
     return "\n".join([*lines, "", f"{PROG} COMMAND --help shows the options of one; --version the version"])
 
 
 # ---- parsing ---------------------------------------------------------------------------------------
 
 
-class _Command(NamedTuple):
-    run: Callable[[_Parser, list[str]], None]
-    summary: str
-    example: str
+# name -> (function of parser and arguments, whose docstring is the summary; example)
+COMMANDS: dict[str, tuple[Callable[[_Parser, list[str]], None], str]] = {}
 
 
-COMMANDS: dict[str, _Command] = {}
-
-
-def _command(name: str, summary: str, example: str) -> Callable[[Callable], Callable]:
-    """Registers a function of (parser, arguments) as a command."""
+def _command(example: str) -> Callable[[Callable], Callable]:
+    """Registers a function as the command that its example begins with."""
 
     def register(run: Callable[[_Parser, list[str]], None]) -> Callable:
-        COMMANDS[name] = _Command(run, summary, example)
+        COMMANDS[example.split()[0]] = run, example
         return run
 
     return register
@@ -108,10 +102,11 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose errors are UsageErrors, with the nearest option for an unknown one."""
 
     def __init__(self, name: str, **options: Any) -> None:
+        run, example = COMMANDS[name]
         super().__init__(
             prog=f"{PROG} {name}",
-            description=COMMANDS[name].summary,
-            epilog=f"example:\n  {PROG} {COMMANDS[name].example}",
+            description=run.__doc__,
+            epilog=f"example:\n  {PROG} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
             **options,
@@ -127,20 +122,24 @@ class _Parser(argparse.ArgumentParser):
         """An option without a value."""
         self.add(name, action="store_true", help=text, **options)
 
+    def quiet(self, text: str = "warnings and errors only") -> None:
+        """`--quiet`, whose absence is `progress`."""
+        self.add("--quiet", dest="progress", action="store_false", help=text)
+
     def parse_all(self, args: list[str]) -> argparse.Namespace:
         """As parse_args; an unknown option is an error that names the nearest."""
-        parsed, rest = self.parse_known_args(dashed(args))
+        parsed, rest = self.parse_known_args(_dashed(args))
         for word in rest:
             if word.startswith("-"):
                 raise self._unknown(word)
         if rest:
-            self.error(f"unexpected argument {rest[0]!r}")
+            self.error(f"unexpected argument {rest[0]!r}{', a preset comes first' * (rest[0] in PRESETS)}")
         return parsed
 
-    def options(self, args: list[str], quiet: bool = False) -> dict[str, Any]:
+    def options(self, args: list[str], progress: bool = True) -> dict[str, Any]:
         """The arguments by name; logging is set up."""
         found = vars(self.parse_all(args))
-        _set_up_logging(found.get("quiet", quiet))
+        _set_up_logging(found.get("progress", progress))
         return found
 
     def _unknown(self, word: str) -> UsageError:
@@ -155,7 +154,7 @@ class _Parser(argparse.ArgumentParser):
         return UsageError(f"unknown option {name}{hint}")
 
 
-def dashed(args: Sequence[str]) -> list[str]:
+def _dashed(args: Sequence[str]) -> list[str]:
     """Option names with `-` for `_`; values stay as they are."""
     out = []
     for word in args:
@@ -164,19 +163,19 @@ def dashed(args: Sequence[str]) -> list[str]:
     return out
 
 
-def _set_up_logging(quiet: bool) -> None:
-    class Stderr(logging.StreamHandler):
-        # looked up for every line: a progress bar replaces sys.stderr
-        stream = property(lambda self: sys.stderr, lambda self, value: None)
+class _Stderr(logging.StreamHandler):
+    # looked up for every line: a progress bar replaces sys.stderr
+    stream = property(lambda self: sys.stderr, lambda self, value: None)
 
+
+_STDERR = _Stderr()
+
+
+def _set_up_logging(progress: bool) -> None:
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     logger = logging.getLogger("extrema_fast")
-    logger.setLevel(logging.WARNING if quiet or not first else logging.INFO)
-    if not any(getattr(h, "_ours", False) for h in logger.handlers):
-        handler = Stderr()
-        handler._ours = True  # type: ignore[attr-defined]
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+    logger.setLevel(logging.INFO if progress and first else logging.WARNING)
+    logger.addHandler(_STDERR)
 
 
 def _show(result: Any, as_json: bool, describe: Callable[[Any], str]) -> None:
@@ -199,14 +198,13 @@ class _Configured(NamedTuple):
 
     ours: argparse.Namespace
     cfg: Config
+    # of the preset
     name: str
-    """of the preset"""
     base: Config
-    """the preset"""
+    # with the --config file, without flags
     before: Config
-    """with the --config file, without flags"""
+    # dotted options given
     flags: dict[str, Any]
-    """dotted options given"""
 
 
 def _add_dotted(p: _Parser) -> dict[str, argparse.Action]:
@@ -219,51 +217,45 @@ def _add_dotted(p: _Parser) -> dict[str, argparse.Action]:
             if isinstance(member, ast.AnnAssign) and isinstance(after, ast.Expr):
                 text = " ".join(str(ast.literal_eval(after.value)).split())
                 docs[node.name, ast.unparse(member.target)] = text.replace("%", "%%")
+    sections: dict[str, Any] = {
+        k: hint for k, hint in get_type_hints(Config).items() if dataclasses.is_dataclass(hint)
+    }
     actions: dict[str, argparse.Action] = {}
-
-    def add(group: Any, cls: Any, field: str, hint: Any, prefix: str) -> None:
-        leaf, name = field.replace("_", "-"), f"{prefix}{field}"
-        if f"--{prefix}{leaf}" in p._option_string_actions:
-            return
-        text = docs.get((cls.__name__, field), "")
-        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
-        if hint is bool:
-            actions[name] = group.add_argument(f"--{prefix}{leaf}", action="store_true", **options)
-            options["help"] = argparse.SUPPRESS
-            group.add_argument(f"--{prefix}no-{leaf}", action="store_false", **options)
-            return
-        if get_origin(hint) is tuple:
-            options["nargs"], hint = len(get_args(hint)), get_args(hint)[0]
-        if get_origin(hint) is Literal:
-            options["choices"] = get_args(hint)
-        else:
-            options |= {"type": hint, "metavar": hint.__name__.upper()}
-        actions[name] = group.add_argument(f"--{prefix}{leaf}", **options)
-
-    for field, hint in get_type_hints(Config).items():
-        if dataclasses.is_dataclass(hint):
-            group = p.add_argument_group(field, (hint.__doc__ or "").partition("\n")[0])
-            for name, of_field in get_type_hints(hint).items():
-                add(group, hint, name, of_field, f"{field}.")
-        else:
-            add(p, Config, field, hint, "")
+    for section, cls in {"": Config, **sections}.items():
+        group = p.add_argument_group(section, (cls.__doc__ or "").partition("\n")[0]) if section else p
+        prefix = f"--{section}." if section else "--"
+        for field, hint in get_type_hints(cls).items():
+            leaf, name = field.replace("_", "-"), f"{prefix}{field}"[2:]
+            if dataclasses.is_dataclass(hint) or prefix + leaf in p._option_string_actions:
+                continue
+            options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+            options["help"] = docs[cls.__name__, field]
+            if hint is bool:
+                actions[name] = group.add_argument(prefix + leaf, action="store_true", **options)
+                options["help"] = argparse.SUPPRESS
+                group.add_argument(f"{prefix}no-{leaf}", action="store_false", **options)
+                continue
+            if get_origin(hint) is tuple:
+                options["nargs"], hint = len(get_args(hint)), get_args(hint)[0]
+            if get_origin(hint) is Literal:
+                options["choices"] = get_args(hint)
+            else:
+                options |= {"type": hint, "metavar": hint.__name__.upper()}
+            actions[name] = group.add_argument(prefix + leaf, **options)
     return actions
 
 
-def _configure(p: _Parser, args: list[str]) -> _Configured | None:
-    """Preset, file and dotted options next to the options of `p`; None once --help has been printed."""
+def _configure(p: _Parser, args: list[str]) -> _Configured:
+    """Preset, file and dotted options next to the options of `p`."""
     dotted = _add_dotted(p)
     p.usage = f"{p.prog} [PRESET] [options] [--dotted.option VALUE ...]"
     p.add("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}; default photos")
     p.add("--config", metavar="FILE", help="TOML or JSON file that changes the preset")
-    args = dashed(args)
+    args = _dashed(args)
     # a preset by position comes first: later words may be values
     by_position = args.pop(0) if args and not args[0].startswith("-") else None
     wanted = [a for a in args if a not in ("-h", "--help")]
-    ours, rest = p.parse_known_args(wanted)
-    if rest and not rest[0].startswith("-"):
-        raise UsageError(f"unexpected argument {rest[0]!r}; a preset comes first: {p.prog} PRESET [options]")
-    p.parse_all(wanted)
+    ours = p.parse_all(wanted)
     if by_position and ours.preset and by_position != ours.preset:
         raise UsageError(f"two presets, {by_position!r} and {ours.preset!r}; give one")
     name = by_position or ours.preset
@@ -275,7 +267,7 @@ def _configure(p: _Parser, args: list[str]) -> _Configured | None:
             shown = " ".join(map(str, v)) if isinstance(v := values[option], list) else str(v)
             action.help = f"{action.help} (now: {shown.replace('%', '%%')})".strip()
         p.print_help()
-        return None
+        p.exit()
     flags = {option: getattr(ours, option) for option in dotted if hasattr(ours, option)}
     nested: dict[str, Any] = {}
     for option, value in flags.items():
@@ -285,23 +277,18 @@ def _configure(p: _Parser, args: list[str]) -> _Configured | None:
     return _Configured(ours, cfg, name or "photos", chosen or preset("photos"), before, flags)
 
 
-@_command(
-    "pretrain",
-    "pretrain on images, or continue the run in --out",
-    "pretrain photos --train.epochs 80 --out runs/longer",
-)
+@_command("pretrain photos --train.epochs 80 --out runs/longer")
 def _pretrain(p: _Parser, args: list[str]) -> None:
+    """Pretrain on images, or continue the run in --out."""
     p.add("--init-from", metavar="PATH", help="weights to start from at step 0 (run, weights, .pth)")
     p.switch("--overwrite", "move the run in --out aside and start a new one")
     p.switch("--allow-config-change", "continue a run with changed settings")
     p.switch("--print-config", "print the resolved configuration and stop")
     p.switch("--dry-run", "three real steps, nothing written")
-    p.switch("--quiet", "warnings and errors only")
+    p.quiet()
     given = _configure(p, args)
-    if given is None:
-        return
     ours, cfg = given.ours, given.cfg
-    _set_up_logging(ours.quiet)
+    _set_up_logging(ours.progress)
     if ours.print_config:
         print(json.dumps(_resolved(given), indent=1))
     elif ours.dry_run:
@@ -317,7 +304,7 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
             init_from=ours.init_from,
             overwrite=ours.overwrite,
             allow_config_change=ours.allow_config_change,
-            progress=not ours.quiet,
+            progress=ours.progress,
         )
 
 
@@ -354,7 +341,7 @@ def _resolved(given: _Configured) -> dict[str, Any]:
     return {"preset": given.name, "config": to_dict(cfg), "derived": values, "sources": sources}
 
 
-def _evaluation(name: str, p: _Parser, args: list[str]) -> None:
+def _evaluation(p: _Parser, args: list[str], metrics: Sequence[str]) -> None:
     p.add("path", metavar="RUN_OR_WEIGHTS", help="run folder, weights folder or released .pth")
     p.add("--data", metavar="DIR", help="folder with train/ and test/ or val/; default: the run's")
     p.add("--train", metavar="DIR", help="labelled images to learn from")
@@ -363,7 +350,7 @@ def _evaluation(name: str, p: _Parser, args: list[str]) -> None:
     p.add("--which", choices=("teacher", "student"), default="teacher")
     p.add("--max-train", type=int, default=0, metavar="N", help="use N training images (0: all)")
     p.add("--max-test", type=int, default=0, metavar="N", help="use N test images (0: all)")
-    if name != "probe":
+    if "knn" in metrics:
         p.add("--k", type=int, help="neighbors (default: the run's, 20)")
         p.add("--temperature", type=float, help="of the votes (default: the run's, 0.07)")
     p.add("--batch-size", type=int, metavar="N", help="images at a time")
@@ -372,65 +359,68 @@ def _evaluation(name: str, p: _Parser, args: list[str]) -> None:
     p.switch("--force", "measure again although nothing has changed")
     p.switch("--json", "print the whole result as JSON")
     o = p.options(args)
-    as_json, path, data = o.pop("json"), o.pop("path"), o.pop("data")
+    as_json, data = o.pop("json"), o.pop("data")
     if data is not None and o["train"] is not None:
         raise UsageError("--data and --train name the same thing; give one")
+    o["train"] = o["train"] if data is None else data
     from .evaluation import evaluate as evals
 
-    function = {"evaluate": evals.evaluate, "knn": evals.knn_command, "probe": evals.probe_command}[name]
-    train = o.pop("train")
-    result = function(path, train if data is None else data, o.pop("test"), **o)
-    _show(result, as_json, evals.format_table)
+    _show(evals.evaluate(metrics=metrics, **o), as_json, evals.format_table)
 
 
-_command("evaluate", "k-NN and linear probe next to a random encoder and raw pixels", "evaluate runs/photos")(
-    partial(_evaluation, "evaluate")
-)
-_command("knn", "k-NN alone", "knn runs/cifar10 --data cifar10")(partial(_evaluation, "knn"))
-_command("probe", "linear probe alone", "probe runs/cifar10 --train cifar10/train --test cifar10/test")(
-    partial(_evaluation, "probe")
-)
+@_command("evaluate runs/photos")
+def _evaluate(p: _Parser, args: list[str]) -> None:
+    """k-NN and linear probe next to a random encoder and raw pixels."""
+    _evaluation(p, args, ("knn", "probe"))
 
 
-@_command("report", "write reports/report.html of a run", "report runs/photos")
+@_command("knn runs/cifar10 --data cifar10")
+def _knn(p: _Parser, args: list[str]) -> None:
+    """k-NN alone."""
+    _evaluation(p, args, ("knn",))
+
+
+@_command("probe runs/cifar10 --train cifar10/train --test cifar10/test")
+def _probe(p: _Parser, args: list[str]) -> None:
+    """Linear probe alone."""
+    _evaluation(p, args, ("probe",))
+
+
+@_command("report runs/photos")
 def _report(p: _Parser, args: list[str]) -> None:
-    p.add("run", metavar="RUN", help="run folder")
+    """Write reports/report.html of a run."""
+    p.add("run_dir", metavar="RUN", help="run folder")
     p.add("--images", type=int, default=8, metavar="N", help="test images shown (0: none)")
     o = p.options(args)
     from .reporting.report import report
 
-    print(report(o["run"], images=o["images"]))
+    print(report(**o))
 
 
-@_command(
-    "index",
-    "decode every image once and list the good and the bad ones in a manifest, which training reads",
-    "index imagenet/train --out imagenet.tsv",
-)
+@_command("index imagenet/train --out imagenet.tsv")
 def _index(p: _Parser, args: list[str]) -> None:
+    """Decode every image once and list the good and the bad ones in a manifest, which training reads."""
     p.add("data", metavar="DATA", help="folder, list file, shards, or a manifest to check again")
     p.add("--out", required=True, metavar="M.tsv", help="manifest; the same command again continues")
     p.switch("--strict", "Pillow, too, has to decode each image")
     p.add("--threads", type=int, metavar="N", help="images decoded at a time (default: the cores)")
-    p.add("--max-pixels", type=int, metavar="N", help="larger images are bad (default: 178956970)")
+    p.add("--max-pixels", type=int, default=config.MAX_PIXELS, metavar="N",
+          help="larger images are bad (default: 178956970)")  # fmt: skip
     p.switch("--force", "replace another file in --out, check all images again")
     p.switch("--json", "print the result as JSON")
-    p.switch("--quiet", "warnings, errors and the result only")
-    o = {k: v for k, v in p.options(args).items() if v is not None}
-    as_json, quiet = o.pop("json"), o.pop("quiet")
+    p.quiet("warnings, errors and the result only")
+    o = p.options(args)
+    as_json = o.pop("json")
     from .tools.index import describe, index
 
-    result = index(o.pop("data"), o.pop("out"), progress=not quiet, **o)
+    result = index(**o)
     troubles = [t._asdict() for t in result.troubles]
     print(json.dumps(result._asdict() | {"troubles": troubles}, indent=1) if as_json else describe(result))
 
 
-@_command(
-    "pack",
-    "shuffled tar shards of smaller images, for fast reading",
-    "pack images.tsv packed --size 256",
-)
+@_command("pack images.tsv packed --size 256")
 def _pack(p: _Parser, args: list[str]) -> None:
+    """Shuffled tar shards of smaller images, for fast reading."""
     p.add("data", metavar="MANIFEST", help="made by index; or any images: folder, list, shards")
     p.add("out", metavar="OUT", help="folder for the shards; the same command again continues")
     p.add("--size", type=int, default=256, metavar="N", help="pixels (default 256); 0: bytes as they are")
@@ -443,20 +433,17 @@ def _pack(p: _Parser, args: list[str]) -> None:
     p.switch("--force", "move what is in OUT aside and start again")
     p.add("--no-measure", dest="measure", action="store_false", help="do not measure the loader's rate")
     p.switch("--json", "print the result as JSON")
-    p.switch("--quiet", "warnings and errors only")
+    p.quiet()
     o = p.options(args)
-    as_json, quiet = o.pop("json"), o.pop("quiet")
+    as_json = o.pop("json")
     from .tools.pack import describe, pack
 
-    _show(pack(o.pop("data"), o.pop("out"), progress=not quiet, **o), as_json, describe)
+    _show(pack(**o), as_json, describe)
 
 
-@_command(
-    "embed",
-    "features of every image: class token, mean or patch tokens, as files",
-    "embed photos features --weights runs/photos",
-)
+@_command("embed photos features --weights runs/photos")
 def _embed(p: _Parser, args: list[str]) -> None:
+    """Features of every image: class token, mean or patch tokens, as files."""
     p.add("data", metavar="DATA", help="folder, list file, shards, manifest, or photos")
     p.add("out", metavar="OUT", help="folder for the features; the same command again continues")
     p.add("--weights", required=True, metavar="PATH", help="run, weights folder or released .pth")
@@ -477,23 +464,19 @@ def _embed(p: _Parser, args: list[str]) -> None:
     p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     p.switch("--strict", "stop at an image that cannot be read")
     p.switch("--force", "replace features of other settings in OUT")
-    p.switch("--quiet", "warnings and errors only")
+    p.quiet()
     o = p.options(args)
-    quiet = o.pop("quiet")
     o["img_size"] = _side(o["img_size"])
     from .tools.embed import describe, embed
 
-    result = embed(o.pop("data"), o.pop("out"), o.pop("weights"), progress=not quiet, **o)
+    result = embed(**o)
     if os.environ.get("RANK", "0") == "0":
         print(describe(result))
 
 
-@_command(
-    "search",
-    "the nearest images by features, as a table and a contact sheet",
-    "search query.jpg features --k 8 --out found.png",
-)
+@_command("search query.jpg features --k 8 --out found.png")
 def _search(p: _Parser, args: list[str]) -> None:
+    """The nearest images by features, as a table and a contact sheet."""
     p.add("query", metavar="QUERY", help="an image, a path in the index, or images as for embed")
     p.add("index", metavar="INDEX", help="features made by embed")
     p.add("--k", type=int, metavar="N", help="images found for each query (default 10, if there are)")
@@ -502,19 +485,16 @@ def _search(p: _Parser, args: list[str]) -> None:
     p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     p.switch("--force", "replace a file in --out that search did not write")
     p.switch("--json", "print the result as JSON")
-    o = p.options(args, quiet=True)
+    o = p.options(args, progress=False)
     as_json = o.pop("json")
     from .tools.search import format_table, search
 
-    _show(search(o.pop("query"), o.pop("index"), **o), as_json, format_table)
+    _show(search(**o), as_json, format_table)
 
 
-@_command(
-    "import",
-    "convert a released ExtreMA checkpoint into a weights folder",
-    "import extrema_base.pth weights/extrema_base",
-)
+@_command("import extrema_base.pth weights/extrema_base")
 def _import(p: _Parser, args: list[str]) -> None:
+    """Convert a released ExtreMA checkpoint into a weights folder."""
     p.add("file", metavar="FILE", help="released ExtreMA checkpoint (.pth), or bare encoder weights")
     p.add("out", metavar="OUT", help="new weights folder")
     p.add("--which", choices=("teacher", "student"), help="keep one network (default: both)")
@@ -524,15 +504,12 @@ def _import(p: _Parser, args: list[str]) -> None:
     o = p.options(args)
     from .weights.load import import_released
 
-    print(import_released(o.pop("file"), o.pop("out"), **o))
+    print(import_released(**o))
 
 
-@_command(
-    "export",
-    "write an encoder for timm, Hugging Face, ONNX or torch.export, checked before it is written",
-    "export runs/photos exported/photos --format onnx",
-)
+@_command("export runs/photos exported/photos --format onnx")
 def _export(p: _Parser, args: list[str]) -> None:
+    """Write an encoder for timm, Hugging Face, ONNX or torch.export, checked before it is written."""
     p.add("weights", metavar="WEIGHTS", help="run, weights folder, weights file or released .pth")
     p.add("out", metavar="OUT", help="new folder")
     p.add("--format", default="extrema", help="extrema (= timm, default), vit, hf, onnx, torch-export")
@@ -546,14 +523,15 @@ def _export(p: _Parser, args: list[str]) -> None:
     o["img_size"] = _side(o["img_size"])
     from .weights.export import export
 
-    result = export(o.pop("weights"), o.pop("out"), **o)
+    result = export(**o)
     print(f"{result.folder}: {', '.join(result.files)}")
     for check, difference in result.differences.items():
         print(f"  {check}: largest difference {difference:.1e}")
 
 
-@_command("encoders", "list the encoder names", "encoders '*base*'")
+@_command("encoders '*base*'")
 def _encoders(p: _Parser, args: list[str]) -> None:
+    """List the encoder names."""
     p.add("pattern", nargs="?", default="*", metavar="PATTERN", help="shell pattern")
     pattern = p.options(args)["pattern"]
     from .models.encoder import list_models
@@ -564,11 +542,12 @@ def _encoders(p: _Parser, args: list[str]) -> None:
     print("\n".join(names))
 
 
-@_command("kernels", "list the ops, what runs on this machine and why", "kernels --device cuda")
+@_command("kernels --device cuda")
 def _kernels(p: _Parser, args: list[str]) -> None:
+    """List the ops, what runs on this machine and why."""
     p.add("--device", metavar="DEVICE", help="cuda or cpu (default: cuda where there is one)")
     p.switch("--json", "as JSON")
-    o = p.options(args, quiet=True)
+    o = p.options(args, progress=False)
     import torch
 
     from .kernels import tune
@@ -593,23 +572,18 @@ def _kernels(p: _Parser, args: list[str]) -> None:
         print(f"  {op:<{width}}  {c['implementation']}: {c['reason']} (of {names})")
 
 
-@_command(
-    "profile",
-    "trace a few steps and show where their time goes",
-    "profile paper_small_80x5 --train.batch-size 16 --steps 3",
-)
+@_command("profile paper_small_80x5 --train.batch-size 16 --steps 3")
 def _profile(p: _Parser, args: list[str]) -> None:
+    """Trace a few steps and show where their time goes."""
     p.add("--out", metavar="FOLDER", help="where the trace goes (default: runs/profile_PRESET)")
     p.add("--steps", type=int, default=3, metavar="N", help="steps profiled (default 3)")
     p.add("--warmup", type=int, default=5, metavar="N", help="steps before (default 5)")
     p.switch("--synthetic", "random images from memory, no data set")
     p.switch("--json", "print the whole result as JSON")
-    p.switch("--quiet", "warnings and errors only")
+    p.quiet()
     given = _configure(p, args)
-    if given is None:
-        return
     ours, cfg, synthetic = given.ours, given.cfg, given.ours.synthetic
-    _set_up_logging(ours.quiet)
+    _set_up_logging(ours.progress)
     from .data.sources import BUILT_IN
     from .tools import profile
 
@@ -625,8 +599,9 @@ def _profile(p: _Parser, args: list[str]) -> None:
         print(f"{out}: trace.json.gz (ui.perfetto.dev), profile.json, profile.txt")
 
 
-@_command("tune", "measure launch settings of the Triton kernels on this GPU", "tune --op short_attention")
+@_command("tune --op short_attention")
 def _tune(p: _Parser, args: list[str]) -> None:
+    """Measure launch settings of the Triton kernels on this GPU."""
     from .kernels import tune
 
     code = tune.main(args)

@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -419,7 +420,27 @@ class Config:
     system: SystemConfig = field(default_factory=SystemConfig)
 
     def __post_init__(self) -> None:
-        validate(self)
+        n, k, v = self.model.num_patches, self.num_keep, self.mask.views
+        if k < 1:
+            # strictly below (n - 1) / n in four digits: the product is truncated
+            largest = max(0, math.ceil((n - 1) / n * 1e4) - 1) / 1e4
+            raise UsageError(
+                f"mask.ratio: {self.mask.ratio} keeps 0 of {n} tokens; use at most {largest}, or set mask.keep"
+            )
+        if k > n:
+            raise UsageError(f"mask.keep: {k} is more than the image's {n} tokens; use at most {n}")
+        if self.mask.mode == "disjoint" and v * k > n:
+            fewer = f"mask.keep <= {n // v}, " if self.mask.keep else f"mask.ratio >= {1 - n // v / n:.4g}, "
+            raise UsageError(
+                f"mask: {v} disjoint views of {k} tokens need {v * k}, the image has {n}; "
+                f"use mask.views <= {n // k}, {fewer if v <= n else ''}or mask.mode independent"
+            )
+        local_batch(self, 1)
+        if self.optim.warmup_epochs >= self.train.epochs:
+            raise UsageError(
+                f"optim.warmup_epochs: {self.optim.warmup_epochs:g} must be shorter than "
+                f"train.epochs ({self.train.epochs})"
+            )
 
     @property
     def num_keep(self) -> int:
@@ -430,31 +451,6 @@ class Config:
     def peak_lr(self) -> float:
         """Peak learning rate, base_lr * batch_size / 256."""
         return self.optim.base_lr * self.train.batch_size / 256
-
-
-def validate(cfg: Config) -> None:
-    """Checks between fields; raises UsageError naming the values and the remedy."""
-    n, k, v = cfg.model.num_patches, cfg.num_keep, cfg.mask.views
-    if k < 1:
-        # strictly below (n - 1) / n in four digits: the product is truncated
-        largest = max(0, math.ceil((n - 1) / n * 1e4) - 1) / 1e4
-        raise UsageError(
-            f"mask.ratio: {cfg.mask.ratio} keeps 0 of {n} tokens; use at most {largest}, or set mask.keep"
-        )
-    if k > n:
-        raise UsageError(f"mask.keep: {k} is more than the image's {n} tokens; use at most {n}")
-    if cfg.mask.mode == "disjoint" and v * k > n:
-        fewer = f"mask.keep <= {n // v}, " if cfg.mask.keep else f"mask.ratio >= {1 - n // v / n:.4g}, "
-        raise UsageError(
-            f"mask: {v} disjoint views of {k} tokens need {v * k}, the image has {n}; "
-            f"use mask.views <= {n // k}, {fewer if v <= n else ''}or mask.mode independent"
-        )
-    local_batch(cfg, 1)
-    if cfg.optim.warmup_epochs >= cfg.train.epochs:
-        raise UsageError(
-            f"optim.warmup_epochs: {cfg.optim.warmup_epochs:g} must be shorter than "
-            f"train.epochs ({cfg.train.epochs})"
-        )
 
 
 def local_batch(cfg: Config, world: int) -> int:
@@ -477,10 +473,10 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any], base: Config | None = None, *, recorded: bool = False) -> Config:
-    """`base` (default: `photos()`) with the keys in `data` replaced; strict.
+    """`base` (default: `photos()`) with the nested options in `data` replaced; strict.
 
     Args:
-        data: nested options, as `to_dict` returns them.
+        data: as `to_dict` returns it.
         base: the configuration that `data` changes.
         recorded: `data` was recorded by a run, so options that were removed since are ignored.
 
@@ -490,42 +486,30 @@ def from_dict(data: dict[str, Any], base: Config | None = None, *, recorded: boo
     return _replace(base if base is not None else photos(), data, "", recorded)
 
 
-def _replace(obj: Any, data: dict[str, Any], prefix: str, recorded: bool = False) -> Any:
+def _replace(obj: Any, data: dict[str, Any], prefix: str, recorded: bool) -> Any:
     if not isinstance(data, dict):
         raise UsageError(f"{prefix.rstrip('.') or 'config'}: expected a table of options, got {data!r}")
-    names = [f.name for f in dataclasses.fields(obj)]
     hints = get_type_hints(type(obj))
     changed = {}
     for key, value in data.items():
         name = key.replace("-", "_")
-        if f"{prefix}{name}" in REMOVED:
-            if not recorded:
-                _check_removed(f"{prefix}{name}", value)
+        option = f"{prefix}{name}"
+        if option in REMOVED:
+            default, instead = REMOVED[option]
+            if value != default and not recorded:
+                raise UsageError(f"{option}: this option was removed, got {value!r}; {instead}")
             continue
-        if name not in names:
-            raise UsageError(f"unknown option {prefix}{key}{did_you_mean(name, names)}")
-        old = getattr(obj, name)
-        if dataclasses.is_dataclass(old):
-            changed[name] = _replace(old, value, f"{prefix}{name}.", recorded)
-        else:
-            value = _current_value(f"{prefix}{name}", value, recorded)
-            changed[name] = _coerce(value, hints[name], f"{prefix}{name}")
+        if name not in hints:
+            raise UsageError(f"unknown option {prefix}{key}{did_you_mean(name, list(hints))}")
+        if dataclasses.is_dataclass(hints[name]):
+            changed[name] = _replace(getattr(obj, name), value, f"{option}.", recorded)
+            continue
+        if isinstance(value, str) and (now := RENAMED_VALUES.get(option, {}).get(value)):
+            if not recorded:
+                raise UsageError(f"{option}: {value!r} is called {now!r} now; use {now}")
+            value = now
+        changed[name] = _coerce(value, hints[name], option)
     return dataclasses.replace(obj, **changed)
-
-
-def _current_value(name: str, value: Any, recorded: bool) -> Any:
-    """`value`, or in the recorded configuration of an old run the name that this value has now."""
-    now = RENAMED_VALUES.get(name, {}).get(value) if isinstance(value, str) else None
-    if now and not recorded:
-        raise UsageError(f"{name}: {value!r} is called {now!r} now; use {now}")
-    return now or value
-
-
-def _check_removed(name: str, value: Any) -> None:
-    """Raises UsageError unless `value` is the default that the removed option `name` had."""
-    default, instead = REMOVED[name]
-    if value != default:
-        raise UsageError(f"{name}: this option was removed, got {value!r}; {instead}")
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
@@ -549,11 +533,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
 
 
 def load_config(path: str | Path, base: Config | None = None) -> Config:
-    """Reads a TOML or JSON file that changes `base`; a top-level `preset = "name"` chooses the base.
-
-    Args:
-        path: ends in `.json` for JSON.
-        base: the configuration that the file changes, whatever preset it names.
+    """Reads a TOML (or .json) file that changes `base`, or else what its top-level `preset = "name"` names.
 
     Raises:
         UsageError: for a missing or malformed file and for unknown keys.
@@ -599,36 +579,19 @@ RENAMED_VALUES = {
 
 # fields that may differ between a run and its resumption: they do not change what is learned
 FREE_FIELDS = (
-    "data.test",
-    "out",
-    "log.",
-    "ckpt.",
-    "eval.",
-    "system.",
-    "data.loader",
-    "data.threads",
-    "data.hw_decoder_load",
-    "data.bad_budget",
-    "train.compile",
-    "train.cuda_graph",
-    "train.recompute",
+    *("out", "log.", "ckpt.", "eval.", "system."),
+    *("data.test", "data.loader", "data.threads", "data.hw_decoder_load", "data.bad_budget"),
+    *("train.compile", "train.cuda_graph", "train.recompute"),
     # removed
     "train.compact",
 )
 
 
-def flatten(cfg: Any) -> dict[str, Any]:
+def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
     """`{"data.train": ..., "mask.ratio": ...}`: dotted name to plain value."""
     flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, item)
-        else:
-            flat[prefix] = value
-
-    walk("", cfg if isinstance(cfg, dict) else to_dict(cfg))
+    for key, value in (cfg if isinstance(cfg, dict) else to_dict(cfg)).items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
@@ -699,47 +662,21 @@ def cifar10() -> Config:
     )
 
 
-def _paper(size: Size, ratio: float, views: int, layer_scale: float = 0.1) -> Config:
-    short = f"paper_{size}_{round(ratio * 100)}x{views}"
+def _paper(size: Size, ratio: float, views: int) -> Config:
+    """The paper's recipe: disjoint views, 300 epochs, batch 2048; layer scale 1e-5 at large, as the release advises."""
     return Config(
-        out=f"runs/{short}",
+        out=f"runs/{_paper_name(size, ratio, views)}",
         data=DataConfig(train="imagenet/train", test="imagenet/val"),
         mask=MaskConfig(ratio=ratio, views=views),
-        model=ModelConfig(size=size, layer_scale=layer_scale),
+        model=ModelConfig(size=size, layer_scale=1e-5 if size == "large" else 0.1),
         train=TrainConfig(epochs=300, batch_size=2048),
         ckpt=CheckpointConfig(every_epochs=1, milestone_epochs=50),
         eval=EvalConfig(every_epochs=10),
     )
 
 
-def paper_small_80x5() -> Config:
-    """The paper's recipe at ViT-S: 5 disjoint views of 20 %, shared crop, two color versions."""
-    return _paper("small", 0.8, 5)
-
-
-def paper_small_90x8() -> Config:
-    """ViT-S, 8 disjoint views of 10 %."""
-    return _paper("small", 0.9, 8)
-
-
-def paper_base_80x5() -> Config:
-    """The paper's recipe: ViT-B/16, 5 disjoint views of 20 %, 300 epochs, batch 2048."""
-    return _paper("base", 0.8, 5)
-
-
-def paper_base_90x8() -> Config:
-    """ViT-B/16, 8 disjoint views of 10 %."""
-    return _paper("base", 0.9, 8)
-
-
-def paper_large_80x5() -> Config:
-    """ViT-L/16, 5 disjoint views of 20 % (layer scale 1e-5, as the release advises for large)."""
-    return _paper("large", 0.8, 5, layer_scale=1e-5)
-
-
-def paper_large_90x8() -> Config:
-    """ViT-L/16, 8 disjoint views of 10 %."""
-    return _paper("large", 0.9, 8, layer_scale=1e-5)
+def _paper_name(size: Size, ratio: float, views: int) -> str:
+    return f"paper_{size}_{round(ratio * 100)}x{views}"
 
 
 def smoke() -> Config:
@@ -758,19 +695,14 @@ def smoke() -> Config:
     )
 
 
+_PAPER: list[tuple[Size, float, int]] = [
+    (size, ratio, views) for size in ("small", "base", "large") for ratio, views in ((0.8, 5), (0.9, 8))
+]
 PRESETS: dict[str, Callable[[], Config]] = {
-    f.__name__: f
-    for f in (
-        photos,
-        cifar10,
-        paper_small_80x5,
-        paper_small_90x8,
-        paper_base_80x5,
-        paper_base_90x8,
-        paper_large_80x5,
-        paper_large_90x8,
-        smoke,
-    )
+    "photos": photos,
+    "cifar10": cifar10,
+    **{_paper_name(*setting): partial(_paper, *setting) for setting in _PAPER},
+    "smoke": smoke,
 }
 
 

@@ -293,9 +293,8 @@ def test_dry_run(capsys, tmp_path):
 
 def test_evaluate_passes_options_on(capsys, monkeypatch):
     seen = {}
-    monkeypatch.setattr(
-        evals, "knn_command", lambda *args, **options: seen.update(args=args, **options) or {}
-    )
+    monkeypatch.setattr(evals, "evaluate", lambda **options: seen.update(options) or {})
     assert main(["knn", "run", "--data", "d", "--max_train", "9", "--k", "3", "--json"]) == 0
-    assert seen["args"] == ("run", "d", None) and (seen["max_train"], seen["k"]) == (9, 3)
+    want = {"path": "run", "train": "d", "test": None, "metrics": ("knn",), "max_train": 9, "k": 3}
+    assert {k: seen[k] for k in want} == want
     assert capsys.readouterr().out == "{}\n"

@@ -1,8 +1,8 @@
 """The configuration.
 
-Covers: every preset; the paper's numbers; TOML and JSON files; round trips; unknown keys with suggestions;
-wrong types (a bool is no number); every check on one field and between fields, whose message names value
-and remedy, and whose remedy works; what may change in a resumed run; the batch per process.
+Covers: every preset; the paper's numbers; TOML and JSON files; round trips; unknown keys with suggestions; wrong types
+(a bool is no number); every check on one field and between fields, whose message names value and remedy, and whose
+remedy works; what may change in a resumed run; the batch per process.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import pytest
 from extrema_fast import config as c
 from extrema_fast.errors import UsageError
 
+SMOKE = c.smoke()
 
-def refused(data: dict, *words: str, base: c.Config | None = None) -> str:
+
+def refused(data: dict, *words: str) -> str:
     with pytest.raises(UsageError) as error:
-        c.from_dict(data, base)
+        c.from_dict(data, SMOKE)
     text = str(error.value)
-    assert error.value.exit_code == 2
-    assert "\n" not in text
-    for word in words:
-        assert word in text, text
+    assert error.value.exit_code == 2 and "\n" not in text
+    assert all(word in text for word in words), text
     return text
 
 
@@ -35,14 +35,11 @@ def refused(data: dict, *words: str, base: c.Config | None = None) -> str:
 def test_every_preset_is_valid_named_and_survives_plain_data(name):
     cfg = c.preset(name)
     assert cfg.num_keep >= 1 and cfg.peak_lr > 0
-    assert cfg.out == f"runs/{name}"
-    assert c.PRESETS[name].__doc__
+    assert cfg.out == f"runs/{name}" and c.preset(name.replace("_", "-")) == cfg
     plain = json.loads(json.dumps(c.to_dict(cfg)))
     # over a base that differs in everything
-    base = c.paper_large_90x8() if name != "paper_large_90x8" else c.smoke()
-    again = c.from_dict(plain, base)
-    assert again == cfg
-    assert c.config_hash(again) == c.config_hash(cfg)
+    again = c.from_dict(plain, c.preset("paper_large_90x8" if name != "paper_large_90x8" else "smoke"))
+    assert again == cfg and c.config_hash(again) == c.config_hash(cfg)
     # types survive, too: lists come back as tuples
     assert isinstance(again.data.area, tuple) and hash(again) == hash(cfg)
     assert c.changed_maths(plain, c.to_dict(again)) == []
@@ -51,11 +48,10 @@ def test_every_preset_is_valid_named_and_survives_plain_data(name):
 def test_presets_that_the_readme_names():
     names = {f"paper_{size}_{m}" for size in ("small", "base", "large") for m in ("80x5", "90x8")}
     assert set(c.PRESETS) == names | {"photos", "cifar10", "smoke"}
-    assert c.preset("paper-base-80x5") == c.paper_base_80x5()
 
 
 def test_the_papers_recipe():
-    cfg = c.paper_base_80x5()
+    cfg = c.preset("paper_base_80x5")
     assert (cfg.num_keep, cfg.mask.views, cfg.mask.mode) == (39, 5, "disjoint")
     assert cfg.model.shape == (768, 12, 12) and cfg.model.grid == (14, 14)
     assert cfg.peak_lr == pytest.approx(1.2e-3, rel=1e-12)
@@ -68,30 +64,21 @@ def test_the_papers_recipe():
     assert (d.policy, d.area, d.ratio, d.flip) == ("spatial+color", (0.2, 1.0), (0.75, 4 / 3), 0.5)
     assert (d.jitter, d.jitter_prob, d.gray_prob) == ((0.4, 0.4, 0.2, 0.1), 0.8, 0.2)
     assert (d.mean, d.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert (c.paper_base_90x8().num_keep, c.paper_base_90x8().mask.views) == (19, 8)
-    assert c.paper_small_80x5().model.shape == (384, 12, 6)
-    assert c.paper_large_80x5().model.shape == (1024, 24, 16)
-    assert c.paper_large_80x5().model.layer_scale == 1e-5
-
-
-def test_unknown_preset_suggests():
-    with pytest.raises(UsageError, match=r"'paper_bas_80x5'; did you mean 'paper_base_80x5'"):
-        c.preset("paper_bas_80x5")
-    with pytest.raises(UsageError, match=r"known: cifar10, .*photos"):
-        c.preset("zzz")
+    other, small, large = map(c.preset, ("paper_base_90x8", "paper_small_80x5", "paper_large_80x5"))
+    assert (other.num_keep, other.mask.views) == (19, 8)
+    assert small.model.shape == (384, 12, 6) and large.model.shape == (1024, 24, 16)
+    assert large.model.layer_scale == 1e-5
 
 
 # ---- plain data -----------------------------------------------------------------------------------
 
 
 def test_only_the_named_options_change():
-    base = c.smoke()
-    cfg = c.from_dict({"mask": {"views": 3}, "out": "x"}, base)
-    assert cfg == dataclasses.replace(base, out="x", mask=dataclasses.replace(base.mask, views=3))
-    assert c.from_dict({}, base) == base
-    assert c.from_dict({}) == c.photos()
+    cfg = c.from_dict({"mask": {"views": 3}, "out": "x"}, SMOKE)
+    assert cfg == dataclasses.replace(SMOKE, out="x", mask=dataclasses.replace(SMOKE.mask, views=3))
+    assert c.from_dict({}, SMOKE) == SMOKE and c.from_dict({}) == c.photos()
     # dashes as on the command line
-    assert c.from_dict({"train": {"batch-size": 32}}, base).train.batch_size == 32
+    assert c.from_dict({"train": {"batch-size": 32}}, SMOKE).train.batch_size == 32
 
 
 @pytest.mark.parametrize(
@@ -100,16 +87,10 @@ def test_only_the_named_options_change():
         ({"mask": {"rato": 0.5}}, ["mask.rato", "did you mean 'ratio'"]),
         ({"maks": {}}, ["unknown option maks", "did you mean 'mask'"]),
         ({"optim": {"xyzzy": 1}}, ["optim.xyzzy", "known:", "base_lr"]),
-        (
-            {"data": {"policy": "spatial+colour"}},
-            ["data.policy", "'spatial+colour'", "did you mean 'spatial+color'"],
-        ),
-        ({"train": {"precision": 16}}, ["train.precision", "16", "bf16"]),
+        ({"data": {"policy": "spatial+colour"}}, ["data.policy", "did you mean 'spatial+color'"]),
         ({"train": {"precision": ["bf16"]}}, ["train.precision", "['bf16']"]),
-        ({"mask": 5}, ["mask", "table of options", "5"]),
-        ({"mask": None}, ["mask", "None"]),
+        ({"mask": None}, ["mask", "table of options", "None"]),
         ({"train": {"epochs": 2.5}}, ["train.epochs", "int", "2.5"]),
-        ({"train": {"epochs": "3"}}, ["train.epochs", "int", "'3'"]),
         ({"train": {"epochs": True}}, ["train.epochs", "int", "True"]),
         ({"train": {"epochs": None}}, ["train.epochs", "int", "None"]),
         ({"optim": {"base_lr": True}}, ["optim.base_lr", "float", "True"]),
@@ -117,24 +98,30 @@ def test_only_the_named_options_change():
         ({"optim": {"base_lr": float("nan")}}, ["optim.base_lr", "nan"]),
         ({"optim": {"base_lr": float("inf")}}, ["optim.base_lr", "inf"]),
         ({"optim": {"base_lr": 10**400}}, ["optim.base_lr", "float"]),
-        ({"optim": {"warmup_epochs": "4"}}, ["optim.warmup_epochs", "float", "'4'"]),
         ({"data": {"exif": 1}}, ["data.exif", "bool", "1"]),
-        ({"data": {"exif": "true"}}, ["data.exif", "bool"]),
         ({"data": {"train": 3}}, ["data.train", "str", "3"]),
-        ({"data": {"area": 0.5}}, ["data.area", "2 values", "0.5"]),
         ({"data": {"area": [0.1, 0.2, 0.3]}}, ["data.area", "2 values"]),
         ({"data": {"area": [0.1, "1"]}}, ["data.area", "float", "'1'"]),
         ({"data": {"area": "01"}}, ["data.area", "2 values"]),
-        ({"model": {"img_size": [32.0, 32]}}, ["model.img_size", "int", "32.0"]),
         ({"model": {"img_size": 32}}, ["model.img_size", "2 values"]),
+        # between fields
+        ({"mask": {"keep": 17, "views": 1}}, ["mask.keep", "17", "16"]),
+        ({"mask": {"views": 17, "keep": 1}}, ["17 disjoint views", "use mask.views <= 16, or"]),
+        ({"model": {"img_size": [32, 30]}}, ["model.img_size", "width 30", "patch size 8", "24 or 32"]),
+        ({"model": {"img_size": [4, 32]}}, ["height 4", "nearest: 8"]),
+        ({"model": {"width": 100, "heads": 3}}, ["model.width", "100", "heads (3)"]),
+        ({"model": {"width": 6, "heads": 1}}, ["model.width", "6", "of 4"]),
+        ({"train": {"accumulation": 3}}, ["train.batch_size", "16", "3 micro-batches", "15 or 18"]),
+        ({"train": {"accumulation": 32}}, ["16", "32 micro-batches", "nearest: 32"]),
+        ({"optim": {"warmup_epochs": 2}}, ["optim.warmup_epochs", "2", "train.epochs"]),
     ],
 )
-def test_wrong_keys_and_types(data, words):
-    refused(data, *words, base=c.smoke())
+def test_wrong_keys_types_and_combinations(data, words):
+    refused(data, *words)
 
 
 def test_whole_numbers_are_fine_where_floats_are_wanted():
-    base = c.smoke()
+    base = SMOKE
     cfg = c.from_dict({"optim": {"warmup_epochs": 1}, "data": {"area": [1, 1], "jitter": [0, 0, 0, 0]}}, base)
     assert cfg.data.area == (1.0, 1.0) and type(cfg.data.area[0]) is float
     assert type(cfg.optim.warmup_epochs) is float
@@ -163,32 +150,23 @@ def test_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("a.toml", "mask = [", ["a.toml", "not valid toml"]),
-        ("a.json", "{,}", ["a.json", "not valid json"]),
-        ("a.json", "[1]", ["a.json", "table"]),
-        ("a.toml", "[mask]\nrato = 0.5", ["mask.rato", "'ratio'"]),
-        ("a.toml", 'preset = "phots"', ["phots", "'photos'"]),
-        ("a.json", '{"preset": 3}', ["unknown preset 3"]),
-        ("a.json", '{"optim": {"base_lr": 1e999}}', ["optim.base_lr", "inf"]),
+        ("a.toml", "mask = [", "a.toml: not valid toml"),
+        ("a.json", "{,}", "a.json: not valid json"),
+        ("a.json", "[1]", "a.json: expected a table"),
+        ("a.toml", "[mask]\nrato = 0.5", "mask.rato; did you mean 'ratio'"),
+        ("a.toml", 'preset = "phots"', "'phots'; did you mean 'photos'"),
+        ("a.json", '{"preset": 3}', "unknown preset 3; known: cifar10, .*photos"),
+        ("a.json", '{"optim": {"base_lr": 1e999}}', "optim.base_lr: .*inf"),
+        ("a.toml", b"\xff\xfe\x00", "a.toml: cannot be read"),
+        ("a.toml", None, "a.toml: cannot be read"),
+        (".", None, "cannot be read"),
     ],
 )
 def test_bad_files(tmp_path, name, text, words):
-    file = tmp_path / name
-    file.write_text(text, encoding="utf-8")
-    with pytest.raises(UsageError) as error:
-        c.load_config(file)
-    for word in words:
-        assert word in str(error.value)
-
-
-def test_missing_and_unreadable_files(tmp_path):
-    with pytest.raises(UsageError, match=r"none\.toml: cannot be read"):
-        c.load_config(tmp_path / "none.toml")
-    (tmp_path / "x.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="cannot be read"):
-        c.load_config(tmp_path / "x.toml")
-    with pytest.raises(UsageError, match="cannot be read"):
-        c.load_config(tmp_path)
+    if text is not None:
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UsageError, match=words):
+        c.load_config(tmp_path / name)
 
 
 # ---- values ---------------------------------------------------------------------------------------
@@ -254,23 +232,17 @@ BAD: dict[str, list] = {
 def test_one_field(option, value):
     """The message names the option and shows the value."""
     section, _, name = option.partition(".")
-    text = refused({section: {name: value}}, option, base=c.smoke())
+    text = refused({section: {name: value}}, option)
     for number in value if isinstance(value, list) else [value]:
         assert str(number) in text or f"{number:g}" in text
 
 
-def test_a_ratio_that_keeps_nothing():
-    text = refused(
-        {"mask": {"ratio": 0.95}}, "mask.ratio", "0.95", "keeps 0 of 16", "mask.keep", base=c.smoke()
-    )
-    works = float(re.search(r"at most ([\d.]+)", text)[1])
-    assert c.from_dict({"mask": {"ratio": works}}, c.smoke()).num_keep == 1
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 16, 20, 49, 64, 100, 196, 576, 1024, 10000, 20001])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 100, 196, 10000, 20001])
 def test_the_largest_ratio_named_keeps_a_token(n):
     model = c.ModelConfig(img_size=(1, n), patch_size=1)
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(
+        UsageError, match=f"mask.ratio: .* keeps 0 of {n} tokens; .* or set mask.keep"
+    ) as error:
         c.Config(model=model, mask=c.MaskConfig(ratio=0.999999, views=1))
     works = float(re.search(r"at most ([\d.]+)", str(error.value))[1])
     assert c.MaskConfig(ratio=works).num_keep(n) >= 1
@@ -278,7 +250,7 @@ def test_the_largest_ratio_named_keeps_a_token(n):
     assert works > (n - 1) / n - 2.1e-4 or n == 1
 
 
-@pytest.mark.parametrize(("n", "views"), [(16, 5), (49, 3), (196, 6), (196, 11), (64, 7), (7, 7), (1024, 13)])
+@pytest.mark.parametrize(("n", "views"), [(16, 5), (49, 3), (196, 11), (7, 7)])
 def test_remedies_for_too_many_disjoint_views_work(n, views):
     model = c.ModelConfig(img_size=(1, n), patch_size=1)
     with pytest.raises(UsageError) as error:
@@ -299,60 +271,22 @@ def test_remedies_for_too_many_disjoint_views_work(n, views):
     c.Config(model=model, mask=c.MaskConfig(keep=keep, views=views))
 
 
-def test_more_views_than_tokens():
-    text = refused(
-        {"mask": {"views": 17, "keep": 1}}, "17 disjoint views", "mask.views <= 16", base=c.smoke()
-    )
-    assert "mask.keep <=" not in text
-
-
 def test_exactly_all_tokens_are_enough():
-    assert c.from_dict({"mask": {"views": 4, "keep": 4}}, c.smoke()).num_keep == 4
+    assert c.from_dict({"mask": {"views": 4, "keep": 4}}, SMOKE).num_keep == 4
 
 
-def test_between_fields():
-    smoke = c.smoke()
-    refused({"mask": {"keep": 17, "views": 1}}, "mask.keep", "17", "16", base=smoke)
-    refused(
-        {"model": {"img_size": [32, 30]}},
-        "model.img_size",
-        "width 30",
-        "patch size 8",
-        "24 or 32",
-        base=smoke,
-    )
-    refused({"model": {"img_size": [4, 32]}}, "height 4", "nearest: 8", base=smoke)
-    refused({"model": {"width": 100, "heads": 3}}, "model.width", "100", "heads (3)", base=smoke)
-    refused({"model": {"width": 6, "heads": 1}}, "model.width", "6", "of 4", base=smoke)
-    refused(
-        {"train": {"accumulation": 3}}, "train.batch_size", "16", "3 micro-batches", "15 or 18", base=smoke
-    )
-    refused({"train": {"accumulation": 32}}, "16", "32 micro-batches", "nearest: 32", base=smoke)
-    refused({"optim": {"warmup_epochs": 2}}, "optim.warmup_epochs", "2", "train.epochs", base=smoke)
-
-
-def test_default_heads_follow_the_width():
+def test_shapes():
     assert c.ModelConfig(width=128).shape == (128, 12, 2)
     assert c.ModelConfig(width=32).shape == (32, 12, 1)
     assert c.ModelConfig(width=128, heads=4, depth=3).shape == (128, 3, 4)
-
-
-def test_non_square_grid():
     model = c.ModelConfig(img_size=(224, 160))
     assert model.grid == (14, 10) and model.num_patches == 140
 
 
-def test_configurations_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        c.smoke().mask.views = 3  # type: ignore[misc]
-
-
 def test_local_batch():
-    cfg = c.from_dict({"train": {"accumulation": 2}}, c.smoke())
+    cfg = c.from_dict({"train": {"accumulation": 2}}, SMOKE)
     assert c.local_batch(cfg, 1) == 8 and c.local_batch(cfg, 4) == 2
-    with pytest.raises(
-        UsageError, match=r"train.batch_size: 16 .* 3 processes x 2 micro-batches; nearest: 12 or 18"
-    ):
+    with pytest.raises(UsageError, match=r"batch_size: 16 .* 3 processes x 2 .*; nearest: 12 or 18"):
         c.local_batch(cfg, 3)
     with pytest.raises(UsageError, match=r"nearest: 32$"):
         c.local_batch(cfg, 16)
@@ -362,7 +296,6 @@ def test_local_batch():
 
 
 def test_what_may_change_in_a_resumed_run():
-    old = c.to_dict(c.smoke())
     free = {
         "out": "elsewhere",
         "log": {"every_steps": 7, "tensorboard": True},
@@ -372,19 +305,23 @@ def test_what_may_change_in_a_resumed_run():
         "data": {"loader": "pil", "threads": 7, "test": "elsewhere"},
         "train": {"compile": "block", "cuda_graph": True, "recompute": "gelu"},
     }
-    cfg = c.from_dict(free, c.smoke())
-    assert c.changed_maths(old, c.to_dict(cfg)) == []
-    assert c.config_hash(cfg) == c.config_hash(c.smoke())
+    cfg = c.from_dict(free, SMOKE)
+    assert c.changed_maths(c.to_dict(SMOKE), c.to_dict(cfg)) == []
+    assert c.config_hash(cfg) == c.config_hash(SMOKE)
 
 
 def test_options_of_older_versions():
-    old = c.to_dict(c.smoke())
+    old = c.to_dict(SMOKE)
     old["train"]["compact"] = False
-    assert c.from_dict(old) == c.smoke() and c.changed_maths(old, c.to_dict(c.smoke())) == []
-    old["train"]["compact"] = True
-    assert c.from_dict(old, recorded=True) == c.smoke() and c.changed_maths(old, c.to_dict(c.smoke())) == []
-    with pytest.raises(UsageError, match=r"train\.compact"):
-        c.from_dict(old)
+    assert c.from_dict(old) == SMOKE and c.changed_maths(old, c.to_dict(SMOKE)) == []
+    old["train"] |= {"compact": True, "compile": "loss"}
+    renamed = c.from_dict({"train": {"compile": "step"}}, SMOKE)
+    assert c.from_dict(old, recorded=True) == renamed and c.changed_maths(old, c.to_dict(SMOKE)) == []
+    for change, words in (
+        ({"compact": True}, "train.compact"),
+        ({"compile": "loss"}, "'loss' is called 'step'"),
+    ):
+        refused({"train": change}, words)
 
 
 def test_every_other_field_is_reported_with_both_values():
@@ -420,14 +357,10 @@ def test_every_other_field_is_reported_with_both_values():
     assert len(hashes) == len(other) + 1
 
 
-def test_a_field_that_an_old_run_lacks_had_its_default():
-    old = c.to_dict(c.smoke())
+def test_fields_that_one_version_lacks():
+    old = c.to_dict(SMOKE)
     del old["mask"]["mode"]
-    assert c.changed_maths(old, c.to_dict(c.smoke())) == []
-    changed = c.to_dict(c.from_dict({"mask": {"mode": "independent"}}, c.smoke()))
+    assert c.changed_maths(old, c.to_dict(SMOKE)) == [], "what was done then is the default"
+    changed = c.to_dict(c.from_dict({"mask": {"mode": "independent"}}, SMOKE))
     assert c.changed_maths(old, changed) == ["mask.mode: 'disjoint' -> 'independent'"]
-
-
-def test_a_field_that_only_an_old_run_knows_is_a_change():
-    old = c.to_dict(c.smoke()) | {"gone": 1}
-    assert c.changed_maths(old, c.to_dict(c.smoke())) == ["gone: 1 -> None"]
+    assert c.changed_maths(old | {"gone": 1}, c.to_dict(SMOKE)) == ["gone: 1 -> None"]

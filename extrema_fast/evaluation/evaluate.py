@@ -44,10 +44,8 @@ __all__ = [
     "format_table",
     "indicators",
     "knn",
-    "knn_command",
     "linear_probe",
     "online_eval",
-    "probe_command",
     "raw_pixels",
 ]
 log = logging.getLogger(__name__)
@@ -325,20 +323,6 @@ def evaluate(
     if out is not None:
         write_file(Path(out), json.dumps(result, indent=1) + "\n")
     return result
-
-
-def knn_command(
-    path: str | Path, train: str | None = None, test: str | None = None, **options: Any
-) -> dict[str, Any]:
-    """`evaluate` with k-NN only; nothing is written unless `out` is given."""
-    return evaluate(path, train, test, metrics=("knn",), **options)
-
-
-def probe_command(
-    path: str | Path, train: str | None = None, test: str | None = None, **options: Any
-) -> dict[str, Any]:
-    """`evaluate` with the linear probe only; nothing is written unless `out` is given."""
-    return evaluate(path, train, test, metrics=("probe",), **options)
 
 
 def _device(name: str) -> torch.device:

@@ -39,7 +39,7 @@ DTYPES = {
 ANYWHERE = ("sdpa", "math", "matmul", "reference")
 ANY = sys.maxsize
 
-# a plan: (most tokens, backend), ascending; an empty name where longer sequences are an error
+# a plan: (most tokens, backend), ascending; sequences longer than the last are an error
 Plan = tuple[tuple[int, str], ...]
 
 
@@ -95,16 +95,10 @@ class _Matmul(torch.autograd.Function):
 
 
 def matmul_attention(qkv: Tensor) -> Tensor:
-    """Self-attention as batched matmuls with a written-out backward pass.
+    """Self-attention as batched matmuls with a written-out backward pass; contiguous.
 
     torch's fused CPU kernel is slower than this in bf16, and the plain formula under autograd copies q, k and v
     more often. Here they are made contiguous once, and so are their gradients.
-
-    Args:
-        qkv: [R, n, 3, H, d], any float dtype.
-
-    Returns:
-        [R, n, H, d], contiguous.
     """
     return _Matmul.apply(qkv)
 
@@ -169,76 +163,12 @@ def longest(name: str, device: torch.device, dtype: torch.dtype, d: int) -> int:
 
 @functools.cache
 def unsupported(name: str, device: torch.device, dtype: torch.dtype, n: int, d: int, train: bool) -> str:
-    """Why a backend cannot run here; empty when it can.
+    """Why a backend cannot run sequences of `n` tokens at head_dim `d` here; empty when it can.
 
     On a GPU a backend without a known reason is tried on a few tokens, so this may take a moment.
-
-    Args:
-        name: of `BACKENDS`.
-        device: where the tokens are.
-        dtype: of qkv.
-        n: tokens of a sequence.
-        d: head_dim.
-        train: with a backward pass.
     """
-    return missing(name, device, dtype, n, d) or _probe(name, device, dtype, n, d, train)
-
-
-def missing(name: str, device: torch.device, dtype: torch.dtype, n: int, d: int) -> str:
-    """What `unsupported` knows without running anything."""
-    if name in ANYWHERE:
-        return ""
-    if name == "short":
-        return _short_missing(device, dtype, n, d)
-    if device.type != "cuda":
-        return f"it needs a CUDA device, got {device.type}"
-    if not torch.cuda.is_available():
-        return "this PyTorch sees no CUDA device"
-    if name == "xformers" and (reason := _xformers_missing()):
+    if reason := missing(name, device, dtype, n, d):
         return reason
-    if dtype not in DTYPES[name]:
-        return f"it takes {', '.join(map(dtype_name, DTYPES[name]))}, got {dtype_name(dtype)}"
-    return ""
-
-
-def _short_missing(device: torch.device, dtype: torch.dtype, n: int, d: int) -> str:
-    runs, reason = can_run(device)
-    if not runs:
-        hint = " (TRITON_INTERPRET=1 runs kernels in Triton's interpreter: for tests, very slow)"
-        return reason + (hint if device.type == "cpu" else "")
-    if d not in HEAD_DIMS:
-        return f"it takes head_dim {', '.join(map(str, HEAD_DIMS))}, got {d}"
-    most = longest("short", device, dtype, d)
-    if n > most:
-        return (
-            f"it takes at most {most} tokens of {dtype_name(dtype)}, got {n} (a teacher's backend is "
-            "system.attention_teacher; `triton` takes it where it fits)"
-        )
-    return ""
-
-
-def _xformers_missing() -> str:
-    if not _installed("xformers"):
-        return "xformers is not installed (pip install 'extrema-fast[xformers]')"
-    try:
-        from xformers import _cpp_lib
-    except Exception:
-        # another version's layout: the probe decides
-        return ""
-    error = getattr(_cpp_lib, "_cpp_library_load_exception", None)
-    # without its C++ library xformers refuses every operator and does not say why
-    return f"xformers' C++ library does not load with this PyTorch ({first_line(error)})" if error else ""
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        # a module put into sys.modules by hand has no spec
-        return module in sys.modules
-
-
-def _probe(name: str, device: torch.device, dtype: torch.dtype, n: int, d: int, train: bool) -> str:
     if device.type != "cuda" or name in ANYWHERE:
         return ""
     try:
@@ -250,18 +180,58 @@ def _probe(name: str, device: torch.device, dtype: torch.dtype, n: int, d: int, 
             torch.cuda.synchronize(device)
     except Exception as error:
         # whatever a library raises for what it cannot do
-        return f"{type(error).__name__}: {first_line(error)}"
+        return f"{type(error).__name__}: {_first_line(error)}"
     return ""
 
 
-def first_line(error: object) -> str:
-    """The first line of an error's message."""
+def missing(name: str, device: torch.device, dtype: torch.dtype, n: int, d: int) -> str:
+    """What `unsupported` knows without running anything."""
+    if name in ANYWHERE:
+        return ""
+    if name == "short":
+        runs, reason = can_run(device)
+        most = longest("short", device, dtype, d)
+        if not runs:
+            hint = " (TRITON_INTERPRET=1 runs kernels in Triton's interpreter: for tests, very slow)"
+            return reason + (hint if device.type == "cpu" else "")
+        if d not in HEAD_DIMS:
+            return f"it takes head_dim {', '.join(map(str, HEAD_DIMS))}, got {d}"
+        if n > most:
+            return (
+                f"it takes at most {most} tokens of {_dtype_name(dtype)}, got {n} (a teacher's backend is "
+                "system.attention_teacher; `triton` takes it where it fits)"
+            )
+        return ""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, got {device.type}"
+    if not torch.cuda.is_available():
+        return "this PyTorch sees no CUDA device"
+    if name == "xformers" and (reason := _xformers_missing()):
+        return reason
+    if dtype not in DTYPES[name]:
+        return f"it takes {', '.join(map(_dtype_name, DTYPES[name]))}, got {_dtype_name(dtype)}"
+    return ""
+
+
+def _xformers_missing() -> str:
+    if importlib.util.find_spec("xformers") is None:
+        return "xformers is not installed (pip install 'extrema-fast[xformers]')"
+    try:
+        from xformers import _cpp_lib
+    except Exception:
+        # another version's layout: trying it decides
+        return ""
+    error = getattr(_cpp_lib, "_cpp_library_load_exception", None)
+    # without its C++ library xformers refuses every operator and does not say why
+    return f"xformers' C++ library does not load with this PyTorch ({_first_line(error)})" if error else ""
+
+
+def _first_line(error: object) -> str:
     return (str(error).strip() or "?").splitlines()[0]
 
 
-def available(device: torch.device, dtype: torch.dtype, n: int, d: int, train: bool) -> list[str]:
-    """The backends that can run such sequences here."""
-    return [name for name in BACKENDS if not unsupported(name, device, dtype, n, d, train)]
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def describe(device: torch.device, dtype: torch.dtype, d: int, train: bool) -> str:
@@ -269,12 +239,7 @@ def describe(device: torch.device, dtype: torch.dtype, d: int, train: bool) -> s
     where = device.type
     if where == "cuda" and torch.cuda.is_available():
         where = torch.cuda.get_device_name(device)
-    return f"{where}, {dtype_name(dtype)}, head_dim {d}, {'training' if train else 'inference'}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16`."""
-    return str(dtype).removeprefix("torch.")
+    return f"{where}, {_dtype_name(dtype)}, head_dim {d}, {'training' if train else 'inference'}"
 
 
 # ---- what `auto` takes ----------------------------------------------------------------------------
@@ -303,7 +268,7 @@ def auto_plan(device: torch.device, dtype: torch.dtype, d: int, train: bool) -> 
         return CPU_RULE[dtype, train], "the fastest measured on a CPU"
     if device.type != "cuda":
         name = "matmul" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
-        return ((ANY, name),), f"the default for {dtype_name(dtype)} on {device.type}"
+        return ((ANY, name),), f"the default for {_dtype_name(dtype)} on {device.type}"
     steps: list[tuple[int, str]] = []
     skipped = []
     reached = 0
@@ -324,33 +289,28 @@ def named_plan(
 ) -> tuple[Plan, str]:
     """The plan for a backend asked for by name, and what is to be said of it.
 
-    `triton` is `short` where it fits and `auto` elsewhere, and so is any name under `allow_fallback`. Otherwise
-    sequences that the backend does not take have an empty name in the plan.
+    `triton` is `short` where it fits and `auto` elsewhere, and so is any name under `allow_fallback`. Otherwise the
+    plan ends with the longest sequence that the backend takes.
     """
     backend = "short" if name == "triton" else name
-    fallback = allow_fallback or name == "triton"
     most = longest(backend, device, dtype, d)
     reason = unsupported(backend, device, dtype, max(1, min(16, most)), d, train)
-    if not fallback:
-        if reason or most == ANY:
-            return ((ANY, "" if reason else backend),), ""
-        return ((most, backend), (ANY, "")), ""
+    plan: Plan = () if reason else ((most, backend),)
+    if not allow_fallback and name != "triton":
+        return plan, ""
     others, rule = auto_plan(device, dtype, d, train)
-    if reason:
-        return others, f", but {reason}; {rule}"
-    if most == ANY:
-        return ((ANY, backend),), ""
-    return ((most, backend), *(step for step in others if step[0] > most)), f"; beyond: {rule}"
+    why = f", but {reason}; {rule}" if reason else f"; beyond: {rule}" if most < ANY else ""
+    return plan + tuple(step for step in others if reason or step[0] > most), why
 
 
 def at(plan: Plan, n: int) -> str:
-    """The backend of a plan for sequences of `n` tokens."""
-    for most, name in plan[:-1]:
+    """The backend of a plan for sequences of `n` tokens; empty beyond its end."""
+    for most, name in plan:
         if n <= most:
             return name
-    return plan[-1][1]
+    return ""
 
 
 def in_words(plan: Plan) -> str:
     """`short to 64 tokens, then sdpa`."""
-    return ", then ".join(f"{name} to {most} tokens" if most < ANY else name for most, name in plan if name)
+    return ", then ".join(f"{name} to {most} tokens" if most < ANY else name for most, name in plan)

@@ -26,11 +26,7 @@ from ..config import did_you_mean
 from ..errors import UsageError
 from ..kernels import can_run
 from ..kernels.adamw_ema import AdamWEma
-from ..kernels.attention_pool import (
-    PoolWeights,
-    attention_pool_absorbed,
-    attention_pool_reference,
-)
+from ..kernels.attention_pool import PoolWeights, attention_pool_absorbed, attention_pool_reference
 from ..kernels.attention_pool import attention_pool as attention_pool_triton
 from ..kernels.color_views import color_views as color_views_triton
 from ..kernels.color_views import color_views_plain, color_views_reference
@@ -102,14 +98,7 @@ _chosen: dict[tuple, tuple] = {}
 
 
 def set_backend(setting: str) -> None:
-    """Sets the configuration's choice and forgets earlier ones.
-
-    Args:
-        setting: `auto`, one name for all ops, or `op=name,...`.
-
-    Raises:
-        UsageError: for an unknown op or implementation, with the nearest name.
-    """
+    """Sets the configuration's choice and forgets earlier ones; raises UsageError for an unknown op or name."""
     global _setting
     _parse(setting)
     _setting = setting
@@ -178,15 +167,7 @@ def unsupported(op: str, name: str, device: torch.device | str) -> str:
 
 
 def choice(op: str, device: torch.device | str = "cpu", *, say: bool = True) -> tuple[str, str]:
-    """The implementation of an op on tensors of `device`, decided and logged once.
-
-    Args:
-        op: of `IMPLEMENTATIONS`.
-        device: where the tensors are.
-        say: log it.
-
-    Returns:
-        (implementation, reason).
+    """(implementation of an op on tensors of `device`, reason), decided once and logged if `say`.
 
     Raises:
         UsageError: when one asked for by name cannot run there.
@@ -220,8 +201,7 @@ def _auto(op: str, kind: str) -> tuple[str, str]:
 def _error(op: str, name: str, requested_by: str, kind: str, reason: str) -> UsageError:
     if name == "triton":
         remedy = (
-            "use `auto`, a CUDA device, or TRITON_INTERPRET=1 to run kernels in Triton's interpreter "
-            "(for tests: very slow)"
+            "use `auto`, a CUDA device, or TRITON_INTERPRET=1 (Triton's interpreter, for tests: very slow)"
         )
     elif name == "apex":
         remedy = f"use `auto`. {optimizers.BUILD_APEX}"
@@ -283,7 +263,7 @@ def _attention_plan(
             why = f"{requested_by} asks for {name}{why}"
         why = f"{backends.in_words(plan)} ({backends.describe(device, dtype, d, train)}: {why})"
         _chosen[key] = plan, why
-        if plan[0][1]:
+        if plan:
             log.info("op attention: %s", why)
     return _chosen[key][0]
 
@@ -292,11 +272,10 @@ def _attention_error(
     backend: str, device: torch.device, dtype: torch.dtype, n: int, d: int, train: bool
 ) -> None:
     name, requested_by = _requested("attention", backend)
-    reason = backends.unsupported(name, device, dtype, n, d, train)
-    can = ", ".join(backends.available(device, dtype, n, d, train))
+    can = [b for b in backends.BACKENDS if not backends.unsupported(b, device, dtype, n, d, train)]
     raise UsageError(
-        f"attention: {requested_by} asks for {name}, but {reason}; available here "
-        f"({backends.describe(device, dtype, d, train)}, {n} tokens): auto, {can}"
+        f"attention: {requested_by} asks for {name}, but {backends.unsupported(name, device, dtype, n, d, train)}; "
+        f"available here ({backends.describe(device, dtype, d, train)}, {n} tokens): auto, {', '.join(can)}"
     )
 
 
@@ -320,7 +299,7 @@ def check_attention(
         train: with a backward pass.
 
     Raises:
-        UsageError: when one asked for by name cannot run: what it lacks, and what is available.
+        UsageError: as `attention`.
     """
     name = backends.at(_attention_plan(backend, _setting, _fallback_allowed, device, dtype, d, train), n)
     # `auto` has left out what cannot run

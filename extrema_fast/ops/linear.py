@@ -72,19 +72,7 @@ def affine(
     recompute: bool = False,
     shadow: Tensor | None = None,
 ) -> Tensor:
-    """`f(x) weight^T + bias`, as `linear`, of parameters that may be any module's.
-
-    Args:
-        x: [..., in].
-        weight: [out, in].
-        bias: [out] or None.
-        before: f, as for `linear`.
-        recompute: as for `linear`.
-        shadow: the weight in low precision, or None.
-
-    Returns:
-        [..., out] in autocast's dtype, else that of x.
-    """
+    """As `linear`, of parameters that may be any module's; `shadow` is the weight in low precision, or None."""
     dtype = compute_dtype(x)
     norm = before if isinstance(before, nn.LayerNorm) and before.weight is not None else None
     # another module: an Identity stands where a norm has been taken out
@@ -111,13 +99,13 @@ def _without_autocast(x: Tensor) -> Any:
     return torch.autocast(kind, enabled=False) if autocasts(kind) else _NOTHING
 
 
-def _eager_on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def _eager_bf16_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
 
 
 def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # oneDNN adds the bias while it writes; addmm writes the bias first and reads it back
-    if _eager_on_cpu(x) and x.dtype == torch.bfloat16 and _HAS_ONEDNN:
+    if _HAS_ONEDNN and _eager_bf16_on_cpu(x):
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -134,7 +122,7 @@ def _norm(
     x: Tensor, gain: Tensor, shift: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     # statistics in fp32 either way; a CPU takes mixed types, a GPU does not
-    if not (_eager_on_cpu(x) and x.dtype == torch.bfloat16 and gain.dtype == torch.float32):
+    if not (_eager_bf16_on_cpu(x) and gain.dtype == torch.float32):
         x = x.to(gain.dtype)
     u, mean, rstd = torch.ops.aten.native_layer_norm.default(x, (x.shape[-1],), gain, shift, eps)
     return u.to(dtype), mean, rstd
@@ -190,11 +178,8 @@ class _Linear(torch.autograd.Function):
             flat = dy.reshape(-1, dy.shape[-1])
             if needs[1]:
                 if u is None:
-                    u = (
-                        F.gelu(x).to(dtype)
-                        if ctx.kind == "gelu"
-                        else _norm(x, gain, shift, ctx.eps, dtype)[0]
-                    )
+                    gelu = ctx.kind == "gelu"
+                    u = F.gelu(x).to(dtype) if gelu else _norm(x, gain, shift, ctx.eps, dtype)[0]
                 # [out, in], in the weight's own layout
                 dweight = (flat.t() @ u.reshape(-1, u.shape[-1])).to(ctx.wide)
             if ctx.has_bias and needs[2]:
@@ -214,7 +199,7 @@ class _Linear(torch.autograd.Function):
 def _norm_backward(
     du: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not (_eager_on_cpu(x) and x.dtype == torch.bfloat16 and gain.dtype == torch.float32):
+    if not (_eager_bf16_on_cpu(x) and gain.dtype == torch.float32):
         du, x = du.to(gain.dtype), x.to(gain.dtype)
     return torch.ops.aten.native_layer_norm_backward.default(
         du, x, (x.shape[-1],), mean, rstd, gain, shift, [True, True, True]

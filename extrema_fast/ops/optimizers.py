@@ -44,10 +44,7 @@ class _LayerWise(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One update of every parameter with a gradient; returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
             # the fused kernels read fp32, and compare with 1
@@ -124,7 +121,7 @@ class Lamb(_LayerWise):
             x, u = (torch.stack(torch._foreach_norm(t)) for t in (params, updates))
             ratio = torch.where((x > 0) & (u > 0), x / u, 1.0)
             torch._foreach_mul_(updates, list(ratio.unbind()))
-        _descend(params, updates, [], 0.0, group["lr"], found_inf, negated=True)
+        _descend(params, updates, [], momentum=0.0, lr=group["lr"], maximize=True, found_inf=found_inf)
 
 
 class Lars(_LayerWise):
@@ -166,7 +163,7 @@ class Lars(_LayerWise):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             buffers.append(state["momentum_buffer"])
-        _descend(params, grads, buffers, mu, group["lr"], found_inf)
+        _descend(params, grads, buffers, momentum=mu, lr=group["lr"], maximize=False, found_inf=found_inf)
 
 
 def _zeros_like(params: list[Tensor]) -> list[Tensor]:
@@ -176,96 +173,70 @@ def _zeros_like(params: list[Tensor]) -> list[Tensor]:
     return [x[: p.numel()].view(p.shape) for x, p in zip(flat.split(sizes), params, strict=True)]
 
 
-def _descend(
-    params: list[Tensor],
-    updates: list[Tensor],
-    buffers: list[Tensor],
-    mu: float,
-    lr: float | Tensor,
-    found_inf: Tensor | None,
-    *,
-    negated: bool = False,
-) -> None:
-    """`buffer = mu buffer + update; x -= lr buffer`, or `x -= lr update` without buffers; gated."""
-    torch._fused_sgd_(
-        params, updates, buffers, weight_decay=0.0, momentum=mu, lr=lr, dampening=0.0, nesterov=False,
-        maximize=negated, is_first_step=False, grad_scale=None, found_inf=found_inf,
-    )  # fmt: skip
+# `buffer = momentum buffer + update; x -= lr buffer`, or `x -= lr update` without buffers; gated
+_descend = partial(
+    torch._fused_sgd_, weight_decay=0.0, dampening=0.0, nesterov=False, is_first_step=False, grad_scale=None
+)
 
 
 # ---- NVIDIA apex ----------------------------------------------------------------------------------
 
-# github.com/NVIDIA/apex is built from source; the package of that name on PyPI is an unrelated toolkit. So a name
-# proves nothing: an optimizer counts as present if apex's compiled module loads, its kernels are available, and two
-# steps on a small tensor give what the definition gives
+# the package of that name on PyPI is an unrelated toolkit, so a name proves nothing: an optimizer counts as present
+# if two of its steps on a small tensor are those of the definition
 BUILD_APEX = "apex is built from source (github.com/NVIDIA/apex); `pip install apex` is another project"
 APEX_DEVICES = ("cuda",)
 
 
 @functools.cache
-def find_apex(name: str, device: str) -> tuple[type[torch.optim.Optimizer] | None, str]:
-    """Looks for a working apex optimizer.
-
-    Args:
-        name: `FusedAdam` or `FusedLAMB`.
-        device: a device's type.
-
-    Returns:
-        (class, ""), or (None, the reason).
-    """
+def find_apex(name: str, device: str) -> tuple[Callable[..., torch.optim.Optimizer] | None, str]:
+    """(apex's `FusedAdam` or `FusedLAMB`, "") where it works on this type of device, else (None, the reason)."""
     if device not in APEX_DEVICES:
         return None, f"apex runs on {', '.join(APEX_DEVICES)}, not on {device}"
-    # whatever goes wrong inside somebody else's package means that it cannot be used
+    results = []
     try:
-        importlib.import_module("amp_C")
-    except Exception as error:
-        return None, f"apex's compiled module amp_C does not load ({_line(error)})"
-    try:
-        if not importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier.available:
-            return None, "this apex was built without its CUDA extension"
         cls = _adapted(getattr(importlib.import_module("apex.optimizers"), name))
-        difference = _probe(name, cls, device)
+        for make in (cls, Lamb if name == "FusedLAMB" else ADAMW["reference"]):
+            p = torch.nn.Parameter(torch.tensor([[0.5, -1.0, 2.0], [0.1, 0.3, -0.2]], device=device))
+            optimizer = make([{"params": [p], "weight_decay": 0.1}], lr=0.01, betas=(0.9, 0.95), eps=1e-8)
+            for sign in (1.0, -3.0):
+                p.grad = sign * (p.detach().flip(1) + 0.2)
+                optimizer.step()
+            results.append(p.detach())
+        # rounding of weights near 1 is about 1e-5 of this step
+        torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+    # whatever goes wrong inside somebody else's package means that it cannot be used
     except Exception as error:
-        return None, f"apex's {name} does not work here ({_line(error)})"
-    # rounding of weights near 1 is about 1e-5 of this step
-    if not difference < 1e-3:
-        return None, f"apex's {name} differs from its definition by {difference:.1e} of a step"
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return None, f"apex's {name} does not work here ({text[:200]})"
     return cls, ""
 
 
 def apex_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
-    """apex's optimizer, with the state keys of this package's, so that either continues the other's checkpoints.
+    """apex's optimizer where `find_apex` finds it, with the state keys of this package's: checkpoints continue.
 
     It does not read an attribute `found_inf`: the CPU decides whether to step.
 
-    Args:
-        name: `FusedAdam` or `FusedLAMB`.
-        groups: parameter groups.
-        options: `lr` (a number), `betas`, `eps`.
-
     Raises:
-        UsageError: when no working one is found, or for a rate in a tensor.
+        UsageError: for a rate in a tensor.
     """
-    cls, reason = find_apex(name, groups[0]["params"][0].device.type)
-    if cls is None:
-        raise UsageError(f"backend: {reason}; {BUILD_APEX}")
     if isinstance(options["lr"], Tensor):
         raise UsageError(
             f"backend: apex's {name} reads its rate on the CPU, so it cannot be in a tensor (train.cuda_graph); "
             "choose another implementation (system.backend)"
         )
-    return _build_apex(name, cls, groups, **options)
+    cls, _ = find_apex(name, groups[0]["params"][0].device.type)
+    assert cls is not None
+    return cls(groups, **options)
 
 
-def _build_apex(name: str, cls: type, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
-    # its own clipping, on by default, is switched off: the training loop clips
-    more = {"max_grad_norm": float("inf")} if name == "FusedLAMB" else {}
-    return cls(groups, adam_w_mode=True, **more, **options)
-
-
-def _adapted(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+def _adapted(base: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
     class Adapted(base):  # type: ignore[misc, valid-type]
         gates_on_device = False
+
+        def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+            # the clipping of apex's LAMB, on by default, is switched off: the training loop clips
+            more = {"max_grad_norm": float("inf")} if base.__name__ == "FusedLAMB" else {}
+            super().__init__(groups, adam_w_mode=True, **more, **options)
 
         def zero_grad(self, set_to_none: bool = True) -> None:
             # apex's takes no argument
@@ -274,40 +245,19 @@ def _adapted(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
         def step(self, closure: Any = None) -> Any:
             loss = super().step(closure)
             # apex counts per group; checkpoints hold what each parameter has
-            used = [self.state[p] for g in self.param_groups for p in g["params"] if p.grad is not None]
-            for state in used:
-                state.setdefault("step", torch.zeros((), dtype=torch.float32))
-            torch._foreach_add_([state["step"] for state in used], 1)
+            for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+                self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32)).add_(1)
             return loss
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             super().load_state_dict(state_dict)
             for group in self.param_groups:
-                counts = {int(self.state[p]["step"]) for p in group["params"] if "step" in self.state[p]}
                 group.pop("step", None)
-                if counts:
+                if counts := [int(self.state[p]["step"]) for p in group["params"] if "step" in self.state[p]]:
                     group["step"] = max(counts)
 
     Adapted.__name__ = Adapted.__qualname__ = base.__name__
     return Adapted
-
-
-def _probe(name: str, cls: type, device: str) -> float:
-    """Largest difference of two steps from the definition's, as a share of the rate."""
-    results = []
-    for make in (partial(_build_apex, name, cls), Lamb if name == "FusedLAMB" else ADAMW["reference"]):
-        p = torch.nn.Parameter(torch.tensor([[0.5, -1.0, 2.0], [0.1, 0.3, -0.2]], device=device))
-        optimizer = make([{"params": [p], "weight_decay": 0.1}], lr=0.01, betas=(0.9, 0.95), eps=1e-8)
-        for sign in (1.0, -3.0):
-            p.grad = sign * (p.detach().flip(1) + 0.2)
-            optimizer.step()
-        results.append(p.detach())
-    return float((results[0] - results[1]).abs().max()) / 0.01
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) < 200 else text[:200] + " ..."
 
 
 # ---- implementations by name (extrema_fast.ops.dispatch) ------------------------------------------

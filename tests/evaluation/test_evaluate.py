@@ -408,9 +408,9 @@ def test_evaluate_writes_a_result_and_reuses_it(run, monkeypatch):
 
 
 def test_half_commands_measure_their_half_and_write_nothing(run):
-    near = evals.knn_command(run, device="cpu")
+    near = evals.evaluate(run, metrics=("knn",), device="cpu")
     assert all("knn" in r and "probe" not in r for r in near["rows"])
-    line = evals.probe_command(run, device="cpu")
+    line = evals.evaluate(run, metrics=("probe",), device="cpu")
     assert all("probe" in r and "knn" not in r for r in line["rows"])
     assert "k-NN" not in evals.format_table(line)
     assert not (run / "reports").exists()
@@ -425,7 +425,8 @@ def test_weights_folder_needs_images(run, images):
     with pytest.raises(UsageError, match="no test images"):
         evals.evaluate(weights, str(images / "train"))
     # one folder that holds both parts is enough
-    assert evals.knn_command(weights, str(images), device="cpu")["counts"]["test"] == 15
+    half = evals.evaluate(weights, str(images), metrics=("knn",), device="cpu")
+    assert half["counts"]["test"] == 15
 
 
 def test_bad_images_are_named(run, images, tmp_path):

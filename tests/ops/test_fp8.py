@@ -24,6 +24,7 @@ from extrema_fast.ops.fp8 import LAYERS, apply_fp8
 from extrema_fast.training import step
 from extrema_fast.training.logging import LOSS
 from extrema_fast.training.run import build
+from tests.kernels._compare import draw_keep
 
 CFG = from_dict({"model": {"drop_path": 0.0}, "optim": {"warmup_epochs": 0.0}}, smoke())
 needs_torchao = pytest.mark.skipif(
@@ -35,52 +36,25 @@ def kinds(method: ExtreMA) -> dict[str, str]:
     return {n: type(m).__name__ for n, m in method.named_modules() if isinstance(m, torch.nn.Linear)}
 
 
-def inputs(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    keep = torch.stack([torch.randperm(16)[:8].view(2, 4) for _ in range(rows)], 1)
-    return torch.randn(rows, 3, 32, 32), keep
-
-
-# ---- errors ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def untouched():
-    method = ExtreMA(CFG)
-    before = kinds(method)
-    yield method
-    assert kinds(method) == before
-
-
-def test_off_changes_nothing(untouched):
-    assert apply_fp8(untouched, "off", "cpu") == 0
-
-
-@pytest.mark.parametrize("mode", ["teacher", "trunk"])
-def test_without_a_gpu(untouched, mode):
-    with pytest.raises(UsageError, match=rf"train.fp8={mode}: needs an NVIDIA GPU, the device is cpu"):
-        apply_fp8(untouched, mode, "cpu")
-
-
-def test_a_gpu_that_is_too_old(untouched, monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "device", "emulate", "width", "words"),
+    [
+        ("teacher", "cpu", False, 64, "train.fp8=teacher: needs an NVIDIA GPU, the device is cpu"),
+        ("trunk", "cuda:0", False, 64, r"A100 \(sm_80\) has no FP8 matmuls, they begin with sm_89"),
+        ("teacher", "cpu", True, 64, r"needs torchao \(.*pip install 'extrema-fast\[fp8\]'"),
+        ("trunk", "cpu", True, 40, "blocks.0.attn.qkv is 40 x 120, FP8 matmuls need multiples of 16"),
+    ],
+)
+def test_errors_change_nothing(mode, device, emulate, width, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    with pytest.raises(UsageError, match=r"A100 \(sm_80\) has no FP8 matmuls, they begin with sm_89"):
-        apply_fp8(untouched, "trunk", torch.device("cuda", 0))
-
-
-def test_without_torchao(untouched, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    with pytest.raises(UsageError, match=r"needs torchao \(.*pip install 'extrema-fast\[fp8\]'"):
-        apply_fp8(untouched, "teacher", "cpu", emulate=True)
-
-
-def test_widths_that_fp8_matmuls_do_not_have():
-    cfg = from_dict({"model": {"width": 40, "heads": 1}}, CFG)
-    with pytest.raises(UsageError, match=r"blocks.0.attn.qkv is 40 x 120, FP8 matmuls need multiples of 16"):
-        apply_fp8(ExtreMA(cfg), "teacher", "cpu", emulate=True)
-
-
-# ---- emulated --------------------------------------------------------------------------------------
+    method = ExtreMA(from_dict({"model": {"width": width, "heads": 1}}, CFG))
+    before = kinds(method)
+    assert apply_fp8(method, "off", device) == 0
+    with pytest.raises(UsageError, match=words):
+        apply_fp8(method, mode, device, emulate=emulate)
+    assert kinds(method) == before
 
 
 @needs_torchao
@@ -112,19 +86,14 @@ def test_close_to_the_usual_matmuls(precision):
     plain, fp8 = ExtreMA(CFG), ExtreMA(CFG)
     apply_fp8(fp8, "trunk", "cpu", emulate=True)
     # an odd number of rows: the backward pass sums over them
-    images, keep = inputs(3)
+    images, keep = torch.randn(3, 3, 32, 32), draw_keep(3, 16, 2, 4, disjoint=True)
     results = []
     for method in (plain, fp8):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             out = method(images, images.flip(-1), keep)
         out.loss.backward()
-        results.append(out)
-    a, b = results
-    for x, y in (
-        (a.target, b.target),
-        (a.prediction, b.prediction),
-        (a.student_features, b.student_features),
-    ):
+        results.append((out.target, out.prediction, out.student_features))
+    for x, y in zip(*results, strict=True):
         assert F.cosine_similarity(x.float(), y.float()).min() > 0.99
         # not the same numbers: matmuls of bf16 differ by far less than three bits of mantissa do
         assert float((x.float() - y.float()).norm() / x.float().norm()) > 3e-3

@@ -54,7 +54,7 @@ def test_momentum_at_its_corners():
 
 
 def test_the_papers_run():
-    cfg = c.paper_base_80x5()
+    cfg = c.preset("paper_base_80x5")
     s = Schedule(cfg, 625)
     assert (s.total_steps, s.warmup_steps) == (187_500, 25_000)
     assert s.lr(0) == 0

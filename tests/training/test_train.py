@@ -20,7 +20,7 @@ import torch
 
 from extrema_fast import distributed as dist
 from extrema_fast import train
-from extrema_fast.config import Config, from_dict, paper_base_80x5, smoke
+from extrema_fast.config import Config, from_dict, preset, smoke
 from extrema_fast.data.augment import color_jitter, jitter_params
 from extrema_fast.data.loader import TrainLoader
 from extrema_fast.data.sources import open_source
@@ -436,10 +436,10 @@ def test_flops_of_the_paper_recipe():
     # ViT-B, 5 x 39 tokens seen three times over and 196 once, trunk alone: 24 C^2 + 4 n C per token
     width, depth = 768, 12
     trunk = depth * (3 * 5 * 39 * (24 * width**2 + 4 * 39 * width) + 196 * (24 * width**2 + 4 * 196 * width))
-    total = flops_per_image(paper_base_80x5())
+    total = flops_per_image(preset("paper_base_80x5"))
     assert trunk < total < 1.15 * trunk
     resolved = Resolved("cuda", "bf16", True, "block", False, "none", "short", "sdpa", {}, "dali", 16, 8)
-    text = headline(paper_base_80x5(), resolved, 8, 1_281_167)
+    text = headline(preset("paper_base_80x5"), resolved, 8, 1_281_167)
     assert "8 x 1 x 256" in text and "peak learning rate 0.0012" in text and "625 steps" in text
     assert "bf16 on cuda, dali loader" in text and "attention short (student) sdpa (teacher)" in text
 
