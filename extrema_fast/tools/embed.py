@@ -13,8 +13,8 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -382,11 +382,9 @@ def _make(job: Job, out: Path, todo: list[int], progress: bool) -> None:
     """This process's share of the parts; an error of one process ends all of them, once each is through."""
     rank, size = job.world.rank, job.world.size
     mine = todo[rank * len(todo) // size : (rank + 1) * len(todo) // size]
-    failure = None
+    images, failure = sum(len(job.part_rows(n)) for n in mine), None
     try:
-        with ImageProgress(
-            "embedding", sum(len(job.part_rows(n)) for n in mine), progress and job.world.is_rank_zero
-        ) as bar:
+        with ImageProgress("embedding", images, progress and job.world.is_rank_zero) as bar:
             _write_parts(job, out, mine, bar)
     except ExtremaError as error:
         failure = error
@@ -399,30 +397,21 @@ def _make(job: Job, out: Path, todo: list[int], progress: bool) -> None:
 def _write_parts(job: Job, out: Path, numbers: list[int], bar: ImageProgress) -> None:
     # one part is written while the next is computed; more would only fill the memory
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
-        pending = None
-        for number, features, broken in encode_parts(job, numbers, bar.reached):
+        pending: list[Future[None]] = []
+        for number, features, broken in _encode_parts(job, numbers, bar):
             left_out = {row for row, _ in broken}
             rows = [job.row(n) for n in job.part_rows(number) if n not in left_out]
-            if pending is not None:
-                pending.result()
-            pending = writer.submit(write_part, out, number, job.settings.format, features, rows, broken)
-        if pending is not None:
-            pending.result()
+            for written in pending:
+                written.result()
+            pending = [writer.submit(write_part, out, number, job.settings.format, features, rows, broken)]
+        for written in pending:
+            written.result()
 
 
-def encode_parts(
-    job: Job, numbers: list[int], reached: Callable[[int], None] = lambda images: None
+def _encode_parts(
+    job: Job, numbers: list[int], bar: ImageProgress
 ) -> Iterator[tuple[int, Tensor, list[tuple[int, str]]]]:
-    """(number, features, [(row, reason) of images left out]) of each part, by one reader over all of them.
-
-    Args:
-        numbers: ascending.
-        reached: called after every batch with the number of images so far.
-
-    Raises:
-        DataError: an image that cannot be read, with `job.strict`.
-        NonFiniteError: as `encode_batch`.
-    """
+    """(number, features, [(row, reason) of images left out]) of each part, by one reader over all of them."""
     if not numbers:
         return
     rows = torch.cat([torch.arange(r.start, r.stop) for r in map(job.part_rows, numbers)])
@@ -439,8 +428,13 @@ def encode_parts(
         none = torch.empty(0, *job.shape, dtype=DTYPES[job.settings.dtype])
         features = torch.cat([none, *batches])
         batches.clear()
-        found = [place for place in range(first, end) if bad.known[place]]
-        return number, features, [(int(rows[place]), _reason(source, bad, place)) for place in found]
+        # a reason without the path, which stands beside it
+        broken = [
+            (int(rows[place]), bad.reasons[place].removeprefix(f"{source.title(place)}: "))
+            for place in range(first, end)
+            if bad.known[place]
+        ]
+        return number, features, broken
 
     try:
         for images, index in job.images(source, None if job.strict else bad):
@@ -448,18 +442,13 @@ def encode_parts(
             while int(index[0]) >= waiting[0][2]:
                 yield part()
             batches.append(encode_batch(job, images, rows[index]))
-            reached(int(index[-1]) + 1)
+            bar.reached(int(index[-1]) + 1)
     except DataError:
         # of all images not one can be read: no error of this process's share alone
         if len(bad) < len(rows):
             raise
     while waiting:
         yield part()
-
-
-def _reason(source: ImageSource, bad: BadRows, place: int) -> str:
-    # without the path, which stands beside it
-    return bad.reasons[place].removeprefix(f"{source.title(place)}: ")
 
 
 @torch.inference_mode()

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -59,10 +59,6 @@ class Trouble(NamedTuple):
     count: int  # type: ignore[assignment]
     title: str
     details: str
-
-    def status(self) -> str:
-        """The first one's status."""
-        return f"{self.what}: {self.details}" if self.details else self.what
 
 
 class Result(NamedTuple):
@@ -158,7 +154,8 @@ def index(
     if not result.good:
         first = result.troubles[0]
         raise DataError(
-            f"{data}: none of the {result.rows} images is good, first: {first.title} ({first.status()}); "
+            f"{data}: none of the {result.rows} images is good, first: {first.title} "
+            f"({first.what}{first.details and ': '}{first.details}); "
             f"{job.out} lists them all"
         )
     return result
@@ -277,18 +274,7 @@ def _known_rows(job: Job, lines: Iterable[str], name: str) -> dict[tuple[str, st
     first = next(given, "")
     if not first:
         return known
-    fits, limit = _settings(job, parse_header(first, next(given, ""), name), name)
-    for line in given if fits else ():
-        fields = line.split("\t")
-        if len(fields) != len(COLUMNS) or not line.endswith("\n"):
-            continue
-        if limit is None or _pixels(fields) <= limit:
-            known[fields[PATH], fields[OFFSET]] = line
-    return known
-
-
-def _settings(job: Job, header: dict[str, Any], name: str) -> tuple[bool, int | None]:
-    """Whether rows below this header can be used, and up to how many pixels; None: any number."""
+    header = parse_header(first, next(given, ""), name)
     data = header.get("data")
     there = data if data in BUILT_IN else os.path.realpath(root_folder(job.out, str(data)))
     here = job.data if job.data in BUILT_IN else os.path.realpath(job.data)
@@ -297,27 +283,34 @@ def _settings(job: Job, header: dict[str, Any], name: str) -> tuple[bool, int | 
         raise UsageError(
             f"--out {job.out}: {name} is of {of}, not of {here}; choose another --out, or --force replaces it"
         )
-    pixels = header.get("max_pixels")
-    limit = min(pixels, job.max_pixels) if isinstance(pixels, int) else 0
-    return bool(header.get("strict")) or not job.strict, None if pixels == job.max_pixels else limit
+    if job.strict and not header.get("strict"):
+        return known
+    for line in given:
+        fields = line.split("\t")
+        if len(fields) == len(COLUMNS) and line.endswith("\n"):
+            if header.get("max_pixels") == job.max_pixels or _is_within(fields, job.max_pixels):
+                known[fields[PATH], fields[OFFSET]] = line
+    return known
 
 
-def _pixels(fields: list[str]) -> int:
+def _is_within(fields: list[str], max_pixels: int) -> bool:
+    """Whether a row says the same with this limit, having been made with another."""
     try:
-        return int(fields[WIDTH]) * int(fields[HEIGHT])
+        pixels = int(fields[WIDTH]) * int(fields[HEIGHT])
     except ValueError:
-        return sys.maxsize
+        return False
+    return pixels <= max_pixels and not fields[STATUS].startswith("too large")
 
 
 def _take_over(job: Job, known: dict[tuple[str, str], str]) -> tuple[list[str], list[int]]:
     """The line of each row that is known and unchanged, "" for the others, and the rows of these."""
-    lines, todo, about = [], [], ("", (-1, -1))
+    lines, todo = [], []
+    # the rows of a shard have one file
+    size_and_time = lru_cache(maxsize=1)(_size_and_time)
     for row, path in enumerate(job.source.paths):
         line = known.get((escape(job.paths[row]), str(job.offsets[row])), "")
         if line:
-            # the rows of a shard have one file
-            about = about if about[0] == path else (path, _size_and_time(path))
-            size, mtime_ns = about[1]
+            size, mtime_ns = size_and_time(path)
             size = size if job.lengths[row] < 0 else job.lengths[row]
             line = _unchanged(line.split("\t"), size, mtime_ns, job, row)
         lines.append(line)
@@ -364,7 +357,7 @@ def _decode(
     processes = min(processes, -(-len(files) // BATCH))
     done, bad, head = 0, 0, job.head().splitlines(True)
     waiting: list[str] = []
-    kept_at, stopped = time.monotonic(), False
+    kept_at = time.monotonic()
 
     def keep() -> None:
         nonlocal number, kept_at
@@ -388,10 +381,11 @@ def _decode(
                     keep()
                 bar.reached(done, f"{bad} bad" if bad else "")
         except KeyboardInterrupt:
-            stopped = True
-    keep()
-    if stopped:
-        raise Preempted(f"stopped; {done} of {len(files)} decoded images are kept in {job.part}")
+            raise Preempted(
+                f"stopped; {done} of {len(files)} decoded images are kept in {job.part}"
+            ) from None
+        finally:
+            keep()
     return pool.decoder
 
 

@@ -346,7 +346,12 @@ def _pack(
                     shard = shard or ShardWriter(out, work, number, place)
                     shard.left_out.append((row, source.title(row), image))
                     bad += 1
-                    _check_budget(source, bad, max_bad, shard.left_out[-1], out)
+                    if bad > max(1, max_bad * len(source)):
+                        raise DataError(
+                            f"{source.name}: {bad} of {len(source)} images cannot be packed, more than --max-bad "
+                            f"{max_bad:g} allows, last: {source.title(row)} ({image}); `extrema-fast index` lists "
+                            f"them all; finished shards in {out} stay, and a larger --max-bad goes on"
+                        )
                 else:
                     parts, entry = _sample(source, row, f"{place:0{width}d}", image)
                     if shard and shard.rows and shard.bytes + space(parts) + END > settings.shard_mb * MB:
@@ -387,44 +392,26 @@ def _sample(source: ImageSource, row: int, key: str, image: Packed) -> tuple[lis
         label = source.classes[number]
         parts.append((f"{key}.cls", str(number).encode()))
     parts.append((f"{key}.idx", struct.pack("<q", row)))
-    return parts, Row(
-        path="",
-        member=member,
-        bytes=len(image.data),
-        crc32=zlib.crc32(image.data),
-        kind=image.kind,
-        width=image.width,
-        height=image.height,
-        orientation=image.orientation,
-        label=label,
-    )
-
-
-def _check_budget(
-    source: ImageSource, bad: int, max_bad: float, last: tuple[int, str, str], out: Path
-) -> None:
-    if bad > max(1, max_bad * len(source)):
-        raise DataError(
-            f"{source.name}: {bad} of {len(source)} images cannot be packed, more than --max-bad {max_bad:g} allows, "
-            f"last: {last[1]} ({last[2]}); `extrema-fast index` lists them all; finished shards in {out} stay, and "
-            "a larger --max-bad goes on"
-        )
+    about = image._asdict() | {"bytes": len(image.data), "crc32": zlib.crc32(image.data)}
+    del about["data"]
+    return parts, Row(path="", member=member, label=label, **about)
 
 
 def _finish(source: ImageSource, out: Path, work: Work, about: dict[str, Any], pillow: str) -> None:
     """Manifest, classes, checksums; then the folder is marked finished."""
     done = _finished_shards(out, work)
     rows = [row for d in done for row in d.rows]
+    left_out = [entry for d in done for entry in d.left_out]
     if not rows:
+        _, title, why = left_out[0]
         raise DataError(
-            f"{source.name}: none of its {len(source)} images can be packed, first: {_first(done)}"
+            f"{source.name}: none of its {len(source)} images can be packed, first: {title} ({why})"
         )
     sums = {name: value for d in done for name, value in d.sums.items()}
     classes = source.classes if source.labels is not None else []
     texts = {MANIFEST: header_lines(".", classes, {"packed": about}) + "".join(map(row_line, rows))}
     if classes:
         texts[CLASSES] = "".join(f"{escape(c)}\n" for c in classes)
-    left_out = [entry for d in done for entry in d.left_out]
     if left_out:
         lines = (f"{row}\t{escape(title)}\t{escape(why)}\n" for row, title, why in left_out)
         texts[LEFT_OUT] = "row\timage\treason\n" + "".join(lines)
@@ -441,10 +428,6 @@ def _finish(source: ImageSource, out: Path, work: Work, about: dict[str, Any], p
     }
     _write_about(out, {**about, **counts, "pillow": pillow, "complete": True, "files": files})
     work.remove()
-
-
-def _first(done: list[Done]) -> str:
-    return next((f"{title} ({why})" for d in done for _, title, why in d.left_out), "")
 
 
 def _finished_shards(out: Path, work: Work) -> list[Done]:

@@ -5,14 +5,14 @@ The ranges in the code (`ops/scope.py`) are on while it runs; `trace.py` reads t
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from ..config import Config, local_batch, to_dict
 from ..data.loader import Batch
-from ..distributed import World, start
+from ..distributed import start
 from ..errors import UsageError
 from ..files import write_file
 from ..ops.scope import recording
@@ -35,8 +35,8 @@ from . import trace
 
 log = logging.getLogger(__name__)
 
-# without a data set: batches of noise, used in turns
-_NOISE_BATCHES, _NOISE_IMAGES = 2, 1_000_000
+# without a data set: images of noise
+_NOISE_IMAGES = 1_000_000
 
 
 def profile(
@@ -71,136 +71,88 @@ def profile(
         local_batch(cfg, 1)
         source = range(max(_NOISE_IMAGES, cfg.train.batch_size)) if synthetic else open_train(cfg)
         run = build(cfg, world, source)  # type: ignore[arg-type]
-        _announce(cfg, world, synthetic)
-        compiles = run.resolved.compile != "none"
-        with recording(), _fused_names() if compiles else nullcontext():
+        images, flop = (
+            "from memory" if synthetic else cfg.data.train,
+            flops_per_image(cfg) * cfg.train.batch_size,
+        )
+        log.info(
+            "profiling %s: batch %d, %.3g TFLOP a step, images %s",
+            world.device,
+            cfg.train.batch_size,
+            flop / 1e12,
+            images,
+        )
+        if world.device.type == "cpu" and flop > 1e13:
+            log.warning("a step of this size takes minutes on a CPU; a smaller one: --train.batch-size 16")
+        with recording(), _fused_names(run):
             wrap(run)
             with nullcontext(_noise(run)) if synthetic else open_loader(run) as loader:
                 times, profiler = _measure(run, batches(run, loader), steps, warmup)
     folder.mkdir(parents=True, exist_ok=True)
-    # a reader of the folder sees the old trace or the new one
-    temporary = folder / f".tmp-{os.getpid()}-trace.json.gz"
-    profiler.export_chrome_trace(str(temporary))
-    os.replace(temporary, folder / "trace.json.gz")
-    found = trace.read(trace.load(folder / "trace.json.gz"))
-    result = _result(run, found, times, synthetic)
+    profiler.export_chrome_trace(str(folder / "trace.json.gz"))
+    with gzip.open(folder / "trace.json.gz") as f:
+        found = trace.Breakdown(json.load(f)["traceEvents"])
+    result = _result(run, found, times, images)
     write_file(folder / "profile.json", json.dumps(result, indent=1) + "\n")
     write_file(folder / "profile.txt", describe(result) + "\n")
     return result
 
 
-def _announce(cfg: Config, world: World, synthetic: bool) -> None:
-    flop = flops_per_image(cfg) * cfg.train.batch_size
-    log.info(
-        "profiling %s: batch %d, %.3g TFLOP a step, images %s",
-        world.device,
-        cfg.train.batch_size,
-        flop / 1e12,
-        "from memory" if synthetic else cfg.data.train,
-    )
-    if world.device.type == "cpu" and flop > 1e13:
-        log.warning("a step of this size takes minutes on a CPU; a smaller one: --train.batch-size 16")
-
-
-@contextmanager
-def _fused_names() -> Iterator[None]:
+def _fused_names(run: Run) -> AbstractContextManager[object]:
     """Compiled CPU code marks each fused kernel; without it they would be a gap in the trace."""
+    if run.resolved.compile == "none":
+        return nullcontext()
     import torch._inductor.config as inductor
 
-    with inductor.patch("cpp.enable_kernel_profile", sys.platform == "linux"):
-        yield
-
-
-# ---- steps ------------------------------------------------------------------------------------------
+    return inductor.patch("cpp.enable_kernel_profile", sys.platform == "linux")
 
 
 def _noise(run: Run) -> Iterator[Batch]:
-    size, device = run.cfg.train.batch_size, run.world.device
+    size = run.cfg.train.batch_size
     generator = torch.Generator().manual_seed(run.cfg.train.seed)
     shape = (size, *run.cfg.model.img_size, 3)
-    images = [
-        torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
-        for _ in range(_NOISE_BATCHES)
-    ]
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(run.world.device)
     while True:
         index = torch.arange(size) + run.step * size % (len(run.source) - size + 1)
-        yield Batch(images[run.step % _NOISE_BATCHES], index, 0, run.step)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _clock(device: torch.device) -> Callable[[], Any]:
-    if device.type != "cuda":
-        return time.perf_counter
-
-    def record() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    return record
-
-
-def _ms(began: Any, ended: Any) -> float:
-    return 1000 * (ended - began) if isinstance(began, float) else began.elapsed_time(ended)
+        yield Batch(images, index, 0, run.step)
 
 
 def _measure(run: Run, given: Iterator[Batch], steps: int, warmup: int) -> tuple[dict[str, float], Any]:
     """({"step_ms": without the profiler, "profiled_step_ms": with it}, the profiler with its events)."""
-    device = run.world.device
+    gpu = run.world.device.type == "cuda"
 
-    def step() -> None:
-        with record_function(trace.STEP):
-            with record_function(trace.PREFIX + trace.DATA):
-                batch = next(given)
-            train_step(run, batch)
-            run.step += 1
-
-    def timed() -> float:
-        # a GPU runs behind: its own clock, and no wait between steps
-        times, clock = [], _clock(device)
-        for _ in range(steps):
-            began = clock()
-            step()
-            times.append((began, clock()))
-        _wait(device)
-        return statistics.median(_ms(*pair) for pair in times)
+    def timed(count: int) -> float:
+        """Milliseconds of a step."""
+        began = time.perf_counter()
+        for _ in range(count):
+            with record_function(trace.STEP):
+                with record_function(trace.PREFIX + trace.DATA):
+                    batch = next(given)
+                train_step(run, batch)
+                run.step += 1
+        # a GPU runs behind: no wait between steps
+        if gpu:
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - began) / count
 
     # capture follows a few eager steps, up to 11 with several processes
-    for _ in range(max(warmup, 15) if run.cfg.train.cuda_graph else warmup):
-        step()
-    plain = timed()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with _quiet_profiler():
-        # its first use pays for starting the tracer
-        with torch.profiler.profile(activities=activities):
-            step()
-            _wait(device)
-        with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
-            profiled = timed()
+    timed(max(warmup, 15) if run.cfg.train.cuda_graph else warmup)
+    plain = timed(steps)
+    # the tracer's own lines on standard error are left out
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+    # its first use pays for starting the tracer
+    with torch.profiler.profile(activities=activities):
+        timed(1)
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+        profiled = timed(steps)
     return {"step_ms": plain, "profiled_step_ms": profiled}, profiler
-
-
-@contextmanager
-def _quiet_profiler() -> Iterator[None]:
-    """The tracer's own lines on standard error are left out, unless the user asks for them."""
-    ours = "KINETO_LOG_LEVEL" not in os.environ
-    if ours:
-        os.environ["KINETO_LOG_LEVEL"] = "6"
-    try:
-        yield
-    finally:
-        if ours:
-            del os.environ["KINETO_LOG_LEVEL"]
 
 
 # ---- the result -------------------------------------------------------------------------------------
 
 
-def _result(run: Run, found: trace.Breakdown, times: dict[str, float], synthetic: bool) -> dict[str, Any]:
+def _result(run: Run, found: trace.Breakdown, times: dict[str, float], images: str) -> dict[str, Any]:
     cfg, device = run.cfg, run.world.device
     per_step = 1e-3 / found.steps
     rows = [
@@ -222,7 +174,7 @@ def _result(run: Run, found: trace.Breakdown, times: dict[str, float], synthetic
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "basis": "kernel time on the GPU" if found.on_device else "op time on the CPU",
-        "images": "from memory" if synthetic else cfg.data.train,
+        "images": images,
         "steps": found.steps,
         **times,
         "traced_step_ms": found.wall_us * per_step,
@@ -241,59 +193,46 @@ def _result(run: Run, found: trace.Breakdown, times: dict[str, float], synthetic
         "rows": rows,
         "longest": [
             {"component": c, "op": name, "ms": us * per_step, "share": us / found.wall_us}
-            for c, name, us in found.ops[:20]
+            for (c, name), us in sorted(found.ops.items(), key=lambda op: -op[1])[:20]
         ],
         "config": to_dict(cfg),
         "versions": versions(),
     }
 
 
-HEADER = ("component", "forward ms", "backward ms", "both ms", "of step", "in matmuls")
-
-
-def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The rows of the table as text, in the order of `HEADER`; the last one is the whole step."""
-
-    def line(
-        name: str, forward: float, backward: float, both: float, share: float, matmul: float
-    ) -> tuple[str, ...]:
-        parts = [f"{value:.2f}" if value else "" for value in (forward, backward)]
-        in_matmuls = f"{100 * matmul / both:.0f} %" if matmul else ""
-        return (name, *parts, f"{both:.2f}", f"{100 * share:.1f} %", in_matmuls)
-
-    rows, whole = result["rows"], result["traced_step_ms"]
-    lines = [
-        line(
-            f"{r['branch']} {r['component']}".strip(),
-            *(r[k] for k in ("forward_ms", "backward_ms", "ms", "share", "matmul_ms")),
-        )
-        for r in rows
-    ]
-    if result["basis"].startswith("kernel"):
-        idle = 1 - result["busy_share"]
-        lines.append(line("no kernel running", 0, 0, idle * whole, idle, 0))
-    forward, backward = (sum(r[k] for r in rows) for k in ("forward_ms", "backward_ms"))
-    return [*lines, line("step", forward, backward, whole, 1, result["matmul"]["ms"])]
-
-
 def describe(result: dict[str, Any]) -> str:
     """The table, and times with and without the profiler, as text."""
-    lines = [HEADER, *table(result)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
 
-    def text(line: tuple[str, ...]) -> str:
-        cells = [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
-        return "  ".join(cells).rstrip()
+    def line(name: str, forward: float, backward: float, both: float, matmul: float) -> tuple[str, ...]:
+        parts = [f"{value:.2f}" if value else "" for value in (forward, backward)]
+        in_matmuls = f"{100 * matmul / both:.0f} %" if matmul else ""
+        return (name, *parts, f"{both:.2f}", f"{100 * both / whole:.1f} %", in_matmuls)
 
-    rule, matmul = "-" * (sum(widths) + 2 * len(widths) - 2), result["matmul"]
+    rows, whole, matmul = result["rows"], result["traced_step_ms"], result["matmul"]
+    lines: list[tuple[str, ...]] = [
+        ("component", "forward ms", "backward ms", "both ms", "of step", "in matmuls")
+    ]
+    for r in rows:
+        name = f"{r['branch']} {r['component']}".strip()
+        lines.append(line(name, r["forward_ms"], r["backward_ms"], r["ms"], r["matmul_ms"]))
+    if result["basis"].startswith("kernel"):
+        lines.append(line("no kernel running", 0, 0, (1 - result["busy_share"]) * whole, 0))
+    forward, backward = (sum(r[k] for r in rows) for k in ("forward_ms", "backward_ms"))
+    lines.append(line("step", forward, backward, whole, matmul["ms"]))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip()
+        for cells in lines
+    ]
+    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
     rate = f", at {matmul['tflops_per_s']:.3g} TFLOP/s" if matmul["tflops_per_s"] else ""
     return "\n".join(
         [
-            text(lines[0]),
+            text[0],
             rule,
-            *map(text, lines[1:-1]),
+            *text[1:-1],
             rule,
-            text(lines[-1]),
+            text[-1],
             "",
             f"{result['device']}, {result['precision']}, images {result['images']}; {result['basis']}, "
             f"mean over steps: {result['steps']}",

@@ -236,9 +236,9 @@ def _draw(
     def tiles() -> Iterator[list[Tile]]:
         for i, one in enumerate(result[:SHEET_QUERIES]):
             data = _bytes(source, own[1].row) if own is not None else _bytes(images, i)
-            line = [Tile(data, "query", _short(one["query"]))]
+            line = [Tile(data, "query", os.path.basename(one["query"]))]
             for found in one["neighbours"]:
-                name = found["label"] or _short(found["path"])
+                name = found["label"] or os.path.basename(found["path"])
                 line.append(Tile(_bytes(source, found["row"]), f"{found['score']:.3f}", name))
             yield line
 
@@ -264,10 +264,6 @@ def _bytes(source: ImageSource | None, row: int) -> bytes | None:
         return None if source is None else source.read(row)
     except OSError:
         return None
-
-
-def _short(path: str) -> str:
-    return os.path.basename(path)
 
 
 def format_table(result: list[dict[str, Any]]) -> str:

@@ -1,7 +1,7 @@
 """Where the time of a step goes, read from a Chrome trace of torch's profiler.
 
-A trace holds ranges named `extrema:STEP`, `extrema:student/trunk`, ... (`profile.py` opens them), the ops inside
-them and, on a GPU, the kernels these launched. Here each op is given to a component of the method:
+A trace holds ranges named `extrema:STEP`, `extrema:student/trunk`, ... (`ops/scope.py`), the ops inside them and, on
+a GPU, the kernels these launched. Here each op is given to a component of the method:
 
     forward   the innermost range around the op
     backward  the range of the forward op with the same autograd sequence number
@@ -14,16 +14,11 @@ on a GPU it is the time of its kernels.
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 import re
-from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
@@ -43,16 +38,9 @@ ORDER = [
     ("", ACCUMULATE), ("", "optimizer and EMA"), ("", "other"), ("", OUTSIDE),
 ]  # fmt: skip
 
-# multiplications: op -> its two factors in the list of arguments, and the axis of the second with the columns
-_FACTORS = {
-    "aten::mm": (0, 1, -1),
-    "aten::bmm": (0, 1, -1),
-    "aten::addmm": (1, 2, -1),
-    "aten::baddbmm": (1, 2, -1),
-    "aten::_addmm_activation": (1, 2, -1),
-    "aten::_scaled_mm": (0, 1, -1),
-    "mkldnn::_linear_pointwise": (0, 1, 0),
-}
+# matmuls with known shapes: op -> where its two factors are in the list of arguments
+_FACTORS = {"aten::mm": 0, "aten::bmm": 0, "aten::_scaled_mm": 0, "mkldnn::_linear_pointwise": 0}
+_FACTORS |= {"aten::addmm": 1, "aten::baddbmm": 1, "aten::_addmm_activation": 1}
 _IS_ATTENTION = re.compile(r"attention|flash|fmha|softmax|bmm|^_Matmul", re.IGNORECASE)
 _IS_MATMUL = re.compile(
     r"^aten::(mm|addmm|linear|_scaled_mm|_addmm_activation)$|_linear_pointwise|^(Add)?mmBackward"
@@ -73,11 +61,8 @@ class Event:
     kind: str
     start: float
     end: float
-    thread: Any = None
-    sequence: int = -1
-    dims: list = field(default_factory=list)
-    correlation: int = -1
-    external: int = -1
+    thread: Any
+    args: dict[str, Any]
     parent: Event | None = None
     children_us: float = 0.0
 
@@ -85,23 +70,32 @@ class Event:
     def own_us(self) -> float:
         return max(0.0, self.end - self.start - self.children_us)
 
-    def up(self) -> Iterator[Event]:
+    @cached_property
+    def up(self) -> list[Event]:
         """The event, then everything around it, outwards."""
-        event: Event | None = self
-        while event is not None:
-            yield event
-            event = event.parent
+        return [self, *(self.parent.up if self.parent else ())]
+
+    @property
+    def is_backward(self) -> bool:
+        return any(e.name.startswith(_NODE) for e in self.up)
 
     @cached_property
     def flop(self) -> float:
         """Of a matmul, from its shapes; 0 for any other op."""
         if self.name not in _FACTORS:
             return 0.0
-        first, second, axis = _FACTORS[self.name]
+        first = _FACTORS[self.name]
+        columns = 0 if self.name.startswith("mkldnn") else -1
         try:
-            return 2.0 * math.prod(self.dims[first]) * self.dims[second][axis]
-        except (IndexError, TypeError):
+            a, b = self.args["Input Dims"][first : first + 2]
+            return 2.0 * math.prod(a) * b[columns]
+        except (KeyError, ValueError, IndexError):
             return 0.0
+
+    @property
+    def matmul(self) -> Event | None:
+        """The outermost matmul that the event is part of."""
+        return next((e for e in reversed(self.up) if e.flop), None)
 
 
 @dataclass
@@ -120,62 +114,133 @@ class Row:
         return self.forward_us + self.backward_us
 
 
-@dataclass
 class Breakdown:
-    """What `read` returns; times are sums over `steps`."""
+    """Where the time in a list of trace events went; times are sums over `steps`.
 
-    steps: int
-    on_device: bool
-    """times are of kernels on a GPU, not of ops on the CPU"""
-    wall_us: float
-    """of the steps: on a GPU from the first kernel to the last one"""
-    busy_us: float
-    """of `wall_us`, when an op or a kernel ran"""
-    rows: list[Row]
-    ops: list[tuple[str, str, float]]
-    """(component, op or kernel, us), longest first"""
+    Attributes:
+        on_device: times are of kernels on a GPU, not of ops on the CPU.
+        wall_us: of the steps: on a GPU from the first kernel to the last one.
+        busy_us: of `wall_us`, when an op or a kernel ran.
+        ops: (component, op or kernel) -> us.
+    """
 
+    def __init__(self, events: list[dict[str, Any]]) -> None:
+        host, device = _parse(events)
+        _nest(host)
+        self.host = host
+        self.spans = [e for e in host if e.name == STEP]
+        self.steps, self.on_device = len(self.spans), bool(device)
+        self.forward = {
+            e.args["Sequence number"]: e
+            for e in sorted(host, key=lambda e: e.start)
+            # of ops in the backward pass, those with a number run a forward op again and have a thread to point to
+            if e.args.get("Sequence number", -1) >= 0
+            and not e.args.get("Fwd thread id")
+            and not e.is_backward
+        }
+        self.table: dict[tuple[str, str], Row] = {}
+        self.ops: dict[tuple[str, str], float] = defaultdict(float)
+        if device:
+            self._count_kernels(device)
+        else:
+            self._count_ops()
 
-def load(path: str | Path) -> list[dict[str, Any]]:
-    """The events of a Chrome trace, `.json` or `.json.gz`; raises UsageError when it is none."""
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-        return json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)["traceEvents"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: not a Chrome trace ({type(error).__name__}: {error})") from None
+    @property
+    def rows(self) -> list[Row]:
+        order = {key: i for i, key in enumerate(ORDER)}
+        return [self.table[key] for key in sorted(self.table, key=lambda key: order.get(key, len(order)))]
 
-
-def read(events: list[dict[str, Any]]) -> Breakdown:
-    """The time of every component; raises UsageError for a trace without a step range."""
-    host, device = _parse(events)
-    _nest(host)
-    steps = sorted((e for e in host if e.name == STEP), key=lambda e: e.start)
-    if not steps:
-        raise UsageError(f"the trace has no range {STEP!r}; make it with `extrema-fast profile`")
-    forward = {e.sequence: e for e in sorted(host, key=lambda e: e.start) if _is_forward(e)}
-    table: dict[tuple[str, str], Row] = {}
-    ops: dict[tuple[str, str], float] = defaultdict(float)
-
-    def add(place: tuple[str, str, bool], name: str, us: float) -> Row:
+    def _add(self, place: tuple[str, str, bool], name: str, us: float) -> Row:
         branch, component, backward = place
-        row = table.setdefault((branch, component), Row(branch, component))
+        row = self.table.setdefault((branch, component), Row(branch, component))
         if backward:
             row.backward_us += us
         else:
             row.forward_us += us
-        ops[f"{branch} {component}".strip(), name] += us
+        self.ops[f"{branch} {component}".strip(), name] += us
         return row
 
-    if device:
-        wall, busy = _count_kernels(device, host, steps, forward, add)
-    else:
-        wall = _count_ops(host, steps, forward, add)
-        busy = wall - sum(r.us for r in table.values() if r.component == OUTSIDE)
-    order = {key: i for i, key in enumerate(ORDER)}
-    rows = sorted(table.values(), key=lambda r: order.get((r.branch, r.component), len(order)))
-    longest = [(*key, us) for key, us in sorted(ops.items(), key=lambda item: -item[1]) if us > 0]
-    return Breakdown(len(steps), bool(device), wall, busy, rows, longest)
+    def _in_step(self, event: Event) -> bool:
+        return any(s.start <= event.start < s.end for s in self.spans)
+
+    def _count_ops(self) -> None:
+        for e in self.host:
+            # loader threads run beside the step
+            if e.thread != self.spans[0].thread or not self._in_step(e):
+                continue
+            row = self._add(self._place(e), e.name, e.own_us)
+            if e.matmul is not None:
+                row.matmul_us += e.own_us
+                row.flop += e.flop if e is e.matmul else 0
+        self.wall_us = sum(s.end - s.start for s in self.spans)
+        self.busy_us = self.wall_us - sum(r.us for r in self.rows if r.component == OUTSIDE)
+
+    def _count_kernels(self, device: list[Event]) -> None:
+        launches = {
+            e.args["correlation"]: e for e in self.host if "correlation" in e.args and e.kind != "cpu_op"
+        }
+        method_threads = {e.thread for e in self.host if e.kind == "cpu_op"} | {s.thread for s in self.spans}
+        by_id = {
+            e.args["External id"]: e for e in self.host if e.kind == "cpu_op" and "External id" in e.args
+        }
+        counted: set[int] = set()
+        first, until = math.inf, 0.0
+        self.busy_us = 0.0
+        for kernel in sorted(device, key=lambda k: k.start):
+            launch = launches.get(kernel.args.get("correlation"))
+            if launch is None or not self._in_step(launch):
+                continue
+            us, what = kernel.end - kernel.start, _kernel_is(kernel)
+            # streams overlap
+            self.busy_us += max(0.0, kernel.end - max(kernel.start, until))
+            first, until = min(first, kernel.start), max(until, kernel.end)
+            # a driver may name threads in its own way; the tracer's number of the op remains
+            op = by_id.get(kernel.args.get("External id"))
+            caller = launch.parent if launch.thread in method_threads else op
+            replayed = "GraphLaunch" in launch.name
+            if replayed:
+                place = GRAPH, {"matmul": MATMUL, "attention": ATTENTION}.get(what, FUSED), False
+            elif caller is None and launch.thread not in method_threads:
+                # the image reader's own threads
+                place = "", DATA, False
+            else:
+                place = self._place(caller, _what(caller) or what)
+                if place[1] in ("other", OUTSIDE):
+                    upload = kernel.kind == "gpu_memcpy" and "HtoD" in kernel.name
+                    place = "", DATA if upload else "other", False
+            row = self._add(place, kernel.name, us)
+            inner = launch.parent or op
+            matmul = inner.matmul if inner else None
+            if matmul is not None or (replayed and what == "matmul"):
+                row.matmul_us += us
+            if matmul is not None and id(matmul) not in counted:
+                counted.add(id(matmul))
+                row.flop += matmul.flop
+        if not self.table:
+            raise UsageError("the trace has kernels, but none launched inside a step")
+        self.wall_us = until - first
+
+    def _place(self, event: Event | None, what: str = "") -> tuple[str, str, bool]:
+        """(branch, component, backward?) of an op; `what`: known already, e.g. from a kernel's name."""
+        if event is None:
+            return "", "other", False
+        what = what or _what(event)
+        in_region = False
+        for e in event.up:
+            if e.name.startswith(PREFIX) and e.name != STEP:
+                branch, _, scope = e.name.removeprefix(PREFIX).rpartition("/")
+                if scope == "trunk":
+                    scope = {"matmul": LINEARS, "attention": ATTENTION}.get(what, REST)
+                return branch, scope, event.is_backward
+            if e.name.startswith(_NODE):
+                number = e.args.get("Sequence number", -1)
+                if number < 0:
+                    return "", ACCUMULATE, True
+                return *self._place(self.forward.get(number), what)[:2], True
+            in_region = in_region or bool(_IS_REGION.search(e.name))
+        if in_region:
+            return COMPILED, {"matmul": MATMUL, "attention": ATTENTION}.get(what, FUSED), False
+        return "", OUTSIDE if event.name == STEP else "other", False
 
 
 def _parse(events: list[dict[str, Any]]) -> tuple[list[Event], list[Event]]:
@@ -183,24 +248,10 @@ def _parse(events: list[dict[str, Any]]) -> tuple[list[Event], list[Event]]:
     device: list[Event] = []
     for e in events:
         kind = e.get("cat")
-        if e.get("ph") != "X" or (kind not in _HOST and kind not in _DEVICE):
-            continue
-        args, start = e.get("args", {}), float(e["ts"])
-        event = Event(
-            e["name"],
-            kind,
-            start,
-            start + float(e["dur"]),
-            (e.get("pid"), e.get("tid")),
-            # the forward op has no thread to point back to
-            args.get("Sequence number", -1) if not args.get("Fwd thread id") else -1,
-            args.get("Input Dims") or [],
-            args.get("correlation", -1),
-            args.get("External id", -1),
-        )
-        if e["name"].startswith(_NODE):
-            event.sequence = args.get("Sequence number", -1)
-        (host if kind in _HOST else device).append(event)
+        if e.get("ph") == "X" and (kind in _HOST or kind in _DEVICE):
+            start, thread = float(e["ts"]), (e.get("pid"), e.get("tid"))
+            event = Event(e["name"], kind, start, start + float(e["dur"]), thread, e.get("args", {}))
+            (host if kind in _HOST else device).append(event)
     return host, device
 
 
@@ -223,18 +274,14 @@ def _nest(host: list[Event]) -> None:
             stack.append(e)
 
 
-def _is_forward(e: Event) -> bool:
-    return e.sequence >= 0 and not any(x.name.startswith(_NODE) for x in e.up())
-
-
-def _what(event: Event) -> str:
+def _what(event: Event | None) -> str:
     """`matmul`, `attention` or "" of an op, by its name or the nearest op around it with a telling one."""
-    for e in event.up():
+    for e in event.up if event else ():
         if e.name.startswith(PREFIX):
             break
-        name = e.name.removeprefix(_NODE)
+        name, dims = e.name.removeprefix(_NODE), e.args.get("Input Dims", [])
         # a fused kernel carries the names of everything fused into it
-        batched = name == "aten::matmul" and len(e.dims) > 1 and len(e.dims[1]) > 2
+        batched = name == "aten::matmul" and len(dims) > 1 and len(dims[1]) > 2
         if batched or _IS_ATTENTION.search(name):
             return "attention"
         if _IS_MATMUL.search(name) and "_fused_" not in name:
@@ -244,105 +291,7 @@ def _what(event: Event) -> str:
     return ""
 
 
-def _place(event: Event | None, forward: dict[int, Event], what: str = "") -> tuple[str, str, bool]:
-    """(branch, component, backward?) of an op; `what`: known already, e.g. from a kernel's name."""
-    if event is None:
-        return "", "other", False
-    what = what or _what(event)
-    in_region = False
-    for e in event.up():
-        if e.name.startswith(PREFIX) and e.name != STEP:
-            branch, _, scope = e.name.removeprefix(PREFIX).rpartition("/")
-            if scope == "trunk":
-                scope = {"matmul": LINEARS, "attention": ATTENTION}.get(what, REST)
-            return branch, scope, any(x.name.startswith(_NODE) for x in e.up())
-        if e.name.startswith(_NODE):
-            if e.sequence < 0:
-                return "", ACCUMULATE, True
-            begun = forward.get(e.sequence)
-            branch, component, _ = _place(begun, forward, what)
-            return branch, component, True
-        in_region = in_region or bool(_IS_REGION.search(e.name))
-    if in_region:
-        return COMPILED, {"matmul": MATMUL, "attention": ATTENTION}.get(what, FUSED), False
-    return "", OUTSIDE if event.name == STEP else "other", False
-
-
-def _outermost_matmul(event: Event | None) -> Event | None:
-    found = None
-    for e in event.up() if event is not None else ():
-        found = e if e.flop else found
-    return found
-
-
-def _count_ops(host: list[Event], steps: list[Event], forward: dict[int, Event], add: Any) -> float:
-    inside = _inside(steps)
-    for e in host:
-        # loader threads run beside the step
-        if e.thread != steps[0].thread or not inside(e.start):
-            continue
-        row = add(_place(e, forward), e.name, e.own_us)
-        matmul = _outermost_matmul(e)
-        if matmul is not None:
-            row.matmul_us += e.own_us
-            row.flop += e.flop if e is matmul else 0
-    return sum(s.end - s.start for s in steps)
-
-
-def _count_kernels(
-    device: list[Event], host: list[Event], steps: list[Event], forward: dict[int, Event], add: Any
-) -> tuple[float, float]:
-    launches = {e.correlation: e for e in host if e.correlation >= 0 and e.kind.startswith("cuda")}
-    method_threads = {e.thread for e in host if e.kind == "cpu_op"} | {s.thread for s in steps}
-    by_id = {e.external: e for e in host if e.kind == "cpu_op" and e.external >= 0}
-    inside, seen, counted = _inside(steps), [], set()
-    for kernel in device:
-        launch = launches.get(kernel.correlation)
-        if launch is None or not inside(launch.start):
-            continue
-        seen.append(kernel)
-        what = _kernel_is(kernel)
-        if "GraphLaunch" in launch.name:
-            component = {"matmul": MATMUL, "attention": ATTENTION}.get(what, FUSED)
-            place = GRAPH, component, False
-        elif launch.thread not in method_threads and kernel.external not in by_id:
-            # the image reader's own threads
-            place = "", DATA, False
-        else:
-            # a driver may name threads in its own way; the tracer's number of the op remains
-            caller = launch.parent if launch.thread in method_threads else by_id[kernel.external]
-            place = _place(caller, forward, _what(caller) or what if caller is not None else what)
-            if place[1] in ("other", OUTSIDE):
-                upload = kernel.kind == "gpu_memcpy" and "HtoD" in kernel.name
-                place = "", DATA if upload else "other", False
-        row = add(place, kernel.name, kernel.end - kernel.start)
-        matmul = _outermost_matmul(launch.parent or by_id.get(kernel.external))
-        if matmul is not None or (place[0] == GRAPH and what == "matmul"):
-            row.matmul_us += kernel.end - kernel.start
-        if matmul is not None and id(matmul) not in counted:
-            counted.add(id(matmul))
-            row.flop += matmul.flop
-    if not seen:
-        raise UsageError("the trace has kernels, but none launched inside a step")
-    busy, until = 0.0, 0.0
-    for kernel in sorted(seen, key=lambda k: k.start):
-        # streams overlap
-        busy += max(0.0, kernel.end - max(kernel.start, until))
-        until = max(until, kernel.end)
-    return until - min(k.start for k in seen), busy
-
-
 def _kernel_is(kernel: Event) -> str:
     if _IS_ATTENTION.search(kernel.name):
         return "attention"
     return "matmul" if _IS_MATMUL.search(kernel.name) else ""
-
-
-def _inside(steps: list[Event]) -> Any:
-    starts = [s.start for s in steps]
-
-    def inside(time: float) -> bool:
-        i = bisect_right(starts, time) - 1
-        return i >= 0 and time < steps[i].end
-
-    return inside

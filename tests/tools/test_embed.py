@@ -38,6 +38,9 @@ from tests.tools.conftest import SMALL
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 
 
+SIZES = ["--batch-size", 3, "--part-images", 6, "--loader", "pil"]
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -53,10 +56,14 @@ def expected(weights: Path, images: Path, which="teacher", norm=True):
 # ---- what is written ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file_format", ["npy", "parquet", "safetensors"])
 @pytest.mark.parametrize(
-    ("tokens", "norm", "which"),
-    [("class", True, "teacher"), ("mean", False, "student"), ("patch", True, "teacher")],
+    ("file_format", "tokens", "norm", "which"),
+    [
+        ("npy", "class", True, "teacher"),
+        ("npy", "patch", True, "teacher"),
+        ("safetensors", "mean", False, "student"),
+        ("parquet", "patch", True, "teacher"),
+    ],
 )
 def test_features_are_the_encoders(tmp_path, weights, images, file_format, tokens, norm, which):
     if file_format == "parquet":
@@ -100,36 +107,34 @@ def test_rows_say_which_image_is_where(tmp_path, weights, images):
     assert torch.equal(few.features(), got.features()) and len(list((tmp_path / "g/features").iterdir())) == 7
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_short_types(tmp_path, weights, images, dtype):
-    got = embed(str(images), tmp_path / "f", weights, dtype=dtype, format="safetensors", **SMALL).features()
+@pytest.mark.parametrize(
+    ("dtype", "file_format"), [("fp16", "npy"), ("fp16", "parquet"), ("bf16", "safetensors")]
+)
+def test_short_types(tmp_path, weights, images, dtype, file_format):
+    if file_format == "parquet":
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra: parquet)")
+    options = dict(dtype=dtype, format=file_format, tokens="patch")
+    got = embed(str(images), tmp_path / "f", weights, **options, **SMALL).features()
     assert got.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     # computed with bf16 products where the processor has them: 8 bits through a few layers
-    torch.testing.assert_close(got.float(), expected(weights, images).cls, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(got.float(), expected(weights, images).patches, rtol=0.05, atol=0.05)
 
 
-def test_fp16_parquet(tmp_path, weights, images):
-    pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra: parquet)")
-    options = dict(dtype="fp16", tokens="patch", **SMALL)
-    a = embed(str(images), tmp_path / "a", weights, format="parquet", **options).features()
-    b = embed(str(images), tmp_path / "b", weights, format="npy", **options).features()
-    assert a.shape == (19, 9, 16) and torch.equal(a, b)
-
-
-@pytest.mark.parametrize("loader", ["pil", "dali"])
-def test_reading_images_needs_pillow(tmp_path, weights, images, monkeypatch, loader):
-    if loader == "dali":
+@pytest.mark.parametrize(
+    ("package", "option", "words"),
+    [
+        ("PIL", {"loader": "pil"}, r'needs Pillow: pip install "extrema-fast\[train\]"'),
+        ("PIL", {"loader": "dali"}, r'needs Pillow: pip install "extrema-fast\[train\]"'),
+        ("pyarrow", {"format": "parquet"}, r"needs? pyarrow, .*\[parquet\]"),
+    ],
+)
+def test_missing_packages(tmp_path, weights, images, monkeypatch, package, option, words):
+    if option.get("loader") == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    for name in [n for n in sys.modules if n.partition(".")[0] == "PIL"]:
+    for name in [package, *(n for n in sys.modules if n.partition(".")[0] == package)]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UsageError, match=r'needs Pillow: pip install "extrema-fast\[train\]"'):
-        embed(images, tmp_path / "out", weights, **SMALL | {"loader": loader})
-
-
-def test_parquet_needs_pyarrow(tmp_path, weights, images, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UsageError, match=r"pyarrow, which is not installed; pip install .*\[parquet\]"):
-        embed(str(images), tmp_path / "f", weights, format="parquet")
+    with pytest.raises(UsageError, match=words):
+        embed(images, tmp_path / "out", weights, **SMALL | option)
 
 
 def test_part_of_the_patches(tmp_path, weights, images):
@@ -139,8 +144,6 @@ def test_part_of_the_patches(tmp_path, weights, images):
     # which patches follows from the image, not from the batch
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert (a - expected(weights, images).cls).abs().max() > 1e-2
-    with pytest.raises(UsageError, match="--keep-ratio: patch tokens"):
-        embed(str(images), tmp_path / "c", weights, tokens="patch", **half)
 
 
 def test_odd_file_names(tmp_path, weights, images):
@@ -171,8 +174,8 @@ os.replace = replace
 
 
 def test_killed_and_continued(tmp_path, weights, images, run_cli):
-    args = ["embed", images, tmp_path / "f", "--weights", weights]
-    args += ["--batch-size", 3, "--part-images", 6, "--loader", "pil", "--format", "safetensors"]
+    args = ["embed", images, tmp_path / "f", "--weights", weights, *SIZES]
+    args += ["--format", "safetensors"]
     whole = embed(str(images), tmp_path / "whole", weights, format="safetensors", **SMALL)
     first = tmp_path / "f" / "features" / "00000.safetensors"
     # settings; a part not in place; without its record; with it; all parts; rows.tsv
@@ -195,8 +198,7 @@ def test_killed_and_continued(tmp_path, weights, images, run_cli):
 
 def test_two_processes(tmp_path, weights, images, run_cli):
     embed(str(images), tmp_path / "one", weights, **SMALL)
-    args = ["embed", images, tmp_path / "two", "--weights", weights]
-    args += ["--batch-size", 3, "--part-images", 6, "--loader", "pil"]
+    args = ["embed", images, tmp_path / "two", "--weights", weights, *SIZES]
     codes, text = run_cli(*args, processes=2)
     assert codes == [0, 0] and text.count("19 images\n") == 1, text
     assert files(tmp_path / "one") == files(tmp_path / "two")
@@ -208,18 +210,13 @@ def test_share_without_a_good_image(tmp_path, weights, images, run_cli):
     shutil.copytree(images, tmp_path / "i")
     for path in open_source(str(tmp_path / "i")).paths[:12]:
         Path(path).write_text("no image")
-    args = ["embed", tmp_path / "i", tmp_path / "f", "--weights", weights, "--format", "safetensors"]
-    codes, text = run_cli(*args, "--batch-size", 3, "--part-images", 6, "--loader", "pil", processes=2)
+    args = ["embed", tmp_path / "i", tmp_path / "f", "--weights", weights, *SIZES, "--format", "safetensors"]
+    # the error of one process ends both
+    codes, text = run_cli(*args, "--strict", processes=2)
+    assert codes == [4, 4] and "00.png" in text and "another process has stopped" in text
+    codes, text = run_cli(*args, processes=2)
     assert codes == [0, 0] and "7 images; 12 more could not be read" in text, text
     assert [len(part) for _, part in load_embeddings(tmp_path / "f").parts()] == [0, 0, 6, 1]
-
-
-def test_error_of_one_process_ends_both(tmp_path, weights, images, run_cli):
-    shutil.copytree(images, tmp_path / "i")
-    (tmp_path / "i" / "bee" / "17.png").write_text("no image")
-    args = ["embed", tmp_path / "i", tmp_path / "f", "--weights", weights, "--strict"]
-    codes, text = run_cli(*args, "--batch-size", 3, "--part-images", 6, "--loader", "pil", processes=2)
-    assert codes == [4, 4] and "17.png" in text and "another process has stopped" in text
 
 
 def test_full_disk(tmp_path, weights, images, monkeypatch):
@@ -285,14 +282,6 @@ def test_damaged_config(tmp_path, weights, images, key, value):
             call()
 
 
-def test_one_job_at_a_time(tmp_path, weights, images):
-    embed(str(images), tmp_path / "f", weights, **SMALL)
-    with Work(tmp_path / "f" / ".parts").locked("here"):
-        with pytest.raises(UsageError, match="f: another job is running here"):
-            embed(str(images), tmp_path / "f", weights, **SMALL)
-    embed(str(images), tmp_path / "f", weights, **SMALL)
-
-
 # ---- refused --------------------------------------------------------------------------------------
 
 
@@ -321,9 +310,12 @@ def test_other_settings_are_refused(tmp_path, weights, images, change, named):
     assert (tmp_path / "f" / "notes.txt").read_text() == "mine"
 
 
-def test_changed_images_are_refused(tmp_path, weights, images):
+def test_changed_images_and_a_second_job_are_refused(tmp_path, weights, images):
     shutil.copytree(images, tmp_path / "i")
     embed(str(tmp_path / "i"), tmp_path / "f", weights, **SMALL)
+    with Work(tmp_path / "f" / ".parts").locked("here"):
+        with pytest.raises(UsageError, match="f: another job is running here"):
+            embed(str(tmp_path / "i"), tmp_path / "f", weights, **SMALL)
     Image.new("RGB", (60, 60), (1, 2, 3)).save(tmp_path / "i" / "ape" / "00.png")
     with pytest.raises(UsageError, match="data fingerprint: "):
         embed(str(tmp_path / "i"), tmp_path / "f", weights, **SMALL)
@@ -344,13 +336,13 @@ def test_foreign_folders_are_left_alone(tmp_path, weights, images):
 @pytest.mark.parametrize(
     ("option", "named"),
     [
-        ({"tokens": "cls"}, "--tokens: expected class, mean, patch, got 'cls'"),
-        ({"dtype": "fp64"}, "--dtype: expected fp32, fp16, bf16, got 'fp64'"),
-        ({"dtype": "bf16"}, "npy files have no such type; use --dtype fp16 or fp32"),
-        ({"dtype": "bf16", "format": "parquet"}, "parquet files have no such type"),
-        ({"format": "csv"}, "--format: expected npy, parquet, safetensors, got 'csv'"),
-        ({"keep_ratio": 0.0}, "--keep-ratio: expected a share"),
-        ({"batch_size": 0}, "--batch-size: expected at least 1, got 0"),
+        ({"tokens": "cls"}, "--tokens: .*got 'cls'"),
+        ({"dtype": "fp64"}, "--dtype: .*got 'fp64'"),
+        ({"dtype": "bf16"}, "--dtype bf16: npy files have no such type"),
+        ({"format": "csv"}, "--format: .*got 'csv'"),
+        ({"keep_ratio": 0.0}, "--keep-ratio: "),
+        ({"keep_ratio": 0.5, "tokens": "patch"}, "--keep-ratio: patch tokens"),
+        ({"batch_size": 0}, "--batch-size: .*got 0"),
         ({"part_images": 7}, "--part-images: 7 is not a multiple of the 3 images"),
         ({"which": "both"}, "which"),
         ({"img_size": 25}, "25"),
@@ -371,7 +363,7 @@ def test_diverged_weights(tmp_path, weights, images):
     tensors = load_file(bad / "teacher.safetensors")
     large = {**tensors, "norm.weight": tensors["norm.weight"] * 1e6}
     save_file(large, bad / "teacher.safetensors")
-    with pytest.raises(UsageError, match="does not fit --dtype fp16; use fp32"):
+    with pytest.raises(UsageError, match="does not fit --dtype fp16"):
         embed(str(images), tmp_path / "f", bad, dtype="fp16", **SMALL)
     save_file({**tensors, "norm.bias": tensors["norm.bias"] * float("nan")}, bad / "teacher.safetensors")
     with pytest.raises(NonFiniteError, match=r"00\.png: its features are not finite"):

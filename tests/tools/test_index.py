@@ -88,15 +88,17 @@ def test_odd_images(odd_images, out, decoder, strict):
     found = statuses(out)
     assert {n for n, s in found.items() if s == "ok"} == {n for n in found if n.startswith("ok_")}
     assert (result.rows, result.good, result.fresh) == (len(found), OK, len(found))
-    assert found["bad_zero_bytes.jpg"] == "empty: 0 bytes"
-    assert found["bad_header_only.jpg"].startswith("broken header")
-    assert found["bad_text.jpg"] == "not an image: begins with 'this is not an i'"
-    assert found["bad_random_bytes.jpg"].startswith("not an image: begins with bytes 5f82")
-    assert found["bad_truncated.png"] == "damaged: no end of image: the file is cut"
-    assert found["bad_truncated_half.jpg"].startswith("cannot be decoded: ")
-    # flipped bits of others may pass
-    expected = "damaged: " if decoder == "nvImageCodec" else "cannot be decoded: "
-    assert found["bad_flipped_bits.jpg"].startswith(expected)
+    expected = {
+        "bad_zero_bytes.jpg": "empty: 0 bytes",
+        "bad_header_only.jpg": "broken header",
+        "bad_text.jpg": "not an image: begins with 'this is not an i'",
+        "bad_random_bytes.jpg": "not an image: begins with bytes 5f82",
+        "bad_truncated.png": "damaged: no end of image: the file is cut",
+        "bad_truncated_half.jpg": "cannot be decoded: ",
+        # flipped bits of others may pass
+        "bad_flipped_bits.jpg": "damaged: " if decoder == "nvImageCodec" else "cannot be decoded: ",
+    }
+    assert {n: found[n][: len(words)] for n, words in expected.items()} == expected
     assert ("not checked without DALI" in describe(result)) == (decoder == "Pillow")
     table = read_manifest(out)
     for row in table.good().tolist():
@@ -121,14 +123,8 @@ def test_a_tree_trains_like_its_folder(tree, out):
 
 def test_everything_that_is_no_image(tmp_path, out):
     root = tmp_path / "d"
-    for name in (
-        b"t\tab.png",
-        b"n\nl.png",
-        b"\xff\xfe.png",
-        "ünï.png".encode(),
-        b"back\\slash.png",
-        b" .jpg",
-    ):
+    names = [b"t\tab.png", b"n\nl.png", b"\xff\xfe.png", "ünï.png".encode(), b"back\\slash.png", b" .jpg"]
+    for name in names:
         save(root / "a" / os.fsdecode(name))
     (root / "b").mkdir()
     save(root / "b/a.gif")
@@ -152,15 +148,10 @@ def test_everything_that_is_no_image(tmp_path, out):
         "g.jpg": "kind not read: gif; convert it to JPEG or PNG",
     }
     source = manifest_source(out)
-    assert sorted(os.fsencode(os.path.basename(p)) for p in source.paths) == sorted(
-        [b"t\tab.png", b"n\nl.png", b"\xff\xfe.png", "ünï.png".encode(), b"back\\slash.png", b" .jpg"]
-    )
+    assert sorted(os.fsencode(os.path.basename(p)) for p in source.paths) == sorted(names)
     assert all(source.read(row) for row in range(6))
     text = describe(result)
-    assert (
-        f"{out}: 6 of 13 images are good, 7 are not:" in text
-        and "no good image in 1 classes, first: b" in text
-    )
+    assert "6 of 13 images are good, 7 are not:" in text and "no good image in 1 classes, first: b" in text
     assert "\n       3  kind not read   " in text and "\n       3  cannot be read  " in text
     text.encode()
 
@@ -173,9 +164,7 @@ def test_without_permission(tmp_path, out):
     assert statuses(out)["b/2.png"] == "cannot be read: Permission denied"
     (tmp_path / "d/b").chmod(0)
     try:
-        with pytest.raises(
-            UsageError, match=r"d/b: cannot be read \(Permission denied\); check its permissions"
-        ):
+        with pytest.raises(UsageError, match=r"d/b: cannot be read \(Permission denied\)"):
             run(tmp_path / "d", out)
     finally:
         (tmp_path / "d/b").chmod(0o755)
@@ -194,12 +183,11 @@ def test_the_pixel_limit(tmp_path, out):
     save(tmp_path / "d/edge.png", 10, 30)
     save(tmp_path / "d/small.png", 9, 33)
     run(tmp_path / "d", out)
-    size = "20000 x 20000 = 400000000 pixels, the limit is 178956970"
-    assert statuses(out) == {
-        "edge.png": "ok",
-        "large.jpg": f"too large: {size} (--max-pixels)",
-        "small.png": "ok",
-    }
+    edge, large, small = statuses(out).values()
+    assert edge == small == "ok" and large.startswith(
+        "too large: 20000 x 20000 = 400000000 pixels, the limit is "
+    )
+    assert run(tmp_path / "d", out).fresh == 0
     assert manifest_source(out).headers.tolist() == [[10, 30, 1], [9, 33, 1]]
     # another limit: only what it changes is decoded again
     result = run(tmp_path / "d", out, max_pixels=299)
@@ -264,11 +252,8 @@ def test_a_manifest_checked_again(tmp_path, images, out):
     result = run(out, again)
     found = {n: s for n, s in statuses(again).items() if s != "ok"}
     assert result.rows == 40 and sorted(found) == ["a/00.jpg", "b/01.png"]
-    assert found["b/01.png"] == "cannot be read: gone"
-    assert (
-        found["a/00.jpg"]
-        == f"changed: its crc32 is {zlib.crc32(other):08x}, m.tsv has {zlib.crc32(data):08x}"
-    )
+    crcs = f"its crc32 is {zlib.crc32(other):08x}, m.tsv has {zlib.crc32(data):08x}"
+    assert (found["a/00.jpg"], found["b/01.png"]) == (f"changed: {crcs}", "cannot be read: gone")
 
 
 # ---- again and again ------------------------------------------------------------------------------
@@ -297,32 +282,24 @@ def test_only_changed_files_are_decoded_again(images, out, caplog):
     assert run(images, out).fresh == 0
     assert read_manifest(out).classes == ["0", "b", "c", "d", "z"]
     assert os.path.dirname(manifest_source(out).paths[0]) == str(images / "b")
-    assert run(images, out, force=True).fresh == 40
+    # what could not be read is tried again
+    (images / "z/99.jpg").symlink_to(images / "later.txt")
+    assert run(images, out).good == 39
+    shutil.copy(images / "z/00.jpg", images / "later.txt")
+    result = run(images, out)
+    assert (result.fresh, result.good) == (1, 40)
+    # a closer check is another one, a coarser one is not
+    assert run(images, out, strict=True).fresh == 41 and run(images, out).fresh == 0
+    assert run(images, out, force=True).fresh == 41
 
 
 def test_a_built_in_set(tmp_path, out, monkeypatch):
     """Not the folder of its name, here as elsewhere."""
     save(tmp_path / "synthetic/1.png")
     monkeypatch.chdir(tmp_path)
-    result = run("synthetic", out)
-    assert result.good == len(open_source("synthetic")) and not manifest_source(out).paths[0].startswith(
-        str(tmp_path)
-    )
+    assert run("synthetic", out).good == len(open_source("synthetic"))
+    assert not manifest_source(out).paths[0].startswith(str(tmp_path))
     assert read_manifest(out).path[0][0] != "/" and run("synthetic", out).fresh == 0
-
-
-def test_what_could_not_be_read_is_tried_again(images, out):
-    (images / "a/99.jpg").symlink_to(images / "later.txt")
-    assert run(images, out).good == 40
-    shutil.copy(images / "a/00.jpg", images / "later.txt")
-    result = run(images, out)
-    assert (result.fresh, result.good) == (1, 41)
-
-
-def test_strict_decodes_all_again(images, out):
-    run(images, out)
-    assert run(images, out, strict=True).fresh == 40
-    assert run(images, out).fresh == 0
 
 
 # every batch is kept, and the process dies as it keeps the third one, or just after
@@ -349,19 +326,16 @@ def test_killed_and_continued(images, out, tmp_path, run_cli, late, known):
     assert out.read_bytes() == (tmp_path / "whole.tsv").read_bytes() and not Path(f"{out}.part").exists()
 
 
-@pytest.mark.parametrize("batches", [1, 2])
-def test_ctrl_c_keeps_what_is_done(images, out, monkeypatch, batches):
+def test_ctrl_c_keeps_what_is_done(images, out, monkeypatch):
     def interrupt(self, done, note=""):
-        if done == batches * BATCH:
+        if done == 2 * BATCH:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("extrema_fast.tools.index.ImageProgress.reached", interrupt)
-        with pytest.raises(
-            Preempted, match=rf"stopped; {16 * batches} of 40 decoded images are kept in {out}"
-        ):
+        with pytest.raises(Preempted, match=rf"stopped; 32 of 40 decoded images are kept in {out}"):
             run(images, out)
-    assert not out.exists() and run(images, out).fresh == 40 - 16 * batches
+    assert not out.exists() and run(images, out).fresh == 8
 
 
 def test_damaged_and_changed_records_are_decoded_again(images, out, tmp_path, monkeypatch):
@@ -402,9 +376,7 @@ def test_no_space_left_for_the_manifest(images, out, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("extrema_fast.files.os.fsync", full)
-        with pytest.raises(
-            StorageError, match=r"m\.tsv: cannot be written \(No space .* kept in .*m\.tsv\.part"
-        ):
+        with pytest.raises(StorageError, match=r"m\.tsv: cannot be written .* kept in .*m\.tsv\.part"):
             run(images, out)
     assert not out.exists()
     assert run(images, out).fresh == 0 and len(manifest_source(out)) == 40
@@ -453,45 +425,33 @@ def refused(data, out, words, error=UsageError, **kw):
 
 
 def test_other_files_in_out(images, out, tmp_path):
-    refused(images, tmp_path, r"is a folder; name the manifest, as in .*/manifest\.tsv")
+    refused(images, tmp_path, "is a folder")
     refused(images, images / "a/00.jpg", "is the name of an image or shard", force=True)
-    out.write_text("my notes\n")
-    refused(images, out, r"m\.tsv: exists and is no manifest; choose another --out, or --force")
-    save(tmp_path / "other/1.png")
-    assert run(images, out, force=True).good == 40
-    refused(
-        tmp_path / "other", out, r"m\.tsv is of .*/images, not of .*/other; choose another --out, or --force"
-    )
-    assert run(tmp_path / "other", out, force=True).rows == 1
-    out.write_text(out.read_text().replace('"data": ', '"from": '))
-    refused(tmp_path / "other", out, "m.tsv is of other images, not of")
-    out.unlink()
-    (tmp_path / "m.tsv.part").write_text("half a download")
-    refused(images, out, r"finished work goes to .*m\.tsv\.part, which is something else")
-    assert (tmp_path / "m.tsv.part").read_text() == "half a download"
-    assert run(images, out, force=True).good == 40
-    out.unlink()
-    (tmp_path / "m.tsv.part").mkdir()
-    (tmp_path / "m.tsv.part/notes").touch()
-    for force in (False, True):
-        refused(images, out, "which is something else", force=force)
-    (tmp_path / "m.tsv.part/notes").unlink()
     (tmp_path / "file").touch()
     refused(images, tmp_path / "file/m.tsv", "its folder cannot be made", StorageError)
+    out.write_text("my notes\n")
+    refused(images, out, r"m\.tsv: exists and is no manifest")
+    assert run(images, out, force=True).good == 40
+    save(tmp_path / "other/1.png")
+    refused(tmp_path / "other", out, r"m\.tsv is of .*/images, not of .*/other")
+    assert run(tmp_path / "other", out, force=True).rows == 1
+    out.write_text(out.read_text().replace('"data": ', '"from": '))
+    refused(tmp_path / "other", out, "m.tsv is of other images")
     run(images, tmp_path / "new/folder/m.tsv")
     assert is_manifest(tmp_path / "new/folder/m.tsv")
 
 
-def test_out_is_the_data(tmp_path, images, out):
-    run(images, out)
-    refused(out, out, "is what is to be indexed; choose another --out", force=True)
-    listing = tmp_path / "list.txt"
-    listing.write_text("images/a/00.jpg\n")
-    refused(listing, listing, "is what is to be indexed", force=True)
-
-
-def test_two_at_a_time(images, out, tmp_path):
-    with Work(tmp_path / "m.tsv.part").locked("here"):
+def test_another_thing_where_finished_work_goes(images, out, tmp_path):
+    part = tmp_path / "m.tsv.part"
+    part.write_text("half a download")
+    refused(images, out, r"finished work goes to .*m\.tsv\.part, which is something else")
+    assert part.read_text() == "half a download" and run(images, out, force=True).good == 40
+    part.mkdir()
+    (part / "notes").touch()
+    for force in (False, True):
+        refused(images, out, "which is something else", force=force)
+    (part / "notes").unlink()
+    with Work(part).locked("here"):
         refused(images, out, f"--out {out}: another job is running here")
 
 
@@ -500,23 +460,22 @@ def test_wrong_arguments(images, out, tmp_path):
     refused(images, out, "--max-pixels: expected 1 or more, got 0", max_pixels=0)
     refused(tmp_path / "gone", out, "gone: does not exist")
     (tmp_path / "mixture.toml").write_text('[[source]]\npath = "images"\n')
-    refused(tmp_path / "mixture.toml", out, "is a mixture; index each of its sources")
+    refused(tmp_path / "mixture.toml", out, "is a mixture")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", out, "no images")
-
-
-def test_no_good_image(tmp_path, out):
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d/1.png").touch()
-    refused(
-        tmp_path / "d", out, r"none of the 1 images is good, first: .*1\.png \(empty: 0 bytes\)", DataError
-    )
+    (tmp_path / "empty/1.png").touch()
+    refused(tmp_path / "empty", out, "none of the 1 images is good, first: .*1.png", DataError)
     assert statuses(out) == {"1.png": "empty: 0 bytes"}
+    run(images, out, force=True)
+    refused(out, out, "is what is to be indexed", force=True)
+    listing = tmp_path / "list.txt"
+    listing.write_text("images/a/00.jpg\n")
+    refused(listing, listing, "is what is to be indexed", force=True)
 
 
 def test_without_pillow(images, out, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    refused(images, out, r'needs Pillow: pip install "extrema-fast\[train\]"')
+    refused(images, out, "needs Pillow: pip install")
 
 
 # ---- the command ----------------------------------------------------------------------------------
@@ -530,9 +489,8 @@ def test_the_command(images, out, run_cli):
     assert f"extrema-fast pretrain --data.train {out}" in text
     codes, text = run_cli("index", images, "--out", out, "--max-pixels", "1000", "--json", "--quiet")
     result = json.loads(text)
-    assert (
-        codes == [0] and (result["rows"], result["fresh"]) == (41, 0) and result["troubles"][1]["count"] == 1
-    )
+    assert codes == [0] and (result["rows"], result["fresh"]) == (41, 0)
+    assert result["troubles"][1]["count"] == 1
     codes, text = run_cli("index", images)
     assert codes == [2] and "--out" in text
     codes, text = run_cli("index", images, "--out", out, "--thread", "1")
@@ -551,14 +509,13 @@ def test_a_run_reads_the_manifest(images, out, tmp_path, run_cli):
         (images / f"a/broken{n}.jpg").write_bytes(b"\xff\xd8\xff nothing")
     run(images, out)
     args = ["pretrain", "smoke", "--data.train", out, "--data.test", "", "--out", tmp_path / "run"]
-    codes, text = run_cli(*args, "--train.epochs", "1", "--train.batch-size", "8", "--data.loader", "pil")
+    options = ["--train.epochs", "1", "--train.batch-size", "8", "--data.loader", "pil"]
+    codes, text = run_cli(*args, *options)
     assert codes == [0], text
     assert f"{out}: 40 images, 1 epochs of 5 steps" in text
     # half of it each epoch: what is said of an epoch is what comes in it
     mixture = tmp_path / "mixture.toml"
     mixture.write_text(f'[[source]]\npath = "{out}"\npasses = 0.5\n')
     args[3], args[7] = mixture, tmp_path / "mixed"
-    codes, text = run_cli(
-        *args, "--train.epochs", "1", "--train.batch-size", "8", "--data.loader", "pil", "--data.limit", "0"
-    )
+    codes, text = run_cli(*args, *options, "--data.limit", "0")
     assert codes == [0] and f"{mixture}: 20 images, 1 epochs of 2 steps" in text, text

@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -92,15 +93,6 @@ def test_every_image_is_there_once_with_its_label(tree, packed):
     assert sorted(rows) == list(range(23)) and rows != sorted(rows)
 
 
-def test_shards_keep_their_size(packed):
-    out, _ = packed
-    sizes = [p.stat().st_size for p in sorted(out.glob("*.tar"))]
-    assert max(sizes) <= 12_000 and all(s % 512 == 0 for s in sizes)
-    # the next image would not have fitted
-    first = [m for m in shards.scan(str(out / "shard-000001.tar")) if m.name.startswith("0")][:3]
-    assert sizes[0] + sum(512 + -(-m.size // 512) * 512 for m in first) > 12_000
-
-
 def test_checksums_manifest_and_classes(packed):
     out, result = packed
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=out, capture_output=True, text=True)
@@ -114,7 +106,11 @@ def test_checksums_manifest_and_classes(packed):
         image = data[manifest.path[i]][start : start + int(manifest.bytes[i])]
         assert Image.open(io.BytesIO(image)).size == (manifest.width[i], manifest.height[i])
     assert (out / "classes.txt").read_text() == "ape\nbee\ncat\n"
-    assert result["bytes"] == sum(map(len, data.values())) and result["left_out"] == 0
+    sizes = [len(data[name]) for name in sorted(data)]
+    assert result["bytes"] == sum(sizes) and result["left_out"] == 0 and max(sizes) <= 12_000
+    # the next image would not have fitted
+    first = [m for m in shards.scan(str(out / "shard-000001.tar")) if m.name.startswith("0")][:3]
+    assert sizes[0] + sum(512 + -(-m.size // 512) * 512 for m in first) > 12_000
     assert not (out / ".pack").exists() and json.loads((out / "pack.json").read_text())["complete"]
 
 
@@ -125,13 +121,9 @@ def test_the_folder_is_read_by_its_manifest_or_by_its_shards(packed, tmp_path, c
     for source in (by_manifest, by_shards):
         assert source.shards.max() + 1 == len(list(out.glob("*.tar")))
     assert by_manifest.spans.tolist() == by_shards.spans.tolist()
-    assert (
-        by_manifest.labels.tolist() == by_shards.labels.tolist() and by_shards.classes == by_manifest.classes
-    )
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in out.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    assert by_manifest.labels.tolist() == by_shards.labels.tolist()
+    assert by_manifest.classes == by_shards.classes
+    copy = shutil.copytree(out, tmp_path / "copy")
     assert open_source(str(copy)).fingerprint == by_manifest.fingerprint
     write_tar(copy / "more.tar", [("x.jpg", b"x"), ("x.cls", b"0")])
     with caplog.at_level(logging.WARNING):
@@ -249,8 +241,7 @@ def test_bytes_depend_on_settings_alone(tree, packed, tmp_path):
     pack(str(tree), tmp_path / "b", **{**SMALL, "threads": 5}, seed=3)
     assert contents(tmp_path / "b") == wanted
     pack(str(tree), tmp_path / "c", **SMALL, seed=4)
-    other = contents(tmp_path / "c")
-    assert other["shard-000000.tar"] != wanted["shard-000000.tar"]
+    assert contents(tmp_path / "c")["shard-000000.tar"] != wanted["shard-000000.tar"]
 
 
 class Stop(BaseException):
@@ -357,15 +348,9 @@ def test_other_settings_or_images_are_refused(tree, tmp_path, monkeypatch):
         with pytest.raises(Stop):
             pack(str(tree), out, **SMALL)
     before = contents(out)
-    fails(
-        r"\(unfinished\) that differs: quality: 90 -> 80; give another folder, or --force",
-        tree,
-        out,
-        quality=80,
-    )
-    fails(
-        "differs: size: 32 -> 48; side: short -> long; seed: 0 -> 1;", tree, out, size=48, side="long", seed=1
-    )
+    fails(r"\(unfinished\) that differs: quality: 90 -> 80; .*--force", tree, out, quality=80)
+    changed = {"size": 48, "side": "long", "seed": 1}
+    fails("differs: size: 32 -> 48; side: short -> long; seed: 0 -> 1;", tree, out, **changed)
     image = tmp_path / "few" / "a" / "1.png"
     image.parent.mkdir(parents=True)
     image.write_bytes(encoded(picture(0, 9, 9), "PNG"))
@@ -381,47 +366,35 @@ def test_other_settings_or_images_are_refused(tree, tmp_path, monkeypatch):
 def test_other_folders_are_left_alone(tree, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("x")
-    fails(
-        r"mine: holds other files; give a new folder, or --force to move them to mine\.before",
-        tree,
-        tmp_path / "mine",
-    )
-    fails(r"thesis\.txt: is a file; give a folder", tree, tmp_path / "mine/thesis.txt")
+    fails(r"mine: holds other files; .*--force to move them to mine\.before", tree, tmp_path / "mine")
+    fails(r"thesis\.txt: is a file", tree, tmp_path / "mine/thesis.txt")
+    fails("cannot be written", tree, tmp_path / "mine/thesis.txt/set", error=(StorageError, UsageError))
     pack(str(tree), tmp_path / "mine", **SMALL, force=True)
     assert (tmp_path / "mine.before/thesis.txt").read_text() == "x"
-    (tmp_path / "empty").mkdir()
-    assert pack(str(tree), tmp_path / "empty", **SMALL)["images"] == 23
-
-
-def test_the_source_is_never_moved(tree):
-    fails("the images are in there; give another folder", tree, tree, force=True)
-    fails("the images are in there", tree, tree.parent, force=True)
+    for source_folder in (tree, tree.parent):
+        fails("the images are in there", tree, source_folder, force=True)
     assert len(open_source(str(tree))) == 23
 
 
-def test_a_finished_set_with_a_file_gone(tree, tmp_path):
+def test_one_process_at_a_time_and_a_finished_set_with_a_file_gone(tree, tmp_path):
     out = tmp_path / "set"
-    pack(str(tree), out, **SMALL)
+    with work.Work(out / ".pack").locked("here"):
+        fails(f"{out}: another job is running here", tree, out)
+    assert pack(str(tree), out, **SMALL)["images"] == 23
     (out / "shard-000001.idx").unlink()
-    fails(
-        r"was finished, but 1 of its files are gone or changed, first: shard-000001\.idx; --force packs again",
-        tree,
-        out,
-    )
+    fails(r"1 of its files are gone or changed, first: shard-000001\.idx; --force", tree, out)
 
 
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ({"size": -1}, r"--size: expected pixels, or 0 \(as they are\), got -1"),
-        ({"side": "wide"}, "--side: expected short or long, got 'wide'"),
-        ({"quality": 0}, "--quality: expected 1 to 100, got 0"),
-        ({"quality": 101}, "--quality: expected 1 to 100, got 101"),
-        ({"shard_mb": 0}, "--shard-mb: expected more than 0"),
-        ({"shard_mb": float("nan")}, "--shard-mb: expected more than 0"),
-        ({"seed": -1}, "--seed: expected 0 to"),
-        ({"threads": -1}, "--threads: expected 0"),
-        ({"max_bad": 2}, "--max-bad: expected a share between 0 and 1, got 2"),
+        ({"size": -1}, "--size: .*got -1"),
+        ({"side": "wide"}, "--side: .*got 'wide'"),
+        ({"quality": 101}, "--quality: .*got 101"),
+        ({"shard_mb": float("nan")}, "--shard-mb: "),
+        ({"seed": -1}, "--seed: "),
+        ({"threads": -1}, "--threads: "),
+        ({"max_bad": 2}, "--max-bad: .*got 2"),
     ],
 )
 def test_bad_settings(tree, tmp_path, option, words):
@@ -431,47 +404,26 @@ def test_bad_settings(tree, tmp_path, option, words):
 
 def test_without_pillow(tree, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    fails("pack needs Pillow, which is not installed; pip install", tree, tmp_path / "set")
+    fails("pack needs Pillow", tree, tmp_path / "set")
 
 
 def test_a_mixture_with_parts_is_refused(tree, tmp_path):
     (tmp_path / "m.toml").write_text(f"[[source]]\npath = '{tree}'\npasses = 0.5\n")
-    fails("a mixture with parts of an epoch; pack its sources", tmp_path / "m.toml", tmp_path / "set")
+    fails("a mixture with parts of an epoch", tmp_path / "m.toml", tmp_path / "set")
 
 
-def test_one_process_at_a_time(tree, tmp_path):
-    out = tmp_path / "set"
-    with work.Work(out / ".pack").locked("here"):
-        fails(f"{out}: another job is running here", tree, out)
-    assert pack(str(tree), out, **SMALL)["images"] == 23
-
-
-def full_after(monkeypatch, size, number):
-    """Writing more than `size` bytes of shards raises OSError `number`."""
-    real, written = shard_writer.ShardWriter._write, [0]
+def test_no_space_keeps_what_is_finished(tree, packed, tmp_path, monkeypatch):
+    out, real, written = tmp_path / "set", shard_writer.ShardWriter._write, [0]
 
     def write(self, data):
         written[0] += len(data)
-        if written[0] > size:
-            raise OSError(number, os.strerror(number))
+        if written[0] > 30_000:
+            raise OSError(errno.ENOSPC, "No space left")
         real(self, data)
 
-    monkeypatch.setattr(shard_writer.ShardWriter, "_write", write)
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_no_space_keeps_what_is_finished(tree, packed, tmp_path, monkeypatch, number):
-    out = tmp_path / "set"
-    words = "once there is space" if number != errno.EIO else "goes on from there$"
     with monkeypatch.context() as patch:
-        full_after(patch, 30_000, number)
-        fails(
-            rf"cannot be written \(.*\); 3 finished shards stay.*{words}",
-            tree,
-            out,
-            seed=3,
-            error=StorageError,
-        )
+        patch.setattr(shard_writer.ShardWriter, "_write", write)
+        fails("3 finished shards stay.*once there is space", tree, out, seed=3, error=StorageError)
     assert len(list(out.glob("*.tar"))) == 3 and not list(out.glob(".pack/*.tar"))
     pack(str(tree), out, **SMALL, seed=3)
     assert contents(out) == contents(packed[0])
@@ -482,11 +434,6 @@ def test_a_real_limit_on_file_size(tree, tmp_path, run_cli):
     (code,), printed = run_cli("pack", tree, tmp_path / "set", "--size", 32, "--quiet", setup=limit)
     assert code == 5 and "cannot be written (File too large); 0 finished shards stay" in printed
     assert printed.count("\n") == 1
-
-
-def test_a_folder_that_cannot_be_made(tree, tmp_path):
-    (tmp_path / "file").touch()
-    fails("cannot be written|is a file", tree, tmp_path / "file" / "set", error=(StorageError, UsageError))
 
 
 @pytest.fixture
@@ -502,6 +449,9 @@ def some_bad(tmp_path):
 
 def test_bad_images_are_left_out_and_listed(some_bad, tmp_path):
     out = tmp_path / "set"
+    last = r"2 of 12 images cannot be packed, more .* allows, last: .*0[37]\.jpg \((damaged|broken header): "
+    fails(last, some_bad, out, error=DataError)
+    # with a larger budget it goes on
     result = pack(str(some_bad), out, **SMALL, max_bad=0.2)
     assert result["images"] == 10 and result["left_out"] == 2
     assert f"left out: 2 images that cannot be read, listed in {out}/left_out.tsv" in describe(result)
@@ -510,17 +460,6 @@ def test_bad_images_are_left_out_and_listed(some_bad, tmp_path):
     assert {(int(r), n) for r, n, _ in lines[1:]} == {(i, str(some_bad / f"{i:02d}.jpg")) for i in (3, 7)}
     assert len(open_source(str(out))) == 10 and open_source(str(out)).labels is None
     assert not (out / "classes.txt").exists()
-
-
-def test_too_many_bad_images_stop_it_and_a_larger_budget_goes_on(some_bad, tmp_path):
-    out = tmp_path / "set"
-    fails(
-        r"2 of 12 images cannot be packed, more .* allows, last: .*0[37]\.jpg \((damaged|broken header): ",
-        some_bad,
-        out,
-        error=DataError,
-    )
-    pack(str(some_bad), out, **SMALL, max_bad=0.2)
     pack(str(some_bad), tmp_path / "once", **SMALL, max_bad=0.2)
     assert contents(out) == contents(tmp_path / "once")
 
@@ -528,12 +467,8 @@ def test_too_many_bad_images_stop_it_and_a_larger_budget_goes_on(some_bad, tmp_p
 def test_nothing_but_bad_images(tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/1.jpg").write_bytes(b"hello")
-    fails(
-        r"none of its 1 images can be packed, first: .*1\.jpg \(not an image",
-        tmp_path / "bad",
-        tmp_path / "set",
-        error=DataError,
-    )
+    words = r"none of its 1 images can be packed, first: .*1\.jpg \(not an image"
+    fails(words, tmp_path / "bad", tmp_path / "set", error=DataError)
 
 
 def test_an_image_that_vanishes_is_left_out(some_bad, tmp_path, monkeypatch):
@@ -565,10 +500,7 @@ def test_command(tree, tmp_path, capsys):
     printed = capsys.readouterr()
     assert f"{out}: 23 images in 1 shards" in printed.out and "kB/image" in printed.out
     assert "images/s, decode and crop to 224, measured now over" in printed.out
-    assert (
-        f"no manifest; unreadable images show up only as they are packed (extrema-fast index {tree}"
-        in printed.err
-    )
+    assert f"(extrema-fast index {tree}" in printed.err
     assert cli.main(["pack", str(tree), out, "--size", "32", "--json", "--no-measure", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out)["finished_before"] is True
     assert cli.main(["pack", str(tree), out, "--size", "33"]) == 2

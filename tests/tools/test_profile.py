@@ -2,7 +2,7 @@
 
 Covers: own time of nested ops, ranges, backward by sequence number, the trunk's split, accumulation, compiled
 regions, matmuls and their FLOPs; kernels by their launches (other threads, memory copies, graph replays, fused
-kernels), overlapping streams; what is no trace; FLOPs of a real step against torch's counter;
+kernels), overlapping streams; FLOPs of a real step against torch's counter;
 every component found in real steps and adding up to them; ranges on and off; files; the
 command's errors, its fallback without a data set, its output.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -74,6 +75,10 @@ def rows(found: trace.Breakdown) -> dict[tuple[str, str], trace.Row]:
     return {(r.branch, r.component): r for r in found.rows}
 
 
+def events(folder) -> list[dict]:
+    return json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))["traceEvents"]
+
+
 def seq(number: int, thread: int = 0) -> dict:
     return {"Sequence number": number, "Fwd thread id": thread}
 
@@ -112,7 +117,7 @@ def test_own_time_and_backward_by_sequence_number():
     t.range("STEP", one_step)
     # a loader's thread runs beside the step
     t.add("aten::sort", "cpu_op", 110.0, 50.0, tid=2)
-    found = trace.read(t.events)
+    found = trace.Breakdown(t.events)
     got = {k: (r.forward_us, r.backward_us) for k, r in rows(found).items()}
     assert got == {
         ("teacher", trace.REST): (11, 0),
@@ -130,7 +135,7 @@ def test_own_time_and_backward_by_sequence_number():
     linears = rows(found)["student", trace.LINEARS]
     assert (linears.matmul_us, linears.flop) == (20 + 3 + 30, 2 * 2 * 4 * 3 * 5)
     assert sum(r.matmul_us for r in found.rows) == linears.matmul_us
-    assert found.ops[0] == ("student trunk linears", "aten::mm", 30)
+    assert max(found.ops, key=found.ops.get) == ("student trunk linears", "aten::mm")
 
 
 def test_compiled_regions():
@@ -155,7 +160,7 @@ def test_compiled_regions():
             )  # fmt: skip
 
     t.range("STEP", one_step)
-    got = {k: (r.forward_us, r.backward_us) for k, r in rows(trace.read(t.events)).items()}
+    got = {k: (r.forward_us, r.backward_us) for k, r in rows(trace.Breakdown(t.events)).items()}
     # inside the trunk's range a region is split as the trunk is; elsewhere it is a component of its own
     assert got == {
         ("student", trace.LINEARS): (10, 20),
@@ -220,7 +225,7 @@ def test_kernels_by_their_launches():
     # a kernel launched after the step, e.g. by an evaluation, is none of it
     t.now += 50
     t.launch("later", 1000)
-    found = trace.read(t.events)
+    found = trace.Breakdown(t.events)
     assert found.on_device
     got = {k: (r.forward_us, r.backward_us) for k, r in rows(found).items()}
     assert got == {
@@ -248,7 +253,7 @@ def test_launches_from_threads_with_other_names():
         t.events[-1]["args"]["External id"] = 99
 
     t.range("STEP", one_step)
-    found = rows(trace.read(t.events))
+    found = rows(trace.Breakdown(t.events))
     assert found["student", trace.LINEARS].matmul_us == 40 and found["student", trace.LINEARS].flop == 120
     assert found["", trace.DATA].us == 3
 
@@ -262,7 +267,7 @@ def test_streams_overlap_and_wait():
         t.range("loss", lambda: t.launch("c", 4))
 
     t.range("STEP", one_step)
-    found = trace.read(t.events)
+    found = trace.Breakdown(t.events)
     assert rows(found)["", "loss"].us == 20
     assert (found.wall_us, found.busy_us) == (19, 14)
 
@@ -279,7 +284,7 @@ def test_a_replayed_graph_is_split_by_its_kernels():
             t.launch(kernel, us, by="cudaGraphLaunch", kernels=2)
 
     t.range("STEP", one_step)
-    got = {k: (r.us, r.matmul_us, r.flop) for k, r in rows(trace.read(t.events)).items()}
+    got = {k: (r.us, r.matmul_us, r.flop) for k, r in rows(trace.Breakdown(t.events)).items()}
     assert got == {
         (trace.GRAPH, trace.MATMUL): (100, 100, 0),
         (trace.GRAPH, trace.ATTENTION): (40, 0, 0),
@@ -290,8 +295,6 @@ def test_a_replayed_graph_is_split_by_its_kernels():
 @pytest.mark.parametrize(
     ("name", "dims", "flop"),
     [
-        ("aten::mm", [[4, 3], [3, 5]], 120),
-        ("aten::bmm", [[7, 4, 3], [7, 3, 5]], 840),
         ("aten::baddbmm", [[1], [7, 4, 3], [7, 3, 5]], 840),
         ("aten::_scaled_mm", [[4, 3], [3, 5], [], []], 120),
         ("mkldnn::_linear_pointwise", [[2, 2, 3], [5, 3], [5]], 120),
@@ -300,18 +303,7 @@ def test_a_replayed_graph_is_split_by_its_kernels():
     ],
 )
 def test_flop(name, dims, flop):
-    assert trace.Event(name, "cpu_op", 0, 1, dims=dims).flop == flop
-
-
-def test_what_is_no_trace(tmp_path):
-    (tmp_path / "a.json").write_text("[]")
-    (tmp_path / "b.json.gz").write_bytes(gzip.compress(b'{"x": 1}'))
-    (tmp_path / "c.json.gz").write_text("not gzip")
-    for name in ("a.json", "b.json.gz", "c.json.gz", "d.json"):
-        with pytest.raises(UsageError, match=f"{name}: not a Chrome trace"):
-            trace.load(tmp_path / name)
-    with pytest.raises(UsageError, match="no range 'extrema:STEP'"):
-        trace.read([])
+    assert trace.Event(name, "cpu_op", 0, 1, 1, {"Input Dims": dims}).flop == flop
 
 
 # ---- real steps -------------------------------------------------------------------------------------
@@ -359,17 +351,14 @@ def test_matmuls_are_those_torch_counts(profiled):
 def test_files(profiled):
     result, folder = profiled
     assert [p.name for p in folder.iterdir()] == ["out"]
-    assert sorted(p.name for p in (folder / "out").iterdir()) == [
-        "profile.json",
-        "profile.txt",
-        "trace.json.gz",
-    ]
+    names = ["profile.json", "profile.txt", "trace.json.gz"]
+    assert sorted(p.name for p in (folder / "out").iterdir()) == names
     assert json.loads((folder / "out/profile.json").read_text()) == result
     text = (folder / "out/profile.txt").read_text()
     assert text == profile.describe(result) + "\n"
     for words in ("student trunk linears", "teacher pooling", "optimizer and EMA", "images from memory"):
         assert words in text
-    assert len(trace.load(folder / "out/trace.json.gz")) > 1000
+    assert len(events(folder / "out")) > 1000
 
 
 def test_ranges_are_off_outside_a_profile_and_in_compiled_code():
@@ -401,25 +390,14 @@ def test_compiled_blocks_are_split_too(tmp_path):
     for branch in ("teacher", "student"):
         assert found[branch, trace.LINEARS]["matmul_ms"] > 0
         assert found[branch, trace.REST]["ms"] > 0 and found[branch, trace.ATTENTION]["ms"] > 0
-    fused = [c for c, op, _ in trace.read(trace.load(tmp_path / "trace.json.gz")).ops if "_fused_" in op]
-    assert f"student {trace.REST}" in fused and f"teacher {trace.REST}" in fused
+    fused = {component for component, op in trace.Breakdown(events(tmp_path)).ops if "_fused_" in op}
+    assert {f"student {trace.REST}", f"teacher {trace.REST}"} <= fused
     assert not any(r["branch"] == trace.COMPILED for r in result["rows"])
 
 
 # ---- the command ------------------------------------------------------------------------------------
 
-SMALL = [
-    "--model.width",
-    "16",
-    "--model.depth",
-    "1",
-    "--train.batch-size",
-    "4",
-    "--steps",
-    "1",
-    "--warmup",
-    "1",
-]
+SMALL = "--model.width 16 --model.depth 1 --train.batch-size 4 --steps 1 --warmup 1"
 
 
 @pytest.mark.parametrize(
@@ -447,21 +425,15 @@ def test_errors_are_one_line(capsys, monkeypatch, tmp_path, args, words):
 
 
 def test_several_processes_are_refused(monkeypatch, tmp_path):
-    class Two:
-        def __enter__(self):
-            return World(torch.device("cpu"), 0, 2)
-
-        def __exit__(self, *error):
-            return None
-
-    monkeypatch.setattr(profile, "start", lambda device: Two())
+    two = World(torch.device("cpu"), 0, 2)
+    monkeypatch.setattr(profile, "start", lambda device: nullcontext(two))
     with pytest.raises(UsageError, match="one process only, this is one of 2"):
         profile.profile(TINY, tmp_path)
 
 
 def test_real_images(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["profile", "smoke", *SMALL, "--quiet", "--data.loader", "pil"]) == 0
+    assert cli.main(["profile", "smoke", *SMALL.split(), "--quiet", "--data.loader", "pil"]) == 0
     out = capsys.readouterr().out
     assert "images synthetic" in out and "student trunk linears" in out and "trace.json.gz" in out
     assert (tmp_path / "runs/profile_smoke/trace.json.gz").is_file()
@@ -474,7 +446,7 @@ def test_without_the_presets_data_set(capsys, monkeypatch, tmp_path):
         "--model.img-size 32 32 --model.heads 1 --head.hidden 8 --head.predictor-hidden 8 --mask.ratio 0.5"
     )
     small += " --mask.views 2 --system.device cpu --train.compile none --json --out here"
-    assert cli.main(["profile", "paper-small-80x5", *SMALL, *small.split()]) == 0
+    assert cli.main(["profile", "paper-small-80x5", *SMALL.split(), *small.split()]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["images"] == "from memory" and "no images at imagenet/train" in err
     assert (tmp_path / "here/profile.json").is_file()

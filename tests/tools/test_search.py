@@ -67,12 +67,13 @@ class Bank:
 # ---- the arithmetic -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [(1,), (19,), (7, 0, 1, 11), (2, 2, 2, 2, 39)])
-@pytest.mark.parametrize("k", [1, 5])
-def test_nearest_is_exact(sizes, k):
+@pytest.mark.parametrize(
+    ("sizes", "k", "at_a_time"), [((1,), 1, 9), ((19,), 5, 9), ((7, 0, 1, 11), 5, 9), ((2, 2, 39), 5, 2)]
+)
+def test_nearest_is_exact(sizes, k, at_a_time, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("extrema_fast.tools.search"), "QUERIES", at_a_time)
     parts = [torch.randn(n, 6) for n in sizes]
     queries = torch.randn(3, 6)
-    k = min(k, sum(sizes))
     scores, places = nearest(queries, Bank(*parts), k)
     bank = torch.cat(parts).double()
     cosine = (queries.double() @ bank.T) / queries.double().norm(dim=1)[:, None] / bank.norm(dim=1)
@@ -96,15 +97,6 @@ def test_equal_features_come_in_row_order():
     bank[::3] = one
     _, places = nearest(one, Bank(bank), 170)
     assert places[0, :167].tolist() == list(range(0, 500, 3))
-
-
-def test_many_queries_are_cut(monkeypatch):
-    queries, bank = torch.randn(11, 4), Bank(torch.randn(9, 4), torch.randn(5, 4))
-    want = nearest(queries, bank, 3)
-    monkeypatch.setattr(importlib.import_module("extrema_fast.tools.search"), "QUERIES", 4)
-    got = nearest(queries, bank, 3)
-    assert torch.equal(got[1], want[1])
-    torch.testing.assert_close(got[0], want[0])
 
 
 # ---- queries --------------------------------------------------------------------------------------
@@ -166,23 +158,17 @@ def test_means_and_short_types(made, tmp_path):
 # ---- refused --------------------------------------------------------------------------------------
 
 
-def test_patch_tokens(made, tmp_path):
-    embed(str(made / "images"), tmp_path / "f", made / "weights", tokens="patch", **SMALL)
-    with pytest.raises(UsageError, match=r"holds patch tokens, \[9, 16\] per image.*--tokens class"):
-        search(made / "images/ape/00.png", tmp_path / "f")
-
-
-def test_index_that_is_none(made, tmp_path):
-    with pytest.raises(UsageError, match="does not exist; make one with: extrema-fast embed"):
-        search(made / "images/ape/00.png", tmp_path / "none")
-    with pytest.raises(UsageError, match="is no folder of features"):
-        search(made / "images/ape/00.png", made / "weights")
-
-
-def test_unfinished_index(moving):
+def test_what_is_no_index(moving):
+    embed(str(moving / "images"), moving / "patches", moving / "weights", tokens="patch", **SMALL)
     (moving / "index" / "features" / "00002.npy").unlink()
-    with pytest.raises(UsageError, match=r"not finished \(4 of 5 parts\); the same embed command"):
-        search(moving / "images/ape/00.png", moving / "index")
+    for index, words in (
+        ("patches", r"holds patch tokens, \[9, 16\] per image.*--tokens class"),
+        ("none", "does not exist; make one with: extrema-fast embed"),
+        ("weights", "is no folder of features"),
+        ("index", r"not finished \(4 of 5 parts\)"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            search(moving / "images/ape/00.png", moving / index)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +197,7 @@ def test_weights_gone_moved_or_others(moving):
         search(query, moving / "index", k=2)
 
 
-@pytest.mark.parametrize("k", [0, 13, -1])
+@pytest.mark.parametrize("k", [0, 13])
 def test_k(made, k):
     with pytest.raises(UsageError, match=r"--k: expected 1 to 12, the other images of .*index, got"):
         search(made / "images/ape/00.png", made / "index", k=k)
@@ -223,18 +209,19 @@ def test_k_of_foreign_queries(made, tmp_path, monkeypatch):
     assert len(search(tmp_path / "q.png", made / "index")[0]["neighbours"]) == 10
     monkeypatch.setattr(sys.modules["extrema_fast.tools.search"], "NEIGHBORS", 14)
     assert len(search(tmp_path / "q.png", made / "index")[0]["neighbours"]) == 13
-    with pytest.raises(UsageError, match=r"--k: expected 1 to 13, the images of .*index, got 14"):
+    with pytest.raises(UsageError, match="--k: expected 1 to 13, "):
         search(tmp_path / "q.png", made / "index", k=14)
 
 
 def test_queries_that_are_no_images(made, tmp_path):
     (tmp_path / "broken.png").write_text("no image")
-    with pytest.raises(DataError, match=r"broken\.png"):
-        search(tmp_path / "broken.png", made / "index", k=1)
-    with pytest.raises(UsageError, match="neither an image file nor a path in the index"):
-        search(tmp_path / "none.png", made / "index", k=1)
-    with pytest.raises(UsageError, match="none: does not exist"):
-        search(tmp_path / "none", made / "index", k=1)
+    for name, error, words in (
+        ("broken.png", DataError, r"broken\.png"),
+        ("none.png", UsageError, "neither an image file nor a path in the index"),
+        ("none", UsageError, "none: does not exist"),
+    ):
+        with pytest.raises(error, match=words):
+            search(tmp_path / name, made / "index", k=1)
 
 
 # ---- the picture ----------------------------------------------------------------------------------
@@ -279,19 +266,19 @@ def test_what_a_sheet_may_replace(made, tmp_path):
         search(query, index, k=2, out=sheet)
     shutil.copy(query, tmp_path / "photo.png")
     before = (tmp_path / "photo.png").read_bytes()
-    with pytest.raises(UsageError, match=r"there is another file; .*--force"):
-        search(query, index, k=2, out=tmp_path / "photo.png")
+    (tmp_path / "d.png").mkdir()
+    (tmp_path / "file").touch()
+    for name, error, words in (
+        ("photo.png", UsageError, "there is another file; .*--force"),
+        ("sheet.jpg", UsageError, r"expected a file that ends in \.png"),
+        ("d.png", UsageError, "is a folder"),
+        ("file/x.png", StorageError, "cannot be written"),
+    ):
+        with pytest.raises(error, match=words):
+            search(query, index, k=2, out=tmp_path / name)
     assert (tmp_path / "photo.png").read_bytes() == before
     search(query, index, k=2, out=tmp_path / "photo.png", force=True)
     assert (tmp_path / "photo.png").read_bytes() == sheet.read_bytes()
-    with pytest.raises(UsageError, match=r"expected a file that ends in \.png"):
-        search(query, index, k=2, out=tmp_path / "sheet.jpg")
-    (tmp_path / "d.png").mkdir()
-    with pytest.raises(UsageError, match="is a folder"):
-        search(query, index, k=2, out=tmp_path / "d.png")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot be written"):
-        search(query, index, k=2, out=tmp_path / "file" / "x.png")
 
 
 @pytest.mark.parametrize("change", ["gone", "changed", "one gone"])
@@ -320,14 +307,8 @@ def test_tiles(tmp_path):
         square = tile(sheet.convert("RGB"), 0, 0)
         wide = (square == (255, 0, 0)).all(2)
         # the long name does not run into the next tile
-        assert (
-            len(
-                np.unique(
-                    np.asarray(sheet.convert("L"))[MARGIN + SIDE + 24, MARGIN + SIDE : MARGIN + SIDE + 8]
-                )
-            )
-            == 1
-        )
+        gap = np.asarray(sheet.convert("L"))[MARGIN + SIDE + 24, MARGIN + SIDE : MARGIN + SIDE + 8]
+        assert len(np.unique(gap)) == 1
     # whole image with its own proportions
     assert wide[SIDE // 2].all() and wide.sum() == SIDE * SIDE // 3
 
