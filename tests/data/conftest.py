@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from extrema_fast.config import DataConfig
+from extrema_fast.data.sources import open_source
+from extrema_fast.errors import UsageError
 
 from .tars import write_tar
 
@@ -62,6 +65,20 @@ def shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     pack_files(folder, sorted(p for p in tree.rglob("*") if p.is_file()), (7, 1, 9, 6))
     return folder
+
+
+def fails(spec, pattern: str, error: type[Exception] = UsageError, **kw) -> None:
+    """`open_source` ends in one line that matches `pattern`."""
+    with pytest.raises(error, match=pattern) as caught:
+        open_source(str(spec), **kw)
+    assert "\n" not in str(caught.value)
+
+
+def assert_same(a, b) -> None:
+    """The same batches."""
+    for x, y in zip(a, b, strict=True):
+        assert (x.epoch, x.step) == (y.epoch, y.step)
+        assert torch.equal(x.index, y.index) and torch.equal(x.images, y.images)
 
 
 def pack_files(folder: Path, paths: list[Path], counts: tuple[int, ...]) -> None:

@@ -1,7 +1,7 @@
 """Color jitter: two jittered copies of one crop.
 
-Covers: each operation against PIL (hue against colorsys); whole chains in all 24 orders against PIL's 8-bit chain, also
-on photographs, and against a plain loop; flat images; the distribution of all random parameters, and that parameters,
+Covers: chains of all operations in all 24 orders against PIL's 8-bit chain, also on photographs, and against a plain
+loop; flat images; the distribution of all random parameters, and that parameters,
 views and neighboring samples are independent; keyed by sample, epoch, seed and view, so equal for any split of the
 batch; normalization; one channel; policies without color.
 """
@@ -63,42 +63,7 @@ def unit(images: torch.Tensor) -> torch.Tensor:
     return images.permute(0, 3, 1, 2).double() / 255
 
 
-def one_op(images: torch.Tensor, op: int, factor: float) -> torch.Tensor:
-    """`jitter` with one operation away from its identity, as uint8."""
-    factors = torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(len(images), 1)
-    factors[:, op] = factor
-    order = torch.arange(4).repeat(len(images), 1)
-    return (jitter(unit(images).float(), factors, order) * 255).permute(0, 2, 3, 1)
-
-
-# ---- each operation -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("factor", [0.0, 0.6, 0.8, 1.0, 1.2, 1.4])
-@pytest.mark.parametrize(
-    ("op", "name"), [(BRIGHTNESS, "Brightness"), (CONTRAST, "Contrast"), (SATURATION, "Color")]
-)
-def test_against_pil(op, name, factor):
-    pytest.importorskip("PIL")
-    from PIL import Image, ImageEnhance
-
-    images = pictures()
-    ours = one_op(images, op, factor)
-    for picture, mine in zip(images, ours, strict=True):
-        wanted = getattr(ImageEnhance, name)(Image.fromarray(picture.numpy())).enhance(factor)
-        difference = np.abs(mine.round().numpy() - np.asarray(wanted, dtype=np.float64))
-        # PIL truncates, and rounds the gray it blends with
-        assert difference.max() <= 1
-
-
-@pytest.mark.parametrize("shift", [-0.5, -0.1, -0.03, 0.0, 0.04, 0.1, 0.5])
-def test_hue_against_colorsys(shift):
-    images = pictures(1, 9, 12)
-    ours = one_op(images, HUE, shift)[0].double() / 255
-    for got, pixel in zip(ours.reshape(-1, 3), (images[0].double() / 255).reshape(-1, 3), strict=True):
-        h, s, v = colorsys.rgb_to_hsv(*pixel.tolist())
-        wanted = colorsys.hsv_to_rgb((h + shift) % 1.0, s, v)
-        assert got.tolist() == pytest.approx(wanted, abs=2e-5)
+# ---- operations -----------------------------------------------------------------------------------
 
 
 def pil_chain(picture, factors: list[float], order: list[int]):
@@ -134,7 +99,7 @@ def against_pil_chain(given: list) -> np.ndarray:
     return np.stack(found)
 
 
-@pytest.mark.parametrize("which", ["all together", "image by image", "photographs"])
+@pytest.mark.parametrize("which", ["pale", "photographs"])
 def test_chains_against_pil(which):
     Image = pytest.importorskip("PIL.Image")
     if which == "photographs":
@@ -146,8 +111,7 @@ def test_chains_against_pil(which):
             images = [Image.open(tar.extractfile(m)).convert("RGB").resize((120, 90)) for m in members]
     else:
         # as pale as photographs: one of PIL's 255 hue steps is 6 levels of a saturated color
-        size = (24, 32) if which == "all together" else (57, 91)
-        pale = (pictures(5, *size).float() * 0.5 + 64).to(torch.uint8)
+        pale = (pictures(5, 57, 91).float() * 0.5 + 64).to(torch.uint8)
         images = [Image.fromarray(p.numpy()) for p in pale]
     difference = against_pil_chain(images)
     assert difference.mean() <= 2 and difference.max() <= 13
@@ -185,8 +149,8 @@ def test_all_orders_mixed_in_one_batch():
         assert (single[i] - wanted).abs().max() * 255 < 0.01, order
 
 
-@pytest.mark.parametrize("value", [0, 1, 128, 254, 255])
-def test_givenwithout_color(value):
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_flat_images(value):
     images = torch.full((24, 4, 5, 3), value, dtype=torch.uint8)
     factors = torch.tensor([1.0, 0.7, 1.2, 0.07]).repeat(24, 1)
     out = jitter(unit(images).float(), factors, torch.tensor(ORDERS))
@@ -324,11 +288,3 @@ def test_normalize():
     luma = (images.double() / 255 * torch.tensor([0.299, 0.587, 0.114]).double()).sum(-1)
     assert gray.shape == (2, 1, 24, 32)
     assert torch.allclose(gray[:, 0].double(), (luma - 0.2) / (0.875 / 3), atol=1e-5)
-
-
-def test_a_view_is_normalized_with_the_configurations_numbers():
-    images, index = pictures(4), torch.arange(4)
-    keys = {"seed": 0, "epoch": 0}
-    raw, view = (color_views(images, index, cfg, **keys)[0] for cfg in (PLAIN, DataConfig()))
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (DataConfig().mean, DataConfig().std))
-    assert torch.allclose(view, (raw - mean) / std, atol=1e-5)

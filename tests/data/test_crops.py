@@ -1,4 +1,4 @@
-"""The crop plan: the law of random boxes, flips, determinism, small and long images, centre boxes."""
+"""The crop plan: the law of random boxes, flips, determinism, small and long images. Center boxes: test_loaders.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from extrema_fast.config import DataConfig
-from extrema_fast.data.loader import center_boxes, random_boxes
+from extrema_fast.data.loader import random_boxes
 
 
 def boxes_for(height: int, width: int, count: int = 4000, cfg: DataConfig | None = None, epoch: int = 0):
@@ -64,11 +64,6 @@ def test_law_equals_torchvision(height, width, area):
     assert (h * w).min() >= 0.95 * area[0] * height * width or width > 4 * height
 
 
-def test_ks_can_fail():
-    a = np.random.default_rng(0).uniform(size=4000)
-    assert ks(a, a**1.2) > 1.95
-
-
 def test_every_place_is_reached_equally_often():
     # boxes of 2 x 2 in 4 x 8 pixels: few places, the last one included
     cfg = DataConfig(area=(0.125, 0.125), ratio=(1.0, 1.0))
@@ -99,7 +94,7 @@ def test_a_box_depends_on_row_epoch_and_seed_alone():
         assert (random_boxes(sizes, rows, DataConfig(), **other)[0] != whole).any(1).mean() > 0.9
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 2), (7, 4000), (4000, 7), (16, 16), (3, 5)])
+@pytest.mark.parametrize("size", [(1, 1), (7, 4000), (4000, 7), (3, 5)])
 @pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (4.0, 5.0), (0.1, 0.2)])
 def test_boxes_stay_inside_and_are_whole_pixels(size, ratio):
     boxes, _ = boxes_for(*size, cfg=DataConfig(area=(0.08, 1.0), ratio=ratio))
@@ -112,23 +107,3 @@ def test_fallback_is_the_largest_centred_box():
     # area 1 never fits a 7 x 4000 image with ratio <= 4/3
     boxes, _ = boxes_for(7, 4000, count=10, cfg=DataConfig(area=(1.0, 1.0)))
     assert (boxes == [0, (4000 - 9) // 2, 7, (4000 - 9) // 2 + 9]).all()
-
-
-def test_center_boxes():
-    sizes = np.array([[256, 256], [512, 256], [256, 1024], [224, 224], [1, 1]])
-    boxes = center_boxes(sizes, (224, 224))
-    np.testing.assert_allclose(boxes[0], [16, 16, 240, 240])
-    np.testing.assert_allclose(boxes[1], [144, 16, 368, 240])
-    np.testing.assert_allclose(boxes[2], [16, 400, 240, 624])
-    # already the size of the crop: as it is
-    np.testing.assert_allclose(boxes[3], [0, 0, 224, 224])
-    assert (boxes[4] >= 0).all() and (boxes[4] <= 1).all()
-
-
-def test_center_boxes_cover_a_crop_that_is_not_square():
-    (box,) = center_boxes(np.array([[300, 300]]), (64, 128))
-    h, w = box[2] - box[0], box[3] - box[1]
-    assert w / h == pytest.approx(2)
-    # the wider side decides: 128 of its 146 resized pixels
-    assert w == pytest.approx(300 * 128 / 146)
-    assert box[0] + box[2] == pytest.approx(300)

@@ -27,20 +27,11 @@ from extrema_fast.data.manifest import (
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import DataError, StorageError, UsageError
 
-ODD = [
-    "a\tb",
-    "two\nlines\r",
-    "back\\slash",
-    "\\t",
-    "\\x41",
-    os.fsdecode(b"\xff\xe9x"),
-    "ünï",
-    "# %s'\"",
-    " ",
-]
 
-
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(
+    "name",
+    ["a\tb", "two\nlines\r", "back\\slash", "\\t", "\\x41", os.fsdecode(b"\xff\xe9x"), "ünï", "# %s'\"", " "],
+)
 def test_names_survive(name):
     text = escape(name)
     assert unescape(text) == name
@@ -66,17 +57,14 @@ def write(path, rows=ROWS, root=".", classes=("a", "empty", "b\tc")):
     return path
 
 
-def test_table(tmp_path):
+def test_table_and_source(tmp_path):
     table = read_manifest(write(tmp_path / "m.tsv"))
     assert table.root == "." and table.classes == ["a", "empty", "b\tc"] and len(table) == 3
     assert table.path == [r.path for r in ROWS] and table.status == ["ok", "damaged: cut", "ok"]
     assert table.label.tolist() == [0, 0, 2] and table.crc32.tolist() == [0xCAFE, 0, 0]
     assert table.good().tolist() == [0, 2] and table.width.dtype == np.int32
     assert table.offset.tolist() == [-1] * 3 and table.mtime_ns.dtype == np.int64
-
-
-def test_source(tmp_path):
-    source = open_source(str(write(tmp_path / "m.tsv")))
+    source = open_source(str(tmp_path / "m.tsv"))
     assert source.paths == [f"{tmp_path}/a/1.jpg", f"{tmp_path}/b/3\t.png"]
     assert source.classes == ["a", "empty", "b\tc"] and source.labels.tolist() == [0, 2]
     assert source.headers.tolist() == [[4, 7, 1], [19, 39, 6]]
@@ -197,7 +185,6 @@ def test_a_damaged_line_is_named(tmp_path, column, value, words):
         ("# extrema-fast manifest 1\t[]", "line 1: expected a JSON object"),
         ('# extrema-fast manifest 1\t{"root": "."}', "line 1: expected a JSON object"),
         ('# extrema-fast manifest 1\t{"root": ".", "classes": ["a", "a"]}', "list of different names"),
-        ('# extrema-fast manifest 1\t{"root": ".", "classes": [1]}', "list of different names"),
         ('# extrema-fast manifest 1\t{"root": ".", "classes": "ab"}', "list of different names"),
     ],
 )

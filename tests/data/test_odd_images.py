@@ -14,57 +14,34 @@ from extrema_fast.errors import DataError
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 ImageOps = pytest.importorskip("PIL.ImageOps")
 
-OK = [
-    "cmyk.jpg",
-    "exif_rotated.jpg",
-    "gray.jpg",
-    "gray.png",
-    "gray16.png",
-    "one_pixel.jpg",
-    "palette.png",
-    "progressive.jpg",
-    "rgb.jpg",
-    "rgb.png",
-    "rgba.png",
-    "tiff.tiff",
-    "tiny.jpg",
-    "very_wide.jpg",
-    "webp.webp",
-    "wrong_suffix_png_in.jpg",
-]
 BAD = ["header_only.jpg", "random_bytes.jpg", "text.jpg", "truncated.png", "truncated_half.jpg"]
-
-
-def train_batch(source, cfg, size=(32, 32)):
-    with TrainLoader(source, cfg, size, batch_size=len(source), seed=0) as loader:
-        batch = next(loader)
-    return batch.images[batch.index.argsort()]
 
 
 def eval_batch(source, cfg, size=(32, 32)):
     return torch.cat([images for images, _ in EvalLoader(source, cfg, size)])
 
 
-def test_no_odd_image_is_forgotten(odd_images):
-    listed = {f"ok_{n}" for n in OK} | {f"bad_{n}" for n in [*BAD, "zero_bytes.jpg", "flipped_bits.jpg"]}
-    assert {p.name for p in odd_images.iterdir()} == listed
+def test_no_broken_image_is_forgotten(odd_images):
+    listed = {f"bad_{name}" for name in [*BAD, "zero_bytes.jpg", "flipped_bits.jpg"]}
+    assert {p.name for p in odd_images.glob("bad_*")} == listed
 
 
 @pytest.mark.parametrize("exif", [False, True])
 def test_odd_images_load(odd_images, tmp_path, config, kind, exif):
     listing = tmp_path / "list.txt"
-    listing.write_text("".join(f"{odd_images / f'ok_{name}'}\n" for name in OK))
+    listing.write_text("".join(f"{path}\n" for path in sorted(odd_images.glob("ok_*"))))
     source = open_source(str(listing))
     cfg = config(loader=kind, exif=exif)
-    assert train_batch(source, cfg).shape == (len(OK), 32, 32, 3)
+    with TrainLoader(source, cfg, (32, 32), batch_size=len(source), seed=0) as loader:
+        assert next(loader).images.shape == (16, 32, 32, 3)
     # the same pictures as PIL's, not only something of the right shape
     for row, got in enumerate(eval_batch(source, cfg)):
         im = Image.open(source.paths[row])
-        im = load_rgb(source.paths[row], exif) if OK[row] == "gray16.png" else im
+        im = load_rgb(source.paths[row], exif) if im.mode.startswith("I") else im
         im = (ImageOps.exif_transpose(im) if exif else im).convert("RGB")
         ((top, left, bottom, right),) = center_boxes(np.array([im.size[::-1]]), (32, 32))
         want = im.resize((32, 32), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
-        assert np.abs(np.asarray(want).astype(int) - got.numpy()).mean() < 1, OK[row]
+        assert np.abs(np.asarray(want).astype(int) - got.numpy()).mean() < 1, source.paths[row]
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path, config, kind):

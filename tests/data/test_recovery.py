@@ -30,7 +30,7 @@ from extrema_fast.distributed import World
 from extrema_fast.errors import DataError
 from extrema_fast.tools.index import index
 
-from .conftest import pack_files, picture
+from .conftest import assert_same, pack_files, picture
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 
@@ -96,11 +96,6 @@ def test_all_other_samples_are_undisturbed(images, config, kind, how, caplog):
     for step, whole in enumerate(replaced):
         assert torch.equal(torch.cat([p[step].index for p in parts]), whole.index)
         assert torch.equal(torch.cat([p[step].images for p in parts]), whole.images)
-
-
-def assert_same(a, b):
-    for x, y in zip(a, b, strict=True):
-        assert torch.equal(x.index, y.index) and torch.equal(x.images, y.images) and x.step == y.step
 
 
 def test_a_cut_jpeg_is_found_whatever_the_crop(images, config, kind):

@@ -17,19 +17,15 @@ import pytest
 from extrema_fast.data import shards
 from extrema_fast.data.shards import Member, expand, index_text, members, parse_index, scan
 from extrema_fast.data.sources import open_source
-from extrema_fast.errors import DataError, UsageError
-from tests.data.tars import samples, special, write_tar
+from extrema_fast.errors import DataError
+
+from .conftest import fails
+from .tars import samples, special, write_tar
 
 
 def truth(path):
     with tarfile.open(path, errors="surrogateescape") as tar:
         return [(m.name, tar.extractfile(m).read()) for m in tar if m.isreg()]
-
-
-def fails(spec, pattern, error=UsageError):
-    with pytest.raises(error, match=pattern) as caught:
-        open_source(str(spec))
-    assert "\n" not in str(caught.value)
 
 
 # ---- reading --------------------------------------------------------------------------------------
@@ -187,14 +183,6 @@ def no_scan(monkeypatch):
         raise AssertionError("scanned again")
 
     monkeypatch.setattr(shards, "scan", refuse)
-
-
-def test_an_index_is_made_once_and_then_used(tmp_path, monkeypatch):
-    path = write_tar(tmp_path / "a.tar", samples(5))
-    first = open_source(str(path))
-    assert sorted(os.listdir(tmp_path)) == ["a.idx", "a.tar"]
-    no_scan(monkeypatch)
-    assert open_source(str(path)).fingerprint == first.fingerprint
 
 
 @pytest.mark.parametrize(

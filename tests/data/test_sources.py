@@ -13,6 +13,8 @@ from extrema_fast.data import sources
 from extrema_fast.data.sources import match_classes, open_source
 from extrema_fast.errors import DataError, UsageError
 
+from .conftest import fails
+
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 
 
@@ -144,12 +146,6 @@ def test_match_classes(tmp_path):
 
 
 # ---- errors ---------------------------------------------------------------------------------------
-
-
-def fails(spec, pattern, error=UsageError, **kw):
-    with pytest.raises(error, match=pattern) as caught:
-        open_source(str(spec), **kw)
-    assert "\n" not in str(caught.value)
 
 
 def test_missing(tmp_path):
