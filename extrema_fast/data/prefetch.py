@@ -39,14 +39,12 @@ def prefetch(loader: Iterable[Batch], draw: Draw, device: torch.device) -> Itera
 
 
 def _on_cpu(loader: Iterator[Batch], draw: Draw, device: torch.device) -> Iterator[Batch]:
-    while True:
-        began = time.perf_counter()
-        batch = next(loader, None)
-        if batch is None:
-            return
+    began = time.perf_counter()
+    for batch in loader:
         waited, images = time.perf_counter() - began, batch.images.to(device)
         drawn = draw(images, batch.index, batch.epoch)
         yield batch._replace(images=images, micro_batches=drawn, waited=waited)
+        began = time.perf_counter()
 
 
 def _on_gpu(loader: Iterator[Batch], draw: Draw, device: torch.device) -> Iterator[Batch]:

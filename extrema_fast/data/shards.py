@@ -44,12 +44,7 @@ _THREADS = 8
 _REPORT_EVERY_S = 10.0
 # members whose header is compared when an index is read
 _CHECKED = 8
-_COMPRESSED = {
-    b"\x1f\x8b": "gzip -d",
-    b"BZh": "bzip2 -d",
-    b"\xfd7zXZ\x00": "xz -d",
-    b"\x28\xb5\x2f\xfd": "zstd -d",
-}
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class Member(NamedTuple):
@@ -161,7 +156,7 @@ def _damaged(path: str, reason: str, found: list[Member]) -> DataError:
     for magic, command in _COMPRESSED.items():
         if head.startswith(magic):
             return DataError(
-                f"{path}: a compressed tar; images are read in place, so decompress it first ({command})"
+                f"{path}: a compressed tar; images are read in place, so decompress it first ({command} -d)"
             )
     if not found:
         return DataError(f"{path}: not a tar file, or cut off before its first image ({reason})")
@@ -330,7 +325,7 @@ def _samples(path: str, found: list[Member], extensions: tuple[str, ...]) -> lis
             )
         if images:
             labels = [m for wanted in ("cls", "json") for kind, m in parts if kind == wanted]
-            samples.append(_Sample(key, images[0], labels[0] if labels else None))
+            samples.append(_Sample(key, images[0], next(iter(labels), None)))
         else:
             alone = [m for _, m in parts if m.name.lower().endswith(extensions)]
             samples += [_Sample(os.path.splitext(m.name)[0], m, None) for m in alone]

@@ -333,9 +333,9 @@ def _mixture(name: str, path: Path, split: str, check: bool) -> ImageSource:
         labels,
         classes,
         digest.hexdigest(),
-        spans=_join(each, [source.spans for source in each], (0, -1), np.int64),
+        spans=_join(each, "spans", (0, -1), np.int64),
         names=[n for source in each for n in source.names or source.paths] if named else None,
-        headers=_join(each, [source.headers for source in each], (0, 0, 0), np.int32),
+        headers=_join(each, "headers", (0, 0, 0), np.int32),
         shards=_join_shards(each),
         parts=tuple((end - len(s), end, share) for (s, share), end in zip(blocks, ends, strict=True))
         if any(share < 1 for _, share in blocks)
@@ -400,16 +400,13 @@ def _shares(rows: int, passes: float, where: str) -> list[float]:
     return shares
 
 
-def _join(
-    sources: list[ImageSource], tables: list[np.ndarray | None], blank: tuple[int, ...], dtype: type
-) -> np.ndarray | None:
-    """Tables below each other, those that are None filled with a blank row; None when all are."""
+def _join(sources: list[ImageSource], column: str, blank: tuple[int, ...], dtype: type) -> np.ndarray | None:
+    """A column of all sources, with a blank row for each image of those that lack it; None when all do."""
+    tables = [getattr(s, column) for s in sources]
     if all(t is None for t in tables):
         return None
-    whole = [
-        np.full((len(s), len(blank)), blank) if t is None else t for t, s in zip(tables, sources, strict=True)
-    ]
-    return np.concatenate(whole).astype(dtype)
+    blanks = (np.full((len(s), len(blank)), blank) for s in sources)
+    return np.concatenate([b if t is None else t for t, b in zip(tables, blanks, strict=True)]).astype(dtype)
 
 
 def _join_shards(sources: list[ImageSource]) -> np.ndarray | None:

@@ -113,16 +113,6 @@ def test_a_cut_jpeg_is_found_whatever_the_crop(images, config, kind):
     assert not found and any(7 in b.index for b in seen)
 
 
-def test_a_left_over_row_takes_the_place(images, config, kind):
-    source, cfg = open_source(str(images)), config(loader=kind)
-    spoil(images / source.paths[4], "cut")
-    seen, _ = batches(source, cfg, 24)
-    for epoch in range(6):
-        rows = torch.cat([b.index for b in seen[4 * epoch : 4 * epoch + 4]])
-        # 20 of 23 places, one row unusable: still no row twice
-        assert len(rows.unique()) == 20
-
-
 def test_a_file_that_breaks_while_training(images, config, kind):
     """Its header is known and its batch may be on its way; it is found wherever it is drawn next."""
     source, cfg = open_source(str(images)), config(loader=kind)
