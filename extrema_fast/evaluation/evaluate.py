@@ -36,18 +36,6 @@ from .probes import attention_entropy, indicators, knn, linear_probe
 if TYPE_CHECKING:
     from ..models.extrema import ExtreMA
 
-__all__ = [
-    "Features",
-    "collapse_warnings",
-    "evaluate",
-    "extract",
-    "format_table",
-    "indicators",
-    "knn",
-    "linear_probe",
-    "online_eval",
-    "raw_pixels",
-]
 log = logging.getLogger(__name__)
 
 # part of the cache key of a stored result: raised when a number changes its meaning
@@ -115,12 +103,9 @@ def online_eval(
             ("teacher", features.cls, method.teacher_projector),
             ("student", student, method.projector),
         ):
-            x = x.to(device)
-            projection = head(x)
-            for key, value in indicators(x).items():
-                out[f"{name}_{key}"] = value
-            for key, value in indicators(projection).items():
-                out[f"{name}_proj_{key}"] = value
+            projection = head(x.to(device))
+            out |= {f"{name}_{key}": value for key, value in indicators(x.to(device)).items()}
+            out |= {f"{name}_proj_{key}": value for key, value in indicators(projection).items()}
         images = load_batch(test, cfg.data, size, VIEW_IMAGES, strict=False).to(device)
         x = normalize(images, cfg.data.mean, cfg.data.std, cfg.model.in_chans)
         out["view_cosine"] = _view_cosine(method, x, cfg)
@@ -263,19 +248,9 @@ def evaluate(
         "mean": list(data.mean),
         "std": list(data.std),
     }
-    key = hashlib.sha256(
-        json.dumps(
-            [
-                FORMAT,
-                settings,
-                weights_hash(encoder),
-                bank.fingerprint,
-                queries.fingerprint,
-                list(encoder.img_size),
-            ],
-            sort_keys=True,
-        ).encode()
-    ).hexdigest()[:16]
+    images = [bank.fingerprint, queries.fingerprint, list(encoder.img_size)]
+    parts = json.dumps([FORMAT, settings, weights_hash(encoder), *images], sort_keys=True)
+    key = hashlib.sha256(parts.encode()).hexdigest()[:16]
     if out is None and cfg is not None and len(set(metrics)) == 2:
         out = path / "reports" / "evaluation.json"
     if out is not None and not force:
@@ -286,17 +261,19 @@ def evaluate(
 
     started = time.monotonic()
     where = _device(device)
-    args: dict[str, Any] = {"batch_size": batch_size or rule.batch_size, "device": where}
     rows: list[dict[str, Any]] = []
     signs: dict[str, dict[str, float]] = {}
     for name in (PRETRAINED, RANDOM):
         model = encoder if name == PRETRAINED else build_encoder(encoder.config, int(meta.get("seed", 0)))
-        a, b = (extract(model, s, data, **args) for s in (bank, queries))
+        a, b = (
+            extract(model, s, data, batch_size=batch_size or rule.batch_size, device=where)
+            for s in (bank, queries)
+        )
         for feature, field in ((CLS, "cls"), (MEAN, "mean")):
             rows.append({"encoder": name, "feature": feature} | _measure(a, b, field, settings, where))
-        images = load_batch(queries, data, model.img_size, VIEW_IMAGES).to(where)
+        x = load_batch(queries, data, model.img_size, VIEW_IMAGES).to(where)
         with torch.inference_mode():
-            attention = model.get_attention(normalize(images, data.mean, data.std, model.in_chans))
+            attention = model.get_attention(normalize(x, data.mean, data.std, model.in_chans))
         signs[name] = indicators(b.cls) | {"attention_entropy": attention_entropy(attention)}
         log.info("%s: %s", name, ", ".join(f"{m} {rows[-2][m]:.1%}" for m in settings["metrics"]))
     a, b = (raw_pixels(s, data, encoder.img_size) for s in (bank, queries))
@@ -362,31 +339,23 @@ def _result_warnings(
 
 def format_table(result: dict[str, Any]) -> str:
     """The result as aligned plain text: one row per encoder and feature, then the gain over random init."""
-    columns = [
-        (m, t)
-        for m, t in (("knn", f"k-NN (k={result['k']})"), ("probe", "linear probe"))
-        if m in result["metrics"]
-    ]
-    lines = [["encoder", "feature", *(title for _, title in columns)]]
+    titles = {"knn": f"k-NN (k={result['k']})", "probe": "linear probe"}
+    metrics = [m for m in titles if m in result["metrics"]]
+
+    def line(encoder: str, feature: str, *values: str) -> str:
+        return f"{encoder:<21}  {feature:<15}" + "".join(f"  {v:>12}" for v in values)
+
+    lines = [line("encoder", "feature", *(titles[m] for m in metrics))]
+    lines.append("-" * len(lines[0]))
     for row in result["rows"]:
-        lines.append([row["encoder"], row["feature"], *(f"{100 * row[m]:.1f} %" for m, _ in columns)])
-    lines.append([])
+        lines.append(line(row["encoder"], row["feature"], *(f"{100 * row[m]:.1f} %" for m in metrics)))
+    lines.append("")
     for feature, gain in result["gain"].items():
-        lines.append(["gain over random init", feature, *(f"{100 * gain[m]:+.1f}   " for m, _ in columns)])
-    width = [max(len(line[i]) for line in lines if line) for i in range(len(lines[0]))]
-    text = []
-    for line in lines:
-        cells = [
-            c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, width, strict=False))
-        ]
-        text.append("  ".join(cells).rstrip())
-    text.insert(1, "  ".join("-" * w for w in width))
-    counts = result["counts"]
-    step = "" if result["step"] is None else f" of step {result['step']}"
-    text.append("")
-    text.append(
+        lines.append(line("gain over random init", feature, *(f"{100 * gain[m]:+.1f}  " for m in metrics)))
+    counts, step = result["counts"], "" if result["step"] is None else f" of step {result['step']}"
+    lines += [
+        "",
         f"{result['which']} weights{step}; {counts['train']} training and {counts['test']} "
-        f"test images, {counts['classes']} classes"
-    )
-    text += [f"WARNING: {line}" for line in result["warnings"]]
-    return "\n".join(text)
+        f"test images, {counts['classes']} classes",
+    ]
+    return "\n".join(lines + [f"WARNING: {text}" for text in result["warnings"]])

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# numbers a raw-pixel matrix may hold; beyond that images are averaged to a coarser grid
 PIXEL_BUDGET = 4e8
-"""Numbers a raw-pixel matrix may hold; beyond that images are averaged to a coarser grid."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,8 @@ def extract(
     if bad:
         log.warning(
             "%s: %d of %d images cannot be decoded and are left out, first: %s",
-            source.name,
-            len(bad),
-            len(source),
-            next(iter(bad.reasons.values())),
-        )
+            source.name, len(bad), len(source), next(iter(bad.reasons.values())),
+        )  # fmt: skip
     kept = torch.cat(rows)
     labels = None if source.labels is None else source.labels[kept]
     return Features(torch.cat(cls), torch.cat(mean), labels, kept)
@@ -131,7 +128,7 @@ def load_batch(
     `strict` as for `extract`.
     """
     n = len(source)
-    rows = [int((j + 0.5) * n / min(count, n)) for j in range(min(count, n))]
-    few = subset(source, torch.tensor(rows))
+    count = min(count, n)
+    few = subset(source, torch.tensor([int((j + 0.5) * n / count) for j in range(count)]))
     bad = None if strict else BadRows(few, 1.0, warn=False)
     return torch.cat([images for images, _ in EvalLoader(few, cfg, img_size, bad=bad)])

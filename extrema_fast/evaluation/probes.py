@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import NonFiniteError, UsageError
 
-PROBE_EPOCHS = 90
-"""Epochs of the linear probe, as in the paper."""
+# of the linear probe, as in the paper
+EPOCHS, WARMUP_EPOCHS = 90, 10
 
 
 def _check_features(name: str, x: Tensor, y: Tensor | None = None) -> None:
@@ -39,18 +39,13 @@ def knn(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Weighted k-nearest-neighbor accuracy: cosine similarity s, vote exp(s / temperature).
+    """Weighted k-nearest-neighbor accuracy in 0..1: cosine similarity s, vote exp(s / temperature).
 
     Args:
-        train_x: [n, d] any float dtype.
-        train_y: [n] int64.
-        test_x: [m, d], on the device of `train_x`.
-        test_y: [m] int64.
+        train_x, train_y: [n, d] any float dtype, [n] int64.
+        test_x, test_y: [m, d] and [m], on the device of `train_x`.
         k: Lowered to the size of the training set when that is smaller.
         temperature: Of the votes.
-
-    Returns:
-        Accuracy in 0..1.
 
     Raises:
         NonFiniteError: NaN or infinite features.
@@ -76,14 +71,7 @@ def knn(
     return right / len(queries)
 
 
-def linear_probe(
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
-    seed: int = 0,
-    epochs: int = PROBE_EPOCHS,
-) -> float:
+def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> float:
     """Test accuracy (0..1) of a linear classifier on frozen features, trained by the paper's rule.
 
     Features are standardized with the training set's statistics (a BatchNorm without affine part); weights start at
@@ -92,12 +80,9 @@ def linear_probe(
     one center crop per image, computed once.
 
     Args:
-        train_x: [n, d] float.
-        train_y: [n] int64.
-        test_x: [m, d] float.
-        test_y: [m] int64.
+        train_x, train_y: [n, d] float, [n] int64.
+        test_x, test_y: [m, d] float, [m] int64.
         seed: Decides order and first weights.
-        epochs: Passes over the training set.
 
     Raises:
         NonFiniteError: NaN or infinite features.
@@ -119,7 +104,7 @@ def linear_probe(
     weights = torch.zeros(x.shape[1] + 1, classes)
     weights[:-1] = torch.randn(x.shape[1], classes, generator=generator) * 0.01
     weights, velocity = weights.to(x.device), torch.zeros_like(weights).to(x.device)
-    for epoch in range(epochs):
+    for epoch in range(EPOCHS):
         order = torch.randperm(n, generator=generator).to(x.device)
         for i in range(per_epoch):
             rows = order[i * batch : (i + 1) * batch]
@@ -129,16 +114,16 @@ def linear_probe(
             error[torch.arange(len(rows), device=x.device), y[rows]] -= 1
             error /= len(rows)
             velocity.mul_(0.9).add_(torch.cat([batch_x.T @ error, error.sum(0, keepdim=True)]))
-            weights -= _probe_rate(rate, epoch + i / per_epoch, epochs) * velocity
+            weights -= _probe_rate(rate, epoch + i / per_epoch) * velocity
     test = (test_x.float() - mean) * inv_std
     logits = torch.addmm(weights[-1], test, weights[:-1])
     return float((logits.argmax(1) == test_y.to(x.device)).double().mean())
 
 
-def _probe_rate(peak: float, epoch: float, epochs: int, warmup: int = 10) -> float:
-    if epoch < warmup:
-        return peak * epoch / warmup
-    return peak * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2
+def _probe_rate(peak: float, epoch: float) -> float:
+    if epoch < WARMUP_EPOCHS:
+        return peak * epoch / WARMUP_EPOCHS
+    return peak * (1 + math.cos(math.pi * (epoch - WARMUP_EPOCHS) / (EPOCHS - WARMUP_EPOCHS))) / 2
 
 
 @torch.no_grad()

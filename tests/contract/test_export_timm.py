@@ -1,9 +1,8 @@
 """Exports for timm and Hugging Face, read back by what they are for.
 
-Covers: timm's `local-dir:` of our own format, with another head, size and channels; every variant of the encoder;
-the stock ViT, transformers' AutoModel, its image processor and classifier, and torch.export, in a process that
-cannot import this project; the whole encoder through AutoModel; the model card; a pickle next to the weights;
-descriptions by strangers.
+Covers: timm's `local-dir:` of our own format and of the stock ViT, for every variant of the encoder; all formats in a
+process that cannot import this project; the whole encoder through AutoModel; the model card; pickles and descriptions
+by strangers.
 """
 
 from __future__ import annotations
@@ -144,9 +143,8 @@ def test_without_this_project(weights, method, tmp_path, repository):
         export(weights, tmp_path / "hf", "hf")
         export(bare(tmp_path, tuned), tmp_path / "tuned", "hf")
     torch.save(IMAGES, tmp_path / "images.pt")
-    image.fromarray(torch.arange(3600, dtype=torch.uint8).view(40, 30, 3).numpy()).save(
-        tmp_path / "photo.png"
-    )
+    photo = torch.arange(3600, dtype=torch.uint8).view(40, 30, 3)
+    image.fromarray(photo.numpy()).save(tmp_path / "photo.png")
     code = USER.format(repository=str(repository), root=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -160,9 +158,8 @@ def test_without_this_project(weights, method, tmp_path, repository):
     assert out["class"] == "timm.models.vision_transformer" and out["timm"] == numbers(encoder)
     assert out["program"] == numbers(method.teacher)
     if "hf" in out:
-        assert (
-            out["hf"] == numbers(encoder) and out["tokens"] == [2, 4, 64] and out["logits"] == numbers(tuned)
-        )
+        assert out["hf"] == numbers(encoder) and out["tokens"] == [2, 4, 64]
+        assert out["logits"] == numbers(tuned)
         mine = encoder.preprocess()(image.open(tmp_path / "photo.png"))
         assert out["pixels"] == [[1, 3, 16, 16], pytest.approx(float(mine.mean()), abs=0.02)]
 
@@ -224,8 +221,6 @@ def test_pickled_code_next_to_the_weights_does_not_run(weights, method, tmp_path
         ({"architecture": "os.system"}, "Unknown model"),
         ({"model_args": {"evil": 1}}, "evil"),
         ({"model_args": {"width": 10**9, "heads": 1}}, "parameters"),
-        ({"model_args": {"depth": 10**9}}, "blocks"),
-        ({"model_args": {"img_size": [16 * 10**8, 16 * 10**8]}}, "patches"),
         ({"model_args": {"width": 64, "depth": 3, "heads": 1}}, r"blocks\.2"),
     ],
 )

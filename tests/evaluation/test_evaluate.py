@@ -1,8 +1,7 @@
 """k-NN, linear probe, collapse indicators and warnings; extraction; the evaluate command on a tiny run.
 
-Covers: k-NN against a plain loop; the probe against the paper's rule written out with
-torch's own optimizer, scaled, shifted and constant dimensions; NaN, shapes, labels, classes that do
-not match; indicators of constant, low-rank and isotropic features; warnings loud on collapse and
+Covers: k-NN against a plain loop; the probe against the paper's rule written out with torch's own optimizer; bad
+features, labels and classes; indicators of constant, low-rank and isotropic features; warnings loud on collapse and
 silent on health; the result file's cache; nothing random consumed.
 """
 
@@ -49,17 +48,14 @@ def test_knn_equals_a_plain_loop(k, temperature):
     assert knn(x, y, q, t, k, temperature) == pytest.approx(right / 60)
 
 
-def test_knn_in_chunks_and_at_a_temperature_that_overflows_exp(monkeypatch):
+def test_knn_at_a_temperature_that_overflows_exp_and_of_constant_features():
     x, y = blobs(300, 8, 3, 0.4, seed=1)
     q, t = blobs(100, 8, 3, 0.4, seed=2)
-    whole = knn(x, y, q, t, k=1)
-    assert knn(x, y, q, t, k=7, temperature=1e-4) == pytest.approx(whole)
-    assert knn(x * 1e3, y, q * 1e-3, t, k=1) == whole
-
-
-def test_knn_of_constant_features_is_chance():
-    x, y = torch.ones(100, 4), torch.arange(100) % 10
-    assert knn(x, y, x, y) <= 0.1 + 1e-9
+    nearest = knn(x, y, q, t, k=1)
+    assert knn(x, y, q, t, k=7, temperature=1e-4) == pytest.approx(nearest)
+    assert knn(x * 1e3, y, q * 1e-3, t, k=1) == nearest
+    constant, y = torch.ones(100, 4), torch.arange(100) % 10
+    assert knn(constant, y, constant, y) <= 0.1 + 1e-9
 
 
 # ---- linear probe ---------------------------------------------------------------------------------
@@ -92,32 +88,24 @@ def test_probe_follows_the_papers_rule_step_by_step():
     assert linear_probe(x, y, q, t, seed=11) == pytest.approx(float(right), abs=0.004)
 
 
-def test_probe_separates_what_is_separable_and_not_noise():
-    x, y = blobs(300, 16, 5, 2.0, seed=1)
-    q, t = blobs(200, 16, 5, 2.0, seed=2)
-    assert linear_probe(x, y, q, t) > 0.97
-    noise = torch.randn(300, 16, generator=torch.Generator().manual_seed(3))
-    assert linear_probe(noise, y, noise[:200].flip(0), t) < 0.45
-
-
-def test_probe_does_not_see_scale_shift_or_constant_dimensions():
+def test_probe_of_noise_and_of_scaled_shifted_and_constant_dimensions():
     x, y = blobs(200, 8, 4, 0.5, seed=1)
     q, t = blobs(100, 8, 4, 0.5, seed=2)
     plain = linear_probe(x, y, q, t)
     scale, shift = torch.logspace(-1, 2, 8), torch.arange(8.0) * 10
-    other = linear_probe(x * scale + shift, y, q * scale + shift, t)
-    assert other == pytest.approx(plain, abs=0.02)
-    with_constant = [torch.cat([a, torch.full((len(a), 3), 5.0)], 1) for a in (x, q)]
+    moved = linear_probe(x * scale + shift, y, q * scale + shift, t)
+    a, b = (torch.cat([z, torch.full((len(z), 3), 5.0)], 1) for z in (x, q))
     # other starting weights, the same classifier but for near ties
-    assert linear_probe(with_constant[0], y, with_constant[1], t) == pytest.approx(plain, abs=0.02)
+    assert moved == pytest.approx(plain, abs=0.02) == linear_probe(a, y, b, t)
+    noise = torch.randn(200, 8, generator=torch.Generator().manual_seed(3))
+    assert linear_probe(noise, y, noise[:100].flip(0), t) < 0.45
 
 
-def test_probe_works_with_more_dimensions_than_rows_and_repeats_itself():
+def test_probe_with_more_dimensions_than_rows_repeats_itself():
     x, y = blobs(40, 200, 4, 0.5, seed=1)
     q, t = blobs(80, 200, 4, 0.5, seed=2)
     first = linear_probe(x, y, q, t, seed=3)
-    assert first == linear_probe(x, y, q, t, seed=3)
-    assert first > 0.9
+    assert first == linear_probe(x, y, q, t, seed=3) > 0.9
 
 
 @pytest.mark.parametrize("measure", [knn, linear_probe])
@@ -125,21 +113,16 @@ def test_bad_features_are_named(measure):
     x, y = blobs(30, 4, 3, 1.0, seed=1)
     bad = x.clone()
     bad[2:4, 1] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"train features: 2 of 30"):
-        measure(bad, y, x, y)
-    with pytest.raises(NonFiniteError, match=r"test features: 2 of 30"):
-        measure(x, y, bad, y)
-    with pytest.raises(UsageError, match="expected 30 labels"):
-        measure(x, y[:5], x, y)
-    with pytest.raises(UsageError, match="n >= 1"):
-        measure(x, y, x[:0], y[:0])
-
-
-def test_probe_refuses_a_single_class():
-    x, _ = blobs(30, 4, 3, 1.0, seed=1)
-    y = torch.zeros(30, dtype=torch.long)
+    for args, error, words in (
+        ((bad, y, x, y), NonFiniteError, "train features: 2 of 30"),
+        ((x, y, bad, y), NonFiniteError, "test features: 2 of 30"),
+        ((x, y[:5], x, y), UsageError, "expected 30 labels"),
+        ((x, y, x[:0], y[:0]), UsageError, "n >= 1"),
+    ):
+        with pytest.raises(error, match=words):
+            measure(*args)
     with pytest.raises(UsageError, match="one class"):
-        linear_probe(x, y, x, y)
+        linear_probe(x, y * 0, x, y)
 
 
 # ---- collapse -------------------------------------------------------------------------------------
@@ -159,33 +142,23 @@ def features(kind: str, n: int = 300, d: int = 64) -> torch.Tensor:
 
 def test_indicators_of_known_features():
     eye = indicators(torch.eye(8))
-    assert eye["rank"] == pytest.approx(8)
-    assert eye["cosine"] == pytest.approx(0, abs=1e-9)
+    assert (eye["rank"], eye["cosine"]) == (pytest.approx(8), pytest.approx(0, abs=1e-9))
     same = indicators(torch.ones(10, 4) * torch.arange(1, 11)[:, None])
-    assert same["std"] == pytest.approx(0, abs=1e-6)
-    assert same["rank"] == pytest.approx(1)
-    assert same["cosine"] == pytest.approx(1)
+    assert same == {"std": pytest.approx(0, abs=1e-6), "rank": pytest.approx(1), "cosine": pytest.approx(1)}
     x = features("isotropic")
     unit = x / x.norm(dim=1, keepdim=True)
-    pairs = unit @ unit.T
+    pairs, sigma = unit @ unit.T, torch.linalg.svdvals(unit)
+    p = sigma / sigma.sum()
     got = indicators(x)
     assert got["cosine"] == pytest.approx(float((pairs.sum() - pairs.trace()) / (300 * 299)), abs=1e-6)
     assert got["std"] == pytest.approx(1, abs=0.02)
-    sigma = torch.linalg.svdvals(unit)
-    p = sigma / sigma.sum()
     assert got["rank"] == pytest.approx(float((-(p * p.log()).sum()).exp()), rel=1e-4)
     assert indicators(x.T)["rank"] <= 64
     assert indicators(features("low rank"))["rank"] < 2.01
-
-
-def test_indicators_refuse_nan_and_single_rows():
     with pytest.raises(NonFiniteError):
         indicators(torch.full((3, 2), float("nan")))
     with pytest.raises(UsageError, match="at least 2"):
         indicators(torch.ones(1, 4))
-
-
-def test_attention_entropy_ends():
     assert attention_entropy(torch.full((2, 3, 5), 0.2)) == pytest.approx(1)
     assert attention_entropy(torch.eye(5)) == 0
 
@@ -197,47 +170,39 @@ def record(kind: str, step: int, **more) -> dict:
     return out | more
 
 
-@pytest.mark.parametrize("start", ["random encoder", "isotropic"])
-def test_loud_for_constant_features(start):
-    text = "\n".join(collapse_warnings([record(start, 0), record("constant", 1)]))
-    for word in ("contracting", "same way", "few directions", "teacher class token", "optim.base_lr"):
-        assert word in text
-    assert all("\n" not in w for w in collapse_warnings([record(start, 0), record("constant", 1)]))
-
-
-def test_loud_for_features_constant_from_the_start():
-    assert collapse_warnings([record("constant", 0), record("constant", 1)])
-
-
-def test_loud_for_low_rank_features():
-    for history in (["isotropic", "low rank"], ["random encoder", "isotropic", "low rank"]):
-        text = "\n".join(collapse_warnings([record(k, i) for i, k in enumerate(history)]))
-        assert "few directions" in text
-        assert "same way" not in text
+CONSTANT = ("contracting", "same way", "few directions", "teacher class token", "optim.base_lr")
 
 
 @pytest.mark.parametrize(
-    "kinds",
+    ("kinds", "words"),
     [
-        ["random encoder"],
-        ["constant"],
-        ["random encoder", "random encoder"],
-        ["random encoder", "isotropic", "isotropic"],
-        ["isotropic", "isotropic"],
-        [],
+        (["random encoder", "constant"], CONSTANT),
+        (["isotropic", "constant"], CONSTANT),
+        # from the start
+        (["constant", "constant"], ["same way"]),
+        (["isotropic", "low rank"], ["few directions"]),
+        (["random encoder", "isotropic", "low rank"], ["few directions"]),
+        (["random encoder"], []),
+        (["constant"], []),
+        (["random encoder", "random encoder"], []),
+        (["random encoder", "isotropic", "isotropic"], []),
+        ([], []),
     ],
 )
-def test_silent_while_healthy(kinds):
+def test_loud_on_collapse_and_silent_on_health(kinds, words):
     curve = [0.25, 0.3, 0.45]
     history = [
         record(k, i, knn_cls=curve[i], knn_mean=curve[i], view_cosine=0.999, attention_entropy=0.97)
         for i, k in enumerate(kinds)
     ]
-    assert collapse_warnings(history) == []
+    found = collapse_warnings(history)
+    text = "|".join(found)
+    assert bool(found) == bool(words) and "\n" not in text and all(word in text for word in words)
+    assert not (kinds and kinds[-1] == "low rank" and "same way" in text)
 
 
 def test_published_collapse_is_caught_and_published_health_is_not():
-    # teacher class vector, method.md section 10: (std, rank, cosine, k-NN)
+    # teacher class vector: (std, rank, cosine, k-NN)
     def history(*rows):
         names = ("teacher_std", "teacher_rank", "teacher_cosine", "knn_cls")
         return [dict(zip(names, r, strict=True)) | {"dim": 128, "images": 500} for r in rows]
@@ -248,17 +213,22 @@ def test_published_collapse_is_caught_and_published_health_is_not():
     assert collapse_warnings(healthy) == []
 
 
-def test_falling_knn():
-    def warn(*curve, **kw):
-        return collapse_warnings([{"knn_cls": v, "epoch": i} for i, v in enumerate(curve)], **kw)
-
-    assert warn(0.30, 0.25) and "below the random encoder" in warn(0.30, 0.25)[0]
-    assert warn(0.30, 0.295) == []
-    few = [{"knn_cls": v, "epoch": i, "images": 400} for i, v in enumerate((0.29, 0.275))]
-    assert collapse_warnings(few) == []
-    assert warn(0.30, 0.25, warmup_epochs=5) == []
-    assert "three evaluations in a row" in warn(0.2, 0.6, 0.55, 0.5, 0.45)[0]
-    assert warn(0.2, 0.6, 0.55, 0.56, 0.45) == []
+@pytest.mark.parametrize(
+    ("curve", "more", "words"),
+    [
+        ((0.30, 0.25), {}, "below the random encoder"),
+        ((0.30, 0.295), {}, ""),
+        # noise of few images
+        ((0.29, 0.275), {"images": 400}, ""),
+        ((0.2, 0.6, 0.55, 0.5, 0.45), {}, "three evaluations in a row"),
+        ((0.2, 0.6, 0.55, 0.56, 0.45), {}, ""),
+    ],
+)
+def test_falling_knn(curve, more, words):
+    history = [{"knn_cls": v, "epoch": i} | more for i, v in enumerate(curve)]
+    found = " ".join(collapse_warnings(history))
+    assert bool(found) == bool(words) and words in found
+    assert "below" not in " ".join(collapse_warnings(history, warmup_epochs=9))
 
 
 def test_pinned_attention_and_trivial_views():
@@ -347,19 +317,14 @@ def test_online_eval_reports_every_field_and_draws_nothing(cfg):
     out = evals.online_eval(method, train, test, cfg)
     assert torch.equal(torch.get_rng_state(), before)
     assert [m.training for m in method.modules()] == flags
-    parts = [
-        f"{p}_{k}"
-        for p in ("teacher", "teacher_proj", "student", "student_proj")
-        for k in ("std", "rank", "cosine")
-    ]
-    rest = ["knn_cls", "knn_mean", "view_cosine", "attention_entropy", "images", "dim", "proj_dim"]
-    assert sorted(out) == sorted(parts + rest)
+    parts = ("teacher", "teacher_proj", "student", "student_proj")
+    rest = {"knn_cls", "knn_mean", "view_cosine", "attention_entropy", "images", "dim", "proj_dim"}
+    assert set(out) == {f"{p}_{k}" for p in parts for k in ("std", "rank", "cosine")} | rest
     assert all(math.isfinite(v) for v in out.values())
-    assert json.loads(json.dumps(out)) == out
-    assert out["images"] == 12 and out["dim"] == 64 and out["proj_dim"] == 32
+    assert json.loads(json.dumps(out)) == out == evals.online_eval(method, train, test, cfg)
+    assert (out["images"], out["dim"], out["proj_dim"]) == (12, 64, 32)
     # at step 0 the two networks are the same
     assert out["teacher_std"] == pytest.approx(out["student_std"])
-    assert out == evals.online_eval(method, train, test, cfg)
 
 
 def test_online_eval_without_labels_or_test_images(cfg):
@@ -407,33 +372,28 @@ def test_evaluate_writes_a_result_and_reuses_it(run, monkeypatch):
                 evals.evaluate(run, device="cpu", **change)
 
 
-def test_half_commands_measure_their_half_and_write_nothing(run):
-    near = evals.evaluate(run, metrics=("knn",), device="cpu")
-    assert all("knn" in r and "probe" not in r for r in near["rows"])
-    line = evals.evaluate(run, metrics=("probe",), device="cpu")
-    assert all("probe" in r and "knn" not in r for r in line["rows"])
-    assert "k-NN" not in evals.format_table(line)
+@pytest.mark.parametrize(("metric", "other"), [("knn", "linear probe"), ("probe", "k-NN")])
+def test_half_commands_measure_their_half_and_write_nothing(run, metric, other):
+    result = evals.evaluate(run, metrics=(metric,), device="cpu")
+    assert all(row.keys() == {"encoder", "feature", metric} for row in result["rows"])
+    assert other not in evals.format_table(result)
     assert not (run / "reports").exists()
-    with pytest.raises(UsageError, match="knn, probe"):
-        evals.evaluate(run, metrics=("fine-tune",))
 
 
-def test_weights_folder_needs_images(run, images):
-    weights = run / "weights" / "step_00000007"
-    with pytest.raises(UsageError, match="add --data"):
-        evals.evaluate(weights)
-    with pytest.raises(UsageError, match="no test images"):
-        evals.evaluate(weights, str(images / "train"))
-    # one folder that holds both parts is enough
-    half = evals.evaluate(weights, str(images), metrics=("knn",), device="cpu")
-    assert half["counts"]["test"] == 15
-
-
-def test_bad_images_are_named(run, images, tmp_path):
-    with pytest.raises(UsageError, match="images without labels"):
-        evals.evaluate(run, str(images / "train" / "a"), str(images / "test"))
+def test_what_cannot_be_evaluated_is_named(run, images, tmp_path):
+    weights, train = run / "weights" / "step_00000007", str(images / "train")
     other = tmp_path / "other"
     (other / "zebra").mkdir(parents=True)
     (other / "zebra" / "0.png").write_bytes((images / "test" / "a" / "00.png").read_bytes())
-    with pytest.raises(UsageError, match="zebra"):
-        evals.evaluate(run, str(images / "train"), str(other))
+    for args, options, words in (
+        ((run,), {"metrics": ("fine-tune",)}, "knn, probe"),
+        ((run,), {"device": "gpu"}, "device"),
+        ((weights,), {}, "add --data"),
+        ((weights, train), {}, "no test images"),
+        ((run, f"{train}/a", str(images / "test")), {}, "images without labels"),
+        ((run, train, str(other)), {}, "zebra"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            evals.evaluate(*args, **options)
+    # one folder that holds both parts is enough
+    assert evals.evaluate(weights, str(images), metrics=("knn",), device="cpu")["counts"]["test"] == 15
