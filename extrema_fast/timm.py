@@ -29,19 +29,10 @@ _TEACHER, _STUDENT = "momentum_encoder.", "base_encoder."
 def checkpoint_filter_fn(state: Mapping[str, Any], model: Encoder) -> dict[str, Tensor]:
     """Adapts saved weights to `model`, which may have another head, pool, image size or patch size.
 
-    Projector and predictor are dropped, and the class head where the model has none; a fresh `fc_norm` takes the place
-    of `norm`; a sin-cos table of another grid is replaced, a learned one resampled; the patch kernel is resampled.
-    Channels and classifier are timm's to adapt.
-
-    Args:
-        state: encoder keys, also of this project's `teacher.safetensors`, or of a released checkpoint (its teacher).
-        model: the encoder that will load them.
-
-    Returns:
-        The keys of `model`.
-
-    Raises:
-        UsageError: encoder weights are missing or unknown.
+    `state` has encoder keys, also of this project's `teacher.safetensors`, or is of a released checkpoint (its
+    teacher). Projector and predictor are dropped, and the class head where the model has none; a fresh `fc_norm` takes
+    the place of `norm`; a sin-cos table of another grid is replaced, a learned one resampled; the patch kernel is
+    resampled. Channels and classifier are timm's to adapt.
     """
     state = dict(state)
     for prefix in ("module.", _TEACHER):
@@ -116,22 +107,6 @@ def _build(name: str, device: Any = None, dtype: Any = None, **options: Any) -> 
     return encoder if dtype is None else encoder.to(dtype=dtype)
 
 
-def _create(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
-    from timm.models import build_model_with_cfg
-
-    if options.get("pos_embed") == "learned":
-        overlay = options.pop("pretrained_cfg_overlay", None) or {}
-        options["pretrained_cfg_overlay"] = {"fixed_input_size": True, **overlay}
-    return build_model_with_cfg(
-        partial(_build, name),
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"},
-        **options,
-    )
-
-
 def _default_cfgs() -> Any:
     from timm.models import generate_default_cfgs
 
@@ -152,10 +127,20 @@ def _default_cfgs() -> Any:
 
 
 def _register(name: str) -> None:
-    from timm.models import register_model
+    from timm.models import build_model_with_cfg, register_model
 
     def entry(pretrained: bool = False, **options: Any) -> nn.Module:
-        return _create(name, pretrained, **options)
+        if options.get("pos_embed") == "learned":
+            overlay = options.pop("pretrained_cfg_overlay", None) or {}
+            options["pretrained_cfg_overlay"] = {"fixed_input_size": True, **overlay}
+        return build_model_with_cfg(
+            partial(_build, name),
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"},
+            **options,
+        )
 
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = f"{name}; options as of `extrema_fast.create_encoder`."

@@ -11,7 +11,6 @@ Shape letters: B images, V views, R = V B rows (view-major), K kept patches, N p
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -49,25 +48,18 @@ class EncodedViT(NamedTuple):
     tokens: Tensor
 
 
-class Entry(NamedTuple):
-    """A part of a model, and the reason why the owner's module is called (empty: it is replaced)."""
-
-    name: str
-    reason: str
-
-
-class Report(tuple[Entry, ...]):
-    """Which parts of a model are replaced; printing it says why the others are not."""
+class Report(dict[str, str]):
+    """Parts of a model, and why the owner's module is called (empty: it is replaced)."""
 
     @property
     def replaced(self) -> list[str]:
         """Names of the parts that run on this project's code."""
-        return [name for name, reason in self if not reason]
+        return [name for name, reason in self.items() if not reason]
 
     @property
     def called(self) -> dict[str, str]:
         """Names of the other parts, and the reasons."""
-        return {name: reason for name, reason in self if reason}
+        return {name: reason for name, reason in self.items() if reason}
 
     def __str__(self) -> str:
         lines = [f"{name}: called as it is ({reason})" for name, reason in self.called.items()]
@@ -109,19 +101,16 @@ class Accelerated:
         self._check_strict(report)
         log.info("accelerate %s: %s", type(vit).__name__, report)
 
-    def __repr__(self) -> str:
-        return f"Accelerated({type(self.vit).__name__}, {str(self.report()).splitlines()[0]})"
-
     def report(self) -> Report:
         """What the next pass replaces, part by part."""
         if torch_module._has_any_global_hook():
-            return Report([Entry("model", "hooks are registered for all modules")])
-        entries = [Entry("patch_embed", self.stock.patch_embed_reason(self.vit.patch_embed))]
-        if reason := self._sequence_reason():
-            return Report([*entries, Entry("blocks", reason)])
+            return Report(model="hooks are registered for all modules")
+        report = Report(patch_embed=self.stock.patch_embed_reason(self.vit.patch_embed))
+        if reason := self.stock.reason(self.vit.blocks, nn.Sequential):
+            return Report(report, blocks=reason)
         for i, block in enumerate(self.vit.blocks):
-            entries += self.stock.entries(f"blocks.{i}", block)
-        return Report(entries)
+            report.update(self.stock.report(f"blocks.{i}", block))
+        return report
 
     def encode(self, images: Tensor, keep: Tensor | None = None, norm: bool = True) -> EncodedViT:
         """Prefix and kept patches; no other patch is embedded or attended to.
@@ -176,11 +165,6 @@ class Accelerated:
     def _check_strict(self, report: Report) -> None:
         if self.strict and report.called:
             raise UsageError(f"accelerate: strict, but {report}")
-
-    def _sequence_reason(self) -> str:
-        """Why `vit.blocks` is called as one."""
-        blocks = self.vit.blocks
-        return self.stock.reason(blocks, {nn.Sequential: frozenset(blocks._modules)})
 
     # ---- embedding -------------------------------------------------------------------------------
 
@@ -284,7 +268,7 @@ class Accelerated:
 
     def _trunk(self, x: Tensor) -> Tensor:
         vit = self.vit
-        if self._sequence_reason():
+        if self.stock.reason(vit.blocks, nn.Sequential):
             return vit.blocks(x)
         for block in vit.blocks:
             if vit.grad_checkpointing and torch.is_grad_enabled():
@@ -295,22 +279,16 @@ class Accelerated:
 
     def _block(self, block: Any, x: Tensor) -> Tensor:
         """`block(x)`; x [R, n, D]."""
-        if torch_module._has_any_global_hook() or self.stock.block_reason(block):
+        if torch_module._has_any_global_hook() or self.stock.reason(block, self.stock.block):
             return block(x)
-        y = self._attention(block.attn, x, block.norm1)
-        x = x + self._unless_idle(block.drop_path1, self._unless_idle(block.ls1, y))
-        y = self._mlp(block.mlp, x, block.norm2)
-        return x + self._unless_idle(block.drop_path2, self._unless_idle(block.ls2, y))
-
-    def _unless_idle(self, module: nn.Module, x: Tensor) -> Tensor:
-        """`module(x)`, without the call where it would return x."""
-        return x if self.stock.is_idle(module) else module(x)
+        x = x + block.drop_path1(block.ls1(self._attention(block.attn, x, block.norm1)))
+        return x + block.drop_path2(block.ls2(self._mlp(block.mlp, x, block.norm2)))
 
     def _linear(self, layer: Any, x: Tensor, before: Any = None) -> Tensor:
         """`layer(before(x))`; before: a norm, "gelu" or None."""
         if isinstance(before, nn.Module) and self.stock.norm_reason(before):
-            x, before = self._unless_idle(before, x), None
-        if self.stock.linear_reason(layer):
+            x, before = before(x), None
+        if self.stock.reason(layer, nn.Linear):
             return layer(x if before is None else F.gelu(x) if before == "gelu" else before(x))
         return affine(x, layer.weight, layer.bias, before)
 
@@ -326,10 +304,7 @@ class Accelerated:
             # under autocast the norms may return fp32
             qkv = torch.stack([attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype), v], 2)
         x = ops.attention(qkv, self.attention).flatten(2)
-        inner = getattr(attn, "norm", None)
-        if inner is not None and stock.is_idle(inner):
-            inner = None
-        return self._unless_idle(attn.proj_drop, self._linear(attn.proj, x, inner))
+        return attn.proj_drop(self._linear(attn.proj, x, getattr(attn, "norm", None)))
 
     def _mlp(self, mlp: Any, x: Tensor, norm: nn.Module) -> Tensor:
         """`mlp(norm(x))`; x [R, n, D]."""
@@ -337,7 +312,7 @@ class Accelerated:
         if stock.mlp_reason(mlp):
             return mlp(norm(x))
         if type(mlp) is stock.swiglu:
-            x = self._unless_idle(norm, x)
+            x = norm(x)
             x = mlp.act(self._linear(mlp.fc1_g, x)) * self._linear(mlp.fc1_x, x)
         elif type(mlp) is stock.glu:
             a, b = self._linear(mlp.fc1, x, norm).chunk(2, -1)
@@ -345,11 +320,9 @@ class Accelerated:
         else:
             x = self._linear(mlp.fc1, x, norm)
             if stock.is_gelu(mlp.act) and stock.is_idle(mlp.drop1) and stock.is_idle(mlp.norm):
-                return self._unless_idle(mlp.drop2, self._linear(mlp.fc2, x, "gelu"))
+                return mlp.drop2(self._linear(mlp.fc2, x, "gelu"))
             x = mlp.act(x)
-        x = self._unless_idle(mlp.drop1, x)
-        before = None if stock.is_idle(mlp.norm) else mlp.norm
-        return self._unless_idle(mlp.drop2, self._linear(mlp.fc2, x, before))
+        return mlp.drop2(self._linear(mlp.fc2, mlp.drop1(x), mlp.norm))
 
 
 class _Stock:
@@ -377,10 +350,9 @@ class _Stock:
             self.glu: f"fc1 {mlp}",
             self.swiglu: f"fc1_g fc1_x {mlp}",
             self.patch_embed: "proj norm",
-            **dict.fromkeys((nn.Linear, nn.Conv2d, nn.Identity, nn.Dropout, *self.norms, *self.gelus), ""),
         }
-        # class -> the submodules it may have
-        self.known = {cls: frozenset(names.split()) for cls, names in submodules.items()}
+        # class -> the submodules it may have; other classes: none
+        self.submodules = {cls: frozenset(names.split()) for cls, names in submodules.items()}
 
     # ---- models ----------------------------------------------------------------------------------
 
@@ -424,12 +396,11 @@ class _Stock:
 
     # ---- modules: why they are called, empty where they are replaced ---------------------------------
 
-    def reason(self, module: nn.Module, known: dict[type, frozenset[str]] | None = None) -> str:
-        """Why calling the module could do more than its class's formula."""
-        known = self.known if known is None else known
+    def reason(self, module: nn.Module, *kinds: type) -> str:
+        """Why calling the module could do more than the formula of its class, one of `kinds`."""
         cls, own = type(module), module.__dict__
-        if cls not in known:
-            return f"{cls.__name__} is not stock"
+        if cls not in kinds:
+            return f"{cls.__name__} is not {kinds[0].__name__}"
         if "forward" in own or cls.forward.__module__ != cls.__module__:
             return f"the forward method of this {cls.__name__} is replaced"
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -440,99 +411,74 @@ class _Stock:
         for name, p in own["_parameters"].items():
             if p is not None and type(p) is not nn.Parameter and type(p) is not Tensor:
                 return f"its {name} is a {type(p).__name__}"
-        if not own["_modules"].keys() <= known[cls]:
-            extra = ", ".join(sorted(own["_modules"].keys() - known[cls]))
-            return f"it has a submodule that stock lacks: {extra}"
+        extra = own["_modules"].keys() - self.submodules.get(cls, frozenset())
+        if extra and cls is not nn.Sequential:
+            return f"it has a submodule that stock lacks: {', '.join(sorted(extra))}"
         return ""
 
     def patch_embed_reason(self, embed: Any) -> str:
         """Of the patch embedding: why all patches are embedded, not the kept ones alone."""
-        if type(embed) is not self.patch_embed:
-            return f"{type(embed).__name__} is not PatchEmbed"
-        if reason := self.reason(embed):
+        if reason := self.reason(embed, self.patch_embed):
             return reason
         proj, norm = embed.proj, embed.norm
-        if type(proj) is not nn.Conv2d:
-            return f"proj: {type(proj).__name__} is not Conv2d"
-        if reason := self.reason(proj):
+        if reason := self.reason(proj, nn.Conv2d):
             return f"proj: {reason}"
         side = proj.kernel_size[0]
         square = proj.kernel_size == proj.stride == (side, side) == tuple(embed.patch_size)
         if not square or proj.padding not in ((0, 0), "valid") or proj.dilation != (1, 1) or proj.groups != 1:
             return "proj: its patches overlap, have gaps or are not square"
-        if self.is_idle(norm):
-            return ""
-        if type(norm) not in self.norms:
-            return f"norm: {type(norm).__name__} may mix patches"
-        reason = self.reason(norm)
+        reason = "" if self.is_idle(norm) else self.reason(norm, *self.norms)
         return f"norm: {reason}" if reason else ""
 
-    def block_reason(self, block: nn.Module) -> str:
-        """Of a block: why it is called as a whole."""
-        return "" if type(block) is self.block and not self.reason(block) else self._other(block, "Block")
-
     def attention_reason(self, attn: Any) -> str:
-        """Of an attention layer."""
-        if type(attn) is not self.attention or self.reason(attn):
-            return self._other(attn, "Attention")
+        if reason := self.reason(attn, self.attention):
+            return reason
         if getattr(attn, "gate", None) is not None:
             return "it is gated"
-        if reason := self.reason(attn.attn_drop):
-            return f"attn_drop: {reason}"
-        if attn.training and attn.attn_drop.p > 0:
-            return "attention dropout is active"
+        if not self.is_idle(attn.attn_drop):
+            return self.reason(attn.attn_drop, nn.Dropout) or "attention dropout is active"
         # fused attention has this factor built in
         if not attn.fused_attn and attn.scale != attn.head_dim**-0.5:
             return f"its scale is {attn.scale}, not head_dim ** -0.5"
         return ""
 
     def mlp_reason(self, mlp: nn.Module) -> str:
-        """Of an MLP."""
-        if type(mlp) not in (self.mlp, self.glu, self.swiglu) or self.reason(mlp):
-            return self._other(mlp, "Mlp")
+        if reason := self.reason(mlp, self.mlp, self.glu, self.swiglu):
+            return reason
         return "it is a convolution" if getattr(mlp, "chunk_dim", -1) != -1 else ""
 
     def norm_reason(self, norm: nn.Module) -> str:
         """Of a norm: why it does not run inside the linear layer that follows."""
-        if type(norm) not in self.norms:
-            return f"{type(norm).__name__} is not LayerNorm"
+        if reason := self.reason(norm, *self.norms):
+            return reason
         if norm.weight is None or norm.bias is None:
             return "it has no weight or no bias"
-        return "timm's fast norm is on" if getattr(norm, "_fast_norm", False) else self.reason(norm)
-
-    def linear_reason(self, layer: nn.Module) -> str:
-        """Of a linear layer."""
-        return self.reason(layer) if type(layer) is nn.Linear else f"{type(layer).__name__} is not Linear"
-
-    def _other(self, module: nn.Module, stock: str) -> str:
-        return self.reason(module) or f"{type(module).__name__} is not {stock}"
+        return "timm's fast norm is on" if getattr(norm, "_fast_norm", False) else ""
 
     def is_gelu(self, act: nn.Module) -> bool:
         """Whether `act` is the exact GELU, which runs inside the linear layer that follows."""
-        exact = type(act) in self.gelus and getattr(act, "approximate", "none") == "none"
-        return exact and not self.reason(act)
+        return getattr(act, "approximate", "none") == "none" and not self.reason(act, *self.gelus)
 
     def is_idle(self, module: nn.Module) -> bool:
         """Whether calling `module` would return its input."""
-        idle = type(module) is nn.Identity or (
-            type(module) is nn.Dropout and not (module.training and module.p > 0)
-        )
-        return idle and not self.reason(module)
+        active = type(module) is nn.Dropout and module.training and module.p > 0
+        return not active and not self.reason(module, nn.Identity, nn.Dropout)
 
-    def entries(self, name: str, block: Any) -> Iterator[Entry]:
-        """The report's entries of one block."""
-        if reason := self.block_reason(block):
-            yield Entry(name, reason)
-            return
-        for norm, branch in (("norm1", "attn"), ("norm2", "mlp")):
-            yield Entry(f"{name}.{norm}", self.norm_reason(getattr(block, norm)))
-            module = getattr(block, branch)
-            reason = self.attention_reason(module) if branch == "attn" else self.mlp_reason(module)
-            yield Entry(f"{name}.{branch}", reason)
-            if not reason:
-                for key in ("qkv", "proj", "fc1", "fc1_g", "fc1_x", "fc2"):
-                    if (layer := getattr(module, key, None)) is not None:
-                        yield Entry(f"{name}.{branch}.{key}", self.linear_reason(layer))
+    def report(self, name: str, block: Any) -> Report:
+        """Of one block."""
+        if reason := self.reason(block, self.block):
+            return Report({name: reason})
+        report = Report()
+        for norm, branch, reason in (
+            ("norm1", "attn", self.attention_reason(block.attn)),
+            ("norm2", "mlp", self.mlp_reason(block.mlp)),
+        ):
+            report[f"{name}.{norm}"] = self.norm_reason(getattr(block, norm))
+            report[f"{name}.{branch}"] = reason
+            for key in () if reason else ("qkv", "proj", "fc1", "fc1_g", "fc1_x", "fc2"):
+                if (layer := getattr(getattr(block, branch), key, None)) is not None:
+                    report[f"{name}.{branch}.{key}"] = self.reason(layer, nn.Linear)
+        return report
 
 
 def _square_grid(n: int, height: int, width: int) -> tuple[int, int]:

@@ -20,18 +20,9 @@ from .timm_interface import resolve_layers, to_map
 if TYPE_CHECKING:
     from .encoder import Encoder
 
-# attributes of a DINO model -> those of the encoder
-_SHARED = {
-    "patch_size": "patch_size",
-    "embed_dim": "embed_dim",
-    "num_features": "embed_dim",
-    "num_heads": "heads",
-    "n_blocks": "depth",
-    "blocks": "blocks",
-    "patch_embed": "patch_embed",
-    "norm": "norm",
-    "cls_token": "cls_token",
-}
+# attributes of a DINO model that the encoder has under the same or another name
+_SHARED = ("patch_size", "embed_dim", "num_features", "blocks", "patch_embed", "norm", "cls_token")
+_RENAMED = {"num_heads": "heads", "n_blocks": "depth"}
 
 
 class Dino(nn.Module):
@@ -43,7 +34,7 @@ class Dino(nn.Module):
 
     Args:
         encoder: an encoder with class head.
-        version: 2 or 3: names of the dictionary's keys, arguments of `get_intermediate_layers`.
+        version: 2 or 3: names of the dictionary's keys.
         layer_class: 'head' or 'last'.
 
     Raises:
@@ -65,23 +56,19 @@ class Dino(nn.Module):
         self.train(encoder.training)
 
     def __getattr__(self, name: str) -> Any:
-        if name in _SHARED:
-            return getattr(self.encoder, _SHARED[name])
+        if name in _SHARED or name in _RENAMED:
+            return getattr(self.encoder, _RENAMED.get(name, name))
         return super().__getattr__(name)
 
     def forward_features(self, x: Tensor | list[Tensor], masks: Any = None) -> Any:
-        """Class token and patch tokens.
-
-        Args:
-            x: [B, C, H, W], or a list of such batches, which gives a list of dictionaries.
-            masks: must be None.
+        """Class token and patch tokens of [B, C, H, W], or of a list of such batches, as a list.
 
         Returns:
             A dictionary: x_norm_clstoken [B, D], x_norm_patchtokens [B, N, D], x_norm_regtokens (version 3:
             x_storage_tokens) [B, 0, D], x_prenorm [B, 1 + N, D], masks (None).
 
         Raises:
-            UsageError: `masks` is given; there is no mask token, and `encoder.encode(images, keep)` leaves patches out.
+            UsageError: `masks` is given.
         """
         if isinstance(x, (list, tuple)):
             masks = masks if masks is not None else [None] * len(x)
@@ -109,44 +96,26 @@ class Dino(nn.Module):
             return [self.head(o["x_norm_clstoken"]) for o in out]
         return self.head(out["x_norm_clstoken"])
 
-    def get_intermediate_layers(self, x: Tensor, *args: Any, **options: Any) -> tuple:
-        """Tokens of some layers.
-
-        Version 2 takes (x, n=1, reshape=False, return_class_token=False, norm=True); version 3 takes the same by
-        keyword only, and return_extra_tokens=False.
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+        *,
+        return_extra_tokens: bool = False,
+    ) -> tuple:
+        """Tokens of some layers, ascending.
 
         Args:
             x: [B, C, H, W].
-            *args: version 2: the options by position.
-            **options: n: the last n layers, or a sequence of layer numbers; reshape: patch tokens as maps;
-                return_class_token, return_extra_tokens: also return these; norm: apply the final norm.
-
-        Returns:
-            A tuple, ascending: patch tokens [B, N, D] or, reshaped, [B, D, rows, columns]; with class token pairs
-            (patch tokens, class token [B, D]); extra tokens [B, 0, D] come last.
+            n: the last n layers, or a sequence of layer numbers.
+            reshape: patch tokens [B, D, rows, columns] instead of [B, N, D].
+            return_class_token: pairs (patch tokens, class token [B, D]).
+            norm: apply the final norm.
+            return_extra_tokens: extra tokens [B, 0, D] come last.
         """
-        return (self._layers_v2 if self.version == 2 else self._layers)(x, *args, **options)
-
-    def _layers_v2(
-        self,
-        x: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_class_token: bool = False,
-        norm: bool = True,
-    ) -> tuple:
-        return self._layers(x, n=n, reshape=reshape, return_class_token=return_class_token, norm=norm)
-
-    def _layers(
-        self,
-        x: Tensor,
-        *,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_class_token: bool = False,
-        return_extra_tokens: bool = False,
-        norm: bool = True,
-    ) -> tuple:
         encoder = self.encoder
         indices = resolve_layers(encoder.depth, n, "n")
         repeat_last = return_class_token and self.layer_class == "last"

@@ -10,16 +10,9 @@ from ..ops.scope import scoped
 
 
 def scale_from_uniform(uniform: Tensor, rate: float) -> Tensor:
-    """Drop-path factors from random numbers.
+    """[L, 2, R] fp32 factors, 0 or 1 / (1 - p_l), from random numbers per block, branch (attention, MLP) and row.
 
-    Block l drops with probability p_l = rate * l / (L - 1); what is kept is divided by 1 - p_l.
-
-    Args:
-        uniform: [L, 2, R] in [0, 1), one number per block, branch (attention, MLP) and row.
-        rate: drop probability of the last block.
-
-    Returns:
-        [L, 2, R] fp32: 0 or 1 / (1 - p_l).
+    Block l drops with probability p_l = rate * l / (L - 1).
     """
     drop = torch.linspace(0, rate, uniform.shape[0], device=uniform.device)[:, None, None]
     return (uniform >= drop).float() / (1 - drop)

@@ -8,7 +8,6 @@ d head_dim, L trunk blocks, P pooling blocks.
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,11 +21,10 @@ from ..ops import dispatch as ops
 from ..ops.linear import RECOMPUTE
 from .dino_interface import Dino
 from .drop_path import scale_from_uniform
-from .layers import NORM_EPS, Block, PatchEmbed, PoolBlock, check_images, check_sides, pair
+from .layers import NORM_EPS, Block, PatchEmbed, PoolBlock, check_images, check_sides, pair, square_patch
 from .masking import check_keep, image_major
-from .positions import SinCos
-from .positions import sincos_table as sincos_table
-from .timm_interface import POOLS, TimmInterface, check_classes
+from .positions import SinCos, check_chans
+from .timm_interface import TimmInterface, check_head
 
 if TYPE_CHECKING:
     from ..data.preprocess import Preprocess
@@ -52,9 +50,6 @@ class Encoder(TimmInterface):
     """ViT trunk and pooling head, with the methods that timm and its users call (`TimmInterface`).
 
     Built by `create_encoder`, which describes the arguments, `load_encoder` or `build_encoder`.
-
-    Raises:
-        UsageError: an argument out of range.
     """
 
     def __init__(
@@ -71,15 +66,13 @@ class Encoder(TimmInterface):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if global_pool not in POOLS:
-            raise UsageError(f"global_pool: expected 'token', 'avg' or '' (no pooling), got {global_pool!r}")
+        check_head(num_classes, global_pool)
         if pos_embed not in ("sincos", "learned"):
             raise UsageError(f"pos_embed: expected 'sincos' or 'learned', got {pos_embed!r}")
         if fc_norm and global_pool != "avg":
             raise UsageError("fc_norm: only with global_pool='avg'")
-        if in_chans is not None and (not isinstance(in_chans, int) or in_chans < 1):
-            raise UsageError(f"in_chans: expected a whole number, at least 1, got {in_chans!r}")
-        check_classes(num_classes)
+        in_chans = config.in_chans if in_chans is None else in_chans
+        check_chans(in_chans)
         if not 0 <= drop_rate < 1:
             raise UsageError(f"drop_rate: expected from 0 to below 1, got {drop_rate}")
         trained = pair(config.grid if pos_grid is None else pos_grid, "pos_grid")
@@ -91,8 +84,7 @@ class Encoder(TimmInterface):
         self.heads = heads
         # of other sizes than the name says, see `model_args`
         self.architecture = f"{_PREFIX}{config.size}{_SUFFIX}"
-        self.in_chans = in_chans or config.in_chans
-        self.num_classes, self.global_pool = num_classes, global_pool
+        self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
         self.drop_path_rate, self.grad_checkpointing = config.drop_path, False
         self.mean, self.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         self.interpolation, self.crop_pct = "bilinear", 0.875
@@ -148,9 +140,6 @@ class Encoder(TimmInterface):
         """The position table of a grid, [N, D]: the saved one at its own grid, else computed and cached.
 
         A compiled graph computes it at every call; `set_input_size` makes the grid its own.
-
-        Raises:
-            UsageError: a learned table, and another grid than its own.
         """
         # a patch size set on `patch_embed` alone shows in the number of rows
         if grid == self.grid and self.pos_embed.shape[1] == grid[0] * grid[1]:
@@ -193,27 +182,13 @@ class Encoder(TimmInterface):
                     break
         return tokens, layers
 
-    def set_attention(
-        self, backend: str, *, tokens: int | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        """Sets the backend of the trunk's self-attention; weights stay.
-
-        Args:
-            backend: `auto` or a name of `extrema_fast.ops.attention`.
-            tokens: a sequence length to decide for and check now, on the device of the encoder.
-            dtype: of the attention then (default: the weights').
+    def set_attention(self, backend: str) -> None:
+        """Sets the trunk's self-attention: `auto` or a name of `extrema_fast.ops.attention`; weights stay.
 
         Raises:
-            UsageError: an unknown name, or (now with `tokens`, else at the first pass) one that cannot run here: what
-                it lacks, and which backends there are.
+            UsageError: an unknown name; at the first pass also one that cannot run here, with what it lacks.
         """
         ops.check_attention_name(backend)
-        weight = self.blocks[0].attn.qkv.weight
-        if tokens is not None:
-            ops.check_attention(
-                backend, weight.device, dtype or weight.dtype, tokens, self.embed_dim // self.heads,
-                train=weight.requires_grad,
-            )  # fmt: skip
         for block in self.blocks:
             block.attn.backend = backend
 
@@ -223,10 +198,7 @@ class Encoder(TimmInterface):
             block.recompute = RECOMPUTE[what]
 
     def pool(self, tokens: Tensor, return_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """tokens [R, n, D] -> (class token before the final norm [R, D], attention maps).
-
-        With `return_weights` the maps are one [R, H, 1 + n] per pooling block; else the list is empty.
-        """
+        """tokens [R, n, D] -> (class token before the final norm [R, D], [R, H, 1 + n] per block if asked for)."""
         assert self.cls_token is not None and self.blocks_token is not None
         cls = self.cls_token[:, 0].expand(tokens.shape[0], -1)
         maps, stats = [], None
@@ -263,11 +235,7 @@ class Encoder(TimmInterface):
         return Encoded(image_major(cls, keep), image_major(patches, keep), keep, grid)
 
     def get_attention(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Attention of the class token in each of the P pooling blocks.
-
-        Args:
-            images: as of `encode`.
-            keep: as of `encode`.
+        """Attention of the class token in each of the P pooling blocks; arguments as of `encode`.
 
         Returns:
             [B, P, H, 1 + K] fp32 probabilities (with views [B, V, P, H, 1 + K]); column 0 is the class token.
@@ -375,17 +343,8 @@ def create_encoder(
         number = (int, float) if option in ("mlp_ratio", "layer_scale") else int
         if isinstance(value, bool) or not isinstance(value, number):
             raise UsageError(f"{option}: expected a {'whole ' * (number is int)}number, got {value!r}")
-    patch = pair(patch_size, "patch_size")
-    if patch[0] != patch[1]:
-        raise UsageError(f"patch_size: patches are square, got {patch[0]} x {patch[1]}")
     size: Any = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
-    config = ModelConfig(
-        size=size,
-        img_size=pair(img_size),
-        patch_size=patch[0],
-        drop_path=drop_path_rate,
-        **shape,
-    )
+    config = ModelConfig(size, pair(img_size), square_patch(patch_size), drop_path=drop_path_rate, **shape)
     return Encoder(
         config, num_classes, global_pool=global_pool, fc_norm=fc_norm, pos_embed=pos_embed,
         pos_coords=pos_coords, pos_grid=pos_grid, in_chans=in_chans, drop_rate=drop_rate,
@@ -393,9 +352,9 @@ def create_encoder(
 
 
 def model_args(encoder: Encoder) -> dict[str, Any]:
-    """The arguments with which `create_encoder(encoder.architecture, encoder.num_classes, ...)` builds it again.
+    """The arguments, plain JSON, with which `create_encoder(encoder.architecture, ...)` builds it again.
 
-    Plain JSON data, without number of classes, drop rates and pruning.
+    Without number of classes, drop rates and pruning.
     """
     config, plain = encoder.config, ModelConfig(size=encoder.config.size)
     args: dict[str, Any] = {
@@ -436,11 +395,3 @@ def build_encoder(config: ModelConfig, seed: int | None = None) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Encoder(config)
-
-
-def count_flops(config: ModelConfig, rows: int, n: int) -> float:
-    """Forward FLOPs of `rows` sequences of `n` tokens through trunk and absorbed pooling."""
-    width, depth, _ = config.shape
-    trunk = depth * (24 * width**2 * n + 4 * n**2 * width)
-    pool = config.pool_depth * (24 * width**2 + 4 * math.prod((config.shape[2], n + 1, width)))
-    return float(rows * (trunk + pool))

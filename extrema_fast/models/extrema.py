@@ -26,8 +26,7 @@ from .encoder import Encoder
 def mlp_head(*widths: int) -> nn.Sequential:
     """Linear layers between `widths`; LayerNorm (eps 1e-5) and GELU after all but the last.
 
-    `mlp_head(D, 4096, 4096, 256)` is the projector, `mlp_head(256, 4096, 256)` the predictor. The sub-module
-    numbers are those of the released checkpoints (`head.{0,1,3,4,6}`, `predictor.{0,1,3}`).
+    Sub-module numbers are those of the released checkpoints (`head.{0,1,3,4,6}`, `predictor.{0,1,3}`).
     """
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
@@ -47,12 +46,7 @@ def _unit(x: Tensor) -> Tensor:
 def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """BYOL: the mean of |q - k|^2 = 2 - 2 cos(q, k) of L2-normalized vectors, over images and views.
 
-    Args:
-        prediction: [V b, d] predictions q, view-major.
-        target: [b, d] targets k; no gradient flows into them.
-
-    Returns:
-        Scalar, fp32 (fp64 for fp64 predictions).
+    prediction [V b, d] q, view-major; target [b, d] k, without gradient -> scalar, at least fp32.
     """
     b, d = target.shape
     q = _unit(prediction).view(-1, b, d)
@@ -64,15 +58,8 @@ def infonce_loss(
 ) -> Tensor:
     """InfoNCE: the mean of -2T log softmax_j(q . k_j / T) at the image's own target k.
 
-    Args:
-        prediction: [V b, d] predictions q, view-major.
-        targets: [M, d] targets of all images of the step on all processes; no gradient flows into them.
-        temperature: T.
-        images: b.
-        offset: row of the first of the b images in `targets`.
-
-    Returns:
-        Scalar, fp32 (fp64 for fp64 predictions).
+    prediction [V b, d] q of b `images`, view-major; targets [M, d] of the step on all processes, without gradient,
+    `offset` the row of the first of these images -> scalar, at least fp32.
     """
     q = _unit(prediction)
     # autocast would turn this matmul, the input of the softmax, into bf16
@@ -83,14 +70,7 @@ def infonce_loss(
 
 
 def gather_targets(target: Tensor) -> tuple[Tensor, int]:
-    """All-gather of the targets, without gradient.
-
-    Args:
-        target: [b, d], the same b in every process.
-
-    Returns:
-        [world b, d] in rank order, and the row of this process's first image in it.
-    """
+    """All-gather of [b, d] without gradient: [world b, d], and the row of this process's first image in it."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return target, 0
     out = [torch.empty_like(target) for _ in range(dist.get_world_size())]
@@ -222,10 +202,9 @@ class ExtreMA(nn.Module):
 
     @torch.no_grad()
     def ema_update(self, weight: float | Tensor) -> None:
-        """EMA update of the teacher's encoder and projector: `teacher += weight (student - teacher)`, in place.
+        """EMA update of encoder and projector, in place: `teacher += weight (student - teacher)`.
 
-        Args:
-            weight: 1 - momentum, a number or a 0-d tensor; a tensor is read on its device, without waiting.
+        `weight` is 1 - momentum; a 0-d tensor is read on its device, without waiting.
         """
         student = dict(self.student_branch.named_parameters())
         names, teacher = zip(*self.teacher_branch.named_parameters(), strict=True)
@@ -263,14 +242,7 @@ class ExtreMA(nn.Module):
 
     @scoped("loss")
     def loss(self, prediction: Tensor, targets: Tensor, images: int, offset: int = 0) -> Tensor:
-        """The loss of one micro-batch.
-
-        Args:
-            prediction: [V b, d], b = `images`, view-major.
-            targets: [M, d] of the whole step (InfoNCE: of all processes).
-            images: b.
-            offset: row of the first image of the micro-batch in `targets`.
-        """
+        """The loss of a micro-batch of b `images`, the first of which has row `offset` in `targets` [M, d]."""
         if self.head_config.loss == "byol":
             return byol_loss(prediction, targets[offset : offset + images])
         return infonce_loss(prediction, targets, self.head_config.temperature, images, offset)

@@ -27,17 +27,16 @@ def pair(size: int | Sequence[int], name: str = "img_size") -> tuple[int, int]:
     return sides
 
 
+def square_patch(size: int | Sequence[int]) -> int:
+    """The side of a patch given as pixels or as a pair; raises UsageError where it is not square."""
+    height, width = pair(size, "patch_size")
+    if height != width or height < 1:
+        raise UsageError(f"patch_size: patches are square, got {height} x {width}")
+    return height
+
+
 def check_images(images: Tensor, chans: int | None = None, dtype: torch.dtype | None = None) -> None:
-    """Checks images [B, C, H, W].
-
-    Args:
-        images: the argument.
-        chans: C; None: any.
-        dtype: of the weights, which images must have except under autocast; None: any float.
-
-    Raises:
-        UsageError: another type, shape or dtype.
-    """
+    """Raises UsageError unless `images` is [B, C, H, W] of `chans` channels, in `dtype` except under autocast."""
     if not isinstance(images, Tensor):
         raise UsageError(
             f"images: expected a tensor [B, C, H, W], got {type(images).__name__}; use torch.as_tensor(images)"
@@ -66,16 +65,9 @@ def check_sides(size: Sequence[int], patch: int, name: str = "images") -> tuple[
 
 
 class PatchEmbed(nn.Module):
-    """The patch convolution (stride = kernel), and the input size it is meant for.
+    """The patch convolution (stride = kernel), and the input size it is meant for, with the attributes of timm's class.
 
-    The encoder reads `proj` and applies it to kept patches only. The attributes are those of timm's class:
-    `img_size`, `patch_size`, `grid_size` (pairs: height or rows first), `num_patches`.
-
-    Args:
-        in_chans: C.
-        width: D.
-        patch: side of a patch in pixels.
-        img_size: (height, width) in pixels.
+    The encoder reads `proj` and applies it to kept patches only.
     """
 
     def __init__(self, in_chans: int, width: int, patch: int, img_size: tuple[int, int]) -> None:
@@ -106,17 +98,12 @@ class PatchEmbed(nn.Module):
         img_size: int | Sequence[int] | None = None,
         patch_size: int | Sequence[int] | None = None,
     ) -> None:
-        """Sets another image size or patch size (the kernel is resampled); None keeps the present one.
+        """Sets another image size or patch size (the kernel is resampled); after an error nothing is changed.
 
         `Encoder.set_input_size` calls this and also sets the positions.
-
-        Raises:
-            UsageError: the patch is not square or does not divide the image; nothing is changed.
         """
         size = self.img_size if img_size is None else pair(img_size)
-        patch = self.patch_size if patch_size is None else pair(patch_size, "patch_size")
-        if patch[0] != patch[1] or patch[0] < 1:
-            raise UsageError(f"patch_size: patches are square, got {patch[0]} x {patch[1]}")
+        patch = self.patch_size if patch_size is None else (square_patch(patch_size),) * 2
         check_sides(size, patch[0], "img_size")
         if patch != self.patch_size:
             old = self.proj
@@ -220,16 +207,9 @@ class PoolBlock(nn.Module):
         stats: tuple[Tensor, Tensor] | None = None,
         return_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-        """One block on the class token.
+        """cls [R, D], tokens [R, n, D] -> (class token [R, D], attention [R, H, 1 + n] or None, `stats`).
 
-        Args:
-            cls: [R, D].
-            tokens: [R, n, D].
-            stats: LayerNorm statistics of the tokens from the block before, which are the same for every block.
-            return_weights: also return the attention weights.
-
-        Returns:
-            The class token [R, D], the attention [R, H, 1 + n] or None, and `stats`.
+        `stats`: LayerNorm statistics of the tokens, which are the same for every block.
         """
         a = self.attn
         weights = ops.PoolWeights(

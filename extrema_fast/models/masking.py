@@ -11,12 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import keep_count
 from ..errors import UsageError
 from ..ops import dispatch as ops
 from ..ops.scope import scoped
-
-__all__ = ["check_keep", "draw_views", "image_major", "keep_count", "keep_from_mask", "sample_views"]
 
 
 def sample_views(
@@ -73,21 +70,12 @@ def draw_views(
         )
     if mode not in ("disjoint", "independent"):
         raise UsageError(f"mode: expected 'disjoint' or 'independent', got {mode!r}")
-    if isinstance(index, int):
-        index = torch.arange(index)
+    index = torch.arange(index) if isinstance(index, int) else index
     return ops.sample_views(index, num_patches, num_keep, num_views, mode=mode, **keys)
 
 
 def check_keep(keep: Tensor, batch: int, num_patches: int) -> Tensor:
-    """Checks keep indices of B images and returns them view-major.
-
-    Args:
-        keep: [B, K] or [B, V, K] integer in [0, N), V and K at least 1.
-        batch: B.
-        num_patches: N.
-
-    Returns:
-        [V, B, K]; V is 1 for [B, K].
+    """Keep indices [B, K] or [B, V, K] of B images as view-major [V, B, K].
 
     Raises:
         UsageError: another type, dtype or shape, or on a CPU an index out of range.
@@ -133,13 +121,10 @@ def keep_from_mask(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         raise UsageError(f"mask: expected bool (True = kept), got {mask.dtype}; use mask.bool()")
     counts = mask.sum(-1)
-    if counts.unique().numel() != 1:
+    least, most = int(counts.min()), int(counts.max())
+    if least != most or least < 1:
         raise UsageError(
-            f"mask: every row must keep the same number of tokens, got {int(counts.min())} "
-            f"to {int(counts.max())}"
+            f"mask: every row must keep the same number of tokens, at least 1, got {least} to {most}"
         )
-    k = int(counts.flatten()[0])
-    if k < 1:
-        raise UsageError("mask: every row must keep at least 1 token, got 0")
     order = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)
-    return order[..., :k].to(torch.int32)
+    return order[..., :least].to(torch.int32)

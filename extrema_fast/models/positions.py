@@ -12,7 +12,6 @@ from ..errors import UsageError
 
 log = logging.getLogger(__name__)
 
-COORDS = ("absolute", "rescaled")
 # enough for image sizes that alternate; a size per image must not fill the memory
 _MAX_CACHED_TABLES = 8
 
@@ -52,18 +51,12 @@ def sincos_table(
 class SinCos:
     """Position tables of one encoder, cached by grid, device and dtype.
 
-    Args:
-        width: D.
-        coords: 'absolute': integer coordinates, exactly what training at that size uses; 'rescaled': stretched
-            to the trained grid, like bicubic resizing of its table.
-        trained: (rows, columns) of the grid trained on.
-
-    Raises:
-        UsageError: unknown `coords`.
+    `coords` 'absolute': integer coordinates, exactly what training at that size uses; 'rescaled': stretched to the
+    grid `trained` on, (rows, columns), like bicubic resizing of its table.
     """
 
     def __init__(self, width: int, coords: str, trained: tuple[int, int]) -> None:
-        if coords not in COORDS:
+        if coords not in ("absolute", "rescaled"):
             raise UsageError(f"pos_coords: expected 'absolute' or 'rescaled', got {coords!r}")
         self.width, self.coords, self.trained = width, coords, trained
         self._cache: dict[tuple, Tensor] = {}
@@ -79,11 +72,8 @@ class SinCos:
             return self.compute(grid).to(like)
         key = (grid, like.device, like.dtype)
         if key not in self._cache:
-            if all(cached[0] != grid for cached in self._cache):
-                log.info(
-                    "positions of %d x %d patches, trained on %d x %d: %s coordinates",
-                    *grid, *self.trained, self.coords,
-                )  # fmt: skip
+            sizes = (*grid, *self.trained)
+            log.info("positions of %d x %d patches, trained on %d x %d: %s coordinates", *sizes, self.coords)
             # a table made under inference_mode could not be used in training afterwards
             with torch.inference_mode(False):
                 table = self.compute(grid).to(like)
@@ -99,22 +89,19 @@ class SinCos:
 # ---- weights for another input ----------------------------------------------------------------------
 
 
-def adapt_in_chans(weight: Tensor, in_chans: int) -> Tensor:
-    """A patch kernel for another number of channels, by timm's rule.
-
-    Args:
-        weight: [D, C, p, p] float.
-        in_chans: 1: the sum over the channels; else the channels repeated, cut to `in_chans` and scaled by
-            C / in_chans, so that an image of equal channels gives the same tokens where C divides `in_chans`.
-
-    Returns:
-        [D, in_chans, p, p] of the same dtype; `weight` itself where nothing changes.
-
-    Raises:
-        UsageError: fewer than one channel.
-    """
+def check_chans(in_chans: int) -> None:
+    """Raises UsageError unless `in_chans` is a whole number, at least 1."""
     if not isinstance(in_chans, int) or in_chans < 1:
         raise UsageError(f"in_chans: expected a whole number, at least 1, got {in_chans!r}")
+
+
+def adapt_in_chans(weight: Tensor, in_chans: int) -> Tensor:
+    """A patch kernel [D, C, p, p] for another number of channels, by timm's rule.
+
+    One channel: the sum over the channels; else the channels repeated, cut to `in_chans` and scaled by C / in_chans, so
+    that an image of equal channels gives the same tokens where C divides `in_chans`.
+    """
+    check_chans(in_chans)
     have = weight.shape[1]
     if in_chans == have:
         return weight
@@ -126,26 +113,14 @@ def adapt_in_chans(weight: Tensor, in_chans: int) -> Tensor:
 
 
 def resample_patch_kernel(weight: Tensor, new_patch: int) -> Tensor:
-    """A patch kernel for another patch size, by the pseudo-inverse of resizing (FlexiViT, arXiv 2212.08013).
+    """A patch kernel [D, C, p, p] for another patch size, by the pseudo-inverse of resizing (FlexiViT, 2212.08013).
 
     Of all kernels it is the one whose tokens of a resized image are nearest to the tokens of the image itself;
-    they are equal where the patch grows.
-
-    Args:
-        weight: [D, C, p, p] float.
-        new_patch: q pixels.
-
-    Returns:
-        [D, C, q, q] of the same dtype, computed in float64; `weight` itself where q = p.
-
-    Raises:
-        UsageError: the kernel is not square, or q < 1.
+    they are equal where the patch grows. Computed in float64.
     """
     p = weight.shape[-1]
     if weight.dim() != 4 or weight.shape[-2] != p:
         raise UsageError(f"patch kernel: expected [D, C, p, p], got {list(weight.shape)}")
-    if new_patch < 1:
-        raise UsageError(f"patch_size: expected at least 1, got {new_patch}")
     if new_patch == p:
         return weight
     unit = torch.eye(p * p, dtype=torch.float64, device=weight.device).view(p * p, 1, p, p)
@@ -158,19 +133,9 @@ def resample_patch_kernel(weight: Tensor, new_patch: int) -> Tensor:
 def resample_table(
     table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool = True
 ) -> Tensor:
-    """A learned position table for another grid, bicubic in fp32.
+    """A learned position table [..., N, D] for another grid (rows, columns), bicubic in fp32.
 
-    Args:
-        table: [1, N, D] or [N, D] of `old_grid`.
-        old_grid: (rows, columns).
-        new_grid: (rows, columns).
-        antialias: True as timm does, False as the released code does.
-
-    Returns:
-        [..., N', D] of the same dtype; `table` itself where the grid is the same.
-
-    Raises:
-        UsageError: the table has another length than its grid.
+    `antialias`: True as timm does, False as the released code does.
     """
     rows, columns = old_grid
     if table.shape[-2] != rows * columns:

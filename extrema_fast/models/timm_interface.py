@@ -19,20 +19,9 @@ from .positions import resample_table
 
 log = logging.getLogger(__name__)
 
-POOLS = ("", "token", "avg")
-
 
 def resolve_layers(depth: int, indices: int | Sequence[int] | None, name: str = "indices") -> list[int]:
-    """Ascending layer numbers.
-
-    Args:
-        depth: number of layers.
-        indices: None: all; n: the last n; a sequence: these, negative ones counted from the end.
-        name: of the argument, for the error.
-
-    Raises:
-        UsageError: a layer that does not exist, or no layer at all.
-    """
+    """Ascending layer numbers: all for None, the last n for an int, or these, negative ones counted from the end."""
     if indices is None:
         return list(range(depth))
     if isinstance(indices, int):
@@ -49,10 +38,12 @@ def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, grid).contiguous()
 
 
-def check_classes(num_classes: int) -> None:
-    """Raises UsageError unless `num_classes` is a whole number, at least 0."""
+def check_head(num_classes: int, global_pool: str) -> None:
+    """Raises UsageError for a number of classes below 0 or an unknown pool."""
     if not isinstance(num_classes, int) or num_classes < 0:
         raise UsageError(f"num_classes: expected 0 (features) or more, got {num_classes!r}")
+    if global_pool not in ("", "token", "avg"):
+        raise UsageError(f"global_pool: expected 'token', 'avg' or '' (no pooling), got {global_pool!r}")
 
 
 class TimmInterface(nn.Module):
@@ -68,6 +59,7 @@ class TimmInterface(nn.Module):
         blocks_token: Any
         cls_token: Any
         pos_embed: Any
+        global_pool: str
         norm: Any
         fc_norm: Any
         head: Any
@@ -157,11 +149,7 @@ class TimmInterface(nn.Module):
         return torch.cat([out.cls[:, None], out.patches], 1) if self.num_prefix_tokens else out.patches
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens of `forward_features` -> logits; with `pre_logits` the pooled feature before the classifier.
-
-        Pools the class token ('token'), the mean of patch tokens ('avg'), or nothing (''); then `fc_norm`,
-        dropout and `head`.
-        """
+        """Tokens of `forward_features` -> logits; with `pre_logits` the pooled feature before the classifier."""
         if self.global_pool == "token":
             x = x[:, 0]
         elif self.global_pool == "avg":
@@ -179,22 +167,16 @@ class TimmInterface(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Patch tokens after some trunk blocks, in ascending order, and the final features.
+        """(Features as of `forward_features`, list of patch tokens after some trunk blocks, ascending), or the list.
 
         Args:
             x: [B, C, H, W].
             indices: None: all blocks; n: the last n; a sequence: these, negative ones counted from the end.
-            return_prefix_tokens: must be False.
+            return_prefix_tokens: must be False: there is no class token before the last block.
             norm: apply the final norm to each.
-            stop_early: run nothing after the last of them; the final features are then made from its tokens.
+            stop_early: run nothing after the last of them; the features are then made from its tokens.
             output_fmt: 'NCHW': [B, D, rows, columns]; 'NLC': [B, N, D].
             intermediates_only: return the list alone.
-
-        Returns:
-            (features as of `forward_features`, list), or the list.
-
-        Raises:
-            UsageError: `return_prefix_tokens=True`: there is no class token before the last block.
         """
         if return_prefix_tokens:
             raise UsageError(
@@ -258,28 +240,16 @@ class TimmInterface(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Sets a new linear head and, if given, another pool.
+        """Sets a new linear head (0: none) and, if given, another pool.
 
         With 'avg' an existing class head stays: it is computed and not used. Build with `global_pool='avg'` where it is
         not wanted.
-
-        Args:
-            num_classes: 0: no head.
-            global_pool: 'token', 'avg', '' (tokens as they are), or None (no change).
-
-        Raises:
-            UsageError: unknown pool, or 'token' without class head.
         """
-        check_classes(num_classes)
-        if global_pool is not None:
-            if global_pool not in POOLS:
-                raise UsageError(f"global_pool: expected 'token', 'avg' or '', got {global_pool!r}")
-            if global_pool == "token" and not self.num_prefix_tokens:
-                raise UsageError(
-                    "global_pool: 'token' needs the class head, which this encoder lacks; use 'avg'"
-                )
-            self.global_pool = global_pool
-        self.num_classes = num_classes
+        global_pool = self.global_pool if global_pool is None else global_pool
+        check_head(num_classes, global_pool)
+        if global_pool == "token" and not self.num_prefix_tokens:
+            raise UsageError("global_pool: 'token' needs the class head, which this encoder lacks; use 'avg'")
+        self.num_classes, self.global_pool = num_classes, global_pool
         like = self.patch_embed.proj.weight
         self.head = nn.Identity()
         if num_classes:

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from ..config import Config, local_batch
+from ..config import Config, ModelConfig, local_batch
 from ..data.loader import choose_loader, decoding_threads
 from ..errors import UsageError
-from ..models.encoder import count_flops
 from ..models.extrema import ExtreMA
 from ..ops import dispatch as ops
 from .optim import Schedule
@@ -127,10 +126,18 @@ def flops_per_image(cfg: Config) -> float:
     h, width, views = cfg.head, cfg.model.shape[0], cfg.mask.views
     projector = 2 * (width * h.hidden + h.hidden**2 + h.hidden * h.out)
     predictor = 2 * (h.out * h.predictor_hidden + h.predictor_hidden * h.out)
-    student = count_flops(cfg.model, views, cfg.num_keep) + views * (projector + predictor)
-    teacher = count_flops(cfg.model, 1, cfg.model.num_patches) + projector
+    student = _count_flops(cfg.model, views, cfg.num_keep) + views * (projector + predictor)
+    teacher = _count_flops(cfg.model, 1, cfg.model.num_patches) + projector
     patches = 2 * cfg.model.num_patches * cfg.model.in_chans * cfg.model.patch_size**2 * width
     return 3 * student + teacher + 3 * patches
+
+
+def _count_flops(config: ModelConfig, rows: int, n: int) -> float:
+    """Forward FLOPs of `rows` sequences of `n` tokens through trunk and absorbed pooling."""
+    width, depth, _ = config.shape
+    trunk = depth * (24 * width**2 * n + 4 * n**2 * width)
+    pool = config.pool_depth * (24 * width**2 + 4 * config.shape[2] * (n + 1) * width)
+    return float(rows * (trunk + pool))
 
 
 def checkpoint_bytes(method: ExtreMA) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..config import SIZES, ModelConfig, to_dict
 from ..errors import UsageError
-from ..models.encoder import sincos_table
+from ..models.positions import sincos_table
 from .folder import (
     GRAPHS,
     NOT_WEIGHTS,

@@ -1,9 +1,8 @@
 """`accelerate` on timm's VisionTransformer.
 
 Covers: every variant of the class, dense output bit-equal to timm's in fp64, kept tokens and all gradients equal to
-"embed all, gather, run the blocks", views, other sizes; training (drop-path, dropout, recomputation), autocast, bf16;
-everything that is not stock is called (hooks, LoRA, replaced forwards, parametrised, compiled, quantised parts); the
-owner (state_dict, optimizer, copies, two processes); torch.compile; reports, strict; refused models, bad input.
+"embed all, gather, run the blocks"; views, other sizes; training, low precision; parts that are not stock are called
+(hooks, LoRA, replaced forwards); the owner and DistributedDataParallel notice nothing; torch.compile; errors.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import sys
 import types
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,13 +21,10 @@ from torch.nn.utils import prune
 import extrema_fast
 from extrema_fast.errors import UsageError
 from extrema_fast.models.accelerate import accelerate
-from tests.torchvision_operators import define_torchvision_operators
 
-# also where a spawned process imports this file without conftest.py
-define_torchvision_operators()
 timm = pytest.importorskip("timm")
 from timm.layers import GluMlp, PatchEmbed, RmsNorm, SwiGLU, SwiGLUPacked  # noqa: E402
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+from timm.models.vision_transformer import Attention, VisionTransformer  # noqa: E402
 
 SIZE, GRID = (24, 40), (3, 5)
 N = 15
@@ -63,30 +58,27 @@ VARIANTS = {
     "class token": {},
     "no class token": {"class_token": False, "global_pool": "avg"},
     "registers": {"reg_tokens": 3},
-    "registers alone": {"class_token": False, "global_pool": "avg", "reg_tokens": 2, "fc_norm": True},
     "no_embed_class": {"no_embed_class": True, "reg_tokens": 2},
     "no positions": {"pos_embed": "none", "reg_tokens": 1},
     "layer scale": {"init_values": 0.3},
     "qk-norm": {"qk_norm": True},
     "scale norms": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "registers alone": {"class_token": False, "global_pool": "avg", "reg_tokens": 2},
+    "patch norm": {"embed_norm_layer": "layernorm"},
     "pre-norm": {"pre_norm": True},
-    "fc_norm": {"global_pool": "avg", "fc_norm": True},
     "no final norm": {"final_norm": False},
     "no qkv bias": {"qkv_bias": False},
     "no biases": {"qkv_bias": False, "proj_bias": False},
-    "heads of 16": {"num_heads": 2, "embed_dim": 32},
     "heads of 6": {"num_heads": 4},
     "SwiGLU": {"mlp_layer": SwiGLU},
     "packed SwiGLU": {"mlp_layer": SwiGLUPacked},
     "gated, gate last": {"mlp_layer": GluMlp},
     "another activation": {"act_layer": nn.SiLU},
     "tanh GELU": {"act_layer": partial(nn.GELU, approximate="tanh")},
-    "timm's tanh GELU": {"act_layer": "gelu_tanh"},
     "timm's own GELU": {"act_layer": "gelu"},
     "RMSNorm": {"norm_layer": RmsNorm},
     "norm without weights": {"norm_layer": lambda d, **k: nn.LayerNorm(d, elementwise_affine=False, **k)},
     "one channel": {"in_chans": 1},
-    "patch norm": {"embed_norm_layer": "layernorm"},
     "patch RMSNorm": {"embed_norm_layer": "rmsnorm"},
     "rectangles": {"patch_size": (8, 4)},
     "gaps": {"embed_layer": gapped},
@@ -139,18 +131,23 @@ def gradients(vit: VisionTransformer, images: Tensor, out: Tensor, weight: Tenso
     return {name: g for name, g in zip(named, found, strict=True) if g is not None}
 
 
+def gap(fast, images: Tensor, keep: Tensor) -> float:
+    """The largest difference to the definition."""
+    return float((fast.encode(images, keep).tokens - slow(fast.vit, images, keep)).detach().abs().max())
+
+
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], limit: float = 1e-10) -> None:
     assert found.keys() == wanted.keys()
     for name, g in wanted.items():
-        gap = float((found[name] - g).abs().max()) / max(1.0, float(g.abs().max()))
-        assert gap <= limit, f"{name}: {gap:.1e}"
+        off = float((found[name] - g).abs().max()) / max(1.0, float(g.abs().max()))
+        assert off <= limit, f"{name}: {off:.1e}"
 
 
 # ---- outputs and gradients ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variants(name, seed):
+def test_variants(name):
     vit = build(**VARIANTS[name])
     images = images_for(vit).requires_grad_()
     n = 30 if name == "rectangles" else N
@@ -175,8 +172,8 @@ def test_variants(name, seed):
     assert bool(fast.report().called.get("patch_embed")) == (name in WHOLE)
 
 
-@pytest.mark.parametrize("kept", [1, 7, N])
-def test_views_run_at_once_and_equal_one_by_one(kept, seed):
+@pytest.mark.parametrize("kept", [1, N])
+def test_views_run_at_once_and_equal_one_by_one(kept):
     vit = build(reg_tokens=1)
     images, fast = images_for(vit, 3), accelerate(vit)
     keep = torch.stack([draw(3, kept) for _ in range(4)], 1).int()
@@ -184,32 +181,26 @@ def test_views_run_at_once_and_equal_one_by_one(kept, seed):
     vit.blocks[0].norm1.register_forward_hook(lambda m, x, y: seen.append(tuple(y.shape)))
     out = fast.encode(images, keep)
     assert seen == [(12, 2 + kept, 24)]
-    assert out.tokens.shape == (3, 4, 2 + kept, 24) and out.prefix.shape == (3, 4, 2, 24)
-    assert out.cls.shape == (3, 4, 24) and out.patches.shape == (3, 4, kept, 24)
+    assert out.prefix.shape == (3, 4, 2, 24) and out.cls.shape == (3, 4, 24)
+    assert out.patches.shape == (3, 4, kept, 24)
     for v in range(4):
         assert (out.tokens[:, v] - slow(vit, images, keep[:, v])).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize("options", [{"reg_tokens": 1}, {"qk_norm": True}])
-def test_no_images(options):
-    vit = build(**options)
+def test_no_images():
+    vit = build(reg_tokens=1, qk_norm=True)
     images, fast = images_for(vit, 0), accelerate(vit)
-    p = vit.num_prefix_tokens
-    assert fast.encode(images).tokens.shape == vit.forward_features(images).shape == (0, p + N, 24)
-    assert fast.encode(images, torch.zeros(0, 4, 5, dtype=torch.int64)).tokens.shape == (0, 4, p + 5, 24)
+    assert fast.encode(images).tokens.shape == vit.forward_features(images).shape == (0, 2 + N, 24)
+    assert fast.encode(images, torch.zeros(0, 4, 5, dtype=torch.int64)).tokens.shape == (0, 4, 7, 24)
 
 
-def test_all_patches_raw_tokens_and_order():
+def test_all_patches_and_raw_tokens():
     vit = build()
     images, fast = images_for(vit), accelerate(vit)
-    out = fast.encode(images)
-    assert torch.equal(out.tokens, vit.forward_features(images))
-    assert torch.equal(out.keep, torch.arange(N).expand(2, N)) and out.grid == GRID
-    raw = fast.encode(images, norm=False).tokens
+    out, raw = fast.encode(images), fast.encode(images, norm=False).tokens
+    assert torch.equal(out.tokens, vit.forward_features(images)) and out.grid == GRID
+    assert torch.equal(out.keep, torch.arange(N).expand(2, N))
     assert not torch.equal(raw, out.tokens) and torch.equal(vit.norm(raw), out.tokens)
-    keep, order = draw(2, 7), torch.randperm(7)
-    a, b = fast.encode(images, keep), fast.encode(images, keep[:, order])
-    assert (a.patches[:, order] - b.patches).abs().max() <= 1e-12 and (a.cls - b.cls).abs().max() <= 1e-12
 
 
 def test_pixels_beyond_the_last_patch_after_set_input_size():
@@ -217,8 +208,8 @@ def test_pixels_beyond_the_last_patch_after_set_input_size():
     fast = accelerate(vit)
     vit.set_input_size((36, 20))
     images = images_for(vit, size=(36, 20))
-    out = fast.encode(images, torch.tensor([[7, 0], [1, 2]]))
-    assert out.grid == (4, 2) and (out.tokens - slow(vit, images, out.keep)).abs().max() <= 1e-10
+    keep = torch.tensor([[7, 0], [1, 2]])
+    assert fast.encode(images, keep).grid == (4, 2) and gap(fast, images, keep) <= 1e-10
 
 
 def test_dropped_patches_are_not_read():
@@ -232,11 +223,9 @@ def test_dropped_patches_are_not_read():
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch32_224",
-     "vit_tiny_r_s16_p8_224"],
-)  # fmt: skip
-def test_real_models(name, seed):
+    "name", ["deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_tiny_r_s16_p8_224"]
+)
+def test_real_models(name):
     size = 56 if "patch14" in name else 64
     vit = timm.create_model(name, num_classes=0, img_size=size).double().eval()
     images, fast = torch.randn(1, 3, size, size).double(), accelerate(vit)
@@ -244,26 +233,22 @@ def test_real_models(name, seed):
         assert torch.equal(fast.forward_features(images), vit.forward_features(images))
         n = vit.patch_embed.num_patches
         keep = draw(1, max(1, n // 4), n)
-        assert (fast.encode(images, keep).tokens - slow(vit, images, keep)).abs().max() <= 1e-10
+        assert gap(fast, images, keep) <= 1e-10
 
 
-@pytest.mark.parametrize("size", [(16, 16), (40, 24), (48, 56)])
-@pytest.mark.parametrize("embed_class", [True, False])
-def test_other_sizes_get_timms_resampled_positions(size, embed_class, seed):
+@pytest.mark.parametrize(("size", "embed_class"), [((16, 16), True), ((40, 24), False), ((48, 56), True)])
+def test_other_sizes_get_timms_resampled_positions(size, embed_class):
     vit = build(dynamic_img_size=True, no_embed_class=not embed_class, reg_tokens=1)
-    images, fast = images_for(vit, size=size), accelerate(vit)
+    images, fast = images_for(vit, size=size).requires_grad_(), accelerate(vit)
     assert torch.equal(fast.forward_features(images), vit.forward_features(images))
-    n = size[0] * size[1] // 64
-    keep = draw(2, 3, n)
+    keep = draw(2, 3, size[0] * size[1] // 64)
     out, wanted = fast.encode(images, keep), slow(vit, images, keep)
     assert out.grid == (size[0] // 8, size[1] // 8)
-    # timm resamples positions in fp32, both times the same way
     assert (out.tokens - wanted).abs().max() <= 1e-10
     weight = torch.randn_like(wanted)
-    images.requires_grad_()
-    found = [gradients(vit, images, f(images, keep), weight) for f in (lambda *a: fast.encode(*a).tokens,
-                                                                     lambda *a: slow(vit, *a))]  # fmt: skip
-    assert_same(*found, limit=1e-6)
+    found, exact = (gradients(vit, images, t, weight) for t in (out.tokens, wanted))
+    # timm resamples positions in fp32
+    assert_same(found, exact, limit=1e-6)
 
 
 # ---- training -----------------------------------------------------------------------------------------
@@ -271,27 +256,28 @@ def test_other_sizes_get_timms_resampled_positions(size, embed_class, seed):
 
 @pytest.mark.parametrize(
     "options",
-    [{"drop_path_rate": 0.6}, {"proj_drop_rate": 0.3}, {"attn_drop_rate": 0.3}, {"pos_drop_rate": 0.4},
-     {"drop_path_rate": 0.5, "init_values": 0.1, "mlp_layer": SwiGLU, "proj_drop_rate": 0.1}],
+    [{"attn_drop_rate": 0.3}, {"pos_drop_rate": 0.4},
+     {"drop_path_rate": 0.5, "init_values": 0.1, "proj_drop_rate": 0.3},
+     {"drop_path_rate": 0.5, "mlp_layer": SwiGLU, "proj_drop_rate": 0.1}],
 )  # fmt: skip
-def test_training_draws_what_timm_draws(options, seed):
+def test_training_draws_what_timm_draws(options):
     vit = build(depth=3, **options).train()
     images, keep, fast = images_for(vit, 5), draw(5, 6), accelerate(vit)
-    torch.manual_seed(1)
-    dense = fast.forward_features(images)
-    torch.manual_seed(1)
-    assert torch.equal(dense, vit.forward_features(images))
+
+    def seeded(run, *args):
+        torch.manual_seed(1)
+        return run(*args)
+
+    assert torch.equal(seeded(fast.forward_features, images), seeded(vit.forward_features, images))
     if "pos_drop_rate" in options:
         # timm drops positions of all patches, this of the kept ones: other draws
         assert (fast.encode(images, keep).tokens != fast.encode(images, keep).tokens).any()
         return
-    torch.manual_seed(2)
-    wanted = slow(vit, images, keep)
-    torch.manual_seed(2)
-    assert (fast.encode(images, keep).tokens - wanted).abs().max() <= 1e-10
-    called = fast.report().called
-    assert ("blocks.0.attn" in called) == ("attn_drop_rate" in options)
-    assert not any("dropout" in why for why in accelerate(vit.eval()).report().called.values())
+    off = seeded(fast.encode, images, keep).tokens - seeded(slow, vit, images, keep)
+    assert off.abs().max() <= 1e-10
+    assert ("blocks.0.attn" in fast.report().called) == ("attn_drop_rate" in options)
+    vit.eval()
+    assert not any("dropout" in why for why in fast.report().called.values())
 
 
 def test_recomputation_changes_nothing():
@@ -310,18 +296,14 @@ def test_recomputation_changes_nothing():
     assert_same(*found)
 
 
-@pytest.mark.parametrize("options", [{}, {"init_values": 0.3, "reg_tokens": 2}, {"mlp_layer": SwiGLUPacked}])
+@pytest.mark.parametrize("options", [{"init_values": 0.3, "reg_tokens": 2}, {"mlp_layer": SwiGLUPacked}])
 @pytest.mark.parametrize("how", ["autocast", "bf16"])
-def test_low_precision_is_as_exact_as_timms(options, how, seed):
+def test_low_precision_is_as_exact_as_timms(options, how):
     vit = build(torch.float32, embed_dim=48, **options)
     images, keep = images_for(vit, 8), draw(8, 9)
-    wide = copy.deepcopy(vit).double()
     if how == "bf16":
-        vit = vit.bfloat16()
-        # the same values in both precisions
-        wide = copy.deepcopy(vit).double()
-        images = images.bfloat16()
-    fast = accelerate(vit)
+        vit, images = vit.bfloat16(), images.bfloat16()
+    wide, fast = copy.deepcopy(vit).double(), accelerate(vit)
     weight = torch.randn(8, 9 + vit.num_prefix_tokens, 48).double()
     results = []
     for model, run in (
@@ -331,15 +313,12 @@ def test_low_precision_is_as_exact_as_timms(options, how, seed):
     ):
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast" and model is vit):
             out = run()
-        named = dict(model.named_parameters())
-        grads = torch.autograd.grad((out.double() * weight).sum(), list(named.values()))
-        results.append([out, *grads])
-    exact, stock, ours = results
-    assert ours[0].dtype == stock[0].dtype
-    for name, e, s, o in zip(["out", *named], exact, stock, ours, strict=True):
-        scale = float(e.detach().abs().max())
-        found, allowed = (float(((x.double() - e).norm() / e.norm()).detach()) for x in (o, s))
-        assert found <= 2 * allowed + 2**-9, f"{name}: {found:.1e}, timm's {allowed:.1e} of {scale:.1e}"
+        results.append([out, *torch.autograd.grad((out.double() * weight).sum(), list(model.parameters()))])
+    assert results[1][0].dtype == results[2][0].dtype
+    names = ["out", *(n for n, _ in vit.named_parameters())]
+    for name, exact, stock, ours in zip(names, *results, strict=True):
+        found, allowed = (float(((x.double() - exact).norm() / exact.norm()).detach()) for x in (ours, stock))
+        assert found <= 2 * allowed + 2**-9, f"{name}: {found:.1e}, timm's {allowed:.1e}"
 
 
 # ---- what is not stock is called ----------------------------------------------------------------------
@@ -352,27 +331,19 @@ PLACES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["forward", "pre", "backward"])
-def test_hooks_fire_everywhere(kind, seed):
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+def test_hooks_fire_everywhere(kind):
     vit = build()
     images, keep, fast = images_for(vit), draw(2, 5), accelerate(vit)
-    with torch.no_grad():
-        before = fast.encode(images, keep).tokens
+    before = fast.encode(images, keep).tokens
     for place in PLACES:
         fired = []
-        module = vit.get_submodule(place)
-        if kind == "backward":
-            handle = module.register_full_backward_hook(lambda *_: fired.append(1))  # noqa: B023
-        elif kind == "pre":
-            handle = module.register_forward_pre_hook(lambda *_: fired.append(1))  # noqa: B023
-        else:
-            handle = module.register_forward_hook(lambda *_: fired.append(1))  # noqa: B023
+        hook = getattr(vit.get_submodule(place), f"register_{kind}")(lambda *_, fired=fired: fired.append(1))
         out = fast.encode(images, keep).tokens
-        if kind == "backward":
+        if "backward" in kind:
             out.sum().backward()
-        assert len(fired) == 1, place
-        assert (out - before).abs().max() <= 1e-12, place
-        handle.remove()
+        assert len(fired) == 1 and (out - before).abs().max() <= 1e-12, place
+        hook.remove()
 
 
 def test_hooks_for_all_modules_of_the_process():
@@ -401,64 +372,8 @@ class Lora(nn.Module):
         return self.base(x) + F.linear(F.linear(x, self.a), self.b)
 
 
-@pytest.mark.parametrize("place", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
-def test_lora_runs_and_is_trained(place, seed):
-    vit = build()
-    fast = accelerate(vit)
-    parent = vit.get_submodule("blocks.0." + place.split(".")[0])
-    setattr(parent, place.split(".")[1], Lora(vit.get_submodule(f"blocks.0.{place}")))
-    images, keep = images_for(vit), draw(2, 5)
-    wanted, out = slow(vit, images, keep), fast.encode(images, keep).tokens
-    assert (out - wanted).abs().max() <= 1e-10
-    weight = torch.randn_like(out)
-    named = [f"blocks.0.{place}.{x}" for x in "ab"]
-    grads = [
-        torch.autograd.grad((t * weight).sum(), [vit.get_parameter(n) for n in named]) for t in (out, wanted)
-    ]
-    for a, b in zip(*grads, strict=True):
-        assert b.abs().max() > 0 and (a - b).abs().max() <= 1e-10 * b.abs().max()
-    assert fast.report().called == {f"blocks.0.{place}": "Lora is not Linear"}
-
-
-def not_stock(vit: VisionTransformer, how: str) -> str:
-    """Changes one part; returns its name."""
-    block = vit.blocks[1]
-    if how == "parametrised":
-        nn.utils.parametrizations.weight_norm(block.mlp.fc1)
-        return "blocks.1.mlp.fc1"
-    if how == "pruned":
-        prune.l1_unstructured(block.attn.proj, "weight", 0.7)
-        return "blocks.1.attn.proj"
-    if how == "forward of one block":
-        block.forward = types.MethodType(lambda self, x, **_: type(self).forward(self, 2 * x), block)
-        return "blocks.1"
-    if how == "forward of one attention":
-        block.attn.forward = lambda x, **_: -x
-        return "blocks.1.attn"
-    if how == "subclass":
-        kind = type(
-            "Merged", (type(block),), {"forward": lambda self, x, **k: super(kind, self).forward(3 * x)}
-        )
-        block.__class__ = kind
-        return "blocks.1"
-    if how == "another part":
-        # with a forward of the class that uses it, as adapter forks of timm have
-        block.attn.adapter = nn.Linear(24, 24).double()
-        return "blocks.1.attn"
-    if how == "gated":
-        block.attn = type(block.attn)(24, 3, gated=True, qkv_bias=True, norm_layer=nn.LayerNorm).double()
-        return "blocks.1.attn"
-    if how == "compiled":
-        block.mlp.fc2.compile(backend="eager")
-        return "blocks.1.mlp.fc2"
-    if how == "tensor subclass":
-        block.mlp.fc2.weight = nn.Parameter(Doubled(block.mlp.fc2.weight.detach()))
-        return "blocks.1.mlp.fc2"
-    raise AssertionError(how)
-
-
 class Doubled(Tensor):
-    """A weight whose product is not the plain one, as quantised weights are."""
+    """A weight whose product is not the plain one, as quantized weights are."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -466,19 +381,61 @@ class Doubled(Tensor):
         return (2 * out).as_subclass(Tensor) if function is F.linear else out
 
 
-@pytest.mark.parametrize(
-    "how",
-    ["parametrised", "pruned", "forward of one block", "forward of one attention", "subclass", "another part",
-     "gated", "compiled", "tensor subclass"],
-)  # fmt: skip
-def test_what_is_not_stock_is_called(how, seed):
+def lora(vit: VisionTransformer, branch: str, name: str) -> None:
+    parent = getattr(vit.blocks[1], branch)
+    setattr(parent, name, Lora(getattr(parent, name)))
+
+
+def own_forward(block: nn.Module) -> None:
+    block.forward = types.MethodType(lambda self, x, **_: type(self).forward(self, 2 * x), block)
+
+
+def subclass(block: nn.Module) -> None:
+    kind = type("Merged", (type(block),), {"forward": lambda self, x, **k: super(kind, self).forward(3 * x)})
+    block.__class__ = kind
+
+
+def double_weight(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(Doubled(layer.weight.detach()))
+
+
+GATED = {"gated": True, "qkv_bias": True, "norm_layer": nn.LayerNorm}
+# (part of the second block, change of the model)
+CHANGES = {
+    "LoRA of qkv": ("attn.qkv", lambda vit: lora(vit, "attn", "qkv")),
+    "LoRA of fc2": ("mlp.fc2", lambda vit: lora(vit, "mlp", "fc2")),
+    "parametrized": ("mlp.fc1", lambda vit: nn.utils.parametrizations.weight_norm(vit.blocks[1].mlp.fc1)),
+    "pruned": ("attn.proj", lambda vit: prune.l1_unstructured(vit.blocks[1].attn.proj, "weight", 0.7)),
+    "forward of one block": ("", lambda vit: own_forward(vit.blocks[1])),
+    "forward of one attention": (
+        "attn",
+        lambda vit: setattr(vit.blocks[1].attn, "forward", lambda x, **_: -x),
+    ),
+    "subclass": ("", lambda vit: subclass(vit.blocks[1])),
+    # with a forward of the class that uses it, as adapter forks of timm have
+    "another part": ("attn", lambda vit: setattr(vit.blocks[1].attn, "adapter", nn.Linear(24, 24).double())),
+    "gated": ("attn", lambda vit: setattr(vit.blocks[1], "attn", Attention(24, 3, **GATED).double())),
+    "compiled": ("mlp.fc2", lambda vit: vit.blocks[1].mlp.fc2.compile(backend="eager")),
+    "tensor subclass": ("mlp.fc2", lambda vit: double_weight(vit.blocks[1].mlp.fc2)),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_what_is_not_stock_is_called(how):
     vit = build()
     images, keep, fast = images_for(vit), draw(2, 5), accelerate(vit)
     before = fast.encode(images, keep).tokens
-    name = not_stock(vit, how)
-    after = fast.encode(images, keep).tokens
-    assert (after - slow(vit, images, keep)).abs().max() <= 1e-12
-    assert (after - before).abs().max() > 1e-3 or how in ("another part", "compiled", "parametrised")
+    part, change = CHANGES[how]
+    change(vit)
+    after, wanted = fast.encode(images, keep).tokens, slow(vit, images, keep)
+    assert (after - wanted).abs().max() <= 1e-10
+    assert (after - before).abs().max() > 1e-3 or how in ("another part", "compiled", "parametrized")
+    if "LoRA" in how:
+        trained = [p for name, p in vit.named_parameters() if name.endswith((".a", ".b"))]
+        grads = [torch.autograd.grad(t.square().sum(), trained) for t in (after, wanted)]
+        for a, b in zip(*grads, strict=True):
+            assert b.abs().max() > 0 and (a - b).abs().max() <= 1e-10 * b.abs().max()
+    name = f"blocks.1.{part}".rstrip(".")
     assert list(fast.report().called) == [name]
     with pytest.raises(UsageError, match=f"strict, but .*\n{name}: called as it is"):
         accelerate(vit, strict=True)
@@ -487,8 +444,8 @@ def test_what_is_not_stock_is_called(how, seed):
 def test_a_class_whose_forward_was_exchanged(monkeypatch):
     vit = build()
     images, keep, fast = images_for(vit), draw(2, 5), accelerate(vit)
-    monkeypatch.setattr(type(vit.blocks[0].attn), "forward", lambda self, x, **_: 3 * x)
-    assert (fast.encode(images, keep).tokens - slow(vit, images, keep)).abs().max() <= 1e-12
+    monkeypatch.setattr(Attention, "forward", lambda self, x, **_: 3 * x)
+    assert gap(fast, images, keep) <= 1e-12
     assert "blocks.0.attn" in fast.report().called
 
 
@@ -498,9 +455,9 @@ def test_a_class_whose_forward_was_exchanged(monkeypatch):
 class Project(nn.Module):
     """A model that keeps the accelerated form beside its ViT."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64, **options) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.vit = build(dtype, **options)
+        self.vit = build()
         self.fast = accelerate(self.vit)
 
     def forward(self, images: Tensor, keep: Tensor) -> Tensor:
@@ -529,46 +486,20 @@ def test_the_owner_notices_nothing():
     assert model(images, keep) == second != copied(images, keep)
 
 
-def train_with_another_process(file: str) -> None:
-    """What one process of two runs; the first saves its weights."""
+def test_distributed_data_parallel(tmp_path):
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
-    images, keep, model = _ddp_inputs()
-    wrapped = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.5)
-    for _ in range(2):
-        optimizer.zero_grad()
-        wrapped(images[rank::2], keep[rank::2]).backward()
-        optimizer.step()
-    if rank == 0:
-        torch.save(model.state_dict(), file)
-    torch.distributed.destroy_process_group()
-
-
-def _ddp_inputs() -> tuple[Tensor, Tensor, Project]:
-    torch.manual_seed(0)
     model = Project()
-    return torch.randn(4, 3, *SIZE).double(), draw(4, 5), model
-
-
-def test_two_processes_step_as_one(tmp_path, run_cli):
-    here = (
-        "from tests.torchvision_operators import define_torchvision_operators\ndefine_torchvision_operators()\n"
-        "from tests.contract.test_accelerate import train_with_another_process as train\n"
+    images, keep, named = images_for(model.vit), draw(2, 5), dict(model.named_parameters())
+    wanted = torch.autograd.grad(model(images, keep), list(named.values()))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1
     )
-    codes, output = run_cli("encoders", processes=2, setup=f"{here}train({str(tmp_path / 'w.pt')!r})")
-    assert codes == [0, 0], output
-    images, keep, model = _ddp_inputs()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(images, keep).backward()
-        optimizer.step()
-    two = torch.load(tmp_path / "w.pt", weights_only=True)
-    for name, p in model.state_dict().items():
-        assert (two[name] - p).abs().max() <= 1e-12, name
+    try:
+        DistributedDataParallel(model)(images, keep).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_same({n: p.grad for n, p in named.items()}, dict(zip(named, wanted, strict=True)))
 
 
 def test_compiled():
@@ -582,7 +513,7 @@ def test_compiled():
     grads = [gradients(vit, images, out, weight) for out in (found, wanted)]
     for name, g in grads[1].items():
         torch.testing.assert_close(grads[0][name], g, rtol=1e-3, atol=1e-4)
-    # more views, another count, and a hook put on before the graph is made
+    # more views, another count
     views = torch.stack([draw(2, 3), draw(2, 3)], 1)
     torch.testing.assert_close(
         graph(images, views)[:, 1], slow(vit, images, views[:, 1]), rtol=1e-4, atol=1e-5
@@ -596,7 +527,7 @@ def test_reports_and_strict():
     vit = build()
     fast, images = accelerate(vit, strict=True), images_for(vit)
     report = fast.report()
-    assert report.called == {} and str(report) == "17 of 17 parts replaced" and "17 of 17" in repr(fast)
+    assert report.called == {} and str(report) == "17 of 17 parts replaced"
     assert "blocks.1.mlp.fc2" in report.replaced
     fast.encode(images)
     # strict holds at later passes, too
@@ -639,22 +570,11 @@ def with_own_positions() -> VisionTransformer:
         (lambda: torch.compile(build()), "OptimizedModule; call it with the VisionTransformer inside"),
         (lambda: extrema_fast.create_encoder("extrema_vit_tiny_patch16_224"), r"see encode\(images, keep\)"),
         (lambda: build(dynamic_img_pad=True, dynamic_img_size=True), "dynamic_img_pad"),
-        (lambda: build(patch_drop_rate=0.5).train(), "PatchDropout"),
     ],
 )
 def test_refused_models(model, words):
     with pytest.raises(UsageError, match=f"accelerate: .*{words}"):
         accelerate(model())
-
-
-def test_patch_dropout_is_refused_where_it_is_active():
-    vit = build(patch_drop_rate=0.5)
-    images, fast = images_for(vit), accelerate(vit)
-    assert torch.equal(fast.encode(images).tokens, vit.forward_features(images))
-    vit.train()
-    for keep in (None, draw(2, 5)):
-        with pytest.raises(UsageError, match="PatchDropout is active"):
-            fast.encode(images, keep)
 
 
 IMAGES, KEEP = torch.zeros(2, 3, *SIZE), torch.zeros(2, 4, dtype=torch.long)
@@ -664,13 +584,10 @@ IMAGES, KEEP = torch.zeros(2, 3, *SIZE), torch.zeros(2, 4, dtype=torch.long)
     ("images", "keep", "words"),
     [
         (IMAGES[0], KEEP, r"images: .*images\[None\]"),
-        (IMAGES.byte(), KEEP, "images: .*torch.uint8"),
         (IMAGES[:, :1], KEEP, r"images: .*\[2, 1, 24, 40\]"),
         (torch.zeros(2, 3, 24, 48), KEEP, "images: 24 x 48 .*set_input_size"),
         (IMAGES.double(), KEEP, "images: .*torch.float64"),
-        (np.zeros((2, 3, *SIZE), "float32"), KEEP, "images: .*ndarray"),
         (IMAGES, KEEP.float(), "keep: .*torch.float32"),
-        (IMAGES, KEEP[0], r"keep: .*\[4\]"),
         (IMAGES, KEEP + 15, "keep: .*15 to 15"),
     ],
 )
@@ -681,6 +598,16 @@ def test_bad_input(images, keep, words):
     if words.startswith("images"):
         with pytest.raises(UsageError, match=words):
             fast.forward_features(images)
+
+
+def test_patch_dropout_is_refused_where_it_is_active():
+    vit = build(patch_drop_rate=0.5)
+    fast, images = accelerate(vit), images_for(vit)
+    assert torch.equal(fast.encode(images).tokens, vit.forward_features(images))
+    vit.train()
+    for call in (lambda: accelerate(vit), lambda: fast.encode(images), lambda: fast.encode(images, KEEP)):
+        with pytest.raises(UsageError, match="PatchDropout is active"):
+            call()
 
 
 def test_more_bad_input(monkeypatch):

@@ -8,6 +8,8 @@ timm; position coordinates told on; one compiled graph at another size; refused 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,7 @@ from tests.encoders import randomized
 CONFIG = ModelConfig(
     img_size=(24, 40), patch_size=8, width=32, depth=2, heads=2, mlp_ratio=2.0, drop_path=0.0
 )
-GRIDS = [(1, 1), (1, 9), (7, 2), (3, 5), (6, 10), (19, 1)]
+GRIDS = [(1, 1), (7, 2), (3, 5), (6, 10)]
 
 
 def make(config: ModelConfig = CONFIG, **options) -> Encoder:
@@ -39,11 +41,8 @@ def images(grid: tuple[int, int], patch: int = 8, b: int = 2) -> torch.Tensor:
     return torch.randn(b, 3, grid[0] * patch, grid[1] * patch)
 
 
-def at(grid: tuple[int, int], patch: int = 8) -> ModelConfig:
-    return ModelConfig(
-        img_size=(grid[0] * patch, grid[1] * patch), patch_size=patch,
-        width=32, depth=2, heads=2, mlp_ratio=2.0, drop_path=0.0,
-    )  # fmt: skip
+def at(grid: tuple[int, int]) -> ModelConfig:
+    return replace(CONFIG, img_size=(grid[0] * 8, grid[1] * 8))
 
 
 # ---- the sin-cos table ----------------------------------------------------------------------------
@@ -60,7 +59,7 @@ def test_rescaled_coordinates(grid):
         assert np.abs(table[p].numpy() - wanted).max() < 1e-12
 
 
-@pytest.mark.parametrize("grid", [(24, 24), (28, 14), (18, 24)])
+@pytest.mark.parametrize("grid", [(24, 24), (28, 14)])
 def test_rescaled_is_near_bicubic_resizing(grid):
     old = sincos_table(384, (14, 14))
     resized = resample_table(old[None], (14, 14), grid, antialias=False)[0]
@@ -105,23 +104,17 @@ def test_sizes_without_end_do_not_fill_the_memory():
     assert torch.equal(kept.table((1, 1), like), tables[0])
 
 
-def test_a_table_made_in_inference_mode_serves_in_training():
-    encoder, x = make(), images((4, 4))
-    with torch.inference_mode():
-        encoder(x)
-    assert not encoder.positions((4, 4)).is_inference()
-    encoder(x).sum().backward()
-    assert encoder.cls_token.grad is not None
-
-
-def test_a_table_made_while_shapes_are_propagated_is_not_kept():
+def test_tables_made_in_inference_mode_or_while_shapes_are_propagated():
     from torch._subclasses import FakeTensorMode
 
-    encoder = make()
+    encoder, x = make(), images((4, 4))
     with FakeTensorMode(allow_non_fake_inputs=True):
         encoder.positions((4, 4))
-    assert type(encoder.positions((4, 4))) is torch.Tensor
+    with torch.inference_mode():
+        encoder(x)
     assert torch.equal(encoder.positions((4, 4)), sincos_table(32, (4, 4)))
+    encoder(x).sum().backward()
+    assert encoder.cls_token.grad is not None
 
 
 def test_coordinates_are_told_on():
@@ -131,8 +124,6 @@ def test_coordinates_are_told_on():
     assert args["pos_coords"] == "rescaled" and args["pos_grid"] == [3, 5]
     again = create_encoder(encoder.architecture, **args)
     assert torch.equal(again.pos_embed, encoder.pos_embed)
-    with pytest.raises(UsageError, match="'absolute' or 'rescaled', got 'learned'"):
-        Encoder(CONFIG, pos_coords="learned")
 
 
 # ---- set_input_size -------------------------------------------------------------------------------
@@ -200,13 +191,13 @@ def test_set_patch_size():
         ({"img_size": "large"}, "img_size: .*'large'"),
     ],
 )
-@pytest.mark.parametrize("pos_embed", ["sincos", "learned"])
-def test_refused_sizes_change_nothing(args, words, pos_embed):
-    encoder, x = make(pos_embed=pos_embed), images((3, 5))
-    before = encoder(x)
-    with pytest.raises(UsageError, match=words):
-        encoder.set_input_size(**args)
-    assert torch.equal(encoder(x), before) and encoder.img_size == (24, 40) and encoder.patch_size == 8
+def test_refused_sizes_change_nothing(args, words):
+    for encoder in (make(), make(pos_embed="learned")):
+        x = images((3, 5))
+        before = encoder(x)
+        with pytest.raises(UsageError, match=words):
+            encoder.set_input_size(**args)
+        assert torch.equal(encoder(x), before) and encoder.img_size == (24, 40) and encoder.patch_size == 8
 
 
 def test_patch_size_set_below_the_encoder_is_noticed():
@@ -230,21 +221,16 @@ def test_compiles_at_another_size():
 # ---- patch kernels --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("new", [1, 3, 7, 8, 9, 14, 32])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_patch_kernel_is_the_least_squares_answer(new, channels):
-    kernel = torch.randn(5, channels, 8, 8, dtype=torch.float64)
+@pytest.mark.parametrize("new", [1, 7, 9, 32])
+def test_patch_kernel_is_the_least_squares_answer(new):
+    kernel = torch.randn(5, 3, 8, 8, dtype=torch.float64)
     ours = resample_patch_kernel(kernel, new)
-    assert ours.shape == (5, channels, new, new) and ours.dtype == torch.float64
+    assert ours.shape == (5, 3, new, new) and ours.dtype == torch.float64
     # <kernel, x> = <ours, resize(x)> for every picture x, in the least-squares sense
     x = torch.eye(64, dtype=torch.float64).view(64, 1, 8, 8)
     resized = F.interpolate(x, size=(new, new), mode="bicubic", antialias=True).flatten(1)
-    for d in range(5):
-        for c in range(channels):
-            wanted = torch.linalg.lstsq(resized, kernel[d, c].flatten()[:, None], driver="gelsd").solution[
-                :, 0
-            ]
-            assert torch.allclose(ours[d, c].flatten(), wanted, atol=1e-9)
+    wanted = torch.linalg.lstsq(resized, kernel.view(15, 64).T, driver="gelsd").solution
+    assert torch.allclose(ours.view(15, -1), wanted.T, atol=1e-9)
     if new >= 8:
         # nothing is lost where the patch grows
         assert torch.allclose(ours.flatten(2) @ resized.T, kernel.flatten(2), atol=1e-9)
@@ -254,20 +240,16 @@ def test_patch_kernel_keeps_its_type_and_itself():
     kernel = torch.randn(4, 3, 8, 8)
     assert resample_patch_kernel(kernel, 8) is kernel
     low = resample_patch_kernel(kernel.bfloat16(), 12)
-    assert (
-        low.dtype == torch.bfloat16 and (low.float() - resample_patch_kernel(kernel, 12)).abs().max() < 0.05
-    )
-    with pytest.raises(UsageError, match=r"expected \[D, C, p, p\], got \[4, 3, 8, 6\]"):
+    assert low.dtype == torch.bfloat16
+    assert (low.float() - resample_patch_kernel(kernel, 12)).abs().max() < 0.05
+    with pytest.raises(UsageError, match="patch kernel: "):
         resample_patch_kernel(kernel[..., :6], 8)
-    with pytest.raises(UsageError, match="at least 1, got 0"):
-        resample_patch_kernel(kernel, 0)
 
 
 # ---- channels and learned tables ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("have", [1, 3, 4])
-@pytest.mark.parametrize("want", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize(("have", "want"), [(1, 3), (3, 1), (3, 2), (3, 3), (3, 7), (4, 5)])
 def test_channels(have, want):
     kernel = torch.randn(6, have, 4, 4, dtype=torch.float64)
     ours = adapt_in_chans(kernel, want)
@@ -283,7 +265,7 @@ def test_channels(have, want):
         adapt_in_chans(kernel, 0)
 
 
-@pytest.mark.parametrize("new", [(3, 5), (6, 10), (2, 3), (7, 1)])
+@pytest.mark.parametrize("new", [(6, 10), (2, 3)])
 def test_learned_table_is_timms(new):
     layers = pytest.importorskip("timm.layers")
     table = torch.randn(1, 15, 32)
@@ -291,7 +273,5 @@ def test_learned_table_is_timms(new):
     assert torch.allclose(resample_table(table, (3, 5), new), theirs, atol=1e-6)
     assert torch.equal(resample_table(table[0], (3, 5), new), resample_table(table, (3, 5), new)[0])
 
-
-def test_learned_table_of_another_grid_is_refused():
     with pytest.raises(UsageError, match="15 rows do not make a grid of 4 x 4"):
-        resample_table(torch.randn(1, 15, 8), (4, 4), (2, 2))
+        resample_table(table, (4, 4), new)

@@ -18,20 +18,22 @@ from tests.encoders import close, randomized
 
 timm = pytest.importorskip("timm")
 
-# one patch; a row; more rows than columns; a prime number of patches
-GRIDS = [(1, 1), (1, 7), (5, 3), (1, 19), (7, 7)]
+# one patch; more rows than columns; a prime number of patches
+GRIDS = [(1, 1), (5, 3), (1, 19)]
 
 
-def config(grid: tuple[int, int], depth: int = 3) -> ModelConfig:
-    return ModelConfig(
-        img_size=(4 * grid[0], 4 * grid[1]),
-        patch_size=4,
-        width=48,
-        depth=depth,
-        heads=3,
-        mlp_ratio=3.0,
-        drop_path=0.0,
-    )
+def config(grid: tuple[int, int]) -> ModelConfig:
+    size = (4 * grid[0], 4 * grid[1])
+    return ModelConfig(img_size=size, patch_size=4, width=48, depth=3, heads=3, mlp_ratio=3.0, drop_path=0.0)
+
+
+def shape(cfg: ModelConfig) -> dict:
+    """What both of timm's classes call the shape."""
+    width, depth, heads = cfg.shape
+    return {
+        "img_size": cfg.img_size, "patch_size": cfg.patch_size, "embed_dim": width, "depth": depth,
+        "num_heads": heads, "mlp_ratio": cfg.mlp_ratio, "norm_layer": partial(torch.nn.LayerNorm, eps=1e-6),
+    }  # fmt: skip
 
 
 def images(encoder: Encoder) -> torch.Tensor:
@@ -43,9 +45,6 @@ def cait(cfg: ModelConfig) -> torch.nn.Module:
     from timm.models.cait import Cait
     from timm.models.vision_transformer import Block
 
-    width, depth, heads = cfg.shape
-    norm = partial(torch.nn.LayerNorm, eps=1e-6)
-
     class PlainBlock(Block):
         # Cait passes options of its own blocks that a plain block does not know
         def __init__(self, **options) -> None:
@@ -53,17 +52,11 @@ def cait(cfg: ModelConfig) -> torch.nn.Module:
             super().__init__(**{k: v for k, v in options.items() if k in known})
 
     model = Cait(
-        img_size=cfg.img_size,
-        patch_size=cfg.patch_size,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-        mlp_ratio=cfg.mlp_ratio,
+        **shape(cfg),
         mlp_ratio_token_only=cfg.mlp_ratio,
         depth_token_only=cfg.pool_depth,
         num_classes=0,
         block_layers=PlainBlock,
-        norm_layer=norm,
     )
     return model.double().eval()
 
@@ -92,19 +85,7 @@ def test_whole_encoder_is_timms_cait_with_plain_blocks(grid):
 def vit(cfg: ModelConfig, **options) -> torch.nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    width, depth, heads = cfg.shape
-    model = VisionTransformer(
-        img_size=cfg.img_size,
-        patch_size=cfg.patch_size,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-        mlp_ratio=cfg.mlp_ratio,
-        class_token=False,
-        global_pool="avg",
-        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-        **options,
-    )
+    model = VisionTransformer(**shape(cfg), class_token=False, global_pool="avg", **options)
     return model.double().eval()
 
 
@@ -121,9 +102,8 @@ def test_trunk_is_a_stock_vit(grid):
 
 
 @pytest.mark.parametrize("fc_norm", [False, True])
-@pytest.mark.parametrize("grid", [(1, 1), (5, 3), (7, 7)])
-def test_mean_pooled_encoder_with_a_head_is_a_stock_vit(grid, fc_norm):
-    encoder = randomized(Encoder(config(grid), 5, global_pool="avg", fc_norm=fc_norm).double())
+def test_mean_pooled_encoder_with_a_head_is_a_stock_vit(fc_norm):
+    encoder = randomized(Encoder(config((5, 3)), 5, global_pool="avg", fc_norm=fc_norm).double())
     oracle = vit(encoder.config, fc_norm=fc_norm, num_classes=5)
     oracle.load_state_dict(encoder.state_dict(), strict=True)
     x = images(encoder)

@@ -15,7 +15,7 @@ import textwrap
 import pytest
 import torch
 
-from extrema_fast.models.extrema import byol_loss, gather_targets, infonce_loss
+from extrema_fast.models.extrema import byol_loss, infonce_loss
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
@@ -43,18 +43,16 @@ def infonce_by_hand(q: torch.Tensor, k: torch.Tensor, t: float, b: int, offset: 
     return total / (views * b)
 
 
-@pytest.mark.parametrize(("views", "b", "d"), [(1, 1, 3), (1, 5, 7), (5, 4, 16), (8, 3, 19)])
+@pytest.mark.parametrize(("views", "b", "d"), [(1, 1, 3), (5, 4, 16)])
 def test_byol_is_the_written_formula(views, b, d):
     q, k = torch.randn(views * b, d).double(), torch.randn(b, d).double()
     loss = byol_loss(q, k)
     assert loss.shape == ()
     assert float(loss) == pytest.approx(byol_by_hand(q, k), rel=1e-12)
-    cos = torch.nn.functional.cosine_similarity(q.view(views, b, d), k[None], dim=-1)
-    assert float(loss) == pytest.approx(float((2 - 2 * cos).mean()), rel=1e-12)
 
 
-@pytest.mark.parametrize(("views", "b", "d"), [(1, 1, 3), (1, 5, 7), (5, 4, 16), (8, 3, 19)])
-@pytest.mark.parametrize("t", [1.0, 0.2, 0.03])
+@pytest.mark.parametrize(("views", "b", "d"), [(1, 1, 3), (5, 4, 16)])
+@pytest.mark.parametrize("t", [1.0, 0.03])
 def test_infonce_is_the_written_formula(views, b, d, t):
     q, k = torch.randn(views * b, d).double(), torch.randn(b, d).double()
     assert float(infonce_loss(q, k, t, b)) == pytest.approx(infonce_by_hand(q, k, t, b), rel=1e-10, abs=1e-12)
@@ -77,9 +75,12 @@ def test_perfect_predictions():
     assert float(infonce_loss(q, k, 0.5, 6)) == pytest.approx(wanted, rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    "loss", [byol_loss, lambda q, k: infonce_loss(q, k, 0.2, 3)], ids=["byol", "infonce"]
+LOSSES = pytest.mark.parametrize(
+    "loss", [byol_loss, lambda q, k: infonce_loss(q, k, 0.2, k.shape[0])], ids=["byol", "infonce"]
 )
+
+
+@LOSSES
 def test_lengths_do_not_matter_and_gradients_are_right(loss):
     q, k = torch.randn(6, 5).double().requires_grad_(), torch.randn(3, 5).double().requires_grad_()
     value = loss(q, k)
@@ -93,9 +94,7 @@ def test_lengths_do_not_matter_and_gradients_are_right(loss):
     assert k.grad is None
 
 
-@pytest.mark.parametrize(
-    "loss", [byol_loss, lambda q, k: infonce_loss(q, k, 0.2, 4)], ids=["byol", "infonce"]
-)
+@LOSSES
 def test_half_precision_inputs_are_computed_in_fp32(loss):
     q, k = torch.randn(8, 32).bfloat16(), torch.randn(4, 32).bfloat16()
     value, exact = loss(q, k), loss(q.double(), k.double())
@@ -107,17 +106,12 @@ def test_half_precision_inputs_are_computed_in_fp32(loss):
     assert inside.dtype == torch.float32 and torch.equal(inside, loss(q.float(), k.float()))
 
 
-def test_a_zero_vector_gives_no_nan():
+@LOSSES
+def test_a_zero_vector_gives_no_nan(loss):
     q = torch.zeros(4, 8, requires_grad=True)
-    for loss in (byol_loss(q, torch.zeros(2, 8)), infonce_loss(q, torch.zeros(2, 8), 0.2, 2)):
-        loss.backward()
-        assert loss.isfinite() and q.grad.isfinite().all()
-
-
-def test_gather_without_a_process_group_is_the_input():
-    k = torch.randn(3, 4)
-    out, offset = gather_targets(k)
-    assert out is k and offset == 0
+    value = loss(q, torch.zeros(2, 8))
+    value.backward()
+    assert value.isfinite() and q.grad.isfinite().all()
 
 
 RANK = """
@@ -145,14 +139,10 @@ RANK = """
 
 def test_two_processes_equal_the_global_batch(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(RANK)]
-    runs = [
-        subprocess.Popen(
-            [*command, str(r), str(tmp_path / "meet")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for r in range(2)
-    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    runs = [subprocess.Popen([*command, str(r), str(tmp_path / "meet")], **pipes) for r in range(2)]
     try:
-        texts = [run.communicate(timeout=120)[0].decode() for run in runs]
+        texts = [run.communicate(timeout=120)[0] for run in runs]
     finally:
         for run in runs:
             run.kill()

@@ -1,9 +1,8 @@
 """Student, teacher and heads as one object.
 
 Covers: head layers; the step written out by hand for both losses; view-major rows; the teacher has no
-gradient, never trains and never drops paths; its update with a number or a tensor; initial weights from the
-seed alone; every trained parameter gets a gradient; micro-batches equal the whole batch, gradients
-included.
+gradient, never trains and never drops paths; its update; initial weights from the seed alone; every trained
+parameter gets a gradient; micro-batches equal the whole batch, gradients included.
 """
 
 from __future__ import annotations
@@ -20,22 +19,10 @@ from extrema_fast.models.masking import draw_views
 
 
 def tiny(loss: str = "byol", **train) -> c.Config:
-    return c.from_dict(
-        {
-            "model": {
-                "img_size": [16, 24],
-                "patch_size": 8,
-                "width": 32,
-                "depth": 2,
-                "heads": 2,
-                "drop_path": 0.0,
-            },
-            "head": {"loss": loss, "hidden": 24, "out": 12, "predictor_hidden": 20},
-            "mask": {"views": 3, "keep": 2},
-            "train": train,
-        },
-        c.smoke(),
-    )
+    model = {"img_size": [16, 24], "patch_size": 8, "width": 32, "depth": 2, "heads": 2, "drop_path": 0.0}
+    head = {"loss": loss, "hidden": 24, "out": 12, "predictor_hidden": 20}
+    options = {"model": model, "head": head, "mask": {"views": 3, "keep": 2}, "train": train}
+    return c.from_dict(options, c.smoke())
 
 
 def batch(cfg: c.Config, b: int = 4):
@@ -142,38 +129,28 @@ def test_path_factors_reach_the_student_alone():
 # ---- the teacher's update -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("m", [0.0, 0.3, 0.9, 0.996, 1.0])
+@pytest.mark.parametrize("m", [0.0, 0.3, 0.996, 1.0])
 def test_update_is_the_moving_average_of_encoder_and_projector(m):
     method = apart(ExtreMA(tiny()))
+    other = apart(ExtreMA(tiny()))
+    other.load_state_dict(method.state_dict())
     before = {n: p.clone() for n, p in method.teacher_branch.named_parameters()}
     student = {n: p.detach().clone() for n, p in method.student_branch.named_parameters()}
     addresses = [p.data_ptr() for p in method.teacher_branch.parameters()]
     method.ema_update(1 - m)
-    assert any(n.startswith("projector.") for n in before) and any(n.startswith("encoder.") for n in before)
+    # a tensor, which a captured graph reads, gives the same
+    other.ema_update(torch.tensor(1 - m, dtype=torch.float64))
+    twin = dict(other.teacher_branch.named_parameters())
+    assert {n.split(".")[0] for n in before} == {"encoder", "projector"}
     for n, p in method.teacher_branch.named_parameters():
         assert torch.allclose(p, m * before[n] + (1 - m) * student[n], rtol=1e-12, atol=1e-15), n
-        assert not p.requires_grad
+        assert not p.requires_grad and torch.equal(p, twin[n])
         if m in (0.0, 1.0):
             # exactly: the ends must not drift by rounding
             assert torch.equal(p, before[n] if m else student[n]), n
     # in place, so that captured graphs and optimizers keep their pointers
     assert [p.data_ptr() for p in method.teacher_branch.parameters()] == addresses
     assert all(torch.equal(p, student[n]) for n, p in method.student_branch.named_parameters())
-
-
-@pytest.mark.parametrize("m", [0.0, 0.9, 0.996, 0.9999, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_tensor_momentum_gives_the_same_weights(m, dtype):
-    methods = [apart(ExtreMA(tiny())).float() for _ in range(2)]
-    methods[1].load_state_dict(methods[0].state_dict())
-    methods[0].ema_update(1 - m)
-    methods[1].ema_update(torch.tensor(1 - m, dtype=dtype))
-    for a, b in zip(methods[0].teacher.parameters(), methods[1].teacher.parameters(), strict=True):
-        if dtype == torch.float64:
-            assert torch.equal(a, b)
-        else:
-            # 1 - m in single precision
-            assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_the_first_update_changes_nothing():
@@ -200,15 +177,9 @@ def test_initial_weights_depend_on_the_seed_alone():
     torch.rand(11)
     b, other = ExtreMA(tiny(seed=5)).state_dict(), ExtreMA(tiny(seed=6)).state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
-    for key in (
-        "student_branch.encoder.cls_token",
-        "student_branch.projector.0.weight",
-        "student_branch.predictor.3.weight",
-    ):
-        assert not torch.equal(a[key], other[key])
-
-
-def test_the_encoder_is_the_one_that_build_encoder_makes():
+    for key in ("encoder.cls_token", "projector.0.weight", "predictor.3.weight"):
+        assert not torch.equal(a[f"student_branch.{key}"], other[f"student_branch.{key}"])
+    # an encoder alone has the same weights
     cfg = tiny(seed=5)
     method, encoder = ExtreMA(cfg), build_encoder(cfg.model, 5)
     for mine in (method.student, method.teacher):
@@ -220,8 +191,7 @@ def test_the_encoder_is_the_one_that_build_encoder_makes():
 
 
 @pytest.mark.parametrize("loss", ["byol", "infonce"])
-@pytest.mark.parametrize("parts", [2, 4])
-def test_micro_batches_equal_the_whole_batch(loss, parts):
+def test_micro_batches_equal_the_whole_batch(loss):
     cfg = tiny(loss)
     method = apart(ExtreMA(cfg))
     student_images, teacher_images, keep = batch(cfg, 8)
@@ -231,13 +201,13 @@ def test_micro_batches_equal_the_whole_batch(loss, parts):
     wanted = {n: p.grad.clone() for n, p in method.student_parameters()}
     method.zero_grad()
 
-    size, total = 8 // parts, 0.0
+    size, total = 2, 0.0
     targets = torch.cat([method.teacher_branch(teacher_images[i : i + size])[0] for i in range(0, 8, size)])
     for i in range(0, 8, size):
         rows = torch.arange(i, i + size)
         part_scale = drop_path_scale(rows, 3, 2, 0.5, seed=0, epoch=0)
         prediction, _ = method.student_branch(student_images[rows], keep[:, rows], part_scale)
-        part = method.loss(prediction, targets, size, i) / parts
+        part = method.loss(prediction, targets, size, i) / 4
         part.backward()
         total += part.item()
     assert total == pytest.approx(whole.item(), rel=1e-12)

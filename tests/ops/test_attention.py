@@ -250,7 +250,7 @@ def test_triton_is_short_where_it_fits(monkeypatch):
 
 @pytest.mark.parametrize(
     ("way", "name"),
-    [("call", "xformers"), ("configuration", "flash"), ("environment", "short"), ("encoder", "cudnn")],
+    [("call", "xformers"), ("configuration", "flash"), ("environment", "short")],
 )
 def test_a_backend_that_cannot_run_is_an_error(way, name, monkeypatch):
     monkeypatch.setattr(_launch, "INTERPRET", False)
@@ -261,10 +261,7 @@ def test_a_backend_that_cannot_run_is_an_error(way, name, monkeypatch):
     if way == "environment":
         monkeypatch.setenv("EXTREMA_FAST_BACKEND", f"attention={name}")
     with pytest.raises(UsageError) as error:
-        if way == "encoder":
-            make().set_attention(name, tokens=4)
-        else:
-            ops.attention(torch.zeros(1, 4, 3, 1, 16), name if way == "call" else "auto")
+        ops.attention(torch.zeros(1, 4, 3, 1, 16), name if way == "call" else "auto")
     text = str(error.value)
     assert f"attention: {who} asks for {name}, but {why}" in text
     assert "available here (cpu, float32, head_dim 16" in text
@@ -347,7 +344,7 @@ def test_an_encoders_setting_reaches_its_blocks(monkeypatch):
     other.load_state_dict(encoder.state_dict())
     torch.testing.assert_close(other(x), encoder(x))
     with pytest.raises(UsageError):
-        encoder.set_attention("flash", tokens=4)
+        encoder.set_attention("flsh")
     assert {b.attn.backend for b in encoder.blocks} == {"reference"}, "an error changes nothing"
 
 

@@ -26,12 +26,9 @@ from extrema_fast.weights.load import load_encoder, load_metadata
 from tests.torchvision_operators import define_torchvision_operators
 
 FOLDER = Path(os.environ.get("EXTREMA_FAST_PARITY", Path(__file__).parents[3] / "shared" / "parity"))
-WHY = f"no vectors in {FOLDER}; set EXTREMA_FAST_PARITY to the folder that holds them"
-
-
-def vector_files() -> list[Path]:
-    """Every complete step vector (not the expected outputs of a checkpoint file)."""
-    return sorted(p for p in FOLDER.glob("*.safetensors") if ".expected" not in p.name)
+RELEASED = FOLDER / "released_format.pth"
+# complete steps, not the expected outputs of a checkpoint file
+VECTORS = sorted(p for p in FOLDER.glob("*.safetensors") if ".expected" not in p.name)
 
 
 def read(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -68,61 +65,36 @@ def error(ours: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((ours - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300))
 
 
-def is_key_bias(name: str) -> bool:
-    return name.endswith("attn.k.bias")
-
-
 def method_like(config: dict) -> ExtreMA:
-    cfg = from_dict(
-        {
-            "model": {
-                "img_size": [config["img_size"]] * 2,
-                "patch_size": config["patch_size"],
-                "width": config["embed_dim"],
-                "depth": config["depth"],
-                "heads": config["num_heads"],
-                "layer_scale": config["layer_scale_init"],
-                "pool_depth": config["class_attention_layers"],
-                "drop_path": 0.0,
-            },
-            "head": {
-                "loss": "byol",
-                "hidden": config["mlp_dim"],
-                "out": config["proj_dim"],
-                "predictor_hidden": config["mlp_dim"],
-            },
-            "mask": {"ratio": config["mask_ratio"], "views": config["num_masks"]},
-        },
-        photos(),
-    )
-    assert cfg.num_keep == config["kept_tokens"]
-    assert cfg.model.num_patches == config["tokens"]
+    c = config
+    model = {
+        "img_size": [c["img_size"]] * 2, "patch_size": c["patch_size"], "width": c["embed_dim"], "depth": c["depth"],
+        "heads": c["num_heads"], "layer_scale": c["layer_scale_init"], "pool_depth": c["class_attention_layers"],
+        "drop_path": 0.0,
+    }  # fmt: skip
+    hidden, out = c["mlp_dim"], c["proj_dim"]
+    head = {"loss": "byol", "hidden": hidden, "out": out, "predictor_hidden": hidden}
+    mask = {"ratio": c["mask_ratio"], "views": c["num_masks"]}
+    cfg = from_dict({"model": model, "head": head, "mask": mask}, photos())
+    assert cfg.num_keep == c["kept_tokens"] and cfg.model.num_patches == c["tokens"]
     return ExtreMA(cfg).double()
 
 
-def load(method: ExtreMA, state: dict[str, torch.Tensor]) -> None:
-    own = method.state_dict()
-    assert own.keys() == state.keys()
-    # the released table is a parameter computed in fp64 and kept in fp32; ours must be the same numbers
-    assert error(own["student_branch.encoder.pos_embed"], state["student_branch.encoder.pos_embed"]) == 0
-    method.load_state_dict(state)
-
-
 @pytest.mark.parametrize("pool", ["absorbed", "reference"])
-@pytest.mark.parametrize("file", vector_files(), ids=lambda p: p.stem)
+@pytest.mark.parametrize("file", VECTORS, ids=lambda p: p.stem)
 def test_one_step_equals_the_released_code(file, pool, monkeypatch):
     monkeypatch.setenv("EXTREMA_FAST_BACKEND", f"attention_pool={pool}")
     monkeypatch.setattr(ops, "_chosen", {})
     config, t = read(file)
     method = method_like(config)
-    load(method, part(t, "before/"))
+    before, own = part(t, "before/"), method.state_dict()
+    # the released table is a parameter computed in fp64 and kept in fp32; ours must be the same numbers
+    table = "student_branch.encoder.pos_embed"
+    assert own.keys() == before.keys() and error(own[table], before[table]) == 0
+    method.load_state_dict(before)
     named = dict(method.student_parameters())
-    adam = torch.optim.AdamW(
-        param_groups(list(named.items()), config["weight_decay"]),
-        lr=config["lr"],
-        betas=tuple(config["betas"]),
-        eps=1e-8,
-    )
+    groups = param_groups(list(named.items()), config["weight_decay"])
+    adam = torch.optim.AdamW(groups, lr=config["lr"], betas=tuple(config["betas"]), eps=1e-8)
 
     # the released order: move the teacher towards the student of before the step, then both passes
     method.ema_update(1 - config["ema_momentum"])
@@ -155,45 +127,39 @@ def test_one_step_equals_the_released_code(file, pool, monkeypatch):
     largest = max(float(g.abs().max()) for g in gradients.values())
     for name, wanted in gradients.items():
         ours = named[name.removeprefix("student_branch.")].grad
-        if is_key_bias(name):
-            # exactly zero in real arithmetic: rounding noise on both sides
+        if name.endswith(("attn.k.bias", "attn.qkv.bias")):
+            # of the key exactly zero in real arithmetic: rounding noise on both sides
             assert float((ours - wanted).abs().max()) <= 1e-12 * largest, name
-        elif name.endswith("attn.qkv.bias"):
-            width = wanted.shape[0] // 3
-            query_value = torch.cat([torch.arange(width), torch.arange(2 * width, 3 * width)])
-            assert error(ours[query_value], wanted[query_value]) <= TOLERANCE, name
-            assert float((ours - wanted).abs().max()) <= 1e-12 * largest, name
-        else:
+        if name.endswith("attn.qkv.bias"):
+            (query, _, value), (wanted_query, _, wanted_value) = ours.chunk(3), wanted.chunk(3)
+            ours, wanted = torch.cat([query, value]), torch.cat([wanted_query, wanted_value])
+        if not name.endswith("attn.k.bias"):
             assert error(ours, wanted) <= TOLERANCE, name
 
     adam.step()
     for name, wanted in part(t, "after_step/").items():
-        if name.endswith("pos_embed"):
-            continue
-        assert error(named[name.removeprefix("student_branch.")].detach(), wanted) <= TOLERANCE, name
+        if not name.endswith("pos_embed"):
+            assert error(named[name.removeprefix("student_branch.")].detach(), wanted) <= TOLERANCE, name
 
 
-@pytest.mark.skipif(not FOLDER.is_dir(), reason=WHY)
-def test_vectors_were_found():
-    assert len([f for f in vector_files() if f.parent == FOLDER]) >= 1
+released = pytest.mark.skipif(not RELEASED.is_file(), reason=f"no {RELEASED}; set EXTREMA_FAST_PARITY")
 
 
-@pytest.mark.skipif(not (FOLDER / "released_format.pth").is_file(), reason=WHY)
+@released
 def test_import_of_the_released_format(tmp_path, capsys):
     from extrema_fast.__main__ import main
 
     out = tmp_path / "imported"
-    assert main(["import", str(FOLDER / "released_format.pth"), str(out)]) == 0
+    assert main(["import", str(RELEASED), str(out)]) == 0
     expected = load_file(FOLDER / "released_format.expected.safetensors")
     model = load_metadata(out)["model"]
     assert (model["width"], model["depth"], model["heads"], model["patch_size"]) == (128, 3, 2, 16)
     assert model["img_size"] == [224, 224]
     for which in ("student", "teacher"):
-        for source in (out, FOLDER / "released_format.pth"):
+        for source in (out, RELEASED):
             encoder = load_encoder(source, which=which)
             with torch.no_grad():
-                after = encoder.encode(expected["input/images"])
-                before = encoder.encode(expected["input/images"], norm=False)
+                after, before = (encoder.encode(expected["input/images"], norm=n) for n in (True, False))
             assert error(after.cls, expected[f"out/{which}_features"]) <= 1e-5
             assert error(before.cls, expected[f"out/{which}_features_before_norm"]) <= 1e-5
             assert error(before.patches, expected[f"out/{which}_tokens_before_norm"]) <= 1e-5
@@ -203,11 +169,11 @@ def test_import_of_the_released_format(tmp_path, capsys):
     assert {"head.6.weight", "predictor.3.weight"} <= student.keys()
     assert json.loads((out / "config.json").read_text())["source"]["arch"] == "vit_base"
     # a second import must not overwrite the first
-    assert main(["import", str(FOLDER / "released_format.pth"), str(out)]) == 2
+    assert main(["import", str(RELEASED), str(out)]) == 2
     assert "not empty" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not (FOLDER / "released_format.pth").is_file(), reason=WHY)
+@released
 @pytest.mark.parametrize("which", ["student", "teacher"])
 def test_exports_of_the_released_format(tmp_path, which):
     from extrema_fast.weights.export import export
@@ -216,11 +182,11 @@ def test_exports_of_the_released_format(tmp_path, which):
     images = expected["input/images"]
     features = expected[f"out/{which}_features"]
     raw = expected[f"out/{which}_tokens_before_norm"]
-    norm = load_encoder(FOLDER / "released_format.pth", which).norm
+    norm = load_encoder(RELEASED, which).norm
     with torch.no_grad():
         tokens = norm(raw)
 
-    export(FOLDER / "released_format.pth", tmp_path / "program", "torch-export", which=which)
+    export(RELEASED, tmp_path / "program", "torch-export", which=which)
     with torch.no_grad():
         out = torch.export.load(tmp_path / "program" / "model.pt2").module()(images)
     assert error(out[0], features) <= 1e-5 and error(out[1], tokens) <= 1e-5
@@ -229,7 +195,7 @@ def test_exports_of_the_released_format(tmp_path, which):
     if importlib.util.find_spec("timm"):
         import timm
 
-        export(FOLDER / "released_format.pth", tmp_path / "vit", "vit", which=which)
+        export(RELEASED, tmp_path / "vit", "vit", which=which)
         model = timm.create_model(f"local-dir:{tmp_path / 'vit'}", pretrained=True).eval()
         with torch.no_grad():
             assert error(model.forward_features(images), tokens) <= 1e-5
@@ -240,7 +206,7 @@ def test_exports_of_the_released_format(tmp_path, which):
     if which == "teacher" and all(importlib.util.find_spec(p) for p in ("onnx", "onnxruntime", "onnxscript")):
         import onnxruntime
 
-        export(FOLDER / "released_format.pth", tmp_path / "onnx", "onnx", which=which)
+        export(RELEASED, tmp_path / "onnx", "onnx", which=which)
         session = onnxruntime.InferenceSession(
             str(tmp_path / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"]
         )

@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from extrema_fast import config as c
-from extrema_fast.models.encoder import sincos_table
 from extrema_fast.models.extrema import ExtreMA
-from extrema_fast.models.positions import adapt_in_chans, resample_patch_kernel
+from extrema_fast.models.positions import adapt_in_chans, resample_patch_kernel, sincos_table
 from extrema_fast.weights.folder import save_weights, weights_meta
 from extrema_fast.weights.load import load_encoder, load_metadata, load_method_weights, random_encoder_like
 from tests.weights._weights import CFG, IMAGES, refused, same, trained
