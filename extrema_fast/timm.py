@@ -59,15 +59,10 @@ def checkpoint_filter_fn(state: Mapping[str, Any], model: Encoder) -> dict[str, 
 
 def _check_keys(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     # the linear head may differ
-    missing = sorted(k for k in own.keys() - state.keys() if not k.startswith("head."))
-    unknown = sorted(k for k in state.keys() - own.keys() if not k.startswith("head."))
-    if missing or unknown:
-        lists = [
-            f"{name}: {', '.join(keys[:3])}" + " ..." * (len(keys) > 3)
-            for name, keys in (("missing", missing), ("unknown", unknown))
-            if keys
-        ]
-        raise UsageError(f"the weights do not fit this architecture ({'; '.join(lists)})")
+    saved, wanted = ({k for k in keys if not k.startswith("head.")} for keys in (state, own))
+    found = {"missing": sorted(wanted - saved), "unknown": sorted(saved - wanted)}
+    if wrong := [f"{what}: {key}" for what, keys in found.items() for key in keys[:3]]:
+        raise UsageError(f"the weights do not fit this architecture (among others {', '.join(wrong)})")
 
 
 def _fit_table(table: Tensor, kernel: Tensor, model: Encoder) -> Tensor:

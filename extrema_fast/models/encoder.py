@@ -167,11 +167,10 @@ class Encoder(TimmInterface):
         if path is None and self.training and self.drop_path_rate > 0:
             uniform = torch.rand(self.depth, 2, tokens.shape[0], device=tokens.device)
             path = scale_from_uniform(uniform, self.drop_path_rate)
-        recompute = self.grad_checkpointing and torch.is_grad_enabled()
         layers = []
         for i, block in enumerate(self.blocks):
             factors = None if path is None else path[i]
-            if recompute:
+            if self.grad_checkpointing and torch.is_grad_enabled():
                 # the factors are given: no block draws a random number
                 tokens = checkpoint(block, tokens, factors, use_reentrant=False, preserve_rng_state=False)
             else:

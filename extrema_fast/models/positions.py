@@ -12,6 +12,7 @@ from ..errors import UsageError
 
 log = logging.getLogger(__name__)
 
+COORDS = ("absolute", "rescaled")
 # enough for image sizes that alternate; a size per image must not fill the memory
 _MAX_CACHED_TABLES = 8
 
@@ -56,7 +57,7 @@ class SinCos:
     """
 
     def __init__(self, width: int, coords: str, trained: tuple[int, int]) -> None:
-        if coords not in ("absolute", "rescaled"):
+        if coords not in COORDS:
             raise UsageError(f"pos_coords: expected 'absolute' or 'rescaled', got {coords!r}")
         self.width, self.coords, self.trained = width, coords, trained
         self._cache: dict[tuple, Tensor] = {}

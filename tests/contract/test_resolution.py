@@ -18,13 +18,7 @@ import torch.nn.functional as F
 from extrema_fast.config import ModelConfig
 from extrema_fast.errors import UsageError
 from extrema_fast.models.encoder import Encoder, create_encoder, model_args
-from extrema_fast.models.positions import (
-    SinCos,
-    adapt_in_chans,
-    resample_patch_kernel,
-    resample_table,
-    sincos_table,
-)
+from extrema_fast.models.positions import adapt_in_chans, resample_patch_kernel, resample_table, sincos_table
 from tests.encoders import randomized
 
 CONFIG = ModelConfig(
@@ -59,16 +53,13 @@ def test_rescaled_coordinates(grid):
         assert np.abs(table[p].numpy() - wanted).max() < 1e-12
 
 
-@pytest.mark.parametrize("grid", [(24, 24), (28, 14)])
-def test_rescaled_is_near_bicubic_resizing(grid):
+def test_rescaled_is_near_bicubic_resizing():
+    grid = (28, 20)
     old = sincos_table(384, (14, 14))
     resized = resample_table(old[None], (14, 14), grid, antialias=False)[0]
-    ours = sincos_table(384, grid, trained=(14, 14))
-    off = (resized - ours).abs()
+    off = (resized - sincos_table(384, grid, trained=(14, 14))).abs()
     # they part at the border alone, where resizing repeats the outermost rows
-    assert off.mean() < 0.004 and off.max() < 0.2
-    inner = off.view(*grid, -1)[4:-4, 4:-4]
-    assert inner.max() < 0.06
+    assert off.mean() < 0.004 and off.view(*grid, -1)[4:-4, 4:-4].max() < 0.06
     assert (resized - sincos_table(384, grid)).abs().mean() > 0.1
 
 
@@ -93,15 +84,10 @@ def test_tables_are_kept_per_grid_device_and_dtype():
     assert low.dtype == torch.bfloat16 and torch.equal(low, table.bfloat16())
     assert encoder.to(torch.float32).positions((4, 4)) is table
     assert encoder.to("meta").positions((4, 4)).device.type == "meta"
-    assert encoder.state_dict().keys() == Encoder(CONFIG).state_dict().keys()
-
-
-def test_sizes_without_end_do_not_fill_the_memory():
-    kept = SinCos(32, "absolute", (3, 5))
-    like = torch.zeros(1)
-    tables = [kept.table((1, n), like) for n in range(1, 40)]
-    assert len(kept._cache) <= 8
-    assert torch.equal(kept.table((1, 1), like), tables[0])
+    # sizes without end do not fill the memory
+    for n in range(1, 40):
+        encoder.positions((1, n))
+    assert len(encoder.sincos._cache) <= 8
 
 
 def test_tables_made_in_inference_mode_or_while_shapes_are_propagated():
