@@ -19,6 +19,8 @@ from .positions import resample_table
 
 log = logging.getLogger(__name__)
 
+POOLS = ("", "token", "avg")
+
 
 def resolve_layers(depth: int, indices: int | Sequence[int] | None, name: str = "indices") -> list[int]:
     """Ascending layer numbers: all for None, the last n for an int, or these, negative ones counted from the end."""
@@ -42,7 +44,7 @@ def check_head(num_classes: int, global_pool: str) -> None:
     """Raises UsageError for a number of classes below 0 or an unknown pool."""
     if not isinstance(num_classes, int) or num_classes < 0:
         raise UsageError(f"num_classes: expected 0 (features) or more, got {num_classes!r}")
-    if global_pool not in ("", "token", "avg"):
+    if global_pool not in POOLS:
         raise UsageError(f"global_pool: expected 'token', 'avg' or '' (no pooling), got {global_pool!r}")
 
 
