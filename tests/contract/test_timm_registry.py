@@ -259,8 +259,8 @@ def file_of(tmp_path, state) -> dict:
 
 def test_weights_of_a_run(tmp_path):
     encoder, x = build(), images()
-    heads = dict.fromkeys(("head.0.weight", "head.1.bias", "predictor.0.weight"), torch.zeros(7))
-    state = encoder.state_dict() | heads
+    heads = ("head.0.weight", "head.1.bias", "predictor.0.weight")
+    state = encoder.state_dict() | {name: torch.zeros(7) for name in heads}
     model = load(TINY, img_size=SIZE, num_classes=3, **SMALL, **file_of(tmp_path, state))
     assert torch.equal(model.forward_features(x), encoder.forward_features(x)) and model(x).shape == (2, 3)
 
