@@ -20,15 +20,11 @@ from torch import Tensor
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ImportError:
-        # an import hook may block it
-        return False
-
-
-HAS_TRITON = _installed("triton")
+try:
+    HAS_TRITON = importlib.util.find_spec("triton") is not None
+except ImportError:
+    # an import hook may block it
+    HAS_TRITON = False
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = {
@@ -119,20 +115,7 @@ def check(
     like: Tensor | None = None,
     hint: str = "",
 ) -> None:
-    """Checks one tensor argument.
-
-    Args:
-        name: the argument's name in the error.
-        x: the argument.
-        shape: its sizes; those given as text (`"D"`) may have any value and are only shown.
-        dtypes: allowed element types; None: any.
-        like: a tensor whose device it must share.
-        hint: added to the error.
-
-    Raises:
-        TypeError: it is not a tensor.
-        ValueError: its shape, dtype or device is wrong.
-    """
+    """Checks one tensor argument; sizes given as text (`"D"`) may have any value and are only shown."""
     wanted = f"{' | '.join(_name(d) for d in dtypes) + ' ' if dtypes else ''}[{', '.join(map(str, shape))}]"
     hint = f"; {hint}" if hint else ""
     if not isinstance(x, Tensor):
@@ -147,21 +130,9 @@ def check(
 
 
 def check_keep(keep: Tensor, batch: int, num_tokens: int, like: Tensor, unique: str = "") -> Tensor:
-    """Checks keep indices.
+    """Keep indices [V, B, K] as int32, checked; their values on a CPU, and elsewhere when EXTREMA_FAST_CHECK=1.
 
-    Args:
-        keep: [V, B, K] int32 or int64. Values are checked on a CPU, and elsewhere when EXTREMA_FAST_CHECK=1.
-        batch: B.
-        num_tokens: the indices' upper bound.
-        like: a tensor whose device they must share.
-        unique: `view` (no index twice within a view) or `image` (nor within all views of an image), checked when
-            EXTREMA_FAST_CHECK=1.
-
-    Returns:
-        The indices as int32.
-
-    Raises:
-        ValueError: shape, dtype, device or values are wrong.
+    That variable also has checked that no index is twice within a `view`, or within all views of an `image`.
     """
     check("keep", keep, ("V", batch, "K"), (torch.int32, torch.int64), like, "integer indices, view-major")
     if torch.compiler.is_compiling() or keep.numel() == 0:
@@ -181,27 +152,25 @@ def check_keep(keep: Tensor, batch: int, num_tokens: int, like: Tensor, unique: 
 # ---- registration and launches --------------------------------------------------------------------
 
 
-def register(schema: str, package: str, launcher: str, fake: Callable) -> Callable:
-    """Defines a torch op that runs a kernel's launcher, for every device, without autograd.
+def op(schema: str, launcher: str) -> Callable[[Callable], Callable]:
+    """Defines a torch op, for every device, without autograd, that calls a launcher of the package's `kernel.py`.
 
-    Args:
-        schema: `name(Tensor x, ...) -> Tensor`; the op is `extrema_fast::name`.
-        package: the op's package; its module `kernel`, which imports Triton, is imported by the first call.
-        launcher: name of the launcher in that module; it takes the schema's arguments in order.
-        fake: returns empty tensors of the results' shapes and dtypes, for tracing.
-
-    Returns:
-        The op.
+    The decorated function makes empty results, for tracing. The first call imports `kernel.py`, and so Triton.
     """
-    name, _, arguments = schema.partition("(")
 
-    def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"{package}.kernel"), launcher)(*args)
+    def define(fake: Callable) -> Callable:
+        name, _, arguments = schema.partition("(")
+        module = f"{fake.__module__.rpartition('.')[0]}.kernel"
 
-    torch.library.define(f"extrema_fast::{name}", f"({arguments}")
-    torch.library.impl(f"extrema_fast::{name}", "CompositeExplicitAutograd")(run)
-    torch.library.register_fake(f"extrema_fast::{name}")(fake)
-    return getattr(torch.ops.extrema_fast, name).default
+        def run(*args: Any) -> Any:
+            return getattr(importlib.import_module(module), launcher)(*args)
+
+        torch.library.define(f"extrema_fast::{name}", f"({arguments}")
+        torch.library.impl(f"extrema_fast::{name}", "CompositeExplicitAutograd")(run)
+        torch.library.register_fake(f"extrema_fast::{name}")(fake)
+        return getattr(torch.ops.extrema_fast, name).default
+
+    return define
 
 
 def empty(shape: tuple[int, ...] | torch.Size, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -225,7 +194,7 @@ def rows_ready(x: Tensor) -> Tensor:
     Gradients of sums arrive with stride 0, slices with odd addresses; kernels see neither.
     """
     expanded = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
-    dense = x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] == 1
+    dense = x.stride(-1) == 1 or x.shape[-1] == 1
     ready = dense and not expanded and x.data_ptr() % 16 == 0
     return x if ready else x.clone(memory_format=torch.contiguous_format)
 
@@ -308,11 +277,7 @@ def _entries(op: str, device: str, extra: str) -> dict[str, dict]:
 
 
 def read_entries(file: Path) -> dict[str, dict]:
-    """The entries of a file of settings.
-
-    Raises:
-        ValueError: naming the file, when it is not one.
-    """
+    """The entries of a file of settings; a ValueError names a file that is none."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
         return {key: {**entry, "config": dict(entry["config"])} for key, entry in entries.items()}
@@ -342,14 +307,10 @@ def forced(op: str, config: dict[str, int], key: str = "") -> Iterator[None]:
 
 
 def settings(op: str, key: str, device: torch.device, default: dict[str, int]) -> dict[str, int]:
-    """Launch settings of one shape.
+    """Blocks, warps and stages of one shape, whose entry in files of settings is `key` (`config_key`).
 
-    Args:
-        op: name of the op.
-        key: the entry in files of settings (`config_key`).
-        device: where it is launched. On a GPU, measured entries override the default: those of
-            `kernels/OP/configs/DEVICE.json`, then those of `OP/DEVICE.json` in EXTREMA_FAST_CONFIG_DIR.
-        default: blocks, warps and stages where nothing was measured.
+    On a GPU, measured entries override the default: those of `kernels/OP/configs/DEVICE.json`, then those of
+    `OP/DEVICE.json` in EXTREMA_FAST_CONFIG_DIR.
     """
     if _recording is not None:
         _recording.keys.append((op, key))

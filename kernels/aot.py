@@ -28,11 +28,9 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
 def specialize(launch: _launch.Launch) -> tuple[dict[str, str], dict[str, object], list[str]]:
-    """How Triton would compile a launch.
+    """How Triton would compile a launch: types and constants of its arguments, and those that are multiples of 16.
 
-    Returns:
-        (argument -> type, argument -> constant, arguments that are multiples of 16): addresses of tensors on the
-        device `meta` count as aligned; an integer of 1 becomes a constant.
+    Addresses of tensors on the device `meta` count as aligned; an integer of 1 becomes a constant.
     """
     types, constants, aligned = {}, {}, []
     values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.options
@@ -53,21 +51,11 @@ def specialize(launch: _launch.Launch) -> tuple[dict[str, str], dict[str, object
 
 
 def compile_variant(op: str, name: str, arch: int) -> dict:
-    """Compiles one variant.
-
-    Args:
-        op: name of the op.
-        name: name of one of its variants.
-        arch: 80, 90, 100 or 120.
-
-    Returns:
-        `op`, `variant`, `arch`, `problems` (a list of text) and, unless it failed to compile, `registers`, `stack`,
-        `local`, `shared` (bytes).
-    """
+    """`op`, `variant`, `arch`, `problems` and, if it compiles, `registers` and bytes of `stack`, `local`, `shared`."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    launch = next(v.launch for v in spec(op).variants() if v.name == name)
+    launch = spec(op).variants()[name]
     names = launch.kernel.arg_names
     types, constants, aligned = specialize(launch)
     source = triton.compiler.ASTSource(
@@ -110,7 +98,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 def compile_all(ops: list[str], architectures: list[int], jobs: int = 1) -> list[dict]:
     """Rows of every variant of `ops` (`compile_variant`), in a fixed order."""
-    tasks = [(op, v.name, arch) for op in ops for v in spec(op).variants() for arch in architectures]
+    tasks = [(op, name, arch) for op in ops for name in spec(op).variants() for arch in architectures]
     if jobs == 1:
         return [compile_variant(*t) for t in tasks]
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
@@ -118,11 +106,7 @@ def compile_all(ops: list[str], architectures: list[int], jobs: int = 1) -> list
 
 
 def compile_rows(ops: list[str], jobs: int = 1) -> list[dict]:
-    """`compile_all` for all architectures in a new process, for callers whose Triton interprets kernels.
-
-    Raises:
-        RuntimeError: the process failed; its last output.
-    """
+    """`compile_all` for all architectures in a new process, for callers whose Triton interprets kernels."""
     # interpreted kernels cannot be compiled, and Triton reads the variable at its import
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:

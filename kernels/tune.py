@@ -1,6 +1,4 @@
-"""The commands of the kernels: what runs here, and measuring launch settings; nothing is tuned while training.
-
-extrema-fast tune [--op NAME ...] [--dtype bf16] [--out FOLDER] [--dry-run]
+"""The commands `kernels` (what runs here) and `tune`; nothing is tuned while training.
 
 For every measured case of an op, each setting of its `space` is first compared with the plain definition in fp64
 and refused if its kernels spill registers, then timed inside a CUDA graph. The fastest goes to
@@ -22,7 +20,7 @@ from pathlib import Path
 import torch
 
 from . import _launch
-from ._spec import OPS, Case, Spec, spec, specs
+from ._spec import OPS, Case, Spec, spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -53,7 +51,7 @@ def describe(device: str) -> list[dict]:
             "reason": why,
             "tuned": len(_launch.entries(s.name, _launch.device_name(device))) if on_gpu else 0,
         }
-        for s in specs()
+        for s in map(spec, OPS)
     ]
 
 
@@ -80,11 +78,7 @@ def run_case(case: Case, args: tuple, provider: str) -> tuple[torch.Tensor, ...]
 
 
 def is_correct(case: Case, args: tuple, dtype: torch.dtype) -> tuple[bool, float]:
-    """Compares `ours` and `reference` with the reference in fp64; errors are relative to the largest value.
-
-    Returns:
-        (whether ours is within twice the error of torch in `dtype` plus a floor, the worst ratio to that limit).
-    """
+    """(Whether the error of ours against fp64 is within twice torch's in `dtype` plus a floor, its share of that)."""
     exact_args = tuple(
         a.detach().double().requires_grad_(a.requires_grad)
         if case.backward and isinstance(a, torch.Tensor) and a.is_floating_point()
@@ -135,25 +129,14 @@ def time_us(function: Callable[[], object], repeats: int = 30) -> list[float]:
 
 def settings_to_try(s: Spec, key: str) -> list[dict[str, int]]:
     """The settings of an op's `space` for a key such as `bwd|bf16|D768|H12`."""
-    direction, *rest = key.split("|")
-    sizes = {m[1]: int(m[2]) for text in rest if (m := re.fullmatch(r"([A-Za-z])(\d+)", text))}
-    return s.space(direction, sizes) if s.space else []
+    sizes = {name: int(size) for name, size in re.findall(r"\|([A-Za-z])(\d+)", key)}
+    return s.space(key.partition("|")[0], sizes) if s.space else []
 
 
 def tune(
     s: Spec, dtype: torch.dtype, device: str, timer: Callable[[Callable[[], object]], list[float]]
 ) -> dict[str, dict]:
-    """Finds the fastest settings that are correct and do not spill.
-
-    Args:
-        s: the op.
-        dtype: of the inputs.
-        device: where it runs.
-        timer: function -> microseconds of several calls.
-
-    Returns:
-        Entries of a file of settings: key -> `config`, `p50_us`, `case`.
-    """
+    """The fastest settings that are correct and do not spill; `timer` gives microseconds of several calls."""
     entries: dict[str, dict] = {}
     for case in s.cases(device == "cpu"):
         args = case.make(device, dtype, torch.Generator(device).manual_seed(0))

@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 
 from .. import _launch
-from .._launch import describe
+from .._launch import check, describe
 from .reference import adamw_ema_reference
 
-_step = _launch.register(
+_step = _launch.op(
     "adamw_ema(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] steps,"
     " Tensor(e!)[] teacher, Tensor(f!)[] shadow, Tensor(g!)[] teacher_shadow,"
     " int[] teacher_of, int[] shadow_of, int[] teacher_shadow_of, int[] group,"
     " Tensor settings, Tensor(h!) outcome, bool has_norm, bool has_flag) -> ()",
-    __package__,
     "step",
-    lambda *_: None,
-)
+)(lambda *_: None)
 
 LOW = (torch.bfloat16, torch.float16)
 Pairs = Mapping[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
@@ -38,14 +36,9 @@ def _capturing(device: torch.device) -> bool:
 # what a captured graph reads at its replays must outlive every cache
 _captured: list[tuple[Tensor, Tensor]] = []
 
-
 # pinned memory cannot be had during a capture, where gradients in new storage need a new table: some is kept ready
 _ready: list[Tensor] = []
 READY = 3
-
-
-def _pinned(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def _stage(values: Tensor, capturing: bool) -> Tensor:
@@ -53,13 +46,13 @@ def _stage(values: Tensor, capturing: bool) -> Tensor:
     size = values.nbytes
     fit = [x for x in _ready if x.numel() >= size]
     if not capturing:
-        _ready[:] = fit + [_pinned(size) for _ in range(READY - len(fit))]
+        new = (torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(READY - len(fit)))
+        _ready[:] = [*fit, *new]
         return values.pin_memory()
     if not fit:
         raise RuntimeError("adamw_ema: a CUDA graph can record a step only after one that ran as it is")
-    taken = fit[0]
-    _ready[:] = [x for x in _ready if x is not taken]
-    return taken[:size].view(values.dtype).view(values.shape).copy_(values)
+    _ready[:] = [x for x in _ready if x is not fit[0]]
+    return fit[0][:size].view(values.dtype).view(values.shape).copy_(values)
 
 
 def _send(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -67,9 +60,10 @@ def _send(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     on_cpu = torch.as_tensor(values, dtype=dtype)
     if device.type != "cuda":
         return on_cpu.to(device)
-    on_cpu = _stage(on_cpu, _capturing(device))
+    capturing = _capturing(device)
+    on_cpu = _stage(on_cpu, capturing)
     sent = on_cpu.to(device, non_blocking=True)
-    if _capturing(device):
+    if capturing:
         _captured.append((on_cpu, sent))
     return sent
 
@@ -178,29 +172,24 @@ class AdamWEma(torch.optim.AdamW):
 
     def _check_pairs(self) -> None:
         own = {p for g in self.param_groups for p in g["params"]}
-        for name, pairs in self._pairs.items():
-            for p, other in pairs.items():
-                if p not in own:
-                    raise ValueError(f"{name}: {describe(p)} is no parameter of this optimizer")
-                if other.shape != p.shape or other.device != p.device or not other.is_contiguous():
-                    raise ValueError(
-                        f"{name}: expected contiguous {list(p.shape)} on {p.device}, got {describe(other)}"
-                    )
-                if name == "teacher" and other.dtype != p.dtype:
-                    raise ValueError(
-                        f"teacher: expected {p.dtype}, got {other.dtype}; keep it in full precision"
-                    )
-                if name == "teacher_shadow" and p not in self._pairs["teacher"]:
-                    raise ValueError(
-                        f"teacher_shadow: {describe(other)} belongs to {describe(p)} without a teacher"
-                    )
-            if len({id(x) for x in pairs.values()}) < len(pairs):
-                raise ValueError(f"{name}: one tensor belongs to two parameters")
         low = {t.dtype for name in ("shadow", "teacher_shadow") for t in self._pairs[name].values()}
-        if len(low) > 1 or not low <= set(LOW):
+        if len(low) > 1:
             raise ValueError(
                 f"shadow: expected one of bfloat16, float16 for all, got {sorted(map(str, low))}"
             )
+        for name, pairs in self._pairs.items():
+            if len({id(x) for x in pairs.values()}) < len(pairs):
+                raise ValueError(f"{name}: one tensor belongs to two parameters")
+            for p, other in pairs.items():
+                if p not in own:
+                    raise ValueError(f"{name}: {describe(p)} is no parameter of this optimizer")
+                full = name == "teacher"
+                hint = "keep it in full precision" if full else ""
+                check(name, other, p.shape, (p.dtype,) if full else LOW, p, hint)
+                if not other.is_contiguous():
+                    raise ValueError(f"{name}: {describe(other)} is not contiguous")
+                if name == "teacher_shadow" and p not in self._pairs["teacher"]:
+                    raise ValueError(f"{name}: {describe(other)} belongs to {describe(p)} without a teacher")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, for contiguous fp32 (or fp64) parameters."""

@@ -9,7 +9,6 @@ from torch import Tensor
 
 # the first row of the table of settings; every further row is a group's
 INV_SCALE, WEIGHT, FOUND, MAX_NORM = range(4)
-LR, BETA1, BETA2, EPS, DECAY = range(5)
 
 
 def adamw_ema_reference(
@@ -33,20 +32,11 @@ def adamw_ema_reference(
     p -= lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps);  teacher += weight (p - teacher)
     shadow = p and teacher_shadow = teacher in their own dtype
 
-    Args:
-        params: p, updated; any shapes.
-        grads: of the same shapes, any float dtype.
-        exp_avg: m, updated.
-        exp_avg_sq: v, updated.
-        steps: t, 0-d fp32, updated.
-        teacher: updated; None for a parameter without one.
-        shadow: low-precision copies of the parameters, or None.
-        teacher_shadow: low-precision copies of the teachers, or None.
-        group: each parameter's row of settings.
-        settings: [1 + groups, 5] float64: 1 / loss scale, weight, flag, max_norm; lr, beta1, beta2, eps, decay.
-        outcome: [2] float64, written: the gradients' norm (`has_norm`); 1 if the step was bad, else 0.
-        has_norm: whether the norm is computed, and clipped to max_norm.
-        has_flag: whether the flag (not 0: bad) decides; else a norm that is not finite does.
+    Moments m and v, steps t (0-d fp32), teacher (None: has none) and low-precision copies in any dtype are updated;
+    group holds each parameter's row of settings. settings [1 + groups, 5] float64: 1 / loss scale, weight, flag,
+    max_norm; lr, beta1, beta2, eps, decay. outcome [2] float64 is written: the gradients' norm, if it is needed (then
+    it is clipped to max_norm); 1 if the step was bad, which the flag decides if there is one, else a norm that is not
+    finite.
     """
     factor, norm = settings[0, INV_SCALE], outcome.new_full((), float("nan"))
     if has_norm:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from .._launch import DTYPE_NAMES
-from .._spec import Case, Spec, Variant, launches, meta
+from .._launch import DTYPE_NAMES, Launch
+from .._spec import Case, Spec, launches, meta
 from .op import AdamWEma
 
 
-def variants() -> list[Variant]:
+def variants() -> dict[str, Launch]:
     """The three kernels with fp32 state; fp32 and bf16 gradients."""
     from . import kernel
 
     bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
     tables = meta(torch.int64, 3, kernel.COLUMNS), meta(torch.int32, 3, 2), meta(fp64, 2, 5), meta(fp64, 2)
-
-    def launched(norm: bool, flag: bool, grad: torch.dtype = fp32) -> list:
-        return launches(kernel.update, *tables, norm, flag, (fp32, grad, bf16))
-
-    found = [
-        Variant(f"prepare norm{norm:d} flag{flag:d}", launched(norm, flag)[-2])
-        for norm, flag in ((True, False), (True, True), (False, True))
-    ]
+    found = {}
+    for norm, flag in ((True, False), (True, True), (False, True)):
+        launched = launches(kernel.update, *tables, norm, flag, (fp32, fp32, bf16))
+        found[f"prepare norm{norm:d} flag{flag:d}"] = launched[-2]
     for grad in (fp32, bf16):
-        norm, _, update = launched(True, False, grad)
-        found.append(Variant(f"norm grad {DTYPE_NAMES[grad]}", norm))
-        found.append(Variant(f"update grad {DTYPE_NAMES[grad]}", update))
+        launched = launches(kernel.update, *tables, True, False, (fp32, grad, bf16))
+        found[f"norm grad {DTYPE_NAMES[grad]}"], _, found[f"update grad {DTYPE_NAMES[grad]}"] = launched
     return found
 
 
@@ -35,27 +32,24 @@ def _case(label: str, shapes: list[tuple[int, ...]]) -> Case:
         # the state is fp32 whatever the activations' type
         return tuple(torch.randn(*s, device=device, generator=generator) * 0.02 for s in shapes)
 
-    kept: dict = {}
-
-    def setup(name, values, build):
-        if name not in kept or kept[name][1][0].data_ptr() != values[0].data_ptr():
-            params = [torch.nn.Parameter(v.clone()) for v in values]
-            teacher = [v.clone() for v in values]
-            for p, v in zip(params, values, strict=True):
-                p.grad = v * 0.1
-            kept[name] = (params, values, teacher, build(params, teacher))
-        return kept[name][0], kept[name][2], kept[name][3]
+    @functools.lru_cache(2)
+    def setup(fused, *values):
+        """(parameters, teacher, optimizer), which later calls with the same tensors continue."""
+        params = [torch.nn.Parameter(v.clone()) for v in values]
+        teacher = [v.clone() for v in values]
+        for p, v in zip(params, values, strict=True):
+            p.grad = v * 0.1
+        if fused:
+            return params, teacher, AdamWEma(params, teacher=zip(params, teacher, strict=True))
+        return params, teacher, torch.optim.AdamW(params, fused=True)
 
     def ours(*values):
-        def build(params, teacher):
-            return AdamWEma(params, teacher=dict(zip(params, teacher, strict=True)))
-
-        params, teacher, optimizer = setup("ours", values, build)
+        params, teacher, optimizer = setup(True, *values)
         optimizer.step(momentum_weight=0.004, max_norm=1.0)
         return params[0].detach(), teacher[0]
 
     def reference(*values):
-        params, teacher, optimizer = setup("reference", values, lambda p, _: torch.optim.AdamW(p, fused=True))
+        params, teacher, optimizer = setup(False, *values)
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         torch._foreach_lerp_(teacher, [p.detach() for p in params], 0.004)

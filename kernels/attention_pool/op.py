@@ -20,43 +20,35 @@ def fits(dtype: torch.dtype, n: int) -> bool:
     return dtype.itemsize == 2 or (dtype == torch.float32 and n <= 64)
 
 
-def _fake_stats(x: Tensor, xh0: Tensor, u: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-    (rows, n, width), heads, wide = x.shape, u.shape[0], _launch.wide(x.dtype)
-    return (
-        x.new_empty(heads, rows, width),
-        x.new_empty(rows, heads, n + 1, dtype=wide),
-        x.new_empty(rows, heads, dtype=wide),
-    )
+@_launch.op(
+    "attention_pool_fwd_stats(Tensor x, Tensor xh0, Tensor u, Tensor mu, Tensor rstd) -> (Tensor, Tensor, Tensor)",
+    "forward_stats",
+)
+def _fwd_stats(x, xh0, u, mu, rstd):
+    return _fake(x, u)[:3]
 
 
-def _fake(x: Tensor, xh0: Tensor, u: Tensor, eps: float) -> tuple[Tensor, ...]:
-    stats = (x.new_empty(x.shape[:2], dtype=_launch.wide(x.dtype)) for _ in range(2))
-    return *_fake_stats(x, xh0, u), *stats
+@_launch.op(
+    "attention_pool_fwd(Tensor x, Tensor xh0, Tensor u, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "forward",
+)
+def _fwd(x, xh0, u, eps):
+    return _fake(x, u)
 
 
-def _fake_bwd(x: Tensor, xh0: Tensor, u: Tensor, dz: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+@_launch.op(
+    "attention_pool_bwd(Tensor x, Tensor xh0, Tensor u, Tensor dz, Tensor scores, Tensor lse, Tensor mu,"
+    " Tensor rstd) -> (Tensor, Tensor, Tensor)",
+    "backward",
+)
+def _bwd(x, xh0, u, dz, scores, lse, mu, rstd):
     return x.new_empty(x.shape), x.new_empty(dz.shape), x.new_empty(x.shape[0], x.shape[2])
 
 
-_fwd = _launch.register(
-    "attention_pool_fwd(Tensor x, Tensor xh0, Tensor u, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    __package__,
-    "forward",
-    _fake,
-)
-_fwd_stats = _launch.register(
-    "attention_pool_fwd_stats(Tensor x, Tensor xh0, Tensor u, Tensor mu, Tensor rstd) -> (Tensor, Tensor, Tensor)",
-    __package__,
-    "forward_stats",
-    _fake_stats,
-)
-_bwd = _launch.register(
-    "attention_pool_bwd(Tensor x, Tensor xh0, Tensor u, Tensor dz, Tensor scores, Tensor lse, Tensor mu,"
-    " Tensor rstd) -> (Tensor, Tensor, Tensor)",
-    __package__,
-    "backward",
-    _fake_bwd,
-)
+def _fake(x: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+    (rows, n, width), heads = x.shape, u.shape[0]
+    statistics = ((rows, heads, n + 1), (rows, heads), (rows, n), (rows, n))
+    return x.new_empty(heads, rows, width), *(x.new_empty(s, dtype=_launch.wide(x.dtype)) for s in statistics)
 
 
 class _Core(torch.autograd.Function):

@@ -30,17 +30,9 @@ class PoolWeights(NamedTuple):
 def attention_pool_reference(
     tokens: Tensor, cls: Tensor, w: PoolWeights, heads: int, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """`softmax(q k^T / sqrt(d)) v` of the class row over `LN([cls; tokens])`, as the paper writes it.
+    """Class attention as the paper writes it, `softmax(q k^T / sqrt(d)) v` of the class row over `LN([cls; tokens])`.
 
-    Args:
-        tokens: [R, n, D].
-        cls: [R, D].
-        w: the parameters.
-        heads: H.
-        eps: of the LayerNorm.
-
-    Returns:
-        ([R, D] before layer scale and residual, [R, H, 1 + n] probabilities, column 0 = the class row).
+    Arguments as `attention_pool`; returns its first two results, the probabilities in the dtype computed in.
     """
     r, n, width = tokens.shape
     d = width // heads

@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .._launch import DTYPE_NAMES
-from .._spec import Case, Spec, Variant, grid, launches, meta
+from .._launch import DTYPE_NAMES, Launch
+from .._spec import Case, Spec, grid, launches, meta
 from .op import attention_pool
 from .reference import PoolWeights, attention_pool_absorbed, attention_pool_reference
 
 
-def variants() -> list[Variant]:
+def variants() -> dict[str, Launch]:
     """Views and whole images of ViT-S, B and L; bf16 everywhere, fp16 and fp32 once."""
     from . import kernel
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    found = []
+    found = {}
     for dtype, n, width, heads in (
         (bf16, 39, 384, 6),
         (bf16, 196, 384, 6),
@@ -31,10 +31,10 @@ def variants() -> list[Variant]:
         scores, lse = meta(fp32, 2, heads, n + 1), meta(fp32, 2, heads)
         stats = meta(fp32, 2, n), meta(fp32, 2, n)
         name = f"{DTYPE_NAMES[dtype]} D{width} H{heads} n{n}"
-        found.append(Variant(f"fwd {name}", *launches(kernel.forward, x, xh0, u, 1e-6)))
-        found.append(Variant(f"bwd {name}", *launches(kernel.backward, x, xh0, u, u, scores, lse, *stats)))
+        (found[f"fwd {name}"],) = launches(kernel.forward, x, xh0, u, 1e-6)
+        (found[f"bwd {name}"],) = launches(kernel.backward, x, xh0, u, u, scores, lse, *stats)
         if name == "bf16 D768 H12 n39":
-            found.append(Variant(f"fwd_stats {name}", *launches(kernel.forward_stats, x, xh0, u, *stats)))
+            (found[f"fwd_stats {name}"],) = launches(kernel.forward_stats, x, xh0, u, *stats)
     return found
 
 

@@ -13,17 +13,13 @@ from .reference import COLUMNS, color_views_plain
 MAX_PIXELS = 1 << 22
 
 
-def _fake(images, params, mean, std, channels, dtype) -> Tensor:
+@_launch.op(
+    "color_views(Tensor images, Tensor params, float[] mean, float[] std, int channels, ScalarType dtype) -> Tensor",
+    "render",
+)
+def _views(images, params, mean, std, channels, dtype):
     batch, height, width, _ = images.shape
     return images.new_empty(2, batch, channels, height, width, dtype=dtype)
-
-
-_views = _launch.register(
-    "color_views(Tensor images, Tensor params, float[] mean, float[] std, int channels, ScalarType dtype) -> Tensor",
-    __package__,
-    "render",
-    _fake,
-)
 
 
 def color_views(

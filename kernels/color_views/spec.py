@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from .._spec import Case, Spec, Variant, launches, meta
+from .._launch import Launch
+from .._spec import Case, Spec, launches, meta
 from .op import color_views
 from .reference import color_params, color_views_reference
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def variants() -> list[Variant]:
+def variants() -> dict[str, Launch]:
     """224-pixel crops: the sums, and the views in bf16 and fp32."""
     from . import kernel
 
     images, params = meta(torch.uint8, 3, 224, 224, 3), meta(torch.float32, 3, 2, 10)
     sums, low = launches(kernel.render, images, params, MEAN, STD, 3, torch.bfloat16)
     _, full = launches(kernel.render, images, params, MEAN, STD, 3, torch.float32)
-    views = "views {} n50176"
-    return [
-        Variant("sums n50176", sums),
-        Variant(views.format("bf16"), low),
-        Variant(views.format("fp32"), full),
-    ]
+    return {"sums n50176": sums, "views bf16 n50176": low, "views fp32 n50176": full}
 
 
 def _case(label: str, batch: int, side: int) -> Case:

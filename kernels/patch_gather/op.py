@@ -21,28 +21,21 @@ def _rows(images: Tensor, keep: Tensor | None, patch: int, layout: int) -> int:
     return images.shape[0] * (height // patch) * (width // patch)
 
 
-def _fake_fwd(images, keep, weight, bias, pos, patch, layout) -> Tensor:
+@_launch.op(
+    "patch_gather_fwd(Tensor images, Tensor? keep, Tensor weight, Tensor bias, Tensor pos, int patch, int layout)"
+    " -> Tensor",
+    "embed",
+)
+def _fwd(images, keep, weight, bias, pos, patch, layout):
     return weight.new_empty(_rows(images, keep, patch, layout), weight.shape[0])
 
 
-def _fake_pack(images, keep, patch, layout, dtype) -> Tensor:
+@_launch.op(
+    "patch_pack(Tensor images, Tensor? keep, int patch, int layout, ScalarType dtype) -> Tensor", "pack"
+)
+def _pack(images, keep, patch, layout, dtype):
     channels = images.shape[3 if layout == NHWC else 1]
     return images.new_empty(_rows(images, keep, patch, layout), channels * patch**2, dtype=dtype)
-
-
-_fwd = _launch.register(
-    "patch_gather_fwd(Tensor images, Tensor? keep, Tensor weight, Tensor bias, Tensor pos, int patch, int layout)"
-    " -> Tensor",
-    __package__,
-    "embed",
-    _fake_fwd,
-)
-_pack = _launch.register(
-    "patch_pack(Tensor images, Tensor? keep, int patch, int layout, ScalarType dtype) -> Tensor",
-    __package__,
-    "pack",
-    _fake_pack,
-)
 
 
 def pack_linear(

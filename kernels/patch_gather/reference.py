@@ -8,37 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._launch import constants
-
-
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """`(x / 255 - mean) / std` per channel.
-
-    Args:
-        images: [B, H, W, C] uint8.
-        mean: C numbers.
-        std: C numbers.
-        dtype: of the result; 16-bit ones are computed in fp32 and rounded once.
-
-    Returns:
-        [B, C, H, W].
-    """
-    wide = dtype if dtype.itemsize > 2 else torch.float32
-    m, s = (constants(x, wide, images.device) for x in (mean, std))
-    return ((images.to(wide) / 255 - m) / s).to(dtype).permute(0, 3, 1, 2)
+from .._launch import constants, wide
 
 
 def gather_patches(images: Tensor, keep: Tensor | None, patch: int) -> Tensor:
-    """Pixels of the kept patches.
-
-    Args:
-        images: [B, C, H, W] float, H and W multiples of `patch`.
-        keep: [V, B, K] integer, entry = row * (W / patch) + column; None: all patches, one view.
-        patch: side of a patch in pixels.
-
-    Returns:
-        [V*B, K, C * patch * patch]: view-major rows; channel, row, column innermost.
-    """
+    """Pixels [V*B, K, C * P * P] of the kept patches of float images [B, C, H, W]; keep as in `patch_gather`."""
     b, c, h, w = images.shape
     gh, gw = h // patch, w // patch
     # [B, gh, gw, C, P, P]: a view, nothing is copied before the kept patches are picked
@@ -63,23 +37,13 @@ def patch_gather_reference(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Tensor:
-    """Embedded tokens of the kept patches plus their positions.
-
-    Args:
-        images: float [B, C, H, W], or uint8 [B, H, W, C] with `mean` and `std`.
-        keep: [V, B, K] integer, or None: all patches, one view.
-        weight: [D, C, P, P].
-        bias: [D] or None.
-        pos: [N, D].
-        mean: C numbers, for uint8 images.
-        std: C numbers, for uint8 images.
-
-    Returns:
-        [V*B, K, D], view-major.
-    """
+    """Embedded tokens of the kept patches plus their positions; arguments and result as `patch_gather`."""
     if images.dtype == torch.uint8:
         assert mean is not None and std is not None
-        images = normalize(images, mean, std, weight.dtype)
+        # 16-bit types are computed in fp32 and rounded once
+        dtype = wide(weight.dtype)
+        m, s = (constants(x, dtype, images.device) for x in (mean, std))
+        images = ((images.to(dtype) / 255 - m) / s).to(weight.dtype).permute(0, 3, 1, 2)
     patches = gather_patches(images, keep, weight.shape[-1])
     tokens = F.linear(patches, weight.flatten(1), bias)
     if keep is None:

@@ -5,47 +5,42 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .._launch import DTYPE_NAMES
-from .._spec import Case, Spec, Variant, grid, launches, meta
+from .._launch import DTYPE_NAMES, Launch
+from .._spec import Case, Spec, grid, launches, meta
 from .op import NCHW, NHWC, pack_linear, patch_gather
 from .reference import patch_gather_reference
 
 
-def _variant(
-    direction: str, dtype: torch.dtype, layout: int, patch: int, width: int, kept: int | None = 39
-) -> Variant:
+def variants() -> dict[str, Launch]:
+    """The embedding from every layout, and the gather alone, patches of 16 and 14 pixels; kept ones and all."""
     from . import kernel
 
-    shapes = {
-        NHWC: (torch.uint8, 2, 224, 224, 3),
-        NCHW: (torch.float32, 2, 3, 224, 224),
-    }
-    images, keep = meta(*shapes[layout]), None
-    if kept is not None:
-        # strided
-        keep = meta(torch.int32, 5, 2, 2 * kept)[..., ::2]
-    weight, bias = meta(dtype, width, 3 * patch**2), meta(torch.float32, width)
-    pos = meta(torch.float32, (224 // patch) ** 2, width)
-    if direction == "fwd":
-        launched = launches(kernel.embed, images, keep, weight, bias, pos, patch, layout)
-    else:
-        launched = launches(kernel.pack, images, keep, patch, layout, dtype)
-    name = f"{direction} {DTYPE_NAMES[dtype]} {('nhwc', 'nchw')[layout]} P{patch} D{width}"
-    return Variant(name + ("" if kept else " all"), *launched)
-
-
-def variants() -> list[Variant]:
-    """The embedding from every layout, and the gather alone, patches of 16 and 14 pixels; kept ones and all."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    shapes = [
+    images = {NHWC: meta(torch.uint8, 2, 224, 224, 3), NCHW: meta(fp32, 2, 3, 224, 224)}
+    # strided
+    kept = meta(torch.int32, 5, 2, 78)[..., ::2]
+    found = {}
+
+    def add(direction, dtype, layout, patch, width, keep=kept):
+        weight, bias = meta(dtype, width, 3 * patch**2), meta(fp32, width)
+        pos = meta(fp32, (224 // patch) ** 2, width)
+        if direction == "fwd":
+            launched = launches(kernel.embed, images[layout], keep, weight, bias, pos, patch, layout)
+        else:
+            launched = launches(kernel.pack, images[layout], keep, patch, layout, dtype)
+        name = f"{direction} {DTYPE_NAMES[dtype]} {('nhwc', 'nchw')[layout]} P{patch} D{width}"
+        (found[name + (" all" if keep is None else "")],) = launched
+
+    for shape in (
         (bf16, NHWC, 16, 768),
         (bf16, NCHW, 16, 384),
         (fp16, NHWC, 16, 1024),
         (bf16, NHWC, 14, 384),
-    ]
-    found = [_variant(direction, *shape) for shape in shapes for direction in ("fwd", "pack")]
-    found.append(_variant("fwd", bf16, NCHW, 16, 384, None))
-    found.append(_variant("pack", fp32, NCHW, 16, 384))
+    ):
+        add("fwd", *shape)
+        add("pack", *shape)
+    add("fwd", bf16, NCHW, 16, 384, None)
+    add("pack", fp32, NCHW, 16, 384)
     return found
 
 

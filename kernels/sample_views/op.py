@@ -11,17 +11,13 @@ from .reference import sample_views_reference
 MAX_PATCHES = 4096
 
 
-def _fake(index, num_patches, num_keep, num_views, disjoint, seed, epoch) -> Tensor:
-    return index.new_empty(num_views, index.shape[0], num_keep, dtype=torch.int32)
-
-
-_sample = _launch.register(
+@_launch.op(
     "sample_views(Tensor index, int num_patches, int num_keep, int num_views, bool disjoint, int seed, int epoch)"
     " -> Tensor",
-    __package__,
     "sample",
-    _fake,
 )
+def _sample(index, num_patches, num_keep, num_views, disjoint, seed, epoch):
+    return index.new_empty(num_views, index.shape[0], num_keep, dtype=torch.int32)
 
 
 def sample_views(

@@ -21,21 +21,7 @@ def sample_views_reference(
     seed: int = 0,
     epoch: int = 0,
 ) -> Tensor:
-    """Kept tokens of every view: the first entries of a stable argsort of keyed random words.
-
-    Args:
-        index: [B] int64, global row numbers of the images.
-        num_patches: N, patches per image.
-        num_keep: K, kept tokens per view.
-        num_views: V.
-        mode: `disjoint`: one permutation per image, view v takes entries [v K, (v+1) K); `independent`: a
-            permutation per view, its first K entries.
-        seed: seed of the generator.
-        epoch: part of the generator's counter.
-
-    Returns:
-        [V, B, K] int32.
-    """
+    """The first entries of a stable argsort of keyed random words; arguments and result as `sample_views`."""
     batch = index.shape[0]
     draws = 1 if mode == "disjoint" else num_views
     keys = words(index, draws * num_patches, seed=seed, epoch=epoch, stream=STREAM)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from .._spec import Case, Spec, Variant, launches, meta
+from .._launch import Launch
+from .._spec import Case, Spec, launches, meta
 from .op import sample_views
 from .reference import sample_views_reference
 
 
-def variants() -> list[Variant]:
+def variants() -> dict[str, Launch]:
     """The paper's views of 196 patches, and of 256; small and 64-bit seeds."""
     from . import kernel
 
-    found = []
+    found = {}
     for n, k, mode, seed in (
         (196, 39, "disjoint", 3),
         (196, 39, "independent", 3),
         (256, 51, "disjoint", 1 << 40),
     ):
         args = (meta(torch.int64, 3), n, k, 5, mode == "disjoint", seed, 1)
-        found.append(Variant(f"{mode} N{n} K{k} V5", *launches(kernel.sample, *args)))
+        (found[f"{mode} N{n} K{k} V5"],) = launches(kernel.sample, *args)
     return found
 
 

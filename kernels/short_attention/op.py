@@ -22,19 +22,15 @@ def fits(dtype: torch.dtype, n: int, d: int) -> bool:
     return dtype.itemsize == 2 or (dtype == torch.float32 and tile <= 2048)
 
 
-def _fake_fwd(qkv: Tensor) -> Tensor:
+@_launch.op("short_attention_fwd(Tensor qkv) -> Tensor", "forward")
+def _fwd(qkv):
     rows, n, _, heads, d = qkv.shape
     return qkv.new_empty(rows, n, heads, d)
 
 
-def _fake_bwd(qkv: Tensor, dout: Tensor) -> Tensor:
+@_launch.op("short_attention_bwd(Tensor qkv, Tensor dout) -> Tensor", "backward")
+def _bwd(qkv, dout):
     return qkv.new_empty(qkv.shape)
-
-
-_fwd = _launch.register("short_attention_fwd(Tensor qkv) -> Tensor", __package__, "forward", _fake_fwd)
-_bwd = _launch.register(
-    "short_attention_bwd(Tensor qkv, Tensor dout) -> Tensor", __package__, "backward", _fake_bwd
-)
 
 
 @register_flop_formula(torch.ops.extrema_fast.short_attention_fwd)

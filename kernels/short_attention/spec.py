@@ -6,17 +6,17 @@ import torch
 import torch.nn.functional as F
 
 from .. import _launch
-from .._spec import Case, Spec, Variant, grid, launches, meta
+from .._spec import Case, Spec, grid, launches, meta
 from .op import short_attention
 from .reference import short_attention_reference
 
 
-def variants() -> list[Variant]:
+def variants() -> dict[str, _launch.Launch]:
     """n 19, 39, 64 at head_dim 64; 32 and 80; several sequences per tile; bf16, one fp16, some fp32."""
     from . import kernel
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    found = []
+    found = {}
     for dtype, n, heads, d, pack in (
         (bf16, 19, 6, 64, 1),
         (bf16, 39, 12, 64, 1),
@@ -37,7 +37,7 @@ def variants() -> list[Variant]:
         ):
             settings = kernel.heuristic(direction, n, heads, d, dtype.itemsize, pack)
             with _launch.forced("short_attention", settings):
-                found.append(Variant(f"{direction} {name}", *launches(launcher, *args)))
+                (found[f"{direction} {name}"],) = launches(launcher, *args)
     return found
 
 

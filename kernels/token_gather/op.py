@@ -10,24 +10,15 @@ from .._launch import FLOATS, check, check_keep
 from .reference import token_gather_reference
 
 
-def _fake_fwd(tokens: Tensor, keep: Tensor, pos: Tensor | None) -> Tensor:
+@_launch.op("token_gather_fwd(Tensor tokens, Tensor keep, Tensor? pos) -> Tensor", "forward")
+def _fwd(tokens, keep, pos):
     views, batch, kept = keep.shape
     return tokens.new_empty(views * batch, kept, tokens.shape[-1])
 
 
-def _fake_bwd(dout: Tensor, keep: Tensor, num_tokens: int, disjoint: bool) -> Tensor:
+@_launch.op("token_gather_bwd(Tensor dout, Tensor keep, int num_tokens, bool disjoint) -> Tensor", "backward")
+def _bwd(dout, keep, num_tokens, disjoint):
     return dout.new_empty(keep.shape[1], num_tokens, dout.shape[-1])
-
-
-_fwd = _launch.register(
-    "token_gather_fwd(Tensor tokens, Tensor keep, Tensor? pos) -> Tensor", __package__, "forward", _fake_fwd
-)
-_bwd = _launch.register(
-    "token_gather_bwd(Tensor dout, Tensor keep, int num_tokens, bool disjoint) -> Tensor",
-    __package__,
-    "backward",
-    _fake_bwd,
-)
 
 
 class _TokenGather(torch.autograd.Function):

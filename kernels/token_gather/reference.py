@@ -6,16 +6,7 @@ from torch import Tensor
 
 
 def token_gather_reference(tokens: Tensor, keep: Tensor, pos: Tensor | None = None) -> Tensor:
-    """`out[v B + b, k] = tokens[b, j] + pos[j]` with `j = keep[v, b, k]`.
-
-    Args:
-        tokens: [B, N, D].
-        keep: [V, B, K] integer.
-        pos: [N, D] or None.
-
-    Returns:
-        [V*B, K, D], view-major.
-    """
+    """`out[v B + b, k] = tokens[b, j] + pos[j]` with `j = keep[v, b, k]`; arguments and result as `token_gather`."""
     b, n, width = tokens.shape
     v, _, k = keep.shape
     rows = keep.transpose(0, 1).reshape(b, v * k, 1).long()

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from .._launch import DTYPE_NAMES
-from .._spec import Case, Spec, Variant, grid, launches, meta
+from .._launch import DTYPE_NAMES, Launch
+from .._spec import Case, Spec, grid, launches, meta
 from .op import token_gather
 from .reference import token_gather_reference
 
 
-def variants() -> list[Variant]:
+def variants() -> dict[str, Launch]:
     """Forward with positions, backward for disjoint and for five overlapping views; strided keep indices."""
     from . import kernel
 
-    found = []
+    found = {}
     keep = meta(torch.int32, 5, 3, 78)[..., ::2]
     for dtype, width in ((torch.bfloat16, 384), (torch.bfloat16, 768), (torch.float32, 768)):
         name = f"{DTYPE_NAMES[dtype]} D{width} K39"
         tokens, pos, dout = (
             meta(t, *s, width) for t, s in ((dtype, (3, 196)), (torch.float32, (196,)), (dtype, (15, 39)))
         )
-        found.append(Variant(f"fwd {name}", *launches(kernel.forward, tokens, keep, pos)))
+        (found[f"fwd {name}"],) = launches(kernel.forward, tokens, keep, pos)
         for tables in (1, 5):
-            launched = launches(kernel.backward, dout, keep, 196, tables == 1)
-            found.append(Variant(f"bwd {name} tables{tables}", *launched))
+            (found[f"bwd {name} tables{tables}"],) = launches(kernel.backward, dout, keep, 196, tables == 1)
     return found
 
 

@@ -1,4 +1,4 @@
-"""What the tests of all ops share: the tolerance rule, and checks of gradients, layouts, repeatability and graphs."""
+"""What the tests of all ops share: inputs, the tolerance rule, checks of gradients, repeatability and errors."""
 
 from __future__ import annotations
 
@@ -10,18 +10,6 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.float16)
-# every number of tokens the project promises
-TOKENS = (1, 7, 19, 39, 49, 196, 197)
-
-# layouts that hold the same numbers as a tensor of three or more axes
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sliced": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-    "every other column": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
-    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "transposed inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "offset base": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
-    "wide rows": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
-}
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0, shift: float = 0.0) -> Tensor:
@@ -33,11 +21,9 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0, 
 def draw_keep(batch: int, n: int, views: int, kept: int, disjoint: bool = False) -> Tensor:
     """Keep indices [V, B, K] int32."""
     if disjoint:
-        draws = [torch.randperm(n)[: views * kept].view(views, kept) for _ in range(batch)]
-        return torch.stack(draws, 1).int()
-    return (
-        torch.stack([torch.randperm(n)[:kept] for _ in range(views * batch)]).view(views, batch, kept).int()
-    )
+        order = torch.rand(batch, n).argsort(-1)[:, : views * kept]
+        return order.view(batch, views, kept).transpose(0, 1).int()
+    return torch.rand(views, batch, n).argsort(-1)[..., :kept].int()
 
 
 def error(y: Tensor, exact: Tensor) -> float:
@@ -102,17 +88,6 @@ def assert_repeats(run: Callable[[], Sequence[Tensor]]) -> None:
         runs.append(run())
     for a, b in zip(*runs, strict=True):
         assert not a.isnan().any() and torch.equal(a, b)
-
-
-def assert_one_graph(f: Callable[..., Tensor], *arguments: Sequence[Tensor]) -> None:
-    """`f`, a scalar, compiles to one graph, forward and backward, and gives the same for each list of arguments."""
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=False)
-    for args in arguments:
-        leaves = [x for x in args if x.requires_grad]
-        a, b = compiled(*args), f(*args)
-        torch.testing.assert_close(a, b)
-        for x, y in zip(*(torch.autograd.grad(v, leaves) for v in (a, b)), strict=True):
-            torch.testing.assert_close(x, y)
 
 
 def assert_errors(f: Callable[..., Any], cases: Sequence[tuple]) -> None:

@@ -1,8 +1,8 @@
-"""attention_pool against the unabsorbed definition.
+"""attention_pool against the unabsorbed definition (what holds for every op: test_contract.py).
 
-Covers: outputs, probabilities and all gradients over every number of tokens in fp64, fp32, fp16, with a mean offset;
-two chained blocks sharing statistics, one shared class row; the statistics; gradcheck; opcheck; one graph; strided,
-expanded and offset inputs; poisoned outputs; repeatability; empty batches; the fallback; autocast; errors.
+Covers: outputs, probabilities and all gradients from 1 to 197 tokens in fp64, fp32, fp16, with a mean offset; two
+chained blocks sharing statistics, one shared class row; the statistics; expanded class rows; the fallback; autocast;
+errors.
 """
 
 from __future__ import annotations
@@ -16,18 +16,8 @@ from extrema_fast.kernels.attention_pool import (
     attention_pool_reference,
 )
 
-from tests.kernels._compare import (
-    DTYPES,
-    LAYOUTS,
-    assert_errors,
-    assert_one_graph,
-    assert_repeats,
-    compare,
-    normal,
-    with_gradients,
-)
+from tests.kernels._compare import DTYPES, assert_errors, compare, normal
 
-OPS = torch.ops.extrema_fast
 NAMES = ("tokens", "cls", *PoolWeights._fields)
 
 
@@ -52,15 +42,11 @@ def definition(tokens, cls, *w, heads=2):
     ("rows", "n", "width", "heads", "offset"),
     [
         (1, 1, 16, 1, 0.5),
-        (3, 1, 96, 3, 0.0),
-        (3, 7, 192, 6, 0.5),
+        (3, 7, 192, 6, 0.0),
         (2, 19, 192, 3, 3.0),
-        (3, 19, 96, 3, 0.0),
-        (1, 39, 384, 6, 0.5),
-        (1, 39, 768, 12, 0.0),
+        (1, 39, 384, 12, 0.5),
         (1, 49, 96, 3, 0.0),
-        (1, 196, 192, 3, 0.0),
-        (3, 197, 64, 16, 0.5),
+        (2, 197, 64, 16, 0.5),
     ],
 )
 def test_output_and_gradients(rows, n, width, heads, offset, dtype, poisoned):
@@ -77,7 +63,7 @@ def test_output_and_gradients(rows, n, width, heads, offset, dtype, poisoned):
     assert (torch.autograd.grad(ours(*inputs, heads=heads)[0].sum(), bias)[0] == 0).all()
 
 
-@pytest.mark.parametrize("n", [1, 19, 196])
+@pytest.mark.parametrize("n", [1, 39])
 def test_probabilities(n, path):
     inputs = make(3, n, 32)
     p, exact = ours(*inputs, return_weights=True)[1], definition(*inputs)[1]
@@ -116,62 +102,9 @@ def test_statistics_are_those_of_the_tokens_and_given_ones_are_used():
     assert not torch.allclose(right, ours(*inputs, heads=3, stats=(mu, 2 * rstd))[0])
 
 
-def test_gradcheck():
-    assert torch.autograd.gradcheck(lambda *args: ours(*args)[0], make(2, 3, 16), fast_mode=True)
-
-
-@pytest.mark.parametrize("rows", [3, 0])
-def test_opcheck(rows):
-    x, xh0, u = torch.randn(5, rows, 32).transpose(0, 1), torch.randn(rows, 32), torch.randn(2, rows, 32)
-    z, scores, lse, mu, rstd = OPS.attention_pool_fwd(x, xh0, u, 1e-6)
-    torch.library.opcheck(OPS.attention_pool_fwd.default, (x, xh0, u, 1e-6))
-    torch.library.opcheck(OPS.attention_pool_fwd_stats.default, (x, xh0, u, mu, rstd))
-    torch.library.opcheck(OPS.attention_pool_bwd.default, (x, xh0, u, z, scores, lse, mu, rstd))
-
-
-def test_one_graph():
-    def loss(tokens, cls, *w):
-        out, _, stats = ours(tokens, cls, *w)
-        out, p, _ = ours(tokens, cls + out, *w, stats=stats, return_weights=True)
-        return (out**2).sum() + p.sum()
-
-    assert_one_graph(loss, make(3, 7, 32), make(2, 19, 32))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout):
-    tokens, cls, *w = make(2, 7, 32, torch.float32)
-    # a sum sends a gradient of stride 0
-    strided = with_gradients(lambda t, c: ours(LAYOUTS[layout](t), c, *w)[0], (tokens, cls))
-    expected = with_gradients(lambda t, c: ours(t, c, *w)[0], (tokens, cls))
-    assert torch.equal(strided[0], expected[0])
-    torch.testing.assert_close(strided, expected)
-
-
-def test_expanded_tokens_and_an_expanded_class_row():
-    tokens, cls, *w = make(1, 7, 32, torch.float32)
-    same = tokens.expand(3, -1, -1)
-    out = ours(same, cls.expand(3, -1), *w)[0]
-    torch.testing.assert_close(out, ours(tokens, cls, *w)[0].expand(3, -1))
-    torch.testing.assert_close(out, ours(same, cls, *w)[0])
-
-
-def test_every_output_element_is_written_and_runs_repeat_bitwise(poisoned):
-    inputs = make(3, 7, 96, torch.float32)
-
-    def run():
-        out, p, stats = ours(*inputs, heads=3, return_weights=True)
-        return (out, p, *stats, *torch.autograd.grad(out.sum(), inputs))
-
-    assert_repeats(run)
-
-
-def test_an_empty_batch():
-    inputs = make(0, 7, 32, torch.float32)
-    out, p, _ = ours(*inputs, return_weights=True)
-    assert out.shape == (0, 32) and p.shape == (0, 2, 8)
-    gradients = torch.autograd.grad(out.sum(), inputs)
-    assert gradients[0].shape == (0, 7, 32) and not any(g.any() for g in gradients)
+def test_an_expanded_class_row():
+    tokens, cls, *w = make(3, 7, 32, torch.float32, shared=True)
+    torch.testing.assert_close(ours(tokens, cls.expand(3, -1), *w)[0], ours(tokens, cls, *w)[0])
 
 
 @pytest.mark.parametrize(
@@ -204,12 +137,10 @@ def test_errors():
     stats = torch.zeros(2, 8), torch.zeros(2, 7)
     cases = [
         ((tokens[0], cls, w, 2), {}, r"tokens: expected .*\[R, n, D\], got float32 \[7, 32\]"),
-        ((tokens.int(), cls, w, 2), {}, "tokens: expected float32 | .* got int32"),
         ((tokens, cls[:, :16], w, 2), {}, r"cls: expected .*\[2, 32\], got float32 \[2, 16\]"),
         ((tokens, cls, w._replace(wk=w.wk[:16]), 2), {}, r"weights.wk: expected .*\[32, 32\]"),
         ((tokens, cls, w[:9], 2), {}, "weights: expected PoolWeights.*, got 9"),
         ((tokens, cls, w, 3), {}, "heads: 3 does not divide the width 32"),
-        ((tokens, cls.to("meta"), w, 2), {}, "cls: expected on cpu"),
         ((tokens, cls, w, 2), {"stats": stats}, r"stats\[0\]: expected .*\[2, 7\]"),
         ((tokens, cls, w, 2), {"stats": stats[:1]}, "stats: expected .* got 1 tensors"),
     ]

@@ -1,9 +1,9 @@
-"""What every op has: files, registration with a fake, documentation, cases, variants, tests.
+"""What every op has, and what holds for all of them at small sizes.
 
-Covers: the registry against the folders; public names exported and documented; schemas registered; README sections and
-examples; every kernel in a compiled variant; forbidden constructs, masked loads, 64-bit program numbers; the quick
-cases, ours against the plain definition through the interpreter; the listing; tuning with an injected timer; the order
-of launch settings; tuning without a GPU.
+Covers: the registry against the folders; public names exported and documented; README sections and examples; every
+kernel in a compiled variant; source rules; the quick cases through the interpreter; the registered ops' schemas and
+fakes; gradcheck, one graph, layouts, poisoned outputs and repeatability, empty batches of the ops with gradients; the
+listing; tuning with an injected timer; the order of launch settings; tuning without a GPU.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ import pytest
 import torch
 from extrema_fast.kernels import _launch, tune
 from extrema_fast.kernels._spec import OPS, Case, Spec, spec
+from extrema_fast.kernels.color_views import color_params
 
 from extrema_fast import kernels
+from tests.kernels._compare import assert_repeats, draw_keep, normal
+
+EVERY = pytest.mark.parametrize("op", OPS)
 
 
 @pytest.mark.plain
 def test_the_registry_lists_every_folder_and_the_package_every_public_name(repository):
     assert {p.parent.name for p in (repository / "kernels").glob("*/reference.py")} == set(OPS)
     assert all(callable(getattr(kernels, name)) for name in kernels.__all__)
-    assert {"attention_pool", "patch_gather", "token_gather", "short_attention"} <= set(kernels.__all__)
 
 
 @pytest.mark.plain
-@pytest.mark.parametrize("op", OPS)
-def test_files_names_and_registration(op, repository):
+@EVERY
+def test_files_names_and_the_readmes_example(op, repository, plain):
     s, folder = spec(op), repository / "kernels" / op
     assert s.name == op and s.version >= 1 and s.summary
     for file in ("__init__.py", "reference.py", "kernel.py", "op.py", "spec.py", "README.md"):
@@ -41,31 +44,21 @@ def test_files_names_and_registration(op, repository):
     for name in s.public:
         assert name in package.__all__ and name in text, name
         assert getattr(package, name).__doc__, name
-    for words in ("## When not to use it", "```python", "yte", "GPU"):
+    for words in ("## When not to use it", "yte", "GPU"):
         assert words in text, words
-    for name in (f"extrema_fast::{op}" for op in s.torch_ops):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
-        assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
-
-
-@pytest.mark.plain
-@pytest.mark.parametrize("op", OPS)
-def test_the_readme_example_runs(op, repository, plain):
-    text = (repository / "kernels" / op / "README.md").read_text(encoding="utf-8")
-    code = text.partition("```python\n")[2].partition("```")[0]
     names: dict[str, object] = {}
+    code = text.partition("```python\n")[2].partition("```")[0]
     exec(compile(code, f"kernels/{op}/README.md", "exec"), names)
-    assert any(name in names for name in spec(op).public)
+    assert any(name in names for name in s.public)
 
 
 @pytest.mark.plain
-@pytest.mark.parametrize("op", OPS)
+@EVERY
 def test_source_rules(op, repository):
     source = (repository / "kernels" / op / "kernel.py").read_text(encoding="utf-8")
     for word in ("autotune", "make_block_ptr", "atomic_", "triton.heuristics"):
         assert word not in source, word
-    tree = ast.parse(source)
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     for node in calls:
         given = {k.arg for k in node.keywords}
         # a masked load without `other` is undefined on a GPU and zero in the interpreter
@@ -79,19 +72,11 @@ def test_source_rules(op, repository):
     assert len(first) == len(widened)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_every_kernel_is_compiled_ahead_of_time(op):
-    variants = spec(op).variants()
-    names = [v.name for v in variants]
-    assert len(set(names)) == len(names) >= 2
-    module = importlib.import_module(f"extrema_fast.kernels.{op}.kernel")
-    launched = {k for k in vars(module) if k.endswith("_kernel")}
-    assert launched == {v.launch.kernel.fn.__name__ for v in variants}
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_quick_cases_agree_with_the_definition(op):
-    s = spec(op)
+@EVERY
+def test_every_kernel_is_compiled_ahead_of_time_and_quick_cases_agree_with_the_definition(op):
+    s, module = spec(op), importlib.import_module(f"extrema_fast.kernels.{op}.kernel")
+    launched = {launch.kernel.fn.__name__ for launch in s.variants().values()}
+    assert launched == {k for k in vars(module) if k.endswith("_kernel")}
     for case in s.cases(True):
         args = case.make("cpu", torch.float32, torch.Generator().manual_seed(0))
         assert {"ours", "reference"} <= set(case.providers) and case.bytes_fwd > 0
@@ -99,6 +84,137 @@ def test_quick_cases_agree_with_the_definition(op):
         assert correct, f"{case.label}: {worst:.1f} times the limit"
     labels = [c.label for c in s.cases(False)]
     assert len(set(labels)) == len(labels) >= 1
+
+
+# ---- registered ops -------------------------------------------------------------------------------
+
+
+def calls(rows):
+    """Calls of all registered ops with `rows` rows or images: name, arguments."""
+    x, cls, u = torch.randn(5, rows, 32).transpose(0, 1), torch.randn(rows, 32), torch.randn(2, rows, 32)
+    z, scores, lse, *stats = torch.ops.extrema_fast.attention_pool_fwd(x, cls, u, 1e-6)
+    yield "attention_pool_fwd", (x, cls, u, 1e-6)
+    yield "attention_pool_fwd_stats", (x, cls, u, *stats)
+    yield "attention_pool_bwd", (x, cls, u, z, scores, lse, *stats)
+    images, keep = torch.randn(rows, 3, 12, 8).transpose(2, 3), draw_keep(rows, 6, 2, 3)
+    pixels = torch.randint(0, 256, (rows, 8, 12, 3), dtype=torch.uint8)
+    for k in (keep, None):
+        yield "patch_gather_fwd", (images, k, torch.randn(32, 48), torch.randn(32), torch.randn(6, 32), 4, 1)
+    yield "patch_pack", (images, keep, 4, 1, torch.float16)
+    yield "patch_pack", (pixels, None, 4, 0, torch.float32)
+    tokens = torch.randn(6, rows, 16).transpose(0, 1)
+    for pos in (torch.randn(6, 16), None):
+        yield "token_gather_fwd", (tokens, keep, pos)
+    yield "token_gather_bwd", (torch.randn(2 * rows, 3, 16), keep, 6, True)
+    qkv = torch.randn(5, rows, 3, 2, 16).transpose(0, 1)
+    yield "short_attention_fwd", (qkv,)
+    yield "short_attention_bwd", (qkv, torch.randn(rows, 5, 2, 16))
+    params = color_params(torch.arange(rows), (0.4,) * 4, 0.8, 0.2, seed=0, epoch=0)
+    yield "color_views", (pixels, params, [0.5] * 3, [0.2] * 3, 3, torch.float32)
+    for disjoint in (True, False):
+        yield "sample_views", (torch.arange(rows), 19, 5, 3, disjoint, 1, 2)
+    p, g, m, v, e = ([torch.randn(5), torch.randn(rows, 3)] for _ in range(5))
+    # 1 / loss scale, teacher's weight, flag, max_norm; lr, betas, eps, decay
+    settings = torch.tensor([[1, 0.1, 0, 1, 0], [1e-3, 0.9, 0.95, 1e-8, 0.1]], dtype=torch.float64)
+    steps, outcome = [torch.zeros(()) for _ in p], torch.zeros(2, dtype=torch.float64)
+    of = [0, -1], [-1, -1], [-1, -1], [0, 0]
+    yield (
+        "adamw_ema",
+        (p, g, m, [x.abs() for x in v], steps, e[:1], [], [], *of, settings, outcome, True, False),
+    )
+
+
+@pytest.mark.parametrize("rows", [3, 0])
+def test_schemas_and_fakes_of_registered_ops(rows):
+    found = set()
+    for name, args in calls(rows):
+        op = getattr(torch.ops.extrema_fast, name).default
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+        found.add(name)
+    assert found == {name for op in OPS for name in spec(op).torch_ops}
+
+
+# ---- ops with gradients ---------------------------------------------------------------------------
+
+GRADIENTS = pytest.mark.parametrize(
+    "op", ["attention_pool", "patch_gather", "token_gather", "short_attention"]
+)
+
+
+def example(op, dtype=torch.float64, rows=2, n=6):
+    """(function, arguments): a small call; attention_pool twice, the second time with statistics."""
+
+    def pools(tokens, cls, *w):
+        w = kernels.PoolWeights(*w)
+        out, _, stats = kernels.attention_pool(tokens, cls, w, 2)
+        return kernels.attention_pool(tokens, cls + 0.1 * out, w, 2, stats=stats)[0]
+
+    def draw(*shape, scale=1.0):
+        return normal(*shape, dtype=dtype, scale=scale)
+
+    keep = draw_keep(rows, n, 2, 3)
+    if op == "attention_pool":
+        weights = [draw(*s, scale=0.25) for s in [(16,), (16,)] + [(16, 16), (16,)] * 4]
+        return pools, [draw(rows, n, 16), draw(rows, 16), *weights]
+    if op == "short_attention":
+        return kernels.short_attention, [draw(rows, n, 3, 2, 16)]
+    if op == "token_gather":
+        return kernels.token_gather, [draw(rows, n, 16), keep, draw(n, 16)]
+    images = draw(rows, 3, 8, 2 * n).detach()
+    return kernels.patch_gather, [images, keep, draw(16, 3, 4, 4, scale=0.1), draw(16), draw(n, 16).detach()]
+
+
+def results(f, args, expanded=True):
+    """Output, and the gradients of its sum; a sum sends a gradient of stride 0."""
+    out, leaves = f(*args), [x for x in args if x.requires_grad]
+    upstream = out.new_ones(()).expand(out.shape) if expanded else torch.ones_like(out)
+    return out, *torch.autograd.grad(out, leaves, upstream)
+
+
+@GRADIENTS
+def test_gradcheck(op):
+    f, args = example(op, rows=1, n=4)
+    assert torch.autograd.gradcheck(f, args, fast_mode=True)
+
+
+@GRADIENTS
+def test_one_graph(op):
+    f, args = example(op)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=False)
+    torch.testing.assert_close(results(compiled, args), results(f, args))
+
+
+@GRADIENTS
+def test_layouts(op):
+    f, (x, *rest) = example(op, torch.float32)
+    layouts = {
+        "sliced": torch.cat([x, x], 1)[:, : x.shape[1]],
+        "every other column": torch.stack([x, x], -1).flatten(-2)[..., ::2],
+        "transposed": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "transposed inside": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "offset base": torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+        "wide rows": torch.cat([x, x], -1)[..., : x.shape[-1]],
+    }
+    wanted = results(f, [x, *rest], expanded=False)
+    for name, same in layouts.items():
+        same = same.detach().requires_grad_(x.requires_grad)
+        out, *gradients = results(f, [same, *rest])
+        assert torch.equal(out, wanted[0]), name
+        torch.testing.assert_close(gradients, list(wanted[1:]), msg=lambda m, n=name: f"{n}: {m}")
+    one = x.detach()[:1]
+    torch.testing.assert_close(f(one.expand(x.shape), *rest), f(one.repeat(2, *[1] * (x.dim() - 1)), *rest))
+
+
+@GRADIENTS
+def test_every_element_is_written_and_runs_repeat_bitwise(op, poisoned):
+    f, args = example(op, torch.float32)
+    assert_repeats(lambda: results(f, args))
+
+
+@GRADIENTS
+def test_an_empty_batch(op):
+    out, *gradients = results(*example(op, rows=0))
+    assert out.shape[0] == 0 and not any(g.any() for g in gradients)
 
 
 # ---- commands -------------------------------------------------------------------------------------
@@ -125,7 +241,7 @@ def fake_spec() -> Spec:
     providers = {"ours": ours, "reference": lambda x: x * 2}
     case = Case("only", lambda d, t, g: (torch.ones(8, dtype=t),), providers, 1, backward=False)
     space = lambda direction, sizes: [{"B": b} for b in (3, 9, 4, 2, sizes["D"] - 1)]  # noqa: E731
-    return Spec("fake", 1, "", (), (), lambda: [], lambda quick: [case], space)
+    return Spec("fake", 1, "", (), (), dict, lambda quick: [case], space)
 
 
 def test_tuning_takes_the_fastest_settings_that_are_correct_and_do_not_spill(tmp_path):
@@ -141,7 +257,6 @@ def test_tuning_takes_the_fastest_settings_that_are_correct_and_do_not_spill(tmp
     tune.write(fake_spec(), {"other": {"config": {}}}, "some-gpu", tmp_path)
     content = json.loads(file.read_text())
     assert set(content["entries"]) == {"fwd|fp32|D8", "other"} and content["triton"]
-    assert _launch._entries("fake", "some-gpu", str(tmp_path))["fwd|fp32|D8"]["config"] == {"B": 4}
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"some-gpu\.json: no file of launch settings .* delete it"):
         _launch.read_entries(file)
@@ -151,9 +266,8 @@ def test_settings_are_overridden_in_order(monkeypatch, tmp_path):
     gpu, default = torch.device("cuda"), {"A": 1, "B": 2, "C": 3}
     monkeypatch.setattr(_launch, "device_name", lambda device: "some-gpu")
     assert _launch.settings("x", "k", gpu, default) == default
-    tune.write(
-        Spec("x", 1, "", (), (), list, list), {"k": {"config": {"B": 4, "C": 4}}}, "some-gpu", tmp_path
-    )
+    measured = {"k": {"config": {"B": 4, "C": 4}}}
+    tune.write(Spec("x", 1, "", (), (), dict, list), measured, "some-gpu", tmp_path)
     monkeypatch.setenv("EXTREMA_FAST_CONFIG_DIR", str(tmp_path))
     with (
         _launch.forced("x", {"C": 5}),

@@ -1,9 +1,9 @@
-"""patch_gather against its plain definition.
+"""patch_gather against its plain definition (what holds for every op: test_contract.py).
 
-Covers: uint8 and float images, all patches and kept ones, patch sizes 4, 14, 16, gray and RGB, every number of patches,
+Covers: uint8 and float images, all patches and kept ones, patch sizes 4, 14, 16, gray and RGB, from 1 to 197 patches,
 fp64, fp32, fp16; weight and bias gradients; normalization of uint8, loss-scaled fp16 gradients; images and positions
-that need a gradient; a frozen weight; autocast; gradcheck; opcheck; one graph; layouts; poisoned outputs;
-repeatability; empty batches; nothing kept; errors.
+that need a gradient; a frozen weight; autocast; the gather alone; one graph of uint8 images; layouts of these; nothing
+kept; errors.
 """
 
 from __future__ import annotations
@@ -13,18 +13,7 @@ import torch
 from extrema_fast.kernels.patch_gather import patch_gather, patch_gather_reference
 from extrema_fast.kernels.patch_gather.op import NCHW, NHWC, pack_linear
 
-from tests.kernels._compare import (
-    DTYPES,
-    LAYOUTS,
-    assert_as_good,
-    assert_errors,
-    assert_one_graph,
-    assert_repeats,
-    compare,
-    draw_keep,
-    normal,
-    with_gradients,
-)
+from tests.kernels._compare import DTYPES, assert_as_good, assert_errors, compare, draw_keep, normal
 
 OPS = torch.ops.extrema_fast
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,13 +37,9 @@ def pixels(batch=2, height=8, width=12, low=0):
     ("grid", "patch", "kept", "width", "channels"),
     [
         ((1, 1), 4, 1, 16, 3),
-        ((1, 7), 4, 3, 192, 3),
-        ((2, 3), 4, 5, 96, 1),
-        ((1, 19), 4, 9, 384, 3),
+        ((2, 3), 4, 5, 192, 1),
         ((4, 5), 14, 7, 100, 3),
-        ((3, 13), 4, 39, 96, 3),
-        ((7, 7), 4, 24, 768, 3),
-        ((14, 14), 16, 39, 192, 3),
+        ((7, 7), 16, 24, 64, 3),
         ((1, 197), 4, 98, 96, 3),
     ],
 )
@@ -78,8 +63,7 @@ def test_all_patches_without_bias(path):
     torch.testing.assert_close(out, exact, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("patch", [4, 16])
+@pytest.mark.parametrize(("patch", "dtype"), [(4, torch.float64), (4, torch.float32), (16, torch.float16)])
 def test_uint8_images_are_normalized(dtype, patch, path):
     _, keep, weight, bias, pos = make(patch=patch, dtype=dtype)
     images = pixels(2, 2 * patch, 3 * patch)
@@ -152,59 +136,23 @@ def test_the_gather_alone_and_torchs_matmul_equal_the_fused_kernel(layout, all_p
     torch.testing.assert_close(pack_linear(*args), OPS.patch_gather_fwd(*args), rtol=1e-12, atol=1e-12)
 
 
-def test_gradcheck():
-    images, keep, weight, bias, pos = make(width=16)
-    f = lambda w, b: patch_gather(images, keep, w, b, pos)  # noqa: E731
-    assert torch.autograd.gradcheck(f, (weight, bias), fast_mode=True)
+def test_uint8_images_in_other_layouts_in_one_graph_and_with_nothing_kept():
+    _, keep, weight, bias, pos = make(dtype=torch.float32)
+    images = pixels()
 
+    def f(x, k):
+        return patch_gather(x, k, weight, bias, pos, mean=MEAN, std=STD)
 
-def test_opcheck():
-    images, keep, weight, bias, pos = (t.detach() for t in make(dtype=torch.float32))
-    x = images.transpose(2, 3).contiguous().transpose(2, 3)
-    for k in (keep, None):
-        torch.library.opcheck(OPS.patch_gather_fwd.default, (x, k, weight.flatten(1), bias, pos, 4, 1))
-        torch.library.opcheck(OPS.patch_pack.default, (x, k, 4, 1, torch.float16))
-    torch.library.opcheck(OPS.patch_pack.default, (pixels(), None, 4, 0, torch.float32))
-
-
-@pytest.mark.parametrize("kept", [0, 2, 5])
-def test_one_graph(kept):
-    images, keep, weight, bias, pos = make(kept=kept)
-
-    def loss(w, b):
-        floats = patch_gather(images, keep, w, b, pos)
-        return (floats**2).sum() + (patch_gather(x, keep, w, b, pos, mean=MEAN, std=STD) ** 2).sum()
-
-    x = pixels()
-    assert_one_graph(loss, (weight, bias))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_and_expanded_gradients(layout):
-    images, keep, weight, bias, pos = make(dtype=torch.float32)
-    # a sum sends a gradient of stride 0
-    f = lambda x, w: patch_gather(x, keep, w, bias, pos)  # noqa: E731
-    strided = with_gradients(lambda w: f(LAYOUTS[layout](images), w), [weight])
-    for a, b in zip(strided, with_gradients(lambda w: f(images, w), [weight]), strict=True):
-        assert torch.equal(a, b)
-    x = pixels()
-    out = patch_gather(LAYOUTS[layout](x), keep, weight, bias, pos, mean=MEAN, std=STD)
-    assert torch.equal(out, patch_gather(x, keep, weight, bias, pos, mean=MEAN, std=STD))
-    one = images[:1].expand(2, -1, -1, -1)
-    torch.testing.assert_close(f(one, weight), patch_gather_reference(one, keep, weight, bias, pos))
-
-
-def test_every_element_is_written_and_runs_repeat_bitwise(poisoned):
-    args = make(kept=5, width=100, dtype=torch.float32)
-    assert_repeats(lambda: (patch_gather(*args), OPS.patch_pack(args[0], args[1], 4, 1, torch.float32)))
-
-
-def test_an_empty_batch():
-    images, keep, weight, bias, pos = make(dtype=torch.float32)
-    out, *gradients = with_gradients(
-        lambda w, b: patch_gather(images[:0], keep[:, :0], w, b, pos), [weight, bias]
-    )
-    assert out.shape == (0, 2, 32) and not any(g.any() for g in gradients)
+    wanted = f(images, keep)
+    turned = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    offset = torch.cat([images.new_zeros(1), images.flatten()])[1:].view(images.shape)
+    for same in (turned, offset, torch.cat([images] * 2, 2)[:, :, :12]):
+        assert torch.equal(f(same, keep), wanted)
+    for k in (keep, keep[..., :0]):
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=False)(images, k)
+        torch.testing.assert_close(compiled, wanted[:, : k.shape[-1]])
+        a, b = (torch.autograd.grad(out.square().sum(), weight)[0] for out in (compiled, f(images, k)))
+        torch.testing.assert_close(a, b)
 
 
 def test_errors():
@@ -212,15 +160,12 @@ def test_errors():
     norm = {"mean": MEAN, "std": STD}
     cases = [
         ((images[0, 0], keep, weight, bias, pos), {}, r"images: expected .*\[B, 3, H, W\].* or uint8"),
-        ((images[:, :2], keep, weight, bias, pos), {}, r"images: expected .*\[B, 3, H, W\]"),
         ((images[..., :5], keep, weight, bias, pos), {}, r"images: sides \(8, 5\) are no multiples of .* 4"),
         ((images, keep + 6, weight, bias, pos), {}, r"keep: expected indices in \[0, 6\)"),
-        ((images, keep[:, :1], weight, bias, pos), {}, r"keep: expected int32 \| int64 \[V, 2, K\]"),
         ((images, keep, weight[..., :2], bias, pos), {}, "weight: expected square patches"),
         ((images, keep, weight, bias[:3], pos), {}, r"bias: expected .*\[32\]"),
         ((images, keep, weight, bias, pos[:2]), {}, r"pos: expected .*\[6, 32\]"),
         ((pixels(), keep, weight, bias, pos), {}, "mean, std: uint8 images need 3 numbers each, got None"),
-        ((images.to("meta"), keep, weight, bias, pos), {}, "images: expected on cpu"),
         ((images, keep, weight, bias, pos), norm, "mean, std: only for uint8 images"),
     ]
     assert_errors(patch_gather, cases)

@@ -1,9 +1,8 @@
-"""short_attention against its plain definition.
+"""short_attention against its plain definition (what holds for every op: test_contract.py).
 
-Covers: output and gradient in fp64, fp32 and fp16 at every length and head_dim; several sequences per tile (also when
-they do not fill the last one; neighbors do not leak into each other); heads split over programs; the launch settings
-of packed tiles; gradcheck; opcheck; one graph; strided, expanded and offset inputs and gradients; poisoned outputs;
-repeatability; empty batches; the plain path; FLOPs; errors.
+Covers: output and gradient in fp64, fp32 and fp16 at every kind of length and head_dim; several sequences per tile
+(also when they do not fill the last one; neighbors do not leak into each other); heads split over programs; the launch
+settings of packed tiles; transposed gradients; the plain path; FLOPs; errors.
 """
 
 from __future__ import annotations
@@ -14,18 +13,7 @@ from extrema_fast.kernels import _launch
 from extrema_fast.kernels.short_attention import short_attention, short_attention_reference
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.kernels._compare import (
-    DTYPES,
-    LAYOUTS,
-    assert_errors,
-    assert_one_graph,
-    assert_repeats,
-    compare,
-    normal,
-    with_gradients,
-)
-
-OPS = torch.ops.extrema_fast
+from tests.kernels._compare import DTYPES, assert_errors, compare, normal, with_gradients
 
 
 def make(rows, n, heads, d, dtype=torch.float64):
@@ -37,15 +25,10 @@ def make(rows, n, heads, d, dtype=torch.float64):
     ("rows", "n", "heads", "d"),
     [
         (1, 1, 1, 16),
-        (3, 1, 2, 80),
-        (3, 7, 2, 32),
-        (3, 7, 2, 64),
+        (3, 7, 2, 80),
         (2, 19, 3, 64),
-        (3, 19, 2, 32),
-        (1, 39, 2, 80),
         (1, 39, 2, 64),
-        (3, 49, 1, 64),
-        (1, 49, 2, 80),
+        (2, 49, 1, 80),
         (1, 64, 2, 32),
     ],
 )
@@ -57,12 +40,9 @@ def test_output_and_gradient(rows, n, heads, d, dtype, poisoned):
     ("rows", "n", "heads", "d", "config", "dtype"),
     [
         (3, 39, 2, 32, {"PACK": 3, "HEADS": 2}, torch.float64),
-        (4, 39, 1, 64, {"PACK": 3}, torch.float64),
-        (4, 39, 1, 64, {"PACK": 3}, torch.float32),
         (4, 39, 1, 64, {"PACK": 3}, torch.float16),
-        (7, 19, 1, 32, {"PACK": 6}, torch.float64),
-        (5, 19, 2, 80, {"PACK": 3, "HEADS": 1}, torch.float64),
-        (1, 7, 2, 32, {"PACK": 2, "HEADS": 1}, torch.float64),
+        (5, 19, 2, 80, {"PACK": 3, "HEADS": 1}, torch.float32),
+        (1, 7, 2, 32, {"PACK": 2}, torch.float64),
         (2, 19, 4, 32, {"HEADS": 2}, torch.float64),
         # 2 does not divide 3: all heads in one program
         (2, 7, 3, 32, {"HEADS": 2}, torch.float64),
@@ -104,43 +84,11 @@ def test_the_plain_path_equals_the_kernel(monkeypatch):
     assert short_attention(qkv).is_contiguous()
 
 
-def test_gradcheck():
-    assert torch.autograd.gradcheck(short_attention, make(2, 5, 2, 16), fast_mode=True)
-
-
-@pytest.mark.parametrize("rows", [3, 0])
-def test_opcheck(rows):
-    qkv, dout = torch.randn(5, rows, 3, 2, 16).transpose(0, 1), torch.randn(rows, 5, 2, 16)
-    torch.library.opcheck(OPS.short_attention_fwd.default, (qkv,))
-    torch.library.opcheck(OPS.short_attention_bwd.default, (qkv, dout))
-
-
-def test_one_graph():
-    assert_one_graph(lambda x: (short_attention(x * 2) ** 2).sum(), [make(3, 7, 2, 16)], [make(2, 19, 2, 16)])
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout):
+def test_transposed_gradients():
     qkv = make(2, 7, 3, 16, torch.float32)
-    strided = LAYOUTS[layout](qkv)
-    assert torch.equal(short_attention(strided), short_attention(qkv))
-    # gradients of stride 0, and transposed
-    for loss in (lambda x: x.sum(), lambda x: (x.transpose(1, 2) * torch.arange(16.0)).sum()):
-        a = torch.autograd.grad(loss(short_attention(strided)), qkv, retain_graph=True)
-        b = torch.autograd.grad(loss(short_attention_reference(qkv)), qkv)
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_expanded_rows_and_an_empty_batch():
-    qkv = make(1, 7, 2, 16, torch.float32)
-    torch.testing.assert_close(short_attention(qkv.expand(3, -1, -1, -1, -1))[2], short_attention(qkv)[0])
-    out, gradient = with_gradients(short_attention, [make(0, 7, 2, 16)])
-    assert out.shape == (0, 7, 2, 16) and gradient.shape == (0, 7, 3, 2, 16)
-
-
-def test_every_element_is_written_and_runs_repeat_bitwise(poisoned):
-    qkv = make(3, 19, 2, 80, torch.float32)
-    assert_repeats(lambda: with_gradients(short_attention, [qkv]))
+    loss = lambda f: (f(qkv).transpose(1, 2) * torch.arange(16.0)).sum()  # noqa: E731
+    a, b = (torch.autograd.grad(loss(f), qkv) for f in (short_attention, short_attention_reference))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_flops():
@@ -152,10 +100,7 @@ def test_flops():
 def test_errors():
     cases = [
         ((2, 7, 96), torch.float32, r"qkv: expected .*\[R, n <= 64, 3, H, d\], got float32 \[2, 7, 96\]"),
-        ((2, 7, 2, 2, 16), torch.float32, r"got float32 \[2, 7, 2, 2, 16\]"),
-        ((2, 7, 3, 2, 16), torch.int32, "got int32"),
         ((2, 65, 3, 2, 16), torch.float32, "expected 1 to 64 tokens, got 65; use torch's scaled_dot"),
-        ((2, 0, 3, 2, 16), torch.float32, "expected 1 to 64 tokens, got 0"),
         ((2, 7, 3, 0, 16), torch.float32, "expected one head or more"),
         ((2, 7, 3, 2, 48), torch.float32, "head_dim 48 is not one of"),
     ]
