@@ -99,6 +99,18 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """`tl.float32` for `torch.float32`."""
+    import triton.language as tl
+
+    return getattr(tl, _name(dtype))
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """Triton's type of the sums of a kernel."""
+    return triton_dtype(wide(dtype))
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype an op computes in: autocast's where it is on, else that of `x`; as in torch, fp64 stays fp64."""
     kind = x.device.type

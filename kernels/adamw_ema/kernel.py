@@ -203,13 +203,6 @@ def adamw_ema_kernel(
 
 # ---- launcher -------------------------------------------------------------------------------------
 
-_TYPES = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-
 
 def update(
     table: Tensor,
@@ -234,17 +227,17 @@ def update(
     def run(key: str, kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
         # 16 elements per thread and tensor, until something else is measured faster
         default = {"num_warps": 8, "num_stages": 1}
-        options = {"COLUMNS": COLUMNS, "BLOCK": BLOCK, "ACC": _TYPES[dtype]} | constants
+        options = {"COLUMNS": COLUMNS, "BLOCK": BLOCK, "ACC": _launch.triton_dtype(dtype)} | constants
         options |= _launch.settings("adamw_ema", key, table.device, default)
         _launch.launch(kernel, (programs,), table, *args, **options)
 
     if has_norm:
-        run("norm", adamw_ema_norm_kernel, count, table, chunks, partials, GRAD=_TYPES[grad])
+        run("norm", adamw_ema_norm_kernel, count, table, chunks, partials, GRAD=_launch.triton_dtype(grad))
     results = (derived, common, outcome)
     flags = {"DERIVED": DERIVED, "BLOCK": 1024, "HAS_NORM": has_norm, "HAS_FLAG": has_flag}
     args = (table, settings, partials, *results, tensors, count)
     run("prepare", adamw_ema_prepare_kernel, 1, *args, **flags)
-    types = {"DERIVED": DERIVED, "GRAD": _TYPES[grad], "LOW": _TYPES[low]}
+    types = {"DERIVED": DERIVED, "GRAD": _launch.triton_dtype(grad), "LOW": _launch.triton_dtype(low)}
     run("update", adamw_ema_kernel, count, table, chunks, *results, **types)
 
 

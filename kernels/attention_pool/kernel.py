@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -276,7 +275,7 @@ def _launch_on(
         "BLOCK_N": tile,
         "BLOCK_H": HEADS,
         "CENTRE": x.element_size() > 2,
-        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "ACC": _launch.accumulator(x.dtype),
     }
     # a class row and queries shared by all rows are read with a stride of 0
     stride_cr = 0 if xh0.shape[0] == 1 else xh0.stride(0)

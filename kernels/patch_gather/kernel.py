@@ -1,6 +1,7 @@
 """Device code of patch_gather: the GEMM reads its left operand straight from the image (README.md).
 
-M = V B K tokens in view-major order, F = C P P numbers per patch, D width. LAYOUT: how images lie in memory.
+M = V B K tokens in view-major order, F = C P P numbers per patch, D width. LAYOUT: 0 for uint8 images [B, H, W, C],
+1 for float images [B, C, H, W].
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _launch
-from .op import NHWC
+from .op import image_size
 
 
 @triton.jit
@@ -101,19 +102,13 @@ def patch_gather_kernel(
     for f in range(0, F, BLOCK_F):
         cols = f + offs_f
         column = _column(cols, stride_c, stride_h, P, C, LAYOUT)
-        if F % BLOCK_F == 0:
-            a = tl.load(image_ptr + start[:, None] + column[None, :], mask=valid[:, None], other=0)
-            w = tl.load(weight_ptr + offs_n[:, None] * F + cols[None, :], mask=offs_n[:, None] < D, other=0.0)
-        else:
-            inside = cols < F
-            a = tl.load(
-                image_ptr + start[:, None] + column[None, :], mask=valid[:, None] & inside[None, :], other=0
-            )
-            w = tl.load(
-                weight_ptr + offs_n[:, None] * F + cols[None, :],
-                mask=(offs_n[:, None] < D) & inside[None, :],
-                other=0.0,
-            )
+        mask_a = valid[:, None]
+        mask_w = offs_n[:, None] < D
+        if F % BLOCK_F != 0:
+            mask_a = mask_a & (cols[None, :] < F)
+            mask_w = mask_w & (cols[None, :] < F)
+        a = tl.load(image_ptr + start[:, None] + column[None, :], mask=mask_a, other=0)
+        w = tl.load(weight_ptr + offs_n[:, None] * F + cols[None, :], mask=mask_w, other=0.0)
         if LAYOUT == 0:
             # exact in bf16; the weight's padding columns are zero, so -1 there does no harm
             a = ((a.to(tl.float32) - 128.0) * 0.0078125).to(low)
@@ -183,17 +178,14 @@ def heuristic(direction: str, itemsize: int, patch: int) -> dict[str, int]:
     return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_F": columns, "num_warps": 8, "num_stages": 2}
 
 
-def _prepare(images: Tensor, keep: Tensor | None, patch: int, layout: int) -> tuple[tuple, tuple, dict]:
+def _prepare(images: Tensor, keep: Tensor | None, patch: int) -> tuple[tuple, tuple, dict]:
     """((images, keep), (rows, batch, strides...), constants) of a launch."""
     images = _launch.rows_ready(images)
-    if layout == NHWC:
-        if images.stride(2) != images.shape[3]:
-            images = images.contiguous()
-        batch, height, width, channels = images.shape
-        strides = (images.stride(0), 0, images.stride(1))
-    else:
-        batch, channels, height, width = images.shape
-        strides = (images.stride(0), images.stride(1), images.stride(2))
+    batch, channels, height, width = image_size(images)
+    pixels = images.dtype == torch.uint8
+    if pixels and images.stride(2) != channels:
+        images = images.contiguous()
+    strides = (images.stride(0), 0, images.stride(1)) if pixels else images.stride()[:3]
     count = (height // patch) * (width // patch)
     views, kept = (1, count) if keep is None else (keep.shape[0], keep.shape[2])
     constants = {
@@ -202,15 +194,12 @@ def _prepare(images: Tensor, keep: Tensor | None, patch: int, layout: int) -> tu
         "C": channels,
         "K": kept,
         "F": channels * patch**2,
-        "LAYOUT": layout,
+        "LAYOUT": 0 if pixels else 1,
         "HAS_KEEP": keep is not None,
     }
     keep_strides = (0, 0, 0) if keep is None else keep.stride()
-    return (
-        (images, images if keep is None else keep),
-        (views * batch * kept, batch, *strides, *keep_strides),
-        constants,
-    )
+    pointers = images, images if keep is None else keep
+    return pointers, (views * batch * kept, batch, *strides, *keep_strides), constants
 
 
 def _options(direction: str, dtype: torch.dtype, device: torch.device, width: int, patch: int) -> dict:
@@ -219,23 +208,23 @@ def _options(direction: str, dtype: torch.dtype, device: torch.device, width: in
 
 
 def embed(
-    images: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor, pos: Tensor, patch: int, layout: int
+    images: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor, pos: Tensor, patch: int
 ) -> Tensor:
     """Tokens [M, D] of the kept patches, in the weight's dtype; weight [D, F], bias [D], pos [N, D]."""
-    pointers, numbers, constants = _prepare(images, keep, patch, layout)
+    pointers, numbers, constants = _prepare(images, keep, patch)
     width, dtype = weight.shape[0], weight.dtype
     out = _launch.empty((numbers[0], width), weight)
     options = constants | _options("fwd", dtype, weight.device, width, patch)
-    options |= {"D": width, "ACC": tl.float64 if dtype == torch.float64 else tl.float32}
+    options |= {"D": width, "ACC": _launch.accumulator(dtype)}
     tiles = triton.cdiv(numbers[0], options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"])
     pointers = (*pointers, weight.contiguous(), bias.contiguous(), pos.contiguous(), out)
     _launch.launch(patch_gather_kernel, (tiles,), images, *pointers, *numbers, **options)
     return out
 
 
-def pack(images: Tensor, keep: Tensor | None, patch: int, layout: int, dtype: torch.dtype) -> Tensor:
+def pack(images: Tensor, keep: Tensor | None, patch: int, dtype: torch.dtype) -> Tensor:
     """The kept patches' numbers alone, [M, F] of `dtype`."""
-    pointers, numbers, constants = _prepare(images, keep, patch, layout)
+    pointers, numbers, constants = _prepare(images, keep, patch)
     out = _launch.empty((numbers[0], constants["F"]), images, dtype)
     options = constants | _options("pack", dtype, images.device, constants["F"], patch)
     blocks = triton.cdiv(numbers[0], options["BLOCK_M"])

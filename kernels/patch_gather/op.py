@@ -10,52 +10,49 @@ from .. import _launch
 from .._launch import FLOATS, autocast_dtype, check, check_keep, describe
 from .reference import patch_gather_reference
 
-# how images lie in memory: uint8 [B, H, W, C]; float [B, C, H, W]
-NHWC, NCHW = 0, 1
+
+def image_size(images: Tensor) -> tuple[int, int, int, int]:
+    """(B, C, H, W) of uint8 [B, H, W, C] or float [B, C, H, W]."""
+    b, x, y, z = images.shape
+    return (b, z, x, y) if images.dtype == torch.uint8 else (b, x, y, z)
 
 
-def _rows(images: Tensor, keep: Tensor | None, patch: int, layout: int) -> int:
-    if keep is not None:
-        return keep.numel()
-    height, width = images.shape[1:3] if layout == NHWC else images.shape[2:]
-    return images.shape[0] * (height // patch) * (width // patch)
+def _rows(images: Tensor, keep: Tensor | None, patch: int) -> int:
+    batch, _, height, width = image_size(images)
+    return batch * (height // patch) * (width // patch) if keep is None else keep.numel()
 
 
 @_launch.op(
-    "patch_gather_fwd(Tensor images, Tensor? keep, Tensor weight, Tensor bias, Tensor pos, int patch, int layout)"
-    " -> Tensor",
+    "patch_gather_fwd(Tensor images, Tensor? keep, Tensor weight, Tensor bias, Tensor pos, int patch) -> Tensor",
     "embed",
 )
-def _fwd(images, keep, weight, bias, pos, patch, layout):
-    return weight.new_empty(_rows(images, keep, patch, layout), weight.shape[0])
+def _fwd(images, keep, weight, bias, pos, patch):
+    return weight.new_empty(_rows(images, keep, patch), weight.shape[0])
 
 
-@_launch.op(
-    "patch_pack(Tensor images, Tensor? keep, int patch, int layout, ScalarType dtype) -> Tensor", "pack"
-)
-def _pack(images, keep, patch, layout, dtype):
-    channels = images.shape[3 if layout == NHWC else 1]
-    return images.new_empty(_rows(images, keep, patch, layout), channels * patch**2, dtype=dtype)
+@_launch.op("patch_pack(Tensor images, Tensor? keep, int patch, ScalarType dtype) -> Tensor", "pack")
+def _pack(images, keep, patch, dtype):
+    return images.new_empty(_rows(images, keep, patch), image_size(images)[1] * patch**2, dtype=dtype)
 
 
 def pack_linear(
-    images: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor, pos: Tensor, patch: int, layout: int
+    images: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor, pos: Tensor, patch: int
 ) -> Tensor:
     """As the op `patch_gather_fwd`, by the gather alone and torch's matmul; [M, D]."""
-    out = F.linear(_pack(images, keep, patch, layout, weight.dtype), weight).to(bias.dtype) + bias
+    out = F.linear(_pack(images, keep, patch, weight.dtype), weight).to(bias.dtype) + bias
     at = pos.repeat(len(images), 1) if keep is None else pos[keep.flatten().long()]
     return (out + at.to(bias.dtype)).to(weight.dtype)
 
 
 class _PatchGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, images, keep, weight, bias, pos, patch, layout):
+    def forward(ctx, images, keep, weight, bias, pos, patch):
         # the backward pass gathers the patches again: the image is smaller
         ctx.save_for_backward(images, *(() if keep is None else (keep,)))
-        ctx.patch, ctx.layout, ctx.bias_dtype = patch, layout, bias.dtype
+        ctx.patch, ctx.bias_dtype = patch, bias.dtype
         # fp32 and fp64 matmuls use no tensor cores: cuBLAS has better ones. The interpreter tests all
         fused = weight.dtype.itemsize == 2 or images.device.type == "cpu"
-        return (_fwd if fused else pack_linear)(images, keep, weight, bias, pos, patch, layout)
+        return (_fwd if fused else pack_linear)(images, keep, weight, bias, pos, patch)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -63,11 +60,11 @@ class _PatchGather(torch.autograd.Function):
         images, *keep = ctx.saved_tensors
         dweight = dbias = None
         if ctx.needs_input_grad[2]:
-            patches = _pack(images, keep[0] if keep else None, ctx.patch, ctx.layout, dout.dtype)
+            patches = _pack(images, keep[0] if keep else None, ctx.patch, dout.dtype)
             dweight = dout.t() @ patches
         if ctx.needs_input_grad[3]:
             dbias = dout.sum(0, dtype=ctx.bias_dtype)
-        return None, None, dweight, dbias, None, None, None
+        return None, None, dweight, dbias, None, None
 
 
 def patch_gather(
@@ -107,30 +104,30 @@ def patch_gather(
     width, channels, patch = weight.shape[0], weight.shape[1], weight.shape[-1]
     if weight.shape[2] != patch:
         raise ValueError(f"weight: expected square patches, got {describe(weight)}")
-    layout = NHWC if isinstance(images, Tensor) and images.dtype == torch.uint8 else NCHW
-    if layout == NHWC:
+    pixels = isinstance(images, Tensor) and images.dtype == torch.uint8
+    if pixels:
         check("images", images, ("B", "H", "W", channels), like=weight)
         if mean is None or std is None or len(mean) != channels or len(std) != channels:
             raise ValueError(f"mean, std: uint8 images need {channels} numbers each, got {mean} and {std}")
     else:
         check("images", images, ("B", channels, "H", "W"), FLOATS, weight, "or uint8 [B, H, W, C]")
-    sides = images.shape[1:3] if layout == NHWC else images.shape[2:]
-    if layout != NHWC and (mean is not None or std is not None):
-        raise ValueError("mean, std: only for uint8 images; float images are normalized already")
+        if mean is not None or std is not None:
+            raise ValueError("mean, std: only for uint8 images; float images are normalized already")
+    batch, _, *sides = image_size(images)
     if sides[0] % patch or sides[1] % patch:
         raise ValueError(f"images: sides {tuple(sides)} are no multiples of the patch size {patch}")
-    batch, n = images.shape[0], (sides[0] // patch) * (sides[1] // patch)
+    n = (sides[0] // patch) * (sides[1] // patch)
     check("pos", pos, (n, width), FLOATS, weight)
     if bias is not None:
         check("bias", bias, (width,), FLOATS, weight)
     if keep is not None:
         keep = check_keep(keep, batch, n, weight)
 
-    dtype = autocast_dtype(weight if layout == NHWC else images)
+    dtype = autocast_dtype(weight if pixels else images)
     needed = torch.is_grad_enabled() and (images.requires_grad or pos.requires_grad)
     if needed or not _launch.use_triton(images):
         low = None if bias is None else bias.to(dtype)
-        images = images if layout == NHWC else images.to(dtype)
+        images = images if pixels else images.to(dtype)
         return patch_gather_reference(images, keep, weight.to(dtype), low, pos, mean=mean, std=std)
 
     wide = _launch.wide(dtype)
@@ -144,6 +141,6 @@ def patch_gather(
                 b = b + w[:, c].sum((1, 2)) * ((128 / 255 - m) / s)
                 columns.append(w[:, c] * (128 / (255 * s)))
             w = torch.stack(columns, -1)
-        out = _PatchGather.apply(images, keep, w.reshape(width, -1).to(dtype), b, pos, patch, layout)
+        out = _PatchGather.apply(images, keep, w.reshape(width, -1).to(dtype), b, pos, patch)
     views, kept = (1, n) if keep is None else (keep.shape[0], keep.shape[2])
     return out.view(views * batch, kept, width)

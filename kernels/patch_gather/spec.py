@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from .._launch import DTYPE_NAMES, Launch
 from .._spec import Case, Spec, grid, launches, meta
-from .op import NCHW, NHWC, pack_linear, patch_gather
+from .op import pack_linear, patch_gather
 from .reference import patch_gather_reference
 
 
@@ -16,7 +16,7 @@ def variants() -> dict[str, Launch]:
     from . import kernel
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    images = {NHWC: meta(torch.uint8, 2, 224, 224, 3), NCHW: meta(fp32, 2, 3, 224, 224)}
+    images = {"nhwc": meta(torch.uint8, 2, 224, 224, 3), "nchw": meta(fp32, 2, 3, 224, 224)}
     # strided
     kept = meta(torch.int32, 5, 2, 78)[..., ::2]
     found = {}
@@ -25,22 +25,22 @@ def variants() -> dict[str, Launch]:
         weight, bias = meta(dtype, width, 3 * patch**2), meta(fp32, width)
         pos = meta(fp32, (224 // patch) ** 2, width)
         if direction == "fwd":
-            launched = launches(kernel.embed, images[layout], keep, weight, bias, pos, patch, layout)
+            launched = launches(kernel.embed, images[layout], keep, weight, bias, pos, patch)
         else:
-            launched = launches(kernel.pack, images[layout], keep, patch, layout, dtype)
-        name = f"{direction} {DTYPE_NAMES[dtype]} {('nhwc', 'nchw')[layout]} P{patch} D{width}"
+            launched = launches(kernel.pack, images[layout], keep, patch, dtype)
+        name = f"{direction} {DTYPE_NAMES[dtype]} {layout} P{patch} D{width}"
         (found[name + (" all" if keep is None else "")],) = launched
 
     for shape in (
-        (bf16, NHWC, 16, 768),
-        (bf16, NCHW, 16, 384),
-        (fp16, NHWC, 16, 1024),
-        (bf16, NHWC, 14, 384),
+        (bf16, "nhwc", 16, 768),
+        (bf16, "nchw", 16, 384),
+        (fp16, "nhwc", 16, 1024),
+        (bf16, "nhwc", 14, 384),
     ):
         add("fwd", *shape)
         add("pack", *shape)
-    add("fwd", bf16, NCHW, 16, 384, None)
-    add("pack", fp32, NCHW, 16, 384)
+    add("fwd", bf16, "nchw", 16, 384, None)
+    add("pack", fp32, "nchw", 16, 384)
     return found
 
 
@@ -71,7 +71,7 @@ def _case(label: str, batch: int, side: int, patch: int, views: int, kept: int, 
             "ours": patch_gather,
             "reference": patch_gather_reference,
             "pack + linear": lambda x, keep, w, b, pos: pack_linear(
-                x, keep, w.flatten(1), b, pos, patch, NCHW
+                x, keep, w.flatten(1), b, pos, patch
             ).view(views * batch, kept, width),
             "convolution": convolution,
             "convolution compiled": torch.compile(convolution, dynamic=False),

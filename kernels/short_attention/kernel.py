@@ -7,12 +7,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import _launch
+
+
+@triton.jit
+def _probabilities(q, k, attends, SCALE: tl.constexpr, ACC: tl.constexpr):
+    """softmax(q k^T SCALE) over the keys a query attends to: [BLOCK_N, BLOCK_N]; rows without keys are padding."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * SCALE
+    s = tl.where(attends, s, float("-inf"))
+    # any finite top keeps NaN out of padding
+    top = tl.max(s, 1)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    e = tl.exp(s - top[:, None])
+    norm = tl.sum(e, 1)
+    return e / tl.where(norm == 0.0, 1.0, norm)[:, None]
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -58,14 +70,7 @@ def short_attention_fwd_kernel(
         q = tl.load(qkv_ptr + source + head * stride_h, mask=mask, other=0.0)
         k = tl.load(qkv_ptr + source + head * stride_h + stride_3, mask=mask, other=0.0)
         v = tl.load(qkv_ptr + source + head * stride_h + 2 * stride_3, mask=mask, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * SCALE
-        s = tl.where(attends, s, float("-inf"))
-        # rows without keys are padding: any finite top keeps NaN out
-        top = tl.max(s, 1)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        e = tl.exp(s - top[:, None])
-        norm = tl.sum(e, 1)
-        p = e / tl.where(norm == 0.0, 1.0, norm)[:, None]
+        p = _probabilities(q, k, attends, SCALE, ACC)
         o = tl.dot(p.to(v.dtype), v, input_precision="ieee", out_dtype=ACC)
         tl.store(out_ptr + target + head * D, o.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -113,13 +118,7 @@ def short_attention_bwd_kernel(
         head = (head0 + i).to(tl.int64)
         q = tl.load(qkv_ptr + source + head * stride_h, mask=mask, other=0.0)
         k = tl.load(qkv_ptr + source + head * stride_h + stride_3, mask=mask, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * SCALE
-        s = tl.where(attends, s, float("-inf"))
-        top = tl.max(s, 1)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        e = tl.exp(s - top[:, None])
-        norm = tl.sum(e, 1)
-        p = e / tl.where(norm == 0.0, 1.0, norm)[:, None]
+        p = _probabilities(q, k, attends, SCALE, ACC)
         do = tl.load(dout_ptr + dense + head * D, mask=mask, other=0.0)
         dv = tl.dot(tl.trans(p.to(low)), do, input_precision="ieee", out_dtype=ACC)
         tl.store(dqkv_ptr + target + head * D + 2 * H * D, dv.to(low), mask=mask)
@@ -166,7 +165,7 @@ def _launch_on(direction: str, kernel: Any, qkv: Tensor, *pointers: Tensor) -> N
         "SCALE": d**-0.5,
         "BLOCK_N": _launch.power_of_two(options["PACK"] * n, 16),
         "BLOCK_D": _launch.power_of_two(d, 16),
-        "ACC": tl.float64 if qkv.dtype == torch.float64 else tl.float32,
+        "ACC": _launch.accumulator(qkv.dtype),
     }
     grid = (triton.cdiv(rows, options["PACK"]), heads // options["HEADS"])
     _launch.launch(kernel, grid, qkv, *pointers, rows, *qkv.stride()[:4], **options)

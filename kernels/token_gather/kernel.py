@@ -95,7 +95,7 @@ def _options(direction: str, x: Tensor) -> dict:
     width = x.shape[-1]
     key = _launch.config_key(direction, x.dtype, D=width)
     chosen = _launch.settings("token_gather", key, x.device, heuristic(width))
-    return {"D": width, "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32} | chosen
+    return {"D": width, "ACC": _launch.accumulator(x.dtype)} | chosen
 
 
 def forward(tokens: Tensor, keep: Tensor, pos: Tensor | None) -> Tensor:

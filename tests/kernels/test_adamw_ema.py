@@ -1,10 +1,9 @@
 """AdamWEma against torch.optim.AdamW, clip_grad_norm_ and lerp.
 
-Covers: ten steps in fp32 and fp64, several groups, odd sizes around a chunk, clipping, gradient scale, low-precision
+Covers: steps in fp32 and fp64, several groups, odd sizes around a chunk, clipping, gradient scale, low-precision
 gradients, GradScaler; learning rate and weight as tensors; tensors without gradient, without teacher, with copies, with
 separate step counts; a bad step changes nothing, bitwise; state dicts both ways, also of an unfused AdamW; pickling;
-new gradient storage; what is sent to the device; unaligned and empty tensors; poisoned buffers; repeatability; opcheck;
-errors.
+new gradient storage; what is sent to the device; unaligned and empty tensors; poisoned buffers; repeatability; errors.
 """
 
 from __future__ import annotations
@@ -60,15 +59,16 @@ def close(a, b, tolerance=1e-6):
         torch.testing.assert_close(x.detach(), y.detach(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
-@pytest.mark.parametrize("max_norm", [None, 1.0])
-def test_ten_steps(dtype, tolerance, max_norm, path):
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "max_norm"), [(torch.float32, 1e-6, None), (torch.float64, 1e-13, 1.0)]
+)
+def test_steps(dtype, tolerance, max_norm, path):
     a, teacher_a = make(dtype)
     b, teacher_b = copy.deepcopy(a), [t.clone() for t in teacher_a]
     # the last two have no teacher
     pairs = dict(list(zip(a, teacher_a, strict=True))[:-2])
     ours, torchs = AdamWEma(groups(a), teacher=pairs, **OPTIONS), torch.optim.AdamW(groups(b), **OPTIONS)
-    for step in range(10):
+    for step in range(3):
         set_grads(a, b)
         for optimizer in (ours, torchs):
             optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1)
@@ -83,7 +83,7 @@ def test_ten_steps(dtype, tolerance, max_norm, path):
     close([*a, *teacher_a], [*b, *teacher_b], tolerance)
     for x, y in zip(a, b, strict=True):
         mine, theirs = ours.state[x], torchs.state[y]
-        assert mine["step"] == theirs["step"] == 10
+        assert mine["step"] == theirs["step"] == 3
         for key in ("exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(mine[key], theirs[key], rtol=10 * tolerance, atol=tolerance)
 
@@ -93,7 +93,7 @@ def test_scaled_and_low_precision_gradients(kind, path):
     if kind == torch.bfloat16 and path == "kernel":
         pytest.skip("the interpreter rounds bf16 wrongly")
     a, b, ours, torchs = pair()
-    for _ in range(3):
+    for _ in range(2):
         set_grads(b)
         for x, y in zip(a, b, strict=True):
             if kind == "scaled":
@@ -190,22 +190,11 @@ def test_state_dicts_are_those_of_torch(path):
     ours2.step(), torchs2.step()
     close(a, b)
     assert all(ours2.state[y]["step"] == torchs2.state[x]["step"] == 3 for x, y in zip(a, b, strict=True))
-
-
-def test_the_state_of_an_unfused_adamw(path):
-    a, b, ours, torchs = pair([(3,), (5,)])
-    set_grads(a, b)
-    torchs.step()
-    ours.load_state_dict(copy.deepcopy(torchs.state_dict()))
-    with torch.no_grad():
-        torch._foreach_copy_(a, b)
-    assert all(g["fused"] and not g["foreach"] for g in ours.param_groups)
-    ours.step(), torchs.step()
-    close(a, b)
-    assert all(ours.state[x]["step"].dtype == torch.float32 and ours.state[x]["step"] == 2 for x in a)
-    other = torch.optim.AdamW(b, amsgrad=True).state_dict()
+    # an unfused AdamW keeps its step count on the CPU
+    assert all(g["fused"] and not g["foreach"] for g in ours2.param_groups)
+    assert all(ours2.state[y]["step"].dtype == torch.float32 for y in b)
     with pytest.raises(ValueError, match="amsgrad=True is not what AdamWEma computes"):
-        ours.load_state_dict(other)
+        ours.load_state_dict(torch.optim.AdamW(groups(b), amsgrad=True).state_dict())
 
 
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -241,7 +230,7 @@ def test_copies_are_the_cast_of_the_new_values(path, dtype):
     assert equal(teacher, before)
 
 
-@pytest.mark.parametrize("weight", [0.0, 1e-9, 0.4, 0.7, 1.0])
+@pytest.mark.parametrize("weight", [0.0, 0.4, 0.7, 1.0])
 def test_the_ema_update_is_that_of_lerp_for_any_weight(weight, path):
     a, teacher = make(sizes=[(4096,), (7,)])
     old = [t.clone() for t in teacher]
@@ -343,33 +332,16 @@ def test_poisoned_buffers_and_repeats(poisoned):
     assert_repeats(run)
 
 
-def test_opcheck():
-    a, teacher = make(sizes=[(5,), (7, 3)])
-    ps = [p.detach() for p in a]
-    zeros = [[torch.zeros_like(p) for p in ps] for _ in range(2)]
-    steps = [torch.zeros(()) for _ in ps]
-    # 1 / loss scale, teacher's weight, flag, max_norm; lr, betas, eps, decay
-    settings = [[1.0, 0.1, 0.0, 1.0, 0.0], [1e-3, 0.9, 0.95, 1e-8, 0.1]]
-    tables = torch.tensor(settings, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    lists = (teacher[:1], [], [])
-    grads = [p + 1 for p in ps]
-    args = (ps, grads, *zeros, steps, *lists, [0, -1], [-1, -1], [-1, -1], [0, 0], *tables, True, False)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.extrema_fast.adamw_ema.default, args, test_utils=checks)
-
-
 def test_errors():
     (p, q), low = make(sizes=[(5,), (5,)])[0], torch.zeros(5, dtype=torch.bfloat16)
     cases = [
         ([torch.nn.Parameter(low)], {}, "params: expected contiguous float32, got bfloat16"),
-        (
-            [p],
-            {"teacher": {p: torch.zeros(4)}},
-            r"teacher: expected contiguous \[5\] on cpu, got float32 \[4\]",
-        ),
-        ([p], {"teacher": {p: low}}, r"teacher: expected torch\.float32, got torch\.bfloat16"),
+        ([p], {"teacher": {p: torch.zeros(4)}}, r"teacher: expected float32 \[5\], got float32 \[4\]"),
+        ([p], {"teacher": {p: torch.zeros(10)[::2]}}, "teacher: .* is not contiguous"),
+        ([p], {"teacher": {p: low}}, r"teacher: expected float32 \[5\], got bfloat16"),
         ([p], {"teacher": {torch.zeros(5): torch.zeros(5)}}, "is no parameter of this optimizer"),
-        ([p], {"shadow": {p: torch.zeros(5)}}, "shadow: expected one of bfloat16, float16"),
+        ([p], {"shadow": {p: torch.zeros(5)}}, r"shadow: expected bfloat16 \| float16"),
+        ([p, q], {"shadow": {p: low, q: low.half()}}, "shadow: expected one of bfloat16, float16"),
         ([p], {"teacher_shadow": {p: low}}, r"teacher_shadow: bfloat16 .* without a teacher"),
         ([p, q], {"shadow": {p: low, q: low}}, "shadow: one tensor belongs to two parameters"),
     ]

@@ -1,12 +1,9 @@
-"""color_views against its plain definition.
+"""color_views against its plain definition (torchvision's semantics: tests/data/test_augment.py).
 
 Covers: every order of operations, color jitter on and off, gray; odd sizes over several tiles; black, white and gray
-images; one channel; fp16; the form without nonzero; opcheck; one graph; layouts; poison; repeats; empty batches;
-errors. (torchvision's semantics against an independent oracle: tests/data/test_augment.py.)
-
-The form for CPUs against the same definition in fp64: sizes below, at and above a piece, every order, factors of 0,
-hues up to half a turn, flat images, switches, channels, dtypes; where it is taken; that it leaves its input alone and
-computes on one thread.
+images; one channel; fp16; the form without nonzero; one graph; layouts; poison; empty batches; errors. The form for
+CPUs against the definition in fp64: sizes below, at and above a piece, every order, factors of 0, hues up to half a
+turn, flat images, switches, channels, dtypes; where it is taken; that it computes on one thread.
 """
 
 from __future__ import annotations
@@ -31,12 +28,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # a hundredth of an 8-bit level, normalized
 LEVEL = 0.01 / 255 / min(STD)
 ORDERS = torch.tensor(list(itertools.permutations(range(4))), dtype=torch.float32)
-SWITCHES = pytest.mark.parametrize(("on", "gray"), [(1.0, 0.0), (0.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
 
 
-def params(batch, on=1.0, gray=0.0):
+def params(batch):
+    """Jittered, gray, neither or both: by image."""
     p = color_params(torch.arange(batch), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, seed=5, epoch=1)
-    p[:, :, 0], p[:, :, 5] = on, gray
+    p[:, :, 0] = (torch.arange(batch) % 4 % 3 == 0).float()[:, None]
+    p[:, :, 5] = (torch.arange(batch) % 4 > 1).float()[:, None]
     return p
 
 
@@ -67,14 +65,13 @@ def agree(images, p, tolerance=LEVEL, **options):
 
 def test_every_order():
     p = params(12)
-    p[:, :, 6:] = ORDERS.view(12, 2, 4)
+    p[:, :, 0], p[:, :, 5], p[:, :, 6:] = 1, 0, ORDERS.view(12, 2, 4)
     agree(draw(12, 9, 7), p)
 
 
-@SWITCHES
-@pytest.mark.parametrize("size", [(1, 1), (40, 33), (64, 48)])
-def test_sizes_and_switches(size, on, gray):
-    agree(draw(2, *size), params(2, on, gray))
+@pytest.mark.parametrize("size", [(1, 1), (40, 33)])
+def test_sizes_and_switches(size):
+    agree(draw(4, *size), params(4))
 
 
 def test_flat_images_and_an_empty_batch():
@@ -87,7 +84,7 @@ def test_flat_images_and_an_empty_batch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_channel_and_dtypes(dtype, channels):
     out = agree(
-        draw(2, 24, 32), params(2), LEVEL if dtype == torch.float32 else 4e-3, channels=channels, dtype=dtype
+        draw(4, 9, 32), params(4), LEVEL if dtype == torch.float32 else 4e-3, channels=channels, dtype=dtype
     )
     assert out[0].dtype == dtype
 
@@ -106,18 +103,15 @@ def test_the_form_without_nonzero_is_the_same(monkeypatch):
     assert torch.equal(reference.jitter(x, p[:, 0, 1:5], p[:, 0, 6:].long()), rows)
 
 
-def test_opcheck_and_one_graph():
+def test_one_graph():
     images, p = draw(2, 8, 8), params(2)
-    op = torch.ops.extrema_fast.color_views.default
-    torch.library.opcheck(op, (images, p, list(MEAN), list(STD), 3, torch.float32))
     f = lambda x: color_views(x, p, MEAN, STD)[1] + 1  # noqa: E731
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(images), f(images))
 
 
-def test_layouts_poison_and_repeats(poisoned):
-    images, p = draw(3, 40, 33), params(3)
-    # one view off: its sums are never written
-    p[1, 0, 0] = 0
+def test_layouts_and_poison(poisoned):
+    # the second image is off: its sums are never written
+    images, p = draw(2, 40, 33), params(2)
     a = color_views(images, p, MEAN, STD)
     turned = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     for x in (turned, torch.cat([images] * 2, 2)[:, :, :33]):
@@ -141,7 +135,7 @@ def test_errors():
 
 
 @pytest.mark.plain
-@pytest.mark.parametrize("size", [(1, 1), (9, 7), (50, 33), (181, 181), (181, 182), (131, 501)])
+@pytest.mark.parametrize("size", [(1, 1), (50, 33), (181, 181), (181, 182), (131, 501)])
 def test_image_by_image_is_the_definition(size):
     batch = 96 if size[0] < 100 else 12
     images, p = draw(batch, *size), wild_params(batch)
@@ -159,10 +153,9 @@ def test_image_by_image_is_the_definition(size):
 
 
 @pytest.mark.plain
-@SWITCHES
 @pytest.mark.parametrize("channels", [1, 3])
-def test_image_by_image_switches_channels_and_dtypes(on, gray, channels):
-    images, p = draw(4, 48, 64), params(4, on, gray)
+def test_image_by_image_switches_channels_and_dtypes(channels):
+    images, p = draw(4, 48, 64), params(4)
     wanted = color_views_reference(images, p, MEAN, STD, channels=channels)
     for dtype, tolerance in ((torch.float32, LEVEL), (torch.bfloat16, 2.0**-7), (torch.float16, 4e-3)):
         found = color_views_by_image(images, p, MEAN, STD, dtype=dtype, channels=channels)

@@ -99,9 +99,9 @@ def calls(rows):
     images, keep = torch.randn(rows, 3, 12, 8).transpose(2, 3), draw_keep(rows, 6, 2, 3)
     pixels = torch.randint(0, 256, (rows, 8, 12, 3), dtype=torch.uint8)
     for k in (keep, None):
-        yield "patch_gather_fwd", (images, k, torch.randn(32, 48), torch.randn(32), torch.randn(6, 32), 4, 1)
-    yield "patch_pack", (images, keep, 4, 1, torch.float16)
-    yield "patch_pack", (pixels, None, 4, 0, torch.float32)
+        yield "patch_gather_fwd", (images, k, torch.randn(32, 48), torch.randn(32), torch.randn(6, 32), 4)
+    yield "patch_pack", (images, keep, 4, torch.float16)
+    yield "patch_pack", (pixels, None, 4, torch.float32)
     tokens = torch.randn(6, rows, 16).transpose(0, 1)
     for pos in (torch.randn(6, 16), None):
         yield "token_gather_fwd", (tokens, keep, pos)

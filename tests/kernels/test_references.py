@@ -1,7 +1,7 @@
 """The plain PyTorch definitions that every kernel is measured against.
 
 Covers, in float64 and at odd sizes: class attention in its two forms against each other and against torch's own
-attention, outputs, probabilities and all gradients, the shift invariance of the key bias; patch_gather against a
+attention, outputs, probabilities and all gradients; patch_gather against a
 convolution over the whole image followed by a gather, gradients included; self-attention against torch's; gradcheck of
 all; the layout of a patch.
 """
@@ -17,10 +17,9 @@ from extrema_fast.kernels.patch_gather import gather_patches, patch_gather_refer
 from extrema_fast.kernels.short_attention import short_attention_reference
 
 from extrema_fast.ops import dispatch as ops
-from tests.kernels._compare import TOKENS, draw_keep, normal
+from tests.kernels._compare import draw_keep, normal
 
 pytestmark = pytest.mark.plain
-POOLS = pytest.mark.parametrize("pool", [attention_pool_reference, attention_pool_absorbed])
 
 
 def pool_weights(d: int) -> PoolWeights:
@@ -36,8 +35,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-12) -> bool:
 # ---- attention_pool -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", TOKENS)
-@pytest.mark.parametrize(("width", "heads"), [(24, 1), (24, 3), (10, 5)])
+@pytest.mark.parametrize(("n", "width", "heads"), [(1, 24, 1), (19, 24, 3), (197, 10, 5)])
 def test_absorbed_pooling_equals_the_definition_and_so_do_all_gradients(n, width, heads):
     tokens, cls, w = normal(3, n, width), normal(3, width), pool_weights(width)
     upstream = torch.randn(3, width, dtype=torch.float64), torch.randn(3, heads, n + 1, dtype=torch.float64)
@@ -57,9 +55,8 @@ def test_absorbed_pooling_equals_the_definition_and_so_do_all_gradients(n, width
             assert float(a.abs().max()) <= 1e-13 * largest
 
 
-@POOLS
-@pytest.mark.parametrize("n", TOKENS)
-def test_pooling_against_torchs_attention(n, pool):
+@pytest.mark.parametrize("n", [1, 39])
+def test_pooling_against_torchs_attention(n):
     width, heads = 24, 3
     tokens, cls, w = normal(2, n, width), normal(2, width), pool_weights(width)
     # not the default: the one given is used
@@ -69,16 +66,10 @@ def test_pooling_against_torchs_attention(n, pool):
     options = {"training": False, "average_attn_weights": False}
     last = (None, None, False, 0.0, w.wo, w.bo)
     out, p = F.multi_head_attention_forward(queries, keys, keys, width, heads, *stacked, *last, **options)
-    got, probabilities = pool(tokens, cls, w, heads, 0.5)
-    assert close(got, out[0]) and close(probabilities, p[:, :, 0])
-    assert not close(got, pool(tokens, cls, w, heads)[0], 1e-6)
-
-
-def test_the_class_row_is_one_of_the_keys():
-    # identical tokens: every column has the same weight only if the class row is like them
-    row = normal(1, 8)
-    _, p = attention_pool_absorbed(row[:, None].expand(1, 4, 8), row, pool_weights(8), 2)
-    assert close(p, torch.full((1, 2, 5), 0.2, dtype=torch.float64))
+    for pool in (attention_pool_reference, attention_pool_absorbed):
+        got, probabilities = pool(tokens, cls, w, heads, 0.5)
+        assert close(got, out[0]) and close(probabilities, p[:, :, 0])
+        assert not close(got, pool(tokens, cls, w, heads)[0], 1e-6)
 
 
 # ---- patch_gather ---------------------------------------------------------------------------------
@@ -88,17 +79,10 @@ def test_the_class_row_is_one_of_the_keys():
     ("grid", "kept", "views", "channels", "patch"),
     [
         ((1, 1), 1, 1, 3, 4),
-        ((1, 7), 7, 3, 1, 2),
         ((7, 1), 1, 2, 5, 3),
         ((5, 8), 19, 3, 1, 2),
-        ((8, 5), 39, 1, 3, 4),
-        ((7, 7), 49, 2, 5, 3),
-        ((14, 14), 49, 3, 1, 2),
-        ((14, 14), 196, 1, 3, 4),
         # all patches in row-major order
-        ((1, 1), None, 1, 3, 4),
         ((3, 5), None, 1, 3, 4),
-        ((14, 14), None, 1, 3, 4),
     ],
 )
 def test_gather_equals_embedding_everything_first(grid, kept, views, channels, patch):
@@ -138,8 +122,7 @@ def test_layout_of_a_patch_is_channel_row_column():
 # ---- short_attention, and finite differences of all ------------------------------------------------
 
 
-@pytest.mark.parametrize("n", TOKENS)
-@pytest.mark.parametrize(("heads", "d"), [(1, 5), (3, 8)])
+@pytest.mark.parametrize(("n", "heads", "d"), [(1, 1, 5), (39, 3, 8)])
 def test_self_attention_against_torchs(n, heads, d):
     qkv = normal(2, n, 3, heads, d)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -151,8 +134,6 @@ def test_self_attention_against_torchs(n, heads, d):
         out = ops.IMPLEMENTATIONS["attention"][name](qkv)
         assert out.shape == (2, n, heads, d) and close(out, wanted)
         assert close(torch.autograd.grad(out, qkv, upstream)[0], gradient)
-    # rows do not attend to each other
-    assert close(short_attention_reference(qkv)[1], short_attention_reference(qkv[1:2])[0])
 
 
 def test_finite_differences():
