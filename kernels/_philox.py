@@ -31,11 +31,7 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> tuple[T
 
 
 def words(index: Tensor, count: int, *, seed: int, epoch: int, stream: int) -> Tensor:
-    """`count` random words per row.
-
-    index:   [B] int64, row numbers of the samples
-    returns  [B, count] int64 in [0, 2**32), on the device of `index`
-    """
+    """[B, count] random words, int64 in [0, 2**32), on the device of `index`: [B] int64, row numbers of samples."""
     index = index.long()[:, None]
     blocks = -(-count // 4)
     if blocks > 1 << 16:

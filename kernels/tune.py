@@ -16,6 +16,7 @@ from collections.abc import Callable
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,18 +102,24 @@ def is_correct(case: Case, args: tuple, dtype: torch.dtype) -> tuple[bool, float
     return worst <= 1, worst
 
 
-def time_us(function: Callable[[], object], repeats: int = 30) -> list[float]:
-    """Microseconds per call, each a CUDA graph of 10 calls."""
+def capture(function: Callable[[], Any], warmup: int = 3, calls: int = 1) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of some calls of a function, after `warmup` calls that run as they are; and its last result."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(warmup):
             function()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    graph, result = torch.cuda.CUDAGraph(), None
     with torch.cuda.graph(graph):
-        for _ in range(10):
-            function()
+        for _ in range(calls):
+            result = function()
+    return graph, result
+
+
+def time_us(function: Callable[[], object], repeats: int = 30) -> list[float]:
+    """Microseconds per call, each a CUDA graph of 10 calls."""
+    graph, _ = capture(function, calls=10)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     out = []
     for _ in range(repeats):

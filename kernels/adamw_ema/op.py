@@ -103,11 +103,7 @@ def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor
 
 
 def tables(columns: list[list[int]], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(addresses [tensors, 11] int64, chunks of `block` elements [chunks, 2] int32) for the kernels.
-
-    columns: ten lists: addresses of param, grad, exp_avg, exp_avg_sq, step, teacher, shadow, teacher shadow (0: none);
-    number of elements; group.
-    """
+    """(addresses [tensors, 11] int64, chunks of `block` elements [chunks, 2] int32); columns: kernel.py."""
     keys = tuple(map(tuple, columns)), tuple(columns[8])
     made = _cached(_table, keys[0], device), _cached(_chunks, keys[1], block, device)
     if _capturing(device) and not any(made[0] is a and made[1] is b for a, b in _captured):

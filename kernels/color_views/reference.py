@@ -62,17 +62,9 @@ def color_params(
     views = []
     for stream in streams:
         u = uniform(index, 8, seed=seed, epoch=epoch, stream=stream)
-        views.append(
-            torch.cat(
-                [
-                    (u[:, :1] < jitter_prob).float(),
-                    low + u[:, 1:5] * (centre + width - low),
-                    (u[:, 6:7] < gray_prob).float(),
-                    permutation((u[:, 5] * 24).long()).float(),
-                ],
-                1,
-            )
-        )
+        on, gray = (u[:, :1] < jitter_prob).float(), (u[:, 6:7] < gray_prob).float()
+        factors = low + u[:, 1:5] * (centre + width - low)
+        views.append(torch.cat([on, factors, gray, permutation((u[:, 5] * 24).long()).float()], 1))
     return torch.stack(views, 1)
 
 
@@ -118,16 +110,7 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue in each image's own order, clamped to [0, 1] after each.
-
-    Args:
-        x: [B, 3, H, W] in [0, 1].
-        factors: [B, 4], hue in turns.
-        order: [B, 4], permutations of 0..3.
-
-    Returns:
-        [B, 3, H, W].
-    """
+    """x [B, 3, H, W] after the four operations, with factors [B, 4] in order [B, 4], clamped to [0, 1] after each."""
     f = factors.to(x.dtype).view(-1, 4, 1, 1, 1)
     by_rows = x.device.type == "cpu" and not torch.compiler.is_compiling()
     for place in range(4):
@@ -173,8 +156,7 @@ def color_views_reference(
         else:
             y = torch.where(on.view(-1, 1, 1, 1), jitter(x, p[:, FACTORS], p[:, ORDER].long()), x)
         y = torch.where((p[:, GRAY_ON] > 0).view(-1, 1, 1, 1), _gray(y).expand_as(y), y)
-        y = _finish(y, mean, std, channels).to(dtype)
-        out.append(y.contiguous())
+        out.append(_finish(y, mean, std, channels).to(dtype))
     return out[0], out[1]
 
 

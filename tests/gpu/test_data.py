@@ -17,29 +17,24 @@ import numpy as np
 import pytest
 import torch
 
-from extrema_fast.config import DataConfig, from_dict, smoke
+from extrema_fast.config import DataConfig
 from extrema_fast.data.loader import Batch, TrainLoader
 from extrema_fast.data.prefetch import prefetch
 from extrema_fast.data.sources import open_source
-from extrema_fast.distributed import World
 from extrema_fast.train import train_step
 from extrema_fast.training import step
 from extrema_fast.training.draw import draw as draw_batch
-from extrema_fast.training.run import build
-from extrema_fast.training.step import wrap
+from tests.gpu.test_step import begin
 
 pytestmark = pytest.mark.gpu
 
 SIZE = (64, 64)
 # about 50 ms: longer than anything else here
 LONG = 100_000_000
-
-TINY = {
-    "model": {"width": 128, "depth": 2, "heads": 2, "img_size": [64, 64], "patch_size": 8, "drop_path": 0.3},
-    "mask": {"ratio": 0.75, "views": 3},
-    "head": {"hidden": 64, "out": 32, "predictor_hidden": 64},
-    "train": {"batch_size": 16, "compile": "none", "precision": "fp32", "accumulation": 2},
+PLAIN = {
+    "train": {"accumulation": 2},
     "system": {"backend": "reference"},
+    "optim": {"base_lr": 1.5e-4},
 }
 
 
@@ -115,7 +110,7 @@ def test_two_buffers_take_turns():
 
 def test_the_host_only_enqueues():
     device = torch.device("cuda", 0)
-    run = begin({})
+    run = begin("cuda", PLAIN)
     fed = prefetch(iter(random_batches(8)), lambda *args: draw_batch(run.cfg, *args), device)
     for _ in range(3):
         next(fed)
@@ -132,18 +127,11 @@ def test_the_host_only_enqueues():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def begin(train: dict):
-    cfg = from_dict(TINY | {"train": TINY["train"] | train}, smoke())
-    run = build(cfg, World(torch.device("cuda", 0)), range(1000))
-    wrap(run)
-    return run
-
-
 @pytest.mark.parametrize("train", [{}, {"cuda_graph": True}])
 def test_prefetched_batches_give_the_same_steps(train):
     results = []
     for ahead in (False, True):
-        run = begin(train)
+        run = begin("cuda", PLAIN, {"train": train})
         # without prefetching each batch waits for the step before
         given = [random_batches(10)] if ahead else [[batch] for batch in random_batches(10)]
         for some in given:

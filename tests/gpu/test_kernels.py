@@ -41,15 +41,7 @@ def test_capture(op):
     case = spec(op).cases(True)[0]
     dtype = spec(op).dtypes[0]
     args = case.make("cuda", dtype, torch.Generator("cuda").manual_seed(0))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            tune.run_case(case, args, "ours")
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = tune.run_case(case, args, "ours")
+    graph, captured = tune.capture(lambda: tune.run_case(case, args, "ours"))
     with torch.no_grad():
         for a in args:
             if isinstance(a, torch.Tensor) and a.is_floating_point():
@@ -76,17 +68,10 @@ def test_capture_of_the_optimizer():
             sum((p * x).square().sum() for p, x in zip(params, inputs, strict=True)).backward()
             optimizer.step(momentum_weight=weight)
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
         if recorded:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
-            run = graph.replay
+            run = tune.capture(step, warmup=1)[0].replay
         else:
+            step()
             run = step
         for rate in (1e-2, 5e-3):
             lr.fill_(rate)
@@ -97,24 +82,16 @@ def test_capture_of_the_optimizer():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def last_rows_are_right(device: str, elements: int) -> None:
-    """Rows at the end of tensors of more than `elements` elements equal the same rows alone."""
-    n, heads, d, width, views = 39, 12, 64, 768, 5
-    rows = elements // (n * 3 * heads * d) + 8
-    qkv = torch.empty(rows, n, 3, heads, d, device=device, dtype=torch.float16).normal_()
-    assert qkv.numel() > elements
-    assert torch.equal(short_attention(qkv)[-3:], short_attention(qkv[-3:].clone()))
-    del qkv
-    batch = elements // (views * n * width) + 8
-    tokens = torch.empty(batch, 196, width, device=device, dtype=torch.float16).normal_()
-    keep = sample_views(torch.arange(batch, device=device), 196, n, views)
-    out = token_gather(tokens, keep, disjoint=True)
-    assert out.numel() > elements
-    expected = tokens[-1, keep[-1, -1].long()]
-    assert torch.equal(out[-1], expected)
-
-
-def test_tensors_of_more_than_two_to_the_31_elements():
+def test_rows_at_the_end_of_tensors_of_more_than_two_to_the_31_elements():
     if torch.cuda.get_device_properties(0).total_memory < 40e9:
         pytest.skip("needs 40 GB of GPU memory")
-    last_rows_are_right("cuda", 2**31)
+    n, heads, d, width, views = 39, 12, 64, 768, 5
+    rows = 2**31 // (n * 3 * heads * d) + 8
+    qkv = torch.empty(rows, n, 3, heads, d, device="cuda", dtype=torch.float16).normal_()
+    assert torch.equal(short_attention(qkv)[-3:], short_attention(qkv[-3:].clone()))
+    del qkv
+    batch = 2**31 // (views * n * width) + 8
+    tokens = torch.empty(batch, 196, width, device="cuda", dtype=torch.float16).normal_()
+    keep = sample_views(torch.arange(batch, device="cuda"), 196, n, views)
+    out = token_gather(tokens, keep, disjoint=True)
+    assert torch.equal(out[-1], tokens[-1, keep[-1, -1].long()])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -279,55 +279,44 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def check_bf16(device: str, changes: list[dict]) -> None:
+RECOMPUTED, PLAIN_ATTENTION = {"train": {"recompute": "norm"}}, {"system": {"attention": "reference"}}
+TRITON = {"system": {"backend": "triton"}}
+COMPILED = [{"train": {"compile": mode}} for mode in ("block", "step")]
+
+
+@pytest.mark.parametrize(
+    ("device", "change"),
+    [
+        *(("cpu", change) for change in (RECOMPUTED, PLAIN_ATTENTION)),
+        *(pytest.param("cuda", c, marks=gpu) for c in (RECOMPUTED, PLAIN_ATTENTION, TRITON, *COMPILED)),
+    ],
+)
+def test_bf16_gradients(device, change):
     truth = gradients(device, {})
     plain = distance(gradients(device, BF16), truth)
-    other = distance(gradients(device, BF16, *changes), truth)
-    print(f"relative error of bf16 gradients: plain {plain:.2e}, {changes} {other:.2e}")
-    # the rule of kernels.md: twice the plain form's own error, and a floor
+    other = distance(gradients(device, BF16, change), truth)
+    print(f"relative error of bf16 gradients: plain {plain:.2e}, {change} {other:.2e}")
+    # the kernels' rule: twice the plain form's own error, and a floor
     assert 1e-5 < plain < 0.1 and other <= 2 * plain + 2**-8
 
 
-@gpu
-@pytest.mark.parametrize("mode", ["block", "step"])
-def test_compiled_bf16_gradients(mode):
-    check_bf16("cuda", [{"train": {"compile": mode}}])
-
-
-@pytest.mark.parametrize("device", BOTH)
 @pytest.mark.parametrize(
-    "change",
-    [{"train": {"recompute": "norm"}}, {"system": {"attention": "reference"}}],
-    ids=["recomputed", "plain attention"],
+    ("device", "common", "change", "rtol"),
+    [
+        *(
+            pytest.param(device, {"head": {"loss": loss}}, {"train": {"accumulation": 4}}, 1e-4, marks=marks)
+            for device, marks in (("cpu", ()), ("cuda", gpu))
+            for loss in ("byol", "infonce")
+        ),
+        pytest.param("cuda", {}, TRITON, 1e-3, marks=gpu),
+    ],
 )
-def test_bf16_gradients(device, change):
-    check_bf16(device, [change])
-
-
-@gpu
-def test_triton_bf16_gradients():
-    check_bf16("cuda", [{"system": {"backend": "triton"}}])
-
-
-def check_equal(device: str, a: list[dict], b: list[dict], count: int, rtol: float = 1e-4) -> None:
-    """The same losses and weights after `count` steps of both."""
-    first, second = begin(device, *a), begin(device, *b)
-    expected = steps(first, count)
-    assert len(set(expected)) == count
-    assert steps(second, count) == pytest.approx(expected, rel=rtol)
+def test_accumulated_steps_and_triton_ops_equal_plain_steps(device, common, change, rtol):
+    first, second = begin(device, common), begin(device, common, change)
+    expected = steps(first, 4)
+    assert len(set(expected)) == 4
+    assert steps(second, 4) == pytest.approx(expected, rel=rtol)
     same(first, second, rtol=10 * rtol, atol=rtol)
-
-
-@pytest.mark.parametrize("device", BOTH)
-@pytest.mark.parametrize("loss", ["byol", "infonce"])
-def test_accumulated_steps_equal_whole_ones(device, loss):
-    change = {"head": {"loss": loss}}
-    check_equal(device, [change], [change, {"train": {"accumulation": 4}}], 4)
-
-
-@gpu
-def test_triton_ops_equal_plain_ones():
-    check_equal("cuda", [{}], [{"system": {"backend": "triton"}}], 5, rtol=1e-3)
 
 
 @gpu
@@ -418,35 +407,31 @@ def one_process_group(backend: str) -> Iterator[None]:
         del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
 
 
-def check_data_parallel(device: str, backend: str, *changes: dict) -> None:
+@pytest.mark.parametrize(
+    ("device", "backend", "compiled"),
+    [
+        ("cpu", "gloo", "none"),
+        pytest.param("cuda", "nccl", "none", marks=gpu),
+        pytest.param("cuda", "nccl", "block", marks=gpu),
+    ],
+)
+def test_data_parallel(device, backend, compiled):
     """A student wrapped as `World.wrap` does with several processes makes the steps that a plain one makes."""
-    plain = begin(device, *changes)
+    if backend == "nccl" and not dist.is_nccl_available():
+        pytest.skip("torch is built without NCCL")
+    change = {"train": {"compile": compiled}}
+    plain = begin(device, change)
     expected = steps(plain, 4)
     with one_process_group(backend):
-        run = begin(device, *changes)
+        run = begin(device, change)
         ids = [0] if device == "cuda" else None
         run.student = torch.nn.parallel.DistributedDataParallel(
             run.method.student_branch, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
         losses = steps(run, 3)
-        if device == "cuda":
-            batch = batch_of(run)
-            with no_waiting():
-                draw_and_step(run, batch)
-        else:
-            draw_and_step(run, batch_of(run))
+        batch = batch_of(run)
+        with no_waiting() if device == "cuda" else nullcontext():
+            draw_and_step(run, batch)
         run.step += 1
     assert losses == pytest.approx(expected[:3], rel=1e-4)
     same(plain, run, rtol=1e-3, atol=1e-4)
-
-
-@gpu
-@pytest.mark.parametrize("mode", ["none", "block"])
-def test_data_parallel_over_nccl(mode):
-    if not dist.is_nccl_available():
-        pytest.skip("torch is built without NCCL")
-    check_data_parallel("cuda", "nccl", {"train": {"compile": mode}})
-
-
-def test_data_parallel_over_gloo():
-    check_data_parallel("cpu", "gloo")
