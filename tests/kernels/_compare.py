@@ -90,6 +90,15 @@ def assert_repeats(run: Callable[[], Sequence[Tensor]]) -> None:
         assert not a.isnan().any() and torch.equal(a, b)
 
 
+def assert_one_graph(f: Callable[..., Tensor], args: Sequence[Tensor]) -> None:
+    """`f`, a scalar, compiles to one graph, forward and backward, and gives the same."""
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=False)
+    a, b = compiled(*args), f(*args)
+    torch.testing.assert_close(a, b)
+    leaves = [x for x in args if x.requires_grad]
+    torch.testing.assert_close(torch.autograd.grad(a, leaves), torch.autograd.grad(b, leaves))
+
+
 def assert_errors(f: Callable[..., Any], cases: Sequence[tuple]) -> None:
     """Each case, (positional arguments, options, what the error names), is a ValueError."""
     for args, options, words in cases:
