@@ -167,8 +167,14 @@ def load_rgb(file: Any, exif: bool, box: tuple[int, int, int, int] | None = None
         im: Image.Image = ImageOps.exif_transpose(opened) if exif else opened
         if box is not None:
             im = im.crop(box)
-        if im.mode.startswith("I"):
-            # PIL's own conversion clips 16 bits at 255 instead of scaling them
-            deep = np.asarray(im).astype(np.float64).clip(0, 65535)
-            im = Image.fromarray(np.rint(deep / 257).astype(np.uint8))
-        return im.convert("RGB")
+        return to_8_bit(im).convert("RGB")
+
+
+def to_8_bit(im: Any) -> Any:
+    """A PIL image of 16 bits scaled to 8 (PIL's own conversion clips them at 255); any other as it is."""
+    from PIL import Image
+
+    if not im.mode.startswith("I"):
+        return im
+    deep = np.asarray(im).astype(np.float64).clip(0, 65535)
+    return Image.fromarray(np.rint(deep / 257).astype(np.uint8))

@@ -16,10 +16,7 @@ from ..training.step import batches, wrap
 
 
 def dry_run(cfg: Config, steps: int = 3) -> dict[str, Any]:
-    """What `steps` real steps say about the run to come; nothing is written.
-
-    raises as `pretrain`
-    """
+    """What `steps` real steps say about the run to come; nothing is written."""
     with start(cfg.system.device) as world:
         prepare_torch(cfg.system)
         local_batch(cfg, world.size)

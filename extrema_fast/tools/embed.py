@@ -453,18 +453,9 @@ def _encode_parts(
 
 @torch.inference_mode()
 def encode_batch(job: Job, images: Tensor, rows: Tensor) -> Tensor:
-    """Features of one batch, on the CPU in the stored type.
+    """Features [b, D] (or patch tokens [b, N, D]) of images [b, H, W, 3] uint8, on the CPU in the stored type.
 
-    Args:
-        images: [b, H, W, 3] uint8.
-        rows: [b] row numbers, which choose the patches kept with `keep_ratio`.
-
-    Returns:
-        [b, D], or [b, N, D] for patch tokens.
-
-    Raises:
-        NonFiniteError: names the first image.
-        UsageError: only fp16 cannot hold the numbers.
+    The row numbers [b] choose the patches kept with `keep_ratio`.
     """
     s, device, encoder = job.settings, job.world.device, job.encoder
     x = normalize(images.to(device, non_blocking=True), s.mean, s.std, encoder.in_chans)

@@ -101,12 +101,7 @@ def write_part(
     rows: list[Row],
     broken: list[tuple[int, str]],
 ) -> None:
-    """Writes one part and, after it, the record that makes it count.
-
-    Args:
-        features: [n, ...] on the CPU, in the type they are stored in.
-        rows: the n images they belong to.
-    """
+    """Writes one part (features [n, ...] of n images) and, after it, the record that makes it count."""
     path = part_file(folder, number, file_format)
     with _storing(path):
         with new_file(path) as f:
@@ -189,7 +184,8 @@ def remove(folder: Path) -> None:
 def load_embeddings(folder: str | Path) -> Embeddings:
     """A finished folder of `extrema-fast embed`.
 
-    raises UsageError when there is none, or it is unfinished or damaged
+    Raises:
+        UsageError: there is none, or it is unfinished or damaged.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -211,8 +207,10 @@ def load_embeddings(folder: str | Path) -> Embeddings:
 class Embeddings:
     """Features of many images, read part by part; made by `load_embeddings`.
 
-    folder  where they are;  config: the content of config.json
-    shape   of one image's features: (D,), or (N, D) for patch tokens
+    Attributes:
+        folder: where they are.
+        config: the content of config.json.
+        shape: of one image's features: (D,), or (N, D) for patch tokens.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
@@ -231,7 +229,8 @@ class Embeddings:
     def parts(self) -> Iterator[tuple[int, Tensor]]:
         """(first feature row, features [n, *shape] in the stored type) of each part; one in memory at a time.
 
-        raises UsageError for a file that is damaged or does not fit
+        Raises:
+            UsageError: a file that is damaged or does not fit.
         """
         first, file_format = 0, self.config["settings"]["format"]
         dtype = DTYPES[self.config["settings"]["dtype"]]

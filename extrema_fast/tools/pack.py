@@ -146,7 +146,10 @@ def pack(
             with _locked(out, work):
                 finished = _is_finished(out, about)
                 if not finished:
-                    _begin(out, about, pillow)
+                    before = read_json(out / ABOUT, {}).get("pillow", pillow)
+                    if before != pillow:
+                        log.warning("%s: begun with Pillow %s, now %s: bytes may differ", out, before, pillow)
+                    _write_about(out, {**about, "pillow": pillow, "complete": False})
                     _pack(source, out, work, settings, threads, max_bad, progress)
                     _finish(source, out, work, about, pillow)
     except OSError as e:
@@ -294,13 +297,6 @@ def _is_finished(out: Path, about: dict[str, Any]) -> bool:
             f"{broken[0]}; --force packs again"
         )
     return True
-
-
-def _begin(out: Path, about: dict[str, Any], pillow: str) -> None:
-    before = read_json(out / ABOUT, {}).get("pillow", pillow)
-    if before != pillow:
-        log.warning("%s: begun with Pillow %s, goes on with %s: bytes may differ", out, before, pillow)
-    _write_about(out, {**about, "pillow": pillow, "complete": False})
 
 
 def _write_about(out: Path, about: dict[str, Any]) -> None:

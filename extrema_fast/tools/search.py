@@ -113,13 +113,9 @@ def search(
 def nearest(
     queries: Tensor, embeddings: Embeddings, k: int, device: str | torch.device = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Cosine similarity and feature row of the k nearest to each query, best first; equal scores in row order.
+    """Cosine similarity [Q, k] and feature row [Q, k] of the k nearest to each query [Q, D], on the CPU.
 
-    Args:
-        queries: [Q, D] float.
-
-    Returns:
-        [Q, k] fp32 and [Q, k] int64, on the CPU.
+    The best come first; equal ones in row order.
     """
     queries = F.normalize(queries.float(), dim=1).to(device)
     best = torch.empty(len(queries), 0, device=device)
@@ -292,10 +288,8 @@ class Tile(NamedTuple):
 def check_target(path: Path, force: bool) -> None:
     """UsageError unless `path` can become a PNG file: free, an earlier sheet, or any file with `force`."""
     image = _pillow()
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"--out: expected a file that ends in .png, got {path}")
-    if path.is_dir():
-        raise UsageError(f"--out {path}: is a folder; expected a file that ends in .png")
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise UsageError(f"--out {path}: expected a file that ends in .png")
     if not path.exists() or force:
         return
     try:
@@ -319,14 +313,7 @@ def _pillow() -> Any:
 
 
 def write_sheet(path: Path, lines: list[list[Tile]], *, exif: bool = False) -> None:
-    """A PNG file with one line of tiles after the other; the first tile of each, the query, stands apart.
-
-    Args:
-        exif: rotate by the EXIF tag.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
+    """A PNG file with one line of tiles after the other; the first tile of each, the query, stands apart."""
     image = _pillow()
     from PIL import ImageDraw, ImageFont
     from PIL.PngImagePlugin import PngInfo

@@ -10,9 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ..config import MAX_PIXELS
+from ..data.image_files import to_8_bit
 from ..data.manifest import Row
 from ..data.shards import BLOCK, Member, index_text
 from ..files import write_file
@@ -42,10 +41,6 @@ def pack_image(data: bytes, size: int, side: str, quality: int) -> Packed | str:
     A JPEG that is small enough keeps its bytes. Everything else becomes a JPEG of the pixels a loader sees
     (`load_rgb`): gray stays gray, CMYK, palettes and alpha become RGB, 16 bits become 8. Pixels
     are stored as they were, and so is the EXIF orientation, so that training may follow it or not.
-
-    Args:
-        size: its `side` ("short" or "long") becomes so many pixels where it has more; 0: bytes stay as they are.
-        quality: of the JPEG files written, 1 to 100.
     """
     from PIL import Image
 
@@ -60,7 +55,10 @@ def pack_image(data: bytes, size: int, side: str, quality: int) -> Packed | str:
             if not size or (found.kind == "jpeg" and target == im.size):
                 width, height = im.size
                 return Packed(data, found.kind, width, height, found.orientation)
-            small = _pixels(im).resize(target, Image.Resampling.BICUBIC)
+            # what a loader sees, in one channel where its three are equal by kind
+            pixels = to_8_bit(im)
+            pixels = pixels.convert("L" if pixels.mode in ("1", "L", "LA", "La") else "RGB")
+            small = pixels.resize(target, Image.Resampling.BICUBIC)
             smaller = _jpeg(small, quality, found.orientation)
             return Packed(smaller, "jpeg", *target, found.orientation)
     # a broken file makes Pillow raise nearly anything
@@ -75,17 +73,6 @@ def _target(given: tuple[int, int], size: int, side: str) -> tuple[int, int]:
         return given
     width, height = (max(1, round(n * size / measured)) for n in given)
     return width, height
-
-
-def _pixels(im: Any) -> Any:
-    """What a loader sees of an open PIL image, in one channel where its three are equal by kind."""
-    from PIL import Image
-
-    if im.mode.startswith("I"):
-        # PIL's own conversion clips 16 bits at 255 instead of scaling them
-        deep = np.asarray(im).astype(np.float64).clip(0, 65535)
-        return Image.fromarray(np.rint(deep / 257).astype(np.uint8))
-    return im.convert("L" if im.mode in ("1", "L", "LA", "La") else "RGB")
 
 
 def _jpeg(im: Any, quality: int, orientation: int) -> bytes:

@@ -166,14 +166,7 @@ def pillow(data: bytes) -> str | None:
 
 
 def nvimagecodec(printed: Callable[[], str]) -> Decode:
-    """A decoder by nvImageCodec on the CPU.
-
-    Args:
-        printed: what was written to standard error since it was last asked.
-
-    Raises:
-        ImportError, RuntimeError: it is not there.
-    """
+    """A decoder by nvImageCodec on the CPU; `printed` gives what is new on standard error."""
     from nvidia import nvimgcodec
 
     cpu = [nvimgcodec.Backend(nvimgcodec.CPU_ONLY)]
@@ -232,19 +225,19 @@ def _start(strict: bool, max_pixels: int) -> None:
 
     # sizes are compared with the limit before anything is decoded
     Image.MAX_IMAGE_PIXELS = None
+    name = f"Pillow {PIL.__version__}"
+    decode: Decode = pillow
     try:
         from nvidia import nvimgcodec
 
         first = nvimagecodec(printed)
+        better = f"nvImageCodec {nvimgcodec.__version__}"
     except (ImportError, OSError, RuntimeError, AttributeError):
-        _decoder = _Decoder(f"Pillow {PIL.__version__}", pillow, max_pixels)
-        return
-    name = f"nvImageCodec {nvimgcodec.__version__}"
-    if strict:
-        both = f"{name} and Pillow {PIL.__version__}"
-        _decoder = _Decoder(both, lambda data: first(data) or pillow(data), max_pixels)
+        pass
     else:
-        _decoder = _Decoder(name, first, max_pixels)
+        name = f"{better} and {name}" if strict else better
+        decode = (lambda data: first(data) or pillow(data)) if strict else first
+    _decoder = _Decoder(name, decode, max_pixels)
 
 
 def _end_with(sentinel: int) -> None:
@@ -279,7 +272,6 @@ def _check_files(files: Sequence[File]) -> list[Verdict]:
 
 
 def _check_file(path: str, offset: int, length: int) -> Verdict:
-    """`check` of a file or a part of one; what cannot be read is a verdict too."""
     assert _decoder is not None
     try:
         data, mtime_ns = _read(path, offset, length)

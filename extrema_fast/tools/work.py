@@ -33,26 +33,18 @@ class Work:
 
     @contextmanager
     def locked(self, name: str, *, own: str = "") -> Iterator[None]:
-        """Keeps other processes from the same job.
-
-        Args:
-            name: of the job, as an error names it.
-            own: regular expression of other files that the job puts into the folder.
-
-        Raises:
-            UsageError: another process works on it, or the folder is something else.
-            OSError: it cannot be written.
-        """
+        """Keeps other processes from the job `name`; `own` matches other files that it puts into the folder."""
         ours = re.compile(rf"\d+\.json|lock|\.tmp-.*|{own}")
-        if self.folder.exists():
-            foreign = not self.folder.is_dir() or any(
-                not ours.fullmatch(p.name) for p in self.folder.iterdir()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            foreign = True
+        else:
+            foreign = any(not ours.fullmatch(p.name) for p in self.folder.iterdir())
+        if foreign:
+            raise UsageError(
+                f"{name}: finished work goes to {self.folder}, which is something else; move it away"
             )
-            if foreign:
-                raise UsageError(
-                    f"{name}: finished work goes to {self.folder}, which is something else; move it away"
-                )
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with lock(self.folder / "lock", name):
                 # of a process that was killed while writing

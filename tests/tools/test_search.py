@@ -271,7 +271,7 @@ def test_what_a_sheet_may_replace(made, tmp_path):
     for name, error, words in (
         ("photo.png", UsageError, "there is another file; .*--force"),
         ("sheet.jpg", UsageError, r"expected a file that ends in \.png"),
-        ("d.png", UsageError, "is a folder"),
+        ("d.png", UsageError, r"expected a file that ends in \.png"),
         ("file/x.png", StorageError, "cannot be written"),
     ):
         with pytest.raises(error, match=words):
