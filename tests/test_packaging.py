@@ -42,19 +42,9 @@ def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (source / name).mkdir()
         (source / name / "__init__.py").touch()
     out = tmp_path_factory.mktemp("wheel")
-    command = [
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-index",
-        "--no-build-isolation",
-        "-w",
-        out,
-        source,
-    ]
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=240)
+    options = ["-q", "--no-deps", "--no-index", "--no-build-isolation"]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "-w", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     (path,) = out.glob("*.whl")
     return path
@@ -76,15 +66,15 @@ def constraints(repository: Path) -> list[Requirement]:
     return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
 
 
-def holds(requirement: Requirement, python: str, extra: str = "") -> bool:
-    """Whether its marker is true on Linux x86_64 with this Python."""
-    environment = {
-        "python_version": python,
-        "platform_system": "Linux",
-        "platform_machine": "x86_64",
-        "extra": extra,
-    }
+def holds(requirement: Requirement, python: str, extra: str = "", system: str = "Linux") -> bool:
+    """Whether its marker is true with this Python."""
+    environment = {"python_version": python, "platform_system": system, "extra": extra}
+    environment["platform_machine"] = {"Linux": "x86_64", "Darwin": "arm64"}[system]
     return requirement.marker is None or requirement.marker.evaluate(environment)
+
+
+def python(*args: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120, cwd=cwd)
 
 
 def test_version_stands_once(repository, wheel_metadata):
@@ -95,9 +85,8 @@ def test_version_stands_once(repository, wheel_metadata):
 
 
 def test_metadata(wheel_metadata):
-    assert wheel_metadata["Name"] == "extrema-fast"
-    assert wheel_metadata["License-Expression"] == "Apache-2.0"
-    assert wheel_metadata["Requires-Python"] == ">=3.10"
+    keys = ("Name", "License-Expression", "Requires-Python")
+    assert [wheel_metadata[k] for k in keys] == ["extrema-fast", "Apache-2.0", ">=3.10"]
     assert len(wheel_metadata.get_payload()) > 500, "README.md should be the long description"
 
 
@@ -107,55 +96,36 @@ def test_installed_command():
     assert callable(command.load())
 
 
-def test_core_is_small(wheel_metadata):
-    core = {r.name for r in requirements(wheel_metadata) if holds(r, "3.12")}
-    assert core == {"torch", "triton", "numpy", "safetensors"}
-
-
-def test_core_outside_linux_has_no_triton(wheel_metadata):
-    environment = {
-        "platform_system": "Darwin",
-        "platform_machine": "arm64",
-        "python_version": "3.12",
-        "extra": "",
-    }
-    core = {
-        r.name for r in requirements(wheel_metadata) if r.marker is None or r.marker.evaluate(environment)
-    }
-    assert core == {"torch", "numpy", "safetensors"}
+@pytest.mark.parametrize(("system", "more"), [("Linux", {"triton"}), ("Darwin", set())])
+def test_core_is_small(wheel_metadata, system, more):
+    core = {r.name for r in requirements(wheel_metadata) if holds(r, "3.12", system=system)}
+    assert core == {"torch", "numpy", "safetensors"} | more
 
 
 def test_extras(wheel_metadata):
-    extras = set(wheel_metadata.get_all("Provides-Extra"))
-    assert extras >= {
-        "train",
-        "tensorboard",
-        "dali-cuda13",
-        "dali-cuda12",
-        "xformers",
-        "timm",
-        "bench",
-        "dev",
-    }
+    named = {"train", "tensorboard", "dali-cuda13", "dali-cuda12", "xformers", "timm", "bench", "dev"}
+    assert set(wheel_metadata.get_all("Provides-Extra")) >= named
     names = {r.name.lower() for r in requirements(wheel_metadata)}
     assert not {n for n in names if "apex" in n}, "the apex of PyPI is an unrelated package"
 
 
-@pytest.mark.parametrize("python", PYTHONS)
-def test_every_dependency_has_a_tested_version_in_range(repository, wheel_metadata, python):
+@pytest.mark.parametrize("version", PYTHONS)
+def test_every_dependency_has_a_tested_version_in_range(repository, wheel_metadata, version):
     pins = {}
     for pin in constraints(repository):
         (exact,) = pin.specifier
         assert exact.operator == "==", pin
-        if holds(pin, python):
-            assert pin.name not in pins, f"{pin.name} is pinned twice for Python {python}"
+        if holds(pin, version):
+            assert pin.name not in pins, f"{pin.name} is pinned twice for Python {version}"
             pins[pin.name] = Version(exact.version)
     wanted = requirements(wheel_metadata)
     extras = ["", *wheel_metadata.get_all("Provides-Extra")]
     for requirement in wanted:
-        if requirement.name == "setuptools" or not any(holds(requirement, python, e) for e in extras):
+        if requirement.name == "setuptools" or not any(holds(requirement, version, e) for e in extras):
             continue
-        assert requirement.name in pins, f"constraints.txt: {requirement.name} for Python {python} is missing"
+        assert requirement.name in pins, (
+            f"constraints.txt: {requirement.name} for Python {version} is missing"
+        )
         assert pins[requirement.name] in requirement.specifier, (requirement, pins[requirement.name])
 
 
@@ -185,37 +155,27 @@ def test_wheel_imports_without_the_checkout(wheel, tmp_path):
         "import extrema_fast, extrema_fast.kernels, extrema_fast.ops.dispatch\n"
         "print(extrema_fast.__file__, extrema_fast.kernels.__file__)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = python("-c", code, str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert all(Path(p).is_relative_to(tmp_path) for p in done.stdout.split())
 
 
 @pytest.mark.parametrize(
-    "code",
+    ("code", "words"),
     [
-        "from kernels import patch_gather",
-        "import kernels; kernels.patch_gather",
-        "import kernels.patch_gather",
+        ("import kernels; kernels.patch_gather", "import extrema_fast.kernels"),
+        ("import kernels.patch_gather", "No module named 'kernels.patch_gather'"),
     ],
 )
-def test_kernels_by_its_bare_name_is_refused(repository, code):
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=repository
-    )
-    assert done.returncode == 1
-    assert (
-        "import extrema_fast.kernels" in done.stderr
-        or "No module named 'kernels.patch_gather'" in done.stderr
-    )
+def test_kernels_by_its_bare_name_is_an_error(repository, code, words):
+    done = python("-c", code, cwd=repository)
+    assert done.returncode == 1 and words in done.stderr
 
 
 def test_who_looks_for_the_other_kernels_finds_an_empty_module(repository):
     # as transformers does at its import; with the checkout on the path it finds this folder
     code = "import sys, kernels; print(getattr(kernels, '__version__', 'N/A'), 'torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=repository
-    )
+    done = python("-c", code, cwd=repository)
     assert done.stdout.split() == ["N/A", "False"], done.stderr
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from extrema_fast.errors import UsageError
 from extrema_fast.ops import attention
 from extrema_fast.ops import dispatch as ops
+from tests.kernels._compare import assert_as_good, with_gradients
 
 pytestmark = pytest.mark.gpu
 SIZES = [1, 19, 39, 49, 64, 196]
@@ -49,22 +50,21 @@ def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def with_gradient(function, qkv: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = qkv.detach().clone().requires_grad_()
-    out = function(leaf)
-    return out.detach(), torch.autograd.grad(out, leaf, upstream.to(out.dtype))[0]
-
-
-def assert_as_good(got: tuple[Tensor, ...], plain: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
-    """At most twice the plain formula's own error in this dtype, and a floor."""
-    for ours, same, wanted in zip(got, plain, exact, strict=True):
-        assert ours.shape == wanted.shape and ours.dtype == same.dtype
-        mine, theirs = ((x.double() - wanted).abs().max() / wanted.abs().max() for x in (ours, same))
-        limit = 2 * theirs + torch.finfo(ours.dtype).eps + 1e-6
-        assert mine <= limit, f"{mine:.1e}, limit {limit:.1e}"
+    return with_gradients(function, [qkv.detach().clone().requires_grad_()], upstream)
 
 
 def plain(qkv: Tensor) -> Tensor:
     return attention.BACKENDS["reference"](qkv)
+
+
+def compare(name: str, qkv: Tensor, upstream: Tensor, some: Tensor | slice = slice(None)) -> None:
+    """All rows run; `some` of them are compared, by the rule of the kernels."""
+    got = with_gradient(lambda x: ops.attention(x, name), qkv, upstream)
+    same = with_gradient(plain, qkv[some], upstream[some])
+    exact = with_gradient(plain, qkv[some].double(), upstream[some])
+    for ours, theirs, wanted in zip(got, same, exact, strict=True):
+        assert bool(ours.isfinite().all())
+        assert_as_good(ours[some], theirs, wanted, 256)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -73,14 +73,9 @@ def plain(qkv: Tensor) -> Tensor:
 def test_against_float64(name, n, dtype, device):
     require(name, device, dtype, n)
     qkv, upstream = randn(33, n, 3, 6, 64, dtype=dtype), randn(33, n, 6, 64, dtype=dtype)
-    exact = with_gradient(plain, qkv.double(), upstream)
-    assert_as_good(
-        with_gradient(lambda x: ops.attention(x, name), qkv, upstream),
-        with_gradient(plain, qkv, upstream),
-        exact,
-    )
+    compare(name, qkv, upstream)
     with torch.no_grad():
-        assert_as_good((ops.attention(qkv, name),), (plain(qkv),), exact[:1])
+        assert_as_good(ops.attention(qkv, name), plain(qkv), plain(qkv.double()), 256)
 
 
 @pytest.mark.parametrize(
@@ -98,35 +93,23 @@ def test_a_name_forces_its_kernel(name, node, device):
     assert any(node in n for n in names), names
 
 
-def compare_some(name: str, rows: int, n: int, heads: int) -> None:
-    """All rows run; the first, the last and those around the middle are compared."""
-    qkv, upstream = randn(rows, n, 3, heads, 64), randn(rows, n, heads, 64)
-    some = torch.cat(
-        [torch.arange(8), torch.arange(rows // 2 - 8, rows // 2 + 8), torch.arange(rows - 8, rows)]
-    )
-    got = with_gradient(lambda x: ops.attention(x, name), qkv, upstream)
-    few, up = qkv[some], upstream[some]
-    assert_as_good(
-        tuple(x[some] for x in got),
-        with_gradient(plain, few, up),
-        with_gradient(plain, few.double(), up),
-    )
-    assert all(bool(x.isfinite().all()) for x in got)
-
-
-@pytest.mark.parametrize("rows", [65_535, 65_536, 131_080])
+@pytest.mark.parametrize(
+    ("rows", "n", "heads"),
+    [
+        # around the most sequences of a launch
+        (65_535, 4, 1),
+        (65_536, 4, 1),
+        (131_080, 4, 1),
+        # around FlashAttention-2's limit: rows * 16 heads * 128 padded tokens * head_dim 64 = 2**31 at 16,384 rows
+        (16_384, 8, 16),
+        (16_385, 8, 16),
+    ],
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_more_sequences_than_a_launch_takes(name, rows, device):
-    require(name, device, torch.bfloat16, 4)
-    compare_some(name, rows, 4, 1)
-
-
-@pytest.mark.parametrize("rows", [16_384, 16_385])
-@pytest.mark.parametrize("name", NAMES)
-def test_around_the_limit_of_flash_attentions_backward_pass(name, rows, device):
-    """rows * 16 heads * 128 padded tokens * head_dim 64 = 2**31 at 16,384 rows."""
-    require(name, device, torch.bfloat16, 8)
-    compare_some(name, rows, 8, 16)
+def test_around_the_limits_of_a_launch(name, rows, n, heads, device):
+    require(name, device, torch.bfloat16, n)
+    some = torch.cat([torch.arange(i, i + 16) for i in (0, rows // 2 - 8, rows - 16)])
+    compare(name, randn(rows, n, 3, heads, 64), randn(rows, n, heads, 64), some)
 
 
 @pytest.mark.parametrize("name", NAMES)
