@@ -238,7 +238,8 @@ def _add_dotted(p: _Parser) -> dict[str, argparse.Action]:
             if get_origin(hint) is tuple:
                 options["nargs"], hint = len(get_args(hint)), get_args(hint)[0]
             if get_origin(hint) is Literal:
-                options["choices"] = get_args(hint)
+                # checked with the configuration, which also knows what values were called before
+                options["metavar"] = "{" + ",".join(get_args(hint)) + "}"
             else:
                 options |= {"type": hint, "metavar": hint.__name__.upper()}
             actions[name] = group.add_argument(prefix + leaf, **options)

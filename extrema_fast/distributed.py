@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import resource
 import signal
+import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -50,6 +51,13 @@ class World:
     def is_rank_zero(self) -> bool:
         """True on the one process that writes files and prints."""
         return self.rank == 0
+
+    def memory_gb(self) -> float:
+        """Peak memory of this process in GB: the allocator's on a GPU, all of it on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum of `x` over all processes, in place."""
@@ -104,9 +112,13 @@ class World:
             return student
         ids = [self.device.index] if self.device.type == "cuda" else None
         # the only buffer is the constant position table: no need to send it at every step
-        return nn.parallel.DistributedDataParallel(
+        wrapped = nn.parallel.DistributedDataParallel(
             student, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
+        # gloo's destructor waits for its threads, and they for the GIL when they release a tensor; only the group's
+        # Python object lets go of the GIL for it, so it must be what is released last: attributes go in order
+        wrapped._group = dist.group.WORLD
+        return wrapped
 
     def no_sync_unless(self, last: bool, model: nn.Module) -> AbstractContextManager[None]:
         """Context of a micro-batch: gradients are all-reduced with the last one only."""
@@ -174,17 +186,10 @@ def start(device: str) -> Iterator[World]:
     except ExtremaError:
         # raised on all ranks; after any other error the others may be in a collective: let the process end
         if ours:
-            _leave()
+            dist.destroy_process_group()
         raise
     if ours:
-        _leave()
-
-
-def _leave() -> None:
-    dist.destroy_process_group()
-    # a gloo thread may still wait for the GIL to release a tensor, while the group's destructor, which holds the GIL,
-    # waits for that thread; sleeping lets it finish first
-    time.sleep(0.1)
+        dist.destroy_process_group()
 
 
 class Signals:

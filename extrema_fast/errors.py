@@ -41,12 +41,17 @@ class Preempted(ExtremaError):
     exit_code = 75
 
 
+def one_line(error: BaseException, length: int = 200) -> str:
+    """An exception's text on one line of at most `length` characters."""
+    return " ".join(str(error).split())[:length]
+
+
 def cannot_import(package: str, error: Exception, extra: str) -> str:
     """Why an optional package cannot be imported, and what helps; `extra` of this project brings it."""
     remedy = f'pip install "extrema-fast[{extra}]"'
     if "torchvision::" in str(error):
         remedy = "torchvision was built for another torch; install both from the same index"
-    return f"{package} cannot be imported ({' '.join(str(error).split())[:200]}); {remedy}"
+    return f"{package} cannot be imported ({one_line(error)}); {remedy}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,9 +12,9 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
-from .errors import StorageError, UsageError
+from .errors import StorageError, UsageError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +76,8 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
     except (OSError, ValueError, RecursionError) as error:
         if default is not None:
             return default
-        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise UsageError(f"{path}: not a JSON description ({reason[:200]})") from None
+        reason = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
+        raise UsageError(f"{path}: not a JSON description ({reason})") from None
     return data
 
 
@@ -161,40 +161,42 @@ def lock(path: Path, name: str) -> Iterator[None]:
     """
     # the kernel drops the lock with the process, so one left by kill -9 is free at once
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = False
-            except BlockingIOError:
-                held = True
-            # a file system without flock: the recorded process decides
-            except OSError:
-                held = _held(read_json(path, {}))
-            if held:
+        with open(path, "a") as f:
+            if not _take(f, path):
                 owner = _owner(read_json(path, {}))
                 raise UsageError(
                     f"{name}: another job is running here ({owner}); stop it, or write to another place"
                 )
             # the holder may have removed the file between our open and our lock
-            if _is_same(path, fd):
-                if os.fstat(fd).st_size:
-                    log.info("%s: a lock left by %s is taken over", name, _owner(read_json(path, {})))
-                os.ftruncate(fd, 0)
-                os.write(fd, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
-                try:
-                    yield
-                finally:
-                    # with its folder it may have been removed, and made again by another process
-                    if _is_same(path, fd):
-                        path.unlink()
-                return
-        finally:
-            os.close(fd)
+            if not _is_same(path, f):
+                continue
+            if path.stat().st_size:
+                log.info("%s: a lock left by %s is taken over", name, _owner(read_json(path, {})))
+            f.truncate(0)
+            f.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+            f.flush()
+            try:
+                yield
+            finally:
+                # with its folder it may have been removed, and made again by another process
+                if _is_same(path, f):
+                    path.unlink()
+            return
 
 
-def _is_same(path: Path, fd: int) -> bool:
-    return path.exists() and os.fstat(fd).st_ino == path.stat().st_ino
+def _take(f: TextIO, path: Path) -> bool:
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    # a file system without flock: the recorded process decides
+    except OSError:
+        return not _held(read_json(path, {}))
+    return True
+
+
+def _is_same(path: Path, f: TextIO) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(f.fileno()), path.stat())
 
 
 def _owner(holder: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ checkpoint holds tensors and a step number; nothing draws from a global generato
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,7 +20,7 @@ from .data.loader import Batch, TrainLoader
 from .data.order import epoch_length
 from .data.sources import ImageSource
 from .distributed import Signals, start
-from .errors import OutOfMemoryError, Preempted, is_out_of_memory
+from .errors import OutOfMemoryError, Preempted, is_out_of_memory, one_line
 from .evaluation.evaluate import collapse_warnings, online_eval
 from .training.checkpoint import Saver, fault
 from .training.logging import TrainLog
@@ -85,30 +86,20 @@ def pretrain(
         run = build(cfg, world, source)
         if init_from is not None:
             init_weights(run, init_from, overwrite)
-        folder = world.rank_zero_only(lambda: RunFolder(out, overwrite=overwrite))
-        try:
+        with world.rank_zero_only(lambda: RunFolder(out, overwrite=overwrite)) or nullcontext() as folder:
             resume(run, allow_config_change)
             wrap(run)
             with TrainLog(run, folder, progress) as train_log, open_loader(run, out / BAD_ROWS) as loader:
-                _loop(run, loader, folder, train_log, test, signals)
-        finally:
-            if folder is not None:
-                folder.close()
+                _loop(run, loader, train_log, test, signals)
     return out
 
 
 def _loop(
-    run: Run,
-    loader: TrainLoader,
-    folder: RunFolder | None,
-    train_log: TrainLog,
-    test: ImageSource | None,
-    signals: Signals,
+    run: Run, loader: TrainLoader, train_log: TrainLog, test: ImageSource | None, signals: Signals
 ) -> None:
+    folder, world = train_log.folder, run.world
     saver = Saver(Path(run.cfg.out), run.cfg.ckpt, run.schedule.steps_per_epoch)
-    train_log.start(
-        headline(run.cfg, run.resolved, run.world.size, epoch_length(run.source)), loader.remedy()
-    )
+    train_log.start(headline(run.cfg, run.resolved, world.size, epoch_length(run.source)), loader.remedy())
     if folder is not None:
         describe(run, folder)
     if run.step == 0 and run.evaluates():
@@ -116,18 +107,18 @@ def _loop(
     for batch in islice(batches(run, loader), run.schedule.total_steps - run.step):
         stats = _step(run, batch)
         run.step += 1
-        stop = signals.stop_agreed(run.world, train_log.due()) and not run.last
+        stop = signals.stop_agreed(world, train_log.due()) and not run.last
         saves = run.saves() or stop
         if train_log.due() or run.evaluates() or saves:
             # all processes learn of unreadable images, or end together when there are too many
-            train_log.bad_images = loader.agree(run.world)
+            train_log.bad_images = loader.agree(world)
         train_log.step(stats)
         if run.evaluates():
             _evaluate(run, train_log, test)
         if saves:
             with train_log.paused():
                 must, attempt = run.last or stop, folder.attempt if folder else 0
-                run.world.rank_zero_only(partial(save, run, saver, attempt, must=must))
+                world.rank_zero_only(partial(save, run, saver, attempt, must=must))
         if stop:
             total = run.schedule.total_steps
             raise Preempted(f"stopped by a signal after step {run.step} of {total}, saved in {run.cfg.out}")
@@ -139,7 +130,7 @@ def _step(run: Run, batch: Batch) -> StepStats:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
     # outside the handler, whose traceback would keep the step's tensors
     raise OutOfMemoryError(
         f"step {run.step + 1} ran out of memory on {run.world.device}: {memory_remedy(run)} ({reason})"

@@ -9,7 +9,6 @@ from ..config import Config, local_batch
 from ..data.order import epoch_length
 from ..distributed import start
 from ..train import train_step
-from ..training.logging import memory_gb
 from ..training.resolve import checkpoint_bytes, derived
 from ..training.run import build, open_loader, open_train, prepare_torch
 from ..training.step import batches, wrap
@@ -46,6 +45,6 @@ def dry_run(cfg: Config, steps: int = 3) -> dict[str, Any]:
             "loss": values["loss"],
             "skipped": values["skipped"],
             "lr": [run.schedule.lr(i) for i in range(run.step)],
-            "memory_gb": memory_gb(world.device),
+            "memory_gb": world.memory_gb(),
             "checkpoint_mb": checkpoint_bytes(run.method) / 1e6,
         }

@@ -26,7 +26,6 @@ from ..errors import UsageError
 from ..files import write_file
 from ..ops.scope import recording
 from ..train import train_step
-from ..training.logging import memory_gb
 from ..training.resolve import flops_per_image
 from ..training.run import Run, build, open_loader, open_train, prepare_torch
 from ..training.run_folder import versions
@@ -181,7 +180,7 @@ def _result(run: Run, found: trace.Breakdown, times: dict[str, float], images: s
         "busy_share": found.busy_us / found.wall_us,
         "images_per_s": images_per_s,
         "precision": run.resolved.precision,
-        "memory_gb": memory_gb(device),
+        "memory_gb": run.world.memory_gb(),
         "model_tflops_per_s": flops_per_image(cfg) * images_per_s / 1e12,
         "matmul": {
             "ms": matmul_us * per_step,

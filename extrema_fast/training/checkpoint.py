@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..config import CheckpointConfig, Config, changed_maths, to_dict
-from ..errors import StorageError, UsageError
+from ..errors import StorageError, UsageError, one_line
 from ..files import new_folder, read_json, sync, write_file
 from ..models.extrema import ExtreMA
 from .optim import check_family
@@ -101,7 +101,7 @@ def restore(
     try:
         method.load_state_dict(weights)
     except RuntimeError as error:
-        raise UsageError(f"checkpoint: another architecture ({_one_line(error)})") from None
+        raise UsageError(f"checkpoint: another architecture ({one_line(error, 300)})") from None
     names = {p: name for name, p in method.student_parameters()}
     order = [names[p] for group in optimizer.param_groups for p in group["params"]]
     by_name: dict[str, dict[str, Tensor]] = {}
@@ -117,11 +117,6 @@ def restore(
     for group, lr in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = lr
     counters.copy_(tensors["counters"])
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) < 300 else text[:300] + " ..."
 
 
 # ---- writing ---------------------------------------------------------------------------------------
@@ -217,7 +212,7 @@ class Saver:
             self._prune(step)
         except (OSError, SafetensorError, StorageError) as error:
             self.failures += 1
-            text = f"checkpoint of step {step} in {self.run} failed ({_one_line(error)})"
+            text = f"checkpoint of step {step} in {self.run} failed ({one_line(error, 300)})"
             if final or self.failures >= 3:
                 raise StorageError(f"{text}; free some space, then run the same command again") from None
             log.warning("%s; training goes on, earlier checkpoints are untouched", text)
@@ -285,41 +280,31 @@ _NOT_SHAPES = ("model.drop_path", "model.layer_scale")
 
 
 def check_same(
-    run: Path,
-    old: dict[str, Any],
-    fingerprint: str | None,
-    cfg: Config,
-    new_fingerprint: str,
-    allow: bool,
-    data: Sequence[str] = (),
+    cfg: Config, old: dict[str, Any], allow: bool, known: dict[str, Any], images: dict[str, Any]
 ) -> list[str]:
-    """Compares the recorded configuration of a run with the one that is to continue it.
+    """The differences, all of them accepted, between a recorded run and the one that is to continue it.
 
     Args:
         old: recorded configuration.
-        fingerprint: of the recorded images; None: unknown.
         allow: accept differences; other shapes are never accepted.
-        data: what else differs about the images, named when the fingerprints differ.
-
-    Returns:
-        The accepted differences, as `["mask.ratio: 0.8 -> 0.9", ...]`.
+        known: number, shards and fingerprint of the recorded images, as far as known.
+        images: the same of the images now; empty: not compared.
 
     Raises:
         UsageError: names every difference and the remedies.
     """
     changes = changed_maths(old, to_dict(cfg))
     shapes = [c for c in changes if c.startswith(_SHAPES) and not c.startswith(_NOT_SHAPES)]
-    settings = bool(changes)
-    other_images = False
-    if fingerprint and new_fingerprint and fingerprint != new_fingerprint:
-        other_images = True
-        changes += [f"data fingerprint: {fingerprint[:12]} -> {new_fingerprint[:12]}", *data]
-    if not changes or (allow and not shapes):
-        return changes
+    what = "another architecture" if shapes else "other settings" if changes else "other images"
     remedy = "--overwrite (moves the old run aside) or another --out"
     if not shapes:
         remedy += ", or --allow-config-change to continue with the change"
-    if other_images:
-        remedy = "the images as they were (their names, sizes in bytes and labels count), " + remedy
-    what = "another architecture" if shapes else "other settings" if settings else "other images"
-    raise UsageError(f"--out {run}: holds a run with {what} ({'; '.join(changes)}); use {remedy}")
+    before, now = known.get("fingerprint"), images.get("fingerprint")
+    if before and now and before != now:
+        changes.append(f"data fingerprint: {before[:12]} -> {now[:12]}")
+        counts = [k for k in ("images", "shards") if known.get(k, images[k]) != images[k]]
+        changes += [f"{k}: {known[k]} -> {images[k]}" for k in counts]
+        remedy = f"the images as they were (their names, sizes in bytes and labels count), {remedy}"
+    if changes and (shapes or not allow):
+        raise UsageError(f"--out {cfg.out}: holds a run with {what} ({'; '.join(changes)}); use {remedy}")
+    return changes

@@ -1,4 +1,4 @@
-"""Training metrics: sums on the device, log.jsonl, TensorBoard, the progress bar and status.json."""
+"""What training tells: log.jsonl, TensorBoard, the progress bar and status.json."""
 
 from __future__ import annotations
 
@@ -13,100 +13,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-import torch
-from torch import Tensor
-
-from ..errors import ExtremaError, NonFiniteError, Preempted, UsageError
-from .resolve import flops_per_image
+from ..errors import ExtremaError, NonFiniteError, Preempted, UsageError, one_line
 from .run_folder import RunFolder
 
+# without torch: the tools print their progress from here
 if TYPE_CHECKING:
+    from .counters import Reading
     from .run import Run
     from .step import StepStats
 
 log = logging.getLogger(__name__)
-
-LOSS, NORM, GOOD, SKIPPED, IN_A_ROW, WORST = range(6)
-
-
-# ---- sums on the device -----------------------------------------------------------------------------
-
-
-class Reading:
-    """A copy of the counters on its way to the CPU."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        on_gpu = tensor.device.type == "cuda"
-        self.copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
-        self.copy.copy_(tensor, non_blocking=True)
-        self.event = torch.cuda.Event() if on_gpu else None
-        if self.event is not None:
-            self.event.record()
-
-    def arrived(self) -> bool:
-        """Whether `values` returns without waiting."""
-        return self.event is None or self.event.query()
-
-    def values(self) -> dict[str, Any]:
-        """Mean loss and gradient norm of the good steps (None without any), skipped steps, most of them in a row."""
-        if self.event is not None:
-            self.event.synchronize()
-        values = self.copy.tolist()
-        loss, norm = (v / values[GOOD] if values[GOOD] else None for v in values[:2])
-        return {
-            "loss": loss,
-            "grad_norm": norm,
-            "skipped": int(values[SKIPPED]),
-            "skipped_in_a_row": int(values[WORST]),
-        }
-
-
-class Counters:
-    """Sums over the steps since the last log line.
-
-    `tensor` [6] fp64 is on the device, so that no step waits for it, and in the checkpoint, so that a resumed run
-    logs the same values.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.tensor = torch.zeros(6, dtype=torch.float64, device=device)
-
-    def add(self, loss: Tensor, norm: Tensor, bad: Tensor) -> None:
-        """Adds a step: scalar loss and gradient norm; `bad` is 1 when the step was skipped."""
-        t, good = self.tensor, 1 - bad.double()
-        zero = torch.zeros_like(good)
-        t[LOSS] += torch.where(good > 0, loss.double(), zero)
-        t[NORM] += torch.where(good > 0, norm.double(), zero)
-        t[GOOD] += good
-        t[SKIPPED] += 1 - good
-        t[IN_A_ROW] = (t[IN_A_ROW] + 1) * (1 - good)
-        t[WORST] = torch.maximum(t[WORST], t[IN_A_ROW])
-
-    def read(self) -> Reading:
-        """The sums so far; does not wait for a GPU."""
-        return Reading(self.tensor)
-
-    def worst_in_a_row(self) -> int:
-        """Most skipped steps in a row since the last `restart`; waits for the device."""
-        return int(self.tensor[WORST].item())
-
-    def restart(self) -> None:
-        """Begins the next interval; the total of skipped steps stays."""
-        self.tensor[:SKIPPED] = 0
-        self.tensor[WORST] = self.tensor[IN_A_ROW]
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory in GB: the allocator's on a GPU, the process's on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-# ---- the log of a run -------------------------------------------------------------------------------
 
 
 class _Line(NamedTuple):
@@ -143,14 +59,14 @@ class TrainLog:
             self.sinks.append(JsonLog(folder.path / "log.jsonl"))
             if run.cfg.log.tensorboard:
                 self.sinks.append(TensorBoard(folder.path / "tensorboard"))
-        self._data_wait = DataWaitWarning("")
+        self._data_wait = DataWaitWarning()
         self._pending: _Line | None = None
         self._restart()
 
     def start(self, headline: str, remedy: str) -> None:
         """Prints what begins; `remedy` says what shortens waiting for images on this machine."""
         self.progress.say(headline)
-        self._data_wait = DataWaitWarning(remedy)
+        self._data_wait.remedy = remedy
         self._restart()
 
     def due(self) -> bool:
@@ -212,11 +128,11 @@ class TrainLog:
         state, reason = "complete", ""
         if error is not None:
             state = "preempted" if isinstance(error, Preempted) else "failed"
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error, 1000)
             if not isinstance(error, ExtremaError):
                 reason = f"{type(error).__name__}: {reason}"
         else:
-            peak = memory_gb(self.run.world.device)
+            peak = self.run.world.memory_gb()
             steps = self.run.schedule.total_steps
             self.progress.say(f"complete: {steps} steps, peak memory {peak:.2f} GB, {self.run.cfg.out}")
         self.progress.close()
@@ -236,8 +152,8 @@ class TrainLog:
             "images": run.step * run.cfg.train.batch_size,
             "lr": stats.lr,
             "momentum": run.schedule.momentum(run.step),
-            "tflops_per_s": images_per_s * flops_per_image(run.cfg) / 1e12,
-            "memory_gb": memory_gb(run.world.device),
+            "tflops_per_s": images_per_s * run.flops_per_image / 1e12,
+            "memory_gb": run.world.memory_gb(),
             "bad_images": self.bad_images,
             "images_per_s": images_per_s,
             "step_ms": 1000 * seconds / max(self._steps, 1),
@@ -295,7 +211,7 @@ class DataWaitWarning:
 
     LIMIT, SHORTEST_S = 0.05, 1.0
 
-    def __init__(self, remedy: str) -> None:
+    def __init__(self, remedy: str = "") -> None:
         self.remedy, self.warned, self.last, self.first = remedy, 0.0, 0.0, True
 
     def check(self, share: float, seconds: float) -> str:

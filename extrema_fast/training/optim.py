@@ -15,22 +15,9 @@ from ..ops import dispatch as ops
 from ..ops.optimizers import Lars
 
 
-def learning_rate(step: int, *, peak: float, total: int, warmup: int, minimum: float = 0.0) -> float:
-    """Rate of step t: linear from 0 at t = 0 to `peak` at `warmup`, then a cosine to `minimum` at `total`."""
-    if step < warmup:
-        return peak * step / warmup
-    x = (step - warmup) / max(1, total - warmup)
-    return minimum + (peak - minimum) * (1 + math.cos(math.pi * min(x, 1.0))) / 2
-
-
-def momentum(step: int, *, base: float, total: int) -> float:
-    """Teacher momentum of step t: `1 - (1 - base) (1 + cos(pi t / T)) / 2`, from `base` to 1."""
-    return 1 - (1 - base) * (1 + math.cos(math.pi * min(step / total, 1.0))) / 2
-
-
 @dataclass(frozen=True)
 class Schedule:
-    """The schedules of one run: `steps_per_epoch` optimizer steps per epoch, `cfg.train.epochs` epochs."""
+    """Learning rate and teacher momentum of a run with `steps_per_epoch` optimizer steps per epoch."""
 
     cfg: Config
     steps_per_epoch: int
@@ -44,16 +31,17 @@ class Schedule:
         return int(self.cfg.optim.warmup_epochs * self.steps_per_epoch)
 
     def lr(self, step: int) -> float:
-        return learning_rate(
-            step,
-            peak=self.cfg.peak_lr,
-            total=self.total_steps,
-            warmup=self.warmup_steps,
-            minimum=self.cfg.optim.min_lr,
-        )
+        """Linear from 0 at step 0 to `peak_lr` after the warm-up, then a cosine to `optim.min_lr` at the end."""
+        peak, minimum, warmup = self.cfg.peak_lr, self.cfg.optim.min_lr, self.warmup_steps
+        if step < warmup:
+            return peak * step / warmup
+        x = (step - warmup) / max(1, self.total_steps - warmup)
+        return minimum + (peak - minimum) * (1 + math.cos(math.pi * min(x, 1.0))) / 2
 
     def momentum(self, step: int) -> float:
-        return momentum(step, base=self.cfg.optim.momentum, total=self.total_steps)
+        """`1 - (1 - m) (1 + cos(pi t / T)) / 2` at step t of T, from m = `optim.momentum` to 1."""
+        base = self.cfg.optim.momentum
+        return 1 - (1 - base) * (1 + math.cos(math.pi * min(step / self.total_steps, 1.0))) / 2
 
 
 def param_groups(named: list[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict]:

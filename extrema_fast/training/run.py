@@ -30,10 +30,10 @@ from ..ops.fp8 import apply_fp8
 from ..weights.folder import save_weights, weights_meta
 from ..weights.load import load_method_weights
 from .checkpoint import Checkpoint, Saver, check_same, collect, newest, remove_temporaries, restore
+from .counters import Counters
 from .draw import MicroBatch
-from .logging import Counters
 from .optim import Schedule, build_optimizer
-from .resolve import Resolved, resolve
+from .resolve import Resolved, flops_per_image, resolve
 from .run_folder import RunFolder, check, versions
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,11 @@ class Run:
     """`step.compute` of this run as a CUDA graph; None: as it is"""
     step: int = 0
     """steps taken"""
+
+    @property
+    def flops_per_image(self) -> float:
+        """FLOPs of a step per image."""
+        return flops_per_image(self.cfg)
 
     @property
     def last(self) -> bool:
@@ -203,7 +208,7 @@ def is_finished(cfg: Config, allow: bool) -> bool:
     if not check(out) or read_json(out / "status.json", {}).get("state") != "complete":
         return False
     found = newest(out)
-    if found is None or check_same(out, found.state["config"], None, cfg, "", allow):
+    if found is None or check_same(cfg, found.state["config"], allow, {}, {}):
         return False
     return found.step >= found.state["total_steps"]
 
@@ -254,11 +259,7 @@ def _find_checkpoint(run: Run, allow: bool) -> Checkpoint | None:
     config = found.state["config"] if found else read_json(out / "config.json", {})
     known = found.state if found else read_json(out / "env.json", {})
     if config:
-        now, fingerprint = data_set(run.source), known.get("fingerprint")
-        sizes = [
-            f"{k}: {known[k]} -> {now[k]}" for k in ("images", "shards") if known.get(k, now[k]) != now[k]
-        ]
-        for change in check_same(out, config, fingerprint, run.cfg, run.source.fingerprint, allow, sizes):
+        for change in check_same(run.cfg, config, allow, known, data_set(run.source)):
             log.warning("--allow-config-change: %s", change)
     return found
 

@@ -36,7 +36,7 @@ def check(path: Path) -> bool:
 
 
 class RunFolder:
-    """A run folder created or continued by this process, locked until `close`.
+    """A run folder created or continued by this process; locked until the context is left.
 
     Args:
         overwrite: first moves the run that is there aside.
@@ -65,10 +65,6 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Releases the lock."""
         self._held.close()
 
     def _lock(self) -> AbstractContextManager[None]:

@@ -22,7 +22,6 @@ from ..models.extrema import ExtreMA, gather_targets
 from ..ops.dispatch import AdamWEma
 from ..ops.scope import scope, scoped
 from .draw import MicroBatch, draw
-from .logging import memory_gb
 from .optim import gates_on_device, set_lr
 from .run import Run
 
@@ -187,7 +186,7 @@ def memory_remedy(run: Run) -> str:
     return (
         f"{images} images per process and micro-batch, {cfg.mask.views} views of {cfg.num_keep} tokens and the "
         f"teacher's {cfg.model.num_patches}, width {width}, depth {depth}, {r.precision}, peak "
-        f"{memory_gb(run.world.device):.1f} GB; try {', '.join(remedies[:-1])}, or {remedies[-1]}"
+        f"{run.world.memory_gb():.1f} GB; try {', '.join(remedies[:-1])}, or {remedies[-1]}"
     )
 
 

@@ -22,7 +22,7 @@ from extrema_fast.errors import UsageError
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.ops.fp8 import LAYERS, apply_fp8
 from extrema_fast.training import step
-from extrema_fast.training.logging import LOSS
+from extrema_fast.training.counters import LOSS
 from extrema_fast.training.run import build
 from tests.kernels._compare import draw_keep
 

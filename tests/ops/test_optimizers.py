@@ -26,7 +26,8 @@ from extrema_fast.ops import dispatch as ops
 from extrema_fast.ops import optimizers
 from extrema_fast.ops.optimizers import Lamb, Lars
 from extrema_fast.training.checkpoint import collect, restore
-from extrema_fast.training.logging import Counters, history
+from extrema_fast.training.counters import Counters
+from extrema_fast.training.logging import history
 from extrema_fast.training.optim import FAMILIES, build_optimizer, gates_on_device, set_lr
 
 

@@ -2,7 +2,7 @@
 
 Covers: everything restored bit for bit; what COMPLETE, `latest` and retention hold; truncated, flipped,
 unmarked and missing files; a rename or a write that fails, once and three times; stale temporaries; other
-shapes; which differences a resumed run may have; marker, lock, stale lock, --overwrite.
+shapes; which differences a resumed run may have; marker, lock, --overwrite.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from extrema_fast.config import CheckpointConfig, from_dict, smoke, to_dict
+from extrema_fast.config import CheckpointConfig, config_hash, from_dict, smoke, to_dict
 from extrema_fast.errors import StorageError, UsageError
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.training import checkpoint
@@ -30,7 +30,7 @@ from extrema_fast.training.checkpoint import (
     restore,
     write,
 )
-from extrema_fast.training.logging import Counters
+from extrema_fast.training.counters import Counters
 from extrema_fast.training.optim import build_optimizer
 from extrema_fast.training.run_folder import RunFolder, check
 
@@ -53,8 +53,12 @@ def trained(cfg=CFG, steps: int = 2):
     return method, optimizer, counters
 
 
-def save(run: Path, step: int, tensors=SMALL) -> Path:
-    return write(run, step, tensors, {"config": {}})
+def save(run: Path, step: int) -> Path:
+    return write(run, step, SMALL, {"config": {}})
+
+
+def export(folder: Path) -> None:
+    (folder / "w").write_text("x")
 
 
 def files(run: Path) -> set[str]:
@@ -74,27 +78,14 @@ def test_everything_is_restored(tmp_path):
     assert any(k.endswith("exp_avg_sq") for k in before) and any("teacher_branch" in k for k in before)
     for name, value in before.items():
         assert torch.equal(value, after[name]), name
-    # and it goes on alike: the restored moments belong to the right parameters
-    for m, o, _ in ((method, optimizer, counters), other):
-        torch.manual_seed(0)
-        for _, p in m.student_parameters():
-            p.grad = torch.randn_like(p)
-        o.step()
-    for (name, a), (_, b) in zip(method.student_parameters(), other[0].student_parameters(), strict=True):
-        assert torch.equal(a, b), name
 
 
-def test_before_the_first_step(tmp_path):
+def test_before_the_first_step_and_other_shapes():
     method, optimizer, counters = trained(steps=0)
-    write(tmp_path, 0, collect(method, optimizer, counters.tensor), {})
-    other = trained(steps=1)
-    restore(newest(tmp_path).tensors(), other[0], other[1], other[2].tensor)
-    assert not any(other[1].state.values()), "moments of another run were kept"
-
-
-def test_other_shapes_are_refused():
-    method, optimizer, counters = trained()
     tensors = collect(method, optimizer, counters.tensor)
+    other = trained(steps=1)
+    restore(tensors, other[0], other[1], other[2].tensor)
+    assert not any(other[1].state.values()), "moments of another run were kept"
     other = trained(from_dict({"model": {"depth": 2}}, CFG), steps=0)
     with pytest.raises(UsageError, match="another architecture"):
         restore(tensors, other[0], other[1], other[2].tensor)
@@ -113,28 +104,23 @@ def test_what_a_checkpoint_holds(tmp_path):
         assert set(f.keys()) == set(SMALL)
 
 
-def damage(folder: Path, how: str) -> None:
-    tensors = folder / "state.safetensors"
-    if how == "truncated":
-        os.truncate(tensors, tensors.stat().st_size - 1)
-    elif how == "flipped byte":
-        data = bytearray(tensors.read_bytes())
-        data[-5] ^= 1
-        tensors.write_bytes(data)
-    elif how == "flipped state":
-        (folder / "state.json").write_text((folder / "state.json").read_text().replace("step", "stop"))
-    elif how == "no COMPLETE":
-        (folder / "COMPLETE").unlink()
-    elif how == "garbage in COMPLETE":
-        (folder / "COMPLETE").write_text('{"state.safetensors": 1, "state.json": 2}')
-    elif how == "torn COMPLETE":
-        os.truncate(folder / "COMPLETE", 20)
-    elif how == "no tensors":
-        tensors.unlink()
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
 
 
-DAMAGES = ("truncated", "flipped byte", "flipped state", "no COMPLETE", "garbage in COMPLETE")
-DAMAGES += ("torn COMPLETE", "no tensors")
+DAMAGES = {
+    "truncated": lambda folder: os.truncate(folder / "state.safetensors", 500),
+    "flipped byte": lambda folder: flip(folder / "state.safetensors"),
+    "flipped state": lambda folder: flip(folder / "state.json"),
+    "no COMPLETE": lambda folder: (folder / "COMPLETE").unlink(),
+    "garbage in COMPLETE": lambda folder: (folder / "COMPLETE").write_text(
+        '{"state.safetensors": 1, "state.json": 2}'
+    ),
+    "torn COMPLETE": lambda folder: os.truncate(folder / "COMPLETE", 20),
+    "no tensors": lambda folder: (folder / "state.safetensors").unlink(),
+}
 
 
 @pytest.mark.parametrize("how", DAMAGES)
@@ -142,30 +128,30 @@ def test_damaged_falls_back_and_says_so(tmp_path, how, caplog):
     save(tmp_path, 1)
     newer = save(tmp_path, 2)
     assert newest(tmp_path).step == 2
-    damage(newer, how)
+    DAMAGES[how](newer)
     assert newest(tmp_path).step == 1
     assert str(newer) in caplog.text and "falling back" in caplog.text
-    damage(tmp_path / "checkpoints" / "step_00000001", how)
+    DAMAGES[how](tmp_path / "checkpoints" / "step_00000001")
     assert newest(tmp_path) is None
 
 
 def test_damaged_is_replaced_and_not_counted(tmp_path):
     saver = Saver(tmp_path, CheckpointConfig(retain=2), 10)
     for step in (1, 2, 3):
-        saver.save(step, SMALL, {}, lambda folder: None)
-    damage(tmp_path / "checkpoints" / "step_00000003", "truncated")
+        saver.save(step, SMALL, {}, export)
+    DAMAGES["truncated"](tmp_path / "checkpoints" / "step_00000003")
     # continued from 2 with another cadence: a damaged 3 ahead must not push the good ones out
     save(tmp_path, 1)
-    saver.save(2, SMALL, {}, lambda folder: None)
+    saver.save(2, SMALL, {}, export)
     assert sorted(p.name[-1] for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
-    saver.save(3, SMALL, {}, lambda folder: None)
+    saver.save(3, SMALL, {}, export)
     assert newest(tmp_path).step == 3
 
 
 def test_retention_and_milestones(tmp_path):
     saver = Saver(tmp_path, CheckpointConfig(retain=3, milestone_epochs=2), steps_per_epoch=2)
     for step in range(1, 11):
-        saver.save(step, SMALL, {}, lambda folder: (folder / "w").write_text("x"))
+        saver.save(step, SMALL, {}, export)
     kept = {d: sorted(int(p.name[5:]) for p in (tmp_path / d).iterdir()) for d in ("checkpoints", "weights")}
     assert kept == {"checkpoints": [8, 9, 10], "weights": [4, 8, 9, 10]}
     assert newest(tmp_path).step == 10
@@ -174,10 +160,6 @@ def test_retention_and_milestones(tmp_path):
 @pytest.mark.parametrize("what", ["rename", "write", "export", "latest"])
 def test_a_failing_save_leaves_the_old_one(tmp_path, monkeypatch, caplog, what):
     saver = Saver(tmp_path, CheckpointConfig(), 10)
-
-    def export(folder: Path) -> None:
-        (folder / "w").write_text("x")
-
     saver.save(1, SMALL, {}, export)
 
     def full(*args, **kwargs):
@@ -215,11 +197,7 @@ def test_a_failing_save_leaves_the_old_one(tmp_path, monkeypatch, caplog, what):
 def test_stale_temporaries_are_removed(tmp_path):
     save(tmp_path, 1)
     before = files(tmp_path)
-    for name in (
-        "checkpoints/.tmp-step_00000002/state.safetensors",
-        "weights/.tmp-step_00000002/w",
-        ".tmp-latest-1",
-    ):
+    for name in ("checkpoints/.tmp-step_2/state.safetensors", "weights/.tmp-step_2/w", ".tmp-latest-1"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
@@ -227,39 +205,46 @@ def test_stale_temporaries_are_removed(tmp_path):
     assert files(tmp_path) == before
 
 
+OLD = {"fingerprint": "aaa", "images": 9, "shards": 0}
+
+
 @pytest.mark.parametrize(
-    ("change", "allow", "words"),
+    ("change", "images", "allow", "words"),
     [
-        ({}, False, None),
-        ({"out": "elsewhere", "log": {"every_steps": 7}, "system": {"threads": 2}}, False, None),
-        ({"mask": {"ratio": 0.5}}, False, "mask.ratio: 0.75 -> 0.5.*--overwrite.*--allow-config-change"),
-        ({"mask": {"ratio": 0.5}}, True, None),
-        ({"train": {"seed": 4}, "optim": {"base_lr": 1.0}}, False, "optim.base_lr.*train.seed: 0 -> 4"),
-        ({"model": {"width": 32}}, False, "another architecture.*model.width: 16 -> 32"),
-        ({"model": {"width": 32}}, True, "another architecture"),
-        ({"head": {"out": 16}}, True, "another architecture"),
-        ({"model": {"drop_path": 0.0}}, True, None),
+        ({}, {}, False, None),
+        ({"out": "elsewhere", "log": {"every_steps": 7}, "system": {"threads": 2}}, OLD, False, None),
+        ({"mask": {"ratio": 0.5}}, OLD, False, "mask.ratio: 0.75 -> 0.5.*--overwrite.*--allow-config-change"),
+        ({"mask": {"ratio": 0.5}}, OLD, True, None),
+        ({"train": {"seed": 4}, "optim": {"base_lr": 1.0}}, OLD, False, "optim.base_lr.*train.seed: 0 -> 4"),
+        ({"model": {"width": 32}}, OLD, False, "another architecture.*model.width: 16 -> 32"),
+        ({"model": {"width": 32}}, OLD, True, "another architecture"),
+        ({"head": {"out": 16}}, OLD, True, "another architecture"),
+        ({"model": {"drop_path": 0.0}}, OLD, True, None),
+        ({}, OLD | {"fingerprint": "b"}, True, None),
+        (
+            {},
+            OLD | {"fingerprint": "b", "images": 8},
+            False,
+            r"other images \(data fingerprint: aaa -> b; images: 9 -> 8\); use the images as they were",
+        ),
+        (
+            {"train": {"seed": 4}},
+            OLD | {"fingerprint": "b"},
+            False,
+            r"other settings .*data fingerprint: aaa -> b.*the images as they were",
+        ),
     ],
 )
-def test_which_differences_a_resumed_run_may_have(tmp_path, change, allow, words):
-    new = from_dict(change, CFG)
+def test_which_differences_a_resumed_run_may_have(change, images, allow, words):
+    def compare() -> list[str]:
+        return check_same(from_dict(change, CFG), to_dict(CFG), allow, OLD, images)
+
     if words:
         with pytest.raises(UsageError, match=words) as error:
-            check_same(tmp_path, to_dict(CFG), "f", new, "f", allow)
+            compare()
         assert ("--allow-config-change" in str(error.value)) == ("architecture" not in words)
     else:
-        check_same(tmp_path, to_dict(CFG), "f", new, "f", allow)
-
-
-def test_other_images_are_refused(tmp_path):
-    words = r"run with other images \(data fingerprint: aaa -> bbb\); use the images as they were .*--allow-config"
-    with pytest.raises(UsageError, match=words):
-        check_same(tmp_path, to_dict(CFG), "aaa", CFG, "bbb", False)
-    with pytest.raises(
-        UsageError, match=r"other settings .*data fingerprint: aaa -> bbb.*the images as they were"
-    ):
-        check_same(tmp_path, to_dict(CFG), "aaa", from_dict({"train": {"seed": 4}}, CFG), "bbb", False)
-    assert check_same(tmp_path, to_dict(CFG), "aaa", CFG, "bbb", True) == ["data fingerprint: aaa -> bbb"]
+        assert bool(compare()) == allow
 
 
 # ---- the run folder --------------------------------------------------------------------------------
@@ -276,31 +261,16 @@ def test_a_foreign_folder_is_not_touched(tmp_path):
     assert not check(tmp_path / "new")
 
 
-def test_an_empty_folder_becomes_a_run(tmp_path):
-    RunFolder(tmp_path).close()
-    assert check(tmp_path)
-
-
-def test_second_job_is_refused(tmp_path):
+def test_a_new_folder_is_locked_and_counts_its_attempts(tmp_path):
     run = tmp_path / "run"
-    with RunFolder(run):
-        for overwrite in (False, True):
-            with pytest.raises(UsageError, match=f"process {os.getpid()} on"):
-                RunFolder(run, overwrite=overwrite)
-        assert [p.name for p in tmp_path.iterdir()] == ["run"]
-    with RunFolder(run):
-        pass
-
-
-def test_stale_lock_is_taken_over(tmp_path, caplog):
-    caplog.set_level("INFO")
-    RunFolder(tmp_path).close()
-    # the process that wrote it is gone, so the kernel holds no lock
-    (tmp_path / "run.lock").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-    with RunFolder(tmp_path):
-        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
-    assert "process 1 on elsewhere" in caplog.text and "taken over" in caplog.text
-    assert not (tmp_path / "run.lock").exists()
+    for attempt in (1, 2, 3):
+        with RunFolder(run) as folder:
+            assert folder.attempt == attempt and check(run)
+            folder.write_json("env.json", {"attempt": attempt})
+            for overwrite in (False, True):
+                with pytest.raises(UsageError, match=f"process {os.getpid()} on"):
+                    RunFolder(run, overwrite=overwrite)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_overwrite_moves_aside(tmp_path):
@@ -314,13 +284,6 @@ def test_overwrite_moves_aside(tmp_path):
     assert (tmp_path / "run.old-2" / "log.jsonl").read_text() == "second"
 
 
-def test_attempts_are_counted(tmp_path):
-    for attempt in (1, 2, 3):
-        with RunFolder(tmp_path) as folder:
-            assert folder.attempt == attempt
-            folder.write_json("env.json", {"attempt": attempt})
-
-
 def test_an_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="cannot be written"):
@@ -328,7 +291,5 @@ def test_an_unwritable_place(tmp_path):
 
 
 def test_config_is_hashed_over_the_mathematics_only():
-    from extrema_fast.config import config_hash
-
     assert config_hash(CFG) == config_hash(replace(CFG, out="x"))
     assert config_hash(CFG) != config_hash(from_dict({"train": {"seed": 9}}, CFG))

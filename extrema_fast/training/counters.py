@@ -1,0 +1,71 @@
+"""Sums over steps, kept on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOSS, NORM, GOOD, SKIPPED, IN_A_ROW, WORST = range(6)
+
+
+class Reading:
+    """A copy of the counters on its way to the CPU."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        # pinned memory, when it comes from a GPU
+        self.copy = tensor.to("cpu", non_blocking=True, copy=True)
+        self.event = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
+
+    def arrived(self) -> bool:
+        """Whether `values` returns without waiting."""
+        return self.event is None or self.event.query()
+
+    def values(self) -> dict[str, Any]:
+        """Mean loss and gradient norm of the good steps (None without any), skipped steps, most of them in a row."""
+        if self.event is not None:
+            self.event.synchronize()
+        values = self.copy.tolist()
+        loss, norm = (v / values[GOOD] if values[GOOD] else None for v in values[:2])
+        return {
+            "loss": loss,
+            "grad_norm": norm,
+            "skipped": int(values[SKIPPED]),
+            "skipped_in_a_row": int(values[WORST]),
+        }
+
+
+class Counters:
+    """Sums over the steps since the last log line.
+
+    `tensor` [6] fp64 is on the device, so that no step waits for it, and in the checkpoint, so that a resumed run
+    logs the same values.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.tensor = torch.zeros(6, dtype=torch.float64, device=device)
+
+    def add(self, loss: Tensor, norm: Tensor, bad: Tensor) -> None:
+        """Adds a step: scalar loss and gradient norm; `bad` is 1 when the step was skipped."""
+        t, good = self.tensor, 1 - bad.double()
+        zero = torch.zeros_like(good)
+        t[LOSS] += torch.where(good > 0, loss.double(), zero)
+        t[NORM] += torch.where(good > 0, norm.double(), zero)
+        t[GOOD] += good
+        t[SKIPPED] += 1 - good
+        t[IN_A_ROW] = (t[IN_A_ROW] + 1) * (1 - good)
+        t[WORST] = torch.maximum(t[WORST], t[IN_A_ROW])
+
+    def read(self) -> Reading:
+        """The sums so far; does not wait for a GPU."""
+        return Reading(self.tensor)
+
+    def worst_in_a_row(self) -> int:
+        """Most skipped steps in a row since the last `restart`; waits for the device."""
+        return int(self.tensor[WORST].item())
+
+    def restart(self) -> None:
+        """Begins the next interval; the total of skipped steps stays."""
+        self.tensor[:SKIPPED] = 0
+        self.tensor[WORST] = self.tensor[IN_A_ROW]
