@@ -117,7 +117,7 @@ class World:
         )
         # gloo's destructor waits for its threads, and they for the GIL when they release a tensor; only the group's
         # Python object lets go of the GIL for it, so it must be what is released last: attributes go in order
-        wrapped._group = dist.group.WORLD
+        wrapped._group = dist.group.WORLD  # type: ignore[assignment]
         return wrapped
 
     def no_sync_unless(self, last: bool, model: nn.Module) -> AbstractContextManager[None]:
