@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 
 from extrema_fast import distributed as dist
 from extrema_fast import train
-from extrema_fast.config import Config, from_dict, preset, smoke
+from extrema_fast.config import from_dict, preset
 from extrema_fast.data.augment import color_jitter, jitter_params
 from extrema_fast.data.loader import TrainLoader
 from extrema_fast.data.sources import open_source
@@ -32,30 +33,23 @@ from extrema_fast.models.masking import draw_views
 from extrema_fast.tools.dry_run import dry_run
 from extrema_fast.training import logging as train_logging
 from extrema_fast.training import step
+from extrema_fast.training.counters import LOSS, Counters
 from extrema_fast.training.optim import Schedule, build_optimizer
 from extrema_fast.training.resolve import Resolved, flops_per_image, headline
 from extrema_fast.training.run import Run, build, open_loader, open_train
-
-TINY = {
-    "data": {"loader": "pil", "threads": 1, "limit": 24},
-    "model": {"width": 16, "depth": 2, "drop_path": 0.2, "patch_size": 16},
-    "mask": {"ratio": 0.5},
-    "head": {"hidden": 16, "out": 8, "predictor_hidden": 16},
-    "optim": {"base_lr": 0.02},
-    "train": {"epochs": 2, "batch_size": 8},
-    "ckpt": {"every_epochs": 0, "every_steps": 0},
-    "eval": {"every_epochs": 0},
-}
-
-
-def tiny(out: Path | str = "unused", **change) -> Config:
-    return from_dict(change, from_dict(TINY | {"out": str(out)}, smoke()))
+from tests.training.conftest import status, tiny
 
 
 def begin(**change) -> tuple[Run, TrainLoader]:
     cfg = tiny(**change)
     run = build(cfg, World(torch.device("cpu")), open_train(cfg))
     return run, open_loader(run)
+
+
+def steps(run: Run, loader: TrainLoader, count: int) -> None:
+    for _ in range(count):
+        train.train_step(run, next(step.batches(run, loader)))
+        run.step += 1
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -75,7 +69,7 @@ def logged(run: Path, kind: str) -> list[dict]:
 
 @pytest.mark.parametrize("loss", ["byol", "infonce"])
 def test_same_as_the_released_order(loss):
-    """Teacher moved towards the weights of the step before, then loss and AdamW (method.md section 3)."""
+    """EMA update with the weights that the step before left, then loss and AdamW."""
     run, loader = begin(head={"loss": loss})
     cfg, source = run.cfg, run.source
     method = ExtreMA(cfg)
@@ -84,9 +78,8 @@ def test_same_as_the_released_order(loss):
     with loader, TrainLoader(source, cfg.data, cfg.model.img_size, **args) as again:
         for t in range(schedule.total_steps):
             before = run.counters.tensor.clone()
-            train.train_step(run, next(step.batches(run, loader)))
-            run.step += 1
-            got = (run.counters.tensor - before)[train_logging.LOSS].item()
+            steps(run, loader, 1)
+            got = (run.counters.tensor - before)[LOSS].item()
 
             batch, keys = next(again), {"seed": cfg.train.seed, "epoch": t // 3}
             student, teacher = color_jitter(
@@ -114,9 +107,7 @@ def test_accumulation_equals_the_whole_batch(loss):
         run, loader = begin(head={"loss": loss}, train={"accumulation": parts})
         with loader:
             # the rate is 0 at step 0: both meet the second batch with the same weights
-            for _ in range(2):
-                train.train_step(run, next(step.batches(run, loader)))
-                run.step += 1
+            steps(run, loader, 2)
         grads = {name: p.grad for name, p in run.method.student_parameters()}
         results.append((grads, run.counters.read().values()))
     (a, one), (b, four) = results
@@ -129,7 +120,7 @@ def test_accumulation_equals_the_whole_batch(loss):
 def test_gradient_clipping():
     run, loader = begin(optim={"clip_grad": 1e-3})
     with loader:
-        train.train_step(run, next(step.batches(run, loader)))
+        steps(run, loader, 1)
     norm = torch.nn.utils.get_total_norm([p.grad for _, p in run.method.student_parameters()])
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
     # the log has the norm before clipping
@@ -143,9 +134,7 @@ def test_a_non_finite_step_moves_nothing(monkeypatch, gate_on_device, where):
     if not gate_on_device:
         monkeypatch.setattr(step, "gates_on_device", lambda optimizer: False)
     with loader:
-        for _ in range(2):
-            train.train_step(run, next(step.batches(run, loader)))
-            run.step += 1
+        steps(run, loader, 2)
         before = weights(run)
         original = ExtreMA.loss
 
@@ -158,14 +147,13 @@ def test_a_non_finite_step_moves_nothing(monkeypatch, gate_on_device, where):
 
         with monkeypatch.context() as m:
             m.setattr(ExtreMA, "loss", bad)
-            train.train_step(run, next(step.batches(run, loader)))
-            run.step += 1
+            steps(run, loader, 1)
         after = weights(run)
         assert before.keys() == after.keys() and any(k.endswith("/step") for k in after)
         for name, value in before.items():
             assert torch.equal(value, after[name]), name
         assert run.counters.read().values()["skipped"] == 1 and run.counters.worst_in_a_row() == 1
-        train.train_step(run, next(step.batches(run, loader)))
+        steps(run, loader, 1)
     assert not all(torch.equal(before[k], v) for k, v in weights(run).items())
     assert run.counters.read().values()["loss"] is not None
 
@@ -176,9 +164,7 @@ def test_both_gates_take_the_same_good_steps(monkeypatch):
         run, loader = begin()
         monkeypatch.setattr(step, "gates_on_device", lambda optimizer, gate=gate: gate)
         with loader:
-            for _ in range(3):
-                train.train_step(run, next(step.batches(run, loader)))
-                run.step += 1
+            steps(run, loader, 3)
         results.append(weights(run))
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-6, atol=1e-8, msg=name)
@@ -203,14 +189,9 @@ def test_out_of_memory_names_sizes_and_remedies(tmp_path, monkeypatch, error):
         train.pretrain(tiny(tmp_path / "run", train={"recompute": "none"}), progress=False)
     text = str(caught.value)
     assert caught.value.exit_code == 2 and "step 1 ran out of memory on cpu: 8 images" in text
-    for part in (
-        "2 views of 2 tokens",
-        "--train.accumulation 2",
-        "--train.recompute norm",
-        "--train.batch-size 4",
-    ):
-        assert part in text
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    for words in ("2 views of 2", "--train.accumulation 2", "--train.recompute norm", "--train.batch-size 4"):
+        assert words in text
+    assert status(tmp_path / "run")["state"] == "failed"
 
 
 def test_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
@@ -218,8 +199,8 @@ def test_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
     with pytest.raises(NonFiniteError, match="step 2: 2 steps in a row") as error:
         train.pretrain(tiny(tmp_path / "run", train={"max_nonfinite": 2}), progress=False)
     assert error.value.exit_code == 3
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["state"] == "failed" and "not finite" in status["reason"] and status["step"] == 2
+    end = status(tmp_path / "run")
+    assert end["state"] == "failed" and "not finite" in end["reason"] and end["step"] == 2
     assert logged(tmp_path / "run", "train")[0]["loss"] is None
 
 
@@ -264,7 +245,7 @@ def test_warnings_are_loud(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(train, "collapse_warnings", lambda past, warmup: ["it shrinks"] * (len(past) > 1))
     out = train.pretrain(tiny(tmp_path / "run", eval={"every_epochs": 1}), progress=False)
     assert [(r["step"], r["text"]) for r in logged(out, "warning")] == [(3, "it shrinks"), (6, "it shrinks")]
-    assert json.loads((out / "status.json").read_text())["reason"] == "it shrinks"
+    assert status(out)["reason"] == "it shrinks"
     assert caplog.text.count("WARNING step") == 2
 
 
@@ -310,15 +291,16 @@ def test_dry_run_writes_nothing(tmp_path):
     assert values["total_steps"] == 6 and values["loss"] > 0 and values["skipped"] == 0
 
 
-def test_too_few_images(tmp_path):
-    with pytest.raises(UsageError, match=r"train\.batch_size: 32 is more than the 24 images") as error:
-        train.pretrain(tiny(tmp_path / "run", train={"batch_size": 32}), progress=False)
-    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
-
-
-def test_missing_images_leave_no_folder(tmp_path):
-    with pytest.raises(UsageError, match="nowhere"):
-        train.pretrain(tiny(tmp_path / "run", data={"train": str(tmp_path / "nowhere")}), progress=False)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train": {"batch_size": 32}}, r"train\.batch_size: 32 is more than the 24 images"),
+        ({"data": {"train": "nowhere"}}, "nowhere"),
+    ],
+)
+def test_too_few_images_leave_no_folder(tmp_path, change, words):
+    with pytest.raises(UsageError, match=words):
+        train.pretrain(tiny(tmp_path / "run", change), progress=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -329,51 +311,43 @@ def test_an_unexpected_error_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_step", broken)
     with pytest.raises(ZeroDivisionError):
         train.pretrain(tiny(tmp_path / "run"), progress=False)
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["state"] == "failed" and "ZeroDivisionError: what is this" in status["reason"]
+    end = status(tmp_path / "run")
+    assert end["state"] == "failed" and "ZeroDivisionError: what is this" in end["reason"]
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
-def test_tensorboard(tmp_path):
+def test_tensorboard(tmp_path, monkeypatch):
+    cfg = tiny(tmp_path / "run", log={"tensorboard": True})
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(UsageError, match=r"extrema-fast\[tensorboard\]"):
+            train.pretrain(cfg, progress=False)
     pytest.importorskip("tensorboard")
-    out = train.pretrain(tiny(tmp_path / "run", log={"tensorboard": True}), progress=False)
-    assert list((out / "tensorboard").iterdir())
+    assert list((train.pretrain(cfg, progress=False) / "tensorboard").iterdir())
 
 
-def test_tensorboard_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UsageError, match=r"extrema-fast\[tensorboard\]"):
-        train.pretrain(tiny(tmp_path / "run", log={"tensorboard": True}), progress=False)
+# ---- signals, counters, log, progress, FLOPs, processes ---------------------------------------------
 
 
-# ---- parts -----------------------------------------------------------------------------------------
-
-
-def test_signals_set_a_flag_and_a_second_interrupt_leaves():
-    before = signal.getsignal(signal.SIGINT)
-    with Signals() as signals:
-        assert not signals.stop
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.stop
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_signals_chain_the_previous_handler():
-    seen = []
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+def test_signals():
+    received, before = [], signal.getsignal(signal.SIGINT)
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
         with Signals() as signals:
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.stop and seen == [signal.SIGTERM]
+            assert not signals.stop
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert signals.stop
+            # a second Ctrl-C leaves at once
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is before and received == [signal.SIGTERM] * 2
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
 def test_counters():
-    c = train_logging.Counters()
+    c = Counters()
     for loss, bad in ((1.0, 0), (float("nan"), 1), (float("inf"), 1), (3.0, 0)):
         c.add(torch.tensor(loss), torch.tensor(2 * loss), torch.tensor(float(bad)))
     reading, two = c.read(), {"skipped": 2, "skipped_in_a_row": 2}
@@ -402,6 +376,10 @@ def test_a_torn_log_line(tmp_path):
 
 def test_progress_is_about_forty_lines():
     stream = io.StringIO()
+    off = train_logging.Progress("step", 10, enabled=False, stream=stream)
+    off.update(1, "loss")
+    off.say("x")
+    assert stream.getvalue() == ""
     screen = train_logging.Progress("step", 1000, stream=stream)
     for at in range(1, 1001):
         screen.update(at)
@@ -422,14 +400,6 @@ def test_progress_bar_on_a_terminal():
         screen.say("hello [1/2]")
         screen.update(10)
     assert "hello [1/2]" in stream.getvalue() and "loss 0.5000" in stream.getvalue()
-
-
-def test_progress_off():
-    stream = io.StringIO()
-    screen = train_logging.Progress("step", 10, enabled=False, stream=stream)
-    screen.update(1, "loss")
-    screen.say("x")
-    assert stream.getvalue() == ""
 
 
 def test_flops_of_the_paper_recipe():
@@ -465,19 +435,14 @@ def test_slurm_master():
         assert dist.slurm_master(job | {"SLURM_STEP_NODELIST": nodes}) == (host, "32345")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", "tpu"])
-def test_unknown_device(name):
-    with pytest.raises(UsageError, match=rf"system\.device: expected .* got '{name}'"):
-        dist.pick_device(name)
-
-
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert dist.pick_device("auto", 1, 2) == torch.device("cuda", 1)
     assert dist.pick_device("cuda:1") == torch.device("cuda", 1)
     assert dist.pick_device("cpu", 1, 2) == torch.device("cpu")
-    for name, rank, processes in (("cuda:0", 0, 2), ("cuda", 2, 3), ("cuda:5", 0, 1)):
+    bad = (("cuda:0", 0, 2), ("cuda", 2, 3), ("cuda:5", 0, 1), ("gpu", 0, 1), ("cuda:x", 0, 1))
+    for name, rank, processes in bad:
         with pytest.raises(UsageError, match=r"system\.device"):
             dist.pick_device(name, rank, processes)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
