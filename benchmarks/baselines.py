@@ -1,16 +1,21 @@
-"""Training steps to compare: the released formulation, a strong plain-PyTorch step, and ours.
+"""Training steps to compare: the released formulation or a checkout of it, a strong plain-PyTorch step, and ours.
 
-The first two hold their parameters in the modules of `ExtreMA`, whose names are those of the released checkpoints;
-how the parameters are used is written here.
+Parameters have the names of `ExtreMA`, which are those of the released checkpoints.
 """
 
 from __future__ import annotations
 
+import math
+import sys
+import types
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -20,6 +25,7 @@ from extrema_fast.config import Config, from_dict
 from extrema_fast.data.augment import color_jitter, jitter_params
 from extrema_fast.data.loader import Batch
 from extrema_fast.distributed import World
+from extrema_fast.errors import UsageError
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.train import train_step
 from extrema_fast.training.draw import draw
@@ -55,8 +61,14 @@ class Stepper:
         cfg: model, masks, heads, optimizer, batch size.
         device: where it runs.
         precision: fp32, bf16 or fp16 of the matmuls.
+
+    Attributes:
+        student: trained parameters by the names of `ExtreMA.student_branch`.
+        teacher: the teacher's by the same names.
     """
 
+    student: dict[str, nn.Parameter]
+    teacher: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
 
     def __init__(self, cfg: Config, device: torch.device, precision: str) -> None:
@@ -69,14 +81,6 @@ class Stepper:
     def step(self, inputs: Inputs) -> None:
         """Makes one whole optimizer step: masks, both networks, loss, backward pass, optimizer, EMA."""
 
-    def student(self) -> dict[str, nn.Parameter]:
-        """Returns the trained parameters by the names of `ExtreMA.student_branch`."""
-        return {}
-
-    def teacher(self) -> dict[str, Tensor]:
-        """Returns the teacher's by the same names; empty without one."""
-        return {}
-
     def loss(self) -> float:
         """Returns the last step's loss; waits for the device."""
         return float(self.last_loss)
@@ -84,10 +88,9 @@ class Stepper:
     def load(self, file: Path) -> None:
         """Starts student and teacher from a safetensors file of the student's weights."""
         with safe_open(file, "pt") as weights, torch.no_grad():
-            for name in weights.keys():  # noqa: SIM118
-                for parameters in (self.student(), self.teacher()):
-                    if name in parameters:
-                        parameters[name].copy_(weights.get_tensor(name))
+            for parameters in (self.student, self.teacher):
+                for name in parameters.keys() & weights.keys():
+                    parameters[name].copy_(weights.get_tensor(name))
 
     def autocast(self) -> AbstractContextManager:
         """Returns autocast in the provider's precision; does nothing in fp32."""
@@ -95,21 +98,19 @@ class Stepper:
         return torch.autocast(self.device.type, dtype, self.precision != "fp32")
 
     def views(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Returns the student's and the teacher's normalised images, fp32 [B, C, H, W]."""
+        """Returns the student's and the teacher's normalized images, fp32 [B, C, H, W]."""
         cfg, index = self.cfg, inputs.index.to(self.device)
         params = jitter_params(index, cfg.data, seed=cfg.train.seed, epoch=0)
         return color_jitter(inputs.images, params, cfg.data, cfg.model.in_chans)
 
     def adamw(self, **options: Any) -> torch.optim.AdamW:
         """Returns AdamW over the student: weight decay on matrices only."""
-        named, o = self.student(), self.cfg.optim
-        plain = {n: p.dim() <= 1 or n.endswith("cls_token") for n, p in named.items()}
-        groups = [
-            {"params": [p for n, p in named.items() if plain[n] == without],
-             "weight_decay": 0.0 if without else o.weight_decay}
-            for without in (False, True)
-        ]  # fmt: skip
-        return torch.optim.AdamW(groups, lr=1.0, betas=o.betas, eps=o.eps, **options)
+        o = self.cfg.optim
+        groups: dict[float, list[nn.Parameter]] = {0.0: [], o.weight_decay: []}
+        for name, p in self.student.items():
+            groups[0.0 if p.dim() <= 1 or name.endswith("cls_token") else o.weight_decay].append(p)
+        split = [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+        return torch.optim.AdamW(split, lr=1.0, betas=o.betas, eps=o.eps, **options)
 
     def set_rate(self) -> None:
         """Sets this step's learning rate and counts the step."""
@@ -127,6 +128,8 @@ class Ours(Stepper):
         prepare_torch(cfg.system)
         self.run = build(cfg, World(device), range(IMAGES))  # type: ignore[arg-type]
         wrap(self.run)
+        self.student = dict(self.run.method.student_parameters())
+        self.teacher = dict(self.run.method.teacher_branch.named_parameters())
 
     def step(self, inputs: Inputs) -> None:
         # its masks follow from seed, row and epoch: `Inputs.keep` holds the same
@@ -138,12 +141,6 @@ class Ours(Stepper):
         value = self.run.counters.read().values()["loss"]
         self.run.counters.restart()
         return float("nan") if value is None else value
-
-    def student(self) -> dict[str, nn.Parameter]:
-        return dict(self.run.method.student_parameters())
-
-    def teacher(self) -> dict[str, Tensor]:
-        return dict(self.run.method.teacher_branch.named_parameters())
 
 
 def with_settings(cfg: Config, settings: dict[str, Any]) -> Config:
@@ -189,12 +186,8 @@ class _TwoBranches(Stepper):
         # their sub-modules are read by name
         self.net: Any = method.student_branch
         self.follower: Any = method.teacher_branch.requires_grad_(False)
-
-    def student(self) -> dict[str, nn.Parameter]:
-        return dict(self.net.named_parameters())
-
-    def teacher(self) -> dict[str, Tensor]:
-        return dict(self.follower.named_parameters())
+        self.student = dict(self.net.named_parameters())
+        self.teacher = dict(self.follower.named_parameters())
 
 
 # ---- the released formulation ----------------------------------------------------------------------
@@ -205,7 +198,7 @@ class Released(_TwoBranches):
 
     All N patches are embedded, then each view is gathered; attention by its formula; the class token is concatenated
     to the tokens and pooling projects keys and values of all n + 1 rows; the EMA goes parameter by parameter into new
-    storage; the host reads the loss each step; AdamW is torch's default. fp16 with a loss scaler on a GPU.
+    storage; the loss is read each step; AdamW is torch's default. fp16 with a loss scaler on a GPU.
     """
 
     def __init__(self, cfg: Config, device: torch.device, precision: str) -> None:
@@ -223,7 +216,7 @@ class Released(_TwoBranches):
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        torch.stack([p.grad.norm() for p in self.net.parameters() if p.grad is not None]).norm()
+        torch.stack([p.grad.norm() for p in self.student.values() if p.grad is not None]).norm()
         self.set_rate()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -235,9 +228,9 @@ class Released(_TwoBranches):
         net, teacher = self.net, self.follower
         q = head(net.predictor, head(net.projector, self.encode(net.encoder, x, keep, inputs.scale)))
         with torch.no_grad():
-            m, student = self.schedule.momentum(self.taken), self.student()
-            for name, p in teacher.named_parameters():
-                p.data = p.data * m + student[name].data * (1 - m)
+            m = self.schedule.momentum(self.taken)
+            for name, p in self.teacher.items():
+                p.data = p.data * m + self.student[name].data * (1 - m)
             target = F.normalize(head(teacher.projector, self.encode(teacher.encoder, y)), dim=1)
         losses = [(F.normalize(view, dim=1) - target).square().sum(1).mean() for view in q.chunk(len(keep))]
         return torch.stack(losses).mean()
@@ -255,18 +248,13 @@ class Released(_TwoBranches):
         proj = net.patch_embed.proj
         x = F.conv2d(images, proj.weight, proj.bias, proj.stride).flatten(2).transpose(1, 2) + net.pos_embed
         if keep is not None:
-            x = torch.cat(
-                [torch.gather(x, 1, view.long()[:, :, None].repeat(1, 1, x.shape[2])) for view in keep]
-            )
+            views = [torch.gather(x, 1, view.long()[:, :, None].repeat(1, 1, x.shape[2])) for view in keep]
+            x = torch.cat(views)
         for i, block in enumerate(net.blocks):
-            rate, factors = (
-                (0.0, None) if keep is None else (self.rates[i], None if scale is None else scale[i])
-            )
-            branch = self.attention(block.attn, norm(block.norm1, x))
-            x = x + self.dropped(branch, rate, None if factors is None else factors[0])
-            x = x + self.dropped(
-                mlp(block.mlp, norm(block.norm2, x)), rate, None if factors is None else factors[1]
-            )
+            rate = 0.0 if keep is None else self.rates[i]
+            first, second = (None, None) if scale is None else scale[i]
+            x = x + self.dropped(self.attention(block.attn, norm(block.norm1, x)), rate, first)
+            x = x + self.dropped(mlp(block.mlp, norm(block.norm2, x)), rate, second)
         cls = net.cls_token.expand(len(x), -1, -1)
         for block in net.blocks_token:
             cls = self.pooled(block, cls, x)
@@ -276,9 +264,8 @@ class Released(_TwoBranches):
         rows, n, width = x.shape
         qkv = linear(layer.qkv, x).reshape(rows, n, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         scores = torch.matmul(qkv[0], qkv[1].transpose(-1, -2)) * (width // self.heads) ** -0.5
-        return linear(
-            layer.proj, torch.matmul(scores.softmax(-1), qkv[2]).transpose(1, 2).reshape(rows, n, width)
-        )
+        mixed = torch.matmul(scores.softmax(-1), qkv[2])
+        return linear(layer.proj, mixed.transpose(1, 2).reshape(rows, n, width))
 
     def dropped(self, branch: Tensor, rate: float, factor: Tensor | None) -> Tensor:
         """A residual branch under drop-path; factor [R]: given, else drawn."""
@@ -299,6 +286,124 @@ class Released(_TwoBranches):
         mixed = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).softmax(-1), v)
         cls = cls + block.gamma_1 * linear(block.attn.proj, mixed.transpose(1, 2).reshape(rows, 1, width))
         return cls + block.gamma_2 * mlp(block.mlp, norm(block.norm2, cls))
+
+
+# ---- a checkout of microsoft/ExtreMA ----------------------------------------------------------------
+
+FILES = ("vits.py", "lib/builder.py", "lib/misc.py")
+# width -> its function; ViT/16 with 196 patches is hard-coded there
+MODELS = {384: "vit_small", 768: "vit_base", 1024: "vit_large"}
+
+
+def check_checkout(path: Path, cfg: Config) -> None:
+    """Raises UsageError where the checkout cannot be stepped, before anything is built."""
+    for file in FILES:
+        if not (path / file).is_file():
+            raise UsageError(
+                f"--released-code {path}: {file} is not there; give the folder of a checkout of "
+                "https://github.com/microsoft/ExtreMA"
+            )
+    if cfg.model.shape[0] not in MODELS or cfg.model.num_patches != 196 or cfg.mask.mode != "disjoint":
+        raise UsageError(
+            f"--released-code: its models are ViT-S, B and L/16 at 224, got {cfg.model.size}; use --model small"
+        )
+
+
+class ReleasedCode(Stepper):
+    """The model and loss scaler of the checkout at `path`.
+
+    Changed only so that it runs in one process on current versions: the module `torch._six` and the name `np.float`
+    are put back, on a CPU the masks are drawn on the images' device, and masks and drop-path factors can be given. The
+    loop around the model (main.py reads its command line when imported) is written here as the release has it.
+    """
+
+    def __init__(self, cfg: Config, device: torch.device, precision: str, path: str) -> None:
+        super().__init__(cfg, device, precision)
+        six = types.ModuleType("torch._six")
+        six.inf = math.inf  # type: ignore[attr-defined]
+        sys.modules.setdefault("torch._six", six)
+        np.float = float  # type: ignore[attr-defined]
+        sys.path.insert(0, str(Path(path).resolve()))
+        try:
+            import lib.builder
+            import lib.misc
+            import vits
+        except Exception as error:
+            raise UsageError(
+                f"--released-code {path}: it does not import ({type(error).__name__}: {error}); see the "
+                "requirements of its README"
+            ) from error
+        model, h = cfg.model, cfg.head
+        encoder = partial(
+            getattr(vits, MODELS[model.shape[0]]),
+            init_values=model.layer_scale,
+            class_attention_layers=model.pool_depth,
+        )
+        student = partial(encoder, drop_path_rate=model.drop_path)
+        # temperature 1.0 is that of its InfoNCE, not used here; True: disjoint views
+        arguments = student, encoder, h.out, h.hidden, 1.0, cfg.mask.ratio, cfg.mask.views, True
+        self.net: Any = lib.builder.ExtreMA(*arguments).to(device).train()
+        with warnings.catch_warnings():
+            # its scaler warns where there is no GPU
+            warnings.simplefilter("ignore")
+            self.scaler = lib.misc.NativeScalerWithGradNormCount()
+        self.scaler._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.draw_masks = self.net.generate_mask
+        self.paths = [_DropPath(block) for block in self.net.base_encoder.blocks]
+        named = {n: p for n, p in self.named(self.net.base_encoder).items() if p.requires_grad}
+        self.student = named | {f"predictor.{n}": p for n, p in self.net.predictor.named_parameters()}
+        self.teacher = {n: p for n, p in self.named(self.net.momentum_encoder).items() if n in self.student}
+        self.optimizer = self.adamw()
+
+    def named(self, branch: nn.Module) -> dict[str, Any]:
+        """Parameters by our names."""
+        return {
+            f"projector.{n[5:]}" if n.startswith("head.") else f"encoder.{n}": p
+            for n, p in branch.named_parameters()
+        }
+
+    def masks(self, given: Tensor | None, x: Tensor, count: int, ratio: float = 0.0) -> list[Tensor] | None:
+        """In place of its `generate_mask`: the given masks, or its own."""
+        if given is not None and ratio > 0:
+            return list(given.long())
+        return self.draw_masks(_OnDevice(x), count, ratio)
+
+    def step(self, inputs: Inputs) -> None:
+        x, y = self.views(inputs)
+        self.net.generate_mask = partial(self.masks, inputs.keep)
+        for i, path in enumerate(self.paths):
+            path.factors = [] if inputs.scale is None else list(inputs.scale[i])
+        with self.autocast():
+            loss = self.net([x, y], self.schedule.momentum(self.taken), "byol")
+        self.last_loss = loss.item()
+        self.optimizer.zero_grad()
+        self.set_rate()
+        self.scaler(loss, self.optimizer, parameters=self.net.parameters(), clip_grad=None)
+
+
+class _DropPath(nn.Module):
+    """Takes the place of a block's drop-path: given factors for its two branches, or its own random ones."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.own: Any = block.drop_path
+        self.factors: list[Tensor] = []
+        block.drop_path = self
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.factors:
+            return self.own(branch)
+        return branch * self.factors.pop(0).to(branch.dtype)[:, None, None]
+
+
+class _OnDevice:
+    """An image batch whose `get_device()` also works on a CPU, where torch's answers -1."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.size, self.device = x.size, x.device
+
+    def get_device(self) -> torch.device:
+        return self.device
 
 
 # ---- as well as plain PyTorch can ------------------------------------------------------------------
@@ -376,19 +481,17 @@ class Strong(_TwoBranches):
     ) -> None:
         super().__init__(cfg, device, precision)
         self.plain = plain_attention
-        student = self.student()
-        self.pairs = [(t, student[name]) for name, t in self.teacher().items()]
+        self.followed: list[Tensor] = [self.student[name] for name in self.teacher]
         self.optimizer = self.adamw(fused=True)
-        self.objective = (
-            torch.compile(self.loss_of, fullgraph=True, dynamic=False) if compile else self.loss_of
-        )
+        whole = torch.compile(self.loss_of, fullgraph=True, dynamic=False)
+        self.objective = whole if compile else self.loss_of
 
     def step(self, inputs: Inputs) -> None:
         x, y = self.views(inputs)
         keep, scale = self.draw(len(x)) if inputs.keep is None else (inputs.keep, inputs.scale)
         with torch.no_grad():
-            teachers, students = zip(*self.pairs, strict=True)
-            torch._foreach_lerp_(teachers, students, 1 - self.schedule.momentum(self.taken))
+            weight = 1 - self.schedule.momentum(self.taken)
+            torch._foreach_lerp_(list(self.teacher.values()), self.followed, weight)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.objective(x, y, keep, scale)
         loss.backward()
@@ -398,20 +501,16 @@ class Strong(_TwoBranches):
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor | None]:
         """Returns random masks [V, B, K] and drop-path factors [L, 2, V*B] (None without drop-path)."""
-        v, k, n = self.cfg.mask.views, self.cfg.num_keep, self.cfg.model.num_patches
-        order = torch.rand(batch, n, device=self.device).argsort(1)[:, : v * k]
-        keep, rate, depth = (
-            order.view(batch, v, k).transpose(0, 1),
-            self.cfg.model.drop_path,
-            self.cfg.model.shape[1],
-        )
-        if not rate:
+        v, k, model = self.cfg.mask.views, self.cfg.num_keep, self.cfg.model
+        order = torch.rand(batch, model.num_patches, device=self.device).argsort(1)[:, : v * k]
+        keep, depth = order.view(batch, v, k).transpose(0, 1), model.shape[1]
+        if not model.drop_path:
             return keep, None
-        kept = 1 - torch.linspace(0, rate, depth, device=self.device)[:, None, None]
+        kept = 1 - torch.linspace(0, model.drop_path, depth, device=self.device)[:, None, None]
         return keep, (torch.rand(depth, 2, v * batch, device=self.device) < kept) / kept
 
     def loss_of(self, x: Tensor, y: Tensor, keep: Tensor, scale: Tensor | None) -> Tensor:
-        """Mean of |q - k|^2 over views and images; x, y [B, C, H, W] normalised."""
+        """Mean of |q - k|^2 over views and images; x, y [B, C, H, W] normalized."""
         heads, plain, net = self.heads, self.plain, self.net
         with self.autocast():
             with torch.no_grad():

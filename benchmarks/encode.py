@@ -11,7 +11,6 @@ positions added, the kept tokens gathered, blocks.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +23,8 @@ from extrema_fast.models.accelerate import accelerate
 from extrema_fast.models.encoder import create_encoder
 
 from . import harness
-from .harness import Record, Row, percentiles, table
-from .processes import DTYPES, Turns, clock, import_torchvision, prepare
+from .harness import RATIO, TIMES, Record, Row, columns
+from .processes import DTYPES, Turns, clock, prepare
 
 PATCH, SETS = 16, 4
 # (batch, rounds, timed passes per turn): --quick, and otherwise
@@ -38,7 +37,7 @@ def _kept(x: Tensor, keep: Tensor) -> Tensor:
     return torch.cat([x[:, :1], x[:, 1:].gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))], 1)
 
 
-def ours(size: str, img_size: int) -> tuple[torch.nn.Module, Encode]:
+def ours(size: Any, img_size: int) -> tuple[torch.nn.Module, Encode]:
     """This project's encoder: no class token in the trunk, two class-attention blocks after it."""
     encoder = create_encoder(f"extrema_vit_{size}_patch{PATCH}_224", img_size=img_size)
 
@@ -49,15 +48,13 @@ def ours(size: str, img_size: int) -> tuple[torch.nn.Module, Encode]:
     return encoder, encode
 
 
-def timm(size: str, img_size: int) -> tuple[torch.nn.Module, Encode]:
+def timm(size: Any, img_size: int) -> tuple[torch.nn.Module, Encode]:
     """timm's ViT with class token, no classifier."""
-    import_torchvision()
     from timm.models.vision_transformer import VisionTransformer
 
     width, depth, heads = SIZES[size]
-    vit = VisionTransformer(
-        img_size=img_size, patch_size=PATCH, embed_dim=width, depth=depth, num_heads=heads, num_classes=0
-    )
+    shape = {"embed_dim": width, "depth": depth, "num_heads": heads}
+    vit = VisionTransformer(img_size=img_size, patch_size=PATCH, num_classes=0, **shape)
 
     def encode(images: Tensor, keep: Tensor | None) -> Tensor:
         if keep is None:
@@ -68,16 +65,15 @@ def timm(size: str, img_size: int) -> tuple[torch.nn.Module, Encode]:
     return vit, encode
 
 
-def accelerated(size: str, img_size: int) -> tuple[torch.nn.Module, Encode]:
+def accelerated(size: Any, img_size: int) -> tuple[torch.nn.Module, Encode]:
     """timm's ViT through `accelerate`."""
     vit, _ = timm(size, img_size)
     fast = accelerate(vit)
     return vit, lambda images, keep: fast.encode(images, keep).tokens
 
 
-def hf(size: str, img_size: int) -> tuple[torch.nn.Module, Encode]:
+def hf(size: Any, img_size: int) -> tuple[torch.nn.Module, Encode]:
     """transformers' ViTModel."""
-    import_torchvision()
     from transformers import ViTConfig, ViTModel
 
     width, depth, heads = SIZES[size]
@@ -97,7 +93,6 @@ def hf(size: str, img_size: int) -> tuple[torch.nn.Module, Encode]:
 
 
 LIBRARIES = {"ours": ours, "accelerated": accelerated, "timm": timm, "hf": hf}
-NEEDS = {"ours": (), "accelerated": ("timm",), "timm": ("timm",), "hf": ("transformers",)}
 PROVIDERS = [f"{library}{how}" for library in LIBRARIES for how in ("", "-compiled")]
 
 
@@ -116,11 +111,10 @@ class Encoding:
             # a graph per shape
             torch._dynamo.config.recompile_limit = 64
             self.encode = torch.compile(self.encode, dynamic=False)
-        patches = (args.img_size // PATCH) ** 2
         shape = batch, 3, args.img_size, args.img_size
         images = [torch.randn(shape).to(self.device, DTYPES[dtype]) for _ in range(SETS)]
-        orders = [torch.rand(batch, patches).argsort(1).to(self.device) for _ in range(SETS)]
-        self.inputs = {
+        orders = [torch.rand(batch, max(masks.values())).argsort(1).to(self.device) for _ in range(SETS)]
+        self.inputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {
             m: [(x, o[:, :kept].contiguous() if m else None) for x, o in zip(images, orders, strict=True)]
             for m, kept in masks.items()
         }
@@ -129,7 +123,7 @@ class Encoding:
             tokens = self.one(mask)
             if tokens.shape[:2] != (batch, kept + 1):
                 raise UsageError(f"{name}: {tuple(tokens.shape)} tokens for {kept} patches kept")
-            clock(lambda mask=mask: self.one(mask), self.device, 1 if self.device.type == "cpu" else 19)
+            self.times(mask, 1 if self.device.type == "cpu" else 19)
 
     @torch.no_grad()
     def one(self, mask: int) -> Tensor:
@@ -137,36 +131,31 @@ class Encoding:
         self.count += 1
         return self.encode(*self.inputs[mask][self.count % SETS])
 
+    def times(self, mask: int, passes: int) -> list[float]:
+        """Returns the milliseconds of passes at a mask."""
+        return clock(lambda: self.one(mask), self.device, passes)
+
     def turn(self, steps: int) -> dict[str, list[float]]:
         """Times `steps` passes at every mask: {percent masked: milliseconds}."""
-        return {str(m): clock(lambda m=m: self.one(m), self.device, steps) for m in self.inputs}
+        return {str(mask): self.times(mask, steps) for mask in self.inputs}
 
 
 def main(argv: list[str]) -> int:
     """Images/s of encoding, dense and at mask ratios, next to timm's ViT and Hugging Face's of the same size."""
     args = options(argv)
-    lacking = {
-        p: [n for n in NEEDS[p.partition("-")[0]] if importlib.util.find_spec(n) is None] for p in PROVIDERS
-    }
     if args.list:
-        for p in PROVIDERS:
-            print(f"  {p:22} {'not installed: ' + lacking[p][0] if lacking[p] else 'runs here'}")
+        print(f"  {', '.join(args.providers)}; masks {args.masks}; dtypes {', '.join(args.dtypes)}")
         return 0
-    unable = {p: f"{lacking[p][0]} is not installed" for p in args.providers if lacking[p]}
-    able = [p for p in args.providers if p not in unable]
-    if not able:
-        raise UsageError(f"--providers: none of them runs here: {unable}")
-    rows = [row for dtype in args.dtypes for batch in args.batch for row in measure(able, dtype, batch, args)]
+    rows = [row for dtype in args.dtypes for batch in args.batch for row in measure(dtype, batch, args)]
     settings = {k: getattr(args, k) for k in ("model", "img_size", "masks", "device", "rounds")}
     settings |= {"threads": torch.get_num_threads(), "steps_per_turn": args.steps}
     what = f"encoding, ViT-{args.model}/{PATCH} at {args.img_size} on {args.device.partition(':')[0]}"
-    record = harness.new_record(what, "encode", argv, args.note, settings=settings, not_run=unable, rows=rows)
-    record["ratios"] = ratios(rows)
-    record["headline"] = "; ".join(
-        f"{r['row']} {r['ratio']:.2f}x {r['other']}"
-        for r in record["ratios"]
-        if r["row"].startswith("accelerated |")
-    )
+    record = harness.new_record(what, "encode", argv, args.note, settings=settings, rows=rows)
+    record["ratios"] = found = ratios(rows)
+    texts = [
+        f"{r['row']} {r['ratio']:.2f}x {r['other']}" for r in found if r["row"].startswith("accelerated |")
+    ]
+    record["headline"] = "; ".join(texts)
     harness.write_record(record, page(record), args)
     return 0
 
@@ -182,44 +171,41 @@ def options(argv: list[str]) -> argparse.Namespace:
     add("--masks", type=int, nargs="+", default=[0, 50, 75, 90], metavar="PERCENT", help="0: all patches")
     add("--providers", nargs="+", default=[], metavar="NAME", help="default: all; with --quick eager ones")
     args = p.parse_args(argv)
-    harness.settle(args)
+    batch, rounds, steps = DEFAULTS[harness.settle(args)][int(not args.quick)]
+    args.batch, args.rounds, args.steps = args.batch or [batch], args.rounds or rounds, args.steps or steps
     if args.img_size < PATCH or args.img_size % PATCH:
         raise UsageError(f"--img-size: expected a multiple of {PATCH}, got {args.img_size}")
-    if min(args.batch, default=1) < 1:
+    if min(args.batch) < 1:
         raise UsageError(f"--batch: expected at least 1, got {min(args.batch)}")
-    patches = (args.img_size // PATCH) ** 2
+    args.patches = (args.img_size // PATCH) ** 2
     for mask in args.masks:
-        if not 0 <= mask < 100 or not keep_count(patches, mask / 100):
+        if not 0 <= mask < 100 or not keep_count(args.patches, mask / 100):
             raise UsageError(
-                f"--masks: expected 0 to 99 percent that leave one of {patches} patches, got {mask}"
+                f"--masks: expected 0 to 99 %, and one of {args.patches} patches left, got {mask}"
             )
     for name in args.providers:
         if name not in PROVIDERS:
             raise UsageError(f"--providers: unknown {name!r}{did_you_mean(name, PROVIDERS)}")
-    batch, rounds, steps = DEFAULTS[args.device.partition(":")[0]][int(not args.quick)]
-    args.batch, args.rounds, args.steps = args.batch or [batch], args.rounds or rounds, args.steps or steps
     args.providers = args.providers or [p for p in PROVIDERS if not (args.quick and p.endswith("-compiled"))]
     return args
 
 
-def measure(providers: list[str], dtype: str, batch: int, args: argparse.Namespace) -> list[Row]:
+def measure(dtype: str, batch: int, args: argparse.Namespace) -> list[Row]:
     """Returns one row per provider and mask."""
-    patches = (args.img_size // PATCH) ** 2
-    masks = {m: keep_count(patches, m / 100) if m else patches for m in args.masks}
-    found: dict[str, Row] = {p: {} for p in providers}
+    masks = {m: keep_count(args.patches, m / 100) if m else args.patches for m in args.masks}
+    found: dict[str, Row] = {p: {} for p in args.providers}
     with Turns(found) as turns:
-        for p in providers:
+        for p in args.providers:
             turns.start(p, Encoding, p, args, dtype, batch, masks)
         turns.run(args.rounds, args.steps)
     rows = []
-    for p in providers:
+    for p in args.providers:
         for mask, kept in masks.items():
             key = f"{p} | {dtype} | batch {batch} | {f'{mask} % masked' if mask else 'dense'}"
             row = {"key": key, "provider": p, "dtype": dtype, "batch": batch, "mask": mask, "kept": kept}
-            if samples := found[p].get(str(mask)):
-                row |= {"samples_ms": samples} | percentiles(samples)
-                row["images_per_s"] = 1000 * batch / row["p50_ms"]
-            rows.append(row | ({"error": found[p]["error"]} if "error" in found[p] else {}))
+            row |= {"error": found[p]["error"]} if "error" in found[p] else {}
+            rows.append(row | {"samples_ms": found[p].get(str(mask), [])})
+            harness.speed(rows[-1])
     return rows
 
 
@@ -234,23 +220,20 @@ def ratios(rows: list[Row]) -> list[dict[str, Any]]:
             others += sorted(same, key=lambda r: r["p50_ms"])[:1]
         for other in others:
             name = other["provider"] if other["mask"] == row["mask"] else "dense"
-            found.append(
-                {"row": row["key"], "other": name} | harness.ratio(other["samples_ms"], row["samples_ms"])
-            )
+            result = harness.ratio(other["samples_ms"], row["samples_ms"])
+            found.append({"row": row["key"], "other": name} | result)
     return found
 
 
 def page(record: Record) -> list[str]:
     """Returns the record to read."""
     s, rows = record["settings"], [r for r in record["rows"] if "p50_ms" in r]
-    out = harness.heading(record)
-    out.append(
+    return [
         f"Forward passes without gradients; {s['rounds']} rounds of {s['steps_per_turn']} timed pass(es) per provider "
         "and mask, in turns. ours is another model of the same size: no class token in the trunk, two class-attention "
-        "blocks after it. bf16: weights and images. compiled: torch.compile, a graph per shape."
-    )
-    specs = ("p20 ms=p20_ms:.2f", "p50 ms=p50_ms:.2f", "p80 ms=p80_ms:.2f", "images/s=images_per_s:.2f")
-    out.append(harness.columns(rows, "row=key", "patches=kept", *specs))
-    lines = [[r["row"].replace(" | ", ", "), r["other"], *harness.ratio_cells(r)] for r in record["ratios"]]
-    out += ["## Ratios", table(["row", "against", "times as fast", "95 % interval", "verdict"], lines)]
-    return out + harness.lost(record)
+        "blocks after it. bf16: weights and images. compiled: torch.compile, a graph per shape.",
+        columns(rows, "row=key", "patches=kept", *TIMES, "images/s=images_per_s:.2f"),
+        "## Ratios",
+        columns(record["ratios"], "row=row", "against=other", *RATIO),
+        *harness.lost(record),
+    ]

@@ -30,13 +30,13 @@ from typing import Any
 from extrema_fast.errors import UsageError
 from extrema_fast.files import read_json, write_file
 
-from .harness import ROOT, say, table
+from .harness import ROOT, columns, say
 
 # seconds: for the summary, for a part to end by itself, and the least to begin a part with
 RESERVE_S, GRACE_S, LEAST_S = 10.0, 20.0, 10.0
 PYTEST = "-m pytest -m gpu -v -p no:cacheprovider -o addopts=-ra\\ --import-mode=importlib --junitxml={out}/junit.xml"
 STEP = "-m benchmarks step --quick --out {out} --name"
-# functions, not commands: a machine with torch alone has no tyro
+# functions, not commands, which need more packages than torch
 ENVIRONMENT = (
     "import json, benchmarks.harness as h; from extrema_fast.ops import dispatch;"
     "print(json.dumps(h.machine() | {'ops': dispatch.choices('cuda')}, indent=1, default=str))"
@@ -59,25 +59,20 @@ KERNELS = (
 
 @dataclass(frozen=True)
 class Part:
-    """One process.
+    """One process: its folder's name, what it is, its limit, its command (`{out}` stands for its folder).
 
-    Attributes:
-        name: its folder.
-        about: one line.
-        words: its command; `{out}` stands for its folder.
-        seconds: its limit.
-        optional: runs only when asked for by name.
+    An optional part runs only when asked for by name.
     """
 
     name: str
     about: str
-    words: tuple[str, ...]
     seconds: float
+    words: tuple[str, ...]
     optional: bool = False
 
 
 def _python(name: str, about: str, seconds: float, command: str, *more: str, optional: bool = False) -> Part:
-    return Part(name, about, (sys.executable, *shlex.split(command), *more), seconds, optional)
+    return Part(name, about, seconds, (sys.executable, *shlex.split(command), *more), optional)
 
 
 def plan() -> list[Part]:
@@ -104,17 +99,12 @@ def plan() -> list[Part]:
         _python("base90x8", "ViT-B, 90 % x 8", 200, f"{STEP} base90x8 --model base --mask 90x8 {ours} strong"),
         _python("loader", "DALI on CPU and GPU next to a DataLoader of PIL", 180, "-m benchmarks loader --data made "
                 "--quick --batch 64 --threads 15 --ways ours ours-gpu dataloader --stages crop views --out {out}"),
-        *(Part(tool, f"compute-sanitizer {tool}", (*sanitize, tool, sys.executable, "-c", KERNELS), 90)
+        *(Part(tool, f"compute-sanitizer {tool}", 90, (*sanitize, tool, sys.executable, "-c", KERNELS))
           for tool in ("memcheck", "racecheck")),
         _python("encode", "inference", 200, "-m benchmarks encode --quick --out {out}", optional=True),
         _python("scaling", "how a step grows", 900, f"{STEP} scaling --scaling --model base", optional=True),
         _python("tune", "launch settings", 600, "-m extrema_fast.kernels.tune --out {out}", optional=True),
     ]  # fmt: skip
-
-
-def command(part: Part, folder: Path) -> list[str]:
-    """Returns the words of a part's command with its folder filled in."""
-    return [w.replace("{out}", str(folder)) for w in part.words]
 
 
 def run(parts: Sequence[Part], out: Path, seconds: float, gpu: str) -> int:
@@ -125,28 +115,21 @@ def run(parts: Sequence[Part], out: Path, seconds: float, gpu: str) -> int:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: exists and is not empty; name a new folder")
-    began = time.monotonic()
-    entries = [
-        {"name": p.name, "about": p.about, "state": "not run", "command": shlex.join(p.words)} for p in parts
+    began, code = time.monotonic(), 0
+    entries: list[dict[str, Any]] = [
+        {"name": p.name, "about": p.about, "state": "not run", "command": shlex.join(p.words), "found": []}
+        for p in parts
     ]
-    summary: dict[str, Any] = {
-        "gpu": gpu,
-        "started": datetime.now().isoformat(timespec="seconds"),
-        "parts": entries,
-    }
+    started = datetime.now().isoformat(timespec="seconds")
+    summary: dict[str, Any] = {"gpu": gpu, "started": started, "parts": entries}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    code = 0
     try:
         for part, entry in zip(parts, entries, strict=True):
             say(f"{part.name}: {part.about}")
             left = seconds - RESERVE_S - (time.monotonic() - began)
             entry |= run_part(part, out / part.name, min(part.seconds, left), out / "cache")
-            try:
-                entry |= findings(out / part.name, entry["state"])
-            # an odd file of a part must not end the visit
-            except Exception as error:
-                entry["found"] = [f"its files cannot be read: {type(error).__name__}: {error}"]
-            say("\n".join(["    " + entry["state"], *("    " + line for line in entry["found"])]))
+            entry |= findings(out / part.name, entry["state"])
+            say("\n".join("    " + line for line in (entry["state"], *entry["found"])))
             write(summary, out)
     except KeyboardInterrupt:
         code = 130
@@ -159,7 +142,7 @@ def run(parts: Sequence[Part], out: Path, seconds: float, gpu: str) -> int:
 
 
 def run_part(part: Part, folder: Path, limit: float, cache: Path) -> dict[str, Any]:
-    """Runs one part in its own session; returns its state, seconds, limit and the last lines of its log.
+    """Runs one part in its own session; returns its state, seconds and the last lines of its log.
 
     One cache of compiled code serves all parts. At its limit a part gets SIGINT, on which pytest and the benchmarks
     write what they have, and is killed after a while.
@@ -170,14 +153,12 @@ def run_part(part: Part, folder: Path, limit: float, cache: Path) -> dict[str, A
         return {"state": "skipped: no time left"}
     folder.mkdir(parents=True)
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
-    env = (
-        {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | caches | {"PYTHONUNBUFFERED": "1"}
-    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | caches
     log, began = folder / "log.txt", time.monotonic()
     with open(log, "wb") as sink:
         process = subprocess.Popen(
-            command(part, folder), cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink,
-            start_new_session=True,
+            [w.replace("{out}", str(folder)) for w in part.words], cwd=ROOT, env=env | {"PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True,
         )  # fmt: skip
         try:
             code = process.wait(limit)
@@ -195,55 +176,45 @@ def run_part(part: Part, folder: Path, limit: float, cache: Path) -> dict[str, A
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-    return {"state": state, "seconds": time.monotonic() - began, "limit": limit, "tail": tail}
+    return {"state": state, "seconds": time.monotonic() - began, "tail": tail}
 
 
 def findings(folder: Path, state: str) -> dict[str, Any]:
-    """Returns `found`, lines that say what a part's files hold; and `state` where they show a failure."""
+    """Returns `found`, lines that say what a part's files hold, and its `state`, which they can change."""
     lines: list[str] = []
     for file in sorted(folder.glob("*/record.json")):
-        record = read_json(file)
-        lines.append(": ".join(filter(None, [record.get("what", ""), record.get("headline", "")])))
-        lines += [
-            f"{r['key']}: {r['images_per_s']:.0f} images/s" for r in record["rows"] if r.get("images_per_s")
-        ]
+        record = read_json(file, {})
+        lines.append(f"{record.get('what')}: {record.get('headline', '')}")
+        rows = [r for r in record.get("rows", []) if r.get("images_per_s")]
+        lines += [f"{r['key']}: {r['images_per_s']:.0f} images/s" for r in rows]
         lines += [f"CHECK FAILED {c['name']}" for c in record.get("gates", []) if not c["passed"]]
-    if not (folder / "junit.xml").is_file():
-        return {"found": lines}
-    bad, passed, skipped = [], 0, 0
-    for case in xml.parse(folder / "junit.xml").iter("testcase"):
-        kinds = {child.tag for child in case}
-        if kinds & {"failure", "error"}:
-            bad.append(f"FAILED {case.get('classname', '')}::{case.get('name', '')}")
-        elif "skipped" in kinds:
-            skipped += 1
-        else:
-            passed += 1
-    lines += [f"{passed} passed, {len(bad)} failed, {skipped} skipped", *bad[:20]]
-    return {"found": lines} | (
-        {"state": "failed: no test has run"} if not passed and state == "passed" else {}
-    )
+    if (folder / "junit.xml").is_file():
+        bad, passed, skipped = [], 0, 0
+        with contextlib.suppress(xml.ParseError):
+            for case in xml.parse(folder / "junit.xml").iter("testcase"):
+                kinds = {child.tag for child in case}
+                if kinds & {"failure", "error"}:
+                    bad.append(f"FAILED {case.get('classname')}::{case.get('name')}")
+                skipped += "skipped" in kinds
+                passed += not kinds & {"failure", "error", "skipped"}
+        lines += [f"{passed} passed, {len(bad)} failed, {skipped} skipped", *bad[:20]]
+        if not passed and state == "passed":
+            state = "failed: no test has run"
+    return {"found": lines, "state": state}
 
 
 def write(summary: dict[str, Any], out: Path) -> None:
     """Writes summary.json and summary.md."""
     write_file(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     parts = summary["parts"]
-    lines = [[p["name"], p["state"], f"{p.get('seconds', 0):.0f}", p["about"]] for p in parts]
-    text = [
-        f"# GPU visit: {summary['gpu']}",
-        summary["started"],
-        table(["part", "result", "s", "what it is"], lines),
-    ]
+    text = [f"# GPU visit: {summary['gpu']}", summary["started"]]
+    text.append(columns(parts, "part=name", "result=state", "s=seconds:.0f", "what it is=about"))
     for p in parts:
-        if p.get("found") or p["state"].startswith("failed"):
-            text += [
-                f"## {p['name']}",
-                f"`{p['command']}`",
-                "\n".join(f"* {line}" for line in p.get("found", [])),
-            ]
-            if p["state"].startswith("failed"):
-                text.append("\n".join(["```", *p.get("tail", []), "```"]))
+        failed = p["state"].startswith("failed")
+        if p["found"] or failed:
+            found = "\n".join(f"* {line}" for line in p["found"])
+            text += [f"## {p['name']}", f"`{p['command']}`", found]
+            text += ["\n".join(["```", *p.get("tail", []), "```"])] * failed
             text += [f"![{f.stem}]({f.relative_to(out)})" for f in sorted((out / p["name"]).glob("*/*.png"))]
     text.append(
         "To keep a record: copy its folder into benchmarks/records/, then `python -m benchmarks index`."
@@ -267,14 +238,12 @@ def find_gpu(command: Sequence[str] = (sys.executable, "-c", _PROBE), seconds: f
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise UsageError(
-            f"no NVIDIA GPU: torch gave no answer in {seconds:g} s (see nvidia-smi); nothing was run"
-        ) from None
-    if done.returncode or not done.stdout.strip():
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.strip().splitlines()[-1]
         why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UsageError(f"no NVIDIA GPU: {why}; nothing was run")
-    return done.stdout.strip().splitlines()[-1]
+    except subprocess.TimeoutExpired:
+        why = f"torch gave no answer in {seconds:g} s (see nvidia-smi)"
+    raise UsageError(f"no NVIDIA GPU: {why}; nothing was run")
 
 
 def main(argv: list[str]) -> int:
@@ -283,9 +252,7 @@ def main(argv: list[str]) -> int:
     p.add_argument("--out", type=Path, metavar="FOLDER", help="new folder (default: runs/gpu-check-<time>)")
     p.add_argument("--minutes", type=float, default=9.0, help="time for everything (default: %(default)g)")
     p.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts")
-    p.add_argument(
-        "--list", action="store_true", help="print the parts with their limits and commands and stop"
-    )
+    p.add_argument("--list", action="store_true", help="print the parts, their limits and commands, and stop")
     args = p.parse_args(argv)
     if args.minutes <= 0:
         raise UsageError(f"--minutes: expected more than 0, got {args.minutes:g}")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from . import harness
-from .harness import Record, table
 
 
 def main(argv: list[str]) -> int:
@@ -37,9 +36,15 @@ def main(argv: list[str]) -> int:
         return 0
     limits = [f"--max-{name}={n}" for name, n in (("train", args.max_train), ("test", args.max_test)) if n]
     runs = [run(preset, s, args.runs / f"{args.name}-seed{s}", overrides, limits) for s in seeds]
+    found = summary(runs)
     record = harness.new_record(f"learning: {preset}", "learning", argv, args.note, overrides=overrides)
-    record |= {"summary": summary(runs), "runs": runs}
-    harness.write_record(record, page(record), args)
+    record |= {"summary": found, "runs": runs}
+    text = f"Mean and standard deviation over seeds {seeds}; accuracies are shares of the test images."
+    lines = [
+        {"key": k} | s | {"values": ", ".join(f"{v:.3f}" for v in s["values"])} for k, s in found.items()
+    ]
+    table = harness.columns(lines, "quantity=key", "mean=mean:.3f", "deviation=stdev:.3f", "each seed=values")
+    harness.write_record(record, [text, table], args)
     return 0
 
 
@@ -66,31 +71,18 @@ def run(preset: str, seed: int, out: Path, overrides: list[str], limits: list[st
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns mean, standard deviation and values over seeds per encoder and feature, and the gain over random init."""
-    out: dict[str, dict[str, Any]] = {}
-
-    def add(key: str, values: list[float]) -> None:
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        out[key] = {"mean": statistics.mean(values), "stdev": spread, "values": values}
-
-    tables = [{(r["encoder"], r["feature"]): r for r in run["evaluation"]["rows"]} for run in runs]
-    for encoder, feature in tables[0]:
-        for metric in ("knn", "probe"):
-            add(f"{metric} | {encoder} | {feature}", [t[encoder, feature][metric] for t in tables])
-            if encoder == "pretrained":
-                gains = [t[encoder, feature][metric] - t["random init", feature][metric] for t in tables]
-                add(f"{metric} | gain over random init | {feature}", gains)
-    add("seconds | pretrain", [r["pretrain_s"] for r in runs])
-    add("seconds | evaluate", [r["evaluate_s"] for r in runs])
-    return out
-
-
-def page(record: Record) -> list[str]:
-    """Returns the record to read."""
-    lines = []
-    for key, s in record["summary"].items():
-        values = [v if key.startswith("seconds") else 100 * v for v in (s["mean"], s["stdev"], *s["values"])]
-        mean, stdev, *each = (f"{v:.1f}" for v in values)
-        lines.append([key.replace(" | ", ", "), mean, stdev, ", ".join(each)])
-    seeds = ", ".join(str(r["seed"]) for r in record["runs"])
-    text = f"Mean and standard deviation over seeds {seeds}; accuracies in %."
-    return [*harness.heading(record), text, table(["quantity", "mean", "deviation", "each seed"], lines)]
+    values: dict[str, list[float]] = {}
+    for run in runs:
+        rows = {(r["encoder"], r["feature"]): r for r in run["evaluation"]["rows"]}
+        for (encoder, feature), row in rows.items():
+            for metric in ("knn", "probe"):
+                values.setdefault(f"{metric} | {encoder} | {feature}", []).append(row[metric])
+                if encoder == "pretrained":
+                    gain = row[metric] - rows["random init", feature][metric]
+                    values.setdefault(f"{metric} | gain over random init | {feature}", []).append(gain)
+        for part in ("pretrain", "evaluate"):
+            values.setdefault(f"seconds | {part}", []).append(run[f"{part}_s"])
+    return {
+        key: {"mean": statistics.mean(v), "stdev": statistics.stdev(v) if len(v) > 1 else 0.0, "values": v}
+        for key, v in values.items()
+    }

@@ -13,14 +13,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import importlib.util
+import io
 import math
 import multiprocessing
 import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ from extrema_fast.errors import UsageError
 
 from . import harness
 from .baselines import Inputs, Ours
-from .harness import Record, Row, percentiles, say, table
-from .processes import Turns, import_torchvision, status_mb
-from .providers import HUGE_PAGES, configuration
+from .harness import RATIO, TIMES, Record, Row, columns
+from .processes import Turns, status_mb
+from .step import HUGE_PAGES, MODELS, configuration
 
 STAGES = {
     "crop": "decoding, random crop, resize, flip",
@@ -60,19 +60,14 @@ PREFETCH = 2
 
 def missing(way: str) -> str:
     """Returns why a way cannot run here; empty when it can."""
-    if importlib.util.find_spec("PIL") is None:
-        return "Pillow is not installed"
     if way == "ours-gpu" and not torch.cuda.is_available():
         return "needs a CUDA device"
-    if way in ("ours", "ours-gpu") and importlib.util.find_spec("nvidia.dali") is None:
-        return "DALI is not installed (extras dali-cuda13, dali-cuda12)"
-    if way == "torchvision":
-        try:
-            import_torchvision()
-            importlib.import_module("torchvision.transforms.v2")
-        # a torchvision of another torch fails in many ways
-        except Exception as error:
-            return f"torchvision cannot be imported: {error}"
+    package = {"torchvision": "torchvision", "ours": "nvidia.dali", "ours-gpu": "nvidia.dali"}.get(way, "PIL")
+    try:
+        importlib.import_module(package)
+    # a torchvision of another torch fails in many ways
+    except Exception as error:
+        return f"{package} cannot be imported: {error}"
     return ""
 
 
@@ -93,18 +88,12 @@ class Photos(Dataset):
         return len(self.source)
 
     def __getitem__(self, row: int) -> Tensor:
-        crop = self.crop(self.load(row))
+        from PIL import Image
+
+        crop = self.crop(Image.open(io.BytesIO(self.source.read(row))).convert("RGB"))
         if self.stage == "crop":
             return torch.from_numpy(np.array(crop))
         return torch.stack([self.tensor(self.color(crop)) for _ in range(2)])
-
-    def load(self, row: int) -> Any:
-        """Returns a decoded PIL image."""
-        from io import BytesIO
-
-        from PIL import Image
-
-        return Image.open(BytesIO(self.source.read(row))).convert("RGB")
 
     def crop(self, image: Any) -> Any:
         """RandomResizedCrop and a flip."""
@@ -155,36 +144,25 @@ class TorchvisionPhotos(Photos):
 
     def __init__(self, cfg: DataConfig, size: tuple[int, int], stage: str) -> None:
         super().__init__(cfg, size, stage)
-        import_torchvision()
         from torchvision.transforms import v2
 
         jitter = v2.ColorJitter(*cfg.jitter)
         crop = [v2.RandomResizedCrop(size, cfg.area, cfg.ratio), v2.RandomHorizontalFlip(cfg.flip)]
         color = [v2.RandomApply([jitter], cfg.jitter_prob), v2.RandomGrayscale(cfg.gray_prob)]
         tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(cfg.mean, cfg.std)]
-        self.crop, self.color, self.tensor = v2.Compose(crop), v2.Compose(color), v2.Compose(tensor)
+        # in place of the methods
+        vars(self).update(crop=v2.Compose(crop), color=v2.Compose(color), tensor=v2.Compose(tensor))
 
 
-def batches(dataset: Photos, batch: int, workers: int) -> Iterator[Tensor]:
+def batches(dataset: Photos, batch: int, workers: int) -> Generator[Tensor, None, None]:
     """Yields endless shuffled batches of worker processes, which end with the generator."""
     # one endless epoch: a user's would wait for its first batches again and again
     sampler: Sampler = RandomSampler(dataset, num_samples=10**9)
     # this process was spawned, a user's program is not: its workers are forked where that is possible
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    loader = DataLoader(
-        dataset,
-        batch,
-        sampler=sampler,
-        num_workers=workers,
-        prefetch_factor=PREFETCH,
-        drop_last=True,
-        multiprocessing_context=method,
-    )
-    iterator: Any = iter(loader)
-    try:
-        yield from iterator
-    finally:
-        iterator._shutdown_workers()
+    options: dict[str, Any] = {"num_workers": workers, "multiprocessing_context": method}
+    loader = DataLoader(dataset, batch, sampler=sampler, drop_last=True, prefetch_factor=PREFETCH, **options)
+    yield from loader
 
 
 # ---- inside a process -----------------------------------------------------------------------------
@@ -209,33 +187,35 @@ class Loading:
         self.setting, self.stack, cores = setting, ExitStack(), limit_cores(setting.threads)
         torch.set_num_threads(setting.threads)
         began = time.perf_counter()
-        self.fetch, self.use = self.open(way, stage)
+        self.step = trainer(setting, way) if stage == "train" else None
+        self.stage, self.images = stage, 0
+        self.fetch, self.use = self.ours(way) if way.startswith("ours") else self.baseline(way)
         self.one()
         first = time.perf_counter() - began
         for _ in range(min(warmup, self.images // setting.batch)):
             self.one()
         self.built = {"first_batch_s": first, "cores": cores, "images": self.images}
 
-    def open(self, way: str, stage: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+    def baseline(self, way: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
         """Returns (fetch a batch, use it); fetching is waiting, as far as training is concerned."""
         s = self.setting
-        step = (
-            trainer(s, "spatial+color" if way.startswith("ours") else "spatial") if stage == "train" else None
-        )
-        if not way.startswith("ours"):
-            dataset = (Photos if way == "dataloader" else TorchvisionPhotos)(s.data, s.size, stage)
-            self.images = len(dataset)
-            made = self.stack.enter_context(closing(batches(dataset, s.batch, s.threads)))
-            # a step takes the same time on any images: its own ones stand for the views that arrive
-            stand_in = torch.zeros(s.batch, *s.size, 3, dtype=torch.uint8, device=s.device)
-            index = torch.arange(s.batch)
+        dataset = (Photos if way == "dataloader" else TorchvisionPhotos)(s.data, s.size, self.stage)
+        self.images = len(dataset)
+        made = self.stack.enter_context(closing(batches(dataset, s.batch, s.threads)))
+        # a step takes the same time on any images: its own ones stand for the views that arrive
+        images = torch.zeros(s.batch, *s.size, 3, dtype=torch.uint8, device=s.device)
+        inputs = Inputs(images, torch.arange(s.batch))
 
-            def take(views: Tensor) -> None:
-                views.to(s.device, non_blocking=True)
-                if step is not None:
-                    step.step(Inputs(stand_in, index))
+        def take(views: Tensor) -> None:
+            views.to(s.device, non_blocking=True)
+            if self.step is not None:
+                self.step.step(inputs)
 
-            return made.__next__, take
+        return made.__next__, take
+
+    def ours(self, way: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+        """The same of `TrainLoader`."""
+        s = self.setting
         data = dataclasses.replace(s.data, loader="pil" if way == "ours-pil" else "dali", threads=s.threads)
         source = open_source(data.train, "train", limit=data.limit)
         self.images = len(source)
@@ -245,9 +225,9 @@ class Loading:
 
         def jitter(batch: Batch) -> None:
             images, index = (t.to(s.device, non_blocking=True) for t in (batch.images, batch.index))
-            if step is not None:
-                step.step(Inputs(images, batch.index))
-            elif stage == "views":
+            if self.step is not None:
+                self.step.step(Inputs(images, batch.index))
+            elif self.stage == "views":
                 color_jitter(images, jitter_params(index, data, seed=0, epoch=batch.epoch), data)
 
         return loader.__next__, jitter
@@ -290,21 +270,19 @@ class Loading:
         self.stack.close()
 
 
-def trainer(s: Setting, policy: str) -> Ours:
-    """Returns our training step at the setting's size."""
-    sections: dict[str, Any] = {"data": {"policy": policy}, "model": {"img_size": list(s.size)}}
-    cfg = configuration(s.model, batch=s.batch, **sections, system={"threads": s.threads})
+def trainer(s: Setting, way: str) -> Ours:
+    """Returns our training step at the setting's size; views that arrive finished need no color jitter."""
+    sections: dict[str, Any] = {"model": {"img_size": list(s.size)}, "system": {"threads": s.threads}}
+    cfg = configuration(s.model, batch=s.batch, color=way.startswith("ours"), **sections)
     return Ours(cfg, torch.device(s.device), "auto")
 
 
 def limit_cores(count: int) -> int:
     """Restricts this process and its children to `count` cores (Linux); returns how many there are now."""
-    try:
-        mine = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, mine[:count])
-        return min(count, len(mine))
-    except (AttributeError, OSError):
+    if not hasattr(os, "sched_setaffinity"):
         return os.cpu_count() or 1
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+    return len(os.sched_getaffinity(0))
 
 
 # ---- the command ----------------------------------------------------------------------------------
@@ -314,13 +292,12 @@ def main(argv: list[str]) -> int:
     """Images/s of the data path, ours and what a user would write: crop, color views, training."""
     args = options(argv)
     unable = {way: why for way in args.ways if (why := missing(way))}
-    able = [way for way in args.ways if way not in unable]
     if args.list:
-        for way in args.ways:
-            print(f"  {way:12} {WAYS[way]}" + (f"  [not here: {unable[way]}]" if way in unable else ""))
+        print("\n".join(f"  {way:12} {WAYS[way]}  {unable.get(way, '')}" for way in args.ways))
         print("  stages: " + "; ".join(f"{s}, {STAGES[s]}" for s in args.stages))
         return 0
-    if not able:
+    args.ways = [way for way in args.ways if way not in unable]
+    if not args.ways:
         raise UsageError(f"--ways: none of them runs here: {unable}")
     with tempfile.TemporaryDirectory() as folder:
         data = made(Path(folder), max(128, 2 * args.batch)) if args.data == "made" else args.data
@@ -329,12 +306,10 @@ def main(argv: list[str]) -> int:
             raise UsageError(
                 f"--batch: {args.batch} is more than the {images} images of {args.data}; use fewer"
             )
-        rows = measure(able, data, args)
+        rows = measure(data, args)
     names = ("data", "img_size", "batch", "threads", "model", "device", "rounds", "memory_epochs")
-    settings = {name: getattr(args, name) for name in names} | {
-        "images": images,
-        "batches_per_turn": args.steps,
-    }
+    settings = {name: getattr(args, name) for name in names}
+    settings |= {"images": images, "batches_per_turn": args.steps}
     over = f" over {args.memory_epochs} epochs" if args.memory_epochs else ""
     what = f"data path{over}, {args.data}, {args.img_size} px"
     record = harness.new_record(what, "loader", argv, args.note, settings=settings, rows=rows, not_run=unable)
@@ -350,17 +325,13 @@ def options(argv: list[str]) -> argparse.Namespace:
     """Reads the command line; raises UsageError."""
     p = harness.parser("loader", main.__doc__)
     add = p.add_argument
-    add(
-        "--data",
-        default="photos",
-        help="as data.train: a folder, a list file, shards; `made`: JPEGs of noise",
-    )
+    add("--data", default="photos", help="as data.train: a folder, list file, shards; `made`: JPEGs of noise")
     add("--limit", type=int, default=0, help="use only this many images")
     add("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     add("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     add("--img-size", type=int, default=224)
     add("--batch", type=int, default=32)
-    add("--model", choices=("tiny", "small", "base", "large"), default="tiny", help="of the stage `train`")
+    add("--model", choices=MODELS, default="tiny", help="of the stage `train`")
     add("--memory-epochs", type=int, default=0, metavar="N", help="instead: resident memory over N epochs")
     args = p.parse_args(argv)
     for name in ("batch", "img_size"):
@@ -387,21 +358,22 @@ def made(folder: Path, count: int) -> str:
     return str(folder)
 
 
-def measure(ways: list[str], data: str, args: argparse.Namespace) -> list[Row]:
+def measure(data: str, args: argparse.Namespace) -> list[Row]:
     """Returns one row per way and stage; the ways of a stage take turns."""
     rows: list[Row] = []
+    size = (args.img_size, args.img_size)
     cfg = DataConfig(train=data, limit=args.limit)
-    setting = Setting(cfg, (args.img_size, args.img_size), args.batch, args.threads, args.model, args.device)
+    setting = Setting(cfg, size, args.batch, args.threads, args.model, args.device)
     for stage in ["views"] if args.memory_epochs else args.stages:
-        mine = {w: {"key": f"{w} | {stage}", "way": w, "stage": stage, "batch": args.batch} for w in ways}
+        mine = {
+            w: {"key": f"{w} | {stage}", "way": w, "stage": stage, "batch": args.batch} for w in args.ways
+        }
         with Turns(mine, pause=True) as turns:
-            for way in ways:
+            for way in args.ways:
                 environment = {HUGE_PAGES: "1"} if way.startswith("ours") else {}
-                turns.start(
-                    way, Loading, way, stage, setting, 4 if args.quick else 64, environment=environment
-                )
+                warmup = 4 if args.quick else 64
+                turns.start(way, Loading, way, stage, setting, warmup, environment=environment)
             if args.memory_epochs:
-                say(f"{args.memory_epochs} epochs of {', '.join(ways)}")
                 turns.add("epochs", args.memory_epochs)
             else:
                 # what was prepared ahead is used up before the clock starts
@@ -411,9 +383,8 @@ def measure(ways: list[str], data: str, args: argparse.Namespace) -> list[Row]:
         if turns.interrupted:
             break
     for row in rows:
-        if row.get("samples_ms"):
-            row |= percentiles(row["samples_ms"])
-            row["images_per_s"] = 1000 * row["batch"] / row["p50_ms"]
+        harness.speed(row)
+        if "waits" in row:
             row["waited"] = float(np.median(row.pop("waits")))
         if len(row.get("rss_mb", [])) > 1:
             # slope over the last four fifths, by least squares
@@ -438,30 +409,19 @@ def ratios(rows: list[Row]) -> list[dict[str, Any]]:
 def page(record: Record) -> list[str]:
     """Returns the record to read."""
     s, rows = record["settings"], record["rows"]
-    text = (
-        f"{s['images']} images of {s['data']}, crops of {s['img_size']}, batch {s['batch']}, {s['threads']} "
-    )
-    text += "decoding threads or worker processes, and as many cores for everything that a way starts."
-    out = [*harness.heading(record), text]
-    grown = [r for r in rows if "mb_per_epoch" in r]
-    if grown:
-        specs = ("MB at the end=last_mb:.1f", "MB per epoch=mb_per_epoch:+.3f", "peak MB=peak_mb:.1f")
-        out += [harness.columns(grown, "way=way", *specs), "Resident memory at the end of each epoch."]
-    if record["ratios"]:
-        lines = [[r["stage"], r["ours"], r["other"], *harness.ratio_cells(r)] for r in record["ratios"]]
-        out += [
-            "## Ratios",
-            table(["stage", "ours", "against", "images/s", "95 % interval", "verdict"], lines),
-        ]
     timed = [r for r in rows if "p50_ms" in r]
-    if timed:
-        specs = ("p20 ms=p20_ms:.1f", "p50 ms=p50_ms:.1f", "p80 ms=p80_ms:.1f", "images/s=images_per_s:.1f")
-        out.append(harness.columns(timed, "stage=stage", "way=way", *specs, "waited=waited:.0%"))
-        out.append(
-            f"{s['rounds']} turns of {s['batches_per_turn']} batches (train: a quarter of that), ms per batch; a turn "
-            "is one sample, as loaders deliver in bursts. Waited: share of the time in which no batch was there; "
-            f"`train` trains ViT-{s['model']} on {s['device']}."
-        )
-        out.append("\n".join(f"* `{w}`: {WAYS[w]}" for w in dict.fromkeys(r["way"] for r in timed)))
-        out.append("\n".join(f"* {t}: {STAGES[t]}" for t in dict.fromkeys(r["stage"] for r in timed)))
-    return out + harness.lost(record)
+    grown = [r for r in rows if "mb_per_epoch" in r]
+    growth = ("MB at the end=last_mb:.1f", "MB per epoch=mb_per_epoch:+.3f", "peak MB=peak_mb:.1f")
+    speed = ("stage=stage", "way=way", *TIMES, "images/s=images_per_s:.1f", "waited=waited:.0%")
+    return [
+        f"{s['images']} images of {s['data']}, crops of {s['img_size']}, batch {s['batch']}, {s['threads']} decoding "
+        "threads or worker processes, and as many cores for everything that a way starts.",
+        *([columns(grown, "way=way", *growth), "Resident memory at the end of each epoch."] if grown else []),
+        columns(record["ratios"], "stage=stage", "ours=ours", "against=other", *RATIO),
+        columns(timed, *speed),
+        f"{s['rounds']} turns of {s['batches_per_turn']} batches (train: a quarter of that), ms per batch; a turn is "
+        "one sample, as loaders deliver in bursts. Waited: share of the time in which no batch was there.",
+        "\n".join(f"* `{name}`: {about}" for name, about in (WAYS | STAGES).items()),
+        f"`train` trains ViT-{s['model']} on {s['device']}.",
+        *harness.lost(record),
+    ]

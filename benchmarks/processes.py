@@ -12,13 +12,13 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -28,28 +28,22 @@ from .harness import Row, say
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # seconds without an answer; a cold compilation of a large model takes minutes
 PATIENCE = 1200.0
-_libraries: list[torch.library.Library] = []
 
 
 class WorkerError(Exception):
-    """What went wrong in a provider's process; `out_of_memory` marks exhausted memory."""
-
-    def __init__(self, message: str, out_of_memory: bool = False) -> None:
-        super().__init__(message)
-        self.out_of_memory = out_of_memory
+    """What went wrong in a provider's process."""
 
 
 class Worker:
     """A process that holds one object, whose methods are called from here.
 
+    `built` is the object's attribute of that name, a dictionary.
+
     Args:
         factory: a class or function of a module; called in the process with `args`.
         args: picklable arguments.
         environment: variables of the process in addition to ours.
-        patience: seconds to wait for an answer.
         group: the process leads its own group, so that it can be stopped together with its children.
-
-    `built` is the object's attribute of that name, a dictionary, once it exists.
 
     Raises:
         WorkerError: the object cannot be built, a call fails, or the process ends or does not answer.
@@ -60,14 +54,12 @@ class Worker:
         factory: Callable[..., Any],
         *args: Any,
         environment: dict[str, str] | None = None,
-        patience: float = PATIENCE,
         group: bool = False,
     ) -> None:
         context = multiprocessing.get_context("spawn")
-        self.patience = patience
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, factory, args, group))
-        with _environment(environment or {}):
+        with patch.dict(os.environ, environment or {}):
             self.process.start()
         theirs.close()
         try:
@@ -76,35 +68,37 @@ class Worker:
             self.close()
             raise
 
-    def __call__(self, method: str, *args: Any, **options: Any) -> Any:
+    def __call__(self, method: str, *args: Any) -> Any:
         """Calls a method of the object and returns its result."""
         with contextlib.suppress(OSError):
-            self.pipe.send((method, args, options))
+            self.pipe.send((method, args))
         return self._receive(method)
 
     def _receive(self, method: str) -> Any:
         try:
-            if not self.pipe.poll(self.patience):
+            if not self.pipe.poll(PATIENCE):
                 self.process.kill()
-                raise WorkerError(f"{method}: no answer in {self.patience:g} s")
-            kind, answer = self.pipe.recv()
+                raise WorkerError(f"{method}: no answer in {PATIENCE:g} s")
+            error, answer = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join(30)
             code = self.process.exitcode
-            killed = code == -signal.SIGKILL
-            why = "was killed (most likely out of memory)" if killed else f"ended with code {code}"
-            raise WorkerError(f"{method}: the process {why}", killed) from None
-        if kind != "ok":
-            raise WorkerError(f"{method}: {answer}", kind == "memory")
+            why = (
+                "was killed (most likely out of memory)"
+                if code == -signal.SIGKILL
+                else f"ended with code {code}"
+            )
+            raise WorkerError(f"{method}: the process {why}") from None
+        if error:
+            raise WorkerError(f"{method}: {error}")
         return answer
 
     def close(self) -> None:
         """Ends the process."""
         self.pipe.close()
         self.process.join(30)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        self.process.kill()
+        self.process.join()
 
     def __enter__(self) -> Worker:
         return self
@@ -113,51 +107,31 @@ class Worker:
         self.close()
 
 
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _serve(pipe: Connection, factory: Callable[..., Any], args: tuple, group: bool) -> None:
     # Ctrl-C is the parent's; what is printed here must not mix with its standard output
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if group:
         os.setpgid(0, 0)
     os.dup2(2, 1)
-    served: Any = None
-    options: dict[str, Any] = {}
-    method, arguments = "", args
-    while True:
+
+    def send(
+        function: Callable[..., Any], args: tuple, result: Callable[[Any], Any] = lambda found: found
+    ) -> Any:
         try:
-            if served is None:
-                served = factory(*arguments)
-                answer = getattr(served, "built", {})
-            else:
-                answer = getattr(served, method)(*arguments, **options)
-            pipe.send(("ok", answer))
+            found = function(*args)
+            pipe.send(("", result(found)))
+            return found
         except Exception as error:
             traceback.print_exc()
-            text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:400]
-            exhausted = (
-                isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
-            )
-            pipe.send(("memory" if exhausted else "error", text))
-            if served is None:
-                return
-        try:
-            method, arguments, options = pipe.recv()
-        except EOFError:
-            break
-    getattr(served, "close", lambda: None)()
+            pipe.send((f"{type(error).__name__}: {error}".splitlines()[0][:400], None))
+
+    served = send(factory, args, lambda found: getattr(found, "built", {}))
+    with contextlib.suppress(EOFError):
+        while served is not None:
+            method, args = pipe.recv()
+            send(getattr(served, method), args)
+    if hasattr(served, "close"):
+        served.close()
 
 
 class Turns:
@@ -185,19 +159,20 @@ class Turns:
         self, key: str, factory: Callable[..., Any], *args: Any, environment: dict[str, str] | None = None
     ) -> None:
         """Starts a worker; `built` goes to its row."""
+        say(f"starting {key}")
         try:
             self.workers[key] = Worker(factory, *args, environment=environment, group=self.pause)
             self.rows[key] |= self.workers[key].built
-            self._signal(key, signal.SIGSTOP)
         except WorkerError as error:
             self._failed(key, error)
+        self._signal(key, signal.SIGSTOP)
 
     def ask(self, key: str, method: str, *args: Any) -> dict[str, Any]:
         """Calls a method of a worker; empty after a failure or without that worker."""
         if key not in self.workers:
             return {}
+        self._signal(key, signal.SIGCONT)
         try:
-            self._signal(key, signal.SIGCONT)
             return self.workers[key](method, *args)
         except WorkerError as error:
             self._failed(key, error)
@@ -206,13 +181,12 @@ class Turns:
             self._signal(key, signal.SIGSTOP)
 
     def _signal(self, key: str, number: int) -> None:
-        pid = self.workers[key].process.pid if key in self.workers else None
-        if self.pause and pid is not None:
+        if self.pause and key in self.workers:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, number)
+                os.killpg(self.workers[key].process.pid or 0, number)
 
     def _failed(self, key: str, error: WorkerError) -> None:
-        self.rows[key] |= {"error": str(error)} | ({"out_of_memory": True} if error.out_of_memory else {})
+        self.rows[key]["error"] = str(error)
         say(f"{key}: {error}")
         if key in self.workers:
             self.workers.pop(key).close()
@@ -222,20 +196,14 @@ class Turns:
         for key in list(self.workers) if not self.interrupted else ():
             self.rows[key] |= self.ask(key, method, *args)
 
-    def run(self, rounds: int, *args: Any, before: Callable[[], object] | None = None) -> None:
-        """Calls `turn(*args)` of every worker in each round; another one begins each round.
+    def run(self, rounds: int, *args: Any, before: Callable[[], object] = lambda: None) -> None:
+        """Calls `turn(*args)` of every worker in each round, after `before()`; another one begins each round.
 
         Lists in the answers are appended to those of the row. Ctrl-C ends the rounds and keeps what was measured.
-
-        Args:
-            rounds: number of rounds.
-            args: arguments of `turn`.
-            before: called at the beginning of each round.
         """
         try:
             for i in range(rounds):
-                if before is not None:
-                    before()
+                before()
                 keys = list(self.workers)
                 first = i % max(1, len(keys))
                 for key in keys[first:] + keys[:first]:
@@ -254,35 +222,14 @@ def prepare(device: str, threads: int, precision: str = "") -> torch.device:
     """Sets CPU threads, and whole fp32 where that is measured; returns the device."""
     if threads:
         torch.set_num_threads(threads)
-    if precision == "fp32":
-        # convolutions would use TF32
-        torch.backends.cudnn.allow_tf32 = False
+    # convolutions would use TF32
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return torch.device(device)
 
 
-def import_torchvision() -> None:
-    """Imports torchvision, which timm needs, also where its operators are built for another torch.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    try:
-        import torchvision
-    except RuntimeError as error:
-        if "does not exist" not in str(error):
-            raise
-        for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        # nothing here runs these operators; kept alive, the definitions would go with the library object
-        _libraries.append(torch.library.Library("torchvision", "DEF"))
-        for name in ("nms", "qnms"):
-            _libraries[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
-
-
-def clock(function: Callable[[], object], device: str | torch.device, calls: int = 1) -> list[float]:
+def clock(function: Callable[[], object], device: torch.device, calls: int = 1) -> list[float]:
     """Returns the milliseconds of each call; by events on a GPU, without waiting between calls."""
-    if torch.device(device).type == "cuda":
+    if device.type == "cuda":
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
         marks[0].record()
         for mark in marks[1:]:
@@ -298,34 +245,27 @@ def clock(function: Callable[[], object], device: str | torch.device, calls: int
     return samples
 
 
-class Memory:
-    """Memory of this process in MB: allocated by torch on a GPU, resident on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.gpu = device.type == "cuda"
-
-    def now(self) -> float:
-        """Memory at this moment."""
-        return torch.cuda.memory_allocated() / 2**20 if self.gpu else status_mb("VmRSS")
-
-    def peak(self) -> float:
-        """The most since the last `reset`."""
-        return torch.cuda.max_memory_allocated() / 2**20 if self.gpu else status_mb("VmHWM")
-
-    def reset(self) -> None:
-        """Forgets the peak."""
-        if self.gpu:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")
-
-
 def status_mb(key: str) -> float:
     """Returns a field of /proc/self/status in MB; 0 without /proc. (ru_maxrss would hold the parent's peak.)"""
     file = Path("/proc/self/status")
     found = re.search(rf"^{key}:\s+(\d+)", file.read_text(), re.M) if file.is_file() else None
     return int(found[1]) / 1024 if found else 0.0
+
+
+def memory_mb(device: torch.device, *, peak: bool = False) -> float:
+    """Returns this process's memory (on a GPU torch's, on a CPU resident), or the most since `reset_peak`."""
+    if device.type == "cuda":
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
+    return status_mb("VmHWM" if peak else "VmRSS")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Makes `memory_mb(peak=True)` begin here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 class Rates:
@@ -349,7 +289,7 @@ class Rates:
         """Measures each once: `{"products_bf16_tflops": ..., "copy_gb_per_s": (read + write)}`."""
         found = {}
         for name, (a, b) in self.factors.items():
-            (ms,) = clock(lambda a=a, b=b: F.linear(a, b), self.device)
+            (ms,) = clock(lambda a=a, b=b: F.linear(a, b), self.device)  # type: ignore[misc]
             found[f"products_{name}_tflops"] = 2 * self.side**3 / ms / 1e9
         (ms,) = clock(lambda: self.target.copy_(self.source), self.device)
         return found | {"copy_gb_per_s": 2 * self.source.numel() / ms / 1e6}
@@ -359,17 +299,12 @@ _MATMUL_OP = re.compile(r"^aten::(mm|bmm|addmm|baddbmm|_scaled_mm|_addmm_activat
 _MATMUL_KERNEL = re.compile(r"gemm|nvjet|cutlass|triton_tem|wgmma|xmma", re.IGNORECASE)
 
 
-def matmul_share(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Profiles one step.
-
-    Returns:
-        `step_ms`, and of its matmuls `ms`, `share` and `tflops` (None where shapes are unknown: a replayed graph).
-    """
+def matmul_share(step: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Profiles one step: `step_ms`, and of its matmuls `ms`, `share` and `tflops` (0 in a replayed graph)."""
     from torch.profiler import ProfilerActivity, profile
 
     # without the tracer's own lines on standard error
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-
     gpu = device.type == "cuda"
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
     # the first profile pays for starting the tracer
@@ -380,9 +315,8 @@ def matmul_share(step: Callable[[], object], device: torch.device) -> dict[str, 
     events = profiler.key_averages()
     flops = sum(e.flops for e in events if e.flops and _MATMUL_OP.search(e.key))
     if gpu:
-        times = {e.key: e.self_device_time_total for e in events if str(e.device_type).endswith("CUDA")}
-        us = sum(t for name, t in times.items() if _MATMUL_KERNEL.search(name))
+        kernels = [e for e in events if str(e.device_type).endswith("CUDA") and _MATMUL_KERNEL.search(e.key)]
+        ms = sum(e.self_device_time_total for e in kernels) / 1000
     else:
-        us = sum(e.self_cpu_time_total for e in events if _MATMUL_OP.search(e.key))
-    tflops = flops / us / 1e6 if flops and us else None
-    return {"step_ms": step_ms, "ms": us / 1000, "share": us / 1000 / step_ms, "tflops": tflops}
+        ms = sum(e.self_cpu_time_total for e in events if _MATMUL_OP.search(e.key)) / 1000
+    return {"step_ms": step_ms, "ms": ms, "share": ms / step_ms, "tflops": flops / ms / 1e9 if ms else 0}

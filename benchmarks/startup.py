@@ -5,20 +5,20 @@ python -m benchmarks startup --model small --modes none block step
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 
 from . import harness
-from .harness import ROOT, Record, Row, percentiles, say
+from .harness import ROOT, TIMES, Row, columns, percentiles, say
 from .processes import Worker, WorkerError
-from .providers import PROVIDERS, configuration
-from .step import MODELS, Job, Stepping
+from .step import MODELS, Job, Provider, Stepping, configuration
 
 IMPORTS = ("torch", "extrema_fast", "extrema_fast.models.encoder", "extrema_fast.train", "extrema_fast.cli")
+IMPORT = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
 FIRST_BATCH = """
 import sys, time
 from extrema_fast.config import DataConfig
@@ -45,21 +45,22 @@ def main(argv: list[str]) -> int:
     modes = args.modes or (["none", "block"] if args.quick else ["none", "block", "step"])
     if args.list:
         print(
-            f"  imports of {', '.join(IMPORTS)}; first batch; first steps of ViT-{args.model}: {', '.join(modes)}"
+            f"  imports of {', '.join(IMPORTS)}; first batch; steps of ViT-{args.model}: {', '.join(modes)}"
         )
         return 0
-    repeats = args.rounds or 3
-    import_code = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
-    rows = [timed(f"import {name}", repeats, import_code.format(name)) for name in IMPORTS]
+    rows = [timed(f"import {name}", args.rounds or 3, IMPORT.format(name)) for name in IMPORTS]
     rows += [timed(f"first batch of 16, {kind}", 1, FIRST_BATCH, args.data, kind) for kind in ("pil", "dali")]
     for mode in modes:
         with tempfile.TemporaryDirectory() as cache:
             for state in ("cold", "warm") if mode != "none" else ("no",):
-                rows.append(first_step(mode, state, cache, args.model, args.batch, args.device, args.threads))
+                rows.append(first_step(mode, state, cache, args))
     settings = {"model": args.model, "batch": args.batch, "device": args.device, "data": args.data}
     what = f"time to start, ViT-{args.model} on {args.device}"
     record = harness.new_record(what, "startup", argv, args.note, settings=settings, rows=rows)
-    harness.write_record(record, page(record), args)
+    steps = ("build s=build_s:.2f", "first step s=first_step_s:.2f", "process start to warm s=ready_s:.2f")
+    fresh = [r for r in rows if "error" not in r]
+    table = columns(fresh, "row=key", *TIMES, *steps, "later steps ms=steady_ms:.0f")
+    harness.write_record(record, [table, *harness.lost(record)], args)
     return 0
 
 
@@ -75,40 +76,19 @@ def timed(key: str, repeats: int, code: str, *arguments: str) -> Row:
     return {"key": key, "samples_ms": samples} | percentiles(samples)
 
 
-def first_step(mode: str, state: str, cache: str, model: str, batch: int, device: str, threads: int) -> Row:
+def first_step(mode: str, state: str, cache: str, args: argparse.Namespace) -> Row:
     """Times building and stepping with the compiler's caches in the folder `cache`."""
     key = f"train.compile {mode}, {state} cache"
     say(key)
-    ours = next(q for q in PROVIDERS if q.name == "ours")
-    provider = replace(ours, options={"train.compile": mode})
+    provider = Provider("ours", key, options={"train.compile": mode})
     environment = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": os.path.join(cache, "triton")}
-    job = Job(key, provider, configuration(model, batch=batch), device, threads)
+    job = Job(key, provider, configuration(args.model, batch=args.batch), args.device, args.threads)
     began = time.perf_counter()
     try:
         with Worker(Stepping, job, None, environment=environment | provider.environment) as worker:
-            row = {"key": key} | worker.built
-            ready = time.perf_counter() - began
-            steady = worker("turn", 0, 3)["samples_ms"]
+            row = {"key": key} | worker.built | {"ready_s": time.perf_counter() - began}
+            row["steady_ms"] = percentiles(worker("turn", 0, 3)["samples_ms"])["p50_ms"]
     except WorkerError as error:
         return {"key": key, "error": str(error)}
-    first = 1000 * row["first_step_s"]
-    return row | {"ready_s": ready, "steady_ms": percentiles(steady)["p50_ms"], "samples_ms": [first]}
-
-
-def page(record: Record) -> list[str]:
-    """Returns the record to read."""
-    rows = [r for r in record["rows"] if "error" not in r]
-    steps = ("build s=build_s:.2f", "first step s=first_step_s:.2f", "process start to warm s=ready_s:.2f")
-    return [
-        *harness.heading(record),
-        harness.columns(
-            [r for r in rows if "p50_ms" in r],
-            "fresh interpreter=key",
-            "p20 ms=p20_ms:.0f",
-            "p80 ms=p80_ms:.0f",
-        ),
-        harness.columns(
-            [r for r in rows if "ready_s" in r], "row=key", *steps, "later steps ms=steady_ms:.0f"
-        ),
-        *harness.lost(record),
-    ]
+    first = [1000 * row["first_step_s"]]
+    return row | {"samples_ms": first} | percentiles(first)

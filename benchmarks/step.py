@@ -14,28 +14,31 @@ concluded about one that differs. Color jitter is left out unless --color asks f
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from extrema_fast.config import Config
+from extrema_fast import kernels
+from extrema_fast.config import Config, did_you_mean, from_dict
 from extrema_fast.errors import UsageError
 from extrema_fast.models.drop_path import drop_path_scale
 from extrema_fast.models.masking import draw_views
-from extrema_fast.training.resolve import flops_per_image
+from extrema_fast.training.resolve import flops_per_image, precision
+from extrema_fast.training.run import keep_freed_memory
 
 from . import harness
-from .baselines import Inputs, Stepper, with_settings
-from .harness import Record, Row, percentiles, say, table
-from .processes import Memory, Rates, Turns, Worker, WorkerError, clock, matmul_share, prepare
-from .providers import PROVIDERS, Provider, chosen, configuration
-from .released_code import check as check_released_code
+from .baselines import Inputs, Ours, Released, ReleasedCode, Stepper, Strong, check_checkout, with_settings
+from .harness import RATIO, Record, Row, columns, say
+from .processes import Rates, Turns, Worker, WorkerError, clock, matmul_share, memory_mb, prepare, reset_peak
 
 MODELS = ("tiny", "small", "base", "large")
 SETS = 4
@@ -45,21 +48,196 @@ WARMUP = {"cpu": (2, 0), "cuda": (20, 3)}
 SIZES = {"cpu": [(16, 6, 1), (16, 10, 1)], "cuda": [(256, 5, 10), (256, 6, 12)]}
 MEMORY_BATCHES = {"cpu": [[2, 4], [8, 16, 32]], "cuda": [[64, 128], [64, 128, 256, 512, 1024]]}
 MEMORY_PROVIDERS = ["released", "strong-eager", "ours", "memory"]
-# axis of --scaling -> values of `configuration`
-SCALING: dict[str, dict[str, list[list[dict[str, Any]]]]] = {
-    kind: {
-        "batch": [[{"batch": b} for b in batches[:3]], [{"batch": b} for b in batches]],
-        "views": [[{"views": v} for v in (1, 3, 5)], [{"views": v} for v in (1, 2, 3, 4, 5)]],
-        "masks": [[{"ratio": r, "views": v} for r, v in ((0.5, 2), (0.8, 5), (0.9, 8))]] * 2,
-        "model": [[{"size": m} for m in models[:2]], [{"size": m} for m in models]],
-    }
-    for kind, batches, models in (
-        ("cpu", (4, 8, 16, 32), MODELS[:3]),
-        ("cuda", (64, 128, 256, 512), MODELS[1:]),
-    )
-}
 # relative errors allowed: loss and gradients in fp32; a first step's loss in 16 bits against fp32
 LOSS_FP32, GRADIENTS_FP32, LOSS_16 = 1e-4, 2e-3, 1e-2
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+
+
+# ---- providers ------------------------------------------------------------------------------------
+
+CLASSES = {"released": Released, "strong": Strong, "ours": Ours}
+EAGER: dict[str, Any] = {"compile": False}
+FORMULA: dict[str, Any] = {"plain_attention": True}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to make a training step.
+
+    Attributes:
+        name: unique; a row of the table. It begins with the family: which ratios it takes part in.
+        about: one line.
+        groups: names under which it can be asked for together with others.
+        precision: auto (the configuration's), amp (fp16 with a loss scaler on a GPU, else auto), or fp32.
+        options: keyword arguments of its class; for ours dotted options of the configuration.
+        needs: cuda, or triton (that can run).
+        allocator: `ours` (huge pages, freed memory is kept, as the command line sets it), `system`, or auto.
+        build: its class; by default that of the family.
+    """
+
+    name: str
+    about: str
+    groups: tuple[str, ...] = ()
+    precision: str = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+    needs: str = ""
+    allocator: str = "auto"
+    build: type[Stepper] | None = None
+
+    @property
+    def family(self) -> str:
+        """Returns released, strong or ours."""
+        return re.split("[- ]", self.name)[0]
+
+    def resolved(self, device: str) -> str:
+        """Returns the precision it runs in on that device: fp32, bf16 or fp16."""
+        kind = device.partition(":")[0]
+        if self.precision == "amp":
+            return "fp16" if kind == "cuda" else precision("auto", kind)
+        return precision(self.precision, kind)
+
+    def missing(self, device: str) -> str:
+        """Returns why it cannot run there; empty when it can."""
+        if self.needs and not device.startswith("cuda"):
+            return "needs a CUDA device"
+        return kernels.can_run(device)[1] if self.needs == "triton" else ""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Returns the variables of its process."""
+        if self.allocator == "ours" or (self.allocator == "auto" and self.family == "ours"):
+            return {HUGE_PAGES: "1"}
+        # glibc's default, set explicitly, keeps our step from changing it
+        return {HUGE_PAGES: "0", "MALLOC_TOP_PAD_": "131072"} if self.family == "ours" else {}
+
+    def eager(self) -> Provider:
+        """Returns the same arithmetic without compilation or graph capture."""
+        off = {"ours": {"train.compile": "none", "train.cuda_graph": False}, "strong": EAGER}
+        return replace(self, options=self.options | off.get(self.family, {}))
+
+    def make(self, cfg: Config, device: torch.device, dtype: str) -> Stepper:
+        """Builds it."""
+        if self.allocator == "ours" and device.type == "cpu":
+            keep_freed_memory()
+        return (self.build or CLASSES[self.family])(cfg, device, dtype, **self.options)
+
+
+MAIN, STRONG, MODES = ("main",), ("main", "strong"), ("modes",)
+GRAPH, TRITON = {"train.cuda_graph": True}, {"system.backend": "triton"}
+PROVIDERS: tuple[Provider, ...] = (
+    Provider("released", "the released formulation, eager, autocast", MAIN, "amp"),
+    Provider("released-fp32", "the released formulation, eager, fp32", MAIN, "fp32"),
+    Provider("strong", "same maths: full-graph compile, SDPA, fused AdamW, foreach EMA", STRONG),
+    Provider("strong-plain-attention", "strong with the attention formula", STRONG, options=FORMULA),
+    Provider("strong-eager", "strong, not compiled", STRONG, options=EAGER),
+    Provider("strong-eager-plain-attention", "neither", STRONG, options=EAGER | FORMULA),
+    Provider("strong-fp32", "strong in fp32", ("fp32",), "fp32"),
+    Provider("ours", "this project, default settings", MAIN),
+    Provider("ours-fp32", "this project in fp32", ("fp32",), "fp32"),
+    *(
+        Provider(f"ours-compile-{mode}", f"train.compile {mode}", MODES, options={"train.compile": mode})
+        for mode in ("none", "block", "step")
+    ),
+    Provider("ours-cuda-graph", "the whole step recorded", MODES, options=GRAPH, needs="cuda"),
+    Provider("ours-triton", "every Triton kernel", MODES, options=TRITON, needs="triton"),
+    *(
+        Provider(f"ours-recompute-{x}", f"train.recompute {x}", ("memory",), options={"train.recompute": x})
+        for x in ("none", "gelu", "norm")
+    ),
+    # how much of a ratio on a CPU comes from the allocator
+    Provider("ours-system-allocator", "the system's memory settings", ("allocator",), allocator="system"),
+    replace(
+        Provider("strong-our-allocator", "the attention formula and our memory settings", ("allocator",)),
+        options=FORMULA,
+        allocator="ours",
+    ),
+)
+
+
+def chosen(
+    names: list[str], device: str, *, released_code: str = "", extra: list[str] | None = None
+) -> tuple[list[Provider], dict[str, str]]:
+    """Selects providers by name or group.
+
+    Args:
+        names: names or groups of `PROVIDERS`, or `all`.
+        device: where they are to run.
+        released_code: path of a checkout, which takes the place of the released formulation.
+        extra: more rows of ours with options, such as `train.compile=step,train.recompute=gelu`.
+
+    Returns:
+        Those that can run and differ from each other, and {name: reason} of the rest.
+
+    Raises:
+        UsageError: an unknown name or option.
+    """
+    known = [*sorted({g for p in PROVIDERS for g in p.groups}), "all", *(p.name for p in PROVIDERS)]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--providers: unknown {name!r}{did_you_mean(name, known)}")
+    wanted = [p for p in PROVIDERS if {p.name, *p.groups, "all"} & set(names)]
+    if released_code:
+        options: dict[str, Any] = {"path": released_code}
+        for i, p in enumerate(wanted):
+            if p.family == "released":
+                name = p.name.replace("released", "released-code")
+                wanted[i] = replace(p, name=name, about="that checkout", options=options, build=ReleasedCode)
+    for text in extra or []:
+        options = parse_settings(text)
+        with_settings(Config(), options)
+        wanted.append(Provider(f"ours {text}", f"this project with {text}", options=options))
+    able: dict[str, Provider] = {}
+    unable: dict[str, str] = {}
+    for p in wanted:
+        identity = str((p.build, p.family, p.resolved(device), sorted(p.options.items()), p.environment))
+        if why := p.missing(device):
+            unable[p.name] = why
+        elif identity in able:
+            unable[p.name] = f"the same as {able[identity].name} here"
+        else:
+            able[identity] = p
+    return list(able.values()), unable
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """Reads `train.compile=step,system.backend=lamb=foreach,adamw_ema=fused` as dotted options."""
+    found: dict[str, Any] = {}
+    # a comma that no section.option follows belongs to the value
+    for setting in re.split(r",(?=\w+\.\w+=)", text):
+        name, equals, value = setting.partition("=")
+        if not equals or "." not in name:
+            raise UsageError(
+                f"--ours: expected section.option=value like train.compile=step, got {setting!r}"
+            )
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def configuration(
+    size: str = "small",
+    ratio: float = 0.8,
+    views: int = 5,
+    batch: int = 16,
+    *,
+    color: bool = False,
+    drop_path: float = 0.1,
+    **sections: dict[str, Any],
+) -> Config:
+    """Returns the paper's recipe at a size, batch and masks; `sections` replace further options.
+
+    Without warm-up epochs, so that the first steps change the weights; that changes no time.
+    """
+    recipe = {
+        "data": {"policy": "spatial+color" if color else "spatial"},
+        "mask": {"ratio": float(ratio), "views": views},
+        "model": {"size": size, "drop_path": drop_path},
+        "optim": {"warmup_epochs": 0.0},
+        "train": {"batch_size": batch},
+    }
+    return from_dict(sections, from_dict(recipe, Config()))
 
 
 # ---- inside a process -----------------------------------------------------------------------------
@@ -67,7 +245,7 @@ LOSS_FP32, GRADIENTS_FP32, LOSS_16 = 1e-4, 2e-3, 1e-2
 
 @dataclass(frozen=True)
 class Job:
-    """One row: a provider at a configuration on a device; axis and value: what --scaling changes."""
+    """One row: a provider at a configuration on a device; axis: what --scaling changes."""
 
     key: str
     provider: Provider
@@ -75,7 +253,6 @@ class Job:
     device: str
     threads: int = 0
     axis: str = ""
-    value: float | str = 0
 
     @property
     def precision(self) -> str:
@@ -101,34 +278,27 @@ def given(inputs: Inputs, cfg: Config, device: torch.device) -> Inputs:
 
 
 class Stepping:
-    """A provider ready to step.
-
-    Args:
-        job: what to build.
-        weights: safetensors file to start from; None: its own random weights.
-    """
+    """A provider ready to step, from the weights in a safetensors file or, with None, its own random ones."""
 
     def __init__(self, job: Job, weights: Path | None) -> None:
         self.device = prepare(job.device, job.threads, job.precision)
         self.inputs, self.count = random_images(job.cfg, SETS, self.device), 0
-        first, self.usage = given(self.inputs[0], job.cfg, self.device), Memory(self.device)
+        first = given(self.inputs[0], job.cfg, self.device)
         began = time.perf_counter()
         self.stepper = job.provider.make(job.cfg, self.device, job.precision)
         if weights is not None:
             self.stepper.load(weights)
-        built, self.before_mb = time.perf_counter(), self.usage.now()
+        built, before = time.perf_counter(), memory_mb(self.device)
         self.stepper.step(first)
         loss = self.stepper.loss()
-        first_step_s = time.perf_counter() - built
-        clock(self.one, self.device, WARMUP[self.device.type][0] - 1)
         self.built = {
             "build_s": built - began,
-            "first_step_s": first_step_s,
+            "first_step_s": time.perf_counter() - built,
             "first_loss": loss,
-            "startup_peak_mb": self.usage.peak(),
-            "before_first_step_mb": self.before_mb,
         }
-        self.usage.reset()
+        clock(self.one, self.device, WARMUP[self.device.type][0] - 1)
+        self.built |= {"startup_peak_mb": memory_mb(self.device, peak=True), "before_first_step_mb": before}
+        reset_peak(self.device)
 
     def one(self) -> None:
         """Makes one step."""
@@ -146,8 +316,8 @@ class Stepping:
 
     def memory(self) -> dict[str, float]:
         """Returns the peak since the warm-up, and what steps add to what was there before the first one."""
-        peak = self.usage.peak()
-        return {"peak_mb": peak, "step_adds_mb": peak - self.before_mb}
+        peak = memory_mb(self.device, peak=True)
+        return {"peak_mb": peak, "step_adds_mb": peak - self.built["before_first_step_mb"]}
 
     def matmuls(self) -> dict[str, Any]:
         """Profiles three steps and returns the one least disturbed by other programs."""
@@ -166,14 +336,15 @@ class Check:
         small = with_settings(cfg, {"train.batch_size": 2})
         ours = next(p for p in PROVIDERS if p.name == "ours").eager()
         reference = ours.make(small, device, "fp32")
-        save_file({n: p.detach().cpu().contiguous() for n, p in reference.student().items()}, weights)
+        save_file({n: p.detach().cpu().contiguous() for n, p in reference.student.items()}, weights)
         inputs = given(random_images(small, 1, device)[0], small, device)
         truth, checks = one_step(reference, inputs), []
+        del reference
         for provider in [job.provider for job in jobs]:
             stepper = provider.eager().make(small, device, "fp32")
             stepper.load(weights)
             checks.append(compare(provider.name, one_step(stepper, inputs), truth))
-        del reference, stepper
+            del stepper
         timed = ours.make(cfg, device, "fp32")
         timed.load(weights)
         loss, _ = one_step(timed, given(random_images(cfg, 1, device)[0], cfg, device))
@@ -186,7 +357,7 @@ Found = tuple[float, dict[str, Tensor]]
 def one_step(stepper: Stepper, inputs: Inputs) -> Found:
     """Returns loss and gradients of a step."""
     stepper.step(inputs)
-    gradients = {n: p.grad.detach().clone() for n, p in stepper.student().items() if p.grad is not None}
+    gradients = {n: p.grad.detach().clone() for n, p in stepper.student.items() if p.grad is not None}
     return stepper.loss(), gradients
 
 
@@ -201,19 +372,15 @@ def compare(name: str, found: Found, truth: Found) -> dict[str, Any]:
     for key, g in truth[1].items():
         if key.endswith("attn.k.bias"):
             continue
-        if key not in found[1]:
-            return {"name": name, "passed": False, "found": f"no gradient for {key}"}
-        gap = (found[1][key] - g).abs()
+        # a missing gradient and NaN are as wrong as can be
+        gap = (found[1].get(key, g + torch.inf) - g).abs().nan_to_num(torch.inf)
         if key.endswith("qkv.bias"):
             gap[len(g) // 3 : 2 * len(g) // 3] = 0
         # a gradient that is nearly zero everywhere is judged by the others' size
-        relative = float(gap.max()) / max(float(g.abs().max()), 1e-4 * largest)
-        # NaN is as wrong as can be
-        gaps[key] = relative if relative == relative else float("inf")
+        gaps[key] = float(gap.max()) / max(float(g.abs().max()), 1e-4 * largest)
     where = max(gaps, key=lambda k: gaps[k])
-    worst = gaps[where]
-    text = f"fp32 loss {found[0]:.6f}, off by {error:.1e}; gradients by {worst:.1e} ({where})"
-    return {"name": name, "passed": error <= LOSS_FP32 and worst <= GRADIENTS_FP32, "found": text}
+    text = f"fp32 loss {found[0]:.6f}, off by {error:.1e}; gradients by {gaps[where]:.1e} ({where})"
+    return {"name": name, "passed": error <= LOSS_FP32 and gaps[where] <= GRADIENTS_FP32, "found": text}
 
 
 # ---- the command ----------------------------------------------------------------------------------
@@ -233,9 +400,9 @@ def main(argv: list[str]) -> int:
         print(f"measured with these options: {', '.join(job.key for group in groups for job in group)}")
         return 0
     if args.released_code:
-        check_released_code(Path(args.released_code), groups[0][0].cfg)
+        check_checkout(Path(args.released_code), groups[0][0].cfg)
     record = harness.new_record(what, "step", argv, args.note, **measure(groups, args), not_run=unable)
-    record |= conclusions(record, args)
+    record |= conclusions(record)
     harness.write_record(record, page(record), args)
     return 1 if any(not c["passed"] for c in record["gates"]) else 0
 
@@ -247,14 +414,11 @@ def options(argv: list[str]) -> argparse.Namespace:
     add("--model", choices=MODELS, default="small")
     add("--mask", type=parse_mask, default=(0.8, 5), metavar="80x5", help="dropped percent x views")
     add("--batch", type=int, nargs="+", default=[], help="images per step (several: with --memory)")
-    add(
-        "--providers", nargs="+", default=[], metavar="NAME", help="names or groups of --list (default: main)"
-    )
+    add("--providers", nargs="+", default=[], metavar="NAME", help="names or groups (default: main)")
     add("--ours", nargs="+", default=[], metavar="OPTION=VALUE,...", help="more rows of ours, with options")
     add("--released-code", default="", metavar="DIR", help="a checkout of microsoft/ExtreMA")
     add("--color", action="store_true", help="with color jitter, computed in the step")
     add("--drop-path", type=float, default=0.1)
-    add("--one-by-one", action="store_true", help="not in turns: less memory, more drift")
     add("--memory", action="store_true", help="peak memory over batch sizes, one process after another")
     add("--scaling", action="store_true", help="our time over batch, views, masks and model size")
     args = p.parse_args(argv)
@@ -262,15 +426,13 @@ def options(argv: list[str]) -> argparse.Namespace:
         raise UsageError("--memory and --scaling are two benchmarks; choose one")
     if len(args.batch) > 1 and not args.memory:
         raise UsageError(f"--batch: got {args.batch}; several numbers are for --memory, use one")
-    harness.settle(args)
-    kind, size = args.device.partition(":")[0], int(not args.quick)
+    kind, size = harness.settle(args), int(not args.quick)
     batch, rounds, steps = SIZES[kind][size]
-    args.batch = args.batch or (MEMORY_BATCHES[kind][size] if args.memory else [batch])
-    args.rounds, args.steps = (
-        (1, args.steps or 5) if args.memory else (args.rounds or rounds, args.steps or steps)
-    )
-    default = MEMORY_PROVIDERS if args.memory else ["ours"] if args.scaling else ["main"]
-    args.providers = args.providers or default
+    default, providers = [batch], ["ours"] if args.scaling else ["main"]
+    if args.memory:
+        default, providers, rounds, steps = MEMORY_BATCHES[kind][size], MEMORY_PROVIDERS, 1, 5
+    args.batch, args.providers = args.batch or default, args.providers or providers
+    args.rounds, args.steps = args.rounds or rounds, args.steps or steps
     if args.name == "step" and (args.memory or args.scaling):
         args.name = "memory" if args.memory else "scaling"
     return args
@@ -287,46 +449,47 @@ def parse_mask(text: str) -> tuple[float, int]:
 
 def plan(args: argparse.Namespace, providers: list[Provider]) -> tuple[list[list[Job]], str]:
     """Returns the jobs by group (those of a group take turns), and what is measured, in words."""
-    kind, (ratio, views) = args.device.partition(":")[0], args.mask
-    point = {"size": args.model, "ratio": ratio, "views": views, "batch": args.batch[0]}
+    kind, batch, (ratio, views) = args.device.partition(":")[0], args.batch[0], args.mask
     model = f"ViT-{args.model}/16"
 
-    def job(p: Provider, key: str, changed: dict[str, Any], axis: str = "", value: float | str = 0) -> Job:
-        cfg = configuration(**point | changed, color=args.color, drop_path=args.drop_path)
-        return Job(key, p, cfg, args.device, args.threads, axis, value)
+    def jobs(key: str, axis: str = "", **changed: Any) -> list[Job]:
+        point = {"size": args.model, "ratio": ratio, "views": views, "batch": batch} | changed
+        cfg = configuration(**point, color=args.color, drop_path=args.drop_path)
+        return [Job(key.format(p.name), p, cfg, args.device, args.threads, axis) for p in providers]
 
     if args.memory:
-        groups = [[job(p, f"{p.name} batch {b}", {"batch": b})] for b in args.batch for p in providers]
-        return groups, f"memory of a step, {model} on {kind}"
+        every = [job for b in args.batch for job in jobs(f"{{}} batch {b}", batch=b)]
+        return [[job] for job in every], f"memory of a step, {model} on {kind}"
     if args.scaling:
+        axes: dict[str, list[dict[str, Any]]] = {
+            "batch": [{"batch": max(1, int(batch * f))} for f in (0.25, 0.5, 1, 2)],
+            "views": [{"views": v} for v in (1, 2, 3, 4, 5)],
+            "masks": [{"ratio": r, "views": v} for r, v in ((0.5, 2), (0.8, 5), (0.9, 8))],
+            "model": [{"size": size} for size in (MODELS[:3] if kind == "cpu" else MODELS[1:])],
+        }
         groups = []
-        for axis, values in SCALING[kind].items():
-            points = values[int(not args.quick)]
-            names = [
-                "x".join(f"{v:g}" if isinstance(v, float) else str(v) for v in c.values()) for c in points
-            ]
-            rows = zip(points, names, strict=True)
-            groups.append(
-                [job(p, f"{axis} {n}", c, axis, c.get(axis, n)) for c, n in rows for p in providers]
-            )
+        for axis, points in axes.items():
+            points = points[:-1] if args.quick else points
+            named = [(f"{{}} {axis} {'x'.join(map(str, point.values()))}", point) for point in points]
+            groups.append([job for key, point in named for job in jobs(key, axis, **point)])
         return groups, f"how a step of {model} grows, on {kind}"
-    jobs = [job(p, p.name, {}) for p in providers]
-    what = f"training step, {model}, {100 * ratio:g} % x {views}, batch {args.batch[0]} on {kind}"
-    return [[j] for j in jobs] if args.one_by_one else [jobs], what
+    every = jobs("{}")
+    what = f"training step, {model}, {100 * ratio:g} % x {views}, batch {batch} on {kind}"
+    return [every], what
 
 
 def measure(groups: list[list[Job]], args: argparse.Namespace) -> dict[str, Any]:
     """Checks every provider, then times each group in turns; returns settings, rates, checks and rows."""
     jobs = [job for group in groups for job in group]
     cfg = jobs[0].cfg
-    rows: dict[str, Row] = {job.key: first_row(job) for job in jobs}
-    different = [job for job in jobs if job.cfg == cfg]
+    rows = {job.key: first_row(job) for job in jobs}
+    same = [job for job in jobs if job.cfg == cfg]
     sampled: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.safetensors"
-        say(f"comparing loss and gradients of {', '.join(j.provider.name for j in different)}")
+        say(f"comparing loss and gradients of {', '.join(j.provider.name for j in same)}")
         try:
-            with Worker(Check, different, weights) as worker:
+            with Worker(Check, same, weights) as worker:
                 checks, truth = worker.built["checks"], worker.built["first_loss"]
         except WorkerError as error:
             raise UsageError(f"the comparison with ours failed: {error}") from None
@@ -334,7 +497,7 @@ def measure(groups: list[list[Job]], args: argparse.Namespace) -> dict[str, Any]
             for group in groups:
                 with Turns(rows) as turns:
                     for job in group:
-                        start = weights if job.cfg == cfg else None
+                        start = weights if job in same else None
                         turns.start(job.key, Stepping, job, start, environment=job.provider.environment)
                     warm = WARMUP[torch.device(args.device).type][1]
                     turns.run(args.rounds, warm, args.steps, before=lambda: sampled.append(rates("sample")))
@@ -345,9 +508,12 @@ def measure(groups: list[list[Job]], args: argparse.Namespace) -> dict[str, Any]
                     break
     measured = harness.medians(sampled)
     for row in rows.values():
-        if row.get("samples_ms"):
-            finish(row, measured)
-    checks += [first_step(rows[j.key], truth) for j in different if "first_loss" in rows[j.key]]
+        harness.speed(row)
+        large = measured.get(f"products_{row['precision']}_tflops")
+        if large and "images_per_s" in row:
+            row["tflops"] = row["images_per_s"] * row["gflops_per_image"] / 1000
+            row["mfu"] = row["tflops"] / large
+    checks += [first_step(rows[j.key], truth) for j in same if "first_loss" in rows[j.key]]
     width, depth, heads = cfg.model.shape
     settings = {
         "model": args.model, "width": width, "depth": depth, "heads": heads, "mask_ratio": cfg.mask.ratio,
@@ -357,74 +523,47 @@ def measure(groups: list[list[Job]], args: argparse.Namespace) -> dict[str, Any]
         "rounds": args.rounds, "steps_per_turn": args.steps, "in_turns": len(groups[0]) > 1, "input_sets": SETS,
         "gflops_per_image": flops_per_image(cfg) / 1e9,
     }  # fmt: skip
-    return {
-        "settings": settings,
-        "rates": measured,
-        "rate_samples": sampled,
-        "gates": checks,
-        "rows": list(rows.values()),
-    }
+    found = {"settings": settings, "rates": measured, "rate_samples": sampled}
+    return found | {"gates": checks, "rows": list(rows.values())}
 
 
 def first_row(job: Job) -> Row:
     """Returns a job's row before anything is measured."""
     p, cfg = job.provider, job.cfg
-    row = {
-        "key": job.key,
-        "provider": p.name,
-        "family": p.family,
-        "about": p.about,
-        "precision": job.precision,
-    }
-    row |= {"batch": cfg.train.batch_size, "views": cfg.mask.views, "kept": cfg.num_keep}
-    row |= {
-        "gflops_per_image": flops_per_image(cfg) / 1e9,
-        "options": p.options,
-        "environment": p.environment,
-    }
-    return row | ({"axis": job.axis, "value": job.value} if job.axis else {})
-
-
-def finish(row: Row, rates: dict[str, float]) -> None:
-    """Adds percentiles, images/s and MFU to a timed row."""
-    row |= percentiles(row["samples_ms"])
-    row["images_per_s"] = 1000 * row["batch"] / row["p50_ms"]
-    row["tflops"] = row["images_per_s"] * row["gflops_per_image"] / 1000
-    large = rates.get(f"products_{row['precision']}_tflops")
-    if large:
-        row["mfu"] = row["tflops"] / large
-        if row.get("products", {}).get("tflops"):
-            row["products"]["of_large"] = row["products"]["tflops"] / large
+    return {
+        "key": job.key, "provider": p.name, "family": p.family, "about": p.about, "precision": job.precision,
+        "batch": cfg.train.batch_size, "views": cfg.mask.views, "kept": cfg.num_keep, "axis": job.axis,
+        "gflops_per_image": flops_per_image(cfg) / 1e9, "options": p.options, "environment": p.environment,
+    }  # fmt: skip
 
 
 def first_step(row: Row, truth: float) -> dict[str, Any]:
     """Returns the check of a first step, compiled and in its own precision, against the fp32 loss."""
-    loss, precision = row["first_loss"], row["precision"]
+    loss, dtype = row["first_loss"], row["precision"]
     error = abs(loss - truth) / max(abs(truth), 1e-12)
-    text = f"first step's {precision} loss {loss:.5f}, off by {error:.1e} from fp32"
-    passed = error <= (LOSS_FP32 if precision == "fp32" else LOSS_16)
-    return {"name": row["provider"], "passed": passed, "found": text}
+    text = f"first step's {dtype} loss {loss:.5f}, off by {error:.1e} from fp32"
+    return {
+        "name": row["provider"],
+        "passed": error <= (LOSS_FP32 if dtype == "fp32" else LOSS_16),
+        "found": text,
+    }
 
 
 # ---- conclusions ----------------------------------------------------------------------------------
 
 
-def conclusions(record: Record, args: argparse.Namespace) -> dict[str, Any]:
+def conclusions(record: Record) -> dict[str, Any]:
     """Returns what follows from the rows, and the headline for the index."""
     rows = record["rows"]
-    if args.memory:
-        found = per_image(rows)
-        return {
-            "per_image": found,
-            "headline": "; ".join(f"{n} {v:.1f} MB per image" for n, v in found.items()),
-        }
-    if args.scaling:
-        powers = growth(rows)
+    powers, found = growth(rows), per_image(rows)
+    if powers:
         return {"growth": powers, "headline": "; ".join(f"time ~ {a}^{p:.2f}" for a, p in powers.items())}
+    if found:
+        texts = [f"{name} {mb:.1f} MB per image" for name, mb in found.items()]
+        return {"per_image": found, "headline": "; ".join(texts)}
     compared = ratios(record)
     texts = [
-        f"{r['other']}: {'not compared' if 'refused' in r else format(r['ratio'], '.2f') + 'x'}"
-        for r in compared
+        f"{r['ratio']:.2f}x {r['other']}" if "ratio" in r else f"{r['other']}: refused" for r in compared
     ]
     return {"ratios": compared, "headline": "; ".join(texts)}
 
@@ -439,19 +578,20 @@ def ratios(record: Record) -> list[dict[str, Any]]:
     if ours is None:
         return []
     failed = {c["name"] for c in record["gates"] if not c["passed"]}
-    rivals = [(r["about"], r) for r in rows.values() if r["family"] == "released"]
+    rivals = [r for r in rows.values() if r["family"] == "released"]
     strong = [r for r in rows.values() if r["family"] == "strong" and r["precision"] == ours["precision"]]
-    if strong:
-        rivals.append(("best strong baseline", min(strong, key=lambda r: r.get("p50_ms", float("inf")))))
+    # the fastest of them
+    rivals += sorted(strong, key=lambda r: r.get("p50_ms", float("inf")))[:1]
     found = []
-    for what, other in rivals:
-        entry: dict[str, Any] = {"what": what, "other": other["provider"]}
+    for other in rivals:
+        entry: dict[str, Any] = {"what": other["about"], "other": other["provider"]}
         bad = [r["provider"] for r in (ours, other) if r["provider"] in failed or "p50_ms" not in r]
         if bad:
             found.append(entry | {"refused": f"{', '.join(bad)}: no result to compare"})
             continue
         entry |= harness.ratio(other["samples_ms"], ours["samples_ms"])
-        entry["memory"] = ours["peak_mb"] / other["peak_mb"] if other.get("peak_mb") else None
+        if other.get("peak_mb"):
+            entry["memory"] = ours["peak_mb"] / other["peak_mb"]
         if ours.get("products", {}).get("ms"):
             entry["limit"] = other["p50_ms"] / ours["products"]["ms"]
         found.append(entry)
@@ -463,7 +603,7 @@ def per_image(rows: list[Row]) -> dict[str, float]:
     found = {}
     for name in dict.fromkeys(r["provider"] for r in rows):
         mine = sorted((r["batch"], r["peak_mb"]) for r in rows if r["provider"] == name and "peak_mb" in r)
-        if len(mine) > 1:
+        if len({batch for batch, _ in mine}) > 1:
             found[name] = (mine[-1][1] - mine[0][1]) / (mine[-1][0] - mine[0][0])
     return found
 
@@ -472,60 +612,48 @@ def growth(rows: list[Row]) -> dict[str, float]:
     """Returns per numeric axis the exponent p of ms ~ value^p; 1 is linear, less grows slower."""
     found = {}
     for axis in ("batch", "views"):
-        points = [(r["value"], r["p50_ms"]) for r in rows if r.get("axis") == axis and "p50_ms" in r]
+        points = [(r[axis], r["p50_ms"]) for r in rows if r.get("axis") == axis and "p50_ms" in r]
         if len(points) > 1:
-            found[axis] = harness.slope(*zip(*points, strict=True))
+            value, ms = np.log(points).T
+            found[axis] = float(np.polyfit(value, ms, 1)[0])
     return found
 
 
 def page(record: Record) -> list[str]:
     """Returns the record to read."""
     s, rows = record["settings"], record["rows"]
-    how = "in turns" if s["in_turns"] else "one after another"
+    rates = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in record["rates"].items())
     out = [
-        *harness.heading(record),
         f"{s['gflops_per_image']:.2f} GFLOP per image, {s['kept']} of {s['patches']} tokens in each of {s['views']} "
         f"views, drop-path {s['drop_path']:g}, policy {s['policy']}, {s['loss']} loss. {s['warmup']} warm-up steps, "
-        f"then {s['rounds']} rounds of {s['steps_per_turn']} timed step(s) per provider, {how}. In the same run: "
-        + ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in record["rates"].items())
-        + ".",
+        f"then {s['rounds']} rounds of {s['steps_per_turn']} timed step(s) per provider, "
+        f"{'in turns' if s['in_turns'] else 'one after another'}. In the same run: {rates}."
     ]
     if record.get("ratios"):
-        lines = []
-        for r in record["ratios"]:
-            result = ["**not compared**", r["refused"], "-"] if "refused" in r else harness.ratio_cells(r)
-            more = [f"{r[k]:.2f}" if r.get(k) else "-" for k in ("limit", "memory")]
-            lines.append([f"{r['what']} (`{r['other']}`)", *result, *more])
-        head = ["ours against", "time", "95 % interval", "verdict", "limit", "peak memory"]
-        out += ["## Ratios", table(head, lines)]
+        beside = ("limit=limit:.2f", "peak memory=memory:.2f", "not compared=refused")
+        out += ["## Ratios", columns(record["ratios"], "ours against=other", *RATIO, *beside)]
         out.append("*limit*: the ratio if everything in our step but its matmuls were free.")
-    out += [
-        f"* `{n}`: one more image adds {mb:.1f} MB to the peak."
-        for n, mb in record.get("per_image", {}).items()
-    ]
-    out += [f"* time ~ {axis}^{p:.2f}" for axis, p in record.get("growth", {}).items()]
-    steps = ["row=key", "dtype=precision", "p20 ms=p20_ms:.1f", "p50 ms=p50_ms:.1f", "p80 ms=p80_ms:.1f"]
-    steps += [
-        "images/s=images_per_s:.2f",
+    else:
+        out.append(record["headline"])
+    times = ("p20 ms=p20_ms:.1f", "p50 ms=p50_ms:.1f", "p80 ms=p80_ms:.1f", "images/s=images_per_s:.2f")
+    more = (
         "MFU=mfu:.1%",
         "peak MB=peak_mb:.0f",
         "steps add MB=step_adds_mb:.0f",
-    ]
-    steps += [
         "first step s=first_step_s:.1f",
-        "matmuls=products.share:.0%",
-        "their TFLOP/s=products.tflops:.3f",
-    ]
+    )
+    matmuls = ("matmuls=products.share:.0%", "their TFLOP/s=products.tflops:.3f")
+    timed = [r for r in rows if "p50_ms" in r]
     return [
         *out,
         "## Steps",
-        harness.columns([r for r in rows if "p50_ms" in r], *steps),
+        columns(timed, "row=key", "dtype=precision", *times, *more, *matmuls),
         "MFU: model FLOPs over the rate of large matmuls of the same dtype in this run. Peak: memory of the provider's "
         "own process after warm-up (resident on a CPU, allocated by torch on a GPU); *steps add*: minus what was there "
         "before the first step. Matmuls: their share of one profiled step, without fused attention. On a CPU ours has "
         "the memory settings of the command line (huge pages, freed memory is kept), the others the system's; "
         "--providers allocator compares them.",
         "## Checks",
-        harness.columns(record["gates"], "provider=name", "passed=passed", "found=found"),
+        columns(record["gates"], "provider=name", "passed=passed", "found=found"),
         *harness.lost(record),
     ]

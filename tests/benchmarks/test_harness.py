@@ -1,8 +1,8 @@
-"""The shared part of the benchmarks: numbers, records, comparisons, processes.
+"""The shared part of the benchmarks: numbers, records, comparisons, processes, commands.
 
-Covers: percentiles, ratios and verdicts; a record written, read, indexed and drawn; every committed record is read
-and compared; records with different machines, settings or failed checks; tables with missing values; processes that
-take turns, fail, die, hang or are stopped; sub-commands, their lists and unknown names.
+Covers: ratios and verdicts; a record written, read, indexed and drawn; every committed record is read and compared;
+different machines, settings and failed checks; tables with missing values; processes that take turns, fail, die or
+hang; every command's list and wrong options.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ WILD = [10.0, 30.0, 12.0, 28.0, 11.0, 29.0]
     [
         (SLOW, FAST, 2, "faster"),
         (FAST, SLOW, 0.5, "slower"),
-        (SLOW, SLOW, 1, "within noise"),
         (SLOW[:2], FAST[:2], 2, "too few samples"),
         (WILD, WILD[::-1], 1, "within noise"),
     ],
@@ -37,43 +36,35 @@ def test_ratio(a, b, ratio, verdict):
     assert found["low"] <= found["ratio"] <= found["high"]
 
 
-def test_percentiles_and_slope():
-    assert harness.percentiles([3.0, 1.0, 2.0])["p50_ms"] == 2
-    assert harness.percentiles([5.0]) == {"p20_ms": 5, "p50_ms": 5, "p80_ms": 5}
-    assert harness.slope([1, 2, 4], [3, 6, 12]) == pytest.approx(1)
-
-
-def record(name: str = "a", samples: list[float] = FAST, **more) -> dict:
-    row = {"key": "ours", "batch": 4, "samples_ms": samples, "images_per_s": 400.0, "peak_mb": 100.0}
-    row |= harness.percentiles(samples)
-    return harness.new_record(name, "step", ["--quick"], "a note", rows=[row], headline="2x") | more
+def record(samples: list[float] = FAST, **more) -> dict:
+    row = {"key": "ours", "batch": 4, "samples_ms": samples, "peak_mb": 100.0}
+    harness.speed(row)
+    return harness.new_record("a", "step", ["--quick"], "a note", rows=[row], headline="2x") | more
 
 
 def test_record_is_written_read_and_indexed(tmp_path, capsys):
     made = record(rates={"copy_gb_per_s": 12.123456789})
-    folder = harness.write_record(made, harness.heading(made), Namespace(out=tmp_path, name="trial"))
+    folder = harness.write_record(made, ["a table"], Namespace(out=tmp_path, name="trial"))
     assert folder.name == f"{made['date']}_{made['machine']['short']}_trial"
     found = harness.read_record(folder)
     assert found == harness.read_record(folder / "record.json")
     assert found["rows"][0]["samples_ms"] == FAST and found["rates"] == {"copy_gb_per_s": 12.1235}
     assert found["command"] == "python -m benchmarks step --quick" and found["machine"]["versions"]["torch"]
     # lists of numbers take one line
-    assert '"samples_ms": [10.0, 10.1, 9.9, 10.0, 10.0]' in (folder / "record.json").read_text()
-    assert "2x; a note" in (tmp_path / "README.md").read_text() and "# a" in capsys.readouterr().out
+    assert "10.0, 10.1, 9.9, 10.0, 10.0" in (folder / "record.json").read_text()
+    assert "a table" in capsys.readouterr().out
     pictures = [p.name for p in folder.glob("*.png")]
     assert all(f"({p})" in (folder / "README.md").read_text() for p in pictures)
-    (tmp_path / "README.md").unlink()
-    assert (
-        main(["index", "--out", str(tmp_path)]) == 0 and folder.name in (tmp_path / "README.md").read_text()
-    )
+    assert main(["index", "--out", str(tmp_path)]) == 0
+    assert f"[{folder.name}]" in (tmp_path / "README.md").read_text()
 
 
 def test_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    assert harness.picture(record(), tmp_path) == ["bars.png"]
-    assert 3_000 < (tmp_path / "bars.png").stat().st_size < 150_000
-    for record_without in ({"rows": [{"key": "x"}]}, {"runs": []}):
-        assert harness.picture(record_without, tmp_path) == []
+    assert harness.picture(record(), tmp_path) and 3_000 < (tmp_path / harness.BARS).stat().st_size < 150_000
+    assert not harness.picture({"rows": [{"key": "x"}]}, tmp_path) and not harness.picture(
+        {"runs": []}, tmp_path
+    )
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
@@ -87,32 +78,27 @@ def test_what_is_no_record(tmp_path, content):
 def test_committed_records_are_read_and_compared():
     files = sorted(harness.RECORDS.glob("*/record.json"))
     index = (harness.RECORDS / "README.md").read_text(encoding="utf-8")
+    verdicts = []
     for file in files:
         assert f"[{file.parent.name}]" in index
         found = harness.read_record(file)
         harness.comparison_page(found, found)
-        assert {c.get("verdict") for c in harness.compared(found, found)} <= {
-            "within noise",
-            "too few samples",
-            None,
-        }
-    with_samples = [f for f in files if harness.samples_of(harness.read_record(f))]
-    assert len(files) > 10 and len(with_samples) > 8
+        verdicts += [c["verdict"] for c in harness.compared(found, found)]
+    assert len(files) > 10 and set(verdicts) == {"within noise", "too few samples"}
 
 
 def test_compare(tmp_path, capsys):
-    a = record(samples=SLOW, settings={"rounds": 5}, rates={"copy_gb_per_s": 12.0})
+    a = record(SLOW, settings={"rounds": 5}, rates={"copy_gb_per_s": 12.0})
     b = record(settings={"rounds": 9}, rates={"copy_gb_per_s": 9.0})
     b["machine"] = b["machine"] | {"cpu": "another"}
     for name, content in (("a", a), ("b", b)):
         (tmp_path / f"{name}.json").write_text(harness.dumps(content))
     assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
     text = capsys.readouterr().out
-    for words in ("**2.000**", "B is faster", "rounds 5 -> 9", "Different cpu", "not equally fast"):
+    for words in ("2.000", "faster", "rounds 5 and 9", "machine**: cpu", "rates**: copy_gb_per_s"):
         assert words in text
     failed = [{"name": "ours", "passed": False, "found": ""}]
     assert "ratio" not in harness.compared(a, b | {"gates": failed})[0]
-    assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "none.json")]) == 2
     # an older form of rows: a dictionary of samples, no key
     old = {"rows": [{"dtype": "float32", "n": 39, "samples_ms": {"sdpa": [1.0, 2.0]}}]}
     assert harness.samples_of(old) == {"float32 39 sdpa": [1.0, 2.0]}
@@ -143,7 +129,7 @@ class Echo:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "hang":
             signal.pause()
-        raise MemoryError("out of memory") if how == "memory" else RuntimeError("went wrong")
+        raise RuntimeError("went wrong")
 
 
 def test_processes_take_turns_and_a_failing_one_leaves():
@@ -164,23 +150,12 @@ def test_processes_take_turns_and_a_failing_one_leaves():
             os.kill(row["pid"], 0)
 
 
-@pytest.mark.parametrize(
-    ("how", "words", "out_of_memory"),
-    [("killed", "was killed", True), ("memory", "out of memory", True), ("hang", "no answer in", False)],
-)
-def test_a_process_that_fails(how, words, out_of_memory):
-    with processes.Worker(Echo, "x", patience=60) as worker:
-        worker.patience = 0.3 if how == "hang" else 60
-        with pytest.raises(processes.WorkerError, match=words) as caught:
+@pytest.mark.parametrize(("how", "words"), [("killed", "was killed"), ("hang", "no answer in")])
+def test_a_process_that_fails(how, words, monkeypatch):
+    with processes.Worker(Echo, "x") as worker:
+        monkeypatch.setattr(processes, "PATIENCE", 0.3 if how == "hang" else 60)
+        with pytest.raises(processes.WorkerError, match=words):
             worker("end", how)
-        assert caught.value.out_of_memory is out_of_memory
-
-
-def test_clock_and_rates():
-    assert (
-        len(processes.clock(lambda: None, "cpu", 3)) == 3 and processes.clock(lambda: 1 / 0, "cpu", 0) == []
-    )
-    assert processes.status_mb("VmRSS") > 10 or not os.path.exists("/proc")
 
 
 # ---- the commands ---------------------------------------------------------------------------------
@@ -198,15 +173,14 @@ def test_every_command_lists_what_it_would_measure(name, capsys):
         (["step", "--providers", "our"], "--providers"),
         (["step", "--ours", "train.compil=block"], "train.compil"),
         (["step", "--memory", "--scaling"], "--memory"),
-        (["step", "--released-code", "nowhere"], r"vits.py"),
+        (["step", "--released-code", "nowhere"], "vits.py"),
         (["encode", "--masks", "100"], "--masks"),
         (["loader", "--batch", "0"], "--batch"),
         (["kernels", "--rounds", "-1"], "--rounds"),
+        (["compare", "nowhere", "nowhere"], "nowhere"),
+        (["gpu_visit", "--only", "tun"], "--only"),
+        (["gpu_visit", "--minutes", "0"], "--minutes"),
     ],
 )
-def test_wrong_options_are_refused_at_once(argv, words, capsys):
+def test_wrong_options(argv, words, capsys):
     assert main(argv) == 2 and words in capsys.readouterr().err
-
-
-def test_without_a_command(capsys):
-    assert main([]) == 0 and "kernels" in capsys.readouterr().out

@@ -8,15 +8,15 @@ providers; options as text; memory per image and growth.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import harness, released_code, step
-from benchmarks.baselines import Ours
-from benchmarks.providers import PROVIDERS, chosen, configuration, parse_settings
-from benchmarks.step import Job, compare, given, one_step, random_images
+from benchmarks import baselines, harness, step
+from benchmarks.step import PROVIDERS, Job, chosen, compare, configuration, given, one_step, random_images
 from extrema_fast.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def tiny(**more):
 def truth():
     cfg = tiny(color=True)
     ours = BY_NAME["ours"].eager().make(cfg, CPU, "fp32")
-    weights = {n: p.detach().clone() for n, p in ours.student().items()}
+    weights = {n: p.detach().clone() for n, p in ours.student.items()}
     inputs = given(random_images(cfg, 1, CPU)[0], cfg, CPU)
     assert inputs.scale is not None and (inputs.scale == 0).any()
     return cfg, inputs, weights, one_step(ours, inputs)
@@ -42,10 +42,9 @@ def truth():
 
 def found(stepper, inputs, weights):
     with torch.no_grad():
-        for name, value in weights.items():
-            stepper.student()[name].copy_(value)
-            if name in stepper.teacher():
-                stepper.teacher()[name].copy_(value)
+        for parameters in (stepper.student, stepper.teacher):
+            for name in parameters.keys() & weights.keys():
+                parameters[name].copy_(weights[name])
     return one_step(stepper, inputs)
 
 
@@ -57,26 +56,21 @@ def test_baselines_have_our_loss_and_gradients(name, truth):
     assert check["passed"], check
     # one wrong gradient among many, one that is missing, a wrong loss, NaN
     key = "encoder.blocks.0.mlp.fc1.weight"
-    wrong = [(got[0], got[1] | {key: 1.01 * got[1][key]}), (1.001 * got[0], got[1])]
-    wrong += [
-        (got[0], {k: g for k, g in got[1].items() if k != key}),
-        (got[0], got[1] | {key: got[1][key] * torch.nan}),
-    ]
+    wrong = [(got[0], got[1] | {key: factor * got[1][key]}) for factor in (1.01, torch.nan)]
+    wrong += [(got[0], {k: g for k, g in got[1].items() if k != key}), (1.001 * got[0], got[1])]
     assert not any(compare(name, w, wanted)["passed"] for w in wrong)
 
 
-def test_steps_change_student_and_teacher(truth):
+@pytest.mark.parametrize("name", ["released", "strong-eager", "ours"])
+def test_steps_change_student_and_teacher(name, truth):
     cfg, inputs, _, _ = truth
-    for name in ("released", "strong-eager", "ours"):
-        stepper = BY_NAME[name].eager().make(cfg, CPU, "fp32")
-        before = [
-            {n: p.detach().clone() for n, p in group.items()}
-            for group in (stepper.student(), stepper.teacher())
-        ]
-        for _ in range(2):
-            stepper.step(replace(inputs, keep=None, scale=None))
-        for old, new in zip(before, (stepper.student(), stepper.teacher()), strict=True):
-            assert any((old[n] != p).any() for n, p in new.items()), name
+    stepper = BY_NAME[name].eager().make(cfg, CPU, "fp32")
+    groups = (stepper.student, stepper.teacher)
+    before = [{n: p.detach().clone() for n, p in group.items()} for group in groups]
+    for _ in range(2):
+        stepper.step(replace(inputs, keep=None, scale=None))
+    for old, new in zip(before, groups, strict=True):
+        assert any((old[n] != p).any() for n, p in new.items())
 
 
 # ---- a checkout of the released code ----------------------------------------------------------------
@@ -150,17 +144,23 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "lib").mkdir()
     for file, text in {"vits": VITS, "lib/__init__": "", "lib/builder": BUILDER, "lib/misc": MISC}.items():
         (tmp_path / f"{file}.py").write_text(text)
-    monkeypatch.setattr(released_code, "SIZES", {64: "vit_small"})
-    for name in ("vits", "lib", "lib.builder", "lib.misc"):
-        monkeypatch.delitem(__import__("sys").modules, name, raising=False)
-    return tmp_path
+    monkeypatch.setattr(baselines, "MODELS", {64: "vit_small"})
+    # what importing it changes is undone
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(np, "float", float, raising=False)
+    with monkeypatch.context() as patch:
+        for name in ("vits", "lib", "lib.builder", "lib.misc", "torch._six"):
+            patch.delitem(sys.modules, name, raising=False)
+        yield tmp_path
+        for name in ("vits", "lib", "lib.builder", "lib.misc", "torch._six"):
+            sys.modules.pop(name, None)
 
 
 def test_released_code_takes_our_masks_and_drop_path(checkout, truth):
     cfg, inputs, weights, wanted = truth
     (provider,), _ = chosen(["released-fp32"], "cpu", released_code=str(checkout))
     assert provider.name == "released-code-fp32" and provider.family == "released"
-    released_code.check(checkout, cfg)
+    baselines.check_checkout(checkout, cfg)
     stepper = provider.make(cfg, CPU, "fp32")
     check = compare("released-code", found(stepper, inputs, weights), wanted)
     assert check["passed"], check
@@ -171,25 +171,24 @@ def test_released_code_takes_our_masks_and_drop_path(checkout, truth):
 
 def test_what_the_released_code_cannot_step_is_refused_before_anything_is_built(checkout):
     with pytest.raises(UsageError, match="--model small"):
-        released_code.check(checkout, configuration("tiny"))
+        baselines.check_checkout(checkout, configuration("tiny"))
     (checkout / "vits.py").unlink()
     with pytest.raises(UsageError, match=r"vits\.py"):
-        released_code.check(checkout, tiny())
+        baselines.check_checkout(checkout, tiny())
 
 
 # ---- a measurement ----------------------------------------------------------------------------------
 
 
-def test_a_measurement_end_to_end(tmp_path, monkeypatch):
-    args = step.options(
-        ["--out", str(tmp_path), "--rounds", "5", "--device", "cpu", "--threads", "1", "--batch", "2"]
-    )
+def test_a_measurement_end_to_end(tmp_path):
+    options = "--rounds 5 --device cpu --threads 1 --batch 2 --out"
+    args = step.options([*options.split(), str(tmp_path)])
     cfg = tiny(train={"precision": "fp32"})
     names = ("released-fp32", "strong-eager", "ours")
     jobs = [Job(n, replace(BY_NAME[n], precision="fp32"), cfg, "cpu", 1) for n in names]
     record = harness.new_record("w", "step", [], **step.measure([jobs], args), not_run={"x": "why"})
     assert [c["passed"] for c in record["gates"]] == [True] * 6, record["gates"]
-    record |= step.conclusions(record, args)
+    record |= step.conclusions(record)
     text = (harness.write_record(record, step.page(record), args) / "README.md").read_text()
     for row in record["rows"]:
         assert len(row["samples_ms"]) == 5 and row["peak_mb"] > 50 and 0 < row["products"]["share"] <= 1.5
@@ -198,12 +197,11 @@ def test_a_measurement_end_to_end(tmp_path, monkeypatch):
     assert "* x: why" in text and record["rates"]["copy_gb_per_s"] > 0
 
 
-def rows_of(**bad):
+def rows_of():
     samples = {"released": 200.0, "strong": 120.0, "strong-plain-attention": 110.0, "ours": 100.0}
+    common = {"about": "", "precision": "bf16", "peak_mb": 10.0, "products": {"ms": 80.0}}
     return [
-        {"key": n, "provider": n, "family": n.split("-")[0], "about": n, "precision": "bf16", "peak_mb": 10.0}
-        | {"samples_ms": [ms] * 5, "p50_ms": ms, "products": {"ms": 80.0}}
-        | bad.get(n, {})
+        common | {"key": n, "provider": n, "family": n.split("-")[0], "samples_ms": [ms] * 5, "p50_ms": ms}
         for n, ms in samples.items()
     ]
 
@@ -222,11 +220,11 @@ def test_nothing_is_concluded_about_a_provider_whose_check_failed(bad):
 def test_memory_per_image_and_growth():
     rows = [{"provider": "ours", "batch": b, "peak_mb": 500.0 + 30 * b} for b in (2, 4, 8)]
     assert step.per_image(rows) == {"ours": pytest.approx(30)} and step.per_image(rows[:1]) == {}
-    rows = [{"axis": "batch", "value": b, "p50_ms": 5.0 * b} for b in (2, 4, 8)]
+    rows = [{"axis": "batch", "batch": b, "p50_ms": 5.0 * b} for b in (2, 4, 8)]
     assert step.growth(rows) == {"batch": pytest.approx(1)}
 
 
-@pytest.mark.parametrize("form", ["--memory", "--scaling", "--one-by-one"])
+@pytest.mark.parametrize("form", ["--memory", "--scaling"])
 def test_plans(form):
     args = step.options([form, "--quick", "--device", "cpu"])
     able, _ = chosen(args.providers, "cpu")
@@ -238,12 +236,8 @@ def test_plans(form):
 
 def test_settings_as_text():
     text = "train.compile=step,train.accumulation=2,system.backend=lamb=foreach,adamw_ema=fused,train.cuda_graph=true"
-    assert parse_settings(text) == {
-        "train.compile": "step",
-        "train.accumulation": 2,
-        "system.backend": "lamb=foreach,adamw_ema=fused",
-        "train.cuda_graph": True,
-    }
+    wanted = {"train.compile": "step", "train.accumulation": 2, "train.cuda_graph": True}
+    assert step.parse_settings(text) == wanted | {"system.backend": "lamb=foreach,adamw_ema=fused"}
     able, _ = chosen(["ours"], "cpu", extra=["train.recompute=gelu"])
     assert able[-1].name == "ours train.recompute=gelu" and able[-1].family == "ours"
-    assert Ours(tiny(), CPU, "fp32", **{"train.recompute": "gelu"}).run.cfg.train.recompute == "gelu"
+    assert able[-1].make(tiny(), CPU, "fp32").run.cfg.train.recompute == "gelu"
