@@ -46,7 +46,7 @@ EXTRAS = {
     "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
     "parquet": ["pyarrow>=17"],
     "fp8": [f"torchao>=0.18; {LINUX}"],
-    "bench": ["matplotlib>=3.8", "rich>=13"],
+    "bench": ["matplotlib>=3.8"],
     "dev": [
         "codespell>=2.4",
         "import-linter>=2.1",
