@@ -86,9 +86,9 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
 
 @contextmanager
 def new_folder(out: Path, check: Callable[[Path], None] = lambda out: None) -> Iterator[Path]:
-    """A temporary folder beside `out` that replaces it when the block ends well, and disappears otherwise.
+    """A temporary folder next to `out` that replaces it when the block ends well, and disappears otherwise.
 
-    What killed processes left beside `out` is removed, or put back where `out` itself had been moved away.
+    What killed processes left next to `out` is removed, or put back where `out` itself had been moved away.
 
     Args:
         check: raises when `out` must not be replaced; called before the block and after it.

@@ -148,7 +148,7 @@ class Job:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What config.json says beside weights and data; plain data, equal to itself read back."""
+        """What config.json says besides weights and data; plain data, equal to itself read back."""
         settings = json.loads(json.dumps(dataclasses.asdict(self.settings)))
         return {
             "format": FORMAT,
@@ -428,7 +428,7 @@ def _encode_parts(
         none = torch.empty(0, *job.shape, dtype=DTYPES[job.settings.dtype])
         features = torch.cat([none, *batches])
         batches.clear()
-        # a reason without the path, which stands beside it
+        # a reason without the path, which stands next to it
         broken = [
             (int(rows[place]), bad.reasons[place].removeprefix(f"{source.title(place)}: "))
             for place in range(first, end)

@@ -65,7 +65,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bytes of a packed set, beside its source; see `pack`."""
+    """What decides the bytes of a packed set, besides its source; see `pack`."""
 
     size: int = 256
     side: str = "short"

@@ -165,7 +165,7 @@ class Breakdown:
 
     def _count_ops(self) -> None:
         for e in self.host:
-            # loader threads run beside the step
+            # loader threads run next to the step
             if e.thread != self.spans[0].thread or not self._in_step(e):
                 continue
             row = self._add(self._place(e), e.name, e.own_us)

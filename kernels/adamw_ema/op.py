@@ -115,7 +115,7 @@ def tables(columns: list[list[int]], block: int, device: torch.device) -> tuple[
 
 
 class AdamWEma(torch.optim.AdamW):
-    """AdamW, the EMA update of the teacher and low-precision copies in one pass (maths: README.md beside this file).
+    """AdamW, the EMA update of the teacher and low-precision copies in one pass (maths: README.md in this folder).
 
     State dicts are those of `torch.optim.AdamW`; either continues the other's. Teachers and copies are not in
     them. Nothing is read back by the CPU: `skipped` (0 or 1) and `grad_norm` (before clipping; None where

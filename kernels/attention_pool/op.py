@@ -96,7 +96,7 @@ def attention_pool(
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
     """Class attention of one query over its own row, before the residual (ExtreMA section 3.2, a CaiT block).
 
-    Maths: README.md beside this file. `attention_pool_absorbed` runs instead of the kernel where Triton cannot run,
+    Maths: README.md in this folder. `attention_pool_absorbed` runs instead of the kernel where Triton cannot run,
     above 256 tokens or 16 heads, for a width that is no multiple of 16 and, on a GPU, for fp64 and for fp32 above 64
     tokens; it neither takes nor returns `stats`.
 

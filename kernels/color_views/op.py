@@ -33,7 +33,7 @@ def color_views(
 ) -> tuple[Tensor, Tensor]:
     """Two color-jittered, normalized versions of each crop, ExtreMA's student and teacher view of a shared crop.
 
-    Maths: README.md beside this file. Runs the plain PyTorch definition where Triton cannot run, for float64 and above
+    Maths: README.md in this folder. Runs the plain PyTorch definition where Triton cannot run, for float64 and above
     4 million pixels.
 
     Args:

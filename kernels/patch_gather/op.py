@@ -79,7 +79,7 @@ def patch_gather(
 ) -> Tensor:
     """Embedded tokens of the kept patches of all views, plus bias and positions; dropped patches are not read.
 
-    Maths: README.md beside this file. Runs the plain PyTorch definition where Triton cannot run and when float images
+    Maths: README.md in this folder. Runs the plain PyTorch definition where Triton cannot run and when float images
     or `pos` need a gradient.
 
     Args:

@@ -32,7 +32,7 @@ def sample_views(
 ) -> Tensor:
     """Random kept tokens of every view, keyed by sample, made on the index's device.
 
-    Maths: README.md beside this file. Nothing is read back by the CPU. Runs the plain PyTorch definition where Triton
+    Maths: README.md in this folder. Nothing is read back by the CPU. Runs the plain PyTorch definition where Triton
     cannot run and above 4,096 patches.
 
     Args:

@@ -59,7 +59,7 @@ class _ShortAttention(torch.autograd.Function):
 
 
 def short_attention(qkv: Tensor) -> Tensor:
-    """`softmax(q k^T / sqrt(d)) v` per sequence and head, for short sequences (maths: README.md beside this file).
+    """`softmax(q k^T / sqrt(d)) v` per sequence and head, for short sequences (maths: README.md in this folder).
 
     Saves nothing but qkv for the backward pass. Runs the plain PyTorch definition where Triton cannot run and, on a
     GPU, for fp64 and for fp32 tiles that are too large (README.md).

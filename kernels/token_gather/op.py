@@ -41,7 +41,7 @@ class _TokenGather(torch.autograd.Function):
 def token_gather(
     tokens: Tensor, keep: Tensor, pos: Tensor | None = None, *, disjoint: bool = False
 ) -> Tensor:
-    """Kept rows of already embedded tokens, plus their positions, for all views (maths: README.md beside this file).
+    """Kept rows of already embedded tokens, plus their positions, for all views (maths: README.md in this folder).
 
     Runs the plain PyTorch definition where Triton cannot run.
 
