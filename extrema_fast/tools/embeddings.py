@@ -6,7 +6,7 @@
     features/00000.npy   the features of consecutive rows, in order (or .parquet, .safetensors)
 
 Features are [n, D] for one vector per image, [n, N, D] for patch tokens. Broken images are left out, so feature
-row i over all parts is line i of rows.tsv. Files are written under another name and renamed: each is whole or not there.
+row i over all parts is line i of rows.tsv. Each file is whole or not there.
 In the tables a tab, line end, backslash or byte that is no UTF-8 is escaped as in a manifest (`data/manifest.py`).
 """
 
