@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from extrema_fast.kernels import _launch
+from extrema_fast.kernels.short_attention import short_attention_reference
 
 from extrema_fast import config
 from extrema_fast.config import ModelConfig, from_dict, smoke
@@ -417,3 +418,36 @@ def test_a_dynamic_length_stays_dynamic():
     finally:
         torch.compiler.reset()
     assert len(graphs) == 1
+
+
+class _Broken(torch.autograd.Function):
+    """Right forward, wrong backward."""
+
+    @staticmethod
+    def forward(ctx, qkv):
+        return short_attention_reference(qkv)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.ones(2, 9, 3, 2, 64)
+
+
+def _raises(qkv):
+    raise RuntimeError("no kernel\nmore")
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [
+        (attention.BACKENDS["sdpa"], ""),
+        (attention.BACKENDS["matmul"], ""),
+        (lambda qkv: short_attention_reference(qkv) * 1.1, "wrong output"),
+        (lambda qkv: short_attention_reference(qkv) * float("nan"), "wrong output"),
+        (_Broken.apply, "wrong gradient"),
+        (_raises, "RuntimeError: no kernel"),
+    ],
+)
+def test_a_backend_is_tried_against_the_plain_formula(backend, words):
+    qkv = torch.randn(2, 9, 3, 2, 64)
+    reason = attention.trial(backend, qkv, train=True)
+    assert words in reason and bool(reason) == bool(words) and "\n" not in reason
