@@ -18,7 +18,7 @@ class OutOfMemoryError(UsageError):
 
 
 class NonFiniteError(ExtremaError):
-    """Too many steps in a row with a loss or gradient that is not finite (exit code 3)."""
+    """Weights, or too many steps in a row, with values that are not finite (exit code 3)."""
 
     exit_code = 3
 
@@ -30,7 +30,7 @@ class DataError(ExtremaError):
 
 
 class StorageError(ExtremaError):
-    """A checkpoint that could not be written (exit code 5)."""
+    """A checkpoint that could not be written or read (exit code 5)."""
 
     exit_code = 5
 

@@ -69,8 +69,8 @@ def pretrain(
     Raises:
         UsageError: the configuration cannot run here, or does not fit the run in the folder.
         DataError: images cannot be read.
-        StorageError: a checkpoint cannot be written.
-        NonFiniteError: too many steps in a row had a loss or gradient that is not finite.
+        StorageError: a checkpoint cannot be written, or none of the run's can be read.
+        NonFiniteError: too many steps in a row had a loss or gradient that is not finite, or the final weights.
         Preempted: after SIGTERM or Ctrl-C, once the checkpoint is written; the same call continues.
     """
     out = Path(cfg.out)
@@ -98,7 +98,8 @@ def _loop(
     run: Run, loader: TrainLoader, train_log: TrainLog, test: ImageSource | None, signals: Signals
 ) -> None:
     folder, world = train_log.folder, run.world
-    saver = Saver(Path(run.cfg.out), run.cfg.ckpt, run.schedule.steps_per_epoch)
+    saver = Saver(Path(run.cfg.out), run.cfg.ckpt, run.schedule.steps_per_epoch, run.step)
+    postponed = False
     train_log.start(headline(run.cfg, run.resolved, world.size, epoch_length(run.source)), loader.remedy())
     if folder is not None:
         describe(run, folder)
@@ -108,7 +109,7 @@ def _loop(
         stats = _step(run, batch)
         run.step += 1
         stop = signals.stop_agreed(world, train_log.due()) and not run.last
-        saves = run.saves() or stop
+        saves = run.saves() or stop or postponed
         if train_log.due() or run.evaluates() or saves:
             # all processes learn of unreadable images, or end together when there are too many
             train_log.bad_images = loader.agree(world)
@@ -118,7 +119,13 @@ def _loop(
         if saves:
             with train_log.paused():
                 must, attempt = run.last or stop, folder.attempt if folder else 0
-                world.rank_zero_only(partial(save, run, saver, attempt, must=must))
+                # the counters are the same on all processes
+                waits = not must and run.counters.in_a_row() > 0
+                if not waits:
+                    world.rank_zero_only(partial(save, run, saver, attempt, must=must))
+                elif not postponed and world.is_rank_zero:
+                    log.warning("step %d was skipped: the checkpoint waits for a good step", run.step)
+                postponed = waits
         if stop:
             total = run.schedule.total_steps
             raise Preempted(f"stopped by a signal after step {run.step} of {total}, saved in {run.cfg.out}")

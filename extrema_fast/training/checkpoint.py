@@ -6,7 +6,8 @@
     latest                                        the newest folder's name
     weights/step_00000100/                        weights alone, readable without a run
 
-A save writes a temporary folder, syncs it and renames it; a folder counts only when its files match `COMPLETE`.
+A save writes a temporary folder, syncs it and renames it; a folder counts only when its files match `COMPLETE` and
+its weights are finite. Nothing is removed that this run has neither read nor written.
 `EXTREMA_FAULT=point:n` kills the process at the n-th pass of a named point (tests).
 """
 
@@ -19,7 +20,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..config import CheckpointConfig, Config, changed_maths, to_dict
-from ..errors import StorageError, UsageError, one_line
+from ..errors import NonFiniteError, StorageError, UsageError, one_line
 from ..files import new_folder, read_json, sync, write_file
 from ..models.extrema import ExtreMA
 from .optim import check_family
@@ -119,6 +120,16 @@ def restore(
     counters.copy_(tensors["counters"])
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """The first weight with a value that is not finite, or moment that is NaN; empty when there is none."""
+    for name, t in tensors.items():
+        # an infinite second moment only stops its weight
+        moment = name.startswith("optimizer.")
+        if t.is_floating_point() and not (~t.isnan() if moment else t.isfinite()).all():
+            return name.removeprefix("method.")
+    return ""
+
+
 # ---- writing ---------------------------------------------------------------------------------------
 
 
@@ -178,13 +189,19 @@ def remove_temporaries(run: Path) -> None:
 
 
 class Saver:
-    """Saves a run, removes old checkpoints, and decides when a failing save ends the run."""
+    """Saves a run, removes old checkpoints, and decides when a failing save ends the run.
 
-    def __init__(self, run: Path, cfg: CheckpointConfig, steps_per_epoch: int) -> None:
+    Args:
+        resumed: step of the checkpoint that was read.
+    """
+
+    def __init__(self, run: Path, cfg: CheckpointConfig, steps_per_epoch: int, resumed: int = -1) -> None:
         self.run, self.cfg = run, cfg
         self.milestone = cfg.milestone_epochs * steps_per_epoch
         self.failures = 0
         self.last_step = -1
+        # step -> whether its checkpoint can be continued from
+        self._usable = {resumed: True}
 
     def save(
         self,
@@ -203,12 +220,21 @@ class Saver:
 
         Raises:
             StorageError: the third save in a row failed, or a final one.
+            NonFiniteError: the weights of a final one are not finite.
         """
+        if name := not_finite(tensors):
+            text = f"step {step}: {name} is not finite: nothing was saved, earlier checkpoints are untouched"
+            remedy = "continue from the last one with a lower optim.base_lr and --allow-config-change"
+            if final:
+                raise NonFiniteError(f"{text}; {remedy}")
+            log.warning("%s; %s", text, remedy)
+            return
         try:
             with new_folder(self.run / "weights" / f"step_{step:08d}") as new:
                 export(new)
                 fault("weights")
             write(self.run, step, tensors, state)
+            self._usable[step] = True
             self._prune(step)
         except (OSError, SafetensorError, StorageError) as error:
             self.failures += 1
@@ -220,15 +246,17 @@ class Saver:
             self.failures, self.last_step = 0, step
 
     def _prune(self, step: int) -> None:
-        folders = step_folders(self.run / "checkpoints")
-        # a checkpoint of a later step was damaged, or the run would have resumed from it
-        keep = set([s for s in folders if s <= step][-self.cfg.retain :])
+        folders, weights = (step_folders(self.run / name) for name in ("checkpoints", "weights"))
+        # a checkpoint of a later step is not usable, or the run would have resumed from it
+        folders = {s: path for s, path in folders.items() if s <= step}
         for s, path in folders.items():
-            if s not in keep:
-                _remove(path)
-        for s, path in step_folders(self.run / "weights").items():
-            if s not in keep and not (self.milestone and s % self.milestone == 0 and s <= step):
-                _remove(path)
+            # from an earlier start: only what has been read may be removed
+            if s not in self._usable and len(folders) > self.cfg.retain:
+                self._usable[s] = not (damage(path) or other_format(path))
+        for s in [s for s in folders if self._usable.get(s)][: -self.cfg.retain]:
+            if s in weights and not (self.milestone and s % self.milestone == 0):
+                _remove(weights[s])
+            _remove(folders[s])
         fault("pruned")
 
 
@@ -243,7 +271,14 @@ def _remove(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str:
-    """Why a checkpoint cannot be trusted; empty when it can."""
+    """Why a checkpoint cannot be continued from; empty when it can."""
+    try:
+        return _damage(folder)
+    except (OSError, SafetensorError) as error:
+        return one_line(error)
+
+
+def _damage(folder: Path) -> str:
     files = read_json(folder / COMPLETE, {})
     if set(files) != {TENSORS, STATE}:
         return "not marked complete"
@@ -256,22 +291,44 @@ def damage(folder: Path) -> str:
             return f"{name} has {size} bytes instead of {expected.get('size')}"
         if _digest(path) != expected.get("sha256"):
             return f"{name} has changed since it was written"
-    return ""
+    if other_format(folder):
+        return ""
+    name = not_finite(load_file(folder / TENSORS))
+    return f"{name} is not finite" if name else ""
+
+
+def other_format(folder: Path) -> str:
+    """How the format of an undamaged checkpoint differs from this version's; empty when it does not."""
+    found = read_json(folder / STATE, {}).get("format")
+    return "" if found == FORMAT else f"checkpoint format {found}, this version reads {FORMAT}"
 
 
 def newest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint that is not damaged; damaged ones are named in the log."""
+    """The newest checkpoint that is undamaged and finite; newer ones are named in the log. None: there are none.
+
+    Raises:
+        StorageError: none can be read, or the newest undamaged one is of another format.
+    """
+    reasons: list[str] = []
     for _, path in reversed(step_folders(run / "checkpoints").items()):
         reason = damage(path)
-        if not reason:
-            state = read_json(path / STATE, {})
-            if state.get("format") != FORMAT:
-                raise UsageError(
-                    f"{path}: checkpoint format {state.get('format')}, this version reads {FORMAT}"
-                )
-            return Checkpoint(path, state)
-        log.warning("checkpoint %s is damaged (%s); falling back to the one before", path, reason)
-    return None
+        stop = "" if reason else other_format(path)
+        if not (reason or stop):
+            if reasons:
+                log.warning("falling back to checkpoint %s", path)
+            return Checkpoint(path, read_json(path / STATE, {}))
+        reasons.append(f"{path}: {reason or stop}")
+        if stop:
+            break
+        log.warning("checkpoint %s cannot be used (%s)", path, reason)
+    if not reasons:
+        return None
+    what = "its checkpoint is of another version" if stop else "no checkpoint can be read"
+    why = f"{what} ({reasons[-1 if stop else 0]})"
+    raise StorageError(
+        f"--out {run}: {why}; restore a copy, or use --overwrite, which moves this run aside and starts again "
+        f"(with --init-from {run / 'weights'}/step_N from its weights)"
+    )
 
 
 # options that set the shapes of tensors: a run cannot continue with others

@@ -65,6 +65,10 @@ class Counters:
         """Most skipped steps in a row since the last `restart`; waits for the device."""
         return int(self.tensor[WORST].item())
 
+    def in_a_row(self) -> int:
+        """How many of the latest steps in a row were skipped; waits for the device."""
+        return int(self.tensor[IN_A_ROW].item())
+
     def restart(self) -> None:
         """Begins the next interval; the total of skipped steps stays."""
         self.tensor[:SKIPPED] = 0

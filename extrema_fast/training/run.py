@@ -22,14 +22,24 @@ from ..data.loader import TrainLoader
 from ..data.order import epoch_length
 from ..data.sources import BUILT_IN, ImageSource, open_source
 from ..distributed import World
-from ..errors import UsageError
+from ..errors import NonFiniteError, UsageError
 from ..files import read_json
 from ..models.extrema import ExtreMA
 from ..ops import dispatch as ops
 from ..ops.fp8 import apply_fp8
 from ..weights.folder import save_weights, weights_meta
 from ..weights.load import load_method_weights
-from .checkpoint import Checkpoint, Saver, check_same, collect, newest, remove_temporaries, restore
+from .checkpoint import (
+    Checkpoint,
+    Saver,
+    check_same,
+    collect,
+    newest,
+    not_finite,
+    remove_temporaries,
+    restore,
+    step_folders,
+)
 from .counters import Counters
 from .draw import MicroBatch
 from .optim import Schedule, build_optimizer
@@ -203,7 +213,12 @@ def open_loader(run: Run, bad_rows: Path | None = None) -> TrainLoader:
 
 
 def is_finished(cfg: Config, allow: bool) -> bool:
-    """Whether the folder holds this run, complete; UsageError when it holds a different one."""
+    """Whether the folder holds this run, complete.
+
+    Raises:
+        UsageError: it holds a different one.
+        StorageError: none of its checkpoints can be read.
+    """
     out = Path(cfg.out)
     if not check(out) or read_json(out / "status.json", {}).get("state") != "complete":
         return False
@@ -215,31 +230,28 @@ def is_finished(cfg: Config, allow: bool) -> bool:
 
 def init_weights(run: Run, path: str | Path, overwrite: bool) -> None:
     """`--init-from`: weights only, at step 0; ignored once the run has a checkpoint."""
-    if not overwrite and _has_checkpoints(run):
+    if not overwrite and step_folders(Path(run.cfg.out) / "checkpoints"):
         log.info("--init-from %s is ignored: the run has a checkpoint", path)
         return
     load_method_weights(run.method, path)
+    if name := not_finite(run.method.state_dict()):
+        raise NonFiniteError(f"--init-from {path}: {name} is not finite; use weights of an earlier step")
     log.info("initial weights from %s", path)
 
 
-def _has_checkpoints(run: Run) -> bool:
-    return any(Path(run.cfg.out).glob("checkpoints/step_*"))
-
-
 def resume(run: Run, allow: bool) -> None:
-    """Brings a run to the newest valid checkpoint of its folder, if there is one.
+    """Brings a run to the newest undamaged, finite checkpoint of its folder; a new run stays at step 0.
 
     Args:
         allow: continue although settings that change the mathematics differ.
 
     Raises:
         UsageError: the folder's run has other settings, images or shapes (`check_same`).
+        StorageError: there are checkpoints, but none can be read.
     """
     found = run.world.rank_zero_only(lambda: _find_checkpoint(run, allow))
     where = run.world.broadcast(str(found.path) if found else "")
     if not where:
-        if run.world.is_rank_zero and _has_checkpoints(run):
-            log.warning("no checkpoint in %s can be read; starting from step 0", run.cfg.out)
         return
     path = Path(where)
     found = found or Checkpoint(path, read_json(path / "state.json"))
@@ -299,7 +311,10 @@ def describe(run: Run, folder: RunFolder) -> None:
 
 
 def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:
-    """Writes checkpoint and weights of this step (on rank 0); with `must` a failure is an error, not a warning."""
+    """Writes checkpoint and weights of this step (on rank 0); with `must` a failure is an error, not a warning.
+
+    Weights that are not finite are never written (`Saver.save`).
+    """
     if saver.last_step == run.step:
         return
     state: dict[str, Any] = {

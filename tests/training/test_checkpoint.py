@@ -1,8 +1,9 @@
 """Checkpoints and the run folder under faults, without training.
 
 Covers: everything restored bit for bit; what COMPLETE, `latest` and retention hold; truncated, flipped,
-unmarked and missing files; a rename or a write that fails, once and three times; stale temporaries; other
-shapes; which differences a resumed run may have; marker, lock, --overwrite.
+unmarked and missing files, weights that are not finite, another format; only what was read or written is
+removed; a rename or a write that fails, once and three times; stale temporaries; other shapes; which
+differences a resumed run may have; marker, lock, --overwrite.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from extrema_fast.config import CheckpointConfig, config_hash, from_dict, smoke, to_dict
-from extrema_fast.errors import StorageError, UsageError
+from extrema_fast.errors import NonFiniteError, StorageError, UsageError
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.training import checkpoint
 from extrema_fast.training.checkpoint import (
@@ -120,6 +121,9 @@ DAMAGES = {
     ),
     "torn COMPLETE": lambda folder: os.truncate(folder / "COMPLETE", 20),
     "no tensors": lambda folder: (folder / "state.safetensors").unlink(),
+    "not finite": lambda folder: write(
+        folder.parents[1], int(folder.name[5:]), SMALL | {"method.w": torch.tensor([1, float("nan")])}, {}
+    ),
 }
 
 
@@ -132,7 +136,58 @@ def test_damaged_falls_back_and_says_so(tmp_path, how, caplog):
     assert newest(tmp_path).step == 1
     assert str(newer) in caplog.text and "falling back" in caplog.text
     DAMAGES[how](tmp_path / "checkpoints" / "step_00000001")
-    assert newest(tmp_path) is None
+    with pytest.raises(StorageError, match=rf"--out {tmp_path}: .*{newer}: .*--overwrite") as error:
+        newest(tmp_path)
+    assert error.value.exit_code == 5 and "\n" not in str(error.value)
+
+
+def test_another_format_stops(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "FORMAT", 9)
+        save(tmp_path, 2)
+    with pytest.raises(StorageError, match="step_00000002: checkpoint format 9, this version reads 1"):
+        newest(tmp_path)
+
+
+def steps(run: Path) -> tuple[list[int], list[int]]:
+    """The steps that have checkpoints and weights."""
+    return tuple(sorted(int(p.name[5:]) for p in (run / d).iterdir()) for d in ("checkpoints", "weights"))
+
+
+def test_only_what_was_read_or_written_is_removed(tmp_path):
+    before = Saver(tmp_path, CheckpointConfig(retain=9), 10)
+    for step in (1, 2, 3, 4, 8):
+        before.save(step, SMALL, {}, export)
+    for step, how in {2: "flipped byte", 4: "no COMPLETE", 8: "truncated"}.items():
+        DAMAGES[how](tmp_path / "checkpoints" / f"step_{step:08d}")
+    saver = Saver(tmp_path, CheckpointConfig(retain=2), 10, resumed=3)
+    saver.save(5, SMALL, {}, export)
+    assert steps(tmp_path) == ([2, 3, 4, 5, 8], [2, 3, 4, 5, 8])
+    saver.save(6, SMALL, {}, export)
+    assert steps(tmp_path) == ([2, 4, 5, 6, 8], [2, 4, 5, 6, 8])
+
+
+VALUES = {
+    "method.w": (float("nan"), float("inf")),
+    "optimizer.w.exp_avg": (float("nan"),),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in VALUES.items() for v in values])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, caplog, name, value):
+    saver = Saver(tmp_path, CheckpointConfig(retain=2), 10)
+    saver.save(1, SMALL, {}, export)
+    before, bad = files(tmp_path), SMALL | {name: torch.tensor([0.0, value])}
+    for step in range(2, 6):
+        saver.save(step, bad, {}, export)
+    assert "step 5: " in caplog.text and "not finite" in caplog.text
+    with pytest.raises(NonFiniteError, match=r"step 6: .*w.* is not finite.*optim\.base_lr") as error:
+        saver.save(6, bad, {}, export, final=True)
+    assert error.value.exit_code == 3 and files(tmp_path) == before and newest(tmp_path).step == 1
+    # a second moment that overflowed only stops its weight
+    saver.save(7, SMALL | {"optimizer.w.exp_avg_sq": torch.tensor(float("inf"))}, {}, export, final=True)
+    assert newest(tmp_path).step == 7
 
 
 def test_damaged_is_replaced_and_not_counted(tmp_path):
@@ -143,7 +198,7 @@ def test_damaged_is_replaced_and_not_counted(tmp_path):
     # continued from 2 with another cadence: a damaged 3 ahead must not push the good ones out
     save(tmp_path, 1)
     saver.save(2, SMALL, {}, export)
-    assert sorted(p.name[-1] for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+    assert steps(tmp_path)[0] == [1, 2, 3]
     saver.save(3, SMALL, {}, export)
     assert newest(tmp_path).step == 3
 
@@ -152,8 +207,7 @@ def test_retention_and_milestones(tmp_path):
     saver = Saver(tmp_path, CheckpointConfig(retain=3, milestone_epochs=2), steps_per_epoch=2)
     for step in range(1, 11):
         saver.save(step, SMALL, {}, export)
-    kept = {d: sorted(int(p.name[5:]) for p in (tmp_path / d).iterdir()) for d in ("checkpoints", "weights")}
-    assert kept == {"checkpoints": [8, 9, 10], "weights": [4, 8, 9, 10]}
+    assert steps(tmp_path) == ([8, 9, 10], [4, 8, 9, 10])
     assert newest(tmp_path).step == 10
 
 

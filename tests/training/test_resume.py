@@ -2,7 +2,8 @@
 
 Covers: 12 steps = 5 + 7 over an epoch's edge with masks, colors and drop-path on (weights, teacher, moments, log
 values); SIGKILL at named points of a save and of an evaluation (at random moments: test_kill_data); a damaged newest
-checkpoint; death after the last save; a finished run; changed settings, shapes and images; --init-from.
+checkpoint, none that can be read; skipped steps, weights that are not finite; death after the last save; a finished
+run; changed settings, shapes and images; --init-from.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from extrema_fast import train
-from extrema_fast.errors import Preempted, UsageError
+from extrema_fast.errors import NonFiniteError, Preempted, StorageError, UsageError
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.training.logging import history
 from extrema_fast.weights.load import load_encoder
@@ -149,6 +151,66 @@ def test_damaged_newest_checkpoint(half, straight, caplog):
     pretrain(half)
     assert "falling back" in caplog.text
     assert_same(half, straight)
+
+
+def test_only_damaged_checkpoints_stop_the_run(half, straight):
+    for path in half.glob("checkpoints/step_*/state.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[-9] ^= 1
+        path.write_bytes(data)
+    before = {p: p.read_bytes() for p in half.rglob("*") if p.is_file()}
+    with pytest.raises(StorageError, match=r"step_00000007: .* has changed .*--overwrite") as error:
+        pretrain(half)
+    assert error.value.exit_code == 5
+    assert {p: p.read_bytes() for p in half.rglob("*") if p.is_file()} == before
+    # the remedy
+    pretrain(half, overwrite=True, init_from=half / "weights" / "step_00000007")
+    assert status(half)["state"] == "complete" and final_hash(half, STEPS) != final_hash(straight, STEPS)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_nothing_is_saved_while_steps_are_skipped(tmp_path, monkeypatch, caplog, stops):
+    original, calls = ExtreMA.loss, []
+
+    def bad(self, *args):
+        calls.append(1)
+        return original(self, *args) * (float("nan") if len(calls) in (6, 7) else 1)
+
+    monkeypatch.setattr(ExtreMA, "loss", bad)
+    run, change = tmp_path / "run", {"ckpt": {"retain": 9}}
+    if stops:
+        stop_at(7, monkeypatch)
+        with pytest.raises(Preempted):
+            pretrain(run, change)
+    else:
+        pretrain(run, change)
+    saved = [int(p.name[5:]) for p in sorted((run / "checkpoints").iterdir())]
+    # the checkpoint of step 6 waits; a stopped run keeps the finite weights that step 5 left
+    assert saved == ([3, 7] if stops else [3, 8, 9, 12])
+    assert caplog.text.count("step 6 was skipped") == 1 and "step 7 was skipped" not in caplog.text
+
+
+# at a save that may fail, between two, and at the last step
+@pytest.mark.parametrize(("step", "left"), [(6, [3]), (7, [3, 6]), (STEPS, [6, 9])])
+def test_weights_that_are_not_finite_leave_the_checkpoints(tmp_path, monkeypatch, straight, step, left):
+    original, run = train.train_step, tmp_path / "run"
+
+    def spoiled(run, batch):
+        stats = original(run, batch)
+        if run.step + 1 == step:
+            with torch.no_grad():
+                next(run.method.student.parameters()).view(-1)[0] = float("nan")
+        return stats
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "train_step", spoiled)
+        with pytest.raises(NonFiniteError) as error:
+            pretrain(run, {"ckpt": {"retain": 2}})
+    assert error.value.exit_code == 3 and status(run)["state"] == "failed"
+    for folder in ("checkpoints", "weights"):
+        assert sorted(int(p.name[5:]) for p in (run / folder).iterdir()) == left
+    pretrain(run)
+    assert_same(run, straight)
 
 
 def test_died_after_the_last_save(copy, straight):
