@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,12 @@ from .image_files import ImageFiles
 AHEAD = 2
 # batches in a row that DALI may lose without a broken file: those in the pipeline when one failed
 _MAX_LOST = AHEAD + 1
+# what DALI says when memory or the GPU is at fault, not an image
+_DEVICE_ERROR = re.compile(
+    r"CUDA (runtime |driver )?(API )?error|CUDA allocation failed|cudaError|CUDA_ERROR|out of memory|bad_alloc"
+    r"|Can't allocate \d+ bytes|Cannot allocate memory",
+    re.IGNORECASE,
+)
 
 
 class Work(NamedTuple):
@@ -73,7 +80,7 @@ class Settings(NamedTuple):
 
 
 def _ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
-    """The same items, taken from their iterator `count` items early; a DataError comes after the items before it."""
+    """The same items, taken from their iterator `count` items early; an error comes after the items before it."""
     waiting: deque[Any] = deque()
     failed = None
     try:
@@ -81,7 +88,7 @@ def _ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
             waiting.append(item)
             if len(waiting) > count:
                 yield waiting.popleft()
-    except DataError as e:
+    except Exception as e:
         failed = e
     yield from waiting
     if failed:
@@ -144,6 +151,10 @@ class PilDecoder:
         return pixels[:, ::-1] if work.flips[place] else pixels
 
 
+class _DaliError(Exception):
+    """DALI failed to decode a batch, perhaps because of an image."""
+
+
 class DaliDecoder:
     """Decodes with DALI, on `settings.device`.
 
@@ -156,48 +167,64 @@ class DaliDecoder:
         self._copies = torch.cuda.Stream(settings.device) if on_gpu else None
 
     def stream(self, plans: Iterator[Future[Work]]) -> Iterator[tuple[Work, Decoded]]:
-        """Decodes the batches in order, `AHEAD` batches ahead; empty ones are left out."""
+        """Decodes the batches in order, `AHEAD` batches ahead."""
         planned = _ahead(plans, AHEAD)
         running: deque[Work] = deque()
         unfinished: deque[Work] = deque()
-        error: DataError | None = None
+        error: Exception | None = None
 
         def feed() -> tuple[Any, ...]:
             nonlocal error
             try:
-                work = unfinished.popleft() if unfinished else next(planned).result()
-                while not len(work.rows):
+                while unfinished or not error:
+                    if unfinished:
+                        work = unfinished.popleft()
+                    elif plan := next(planned, None):
+                        work = plan.result()
+                    else:
+                        break
+                    arguments = self._arguments(work)
+                    running.append(work)
                     # DALI takes no empty batch
-                    work = next(planned).result()
-            except DataError as e:
-                # an end, so that the batches before this one are still delivered
+                    if len(work.rows):
+                        return arguments
+            # of any kind: DALI must not take it for its own failure, and the batches before it are still delivered
+            except Exception as e:
                 error = e
-                raise StopIteration from None
-            running.append(work)
-            return self._arguments(work)
+            raise StopIteration
 
         pipe, lost = self._pipeline(feed, self.settings.batch), 0
         try:
             while True:
+                failure, ended = None, False
                 try:
-                    decoded = Decoded(self._run(pipe), {})
-                    work, lost = running.popleft(), 0
+                    images = self._run(pipe)
                 except StopIteration:
+                    ended = True
+                except _DaliError as e:
+                    # without its traceback, which would keep the pipeline
+                    failure = _not_a_file(e)
+                while running and not len(running[0].rows):
+                    yield running.popleft(), Decoded(torch.empty(0), {})
+                if ended:
                     if error:
-                        raise error from None
+                        raise error
                     return
-                except RuntimeError as e:
-                    # after an error DALI calls a pipeline invalid: what it had begun goes to a new one
-                    pipe, lost = None, lost + 1
-                    if not running:
-                        raise _not_a_file(e) from e
-                    work = running.popleft()
-                    unfinished.extendleft(reversed(running))
-                    running.clear()
-                    decoded = self.decode(work)
-                    if not decoded.failed and lost > _MAX_LOST:
-                        raise _not_a_file(e) from e
-                    pipe = self._pipeline(feed, self.settings.batch)
+                if failure is None:
+                    lost = 0
+                    yield running.popleft(), Decoded(images, {})
+                    continue
+                # after an error DALI calls a pipeline invalid: what it had begun goes to a new one
+                pipe, lost = None, lost + 1
+                if not running:
+                    raise failure
+                work = running.popleft()
+                unfinished.extendleft(reversed(running))
+                running.clear()
+                decoded = self.decode(work)
+                if not decoded.failed and lost > _MAX_LOST:
+                    raise failure
+                pipe = self._pipeline(feed, self.settings.batch)
                 yield work, decoded
         finally:
             del pipe
@@ -208,7 +235,7 @@ class DaliDecoder:
             return Decoded(torch.empty(0), {})
         try:
             return Decoded(self._decode(work), {})
-        except RuntimeError as e:
+        except _DaliError as e:
             failed = self._find_failed(work)
             if not failed:
                 raise _not_a_file(e) from e
@@ -240,7 +267,7 @@ class DaliDecoder:
             for i in [i for i, error in enumerate(by_pil) if bool(error) == suspected and not failed]:
                 try:
                     self._decode(work.only(i))
-                except RuntimeError as e:
+                except _DaliError as e:
                     reason = f"by DALI, {_reason(e)}; PIL can: --data.loader pil"
                     failed[i] = by_pil[i] or self.files.error(int(work.rows[i]), reason)
         return failed
@@ -289,7 +316,12 @@ class DaliDecoder:
 
     def _run(self, pipe: Any) -> Tensor:
         """The next batch in memory that DALI will not use again."""
-        (out,) = pipe.run()
+        try:
+            (out,) = pipe.run()
+        except RuntimeError as e:
+            if _DEVICE_ERROR.search(str(e)):
+                raise
+            raise _DaliError(str(e)) from e
         if self._copies is None:
             images = torch.from_dlpack(out.as_tensor())
             copy = torch.empty(images.shape, dtype=images.dtype, pin_memory=self.settings.pinned)

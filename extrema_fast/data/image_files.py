@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -21,6 +22,7 @@ _ORIENTATION_TAG = 0x0112
 _READERS = 8
 # bytes at the end of a JPEG file searched for its end marker: some cameras and tools append to it
 _TAIL = 4096
+_LACKING = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 class Headers(NamedTuple):
@@ -90,6 +92,7 @@ class ImageFiles:
         try:
             return self.source.read(row)
         except OSError as e:
+            _raise_if_lacking(e)
             raise self.error(row, e.strerror or e) from e
 
     def rgb(self, row: int, data: np.ndarray | None, box: tuple[int, int, int, int] | None = None) -> Any:
@@ -98,6 +101,7 @@ class ImageFiles:
             return load_rgb(self.source.paths[row] if data is None else io.BytesIO(data.data), self.exif, box)
         # a broken file makes PIL raise nearly anything: OSError, SyntaxError, ValueError, struct.error
         except Exception as e:
+            _raise_if_lacking(e)
             raise self.error(row, e) from e
 
     def error(self, row: int, reason: object) -> DataError:
@@ -142,11 +146,18 @@ class ImageFiles:
             # the first number in its words
             raise self._too_large(row, next(iter(re.findall(r"\d+", str(e))), "its")) from None
         except Exception as e:
+            _raise_if_lacking(e)
             raise self.error(row, e) from e
         return h, w
 
     def _too_large(self, row: int, size: str) -> DataError:
         return self.error(row, f"{size} pixels are more than data.max_pixels {self.max_pixels}")
+
+
+def _raise_if_lacking(error: Exception) -> None:
+    """Raises an error again that is due to too little memory or too few file handles: the file may be sound."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in _LACKING:
+        raise error
 
 
 def _has_end(f: Any) -> bool:

@@ -156,16 +156,32 @@ class _Loader(ABC):
             self.bad.add(int(rows[place]), str(error))
 
     def _decoded(self, steps: Iterable[int]) -> Generator[tuple[Work, Tensor], None, None]:
-        """(work, images) of each step; a batch with unreadable images is planned and decoded again without them."""
+        """(work, images) of each step; a batch with unreadable images is planned and decoded again without them.
+
+        Any other error in planning, reading or decoding a batch ends the iteration, after the batches before it.
+        """
         decoder = (PilDecoder if self.kind == "pil" else DaliDecoder)(self._files, self._settings)
         planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
+        to_plan, due = itertools.tee(steps)
         try:
-            for work, (images, failed) in decoder.stream(planner.submit(self._plan, s) for s in steps):
+            for work, (images, failed) in decoder.stream(planner.submit(self._plan, s) for s in to_plan):
+                step = next(due, None)
+                if work.step != step:
+                    raise RuntimeError(
+                        f"the {self.kind} loader decoded step {work.step} where {step} was due"
+                    )
                 while failed:
                     self._add_bad(work.rows, failed)
                     work = planner.submit(self._plan, work.step).result()
                     images, failed = decoder.decode(work)
+                if len(images) != len(work.rows):
+                    raise RuntimeError(
+                        f"the {self.kind} loader decoded {len(images)} images of step {step}, not {len(work.rows)}"
+                    )
                 yield work, images
+            step = next(due, None)
+            if step is not None:
+                raise RuntimeError(f"the {self.kind} loader ended where step {step} was due")
         finally:
             decoder.close()
             planner.shutdown(wait=True, cancel_futures=True)
@@ -191,6 +207,7 @@ class TrainLoader(_Loader):
     Raises:
         UsageError: sizes or an order that do not fit.
         DataError: while iterating: more rows are unusable than `data.bad_budget` allows.
+        Exception: while iterating: any other error in planning, reading or decoding, at once and from then on.
     """
 
     bad: BadRows
@@ -219,6 +236,7 @@ class TrainLoader(_Loader):
         self.steps_per_epoch = self._order.steps
         self._seed, self._cfg, self._first = seed, cfg, rank * size
         self._step, self._world, self._failure = start_step, world, ""
+        self._error: Exception | None = None
         self._batches = self._decoded(itertools.count(start_step))
 
     def _rows(self, step: int) -> np.ndarray:
@@ -243,6 +261,8 @@ class TrainLoader(_Loader):
         return self
 
     def __next__(self) -> Batch:
+        if self._error:
+            raise self._error
         step, self._step = self._step, self._step + 1
         epoch = step // self.steps_per_epoch
         if not self._failure:
@@ -252,6 +272,9 @@ class TrainLoader(_Loader):
                 return Batch(images, index.pin_memory() if self._settings.pinned else index, epoch, step)
             except DataError as error:
                 self._failure = str(error)
+            except Exception as error:
+                self._error = error
+                raise
         if self._world == 1:
             raise DataError(self._failure)
         s = self._settings

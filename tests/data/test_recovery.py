@@ -3,12 +3,13 @@
 Covers: one bad file of each kind and moment (never an image, cut, gone, emptied, a shard cut short); all other samples
 identical; the same substitutes whether a row was known, found, or found by another process, after restarts and for
 any world; every good row as itself exactly once per epoch over all broken files, at several batch sizes, and over their
-manifest; the pixel limit; the budget; the list in a file; a process that cannot go on; failures of DALI itself;
-evaluation; memory.
+manifest; the pixel limit; the budget; the list in a file; a process that cannot go on; errors that are no file's
+fault; failures of DALI itself; evaluation; memory.
 """
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import shutil
@@ -316,16 +317,16 @@ def test_dali_loses_batches_without_a_file_to_blame(images, config, monkeypatch)
     pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
     source, cfg, decoder = open_source(str(images)), config(loader="dali"), data_decode.DaliDecoder
     clean, _ = batches(source, cfg, 12)
-    real, runs = decoder._run, itertools.count()
+    real, runs = decoder._pipeline, itertools.count()
     monkeypatch.setattr(decoder, "_find_failed", lambda *args: {})
     # the third batch, and the one that replaces it
-    monkeypatch.setattr(decoder, "_run", losing(real, lambda _: next(runs) in (2, 4)))
+    monkeypatch.setattr(decoder, "_pipeline", losing(real, lambda _: next(runs) in (2, 4)))
     seen, found = batches(source, cfg, 12)
     assert_same(clean, seen)
     assert not found
     # every batch is lost, and only decoding it once more helps: slow for ever, so it ends
     runs, delivered = itertools.count(), 0
-    monkeypatch.setattr(decoder, "_run", losing(real, lambda _: next(runs) % 2 == 0))
+    monkeypatch.setattr(decoder, "_pipeline", losing(real, lambda _: next(runs) % 2 == 0))
     with (
         pytest.raises(DataError, match="not because of a file: lost again"),
         TrainLoader(source, cfg, SIZE, batch_size=5, seed=3) as loader,
@@ -334,21 +335,130 @@ def test_dali_loses_batches_without_a_file_to_blame(images, config, monkeypatch)
             assert torch.equal(next(loader).images, want.images)
             delivered += 1
     assert delivered == 3
-    monkeypatch.setattr(decoder, "_run", losing(real, lambda images: len(images) > 1))
+    monkeypatch.setattr(decoder, "_pipeline", losing(real, lambda count: count > 1))
     with pytest.raises(DataError, match=r"not because of a file: lost again; try --data\.loader pil"):
         batches(source, cfg, 12)
 
 
-def losing(real, lost):
-    """`real`, raising as DALI does where `lost(images)` says so."""
+def losing(real, lost, message="lost again"):
+    """`real`, whose pipelines raise as DALI does where `lost(number of images)` says so."""
 
-    def run(decoder, pipe):
-        images = real(decoder, pipe)
-        if lost(images):
-            raise RuntimeError("Critical error\nencountered:\nlost again\nCurrent pipeline is gone")
-        return images
+    class Pipeline:
+        def __init__(self, *args):
+            self.pipe = real(*args)
 
-    return run
+        def run(self):
+            out = self.pipe.run()
+            if lost(len(out[0])):
+                raise RuntimeError(f"Critical error\nencountered:\n{message}\nCurrent pipeline is gone")
+            return out
+
+    return lambda *args: Pipeline(*args)
+
+
+@pytest.mark.parametrize("message", ["CUDA runtime API error cudaErrorIllegalAddress (700)", "out of memory"])
+def test_a_device_error_of_dali_is_no_damaged_file(images, config, monkeypatch, message):
+    pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
+    source, cfg, decoder = open_source(str(images)), config(loader="dali"), data_decode.DaliDecoder
+    # as when images are large: again whenever one of these is decoded
+    monkeypatch.setattr(decoder, "_pipeline", losing(decoder._pipeline, lambda _: True, message))
+    for loader in (
+        TrainLoader(source, cfg, SIZE, batch_size=5, seed=3),
+        EvalLoader(source, cfg, SIZE, batch_size=5, bad=BadRows(source, 1.0)),
+    ):
+        with pytest.raises(RuntimeError, match=message.split("(")[0]):
+            list(loader)
+        assert not loader.bad
+
+
+# ---- errors that are no file's fault -------------------------------------------------------------------
+
+INJECTED = [
+    RuntimeError("injected"),
+    OSError(errno.EIO, "injected"),
+    MemoryError("injected"),
+    StopIteration(),
+]
+
+
+def until_it_fails(loader, error):
+    """The batches before the injected error."""
+    seen = []
+    # Python itself makes a RuntimeError of a StopIteration in a generator
+    expected = RuntimeError if isinstance(error, StopIteration) else type(error)
+    with pytest.raises(expected, match=r"injected|StopIteration"):
+        for batch in itertools.islice(loader, 12):
+            seen.append(batch)
+    return seen
+
+
+@pytest.mark.parametrize("where", ["_plan", "_arguments"])
+@pytest.mark.parametrize("error", INJECTED, ids=lambda e: type(e).__name__)
+def test_an_error_in_a_plan_ends_the_iteration(images, config, kind, monkeypatch, error, where):
+    """Once, at step 0 or 4, while an image of step 3 or 2 is being replaced: no step is left out."""
+    if (kind, where) == ("pil", "_arguments"):
+        pytest.skip("only DALI is fed")
+    source, cfg = open_source(str(images)), config(loader=kind, bad_budget=0.1)
+    clean, _ = batches(source, cfg, 12)
+    # PNG files, whose headers are sound
+    broken = next(row for row in clean[3].index.tolist() if row % 2 == 0)
+    spoil(images / source.paths[broken], "cut")
+    spoil(images / source.paths[10], "cut")
+    owner = TrainLoader if where == "_plan" else data_decode.DaliDecoder
+    real = getattr(owner, where)
+    for at in (0, 4):
+        waiting = [error]
+
+        def inject(self, plan, at=at, waiting=waiting):
+            if waiting and at == (plan if where == "_plan" else plan.step):
+                raise waiting.pop()
+            return real(self, plan)
+
+        for cls in (TrainLoader, EvalLoader) if where == "_plan" else (data_decode.DaliDecoder,):
+            monkeypatch.setattr(cls, where, inject)
+        with TrainLoader(source, cfg, SIZE, batch_size=5, seed=3) as loader:
+            seen = until_it_fails(loader, error)
+            assert len(seen) == at and [b.step for b in seen] == list(range(at))
+            replaced = assert_only([broken, 10], clean[:at], seen)
+            assert replaced >= bool(at) and (broken in loader.bad.reasons) == bool(at)
+            # for good
+            assert not until_it_fails(loader, error)
+        waiting.append(error)
+        bad = BadRows(source, 1.0, warn=False)
+        seen = until_it_fails(EvalLoader(source, cfg, SIZE, batch_size=5, bad=bad), error)
+        rows = [row for _, index in seen for row in index.tolist()]
+        assert rows == [row for row in range(5 * at) if row not in (broken, 10)]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("injected"), OSError(errno.EMFILE, "injected")], ids=["memory", "open files"]
+)
+def test_what_the_machine_lacks_is_no_damaged_file(images, config, kind, monkeypatch, error):
+    def lacking(*args, **kw):
+        raise error
+
+    source = open_source(str(images))
+    monkeypatch.setattr(Image, "open", lacking)
+    with TrainLoader(source, config(loader=kind), SIZE, batch_size=5, seed=3) as loader:
+        assert not until_it_fails(loader, error)
+        assert not loader.bad
+
+
+def test_a_decoder_that_leaves_out_a_batch(images, config, kind, monkeypatch):
+    source, cfg = open_source(str(images)), config(loader=kind)
+    decoder = data_decode.PilDecoder if kind == "pil" else data_decode.DaliDecoder
+    real = decoder.stream
+
+    def given(first, end):
+        stream = lambda self, plans: itertools.islice(real(self, plans), first, end)  # noqa: E731
+        monkeypatch.setattr(decoder, "stream", stream)
+        return EvalLoader(source, cfg, SIZE, batch_size=5)
+
+    with pytest.raises(RuntimeError, match="decoded step 1 where 0 was due"):
+        list(given(1, None))
+    with pytest.raises(RuntimeError, match="ended where step 4 was due"):
+        list(given(0, 4))
+    assert len(list(given(0, None))) == 5
 
 
 @pytest.mark.parametrize("batch", [1, 4, 23])
