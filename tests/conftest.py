@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -81,6 +82,16 @@ def seed(request: pytest.FixtureRequest) -> int:
     print(f"seed {value}")
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """A command called in this process sets the level of our log; the next test starts without it."""
+    logger = logging.getLogger("extrema_fast")
+    level, handlers = logger.level, logger.handlers[:]
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 # ---- commands in processes of their own ------------------------------------------------------------
