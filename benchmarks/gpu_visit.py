@@ -83,28 +83,54 @@ def plan() -> list[Part]:
     return [
         _python("environment", "GPU, driver, versions, what is chosen here", 60, "-c", ENVIRONMENT),
         _python("kernels", "every op: correct? then times", 120, "-m benchmarks kernels --quick --out {out}"),
-        _python("attention", "attention backends: correct? then times", 90,
-                "-m benchmarks attention --models B --dtypes bf16 --quick --images 256 --out {out}"),
+        _python(
+            "attention",
+            "attention backends: correct? then times",
+            90,
+            "-m benchmarks attention --models B --dtypes bf16 --quick --images 256 --out {out}",
+        ),
         _python("pretrain", "a short run from images to weights", 90, "-c", PRETRAIN % False),
         _python("pretrain-graph", "the same with train.cuda_graph", 90, "-c", PRETRAIN % True),
-        _python("step", "ViT-B, 80 % x 5, color: ours, with a CUDA graph, strong", 270,
-                f"{STEP} step --model base --color {ours} strong"),
+        _python(
+            "step",
+            "ViT-B, 80 % x 5, color: ours, with a CUDA graph, strong",
+            270,
+            f"{STEP} step --model base --color {ours} strong",
+        ),
         _python("tests", "the tests that need a GPU", 240, PYTEST, *tests),
         _python("profile", "where the time of a ViT-B step goes", 90, "-c", PROFILE),
-        _python("released", "ViT-B, released", 200, f"{STEP} released --model base --providers released ours"),
-        _python("modes", "ViT-B, compile modes, kernels", 300, f"{STEP} modes --model base --providers ours modes"),
+        _python(
+            "released", "ViT-B, released", 200, f"{STEP} released --model base --providers released ours"
+        ),
+        _python(
+            "modes", "ViT-B, compile modes, kernels", 300, f"{STEP} modes --model base --providers ours modes"
+        ),
         _python("small", "ViT-S, 256 images", 150, f"{STEP} small --model small {ours} strong released"),
         _python("batch64", "ViT-B, 64 images", 120, f"{STEP} batch64 --model base --batch 64 {ours}"),
-        _python("batch1024", "ViT-B, 1024 images", 150, f"{STEP} batch1024 --model base --batch 1024 --providers ours"),
-        _python("base90x8", "ViT-B, 90 % x 8", 200, f"{STEP} base90x8 --model base --mask 90x8 {ours} strong"),
-        _python("loader", "DALI on CPU and GPU next to a DataLoader of PIL", 180, "-m benchmarks loader --data made "
-                "--quick --batch 64 --threads 15 --ways ours ours-gpu dataloader --stages crop views --out {out}"),
-        *(Part(tool, f"compute-sanitizer {tool}", 90, (*sanitize, tool, sys.executable, "-c", KERNELS))
-          for tool in ("memcheck", "racecheck")),
+        _python(
+            "batch1024",
+            "ViT-B, 1024 images",
+            150,
+            f"{STEP} batch1024 --model base --batch 1024 --providers ours",
+        ),
+        _python(
+            "base90x8", "ViT-B, 90 % x 8", 200, f"{STEP} base90x8 --model base --mask 90x8 {ours} strong"
+        ),
+        _python(
+            "loader",
+            "DALI on CPU and GPU next to a DataLoader of PIL",
+            180,
+            "-m benchmarks loader --data made "
+            "--quick --batch 64 --threads 15 --ways ours ours-gpu dataloader --stages crop views --out {out}",
+        ),
+        *(
+            Part(tool, f"compute-sanitizer {tool}", 90, (*sanitize, tool, sys.executable, "-c", KERNELS))
+            for tool in ("memcheck", "racecheck")
+        ),
         _python("encode", "inference", 200, "-m benchmarks encode --quick --out {out}", optional=True),
         _python("scaling", "how a step grows", 900, f"{STEP} scaling --scaling --model base", optional=True),
         _python("tune", "launch settings", 600, "-m extrema_fast.kernels.tune --out {out}", optional=True),
-    ]  # fmt: skip
+    ]
 
 
 def run(parts: Sequence[Part], out: Path, seconds: float, gpu: str) -> int:
@@ -157,9 +183,14 @@ def run_part(part: Part, folder: Path, limit: float, cache: Path) -> dict[str, A
     log, began = folder / "log.txt", time.monotonic()
     with open(log, "wb") as sink:
         process = subprocess.Popen(
-            [w.replace("{out}", str(folder)) for w in part.words], cwd=ROOT, env=env | {"PYTHONUNBUFFERED": "1"},
-            stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True,
-        )  # fmt: skip
+            [w.replace("{out}", str(folder)) for w in part.words],
+            cwd=ROOT,
+            env=env | {"PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+        )
         try:
             code = process.wait(limit)
             state = "passed" if code == 0 else f"failed: exit code {code}"

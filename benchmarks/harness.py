@@ -25,8 +25,20 @@ from extrema_fast.files import read_json
 ROOT = Path(__file__).parents[1]
 RECORDS = Path(__file__).parent / "records"
 # packages whose versions can change a result
-PACKAGES = ("extrema-fast", "torch", "triton", "numpy", "timm", "transformers", "torchvision", "xformers", "torchao",
-            "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120")  # fmt: skip
+PACKAGES = (
+    "extrema-fast",
+    "torch",
+    "triton",
+    "numpy",
+    "timm",
+    "transformers",
+    "torchvision",
+    "xformers",
+    "torchao",
+    "pillow",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+)
 # fewer samples than this give no verdict
 FEW = 5
 # two identical programs timed one after the other often differ by this share

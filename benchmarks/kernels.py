@@ -106,10 +106,16 @@ def main(argv: list[str]) -> int:
         if ours and row["provider"] != "ours":
             row["against_ours"] = harness.ratio(row["samples_ms"], ours[0]["samples_ms"])
     record = harness.new_record(
-        f"ops of the project, {args.dtype} on {kind}", "kernels", argv, args.note,
+        f"ops of the project, {args.dtype} on {kind}",
+        "kernels",
+        argv,
+        args.note,
         settings={"dtype": args.dtype, "device": args.device, "quick": args.quick, "warmup": WARMUP},
-        rates=harness.medians(sampled), rate_samples=sampled, gates=checks, rows=rows,
-    )  # fmt: skip
+        rates=harness.medians(sampled),
+        rate_samples=sampled,
+        gates=checks,
+        rows=rows,
+    )
     harness.write_record(record, page(record), args)
     return 1 if any(not c["passed"] for c in checks) else 0
 

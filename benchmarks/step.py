@@ -516,13 +516,27 @@ def measure(groups: list[list[Job]], args: argparse.Namespace) -> dict[str, Any]
     checks += [first_step(rows[j.key], truth) for j in same if "first_loss" in rows[j.key]]
     width, depth, heads = cfg.model.shape
     settings = {
-        "model": args.model, "width": width, "depth": depth, "heads": heads, "mask_ratio": cfg.mask.ratio,
-        "views": cfg.mask.views, "kept": cfg.num_keep, "patches": cfg.model.num_patches, "batch": args.batch[0],
-        "drop_path": cfg.model.drop_path, "policy": cfg.data.policy, "loss": cfg.head.loss, "device": args.device,
-        "threads": torch.get_num_threads(), "warmup": WARMUP[torch.device(args.device).type][0],
-        "rounds": args.rounds, "steps_per_turn": args.steps, "in_turns": len(groups[0]) > 1, "input_sets": SETS,
+        "model": args.model,
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "mask_ratio": cfg.mask.ratio,
+        "views": cfg.mask.views,
+        "kept": cfg.num_keep,
+        "patches": cfg.model.num_patches,
+        "batch": args.batch[0],
+        "drop_path": cfg.model.drop_path,
+        "policy": cfg.data.policy,
+        "loss": cfg.head.loss,
+        "device": args.device,
+        "threads": torch.get_num_threads(),
+        "warmup": WARMUP[torch.device(args.device).type][0],
+        "rounds": args.rounds,
+        "steps_per_turn": args.steps,
+        "in_turns": len(groups[0]) > 1,
+        "input_sets": SETS,
         "gflops_per_image": flops_per_image(cfg) / 1e9,
-    }  # fmt: skip
+    }
     found = {"settings": settings, "rates": measured, "rate_samples": sampled}
     return found | {"gates": checks, "rows": list(rows.values())}
 
@@ -531,10 +545,19 @@ def first_row(job: Job) -> Row:
     """Returns a job's row before anything is measured."""
     p, cfg = job.provider, job.cfg
     return {
-        "key": job.key, "provider": p.name, "family": p.family, "about": p.about, "precision": job.precision,
-        "batch": cfg.train.batch_size, "views": cfg.mask.views, "kept": cfg.num_keep, "axis": job.axis,
-        "gflops_per_image": flops_per_image(cfg) / 1e9, "options": p.options, "environment": p.environment,
-    }  # fmt: skip
+        "key": job.key,
+        "provider": p.name,
+        "family": p.family,
+        "about": p.about,
+        "precision": job.precision,
+        "batch": cfg.train.batch_size,
+        "views": cfg.mask.views,
+        "kept": cfg.num_keep,
+        "axis": job.axis,
+        "gflops_per_image": flops_per_image(cfg) / 1e9,
+        "options": p.options,
+        "environment": p.environment,
+    }
 
 
 def first_step(row: Row, truth: float) -> dict[str, Any]:

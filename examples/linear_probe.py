@@ -32,9 +32,14 @@ def main(argv: list[str] | None = None) -> float:
     def features(data: str, split: str) -> tuple[torch.Tensor, list[str]]:
         """Class tokens [n, D], computed once and kept in --out, and n labels."""
         made = extrema_fast.embed(
-            data, f"{args.out}/{split}", weights, norm=False, split=split,
-            limit=180 if args.quick else 0, force=True,
-        )  # fmt: skip
+            data,
+            f"{args.out}/{split}",
+            weights,
+            norm=False,
+            split=split,
+            limit=180 if args.quick else 0,
+            force=True,
+        )
         return made.features(), [row.label for row in made.rows()]
 
     x, labels = features(args.train, "train")

@@ -405,8 +405,13 @@ def _index(p: _Parser, args: list[str]) -> None:
     p.add("--out", required=True, metavar="M.tsv", help="manifest; the same command again continues")
     p.switch("--strict", "Pillow, too, has to decode each image")
     p.add("--threads", type=int, metavar="N", help="images decoded at a time (default: the cores)")
-    p.add("--max-pixels", type=int, default=config.MAX_PIXELS, metavar="N",
-          help="larger images are bad (default: 178956970)")  # fmt: skip
+    p.add(
+        "--max-pixels",
+        type=int,
+        default=config.MAX_PIXELS,
+        metavar="N",
+        help="larger images are bad (default: 178956970)",
+    )
     p.switch("--force", "replace another file in --out, check all images again")
     p.switch("--json", "print the result as JSON")
     p.quiet("warnings, errors and the result only")

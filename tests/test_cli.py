@@ -24,8 +24,18 @@ from extrema_fast.config import flatten, from_dict, preset, to_dict
 from extrema_fast.errors import DataError, NonFiniteError, StorageError, UsageError
 from extrema_fast.evaluation import evaluate as evals
 
-SMALL = ["--data.loader", "pil", "--model.width", "16", "--model.patch_size", "16", "--mask.ratio", "0.5",
-         "--eval.every-epochs", "0"]  # fmt: skip
+SMALL = [
+    "--data.loader",
+    "pil",
+    "--model.width",
+    "16",
+    "--model.patch_size",
+    "16",
+    "--mask.ratio",
+    "0.5",
+    "--eval.every-epochs",
+    "0",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -343,15 +343,16 @@ def format_table(result: dict[str, Any]) -> str:
     metrics = [m for m in titles if m in result["metrics"]]
 
     def line(encoder: str, feature: str, *values: str) -> str:
-        return f"{encoder:<21}  {feature:<15}" + "".join(f"  {v:>12}" for v in values)
+        cells = [f"{v:>{len(titles[m])}}" for m, v in zip(metrics, values, strict=True)]
+        return "  ".join([f"{encoder:<21}", f"{feature:<15}", *cells]).rstrip()
 
     lines = [line("encoder", "feature", *(titles[m] for m in metrics))]
-    lines.append("-" * len(lines[0]))
+    lines.append(line("-" * 21, "-" * 15, *("-" * len(titles[m]) for m in metrics)))
     for row in result["rows"]:
         lines.append(line(row["encoder"], row["feature"], *(f"{100 * row[m]:.1f} %" for m in metrics)))
     lines.append("")
     for feature, gain in result["gain"].items():
-        lines.append(line("gain over random init", feature, *(f"{100 * gain[m]:+.1f}  " for m in metrics)))
+        lines.append(line("gain over random init", feature, *(f"{100 * gain[m]:+.1f}   " for m in metrics)))
     counts, step = result["counts"], "" if result["step"] is None else f" of step {result['step']}"
     lines += [
         "",

@@ -73,8 +73,11 @@ def extract(
     if bad:
         log.warning(
             "%s: %d of %d images cannot be decoded and are left out, first: %s",
-            source.name, len(bad), len(source), next(iter(bad.reasons.values())),
-        )  # fmt: skip
+            source.name,
+            len(bad),
+            len(source),
+            next(iter(bad.reasons.values())),
+        )
     kept = torch.cat(rows)
     labels = None if source.labels is None else source.labels[kept]
     return Features(torch.cat(cls), torch.cat(mean), labels, kept)

@@ -345,9 +345,16 @@ def create_encoder(
     size: Any = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
     config = ModelConfig(size, pair(img_size), square_patch(patch_size), drop_path=drop_path_rate, **shape)
     return Encoder(
-        config, num_classes, global_pool=global_pool, fc_norm=fc_norm, pos_embed=pos_embed,
-        pos_coords=pos_coords, pos_grid=pos_grid, in_chans=in_chans, drop_rate=drop_rate,
-    )  # fmt: skip
+        config,
+        num_classes,
+        global_pool=global_pool,
+        fc_norm=fc_norm,
+        pos_embed=pos_embed,
+        pos_coords=pos_coords,
+        pos_grid=pos_grid,
+        in_chans=in_chans,
+        drop_rate=drop_rate,
+    )
 
 
 def model_args(encoder: Encoder) -> dict[str, Any]:

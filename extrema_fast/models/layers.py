@@ -213,9 +213,17 @@ class PoolBlock(nn.Module):
         """
         a = self.attn
         weights = ops.PoolWeights(
-            self.norm1.weight, self.norm1.bias, a.q.weight, a.q.bias, a.k.weight, a.k.bias,
-            a.v.weight, a.v.bias, a.proj.weight, a.proj.bias,
-        )  # fmt: skip
+            self.norm1.weight,
+            self.norm1.bias,
+            a.q.weight,
+            a.q.bias,
+            a.k.weight,
+            a.k.bias,
+            a.v.weight,
+            a.v.bias,
+            a.proj.weight,
+            a.proj.bias,
+        )
         out, attention, stats = ops.attention_pool(
             tokens, cls, weights, self.heads, NORM_EPS, stats=stats, return_weights=return_weights
         )

@@ -111,9 +111,22 @@ class Lamb(_LayerWise):
         updates = _zeros_like(params)
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(
-            updates, grads, first, second, [], steps, amsgrad=False, lr=1.0, beta1=beta1, beta2=beta2,
-            weight_decay=0.0, eps=group["eps"], maximize=False, grad_scale=None, found_inf=found_inf,
-        )  # fmt: skip
+            updates,
+            grads,
+            first,
+            second,
+            [],
+            steps,
+            amsgrad=False,
+            lr=1.0,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=group["eps"],
+            maximize=False,
+            grad_scale=None,
+            found_inf=found_inf,
+        )
         if found_inf is not None:
             torch._foreach_sub_(steps, [found_inf] * len(steps))
         if decay:

@@ -476,9 +476,13 @@ def _write_onnx(job: Job) -> dict[str, Any]:
     with _quiet():
         try:
             onnx = torch.onnx.export(
-                _program(job.encoder), input_names=["images"], output_names=_output_names(job.encoder),
-                opset_version=opset, dynamo=True, verbose=False,
-            )  # fmt: skip
+                _program(job.encoder),
+                input_names=["images"],
+                output_names=_output_names(job.encoder),
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+            )
         except torch.onnx.errors.OnnxExporterError as error:
             raise UsageError(
                 f"--opset {opset}: torch cannot write it ({' '.join(str(error).split())[:200]})"

@@ -154,9 +154,13 @@ def load_encoder(
     if drop_path_rate is not None:
         config = replace(config, drop_path=drop_path_rate)
     requested = {
-        "num_classes": num_classes, "in_chans": in_chans, "global_pool": global_pool, "fc_norm": fc_norm,
-        "pos_embed": pos_embed, "pos_coords": pos_coords,
-    }  # fmt: skip
+        "num_classes": num_classes,
+        "in_chans": in_chans,
+        "global_pool": global_pool,
+        "fc_norm": fc_norm,
+        "pos_embed": pos_embed,
+        "pos_coords": pos_coords,
+    }
     options = _options(saved, {k: v for k, v in requested.items() if v is not None}, source)
     encoder = _build(config, saved, options, tensors, source)
     _set_input(encoder, weights.meta)

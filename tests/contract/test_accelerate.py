@@ -248,10 +248,13 @@ def test_other_sizes_get_timms_resampled_positions(size, embed_class):
 
 @pytest.mark.parametrize(
     "options",
-    [{"attn_drop_rate": 0.3}, {"pos_drop_rate": 0.4},
-     {"drop_path_rate": 0.5, "init_values": 0.1, "proj_drop_rate": 0.3},
-     {"drop_path_rate": 0.5, "mlp_layer": SwiGLU, "proj_drop_rate": 0.1}],
-)  # fmt: skip
+    [
+        {"attn_drop_rate": 0.3},
+        {"pos_drop_rate": 0.4},
+        {"drop_path_rate": 0.5, "init_values": 0.1, "proj_drop_rate": 0.3},
+        {"drop_path_rate": 0.5, "mlp_layer": SwiGLU, "proj_drop_rate": 0.1},
+    ],
+)
 def test_training_draws_what_timm_draws(options):
     vit = build(depth=3, **options).train()
     images, keep, fast = images_for(vit, 5), draw(5, 6), accelerate(vit)
@@ -316,11 +319,31 @@ def test_low_precision_is_as_exact_as_timms(options, how):
 # ---- what is not stock is called ----------------------------------------------------------------------
 
 PLACES = [
-    "patch_embed", "patch_embed.proj", "norm_pre", "pos_drop", "norm", "blocks", "blocks.0", "blocks.1.norm1",
-    "blocks.1.attn", "blocks.1.attn.qkv", "blocks.1.attn.q_norm", "blocks.1.attn.proj", "blocks.1.attn.proj_drop",
-    "blocks.1.ls1", "blocks.1.drop_path1", "blocks.0.norm2", "blocks.0.mlp", "blocks.0.mlp.fc1", "blocks.0.mlp.act",
-    "blocks.0.mlp.drop1", "blocks.0.mlp.norm", "blocks.0.mlp.fc2", "blocks.0.mlp.drop2", "blocks.0.ls2",
-]  # fmt: skip
+    "patch_embed",
+    "patch_embed.proj",
+    "norm_pre",
+    "pos_drop",
+    "norm",
+    "blocks",
+    "blocks.0",
+    "blocks.1.norm1",
+    "blocks.1.attn",
+    "blocks.1.attn.qkv",
+    "blocks.1.attn.q_norm",
+    "blocks.1.attn.proj",
+    "blocks.1.attn.proj_drop",
+    "blocks.1.ls1",
+    "blocks.1.drop_path1",
+    "blocks.0.norm2",
+    "blocks.0.mlp",
+    "blocks.0.mlp.fc1",
+    "blocks.0.mlp.act",
+    "blocks.0.mlp.drop1",
+    "blocks.0.mlp.norm",
+    "blocks.0.mlp.fc2",
+    "blocks.0.mlp.drop2",
+    "blocks.0.ls2",
+]
 
 
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])

@@ -187,11 +187,17 @@ def test_the_model_card(weights, tmp_path, monkeypatch):
     assert data.tags == ["timm", "vision-transformer", "self-supervised-learning", "extrema"]
     own = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["extrema_fast"]
     for fact in (
-        "| optimizer steps | 7 |", "| images seen | 112 |", "| network | teacher |", own["config_hash"],
-        "mean 0.1, 0.2, 0.3", "3 x 16 x 16", "AutoModel", "largest difference",
+        "| optimizer steps | 7 |",
+        "| images seen | 112 |",
+        "| network | teacher |",
+        own["config_hash"],
+        "mean 0.1, 0.2, 0.3",
+        "3 x 16 x 16",
+        "AutoModel",
+        "largest difference",
         # what the stock model does not have is said
         "class-attention head is left out",
-    ):  # fmt: skip
+    ):
         assert fact in card, fact
     # its lines run as they are, also for a gray image
     image.new("L", (40, 30), 77).save(tmp_path / "photo.jpg")

@@ -68,9 +68,12 @@ def test_auto_model(hf, exported):
 
 @pytest.mark.parametrize(
     "options",
-    [{"global_pool": "avg", "fc_norm": True}, {"pos_embed": "learned", "in_chans": 1},
-     {"img_size": 24, "pos_coords": "rescaled", "pos_grid": (2, 5)}],
-)  # fmt: skip
+    [
+        {"global_pool": "avg", "fc_norm": True},
+        {"pos_embed": "learned", "in_chans": 1},
+        {"img_size": 24, "pos_coords": "rescaled", "pos_grid": (2, 5)},
+    ],
+)
 def test_other_encoders(hf, tmp_path, options):
     path, encoder = folder_of(tmp_path / "weights", **options)
     model = hf.AutoModel.from_pretrained(path).eval()

@@ -41,11 +41,23 @@ def stock(encoder: Encoder) -> torch.nn.Module:
 
     from timm.models.vision_transformer import VisionTransformer
 
-    model = VisionTransformer(
-        img_size=CONFIG.img_size, patch_size=4, embed_dim=48, depth=4, num_heads=3, mlp_ratio=2.0,
-        class_token=False, global_pool="avg", fc_norm=False, num_classes=0,
-        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-    ).double().eval()  # fmt: skip
+    model = (
+        VisionTransformer(
+            img_size=CONFIG.img_size,
+            patch_size=4,
+            embed_dim=48,
+            depth=4,
+            num_heads=3,
+            mlp_ratio=2.0,
+            class_token=False,
+            global_pool="avg",
+            fc_norm=False,
+            num_classes=0,
+            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        )
+        .double()
+        .eval()
+    )
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(("cls_token", "blocks_token"))}
     model.load_state_dict(state)
     return model

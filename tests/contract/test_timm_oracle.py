@@ -31,9 +31,14 @@ def shape(cfg: ModelConfig) -> dict:
     """What both of timm's classes call the shape."""
     width, depth, heads = cfg.shape
     return {
-        "img_size": cfg.img_size, "patch_size": cfg.patch_size, "embed_dim": width, "depth": depth,
-        "num_heads": heads, "mlp_ratio": cfg.mlp_ratio, "norm_layer": partial(torch.nn.LayerNorm, eps=1e-6),
-    }  # fmt: skip
+        "img_size": cfg.img_size,
+        "patch_size": cfg.patch_size,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": cfg.mlp_ratio,
+        "norm_layer": partial(torch.nn.LayerNorm, eps=1e-6),
+    }
 
 
 def images(encoder: Encoder) -> torch.Tensor:

@@ -359,10 +359,21 @@ def test_what_the_train_script_does(tmp_path, caplog):
     from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
 
     model = timm.create_model(
-        TINY, pretrained=False, in_chans=3, num_classes=5, drop_rate=0.0, drop_path_rate=0.1, drop_block_rate=None,
-        global_pool=None, bn_momentum=None, bn_eps=None, scriptable=False, checkpoint_path="", img_size=SIZE,
+        TINY,
+        pretrained=False,
+        in_chans=3,
+        num_classes=5,
+        drop_rate=0.0,
+        drop_path_rate=0.1,
+        drop_block_rate=None,
+        global_pool=None,
+        bn_momentum=None,
+        bn_eps=None,
+        scriptable=False,
+        checkpoint_path="",
+        img_size=SIZE,
         **SMALL,
-    )  # fmt: skip
+    )
     model.set_grad_checkpointing(enable=True)
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
     ema = ModelEmaV3(model, decay=0.5)

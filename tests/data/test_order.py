@@ -160,9 +160,14 @@ def test_files_and_shards_in_one_source(tree, shards, config, kind):
     files, packed = open_source(str(tree)), open_source(str(shards))
     whole = np.tile(np.array([[0, -1]]), (23, 1))
     both = dataclasses.replace(
-        packed, paths=packed.paths + files.paths, spans=np.concatenate([packed.spans, whole]), labels=None,
-        names=None, headers=None, shards=None,
-    )  # fmt: skip
+        packed,
+        paths=packed.paths + files.paths,
+        spans=np.concatenate([packed.spans, whole]),
+        labels=None,
+        names=None,
+        headers=None,
+        shards=None,
+    )
     images = torch.cat([im for im, _ in EvalLoader(both, config(loader=kind), (24, 32), batch_size=9)])
     assert torch.equal(images[:23], images[23:])
 

@@ -153,11 +153,16 @@ def test_the_remedy_fits(monkeypatch):
 @pytest.mark.parametrize(
     ("wanted", "cores", "env", "threads"),
     [
-        (0, 8, {}, 8), (0, 64, {}, 16), (0, 64, {"LOCAL_WORLD_SIZE": "8"}, 8), (0, 4, {"LOCAL_WORLD_SIZE": "8"}, 1),
-        (0, 32, {"SLURM_NTASKS_PER_NODE": "4"}, 8), (0, 32, {"SLURM_NTASKS_PER_NODE": "4(x2)"}, 16),
-        (3, 64, {}, 3), (40, 2, {}, 40),
+        (0, 8, {}, 8),
+        (0, 64, {}, 16),
+        (0, 64, {"LOCAL_WORLD_SIZE": "8"}, 8),
+        (0, 4, {"LOCAL_WORLD_SIZE": "8"}, 1),
+        (0, 32, {"SLURM_NTASKS_PER_NODE": "4"}, 8),
+        (0, 32, {"SLURM_NTASKS_PER_NODE": "4(x2)"}, 16),
+        (3, 64, {}, 3),
+        (40, 2, {}, 40),
     ],
-)  # fmt: skip
+)
 def test_threads_from_the_cores(monkeypatch, wanted, cores, env, threads):
     monkeypatch.setattr(data.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):

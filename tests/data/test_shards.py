@@ -60,20 +60,33 @@ def test_limit_keeps_spans_names_and_shards(tmp_path):
         # other components are ignored; labels in json
         (
             {
-                "x/1.jpeg": b"one", "x/1.txt": b"a caption", "x/1.json": b'{"label": 12, "other": [1]}',
-                "x/1.seg.png": b"mask", "x/2.json": b'{"label": "7"}', "x/2.WEBP": b"two", "README": b"no dot",
+                "x/1.jpeg": b"one",
+                "x/1.txt": b"a caption",
+                "x/1.json": b'{"label": 12, "other": [1]}',
+                "x/1.seg.png": b"mask",
+                "x/2.json": b'{"label": "7"}',
+                "x/2.WEBP": b"two",
+                "README": b"no dot",
             },
-            [b"one", b"two"], ["12", "7"],
+            [b"one", b"two"],
+            ["12", "7"],
         ),
         # cls before json; names are classes too
         (
             {"1.json": b'{"label": 5}', "1.cls": b"tench", "1.png": b"x", "2.png": b"y", "2.cls": b"hen"},
-            [b"x", b"y"], ["tench", "hen"],
+            [b"x", b"y"],
+            ["tench", "hen"],
         ),
         # dots in names
         (
-            {"my.photo.1.jpg": b"a", "my.photo.2.jpg": b"b", "v1.0/IMG.depth.png": b"m", "v1.0/IMG.jpg": b"c"},
-            [b"a", b"b", b"c"], None,
+            {
+                "my.photo.1.jpg": b"a",
+                "my.photo.2.jpg": b"b",
+                "v1.0/IMG.depth.png": b"m",
+                "v1.0/IMG.jpg": b"c",
+            },
+            [b"a", b"b", b"c"],
+            None,
         ),
         # hidden files
         ({"d/._1.jpg": b"finder", "d/1.jpg": b"a", ".2.jpg": b"b"}, [b"a"], None),
@@ -81,7 +94,7 @@ def test_limit_keeps_spans_names_and_shards(tmp_path):
         ({"/etc/1.jpg": b"a", "../2.jpg": b"b", "c/../../3.jpg": b"c"}, [b"a", b"b", b"c"], None),
     ],
     ids=["json", "cls", "dots", "hidden", "paths"],
-)  # fmt: skip
+)
 def test_samples_and_labels(tmp_path, monkeypatch, members_, images, labels):
     path = write_tar(tmp_path / "a.tar", members_.items())
     source = open_source(str(path))
@@ -96,9 +109,16 @@ def test_samples_and_labels(tmp_path, monkeypatch, members_, images, labels):
 
 @pytest.mark.parametrize(
     "label",
-    [None, (".cls", b" \n"), (".cls", b"\xff"), (".json", b'{"label": true}'), (".json", b'{"label": 1.5}'),
-     (".json", b"[" * 100_000), (".json", b"{}")],
-)  # fmt: skip
+    [
+        None,
+        (".cls", b" \n"),
+        (".cls", b"\xff"),
+        (".json", b'{"label": true}'),
+        (".json", b'{"label": 1.5}'),
+        (".json", b"[" * 100_000),
+        (".json", b"{}"),
+    ],
+)
 def test_a_label_that_is_missing_drops_all(tmp_path, caplog, label):
     last = [] if label is None else [("9" + label[0], label[1])]
     path = write_tar(tmp_path / "a.tar", [*samples(3), ("9.jpg", b"x"), *last])

@@ -68,10 +68,15 @@ def error(ours: torch.Tensor, wanted: torch.Tensor) -> float:
 def method_like(config: dict) -> ExtreMA:
     c = config
     model = {
-        "img_size": [c["img_size"]] * 2, "patch_size": c["patch_size"], "width": c["embed_dim"], "depth": c["depth"],
-        "heads": c["num_heads"], "layer_scale": c["layer_scale_init"], "pool_depth": c["class_attention_layers"],
+        "img_size": [c["img_size"]] * 2,
+        "patch_size": c["patch_size"],
+        "width": c["embed_dim"],
+        "depth": c["depth"],
+        "heads": c["num_heads"],
+        "layer_scale": c["layer_scale_init"],
+        "pool_depth": c["class_attention_layers"],
         "drop_path": 0.0,
-    }  # fmt: skip
+    }
     hidden, out = c["mlp_dim"], c["proj_dim"]
     head = {"loss": "byol", "hidden": hidden, "out": out, "predictor_hidden": hidden}
     mask = {"ratio": c["mask_ratio"], "views": c["num_masks"]}

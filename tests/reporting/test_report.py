@@ -243,9 +243,16 @@ def test_report_of_a_complete_run(run):
     page = check_self_contained(text)
     assert len(set(page.ids)) == len(page.ids)
     assert [i for i in page.ids if not re.fullmatch("[mp][0-9a-f]{10}", i)] == [
-        "warnings", "results", "learning", "is-it-collapsing", "speed-and-optimization", "test-images",
-        "nearest-neighbors", "configuration", "environment",
-    ]  # fmt: skip
+        "warnings",
+        "results",
+        "learning",
+        "is-it-collapsing",
+        "speed-and-optimization",
+        "test-images",
+        "nearest-neighbors",
+        "configuration",
+        "environment",
+    ]
     assert "a & b" in page.text and "complete" in page.text and "0:03" in page.text
     assert "k-NN <b>fell</b>" in page.text
     for title in ("Loss", "Learning rate", "Teacher momentum", "Effective rank", "Images per second"):

@@ -96,11 +96,14 @@ def test_own_time_and_backward_by_sequence_number():
         t.range("teacher/trunk", lambda: t.op("aten::gelu", 11, **seq(6)))
         t.range(
             "student/trunk",
-            lambda: t.op("aten::linear", 1, lambda: t.op("aten::addmm", 20, lambda: t.op("aten::copy_", 3),
-                                                         **seq(5), **addmm)),
+            lambda: t.op(
+                "aten::linear",
+                1,
+                lambda: t.op("aten::addmm", 20, lambda: t.op("aten::copy_", 3), **seq(5), **addmm),
+            ),
             lambda: t.op("aten::scaled_dot_product_attention", 7, **seq(6)),
             lambda: t.op("aten::gelu", 9, **seq(7)),
-        )  # fmt: skip
+        )
         t.range("loss", lambda: t.op("aten::mul", 2, **seq(8)))
         node(t, "MulBackward0", 8, lambda: t.op("aten::mul", 4))
         node(t, "GeluBackward0", 7, lambda: t.op("aten::gelu_backward", 6))
@@ -146,18 +149,28 @@ def test_compiled_regions():
         t.op(
             "Torch-Compiled Region: 0/0",
             1,
-            lambda: t.op("CompiledFunction", 1, lambda: t.op("aten::addmm", 10), lambda: t.op(fused, 5),
-                         lambda: t.op("aten::_scaled_dot_product_flash_attention_for_cpu", 4), **seq(number)),
-        )  # fmt: skip
+            lambda: t.op(
+                "CompiledFunction",
+                1,
+                lambda: t.op("aten::addmm", 10),
+                lambda: t.op(fused, 5),
+                lambda: t.op("aten::_scaled_dot_product_flash_attention_for_cpu", 4),
+                **seq(number),
+            ),
+        )
 
     def one_step():
         t.range("student/trunk", lambda: region(3))
         region(4)
         for number in (4, 3):
             node(
-                t, "CompiledFunctionBackward", number, lambda: t.op("aten::mm", 20),
-                lambda: t.op("graph_0_cpp_fused_gelu_backward_1", 6), lambda: t.op("cpp_fused_softmax_2", 2),
-            )  # fmt: skip
+                t,
+                "CompiledFunctionBackward",
+                number,
+                lambda: t.op("aten::mm", 20),
+                lambda: t.op("graph_0_cpp_fused_gelu_backward_1", 6),
+                lambda: t.op("cpp_fused_softmax_2", 2),
+            )
 
     t.range("STEP", one_step)
     got = {k: (r.forward_us, r.backward_us) for k, r in rows(trace.Breakdown(t.events)).items()}
@@ -200,11 +213,19 @@ def test_kernels_by_their_launches():
         t.range("masks", lambda: t.launch("_sample_views_kernel", 2, by="cuLaunchKernelEx"))
         t.range(
             "student/trunk",
-            lambda: t.op("aten::addmm", 1, lambda: t.launch("nvjet_tst_128x256", 40),
-                         lambda: t.launch("splitKreduce_kernel", 1), **seq(3), **addmm),
-            lambda: t.op("extrema_fast::short_attention_fwd", 1, lambda: t.launch("_fwd_kernel", 6), **seq(4)),
+            lambda: t.op(
+                "aten::addmm",
+                1,
+                lambda: t.launch("nvjet_tst_128x256", 40),
+                lambda: t.launch("splitKreduce_kernel", 1),
+                **seq(3),
+                **addmm,
+            ),
+            lambda: t.op(
+                "extrema_fast::short_attention_fwd", 1, lambda: t.launch("_fwd_kernel", 6), **seq(4)
+            ),
             lambda: t.launch("triton_poi_fused_gelu_0", 7),
-        )  # fmt: skip
+        )
         t.op("aten::isfinite", 1, lambda: t.launch("elementwise", 1))
 
     t.range("STEP", one_step)

@@ -53,9 +53,14 @@ def test_size_pool_and_head(folder):
         assert torch.allclose(wide(other), plain(other), atol=1e-6)
         assert torch.allclose(mean(IMAGES), plain.encode(IMAGES).patches.mean(1), atol=1e-6)
     tuned = load_encoder(
-        folder, "student", num_classes=5, global_pool="avg", fc_norm=True, pos_embed="learned",
+        folder,
+        "student",
+        num_classes=5,
+        global_pool="avg",
+        fc_norm=True,
+        pos_embed="learned",
         drop_path_rate=0.25,
-    )  # fmt: skip
+    )
     assert tuned(IMAGES).shape == (2, 5) and tuned.pos_embed.requires_grad and tuned.drop_path_rate == 0.25
     # a new norm and a new head, not the projector
     assert bool((tuned.fc_norm.weight == 1).all()) and tuned.head.weight.abs().max() < 1e-3
