@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,27 @@ def meta(dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What one process computes in one forward and backward pass of a training step."""
+
+    images: int
+    # of each image: views, kept tokens of each, all patches
+    views: int
+    kept: int
+    patches: int
+    width: int
+    heads: int
+    depth: int
+    # of the trunk's MLP
+    hidden: int
+    # pixels: side of a patch, of an image; channels
+    patch: int
+    height: int
+    width_px: int
+    chans: int
+
+
+@dataclass(frozen=True)
 class Case:
     """One measured shape of an op; its label is unique within the op."""
 
@@ -51,7 +72,16 @@ class Case:
     bytes_bwd: int = 0
     flops_fwd: int = 0
     flops_bwd: int = 0
+    # with gradients
     backward: bool = True
+    # argument -> its axis that counts rows (images), none of which touches another; empty: compared whole
+    row_dims: dict[int, int] = field(default_factory=dict)
+    # row b of the arguments makes rows b, B + b, ... of each result, so many
+    views: int = 1
+    # the definition in fp64, where `reference` of fp64 arguments is not that
+    exact: Callable[..., Any] | None = None
+    # calls change what later calls with the same arguments return (an optimizer)
+    stateful: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +102,10 @@ class Spec:
     cases: Callable[[bool], list[Case]]
     # (direction, sizes) -> launch settings for tuning to try; None: nothing to tune
     space: Callable[[str, dict[str, int]], list[dict[str, int]]] | None = None
+    # sizes of a training step -> the op as that step calls it, labeled student or teacher; None: it does not
+    step_cases: Callable[[Sizes], list[Case]] | None = None
+    # `train.compile block` compiles it together with what is around it
+    in_block: bool = False
     # what the kernels take, besides fp64 in the interpreter
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -8,21 +8,26 @@ kernels/<op>/configs/<device>.json, or to FOLDER/<op>/<device>.json (read throug
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import _launch
 from ._spec import OPS, Case, Spec, spec
 
+# rows compared at the beginning, in the middle and at the end
+SOME = 16
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -65,41 +70,159 @@ def _runs(device: str) -> tuple[bool, str]:
 # ---- correct, and how fast ------------------------------------------------------------------------
 
 
-def run_case(case: Case, args: tuple, provider: str) -> tuple[torch.Tensor, ...]:
-    """Outputs of a provider, then the gradients of every argument that wants one (of a fixed upstream)."""
-    out = case.providers[provider](*args)
+def run_case(
+    case: Case,
+    args: tuple,
+    provider: str | Callable[..., Any],
+    rows: Tensor | None = None,
+    batch: int | None = None,
+) -> tuple[Tensor, ...]:
+    """Outputs of a provider, then the gradients of every argument that wants one, of a fixed upstream.
+
+    Args:
+        provider: its name, or a function of `args`.
+        rows: indices of the rows to return; the upstream is zero elsewhere. None: all.
+        batch: with `rows`, how many rows `args` have; None: `args` have these rows only.
+    """
+    function = case.providers[provider] if isinstance(provider, str) else provider
+    leaves = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
+    with torch.set_grad_enabled(case.backward):
+        out = function(*args)
     outs = out if isinstance(out, tuple) else (out,)
-    leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    at = None
+    if rows is not None and batch is not None:
+        at = torch.cat([rows + batch * view for view in range(case.views)])
+    first = outs[0]
+    outs = tuple(o.detach() if at is None else o.detach()[at] for o in outs)
     if not (case.backward and leaves):
         return outs
-    upstream = torch.linspace(-1, 1, outs[0].numel(), device=outs[0].device).view(outs[0].shape)
+    upstream = torch.linspace(-1, 1, outs[0].numel(), device=first.device).view(outs[0].shape).to(first.dtype)
+    if at is not None:
+        upstream = torch.zeros_like(first).index_copy_(0, at, upstream)
     # a bias of keys cancels: torch sends noise, the kernel zero; `allow_unused` for none at all
-    grads = torch.autograd.grad(outs[0], leaves, upstream.to(outs[0].dtype), allow_unused=True)
-    return (*outs, *(g for g in grads if g is not None))
+    grads = torch.autograd.grad(first, [args[i] for i in leaves], upstream, allow_unused=True)
+    picked = [
+        g if at is None or i not in case.row_dims else g.index_select(case.row_dims[i], rows)  # type: ignore[arg-type]
+        for i, g in zip(leaves, grads, strict=True)
+        if g is not None
+    ]
+    return (*outs, *picked)
 
 
-def is_correct(case: Case, args: tuple, dtype: torch.dtype) -> tuple[bool, float]:
-    """(Whether the error of ours against fp64 is within twice torch's in `dtype` plus a floor, its share of that)."""
-    exact_args = tuple(
-        a.detach().double().requires_grad_(a.requires_grad)
-        if case.backward and isinstance(a, torch.Tensor) and a.is_floating_point()
-        else a
-        for a in args
-    )
-    exact = run_case(case, exact_args, "reference")
-    ours = run_case(case, args, "ours")
-    # without gradients the definition ran in this dtype already, and an optimizer's step must not run twice
-    same = run_case(case, args, "reference") if case.backward else exact
-    largest = max((float(e.detach().abs().max()) for e in exact[1:]), default=0.0)
-    worst = 0.0
-    for i, (a, b, e) in enumerate(zip(ours, same, exact, strict=True)):
-        # a gradient that is zero in exact arithmetic is compared with the size of the others
-        scale = max(float(e.detach().abs().max()), 1e-3 * largest if i else 0.0, 1e-30)
-        errors = [float((x.detach().double() - e.detach().double()).abs().max()) / scale for x in (a, b)]
-        limit = 2 * errors[1] + torch.finfo(dtype).eps + 2e-6
-        # NaN is wrong
-        worst = max(worst, errors[0] / limit if errors[0] == errors[0] else float("inf"))
+class _Check:
+    """The errors of providers of a case against fp64, on its first, middle and last rows."""
+
+    def __init__(self, case: Case, args: tuple, dtype: torch.dtype) -> None:
+        self.case, self.args, self.dtype = case, args, dtype
+        self.rows: Tensor | None = None
+        self.batch: int | None = None
+        some = args
+        if case.row_dims:
+            (arg, dim), *_ = case.row_dims.items()
+            n = self.batch = args[arg].shape[dim]
+            starts = (0, max(0, n // 2 - SOME // 2), max(0, n - SOME))
+            picked = sorted({i for start in starts for i in range(start, min(n, start + SOME))})
+            self.rows = torch.tensor(picked, device=args[arg].device)
+            some = tuple(_pick(a, case.row_dims.get(i), self.rows) for i, a in enumerate(args))
+        self.torchs = [r.double() for r in run_case(case, some, "reference")]
+        if case.exact is None:
+            some = tuple(
+                a.detach().double().requires_grad_(a.requires_grad)
+                if isinstance(a, Tensor) and a.is_floating_point()
+                else a
+                for a in some
+            )
+        self.exact = run_case(case, some, case.exact or "reference")
+
+    def run(self, provider: str | Callable[..., Any]) -> tuple[Tensor, ...]:
+        """Its outputs and gradients on these rows."""
+        return run_case(self.case, self.args, provider, self.rows, self.batch)
+
+    def worst(self, results: tuple[Tensor, ...]) -> float:
+        """The largest error as a share of what is allowed: twice torch's in this dtype plus a floor."""
+        exact = [e.detach().double() for e in self.exact]
+        largest = max((float(e.abs().max()) for e in exact[1:] if e.numel()), default=0.0)
+        worst = 0.0
+        for i, (a, b, e) in enumerate(zip(results, self.torchs, exact, strict=True)):
+            if not e.numel():
+                continue
+            # a gradient that is zero in exact arithmetic is compared with the size of the others
+            scale = max(float(e.abs().max()), 1e-3 * largest if i else 0.0, 1e-30)
+            errors = [float((x.double() - e).abs().max()) / scale for x in (a, b)]
+            limit = 2 * errors[1] + torch.finfo(self.dtype).eps + 2e-6
+            # NaN is wrong
+            worst = max(worst, errors[0] / limit if errors[0] == errors[0] else float("inf"))
+        return worst
+
+
+def _pick(x: Any, dim: int | None, rows: Tensor) -> Any:
+    return x if dim is None else x.detach().index_select(dim, rows).requires_grad_(x.requires_grad)
+
+
+def is_correct(
+    case: Case, args: tuple, dtype: torch.dtype, provider: str | Callable[..., Any] = "ours"
+) -> tuple[bool, float]:
+    """(Whether a provider's error against fp64 is within twice torch's in `dtype` plus a floor, its share of that)."""
+    check = _Check(case, args, dtype)
+    worst = check.worst(check.run(provider))
     return worst <= 1, worst
+
+
+@contextlib.contextmanager
+def _poisoned() -> Iterator[None]:
+    before = os.environ.get("EXTREMA_FAST_CHECK")
+    os.environ["EXTREMA_FAST_CHECK"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["EXTREMA_FAST_CHECK"]
+        else:
+            os.environ["EXTREMA_FAST_CHECK"] = before
+
+
+def fault(
+    case: Case, make: Callable[[], tuple], dtype: torch.dtype, provider: str | Callable[..., Any] = "ours"
+) -> str:
+    """Why a provider must not be used for a case; empty when it is right.
+
+    It runs twice, the second time in memory that is likely to hold NaN; outputs of this project's kernels start as
+    NaN both times. Both results must have the same bits, their errors against fp64 must be within the rule of
+    `is_correct`, and no kernel may spill registers.
+
+    Args:
+        make: the arguments, equal at every call.
+    """
+    check = _Check(case, make(), dtype)
+    made: list[Tensor] = []
+    function = case.providers[provider] if isinstance(provider, str) else provider
+
+    def run(*args: Any) -> Any:
+        out = function(*args)
+        made.extend(o.detach() for o in (out if isinstance(out, tuple) else (out,)))
+        return out
+
+    with _poisoned(), _launch.recording() as recorded:
+        first = [r.clone() for r in check.run(run)]
+        if case.stateful:
+            check.args = make()
+        # gradients have the shapes of the arguments
+        shapes = [(x.shape, x.dtype) for x in (*made, *check.args) if isinstance(x, Tensor)]
+        made.clear()
+        poison = [
+            torch.full(s, float("nan"), dtype=t, device=first[0].device)
+            for s, t in shapes
+            if t.is_floating_point
+        ]
+        del poison
+        second = check.run(run)
+    if any(getattr(x.compiled, "n_spills", 0) for x in recorded.launches):
+        return "a kernel spills registers"
+    # NaN differs from NaN
+    if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
+        return "two runs differ, or give NaN"
+    worst = check.worst(second)
+    return "" if worst <= 1 else f"its error is {worst:.2g} times the allowed"
 
 
 def capture(function: Callable[[], Any], warmup: int = 3, calls: int = 1) -> tuple[torch.cuda.CUDAGraph, Any]:

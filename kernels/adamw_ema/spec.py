@@ -7,7 +7,7 @@ import functools
 import torch
 
 from .._launch import DTYPE_NAMES, Launch
-from .._spec import Case, Spec, launches, meta
+from .._spec import Case, Sizes, Spec, launches, meta
 from .op import AdamWEma
 
 
@@ -32,37 +32,44 @@ def _case(label: str, shapes: list[tuple[int, ...]]) -> Case:
         # the state is fp32 whatever the activations' type
         return tuple(torch.randn(*s, device=device, generator=generator) * 0.02 for s in shapes)
 
-    @functools.lru_cache(2)
-    def setup(fused, *values):
+    @functools.lru_cache(6)
+    def setup(name, *values):
         """(parameters, teacher, optimizer), which later calls with the same tensors continue."""
         params = [torch.nn.Parameter(v.clone()) for v in values]
         teacher = [v.clone() for v in values]
         for p, v in zip(params, values, strict=True):
             p.grad = v * 0.1
-        if fused:
+        if name == "ours":
             return params, teacher, AdamWEma(params, teacher=zip(params, teacher, strict=True))
-        return params, teacher, torch.optim.AdamW(params, fused=True)
+        # capturable: a step can be recorded in a CUDA graph
+        options = {"capturable": values[0].device.type == "cuda", name: True}
+        return params, teacher, torch.optim.AdamW(params, **options)
 
     def ours(*values):
-        params, teacher, optimizer = setup(True, *values)
+        params, teacher, optimizer = setup("ours", *values)
         optimizer.step(momentum_weight=0.004, max_norm=1.0)
-        return params[0].detach(), teacher[0]
+        return (*(p.detach() for p in params), *teacher)
 
-    def reference(*values):
-        params, teacher, optimizer = setup(False, *values)
+    def torchs(name, *values):
+        params, teacher, optimizer = setup(name, *values)
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         torch._foreach_lerp_(teacher, [p.detach() for p in params], 0.004)
-        return params[0].detach(), teacher[0]
+        return (*(p.detach() for p in params), *teacher)
 
     count = sum(torch.Size(s).numel() for s in shapes)
     return Case(
         label,
         make,
-        {"ours": ours, "reference": reference},
+        {
+            "ours": ours,
+            "reference": functools.partial(torchs, "foreach"),
+            "fused": functools.partial(torchs, "fused"),
+        },
         bytes_fwd=40 * count,
         flops_fwd=20 * count,
         backward=False,
+        stateful=True,
     )
 
 
@@ -71,11 +78,17 @@ def cases(quick: bool) -> list[Case]:
     if quick:
         return [_case("tiny", [(33, 130), (7,), (1, 1, 5)])]
 
-    def trunk(width, depth):
-        shapes = [(width,)] * 5 + [(3 * width, width), (3 * width,), (width, width), (4 * width, width)]
-        return (shapes + [(4 * width,), (width, 4 * width), (width,)]) * depth
+    return [_case("S", _trunk(384, 1536, 12)), _case("B", _trunk(768, 3072, 12))]
 
-    return [_case("S", trunk(384, 12)), _case("B", trunk(768, 12))]
+
+def step_cases(s: Sizes) -> list[Case]:
+    """The tensors of the trunk."""
+    return [_case("student", _trunk(s.width, s.hidden, s.depth))]
+
+
+def _trunk(width: int, hidden: int, depth: int) -> list[tuple[int, ...]]:
+    shapes: list[tuple[int, ...]] = [(width,)] * 6 + [(3 * width, width), (3 * width,), (width, width)]
+    return (shapes + [(hidden, width), (hidden,), (width, hidden)]) * depth
 
 
 SPEC = Spec(
@@ -86,5 +99,6 @@ SPEC = Spec(
     torch_ops=("adamw_ema",),
     variants=variants,
     cases=cases,
+    step_cases=step_cases,
     dtypes=(torch.float32,),
 )

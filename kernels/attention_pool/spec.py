@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .._launch import DTYPE_NAMES, Launch
-from .._spec import Case, Spec, grid, launches, meta
+from .._spec import Case, Sizes, Spec, grid, launches, meta
 from .op import attention_pool
 from .reference import PoolWeights, attention_pool_absorbed, attention_pool_reference
 
@@ -38,7 +38,7 @@ def variants() -> dict[str, Launch]:
     return found
 
 
-def _case(label: str, rows: int, n: int, width: int, heads: int) -> Case:
+def _case(label: str, rows: int, n: int, width: int, heads: int, backward: bool = True) -> Case:
     def make(device, dtype, generator):
         def rand(*shape):
             return torch.randn(*shape, device=device, generator=generator)
@@ -79,6 +79,8 @@ def _case(label: str, rows: int, n: int, width: int, heads: int) -> Case:
         bytes_bwd=2 * (2 * rows * n * width + 3 * rows * heads * width),
         flops_fwd=projections + streamed,
         flops_bwd=2 * (projections + streamed),
+        backward=backward,
+        row_dims={0: 0, 1: 0},
     )
 
 
@@ -92,6 +94,14 @@ def cases(quick: bool) -> list[Case]:
         _case("B n19", 8192, 19, 768, 12),
         _case("B n39", 5120, 39, 768, 12),
         _case("B n196", 1024, 196, 768, 12),
+    ]
+
+
+def step_cases(s: Sizes) -> list[Case]:
+    """The student's views with gradients, the teacher's whole images without."""
+    return [
+        _case("student", s.images * s.views, s.kept, s.width, s.heads),
+        _case("teacher", s.images, s.patches, s.width, s.heads, backward=False),
     ]
 
 
@@ -110,4 +120,6 @@ SPEC = Spec(
     variants=variants,
     cases=cases,
     space=space,
+    step_cases=step_cases,
+    in_block=True,
 )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .._launch import DTYPE_NAMES, Launch
-from .._spec import Case, Spec, grid, launches, meta
+from .._spec import Case, Sizes, Spec, grid, launches, meta
 from .op import pack_linear, patch_gather
 from .reference import patch_gather_reference
 
@@ -44,14 +44,28 @@ def variants() -> dict[str, Launch]:
     return found
 
 
-def _case(label: str, batch: int, side: int, patch: int, views: int, kept: int, width: int) -> Case:
-    n = (side // patch) ** 2
+def _case(
+    label: str,
+    batch: int,
+    sides: tuple[int, int],
+    patch: int,
+    views: int,
+    kept: int,
+    width: int,
+    chans: int = 3,
+    backward: bool = True,
+) -> Case:
+    n = (sides[0] // patch) * (sides[1] // patch)
 
     def make(device, dtype, generator):
-        images = torch.randn(batch, 3, side, side, device=device, generator=generator).to(dtype)
-        order = torch.rand(batch, n, device=device, generator=generator).argsort(-1)[:, : views * kept]
-        keep = order.view(batch, views, kept).transpose(0, 1).int().contiguous()
-        weight = torch.randn(width, 3, patch, patch, device=device, generator=generator) * 0.03
+        images = torch.randn(batch, chans, *sides, device=device, generator=generator).to(dtype)
+        # views share no patch where there are enough
+        draws = 1 if views * kept <= n else views
+        order = torch.rand(batch, draws, n, device=device, generator=generator).argsort(-1)
+        keep = (
+            order[..., : views * kept // draws].reshape(batch, views, kept).transpose(0, 1).int().contiguous()
+        )
+        weight = torch.randn(width, chans, patch, patch, device=device, generator=generator) * 0.03
         bias = torch.randn(width, device=device, generator=generator)
         pos = torch.randn(n, width, device=device, generator=generator)
         return images, keep, weight.to(dtype).requires_grad_(), bias.to(dtype).requires_grad_(), pos
@@ -76,22 +90,34 @@ def _case(label: str, batch: int, side: int, patch: int, views: int, kept: int, 
             "convolution": convolution,
             "convolution compiled": torch.compile(convolution, dynamic=False),
         },
-        bytes_fwd=2 * tokens * (3 * patch**2 + width),
-        bytes_bwd=2 * tokens * (2 * 3 * patch**2 + width),
-        flops_fwd=2 * tokens * 3 * patch**2 * width,
-        flops_bwd=2 * tokens * 3 * patch**2 * width,
+        bytes_fwd=2 * tokens * (chans * patch**2 + width),
+        bytes_bwd=2 * tokens * (2 * chans * patch**2 + width),
+        flops_fwd=2 * tokens * chans * patch**2 * width,
+        flops_bwd=2 * tokens * chans * patch**2 * width,
+        backward=backward,
+        row_dims={0: 0, 1: 1},
+        views=views,
     )
 
 
 def cases(quick: bool) -> list[Case]:
     """Five views of 39 and eight of 19 out of 196; quick: what an interpreter can run."""
     if quick:
-        return [_case("2x3 of 16", 2, 16, 4, 2, 3, 32)]
+        return [_case("2x3 of 16", 2, (16, 16), 4, 2, 3, 32)]
     return [
-        _case("S 5x39", 512, 224, 16, 5, 39, 384),
-        _case("B 5x39", 512, 224, 16, 5, 39, 768),
-        _case("B 1x39", 512, 224, 16, 1, 39, 768),
-        _case("B 8x19", 512, 224, 16, 8, 19, 768),
+        _case("S 5x39", 512, (224, 224), 16, 5, 39, 384),
+        _case("B 5x39", 512, (224, 224), 16, 5, 39, 768),
+        _case("B 1x39", 512, (224, 224), 16, 1, 39, 768),
+        _case("B 8x19", 512, (224, 224), 16, 8, 19, 768),
+    ]
+
+
+def step_cases(s: Sizes) -> list[Case]:
+    """The kept patches with gradients, all patches without."""
+    sides = s.height, s.width_px
+    return [
+        _case("student", s.images, sides, s.patch, s.views, s.kept, s.width, s.chans),
+        _case("teacher", s.images, sides, s.patch, 1, s.patches, s.width, s.chans, backward=False),
     ]
 
 
@@ -113,4 +139,5 @@ SPEC = Spec(
     variants=variants,
     cases=cases,
     space=space,
+    step_cases=step_cases,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._launch import Launch
-from .._spec import Case, Spec, launches, meta
+from .._spec import Case, Sizes, Spec, launches, meta
 from .op import sample_views
 from .reference import sample_views_reference
 
@@ -29,21 +29,30 @@ def _case(label: str, batch: int, n: int, kept: int, views: int) -> Case:
     def make(device, dtype, generator):
         return (torch.arange(batch, device=device),)
 
+    def run(function):
+        # a view that needs more tokens than there are shares them
+        mode = "disjoint" if views * kept <= n else "independent"
+        return lambda index: function(index, n, kept, views, mode=mode, seed=3, epoch=1).flatten(0, 1)
+
     return Case(
         label,
         make,
-        {
-            "ours": lambda index: sample_views(index, n, kept, views, seed=3, epoch=1),
-            "reference": lambda index: sample_views_reference(index, n, kept, views, seed=3, epoch=1),
-        },
+        {"ours": run(sample_views), "reference": run(sample_views_reference)},
         bytes_fwd=batch * (8 + 4 * views * kept),
         backward=False,
+        row_dims={0: 0},
+        views=views,
     )
 
 
 def cases(quick: bool) -> list[Case]:
     """Five views of 39 of 196; quick: what an interpreter can run."""
     return [_case("3x5 of 19", 2, 19, 5, 3)] if quick else [_case("5x39", 2048, 196, 39, 5)]
+
+
+def step_cases(s: Sizes) -> list[Case]:
+    """The views of a micro-batch."""
+    return [_case("student", s.images, s.patches, s.kept, s.views)]
 
 
 SPEC = Spec(
@@ -54,5 +63,6 @@ SPEC = Spec(
     torch_ops=("sample_views",),
     variants=variants,
     cases=cases,
+    step_cases=step_cases,
     dtypes=(torch.float32,),
 )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import _launch
-from .._spec import Case, Spec, grid, launches, meta
+from .._spec import Case, Sizes, Spec, grid, launches, meta
 from .op import short_attention
 from .reference import short_attention_reference
 
@@ -47,7 +47,7 @@ def sdpa(qkv):
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def _case(label: str, rows: int, n: int, heads: int, d: int) -> Case:
+def _case(label: str, rows: int, n: int, heads: int, d: int, backward: bool = True) -> Case:
     def make(device, dtype, generator):
         qkv = torch.randn(rows, n, 3, heads, d, device=device, generator=generator)
         return (qkv.to(dtype).requires_grad_(),)
@@ -61,6 +61,8 @@ def _case(label: str, rows: int, n: int, heads: int, d: int) -> Case:
         bytes_bwd=2 * 7 * tokens,
         flops_fwd=4 * tokens * n,
         flops_bwd=10 * tokens * n,
+        backward=backward,
+        row_dims={0: 0},
     )
 
 
@@ -74,6 +76,15 @@ def cases(quick: bool) -> list[Case]:
         _case("B n39", 5120, 39, 12, 64),
         _case("B n49", 4096, 49, 12, 64),
         _case("B n64", 4096, 64, 12, 64),
+    ]
+
+
+def step_cases(s: Sizes) -> list[Case]:
+    """The student's views with gradients, the teacher's whole images without."""
+    d = s.width // s.heads
+    return [
+        _case("student", s.images * s.views, s.kept, s.heads, d),
+        _case("teacher", s.images, s.patches, s.heads, d, backward=False),
     ]
 
 
@@ -96,4 +107,5 @@ SPEC = Spec(
     variants=variants,
     cases=cases,
     space=space,
+    step_cases=step_cases,
 )

@@ -51,6 +51,8 @@ def _case(label: str, batch: int, n: int, views: int, kept: int, width: int) -> 
         },
         bytes_fwd=batch * views * kept * (4 * width + 4),
         bytes_bwd=2 * width * batch * (views * kept + n),
+        row_dims={0: 0, 1: 1},
+        views=views,
     )
 
 
