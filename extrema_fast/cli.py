@@ -16,15 +16,18 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 from . import __version__, config
 from .config import PRESETS, Config, did_you_mean, flatten, from_dict, load_config, preset, to_dict
-from .errors import ExtremaError, Preempted, UsageError
+from .errors import ExtremaError, OutOfMemoryError, Preempted, StorageError, UsageError, printable
+from .signals import Stopped, watched
 
 log = logging.getLogger(__name__)
 
@@ -32,45 +35,92 @@ PROG = "extrema-fast"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code (0, or an ExtremaError's; 130 after a second Ctrl-C)."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """Runs one command.
+
+    Args:
+        argv: its words; None: those of this process, which is then ended without waiting for threads after a signal.
+
+    Returns:
+        The exit code: 0, an ExtremaError's, or 128 + the signal that ended it.
+    """
+    with watched():
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+    if argv is None and code > 128:
+        os._exit(code)
+    return code
+
+
+def _run(args: list[str]) -> int:
     # CPU tensors on huge pages, where the system has them; torch reads this at its first allocation
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
-        return _dispatch(args)
+        try:
+            _dispatch(args)
+        finally:
+            _flush()
+        return 0
     except Preempted as error:
         _say(f"{PROG}: {error}\nto continue: {PROG} {shlex.join(args)}")
         return error.exit_code
     except ExtremaError as error:
-        _say(f"{PROG}: error: {' '.join(str(error).split())}")
-        return error.exit_code
-    except KeyboardInterrupt:
-        _say(f"\n{PROG}: interrupted; the same command continues from what it has kept")
-        return 130
+        return _fail(error)
+    except KeyboardInterrupt as error:
+        how = str(error) if isinstance(error, Stopped) else "interrupted"
+        _say(f"\n{PROG}: {how}; the same command continues from what it has kept")
+        return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
     except BrokenPipeError:
-        # the reader (head, less) has left; what Python still holds goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # the reader (head, less) has left
         return 0
+    except MemoryError:
+        return _fail(OutOfMemoryError("not enough memory for this; use less at a time, or a larger machine"))
+    except OSError as error:
+        # what no caller knows better
+        name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        kind = UsageError if isinstance(error, _WRONG_PATH) else StorageError
+        return _fail(kind(f"{name}{error.strerror or error}"))
+
+
+# a path that the user gave; any other OSError is of the storage
+_WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+def _fail(error: ExtremaError) -> int:
+    _say(f"{PROG}: error: {' '.join(str(error).split())}")
+    return error.exit_code
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    # a terminal that is gone
+    with suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
 
 
-def _dispatch(args: list[str]) -> int:
+def _flush() -> None:
+    """Writes what standard output still holds: at its exit Python could only complain about it."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        # a test's own stream has no number
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise StorageError(f"standard output: cannot be written ({error.strerror})") from None
+
+
+def _dispatch(args: list[str]) -> None:
     if args and args[0] in ("--version", "-V"):
         print(f"{PROG} {__version__}")
-        return 0
+        return
     if not args or args[0] in ("--help", "-h", "help"):
         print(_overview())
-        return 0
+        return
     name, rest = args[0], args[1:]
     if name not in COMMANDS:
         if name.startswith("-"):
             raise UsageError(f"unknown option {name}; the command comes first, see {PROG} --help")
         raise UsageError(f"unknown command {name!r}{did_you_mean(name, list(COMMANDS))}")
     COMMANDS[name][0](_Parser(name), rest)
-    return 0
 
 
 def _overview() -> str:
@@ -167,6 +217,9 @@ class _Stderr(logging.StreamHandler):
     # looked up for every line: a progress bar replaces sys.stderr
     stream = property(lambda self: sys.stderr, lambda self, value: None)
 
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
 
 _STDERR = _Stderr()
 
@@ -179,7 +232,7 @@ def _set_up_logging(progress: bool) -> None:
 
 
 def _show(result: Any, as_json: bool, describe: Callable[[Any], str]) -> None:
-    print(json.dumps(result, indent=1) if as_json else describe(result))
+    print(json.dumps(result, indent=1) if as_json else printable(describe(result)))
 
 
 def _side(sides: list[int] | None) -> int | tuple[int, int] | None:
@@ -477,7 +530,7 @@ def _embed(p: _Parser, args: list[str]) -> None:
 
     result = embed(**o)
     if os.environ.get("RANK", "0") == "0":
-        print(describe(result))
+        print(printable(describe(result)))
 
 
 @_command("search query.jpg features --k 8 --out found.png")

@@ -9,14 +9,14 @@ import logging
 import os
 import re
 import resource
-import signal
+import socket
 import sys
-import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -24,13 +24,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import errors
-from .errors import ExtremaError, UsageError
+from .errors import ExtremaError, LostProcessError, UsageError, one_line
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # rank 0 evaluates and saves alone while the others wait in their next collective
 TIMEOUT = timedelta(minutes=60)
+# until all processes have started; they may import from a slow file system
+JOIN_S = 600.0
+# a wait is told after this time, and again as often
+TELL_S = 30.0
 
 
 def cores() -> int:
@@ -132,10 +136,27 @@ def detect(env: Mapping[str, str]) -> tuple[int, int, int]:
     task count too, and would wait for processes that do not exist.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0))
-    return 0, 1, 0
+        names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+    elif _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in env:
+        names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
+    else:
+        return 0, 1, 0
+    rank, size, local_rank = _number(env, names[0]), _number(env, names[1]), _number(env, names[2], 0)
+    if rank >= size:
+        raise UsageError(f"{names[0]}: expected less than the {size} of {names[1]}, got {rank}")
+    return rank, size, local_rank
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None, most: int = 1 << 20) -> int:
+    text = env.get(name, default)
+    if isinstance(text, str) and re.fullmatch(r"[0-9]{1,9}", text) and int(text) <= most:
+        return int(text)
+    if isinstance(text, int):
+        return text
+    raise UsageError(
+        f"{name}: expected a whole number up to {most}, got {'nothing' if text is None else repr(text)}; launch "
+        "with torchrun or srun, which set it, or unset RANK and WORLD_SIZE"
+    )
 
 
 def slurm_master(env: Mapping[str, str]) -> tuple[str, str]:
@@ -143,7 +164,7 @@ def slurm_master(env: Mapping[str, str]) -> tuple[str, str]:
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")
     first = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
     host = (first[1] + (first[2] or "")) if first else nodes
-    return host, str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000)
+    return host, str(20000 + _number(env, "SLURM_JOB_ID", 0, 10**9) % 20000)
 
 
 def pick_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.device:
@@ -167,19 +188,95 @@ def pick_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.dev
     return torch.device("cuda", index)
 
 
+def _join(rank: int, size: int) -> dist.Store:
+    """The store of a process group, once all its processes have come to it; tells which are waited for.
+
+    Raises:
+        UsageError: the address is missing or no address, or processes did not come within `JOIN_S`.
+    """
+    env = os.environ
+    if "MASTER_ADDR" not in env and ("SLURM_STEP_NODELIST" in env or "SLURM_JOB_NODELIST" in env):
+        env["MASTER_ADDR"], env["MASTER_PORT"] = slurm_master(env)
+    host = env.get("MASTER_ADDR", "")
+    if not host:
+        raise UsageError(
+            f"MASTER_ADDR: not set, while WORLD_SIZE is {size}; launch with torchrun, or give the address of the first "
+            "process in MASTER_ADDR and a free port in MASTER_PORT"
+        )
+    port = _number(env, "MASTER_PORT", most=65535)
+    # torchrun has a store of its own there
+    holds = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    where = f"{host}:{port} (MASTER_ADDR, MASTER_PORT)"
+    # a process may find the store of an earlier run of process 0: only an answer to its own ticket counts
+    ticket, group, began = uuid.uuid4().hex, "", time.monotonic()
+    missing, told, store = set(range(size)), began, None
+    while not group:
+        # in short waits, so that signals are heard between them
+        try:
+            if store is None:
+                if not holds:
+                    # quieter than the store's own attempts
+                    socket.create_connection((host, port), 2.0).close()
+                options: dict[str, Any] = {"timeout": timedelta(seconds=5), "wait_for_workers": False}
+                store = dist.TCPStore(host, port, size, holds, multi_tenant=holds, **options)
+                store.set(f"extrema-fast/{rank}", ticket)
+            if rank == 0:
+                missing = {n for n in missing if not store.check([f"extrema-fast/{n}"])}
+                reason = f"process {', '.join(map(str, sorted(missing)[:8]))} of {size} at {where}"
+                if not missing:
+                    tickets = [store.get(f"extrema-fast/{n}") for n in range(size)]
+                    for n, other in enumerate(tickets):
+                        store.delete_key(f"extrema-fast/{n}")
+                        store.set(f"extrema-fast/{other.decode()}", ticket)
+            else:
+                reason = f"the others of the {size} processes at {where}; process 0 knows which"
+            if store.check([f"extrema-fast/{ticket}"]):
+                group = store.get(f"extrema-fast/{ticket}").decode()
+        except (RuntimeError, ValueError, OSError) as error:
+            if holds:
+                raise UsageError(
+                    f"{where}: cannot be opened ({one_line(error)}); choose a free port"
+                ) from None
+            store, reason = None, f"process 0, which opens {where} ({one_line(error)})"
+        now = time.monotonic()
+        if not group and now - began > JOIN_S:
+            raise UsageError(
+                f"process {rank} has waited {JOIN_S:.0f} s in vain for {reason}; see why it did not start"
+            )
+        if not group and now - told > TELL_S:
+            log.warning("process %d has waited %.0f s for %s", rank, now - began, reason)
+            told = now
+        if not group:
+            time.sleep(0.02)
+    assert store is not None
+    store.set_timeout(TIMEOUT)
+    return dist.PrefixStore(group, store)
+
+
+# what gloo, NCCL and the store say
+_LOST = re.compile(
+    r"gloo|NCCL|Connection (closed|reset)|Timed out|Socket Timeout|Broken pipe|failed to recv|process group",
+    re.I,
+)
+
+
 @contextmanager
 def start(device: str) -> Iterator[World]:
-    """Context of a run: joins the process group, if there is one, and leaves it (gloo on a CPU, NCCL on a GPU)."""
+    """Context of a run: joins the process group, if there is one, and leaves it (gloo on a CPU, NCCL on a GPU).
+
+    Raises:
+        UsageError: variables of the environment that make no sense, or processes that did not come.
+        LostProcessError: another process has ended, or does not answer.
+    """
     rank, size, local_rank = detect(os.environ)
     where = pick_device(device, local_rank, size)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     ours = size > 1 and not dist.is_initialized()
     if ours:
-        if "MASTER_ADDR" not in os.environ:
-            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm_master(os.environ)
         backend = "nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
+        store = _join(rank, size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         log.info("process %d of %d on %s (%s)", rank, size, where, backend)
     try:
         yield World(where, rank, size)
@@ -188,44 +285,12 @@ def start(device: str) -> Iterator[World]:
         if ours:
             dist.destroy_process_group()
         raise
+    except RuntimeError as error:
+        if size == 1 or not _LOST.search(str(error)):
+            raise
+        raise LostProcessError(
+            f"process {rank} of {size}: another process of the run has ended or does not answer, see its message; the "
+            f"same command continues ({one_line(error)})"
+        ) from None
     if ours:
         dist.destroy_process_group()
-
-
-class Signals:
-    """Context in which SIGTERM and SIGINT only set a flag: the loop finishes its step, saves and stops.
-
-    A second Ctrl-C raises KeyboardInterrupt at once. No effect outside the main thread.
-    """
-
-    def __init__(self) -> None:
-        self.stop = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if previous is None else previous)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.stop and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.stop = True
-        previous = self._previous.get(number)
-        if callable(previous) and previous is not signal.default_int_handler:
-            previous(number, frame)
-
-    def stop_agreed(self, world: World, log_line_due: bool) -> bool:
-        """True on all processes alike once any of them got a signal.
-
-        Args:
-            log_line_due: several GPUs ask only then, because asking waits for the device.
-        """
-        if world.size > 1 and world.device.type == "cuda" and not log_line_due:
-            return False
-        return world.any(self.stop)

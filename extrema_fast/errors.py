@@ -35,6 +35,12 @@ class StorageError(ExtremaError):
     exit_code = 5
 
 
+class LostProcessError(ExtremaError):
+    """Another process of the run has ended or does not answer (exit code 6)."""
+
+    exit_code = 6
+
+
 class Preempted(ExtremaError):
     """Stopped by a signal after a checkpoint; the same command continues (exit code 75)."""
 
@@ -44,6 +50,18 @@ class Preempted(ExtremaError):
 def one_line(error: BaseException, length: int = 200) -> str:
     """An exception's text on one line of at most `length` characters."""
     return " ".join(str(error).split())[:length]
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: what would move its cursor, or cannot be encoded, as `\\x1b` and the like.
+
+    File names come from strangers, and may hold any byte.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else _escaped(c) for c in text)
+
+
+def _escaped(c: str) -> str:
+    return ascii(c)[1:-1]
 
 
 def cannot_import(package: str, error: Exception, extra: str) -> str:

@@ -7,7 +7,8 @@ checkpoint holds tensors and a step number; nothing draws from a global generato
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,9 +20,10 @@ from .data.bad_images import BAD_ROWS
 from .data.loader import Batch, TrainLoader
 from .data.order import epoch_length
 from .data.sources import ImageSource
-from .distributed import Signals, start
+from .distributed import start
 from .errors import OutOfMemoryError, Preempted, is_out_of_memory, one_line
 from .evaluation.evaluate import collapse_warnings, online_eval
+from .signals import Signals, Stopped
 from .training.checkpoint import Saver, fault
 from .training.logging import TrainLog
 from .training.resolve import headline
@@ -71,10 +73,14 @@ def pretrain(
         DataError: images cannot be read.
         StorageError: a checkpoint cannot be written, or none of the run's can be read.
         NonFiniteError: too many steps in a row had a loss or gradient that is not finite, or the final weights.
-        Preempted: after SIGTERM or Ctrl-C, once the checkpoint is written; the same call continues.
+        Preempted: after a signal (`signals.STOPPING`), or when the reader of standard output has left, once the
+            checkpoint is written; the same call continues.
+        Stopped: after a second signal, at once.
     """
     out = Path(cfg.out)
-    with Signals() as signals, start(cfg.system.device) as world:
+    with Signals() as signals, _nothing_to_save(signals), start(cfg.system.device) as world:
+        # several processes agree: one that left alone would keep the others waiting
+        signals.raises = world.size == 1
         prepare_torch(cfg.system)
         local_batch(cfg, world.size)
         finished = world.rank_zero_only(lambda: not overwrite and is_finished(cfg, allow_config_change))
@@ -89,9 +95,22 @@ def pretrain(
         with world.rank_zero_only(lambda: RunFolder(out, overwrite=overwrite)) or nullcontext() as folder:
             resume(run, allow_config_change)
             wrap(run)
+            signals.raises = False
             with TrainLog(run, folder, progress) as train_log, open_loader(run, out / BAD_ROWS) as loader:
                 _loop(run, loader, train_log, test, signals)
     return out
+
+
+@contextmanager
+def _nothing_to_save(signals: Signals) -> Iterator[None]:
+    """Context in which a signal ends the run at once, until `signals.raises` is taken back."""
+    signals.raises = True
+    try:
+        yield
+    except Stopped as error:
+        if error.forced:
+            raise
+        raise Preempted("stopped by a signal before a step was taken: nothing to save") from None
 
 
 def _loop(
@@ -103,19 +122,25 @@ def _loop(
     train_log.start(headline(run.cfg, run.resolved, world.size, epoch_length(run.source)), loader.remedy())
     if folder is not None:
         describe(run, folder)
-    if run.step == 0 and run.evaluates():
-        _evaluate(run, train_log, test)
+    signals.farewell = train_log.interrupted
+    stop = signals.stop_agreed(world)
+    if not stop and run.evaluates():
+        stop = not _evaluate(run, train_log, test, signals)
+    if stop:
+        raise Preempted(f"stopped by a signal at step {run.step}, before another was taken: nothing to save")
     for batch in islice(batches(run, loader), run.schedule.total_steps - run.step):
         stats = _step(run, batch)
         run.step += 1
+        signals.stop |= train_log.progress.broken
         stop = signals.stop_agreed(world, train_log.due()) and not run.last
         saves = run.saves() or stop or postponed
         if train_log.due() or run.evaluates() or saves:
             # all processes learn of unreadable images, or end together when there are too many
             train_log.bad_images = loader.agree(world)
         train_log.step(stats)
-        if run.evaluates():
-            _evaluate(run, train_log, test)
+        if run.evaluates() and not _evaluate(run, train_log, test, signals):
+            # made when the run continues
+            stop = saves = True
         if saves:
             with train_log.paused():
                 must, attempt = run.last or stop, folder.attempt if folder else 0
@@ -144,14 +169,24 @@ def _step(run: Run, batch: Batch) -> StepStats:
     )
 
 
-def _evaluate(run: Run, train_log: TrainLog, test: ImageSource | None) -> None:
-    def on_rank_zero() -> None:
-        # each of its many shapes would be compiled
-        with torch.compiler.set_stance("force_eager"):
-            values = online_eval(run.method, run.source, test, run.cfg, run.world.device)
+def _evaluate(run: Run, train_log: TrainLog, test: ImageSource | None, signals: Signals) -> bool:
+    """Evaluates on rank 0, unless this step has been; False on all processes when a signal ended it."""
+
+    def on_rank_zero() -> bool:
+        if train_log.is_evaluated():
+            return True
+        try:
+            # each of its many shapes would be compiled
+            with signals.interruptible(), torch.compiler.set_stance("force_eager"):
+                values = online_eval(run.method, run.source, test, run.cfg, run.world.device)
+        except Stopped as error:
+            if error.forced:
+                raise
+            return False
         past = train_log.eval(values)
         train_log.warn(collapse_warnings(past, run.cfg.optim.warmup_epochs))
         fault("evaluated")
+        return True
 
     with train_log.paused():
-        run.world.rank_zero_only(on_rank_zero)
+        return bool(run.world.broadcast(run.world.rank_zero_only(on_rank_zero)))

@@ -61,15 +61,17 @@ def extract(
     modes = [(m, m.training) for m in encoder.modules()]
     encoder.to(device).eval()
     cls, mean, rows = [], [], []
-    for images, index in EvalLoader(
-        source, cfg, encoder.img_size, batch_size=batch_size, device=device, bad=bad
-    ):
-        rows.append(index)
-        out = encoder.encode(normalize(images.to(device), cfg.mean, cfg.std, encoder.in_chans))
-        cls.append(out.cls.float().cpu())
-        mean.append(out.patches.float().mean(1).cpu())
-    for module, mode in modes:
-        module.training = mode
+    try:
+        for images, index in EvalLoader(
+            source, cfg, encoder.img_size, batch_size=batch_size, device=device, bad=bad
+        ):
+            rows.append(index)
+            out = encoder.encode(normalize(images.to(device), cfg.mean, cfg.std, encoder.in_chans))
+            cls.append(out.cls.float().cpu())
+            mean.append(out.patches.float().mean(1).cpu())
+    finally:
+        for module, mode in modes:
+            module.training = mode
     if bad:
         log.warning(
             "%s: %d of %d images cannot be decoded and are left out, first: %s",

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from ..errors import ExtremaError, NonFiniteError, Preempted, UsageError, one_line
+from ..errors import ExtremaError, NonFiniteError, Preempted, UsageError, one_line, printable
+from ..signals import Stopped
 from .run_folder import RunFolder
 
 # without torch: the tools print their progress from here
@@ -73,6 +74,14 @@ class TrainLog:
         """Whether the current step ends with a log line."""
         return self.run.last or self.run.step % self.run.cfg.log.every_steps == 0
 
+    def is_evaluated(self) -> bool:
+        """Whether the log of the run has an evaluation of the current step."""
+        return bool(self.evals) and self.evals[-1]["step"] == self.run.step
+
+    def interrupted(self) -> None:
+        """Records in status.json that the process is being ended while it hangs."""
+        self._status("failed", "ended by a second signal while it was waiting")
+
     def step(self, stats: StepStats) -> None:
         """Counts a step; writes a line when it is due and its values have arrived from the device.
 
@@ -129,7 +138,7 @@ class TrainLog:
         if error is not None:
             state = "preempted" if isinstance(error, Preempted) else "failed"
             reason = one_line(error, 1000)
-            if not isinstance(error, ExtremaError):
+            if not isinstance(error, (ExtremaError, Stopped)):
                 reason = f"{type(error).__name__}: {reason}"
         else:
             peak = self.run.world.memory_gb()
@@ -340,6 +349,9 @@ class Progress:
         enabled: False shows nothing.
         lines: about how many lines are printed without a terminal; at least one a minute.
         stream: standard output by default.
+
+    Attributes:
+        broken: whether the reader of a pipe has left (`| head`).
     """
 
     def __init__(
@@ -353,9 +365,11 @@ class Progress:
         stream: TextIO | None = None,
     ) -> None:
         self.what, self.total, self.start, self.enabled, self.lines = what, total, start, enabled, lines
-        self.stream = stream or sys.stdout
+        # a program without standard output has None
+        self.stream: TextIO | None = stream or sys.stdout
+        self.broken = False
         self.began, self.shown, self.shown_at = time.monotonic(), -total, -math.inf
-        self.bar: Any = self._bar() if enabled and self.stream.isatty() else None
+        self.bar: Any = self._bar() if enabled and self.stream and self.stream.isatty() else None
 
     def _bar(self) -> Any:
         try:
@@ -379,7 +393,8 @@ class Progress:
     def update(self, done: int, text: str = "") -> None:
         """Moves the bar to `done`; with `text` (rates, losses) also shows it, on a line when one is due."""
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, **({"text": text} if text else {}))
+            with self._showing():
+                self.bar.update(self.task, completed=done, **({"text": text} if text else {}))
             return
         late = time.monotonic() - self.shown_at > 60
         if not text or not (late or done - self.shown >= self.total / self.lines or done == self.total):
@@ -390,18 +405,29 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
-        if not self.enabled:
-            return
-        if self.bar is not None:
-            self.bar.console.print(text, highlight=False, markup=False)
-        else:
-            self.stream.write(text + "\n")
-            self.stream.flush()
+        text = printable(text)
+        with self._showing():
+            if self.bar is not None:
+                self.bar.console.print(text, highlight=False, markup=False)
+            elif self.enabled and self.stream is not None:
+                self.stream.write(text + "\n")
+                self.stream.flush()
 
     def close(self) -> None:
         """Ends the bar."""
         if self.bar is not None:
-            self.bar.stop()
+            with self._showing():
+                self.bar.stop()
+
+    @contextmanager
+    def _showing(self) -> Iterator[None]:
+        """Context of writing: what is shown ends with its terminal or pipe, the work does not."""
+        try:
+            yield
+        except OSError as error:
+            self.enabled, self.bar = False, None
+            self.broken = isinstance(error, BrokenPipeError)
+            log.warning("%s: progress is no longer shown (%s)", self.what, error.strerror or error)
 
     def __enter__(self) -> Progress:
         return self

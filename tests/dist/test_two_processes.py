@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,35 @@ def test_processes_part_without_a_deadlock(run_cli):
     # with DistributedDataParallel the last to hold the group, each process stops within a few rounds; see World.wrap
     codes, text = run_cli("--version", processes=2, setup="import faulthandler\nfaulthandler.dump_traceback_later(60, exit=True)" + LEAVE)
     assert codes == [0, 0], text
+
+
+@pytest.mark.parametrize(("rank", "words"), [(0, "for process 1 of 2 at 127.0.0.1:"), (1, "for process 0,")])
+def test_a_partner_that_never_comes(run_cli, tmp_path, rank, words):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    short = "from extrema_fast import distributed as d\nd.JOIN_S, d.TELL_S = 0.3, 0.1"
+    codes, text = run_cli("pretrain", "smoke", "--out", tmp_path / "run", env=env, setup=short)
+    assert codes == [2], text
+    assert f"process {rank} has waited" in text and text.count(words) >= 2 and "socket.cpp" not in text and "Traceback" not in text
+
+
+DIES = """
+import os
+import socket
+from extrema_fast import train
+original = train.train_step
+def step(run, batch):
+    if run.step == 3 and run.world.rank == 1:
+        os._exit(9)
+    return original(run, batch)
+train.train_step = step
+"""
+
+
+def test_a_partner_that_dies(pretrain):
+    codes, text, out = pretrain("run", processes=2, setup=DIES)
+    assert codes == [6, 9], text
+    assert "process 0 of 2: another process of the run has ended" in text and "Traceback" not in text
+    assert status(out)["state"] == "failed" and (out / "latest").read_text() == "step_00000002\n"

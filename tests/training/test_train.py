@@ -25,7 +25,7 @@ from extrema_fast.config import from_dict, preset
 from extrema_fast.data.augment import color_jitter, jitter_params
 from extrema_fast.data.loader import TrainLoader
 from extrema_fast.data.sources import open_source
-from extrema_fast.distributed import Signals, World
+from extrema_fast.distributed import World
 from extrema_fast.errors import NonFiniteError, OutOfMemoryError, UsageError
 from extrema_fast.models.drop_path import drop_path_scale
 from extrema_fast.models.extrema import ExtreMA
@@ -326,24 +326,7 @@ def test_tensorboard(tmp_path, monkeypatch):
     assert list((train.pretrain(cfg, progress=False) / "tensorboard").iterdir())
 
 
-# ---- signals, counters, log, progress, FLOPs, processes ---------------------------------------------
-
-
-def test_signals():
-    received, before = [], signal.getsignal(signal.SIGINT)
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    try:
-        with Signals() as signals:
-            assert not signals.stop
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGTERM)
-                assert signals.stop
-            # a second Ctrl-C leaves at once
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is before and received == [signal.SIGTERM] * 2
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+# ---- counters, log, progress, FLOPs, processes ---------------------------------------------
 
 
 def test_counters():
@@ -427,6 +410,41 @@ def test_flops_of_the_paper_recipe():
 )
 def test_processes_are_detected(env, want):
     assert dist.detect(env) == want
+
+
+@pytest.mark.parametrize(
+    ("env", "name"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "9" * 30}, "WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": ""}, "LOCAL_RANK"),
+        ({"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::"}, "MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::", "MASTER_PORT": "99999"}, "MASTER_PORT"),
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_PROCID": "0",
+                "SLURM_JOB_NODELIST": "a",
+                "SLURM_JOB_ID": "?",
+            },
+            "SLURM_JOB_ID",
+        ),
+    ],
+)
+def test_variables_that_make_no_sense(monkeypatch, env, name):
+    for variable in [v for v in os.environ if v.startswith(("SLURM_", "MASTER_"))]:
+        monkeypatch.delenv(variable)
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in env.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(UsageError, match=rf"^{name}: "), dist.start("cpu"):
+        pass
 
 
 def test_slurm_master():
