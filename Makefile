@@ -15,6 +15,10 @@ JOBS ?= 2
 # which DALI: dali-cuda13, or dali-cuda12 for an older driver (either also reads images without a GPU)
 DALI ?= dali-cuda13
 DEMO_OUT ?= runs/demo
+# the null GPU (tests/nullgpu/README.md): its environment, torch's version, the tests, one process for each file
+NULLGPU_VENV ?= .venv-nullgpu
+NULLGPU_TORCH ?= 2.13.0
+NULLGPU_TESTS ?= $(wildcard tests/gpu/test_*.py tests/nullgpu/test_*.py)
 # more arguments for gpu-check: --out FOLDER, --minutes 20, --only PART ..., --list
 GPU_ARGS ?=
 
@@ -27,7 +31,7 @@ DEMO_READY := $(VENV)/.installed-demo
 TEST_READY := $(VENV)/.installed-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast coverage test-gpu gpu-check install lint format clean clean-demo
+.PHONY: help demo test test-fast coverage test-gpu test-nullgpu gpu-check install lint format clean clean-demo
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -50,6 +54,12 @@ coverage: $(TEST_READY)  ## the whole suite once more, with a table of lines no 
 
 test-gpu: $(TEST_READY)  ## only the tests that need a CUDA device
 	$(PYTEST) -m gpu $(PYTEST_ARGS)
+
+test-nullgpu:  ## the CUDA path on a null GPU, which needs no device (first time: 5 GB)
+	@python3 tests/nullgpu/build.py $(NULLGPU_VENV) --torch $(NULLGPU_TORCH)
+	@for file in $(NULLGPU_TESTS); do \
+		tests/nullgpu/run $(NULLGPU_VENV) python -m pytest -q $$file $(PYTEST_ARGS) || failed="$$failed $$file"; \
+	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 # an environment that has everything is used as it is, without network: PYTHON's where it was given, else .venv
 GPU_PYTHONS = $(if $(filter command environment,$(word 1,$(origin PYTHON))),$(PYTHON) $(BIN)/python,$(BIN)/python $(PYTHON))
