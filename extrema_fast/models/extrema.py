@@ -7,8 +7,9 @@ are view-major: rows i, b + i, 2b + i share image i.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..ops.linear import Linear
+from ..ops.optimizers import ema_
 from ..ops.scope import scope, scoped
 from .encoder import Encoder
 
@@ -81,38 +83,68 @@ def gather_targets(target: Tensor) -> tuple[Tensor, int]:
 # ---- the two networks -------------------------------------------------------------------------------
 
 
-def _class_token(
-    name: str, encoder: Encoder, images: Tensor, keep: Tensor | None = None, path: Tensor | None = None
-) -> Tensor:
-    """[V b, D] after the final norm; `name` is that of the branch in profiles."""
-    with scope(f"{name}/embed"):
-        tokens = encoder.embed(images, keep)
-    with scope(f"{name}/trunk"):
-        tokens = encoder.trunk(tokens, path)
-    with scope(f"{name}/pooling"):
-        return encoder.norm(encoder.pool(tokens)[0])
+class _Branch(nn.Module):
+    """Encoder and heads: images in, projection and class token out; `name` is that of the branch in profiles."""
 
-
-class StudentBranch(nn.Module):
-    """Encoder, projector and predictor: everything that has a gradient (what data parallelism wraps)."""
-
-    def __init__(self, encoder: Encoder, projector: nn.Module, predictor: nn.Module) -> None:
-        super().__init__()
-        self.encoder, self.projector, self.predictor = encoder, projector, predictor
-
-    def forward(self, images: Tensor, keep: Tensor, path: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """images [b, C, H, W], keep [V, b, K] -> (prediction [V b, d], class token [V b, D])."""
-        cls = _class_token("student", self.encoder, images, keep, path)
-        with scope("student/heads"):
-            return self.predictor(self.projector(cls)), cls
-
-
-class TeacherBranch(nn.Module):
-    """Encoder and projector, the moving average of the student's; always in eval mode, never a gradient."""
+    name: str
 
     def __init__(self, encoder: Encoder, projector: nn.Module) -> None:
         super().__init__()
         self.encoder, self.projector = encoder, projector
+
+    def forward(
+        self, images: Tensor, keep: Tensor | None = None, path: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """images [b, C, H, W], keep [V, b, K] or None (all tokens) -> (output of the heads, class token).
+
+        [V b, d], and [V b, D] after the final norm without a gradient.
+        """
+        with scope(f"{self.name}/embed"):
+            tokens = self.encoder.embed(images, keep)
+        with scope(f"{self.name}/trunk"):
+            tokens = self.encoder.trunk(tokens, path)
+        with scope(f"{self.name}/pooling, heads"):
+            return self.after_trunk(tokens)
+
+    def after_trunk(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens [V b, K, D] -> as `forward`."""
+        with scope(f"{self.name}/pooling"):
+            cls = self.encoder.norm(self.encoder.pool(tokens)[0])
+        with scope(f"{self.name}/heads"):
+            return self.heads(cls), cls.detach()
+
+    def heads(self, cls: Tensor) -> Tensor:
+        """[V b, D] -> [V b, d]."""
+        return self.projector(cls)
+
+    def compile_regions(self, **options: Any) -> None:
+        """Compiles each block of the trunk, and what follows the trunk, in place: weights keep their names."""
+        for block in self.encoder.blocks:
+            block.compile(**options)
+        self.after_trunk = torch.compile(self.after_trunk, **options)  # type: ignore[method-assign]
+
+
+class StudentBranch(_Branch):
+    """Encoder, projector and predictor: everything that has a gradient (what data parallelism wraps)."""
+
+    name = "student"
+
+    def __init__(self, encoder: Encoder, projector: nn.Module, predictor: nn.Module) -> None:
+        super().__init__(encoder, projector)
+        self.predictor = predictor
+
+    def heads(self, cls: Tensor) -> Tensor:
+        """[V b, D] -> predictions [V b, d]."""
+        return self.predictor(self.projector(cls))
+
+
+class TeacherBranch(_Branch):
+    """Encoder and projector, the moving average of the student's; always in eval mode, never a gradient."""
+
+    name = "teacher"
+
+    def __init__(self, encoder: Encoder, projector: nn.Module) -> None:
+        super().__init__(encoder, projector)
         self.requires_grad_(False)
         self.eval()
 
@@ -121,11 +153,9 @@ class TeacherBranch(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """images [b, C, H, W], all tokens -> (target [b, d], class token [b, D])."""
-        cls = _class_token("teacher", self.encoder, images)
-        with scope("teacher/heads"):
-            return self.projector(cls), cls
+        return super().forward(images)
 
 
 # ---- the method -------------------------------------------------------------------------------------
@@ -170,6 +200,8 @@ class ExtreMA(nn.Module):
             predictor = mlp_head(h.out, h.predictor_hidden, h.out)
         self.student_branch = StudentBranch(encoder, projector, predictor)
         self.teacher_branch = TeacherBranch(copy.deepcopy(encoder), copy.deepcopy(projector))
+        self._byol_loss: Callable[[Tensor, Tensor], Tensor] = byol_loss
+        self._shadows: dict[Tensor, Tensor] = {}
 
     @property
     def student(self) -> Encoder:
@@ -200,51 +232,54 @@ class ExtreMA(nn.Module):
         """(name, parameter) of everything trained."""
         return [(n, p) for n, p in self.student_branch.named_parameters() if p.requires_grad]
 
-    @torch.no_grad()
-    def ema_update(self, weight: float | Tensor) -> None:
-        """EMA update of encoder and projector, in place: `teacher += weight (student - teacher)`.
-
-        `weight` is 1 - momentum; a 0-d tensor is read on its device, without waiting.
-        """
+    def ema_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(parameters of encoder and projector of the teacher, those of the student of the same names)."""
         student = dict(self.student_branch.named_parameters())
         names, teacher = zip(*self.teacher_branch.named_parameters(), strict=True)
-        first = teacher[0]
-        weight = torch.as_tensor(weight, dtype=first.dtype, device=first.device)
-        torch._foreach_lerp_(teacher, [student[n].detach() for n in names], [weight] * len(teacher))
+        return list(teacher), [student[n].detach() for n in names]
+
+    def ema_update(self, weight: float | Tensor) -> None:
+        """EMA update of encoder and projector, in place; `weight` is 1 - momentum (`ops.optimizers.ema_`)."""
+        ema_(*self.ema_pairs(), weight)
 
     def add_shadow_weights(self, dtype: torch.dtype) -> None:
-        """Gives each linear layer of student and teacher a shadow weight in `dtype`, which its matmul reads.
+        """Gives each linear layer of student and teacher shadows in `dtype`, which its matmul reads.
 
         Whoever changes weights syncs the shadows: `sync_shadow_weights`, or the fused AdamW + EMA pass.
         """
-        for layer in self._linears(self).values():
+        for layer in (m for m in self.modules() if isinstance(m, Linear)):
             layer.shadow = layer.weight.detach().to(dtype)
+            self._shadows[layer.weight] = layer.shadow
+            if layer.bias is not None:
+                layer.bias_shadow = layer.bias.detach().to(dtype)
+                self._shadows[layer.bias] = layer.bias_shadow
 
     def shadow_pairs(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
-        """(student weight -> its shadow, student weight -> the shadow of the teacher's weight of that name)."""
-        student, teacher = self._linears(self.student_branch), self._linears(self.teacher_branch)
+        """(student parameter -> its shadow, student parameter -> the shadow of the teacher's of that name)."""
+        shadows, teacher = self._shadows, dict(self.teacher_branch.named_parameters())
+        named = self.student_parameters()
         return (
-            {m.weight: m.shadow for m in student.values() if m.shadow is not None},
-            {student[n].weight: m.shadow for n, m in teacher.items() if m.shadow is not None},
+            {p: shadows[p] for _, p in named if p in shadows},
+            {p: shadows[teacher[n]] for n, p in named if n in teacher and teacher[n] in shadows},
         )
 
     @torch.no_grad()
     def sync_shadow_weights(self) -> None:
         """Copies the weights to their shadows, where there are any."""
-        pairs = [(m.shadow, m.weight) for m in self._linears(self).values() if m.shadow is not None]
-        if pairs:
-            shadows, weights = zip(*pairs, strict=True)
-            torch._foreach_copy_(shadows, weights)
+        if self._shadows:
+            torch._foreach_copy_(list(self._shadows.values()), list(self._shadows))
 
-    @staticmethod
-    def _linears(module: nn.Module) -> dict[str, Linear]:
-        return {n: m for n, m in module.named_modules() if isinstance(m, Linear)}
+    def compile_regions(self, **options: Any) -> None:
+        """Compiles trunk blocks, what follows the trunk, and the loss, each a graph of its own; `options`: torch's."""
+        self.student_branch.compile_regions(**options)
+        self.teacher_branch.compile_regions(**options)
+        self._byol_loss = torch.compile(self._byol_loss, **options)
 
     @scoped("loss")
     def loss(self, prediction: Tensor, targets: Tensor, images: int, offset: int = 0) -> Tensor:
         """The loss of a micro-batch of b `images`, the first of which has row `offset` in `targets` [M, d]."""
         if self.head_config.loss == "byol":
-            return byol_loss(prediction, targets[offset : offset + images])
+            return self._byol_loss(prediction, targets[offset : offset + images])
         return infonce_loss(prediction, targets, self.head_config.temperature, images, offset)
 
     def forward(

@@ -36,9 +36,11 @@ class Linear(nn.Linear):
 
     Attributes:
         shadow: bf16 copy of the weight, synced after every optimizer step (`ExtreMA.sync_shadow_weights`), or None.
+        bias_shadow: the same of the bias.
     """
 
     shadow: Tensor | None = None
+    bias_shadow: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the dtype computed in."""

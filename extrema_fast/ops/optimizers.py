@@ -192,6 +192,32 @@ _descend = partial(
 )
 
 
+@torch.no_grad()
+def ema_(teacher: list[Tensor], student: list[Tensor], weight: float | Tensor) -> None:
+    """EMA update in place: `teacher += weight (student - teacher)`.
+
+    Args:
+        teacher: tensors of one device and dtype.
+        student: those they follow.
+        weight: 1 - momentum; a 0-d tensor is read on its device, without waiting.
+    """
+    first = teacher[0]
+    weight = torch.as_tensor(weight, dtype=first.dtype, device=first.device)
+    if first.device.type == "cpu":
+        torch._foreach_lerp_(teacher, student, [weight] * len(teacher))
+    else:
+        # on a GPU a weight that is a tensor makes `lerp` a launch per tensor
+        _descend(
+            teacher,
+            torch._foreach_sub(teacher, student),
+            [],
+            momentum=0.0,
+            lr=weight,
+            maximize=False,
+            found_inf=None,
+        )
+
+
 # ---- NVIDIA apex ----------------------------------------------------------------------------------
 
 # the package of that name on PyPI is an unrelated toolkit, so a name proves nothing: an optimizer counts as present

@@ -29,8 +29,8 @@ COMPILED, GRAPH = "compiled graph", "CUDA graph"
 LINEARS, ATTENTION, REST = "trunk linears", "attention", "norm, GELU, residual, casts"
 MATMUL, FUSED = "matmul", "fused elementwise"
 ACCUMULATE, OUTSIDE, DATA = "gradient norm, accumulation", "Python and engine", "data"
-# in the order a step runs them; what is found beyond these follows
-PARTS = ("embed", LINEARS, ATTENTION, REST, "pooling", "heads")
+# in the order a step runs them; what is found beyond these follows. Compiled, pooling and heads are one region
+PARTS = ("embed", LINEARS, ATTENTION, REST, "pooling", "heads", "pooling, heads")
 ORDER = [
     ("", DATA), ("", "augment"), ("", "masks"), *(("teacher", p) for p in PARTS),
     *(("student", p) for p in PARTS), ("", "loss"),

@@ -66,6 +66,10 @@ class Run:
     counters: Counters
     teacher_weight: Tensor
     """0-d fp64 on the device: 1 - momentum of the EMA update that ends the step"""
+    trained: list[nn.Parameter]
+    """everything that has a gradient"""
+    followed: tuple[list[Tensor], list[Tensor]]
+    """(parameters of the teacher, those of the student that they follow)"""
     compiled_loss: Callable[..., Tensor] | None = None
     """`step.micro_batch_loss`, compiled; None: as it is"""
     recorded: Callable[[list[MicroBatch]], None] | None = None
@@ -175,6 +179,8 @@ def build(cfg: Config, world: World, source: ImageSource) -> Run:
         schedule=Schedule(cfg, epoch_length(source) // cfg.train.batch_size),
         counters=Counters(world.device),
         teacher_weight=torch.zeros((), dtype=torch.float64, device=world.device),
+        trained=[p for _, p in method.student_parameters()],
+        followed=method.ema_pairs(),
     )
 
 

@@ -20,6 +20,7 @@ from ..data.loader import Batch
 from ..data.prefetch import prefetch
 from ..models.extrema import ExtreMA, gather_targets
 from ..ops.dispatch import AdamWEma
+from ..ops.optimizers import ema_
 from ..ops.scope import scope, scoped
 from .draw import MicroBatch, draw
 from .optim import gates_on_device, set_lr
@@ -58,13 +59,14 @@ def train_step(run: Run, batch: Batch) -> StepStats:
 
 def compute(run: Run, micro_batches: list[MicroBatch]) -> None:
     """Gradients of all micro-batches, then the update; all of it on the device, so that it can be recorded."""
-    run.optimizer.zero_grad(set_to_none=True)
+    for p in run.trained:
+        p.grad = None
     loss = gradients(run, micro_batches)
-    params = [p for _, p in run.method.student_parameters()]
     with scope("gradient norm, accumulation"):
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        norms = torch._foreach_norm([p.grad for p in run.trained if p.grad is not None])
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         if run.cfg.optim.clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(params, run.cfg.optim.clip_grad, norm)
+            torch.nn.utils.clip_grads_with_norm_(run.trained, run.cfg.optim.clip_grad, norm)
     # a step that is bad on one process is skipped on all
     bad = 1 - (loss.isfinite() & norm.isfinite()).double()
     bad, loss = run.world.sum(torch.stack([bad, loss.double()]))
@@ -141,7 +143,7 @@ def update(run: Run, bad: Tensor) -> None:
         optimizer.step()
     elif not bad:
         optimizer.step()
-    run.method.ema_update(weight * (1 - bad))
+    ema_(*run.followed, weight * (1 - bad))
     run.method.sync_shadow_weights()
 
 
@@ -157,9 +159,7 @@ def wrap(run: Run) -> None:
         # otherwise recompiling at every step would end in silent eager execution
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     if mode == "block":
-        for block in (*run.method.student.blocks, *run.method.teacher.blocks):
-            # in place, so that the weights keep their names
-            block.compile(**options)
+        run.method.compile_regions(**options)
     run.student = run.world.wrap(run.method.student_branch)
     if mode == "step":
         run.compiled_loss = torch.compile(_loss_of(run), **options)

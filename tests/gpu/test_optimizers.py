@@ -1,8 +1,8 @@
 """What only a GPU shows of the optimizers and of FP8: `make test-gpu`.
 
 Covers: LAMB, LARS, torch's fused AdamW and the project's: no waiting for the device, a gated step,
-a step in a CUDA graph replayed with other rates; apex's optimizers where apex is found; FP8 matmuls on GPUs that
-have them.
+a step in a CUDA graph replayed with other rates; the EMA update; apex's optimizers where apex is found; FP8 matmuls on
+GPUs that have them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from extrema_fast.kernels.adamw_ema import AdamWEma
 from extrema_fast.config import from_dict, smoke
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.ops.fp8 import CAPABILITY, apply_fp8
-from extrema_fast.ops.optimizers import Lamb, Lars, apex_optimizer, find_apex
+from extrema_fast.ops.optimizers import Lamb, Lars, apex_optimizer, ema_, find_apex
 
 pytestmark = pytest.mark.gpu
 
@@ -43,6 +43,17 @@ def begin(name: str) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer, t
 def values(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     state = [v for p in params for _, v in sorted(optimizer.state[p].items())]
     return [t.detach().clone() for t in (*params, *state)]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.004, 0.7])
+def test_the_ema_update_is_that_of_lerp(weight):
+    params, *_ = begin("adamw")
+    student = [p.detach() for p in params]
+    teacher = [torch.randn_like(p) for p in student]
+    expected = [t.lerp(s, weight) for t, s in zip(teacher, student, strict=True)]
+    ema_(teacher, student, torch.tensor(weight, dtype=torch.float64, device="cuda"))
+    for t, e in zip(teacher, expected, strict=True):
+        torch.testing.assert_close(t, e, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", MAKE)
