@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .config import Config, preset
+    from .config import Config, list_models, preset
     from .evaluation.evaluate import evaluate
     from .models.accelerate import accelerate
-    from .models.encoder import Encoded, Encoder, create_encoder, list_models
+    from .models.encoder import Encoded, Encoder, create_encoder
     from .models.extrema import ExtreMA
     from .models.masking import keep_from_mask, sample_views
     from .reporting.report import report
@@ -38,7 +38,7 @@ _HOME = {
     "export": "weights.export",
     "import_released": "weights.load",
     "keep_from_mask": "models.masking",
-    "list_models": "models.encoder",
+    "list_models": "config",
     "load_embeddings": "tools.embeddings",
     "load_encoder": "weights.load",
     "preset": "config",

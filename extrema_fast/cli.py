@@ -20,7 +20,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
@@ -163,6 +162,8 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        for word, kind in (("int", "a whole number"), ("float", "a number")):
+            message = message.replace(f"invalid {word} value:", f"expected {kind}, got")
         raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
     # shorter, as most lines below begin with it
@@ -196,12 +197,39 @@ class _Parser(argparse.ArgumentParser):
         known = [s for a in self._actions for s in a.option_strings if s.startswith("--") and s != "--help"]
         name = word.partition("=")[0]
         bare = name.strip("-")
-        # the group left out: every option that ends so
-        near = [k for k in known if k.endswith(f".{bare}")] or difflib.get_close_matches(name, known, n=1)
+        members = [k for k in known if k.startswith(f"{name}.")]
+        # the group left out: every option that ends so; else one that differs by a letter or two
+        near = [k for k in known if k.endswith(f".{bare}")]
+        near = near or ["--" + n for n in difflib.get_close_matches(bare, [k[2:] for k in known], 1, 0.8)]
         # `--lr` is far from `--optim.base-lr` by letters, but is a word of it
         near = near or [k for k in known if bare in k.rpartition(".")[2].split("-")]
-        hint = f"; did you mean {' or '.join(near)}?" if near else f"; see {self.prog} --help"
+        if members:
+            hint = f"; it is a group: {', '.join(members[:3])}, ..."
+        elif near:
+            hint = f"; did you mean {' or '.join(near)}?"
+        elif bare in USED_ELSEWHERE and USED_ELSEWHERE[bare][0] in (self.prog.split()[-1], ""):
+            hint = f"; {USED_ELSEWHERE[bare][1]}"
+        else:
+            hint = f"; see {self.prog} --help"
         return UsageError(f"unknown option {name}{hint}")
+
+
+# options of other tools -> (command or any, what there is here)
+USED_ELSEWHERE = {
+    "resume": ("pretrain", "the same command continues the run in --out"),
+    "verbose": ("", "progress is shown unless --quiet"),
+    "gpus": (
+        "pretrain",
+        "start one process per GPU: torchrun --nproc-per-node 8 -m extrema_fast pretrain ...",
+    ),
+    "workers": ("pretrain", "--data.threads is the number of decoding threads"),
+    "num-workers": ("pretrain", "--data.threads is the number of decoding threads"),
+    "output-dir": ("pretrain", "--out is the run folder"),
+    "knn": (
+        "pretrain",
+        "evaluation during training: --eval.every-epochs, --eval.k; afterwards: evaluate RUN",
+    ),
+}
 
 
 def _dashed(args: Sequence[str]) -> list[str]:
@@ -337,7 +365,7 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
     p.add("--init-from", metavar="PATH", help="weights to start from at step 0 (run, weights, .pth)")
     p.switch("--overwrite", "move the run in --out aside and start a new one")
     p.switch("--allow-config-change", "continue a run with changed settings")
-    p.switch("--print-config", "print the resolved configuration and stop")
+    p.switch("--print-config", "print every setting, as --config reads it, and stop")
     p.switch("--dry-run", "three real steps, nothing written")
     p.quiet()
     given = _configure(p, args)
@@ -363,18 +391,8 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
 
 
 def _resolved(given: _Configured) -> dict[str, Any]:
-    """What --print-config shows; `config` alone reloads through --config."""
-    from .data.sources import open_source
-    from .distributed import detect, pick_device
-    from .training.resolve import derived, resolve
-
+    """What --print-config shows; the whole of it, or its `config` alone, reloads through --config."""
     cfg = given.cfg
-    _, processes, local_rank = detect(os.environ)
-    try:
-        images = len(open_source(cfg.data.train, limit=cfg.data.limit, seed=cfg.train.seed))
-        problem = None
-    except ExtremaError as error:
-        images, problem = None, str(error)
     defaults, of_preset, of_file = (flatten(c) for c in (Config(), given.base, given.before))
     sources = {}
     for option, value in flatten(cfg).items():
@@ -384,15 +402,12 @@ def _resolved(given: _Configured) -> dict[str, Any]:
             sources[option] = "file"
         elif value != defaults[option]:
             sources[option] = f"preset {given.name}"
-    values = derived(cfg, processes, images)
-    if problem:
-        values["images_problem"] = problem
-    try:
-        device = pick_device(cfg.system.device, local_rank, processes)
-        values["resolved"] = asdict(resolve(cfg, device, processes))
-    except ExtremaError as error:
-        values["resolved_problem"] = str(error)
-    return {"preset": given.name, "config": to_dict(cfg), "derived": values, "sources": sources}
+    return {
+        "preset": given.name,
+        "config": to_dict(cfg),
+        "derived": config.derived(cfg, int(os.environ.get("WORLD_SIZE", 1))),
+        "sources": sources,
+    }
 
 
 def _evaluation(p: _Parser, args: list[str], metrics: Sequence[str]) -> None:
@@ -593,11 +608,9 @@ def _encoders(p: _Parser, args: list[str]) -> None:
     """List the encoder names."""
     p.add("pattern", nargs="?", default="*", metavar="PATTERN", help="shell pattern")
     pattern = p.options(args)["pattern"]
-    from .models.encoder import list_models
-
-    names = list_models(pattern)
+    names = config.list_models(pattern)
     if not names:
-        raise UsageError(f"no encoder matches {pattern!r}{did_you_mean(pattern, list_models())}")
+        raise UsageError(f"no encoder matches {pattern!r}{did_you_mean(pattern, config.list_models())}")
     print("\n".join(names))
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import hashlib
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import UsageError
+
+log = logging.getLogger(__name__)
 
 # backends of self-attention by name; `extrema_fast.ops.attention` says what each is and needs
 Attention = Literal[
@@ -34,6 +38,9 @@ SIZES: dict[Size, tuple[int, int, int]] = {
     "large": (1024, 24, 16),
 }
 
+# names of the encoders: prefix, size, suffix
+MODEL_PREFIX, MODEL_SUFFIX = "extrema_vit_", "_patch16_224"
+
 # far above any vision transformer
 MAX_PARAMETERS = 100_000_000_000
 MAX_PATCHES = 1 << 20
@@ -45,6 +52,12 @@ def did_you_mean(word: str, known: list[str]) -> str:
     """`"; did you mean 'x'?"`, or the list of what is known when nothing is near."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Sorted names of the encoders that match a shell pattern."""
+    names = (f"{MODEL_PREFIX}{size}{MODEL_SUFFIX}" for size in SIZES)
+    return sorted(fnmatch.filter(names, pattern))
 
 
 def keep_count(num_patches: int, mask_ratio: float) -> int:
@@ -464,6 +477,20 @@ def local_batch(cfg: Config, world: int) -> int:
     return b // (world * a)
 
 
+def derived(cfg: Config, processes: int = 1) -> dict[str, Any]:
+    """Values that follow from the configuration alone."""
+    return {
+        "grid": list(cfg.model.grid),
+        "num_patches": cfg.model.num_patches,
+        "num_keep": cfg.num_keep,
+        "width_depth_heads": list(cfg.model.shape),
+        "peak_lr": cfg.peak_lr,
+        "global_batch": cfg.train.batch_size,
+        "processes": processes,
+        "local_batch": local_batch(cfg, processes),
+    }
+
+
 # ---- to and from plain data ----------------------------------------------------------------------
 
 
@@ -483,7 +510,24 @@ def from_dict(data: dict[str, Any], base: Config | None = None, *, recorded: boo
     Raises:
         UsageError: for an unknown key (with the nearest one), a value of the wrong type, or a removed option.
     """
-    return _replace(base if base is not None else photos(), data, "", recorded)
+    base = base if base is not None else photos()
+    return _replace(base, _scaled_warmup(base, data), "", recorded)
+
+
+def _scaled_warmup(base: Config, data: dict[str, Any]) -> dict[str, Any]:
+    """`data`, with the warm-up of `base` in proportion where the epochs in `data` leave no room for it."""
+    train, optim = (data.get(group, {}) if isinstance(data, dict) else {} for group in ("train", "optim"))
+    if not (isinstance(train, dict) and isinstance(optim, dict)):
+        return data
+    epochs, warmup = train.get("epochs"), base.optim.warmup_epochs
+    if type(epochs) is not int or not 0 < epochs <= warmup or "warmup_epochs" in optim:
+        return data
+    scaled = warmup * epochs / base.train.epochs
+    log.warning(
+        "train.epochs %d leaves no room for %g epochs of warm-up: optim.warmup_epochs is %g, the same share of the run",
+        epochs, warmup, scaled,
+    )  # fmt: skip
+    return data | {"optim": optim | {"warmup_epochs": scaled}}
 
 
 def _replace(obj: Any, data: dict[str, Any], prefix: str, recorded: bool) -> Any:
@@ -535,6 +579,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
 def load_config(path: str | Path, base: Config | None = None) -> Config:
     """Reads a TOML (or .json) file that changes `base`, or else what its top-level `preset = "name"` names.
 
+    The output of `--print-config` is such a file: its `config` holds every setting.
+
     Raises:
         UsageError: for a missing or malformed file and for unknown keys.
     """
@@ -543,12 +589,21 @@ def load_config(path: str | Path, base: Config | None = None) -> Config:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: cannot be read ({error})") from None
+    is_json = path.suffix == ".json" or text.lstrip().startswith("{")
     try:
-        data = json.loads(text) if path.suffix == ".json" else parse_toml(text)
-    except ValueError as error:
-        raise UsageError(f"--config {path}: not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from None
+        data = json.loads(text) if is_json else parse_toml(text)
+    except (ValueError, RecursionError) as error:
+        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        if path.suffix in (".yaml", ".yml"):
+            problem = "YAML is not read"
+        raise UsageError(
+            f"--config {path}: not valid {'JSON' if is_json else 'TOML'} ({problem}); write TOML, such as "
+            f"`[train]` and `epochs = 20`, or the JSON of --print-config"
+        ) from None
     if not isinstance(data, dict):
         raise UsageError(f"--config {path}: expected a table of options at the top")
+    if data.keys() == {"preset", "config", "derived", "sources"}:
+        data = {"preset": data["preset"], **data["config"]}
     name = data.pop("preset", None)
     if name is not None and base is None:
         base = preset(name)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .config import list_models
 from .errors import UsageError, cannot_import
-from .models.encoder import Encoder, create_encoder, list_models
+from .models.encoder import Encoder, create_encoder
 from .models.positions import resample_patch_kernel, resample_table
 
 # keys of saved weights next to the encoder's own: projector, predictor

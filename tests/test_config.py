@@ -150,8 +150,8 @@ def test_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("a.toml", "mask = [", "a.toml: not valid toml"),
-        ("a.json", "{,}", "a.json: not valid json"),
+        ("a.toml", "mask = [", "a.toml: not valid TOML"),
+        ("a.json", "{,}", "a.json: not valid JSON"),
         ("a.json", "[1]", "a.json: expected a table"),
         ("a.toml", "[mask]\nrato = 0.5", "mask.rato; did you mean 'ratio'"),
         ("a.toml", 'preset = "phots"', "'phots'; did you mean 'photos'"),
@@ -400,3 +400,13 @@ def test_fields_that_one_version_lacks():
     changed = c.to_dict(c.from_dict({"mask": {"mode": "independent"}}, SMOKE))
     assert c.changed_maths(old, changed) == ["mask.mode: 'disjoint' -> 'independent'"]
     assert c.changed_maths(old | {"gone": 1}, c.to_dict(SMOKE)) == ["gone: 1 -> None"]
+
+
+def test_warmup_scales_where_the_epochs_leave_it_no_room(caplog):
+    base = c.preset("paper_small_80x5")
+    assert (base.optim.warmup_epochs, base.train.epochs) == (40, 300)
+    short = c.from_dict({"train": {"epochs": 30}}, base)
+    assert short.optim.warmup_epochs == pytest.approx(4) and "optim.warmup_epochs" in caplog.text
+    assert c.from_dict({"train": {"epochs": 60}}, base).optim.warmup_epochs == 40
+    with pytest.raises(UsageError, match=r"optim\.warmup_epochs"):
+        c.from_dict({"train": {"epochs": 30}, "optim": {"warmup_epochs": 40}}, base)

@@ -7,7 +7,6 @@ d head_dim, L trunk blocks, P pooling blocks.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import SIZES, ModelConfig, did_you_mean
+from ..config import MODEL_PREFIX, MODEL_SUFFIX, ModelConfig, did_you_mean, list_models
 from ..errors import UsageError
 from ..ops import dispatch as ops
 from ..ops.linear import RECOMPUTE
@@ -83,7 +82,7 @@ class Encoder(TimmInterface):
         self.embed_dim = self.num_features = self.head_hidden_size = width
         self.heads = heads
         # of other sizes than the name says, see `model_args`
-        self.architecture = f"{_PREFIX}{config.size}{_SUFFIX}"
+        self.architecture = f"{MODEL_PREFIX}{config.size}{MODEL_SUFFIX}"
         self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
         self.drop_path_rate, self.grad_checkpointing = config.drop_path, False
         self.mean, self.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -284,14 +283,6 @@ class Encoder(TimmInterface):
 
 # ---- building -------------------------------------------------------------------------------------
 
-_PREFIX, _SUFFIX = "extrema_vit_", "_patch16_224"
-
-
-def list_models(pattern: str = "*") -> list[str]:
-    """Sorted model names matching a shell pattern."""
-    return sorted(fnmatch.filter([f"{_PREFIX}{size}{_SUFFIX}" for size in SIZES], pattern))
-
-
 # what `create_encoder` passes on to the configuration
 _SHAPE = ("width", "depth", "heads", "mlp_ratio", "pool_depth", "layer_scale")
 
@@ -342,7 +333,7 @@ def create_encoder(
         number = (int, float) if option in ("mlp_ratio", "layer_scale") else int
         if isinstance(value, bool) or not isinstance(value, number):
             raise UsageError(f"{option}: expected a {'whole ' * (number is int)}number, got {value!r}")
-    size: Any = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+    size: Any = name.removeprefix(MODEL_PREFIX).removesuffix(MODEL_SUFFIX)
     config = ModelConfig(size, pair(img_size), square_patch(patch_size), drop_path=drop_path_rate, **shape)
     return Encoder(
         config,

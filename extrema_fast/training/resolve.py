@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..config import Config, ModelConfig, local_batch
+from .. import config
+from ..config import Config, ModelConfig
 from ..data.loader import choose_loader, decoding_threads
 from ..errors import UsageError
 from ..models.extrema import ExtreMA
@@ -132,11 +133,11 @@ def flops_per_image(cfg: Config) -> float:
     return 3 * student + teacher + 3 * patches
 
 
-def _count_flops(config: ModelConfig, rows: int, n: int) -> float:
+def _count_flops(model: ModelConfig, rows: int, n: int) -> float:
     """Forward FLOPs of `rows` sequences of `n` tokens through trunk and absorbed pooling."""
-    width, depth, _ = config.shape
+    width, depth, _ = model.shape
     trunk = depth * (24 * width**2 * n + 4 * n**2 * width)
-    pool = config.pool_depth * (24 * width**2 + 4 * config.shape[2] * (n + 1) * width)
+    pool = model.pool_depth * (24 * width**2 + 4 * model.shape[2] * (n + 1) * width)
     return float(rows * (trunk + pool))
 
 
@@ -150,15 +151,7 @@ def checkpoint_bytes(method: ExtreMA) -> int:
 def derived(cfg: Config, processes: int = 1, images: int | None = None) -> dict[str, Any]:
     """Values that follow from the configuration (and from the number of training images, when known)."""
     schedule = None if images is None else Schedule(cfg, images // cfg.train.batch_size)
-    return {
-        "grid": list(cfg.model.grid),
-        "num_patches": cfg.model.num_patches,
-        "num_keep": cfg.num_keep,
-        "width_depth_heads": list(cfg.model.shape),
-        "peak_lr": cfg.peak_lr,
-        "global_batch": cfg.train.batch_size,
-        "processes": processes,
-        "local_batch": local_batch(cfg, processes),
+    return config.derived(cfg, processes) | {
         "gflops_per_image": round(flops_per_image(cfg) / 1e9, 6),
         "images": images,
         "steps_per_epoch": schedule and schedule.steps_per_epoch,
