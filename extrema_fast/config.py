@@ -449,6 +449,11 @@ class Config:
                 f"use mask.views <= {n // k}, {fewer if v <= n else ''}or mask.mode independent"
             )
         local_batch(self, 1)
+        if self.head.loss == "infonce" and self.train.batch_size == 1:
+            raise UsageError(
+                "train.batch_size: InfoNCE compares an image with the others of its batch, and 1 leaves none "
+                "(loss 0 for ever); use at least 2, or head.loss byol"
+            )
         if self.optim.warmup_epochs >= self.train.epochs:
             raise UsageError(
                 f"optim.warmup_epochs: {self.optim.warmup_epochs:g} must be shorter than "

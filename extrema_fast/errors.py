@@ -47,6 +47,12 @@ class Preempted(ExtremaError):
     exit_code = 75
 
 
+def counted(n: int, noun: str) -> str:
+    """`1 image`, `2 images`, `2 classes`."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{n} {noun}{'' if n == 1 else plural}"
+
+
 def one_line(error: BaseException, length: int = 200) -> str:
     """An exception's text on one line of at most `length` characters."""
     return " ".join(str(error).split())[:length]

@@ -119,7 +119,8 @@ def _loop(
     folder, world = train_log.folder, run.world
     saver = Saver(Path(run.cfg.out), run.cfg.ckpt, run.schedule.steps_per_epoch, run.step)
     postponed = False
-    train_log.start(headline(run.cfg, run.resolved, world.size, epoch_length(run.source)), loader.remedy())
+    images, classes = epoch_length(run.source), len(run.source.classes)
+    train_log.start(headline(run.cfg, run.resolved, world.size, images, classes), loader.remedy())
     if folder is not None:
         describe(run, folder)
     signals.farewell = train_log.interrupted

@@ -58,6 +58,15 @@ class ImageSource:
         """The name of a row in messages."""
         return self.paths[row] if self.names is None else self.names[row]
 
+    def size(self, row: int) -> int:
+        """Bytes of a row's image; -1 when its file is gone."""
+        if self.spans is not None and (length := int(self.spans[row, 1])) >= 0:
+            return length
+        try:
+            return os.stat(self.paths[row]).st_size
+        except OSError:
+            return -1
+
     def read(self, row: int) -> bytes:
         """Reads the bytes of a row's image; OSError when the file is gone or ends too early."""
         offset, length = (0, -1) if self.spans is None else self.spans[row].tolist()

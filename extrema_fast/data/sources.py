@@ -7,14 +7,17 @@ row, f) of `ImageSource.parts`: an epoch takes that share of them, so that each 
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import errno
 import hashlib
 import logging
 import math
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from .. import rng
 from ..config import did_you_mean, parse_toml
-from ..errors import UsageError
+from ..errors import UsageError, counted
 from .image_source import ImageSource, match_classes, number_classes, subset, warn_of_empty
 from .manifest import is_manifest, manifest_source
 from .photos import write_photos, write_synthetic
@@ -45,8 +48,8 @@ MAX_PASSES = 1000
 
 _ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar")
 _EXPECTED = (
-    "photos, synthetic, a folder of class folders, a folder of images, a list file (one path per line, optionally "
-    "a tab and a label), a manifest, tar shards, or a mixture (.toml)"
+    "photos, synthetic, a folder of class folders, a folder of images, a list file (one path per line, with or "
+    "without a label), a manifest, tar shards, or a mixture (.toml)"
 )
 _SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 # no epoch of training has this number, so `limit` does not repeat the order of one
@@ -65,7 +68,8 @@ def open_source(
         spec: `photos` or `synthetic` (built in; `./photos` is a folder of that name), or the path of
             a folder with one folder per class;
             a folder of images (no labels);
-            a text file with one path per line, optionally a tab and a label; relative paths start at its folder;
+            a text file with one path per line, or path and label (tab, comma, semicolon, or the last word); relative
+            paths start at its folder;
             a manifest, as `extrema-fast index` writes it;
             a .tar, a folder of them (without images), or a pattern: `set/{0000..0009}.tar`, `set/*.tar`;
             a mixture of these (.toml, see the top of this file).
@@ -163,6 +167,8 @@ def _from_folder(name: str, root: Path, split: str, extensions: tuple[str, ...],
             return _from_tars(name, root, tars, extensions, check)
         raise UsageError(_no_images(name, len(folders), found))
     if images:
+        if check:
+            _warn_of_unread(name, found)
         if nested:
             log.warning(
                 "%s: %d images next to folders with %d more; all are used, without labels",
@@ -171,7 +177,14 @@ def _from_folder(name: str, root: Path, split: str, extensions: tuple[str, ...],
                 len(nested),
             )
         return _from_paths(name, root, sorted(images) + nested, None, [], check)
+    if check:
+        _warn_of_unread(name, found)
     labels = [label for label, folder in enumerate(folders) for _ in inside[folder]]
+    if len(folders) == 1 and (below := _list(root / folders[0])[0]):
+        log.warning(
+            "%s: one class, %s, whose %d folders (%s) look like the classes; did you mean %s?",
+            name, folders[0], len(below), ", ".join(below[:3]), root / folders[0],
+        )  # fmt: skip
     empty = [folder for folder in folders if not inside[folder]]
     if empty:
         log.warning("%s: no images in %d of %d class folders: %s", name, len(empty), len(folders), empty[:3])
@@ -209,6 +222,18 @@ def _walk(folder: Path, above: set[str], found: Counter[str], extensions: tuple[
     for name in folders:
         paths += _walk(folder / name, above | {real}, found, extensions)
     return sorted(paths)
+
+
+def _warn_of_unread(name: str, found: Counter[str]) -> None:
+    left_out = {kind: found[kind] for kind in UNREAD if found[kind]}
+    if left_out:
+        counts = ", ".join(f"{kind} {n}" for kind, n in left_out.items())
+        log.warning(
+            "%s: left out %s of kinds that are not read: %s",
+            name,
+            counted(sum(left_out.values()), "image"),
+            counts,
+        )
 
 
 def _suffix(name: str) -> str:
@@ -251,21 +276,84 @@ def _from_list(name: str, path: Path, check: bool) -> ImageSource:
         raise UsageError(f"{name}: {what}; expected {_EXPECTED}") from e
     except OSError as e:
         raise UsageError(f"{name}: cannot be read ({e.strerror})") from e
-    rows = [(n, line.rstrip("\r").split("\t")) for n, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise UsageError(f"{name}: the list is empty; expected one path per line, optionally tab and label")
+    written = [(n, line.rstrip("\r")) for n, line in enumerate(lines, 1) if line.strip()]
+    if not written:
+        raise UsageError(f"{name}: the list is empty; expected {_LIST_FORMATS}")
+    rows = _rows_of_list(name, path.parent, written)
     fields = len(rows[0][1])
     for number, row in rows:
         if len(row) != fields or len(row) > 2 or not all(text.strip() for text in row):
             raise UsageError(
                 f"{name}: line {number}: expected a path{' and a label' if fields == 2 else ''} as in "
-                f"line {rows[0][0]} (tab between), got {len(row)} fields: {' | '.join(row)[:80]!r}"
+                f"line {rows[0][0]}, got {len(row)} fields: {' | '.join(row)[:80]!r}; a list has {_LIST_FORMATS}"
             )
     paths = [str(path.parent / row[0]) for _, row in rows]
     if fields == 1:
         return _from_paths(name, path.parent, paths, None, [], check)
     labels, classes = number_classes([row[1].strip() for _, row in rows])
     return _from_paths(name, path.parent, paths, labels.tolist(), classes, check)
+
+
+_LIST_FORMATS = (
+    "one path per line, or path and label: a tab, a comma or a semicolon between (quotes and a header are read), "
+    "or the label as the last word"
+)
+
+
+def _rows_of_list(name: str, folder: Path, lines: list[tuple[int, str]]) -> list[tuple[int, list[str]]]:
+    """(line number, fields) of each row, in the format by which most of the first files are found.
+
+    Raises:
+        UsageError: no file is found by any format, and the lines have no tab.
+    """
+
+    def delimited(mark: str) -> Callable[[str], list[str]]:
+        return lambda line: next(csv.reader([line], delimiter=mark, skipinitialspace=True), [])
+
+    formats: dict[str, Callable[[str], list[str]]] = {
+        "path": lambda line: [line],
+        "comma": delimited(","),
+        "semicolon": delimited(";"),
+        "last word": lambda line: line.strip().rsplit(maxsplit=1),
+    }
+    if any("\t" in line for _, line in lines[:2]):
+        formats = {"tab": lambda line: line.split("\t")}
+    first = lines[:20]
+    found: dict[str, int] = {}
+    for key, split in formats.items():
+        with suppress(csv.Error):
+            found[key] = sum(_exists(folder, split(line)) for _, line in first)
+    best = max(found, key=lambda key: found[key])
+    if not found[best] and best != "tab":
+        raise UsageError(
+            f"{name}: no file that it lists exists below {folder}; its first line is {lines[0][1][:80]!r}; a list "
+            f"has {_LIST_FORMATS}"
+        )
+    split = formats[best]
+    rows = [(number, split(line)) for number, line in lines]
+    if (
+        found[best]
+        and not _exists(folder, rows[0][1])
+        and not rows[0][1][0].lower().endswith(EXTENSIONS + UNREAD)
+    ):
+        log.info("%s: line %d is taken for a header: %s", name, rows[0][0], lines[0][1][:80])
+        rows = rows[1:]
+    return rows
+
+
+def _exists(folder: Path, fields: list[str]) -> bool:
+    return bool(fields) and bool(fields[0].strip()) and _on_disk(str(folder / fields[0])) is not None
+
+
+def _on_disk(path: str) -> str | None:
+    """`path` as it is on the disk, where names may be in another Unicode form; None when it is not there."""
+    for name in dict.fromkeys((path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))):
+        try:
+            os.stat(name)
+        except (OSError, ValueError):
+            continue
+        return name
+    return None
 
 
 def _from_paths(
@@ -278,8 +366,12 @@ def _from_paths(
             size = os.stat(path).st_size
             empty += [] if size else [path]
         except (OSError, ValueError):
-            size = 0
-            missing.append(path)
+            if other := _on_disk(path):
+                paths[row] = path = other
+                size = os.stat(path).st_size
+            else:
+                size = 0
+                missing.append(path)
         # below the root, so that a moved data set is still the same
         below = path.removeprefix(prefix)
         label = "" if labels is None else classes[labels[row]]

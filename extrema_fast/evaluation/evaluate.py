@@ -30,7 +30,7 @@ from ..models.masking import sample_views
 from ..ops import dispatch as ops
 from ..weights import load as convert
 from .collapse import collapse_warnings
-from .features import Features, cap, extract, labelled, load_batch, raw_pixels
+from .features import Features, cap, extract, labelled, load_batch, overlap, raw_pixels
 from .probes import attention_entropy, indicators, knn, linear_probe
 
 if TYPE_CHECKING:
@@ -201,12 +201,13 @@ def evaluate(
         path: Run folder, weights folder or released `.pth`.
         train: Training images; None: those of the run. One folder that holds train/ and test/ is enough.
         test: Test images; None: those of the run.
-        out: Result file (JSON); None: `reports/evaluation.json` in a run folder, else none.
+        out: Result file (JSON); None: in a run folder `reports/evaluation.json`, or with other images or settings
+            than the run's `reports/evaluation-KEY.json`; else none.
         which: `teacher` or `student`.
         metrics: Any of `knn`, `probe`.
         max_train: Training images used (0: all).
         max_test: Test images used (0: all).
-        k: Neighbors of k-NN; None: the run's.
+        k: Neighbors of k-NN, at most as many as training images; None: the run's.
         temperature: Of k-NN's votes; None: the run's.
         seed: Of the subsets and the probe's order and weights.
         batch_size: Images per forward pass; None: the run's.
@@ -219,7 +220,7 @@ def evaluate(
         call returns what it holds.
 
     Raises:
-        UsageError: Missing labels, classes that do not match, unusable paths.
+        UsageError: Missing labels, a single class, classes that do not match, unusable paths.
         NonFiniteError: Diverged weights.
     """
     wrong = [m for m in metrics if m not in ("knn", "probe")]
@@ -234,9 +235,22 @@ def evaluate(
     data = dataclasses.replace(
         cfg.data if cfg is not None else DataConfig(), mean=encoder.mean, std=encoder.std
     )
+    # what evaluation.json of a run holds: the result of `evaluate RUN`
+    plain = train is None and test is None and k is None and temperature is None and which == "teacher"
     train, test = resolve_data(cfg, train, test)
     bank = open_source(train, "train", limit=max_train, seed=seed)
     queries = labelled(bank, open_source(test, "test", limit=max_test, seed=seed))
+    plain &= not (0 < max_train <= len(bank) or 0 < max_test <= len(queries))
+    if len(bank.classes) < 2:
+        raise UsageError(
+            f"{bank.name}: all {len(bank)} training images are of one class ({bank.classes[0]}); k-NN and the "
+            "linear probe need at least two: give the folder that holds the class folders"
+        )
+    if k is not None and k > len(bank):
+        raise UsageError(
+            f"k: {k} neighbors, but there are {len(bank)} training images; use at most {len(bank)}"
+        )
+    same = overlap(bank, queries, seed)
     settings: dict[str, Any] = {
         "which": which,
         "metrics": sorted(metrics),
@@ -252,7 +266,9 @@ def evaluate(
     parts = json.dumps([FORMAT, settings, weights_hash(encoder), *images], sort_keys=True)
     key = hashlib.sha256(parts.encode()).hexdigest()[:16]
     if out is None and cfg is not None and len(set(metrics)) == 2:
-        out = path / "reports" / "evaluation.json"
+        out = path / "reports" / ("evaluation.json" if plain else f"evaluation-{key}.json")
+        if not plain:
+            log.info("other images or settings than the run's: the result goes to %s", out)
     if out is not None and not force:
         known = read_json(Path(out), {})
         if known.get("key") == key:
@@ -292,7 +308,7 @@ def evaluate(
             for i, feature in enumerate((CLS, MEAN))
         },
         "indicators": signs,
-        "warnings": _result_warnings(rows, signs, len(queries), encoder.embed_dim),
+        "warnings": same + _result_warnings(rows, signs, len(queries), encoder.embed_dim),
         "seconds": round(time.monotonic() - started, 1),
     }
     for line in result["warnings"]:

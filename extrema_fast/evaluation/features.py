@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -123,6 +126,48 @@ def labelled(train: ImageSource, test: ImageSource) -> ImageSource:
                 "a folder with one sub-folder per class, or a list file with 'path<tab>label' lines"
             )
     return match_classes(test, train)
+
+
+# test images whose bytes are looked for among the training images
+OVERLAP_IMAGES = 256
+
+
+def overlap(train: ImageSource, test: ImageSource, seed: int = 0) -> list[str]:
+    """A warning (or none) that test images are also training images: same file, or same bytes.
+
+    Looks at a keyed choice of at most 256 test images, and among the training images at those of the same size.
+    """
+    few = cap(test, OVERLAP_IMAGES, seed)
+    sizes = dict.fromkeys(map(few.size, range(len(few))))
+    by_size: dict[int, list[int]] = {}
+    for row in range(len(train)):
+        if (size := train.size(row)) in sizes:
+            by_size.setdefault(size, []).append(row)
+    digests: dict[int, bytes] = {}
+    found, first = 0, ""
+
+    def digest(source: ImageSource, row: int) -> bytes:
+        with suppress(OSError):
+            return hashlib.sha256(source.read(row)).digest()
+        return os.urandom(32)
+
+    for row in range(len(few)):
+        candidates = by_size.get(few.size(row), [])
+        if not candidates or few.size(row) <= 0:
+            continue
+        own = digest(few, row)
+        for other in candidates:
+            if other not in digests:
+                digests[other] = digest(train, other)
+            if digests[other] == own:
+                found, first = found + 1, first or few.title(row)
+                break
+    if not found:
+        return []
+    return [
+        f"{found} of {len(few)} test images looked at are training images too, first: {first}: k-NN and probe "
+        "are better than they should be; give test images that are not among the training images"
+    ]
 
 
 def load_batch(

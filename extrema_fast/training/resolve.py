@@ -10,7 +10,7 @@ import torch
 from .. import config
 from ..config import Config, ModelConfig
 from ..data.loader import choose_loader, decoding_threads
-from ..errors import UsageError
+from ..errors import UsageError, counted
 from ..models.extrema import ExtreMA
 from ..ops import dispatch as ops
 from .optim import Schedule
@@ -160,12 +160,13 @@ def derived(cfg: Config, processes: int = 1, images: int | None = None) -> dict[
     }
 
 
-def headline(cfg: Config, resolved: Resolved, processes: int, images: int) -> str:
+def headline(cfg: Config, resolved: Resolved, processes: int, images: int, classes: int = 0) -> str:
     """The run in three lines: what is trained on how many images an epoch, batch and rate, how it is computed."""
     v, r = derived(cfg, processes, images), resolved
+    among = f" in {counted(classes, 'class')}" if classes else ""
     factors = f"{processes} x {cfg.train.accumulation} x {v['local_batch']}"
     return (
-        f"{cfg.data.train}: {images} images, {cfg.train.epochs} epochs of {v['steps_per_epoch']} steps; "
+        f"{cfg.data.train}: {images} images{among}, {cfg.train.epochs} epochs of {v['steps_per_epoch']} steps; "
         f"{cfg.mask.views} views of {v['num_keep']} of {v['num_patches']} tokens; {cfg.head.loss}, "
         f"{r.precision} on {r.device}, {r.loader} loader\n"
         f"batch {cfg.train.batch_size} (processes x micro-batches x images = {factors}), "

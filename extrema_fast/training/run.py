@@ -150,7 +150,10 @@ def open_test(cfg: Config) -> ImageSource | None:
     """Images for the evaluations while training; None when there are none or they are switched off."""
     if not cfg.eval.every_epochs or not (cfg.data.test or cfg.data.train in BUILT_IN):
         return None
-    return open_source(cfg.data.test or cfg.data.train, "test")
+    source = open_source(cfg.data.test or cfg.data.train, "test")
+    if source.labels is None:
+        log.warning("data.test %s: images without labels: evaluations leave out k-NN", source.name)
+    return source
 
 
 def build(cfg: Config, world: World, source: ImageSource) -> Run:

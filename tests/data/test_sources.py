@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import unicodedata
 
 import pytest
 import torch
@@ -196,9 +197,9 @@ def test_bad_lists(tmp_path):
     listing.write_text("a.png\nb.png\nc.png\n")
     fails(listing, rf"2 of 3 files do not exist, first: {tmp_path}/b\.png$")
     listing.write_text("import this\n")
-    fails(listing, r"1 of 1 files do not exist, .*; is it a list of images\?")
+    fails(listing, r"no file that it lists exists .*'import this'")
     listing.write_text("a.png\tx\n\na.png\n")
-    fails(listing, r"line 3: expected a path and a label as in line 1 \(tab between\), got 1 fields")
+    fails(listing, r"line 3: expected a path and a label as in line 1, got 1 fields")
     listing.write_text("a.png\na.png\tx\n")
     fails(listing, "line 2: expected a path as in line 1")
     listing.write_text("a.png\t\n")
@@ -230,3 +231,49 @@ def test_broken_links_and_empty_files(tmp_path, caplog):
 def test_bad_arguments(tree):
     fails(tree, "split: expected 'train' or 'test', got 'dev'", split="dev")
     fails(tree, r"data\.limit: expected 0 \(all\) or more, got -1", limit=-1)
+
+
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [
+        ("a b.png\nc.png\n", []),
+        ("a b.png\tdog\nc.png\tcat\n", ["cat", "dog"]),
+        ("a b.png 1\r\nc.png 0\r\n", ["0", "1"]),
+        ('"a b.png",dog\nc.png,cat\n', ["cat", "dog"]),
+        ("path,label\na b.png,dog\nc.png,cat\n", ["cat", "dog"]),
+        ("filename;class\r\na b.png;1\r\nc.png;0\r\n", ["0", "1"]),
+        ("path\tlabel\na b.png\tdog\nc.png\tcat\n", ["cat", "dog"]),
+    ],
+)
+def test_common_list_formats(tmp_path, text, classes):
+    for name in ("a b.png", "c.png"):
+        image(tmp_path / name)
+    (tmp_path / "list.txt").write_text(text)
+    source = open_source(str(tmp_path / "list.txt"))
+    assert [os.path.basename(p) for p in source.paths] == ["a b.png", "c.png"] and source.classes == classes
+    assert source.labels is None or source.labels.tolist() == [1, 0]
+
+
+def test_a_list_of_an_unknown_format_shows_its_first_line(tmp_path):
+    (tmp_path / "list.txt").write_text("a.png|dog\nb.png|cat\n")
+    with pytest.raises(UsageError, match=r"a\.png\|dog.*one path per line"):
+        open_source(str(tmp_path / "list.txt"))
+
+
+def test_names_in_another_unicode_form(tmp_path):
+    image(tmp_path / unicodedata.normalize("NFD", "café.png"))
+    (tmp_path / "list.txt").write_text(unicodedata.normalize("NFC", "café.png\t0\n"), encoding="utf-8")
+    source = open_source(str(tmp_path / "list.txt"))
+    assert len(source.read(0)) > 0
+
+
+def test_a_folder_around_the_class_folders_and_kinds_left_out_are_named(tmp_path, caplog):
+    for name in ("imgs/a/1.png", "imgs/b/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        image(tmp_path / name)
+    (tmp_path / "imgs/a/3.heic").write_bytes(b"x")
+    (tmp_path / "imgs/a/notes.txt").write_bytes(b"x")
+    source = open_source(str(tmp_path))
+    assert source.classes == ["imgs"]
+    assert f"did you mean {tmp_path / 'imgs'}?" in caplog.text and "left out 1 image of" in caplog.text
+    assert ".heic 1" in caplog.text and "txt" not in caplog.text

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -392,8 +393,32 @@ def test_what_cannot_be_evaluated_is_named(run, images, tmp_path):
         ((weights, train), {}, "no test images"),
         ((run, f"{train}/a", str(images / "test")), {}, "images without labels"),
         ((run, train, str(other)), {}, "zebra"),
+        ((run, str(other), str(other)), {}, r"one class \(zebra\)"),
+        ((run,), {"k": 31}, "30 training images; use at most 30"),
     ):
         with pytest.raises(UsageError, match=words):
             evals.evaluate(*args, **options)
     # one folder that holds both parts is enough
     assert evals.evaluate(weights, str(images), metrics=("knn",), device="cpu")["counts"]["test"] == 15
+
+
+def test_a_partial_evaluation_has_a_file_of_its_own(run):
+    whole = evals.evaluate(run, device="cpu")
+    part = evals.evaluate(run, device="cpu", max_test=6)
+    assert part["counts"]["test"] == 6 and evals.evaluate(run, device="cpu") == whole
+    files = sorted(f.name for f in (run / "reports").iterdir())
+    assert files == [f"evaluation-{part['key']}.json", "evaluation.json"]
+    # a limit that leaves out nothing is no limit
+    evals.evaluate(run, device="cpu", max_test=100)
+    assert len(list((run / "reports").iterdir())) == 2
+
+
+def test_test_images_among_the_training_images_are_noticed(run, images, tmp_path):
+    train, test = str(images / "train"), tmp_path / "test"
+    assert not evals.overlap(open_source(train), open_source(str(images / "test")))
+    shutil.copytree(images / "test", test)
+    shutil.copy(images / "train" / "b" / "03.png", test / "b" / "copy.png")
+    assert "1 of 16 test images" in evals.overlap(open_source(train), open_source(str(test)))[0]
+    result = evals.evaluate(run, train, train, metrics=("knn",), device="cpu")
+    assert "30 of 30 test images" in result["warnings"][0]
+    assert "WARNING: 30 of 30" in evals.format_table(result)
