@@ -166,7 +166,8 @@ def headline(cfg: Config, resolved: Resolved, processes: int, images: int, class
     among = f" in {counted(classes, 'class')}" if classes else ""
     factors = f"{processes} x {cfg.train.accumulation} x {v['local_batch']}"
     return (
-        f"{cfg.data.train}: {images} images{among}, {cfg.train.epochs} epochs of {v['steps_per_epoch']} steps; "
+        f"{cfg.data.train}: {images} images{among}, {counted(cfg.train.epochs, 'epoch')} of "
+        f"{v['steps_per_epoch']} steps; "
         f"{cfg.mask.views} views of {v['num_keep']} of {v['num_patches']} tokens; {cfg.head.loss}, "
         f"{r.precision} on {r.device}, {r.loader} loader\n"
         f"batch {cfg.train.batch_size} (processes x micro-batches x images = {factors}), "
