@@ -622,8 +622,9 @@ def _kernels(p: _Parser, args: list[str]) -> None:
     o = p.options(args, progress=False)
     import torch
 
-    from .kernels import tune
+    from .kernels import _cache, tune
     from .ops import dispatch as ops
+    from .ops import measure
 
     device = o["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -631,8 +632,12 @@ def _kernels(p: _Parser, args: list[str]) -> None:
     except RuntimeError:
         raise UsageError(f"--device: {device!r} is no device; use cpu or cuda") from None
     rows, chosen = tune.describe(device), ops.choices(device)
+    there = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    measured = measure.describe(device, ("attention", *ops.GPU_RULE)) if there else []
     if o["json"]:
-        print(json.dumps({"device": device, "kernels": rows, "choices": chosen}, indent=1))
+        print(
+            json.dumps({"device": device, "kernels": rows, "choices": chosen, "measured": measured}, indent=1)
+        )
         return
     print(tune.headline(device))
     for row in rows:
@@ -642,6 +647,13 @@ def _kernels(p: _Parser, args: list[str]) -> None:
     for op, c in chosen.items():
         names = ", ".join(ops.IMPLEMENTATIONS[op])
         print(f"  {op:<{width}}  {c['implementation']}: {c['reason']} (of {names})")
+    if there:
+        settings = ", ".join(f"{row['op']} {row['tuned']}" for row in rows if row["tuned"]) or "none"
+        print(f"\nmeasured on this GPU with these versions ({_cache.folder()}); launch settings: {settings}")
+        print(
+            "\n".join(f"  {line}" for line in measured)
+            or "  nothing yet; a run measures, and `extrema-fast tune`"
+        )
 
 
 @_command("profile paper_small_80x5 --train.batch-size 16 --steps 3")
@@ -671,11 +683,32 @@ def _profile(p: _Parser, args: list[str]) -> None:
         print(f"{out}: trace.json.gz (ui.perfetto.dev), profile.json, profile.txt")
 
 
-@_command("tune --op short_attention")
+@_command("tune paper_base_80x5")
 def _tune(p: _Parser, args: list[str]) -> None:
-    """Measure launch settings of the Triton kernels on this GPU."""
-    from .kernels import tune
+    """Measure a run's ops on this GPU now, and launch settings of the kernels; results go to the cache."""
+    p.add("--op", nargs="*", default=[], metavar="OP", help="folders of kernels (default: all)")
+    p.quiet()
+    given = _configure(p, args)
+    _set_up_logging(given.ours.progress)
+    from .distributed import pick_device
+    from .kernels._spec import OPS
+    from .ops import measure
+    from .training.resolve import resolve
 
-    code = tune.main(args)
-    if code:
-        raise SystemExit(code)
+    for op in given.ours.op:
+        if op not in OPS:
+            raise UsageError(f"--op: no op {op!r}{did_you_mean(op, list(OPS))}")
+    device = pick_device(given.cfg.system.device)
+    if device.type != "cuda":
+        raise UsageError(
+            "tune: needs a CUDA device, and this PyTorch sees none; on a CPU nothing is measured"
+        )
+    found: dict[str, measure.Choice] = {}
+
+    def choose(problems: list[measure.Problem]) -> dict[str, measure.Choice]:
+        found.update(measure.tune_and_measure(problems, str(device), given.ours.op))
+        return found
+
+    resolve(given.cfg, device, choose=choose)
+    for name, choice in found.items():
+        print(f"{name}: {choice.implementation or 'the fixed rule'}, {choice.reason}")

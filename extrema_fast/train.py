@@ -89,7 +89,7 @@ def pretrain(
             return out
         source = world.rank_zero_first(lambda: open_train(cfg))
         test = world.rank_zero_first(lambda: open_test(cfg))
-        run = build(cfg, world, source)
+        run = build(cfg, world, source, continued=not overwrite)
         if init_from is not None:
             init_weights(run, init_from, overwrite)
         with world.rank_zero_only(lambda: RunFolder(out, overwrite=overwrite)) or nullcontext() as folder:

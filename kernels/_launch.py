@@ -6,11 +6,9 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +46,21 @@ def _too_old(device: torch.device) -> str:
     return "" if major >= 8 else f"compute capability {major}.{minor}; kernels need 8.0 or newer"
 
 
+@functools.cache
+def _broken(device: torch.device) -> str:
+    """Why Triton cannot compile and start a kernel on a GPU; empty when it can."""
+    # the first use in a capture is too late; the answer must be there before
+    from . import _probe
+
+    try:
+        _probe.run(device)
+    except Exception as error:
+        # whatever the compiler, its own C compiler or the driver says
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return f"Triton cannot compile a kernel here ({reason}); it needs a C compiler (gcc) and a driver that fits"
+    return ""
+
+
 def can_run(device: torch.device | str) -> tuple[bool, str]:
     """Whether Triton kernels run on tensors of a device.
 
@@ -61,8 +74,8 @@ def can_run(device: torch.device | str) -> tuple[bool, str]:
         return False, "Triton is not installed"
     device = torch.device(device)
     if device.type == "cuda":
-        old = _too_old(device) if torch.cuda.is_available() else ""
-        return not old, old or "Triton on a CUDA device"
+        reason = (_too_old(device) or _broken(device)) if torch.cuda.is_available() else ""
+        return not reason, reason or "Triton on a CUDA device"
     if device.type == "cpu" and INTERPRET:
         return True, "Triton's interpreter (TRITON_INTERPRET=1)"
     return False, f"no Triton kernels on {device.type}"
@@ -228,11 +241,11 @@ class Launch:
 
 @dataclass
 class Recording:
-    """Launches, and the settings that were read: (op, key)."""
+    """Launches, and the settings that were read: (op, key, settings)."""
 
     run: bool
     launches: list[Launch] = field(default_factory=list)
-    keys: list[tuple[str, str]] = field(default_factory=list)
+    keys: list[tuple[str, str, dict[str, int]]] = field(default_factory=list)
 
 
 _recording: Recording | None = None
@@ -268,41 +281,14 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **optio
 # ---- launch settings ------------------------------------------------------------------------------
 
 
-def device_name(device: torch.device | str) -> str:
-    """The name of a file of settings: `nvidia-h200`."""
-    return torch.cuda.get_device_name(device).lower().replace(" ", "-")
-
-
-def settings_file(op: str, device: str, folder: Path | str | None) -> Path:
-    """The file of an op's settings for the GPU called `device`, in `folder` or in the package."""
-    return (Path(folder) / op if folder else Path(__file__).parent / op / "configs") / f"{device}.json"
-
-
 @functools.cache
-def _entries(op: str, device: str, extra: str) -> dict[str, dict]:
-    found: dict[str, dict] = {}
-    for folder in (None, extra) if extra else (None,):
-        file = settings_file(op, device, folder)
-        if file.is_file():
-            found |= read_entries(file)
-    return found
+def tuned(op: str, device: str) -> dict[str, dict[str, int]]:
+    """The settings that `extrema-fast tune` kept of an op for a GPU (`cuda:0`) and these versions, by `config_key`."""
+    # it reads the version of the op, whose spec imports this module
+    from . import _cache
 
-
-def read_entries(file: Path) -> dict[str, dict]:
-    """The entries of a file of settings; a ValueError names a file that is none."""
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
-        return {key: {**entry, "config": dict(entry["config"])} for key, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file}: no file of launch settings ({type(error).__name__}: {error}); delete it, or write it "
-            "again with `extrema-fast tune`"
-        ) from None
-
-
-def entries(op: str, device: str) -> dict[str, dict]:
-    """Measured settings of an op for the GPU called `device`, those of EXTREMA_FAST_CONFIG_DIR among them."""
-    return _entries(op, device, os.environ.get("EXTREMA_FAST_CONFIG_DIR", ""))
+    found = [(k.get("launch"), v.get("config")) for k, v in _cache.entries(device, op)]
+    return {k: c for k, c in found if isinstance(k, str) and isinstance(c, dict)}
 
 
 _forced: list[tuple[str, str, dict[str, int]]] = []
@@ -319,21 +305,16 @@ def forced(op: str, config: dict[str, int], key: str = "") -> Iterator[None]:
 
 
 def settings(op: str, key: str, device: torch.device, default: dict[str, int]) -> dict[str, int]:
-    """Blocks, warps and stages of one shape, whose entry in files of settings is `key` (`config_key`).
-
-    On a GPU, measured entries override the default: those of `kernels/OP/configs/DEVICE.json`, then those of
-    `OP/DEVICE.json` in EXTREMA_FAST_CONFIG_DIR.
-    """
-    if _recording is not None:
-        _recording.keys.append((op, key))
-    measured = entries(op, device_name(device)).get(key, {}) if device.type == "cuda" else {}
-    chosen = default | measured.get("config", {})
+    """Blocks, warps and stages of one shape (`config_key`): on a GPU what tuning found there, else the default."""
+    chosen = default | (tuned(op, str(device)).get(key, {}) if device.type == "cuda" else {})
     for name, wanted, config in _forced:
         if name == op and wanted in ("", key):
             chosen = chosen | config
+    if _recording is not None:
+        _recording.keys.append((op, key, chosen))
     return chosen
 
 
 def config_key(direction: str, dtype: torch.dtype, **sizes: int) -> str:
-    """`bwd|bf16|D768|H12|n64`: the entry in a file of settings."""
+    """`bwd|bf16|D768|H12|n64`: the name of the settings of a shape."""
     return "|".join([direction, DTYPE_NAMES[dtype], *(f"{k}{v}" for k, v in sizes.items())])

@@ -1,23 +1,13 @@
-"""The commands `kernels` (what runs here) and `tune`; nothing is tuned while training.
-
-For every measured case of an op, each setting of its `space` is first compared with the plain definition in fp64
-and refused if its kernels spill registers, then timed inside a CUDA graph. The fastest goes to
-kernels/<op>/configs/<device>.json, or to FOLDER/<op>/<device>.json (read through EXTREMA_FAST_CONFIG_DIR).
-"""
+"""Is an implementation right, how fast is it, and with which launch settings of its kernel is it faster?"""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
 import re
-import statistics
-import sys
+import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +45,7 @@ def describe(device: str) -> list[dict]:
             "public": list(s.public),
             "runs": runs,
             "reason": why,
-            "tuned": len(_launch.entries(s.name, _launch.device_name(device))) if on_gpu else 0,
+            "tuned": len(_launch.tuned(s.name, device)) if on_gpu else 0,
         }
         for s in map(spec, OPS)
     ]
@@ -138,11 +128,12 @@ class _Check:
         """Its outputs and gradients on these rows."""
         return run_case(self.case, self.args, provider, self.rows, self.batch)
 
-    def worst(self, results: tuple[Tensor, ...]) -> float:
-        """The largest error as a share of what is allowed: twice torch's in this dtype plus a floor."""
+    def worst(self, results: tuple[Tensor, ...]) -> tuple[float, str]:
+        """The largest error as a share of what is allowed, twice torch's in this dtype plus a floor; and of what."""
         exact = [e.detach().double() for e in self.exact]
+        gradients = sum(isinstance(a, Tensor) and a.requires_grad for a in self.args) * self.case.backward
         largest = max((float(e.abs().max()) for e in exact[1:] if e.numel()), default=0.0)
-        worst = 0.0
+        worst, where = 0.0, 0
         for i, (a, b, e) in enumerate(zip(results, self.torchs, exact, strict=True)):
             if not e.numel():
                 continue
@@ -151,8 +142,10 @@ class _Check:
             errors = [float((x.double() - e).abs().max()) / scale for x in (a, b)]
             limit = 2 * errors[1] + torch.finfo(self.dtype).eps + 2e-6
             # NaN is wrong
-            worst = max(worst, errors[0] / limit if errors[0] == errors[0] else float("inf"))
-        return worst
+            share = errors[0] / limit if errors[0] == errors[0] else float("inf")
+            if share > worst:
+                worst, where = share, i
+        return worst, "output" if where < len(exact) - gradients else "gradient"
 
 
 def _pick(x: Any, dim: int | None, rows: Tensor) -> Any:
@@ -164,7 +157,7 @@ def is_correct(
 ) -> tuple[bool, float]:
     """(Whether a provider's error against fp64 is within twice torch's in `dtype` plus a floor, its share of that)."""
     check = _Check(case, args, dtype)
-    worst = check.worst(check.run(provider))
+    worst, _ = check.worst(check.run(provider))
     return worst <= 1, worst
 
 
@@ -220,9 +213,9 @@ def fault(
         return "a kernel spills registers"
     # NaN differs from NaN
     if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
-        return "two runs differ, or give NaN"
-    worst = check.worst(second)
-    return "" if worst <= 1 else f"its error is {worst:.2g} times the allowed"
+        return "two runs differ, or its result has NaN"
+    worst, what = check.worst(second)
+    return "" if worst <= 1 else f"wrong {what}: {worst:.2g} times the allowed error"
 
 
 def capture(function: Callable[[], Any], warmup: int = 3, calls: int = 1) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -240,105 +233,110 @@ def capture(function: Callable[[], Any], warmup: int = 3, calls: int = 1) -> tup
     return graph, result
 
 
-def time_us(function: Callable[[], object], repeats: int = 30) -> list[float]:
-    """Microseconds per call, each a CUDA graph of 10 calls."""
-    graph, _ = capture(function, calls=10)
+def sampler(function: Callable[[], object], device: torch.device, calls: int = 10) -> Callable[[], float]:
+    """A function that gives the microseconds of a call; on a GPU of one of `calls` in a CUDA graph.
+
+    A function that cannot be captured is called as it is, so that its time has that of Python in it.
+    """
+    if device.type != "cuda":
+
+        def sample() -> float:
+            began = time.perf_counter()
+            function()
+            return 1e6 * (time.perf_counter() - began)
+
+        function()
+        return sample
+
+    def repeat() -> None:
+        for _ in range(calls):
+            function()
+
+    try:
+        replay = capture(function, calls=calls)[0].replay
+    except Exception:
+        torch.cuda.synchronize(device)
+        replay = repeat
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    out = []
-    for _ in range(repeats):
+
+    def replayed() -> float:
         begin.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
-        out.append(begin.elapsed_time(end) * 100)
-    return out
+        return 1e3 * begin.elapsed_time(end) / calls
+
+    replayed()
+    return replayed
 
 
 # ---- tuning ---------------------------------------------------------------------------------------
 
 
-def settings_to_try(s: Spec, key: str) -> list[dict[str, int]]:
-    """The settings of an op's `space` for a key such as `bwd|bf16|D768|H12`."""
+def forget() -> None:
+    """Has launches read the settings of the cache again."""
+    _launch.tuned.cache_clear()
+
+
+def settings_to_try(s: Spec, key: str, current: dict[str, int]) -> list[dict[str, int]]:
+    """Those settings of an op's `space` for a key such as `bwd|bf16|D768|H12` that are nearest to the current ones."""
     sizes = {name: int(size) for name, size in re.findall(r"\|([A-Za-z])(\d+)", key)}
-    return s.space(key.partition("|")[0], sizes) if s.space else []
+    space = s.space(key.partition("|")[0], sizes) if s.space else []
+    changes = [sum(current.get(name) != value for name, value in config.items()) for config in space]
+    nearest = min((n for n in changes if n), default=0)
+    return [config for config, n in zip(space, changes, strict=True) if n == nearest]
 
 
 def tune(
-    s: Spec, dtype: torch.dtype, device: str, timer: Callable[[Callable[[], object]], list[float]]
-) -> dict[str, dict]:
-    """The fastest settings that are correct and do not spill; `timer` gives microseconds of several calls."""
-    entries: dict[str, dict] = {}
-    for case in s.cases(device == "cpu"):
-        args = case.make(device, dtype, torch.Generator(device).manual_seed(0))
-        with _launch.recording() as first:
-            run_case(case, args, "ours")
-        keys = dict.fromkeys(key for op, key in first.keys if op == s.name)
-        for key, config in [(k, config) for k in keys for config in settings_to_try(s, k)]:
-            try:
-                with _launch.forced(s.name, config, key):
-                    with _launch.recording() as tried:
-                        correct, _ = is_correct(case, args, dtype)
-                    if not correct or any(getattr(x.compiled, "n_spills", 0) for x in tried.launches):
-                        continue
-                    p50 = statistics.median(timer(partial(run_case, case, args, "ours")))
-            except Exception as error:
+    s: Spec,
+    case: Case,
+    dtype: torch.dtype,
+    device: str,
+    clock: Callable[[Callable[[], object]], float],
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, dict[str, Any]]:
+    """Looks for faster launch settings of a case, changing one at a time as long as that helps.
+
+    Args:
+        clock: gives the microseconds of a call.
+        say: is told of settings that fail.
+
+    Returns:
+        For each `config_key` that its launches read: `config`, its `us`, and `default_us`. Every setting is checked by
+        `fault`; those that gain less than 3 % stay as they are.
+    """
+
+    def make() -> tuple:
+        return case.make(device, dtype, torch.Generator(device).manual_seed(0))
+
+    args = make()
+    ours = partial(run_case, case, args, "ours")
+    with _launch.recording() as first:
+        ours()
+    found: dict[str, dict[str, Any]] = {}
+    tried: set[tuple] = set()
+    for key, default in {key: config for op, key, config in first.keys if op == s.name}.items():
+        best, best_us = default, clock(ours)
+        default_us = best_us
+        while True:
+            before = best
+            for config in settings_to_try(s, key, best):
+                if (key, *config.items()) in tried:
+                    continue
+                tried.add((key, *config.items()))
+                try:
+                    with _launch.forced(s.name, config, key):
+                        why = fault(case, make, dtype)
+                        us = float("inf") if why else clock(ours)
                 # a setting that does not compile or fit is no candidate
-                print(f"  {key} {config}: {type(error).__name__}", file=sys.stderr)
-                continue
-            if key not in entries or p50 < entries[key]["p50_us"]:
-                entries[key] = {"config": config, "p50_us": round(p50, 3), "case": case.label}
-    return entries
-
-
-def write(s: Spec, entries: dict[str, dict], device: str, out: Path | None) -> Path:
-    """Merges the entries into the device's file of settings and returns its path."""
-    import triton
-
-    file = _launch.settings_file(s.name, device, out)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    old = _launch.read_entries(file) if file.is_file() else {}
-    content = {
-        "device": device,
-        "triton": triton.__version__,
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        "entries": old | entries,
-    }
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return file
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command `tune`; 2 without a CUDA device."""
-    parser = argparse.ArgumentParser(
-        prog="extrema-fast tune",
-        description="Measures launch settings on this GPU and writes them as JSON.",
-        epilog="example: extrema-fast tune --op short_attention attention_pool --dtype bf16",
-    )
-    parser.add_argument("--op", nargs="*", choices=OPS, default=list(OPS))
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--out", type=Path, help="another folder than the package's")
-    parser.add_argument("--dry-run", action="store_true", help="only list the cases and the files")
-    args = parser.parse_args(argv)
-    if not args.dry_run and not torch.cuda.is_available():
-        print(
-            "tune: needs a CUDA device, and this PyTorch sees none; --dry-run lists the cases",
-            file=sys.stderr,
-        )
-        return 2
-    device = "<device>" if args.dry_run else _launch.device_name("cuda")
-    for s in map(spec, args.op):
-        if s.space is None:
-            print(f"{s.name}: nothing to tune")
-        elif args.dry_run:
-            labels = ", ".join(case.label for case in s.cases(False))
-            print(f"{s.name} -> {_launch.settings_file(s.name, device, args.out)}\n  {labels}")
-        elif entries := tune(s, DTYPES[args.dtype], "cuda", time_us):
-            print(f"{s.name}: {len(entries)} entries in {write(s, entries, device, args.out)}")
-        else:
-            print(f"{s.name}: no setting is correct")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+                except Exception as error:
+                    why, us = type(error).__name__, float("inf")
+                if why:
+                    say(f"{key} {config}: {why}")
+                if us < best_us:
+                    best, best_us = config, us
+            if best is before:
+                break
+        if best_us < 0.97 * default_us:
+            found[key] = {"config": best, "us": round(best_us, 3), "default_us": round(default_us, 3)}
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable
 
@@ -16,9 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..kernels import can_run
+from ..kernels import can_run, tune
+from ..kernels._spec import Case
 from ..kernels.short_attention import short_attention, short_attention_reference
 from ..kernels.short_attention.op import HEAD_DIMS, MAX_TOKENS, fits
+
+log = logging.getLogger(__name__)
 
 # a fixed order, because torch's own default has changed between versions
 SDPA_ORDER = [
@@ -64,6 +68,17 @@ def _xformers(qkv: Tensor) -> Tensor:
 
     # views [R, n, H, d]: xformers reads any strides with a dense last axis
     return memory_efficient_attention(*qkv.unbind(2))
+
+
+@functools.cache
+def settle_sdpa_order(device: torch.device) -> None:
+    """Has torch set its own order of SDPA kernels, which it does at its first choice.
+
+    If that were inside `sdpa_kernel`, it would replace the order asked for there, and stay.
+    """
+    if device.type == "cuda" and torch.cuda.is_available():
+        x = torch.zeros(1, 1, 8, 64, device=device, dtype=torch.float16)
+        torch._fused_sdp_choice(x, x, x)
 
 
 class _Matmul(torch.autograd.Function):
@@ -161,15 +176,21 @@ def longest(name: str, device: torch.device, dtype: torch.dtype, d: int) -> int:
 # ---- what can run ---------------------------------------------------------------------------------
 
 
+# (name, dtype, head_dim, with a backward pass) -> what `measure` found; none of these is tried in this process
+left_out: dict[tuple[str, torch.dtype, int, bool], str] = {}
+
+
 @functools.cache
 def unsupported(name: str, device: torch.device, dtype: torch.dtype, n: int, d: int, train: bool) -> str:
     """Why a backend cannot run sequences of `n` tokens at head_dim `d` here; empty when it can.
 
     On a GPU a backend without a known reason is tried on a few tokens, so this may take a moment.
     """
-    if reason := missing(name, device, dtype, n, d):
+    if name in ANYWHERE:
+        return ""
+    if reason := left_out.get((name, dtype, d, train), "") or missing(name, device, dtype, n, d):
         return reason
-    if device.type != "cuda" or name in ANYWHERE:
+    if device.type != "cuda":
         return ""
     generator = torch.Generator(device).manual_seed(0)
     qkv = torch.randn(2, n, 3, 2, d, device=device, generator=generator).to(dtype)
@@ -177,27 +198,22 @@ def unsupported(name: str, device: torch.device, dtype: torch.dtype, n: int, d: 
 
 
 def trial(backend: Callable[[Tensor], Tensor], qkv: Tensor, train: bool) -> str:
-    """Why a backend cannot be used, found by comparing it with the plain formula in fp32; empty when it can."""
-
-    def run(attention: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
-        # a clone is no inference tensor
-        x = x.detach().clone().requires_grad_(train)
-        out = attention(x)
-        return [out.detach(), *(torch.autograd.grad(out, x, out.detach()) if train else ())]
-
+    """Why a backend cannot be used, found on these values by the rule of `kernels.tune.fault`; empty when it can."""
+    case = Case(
+        "",
+        lambda *_: (qkv.detach().clone().requires_grad_(train),),
+        {"reference": short_attention_reference},
+        bytes_fwd=0,
+        backward=train,
+        row_dims={0: 0},
+    )
     try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(qkv.device.type, enabled=False),
-        ):
-            pairs = zip(run(backend, qkv), run(short_attention_reference, qkv.float()), strict=True)
-            # rounding of bf16 is below 1 %
-            wrong = [not (got.float() - want).norm() <= 0.03 * want.norm() for got, want in pairs]
+        # a clone is no inference tensor
+        with torch.inference_mode(False), torch.autocast(qkv.device.type, enabled=False):
+            return tune.fault(case, case.make, qkv.dtype, backend)
     except Exception as error:
         # whatever a library raises for what it cannot do
         return f"{type(error).__name__}: {_first_line(error)}"
-    return f"it gives a wrong {'output' if wrong[0] else 'gradient'} here" if any(wrong) else ""
 
 
 def missing(name: str, device: torch.device, dtype: torch.dtype, n: int, d: int) -> str:
@@ -229,17 +245,31 @@ def missing(name: str, device: torch.device, dtype: torch.dtype, n: int, d: int)
     return ""
 
 
+@functools.cache
 def _xformers_missing() -> str:
+    """Imports xformers; why its attention cannot be used, empty when trying it decides."""
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed (pip install 'extrema-fast[xformers]')"
     try:
-        from xformers import _cpp_lib
+        lib = importlib.import_module("xformers._cpp_lib")
     except Exception:
-        # another version's layout: trying it decides
-        return ""
-    error = getattr(_cpp_lib, "_cpp_library_load_exception", None)
-    # without its C++ library xformers refuses every operator and does not say why
-    return f"xformers' C++ library does not load with this PyTorch ({_first_line(error)})" if error else ""
+        # another version's layout
+        lib = None
+    error = getattr(lib, "_cpp_library_load_exception", None)
+    cause = f"its C++ library does not load with this PyTorch ({_first_line(error)})"
+    if error is not None and hasattr(lib, "_built_with_cuda"):
+        # then every operator is refused, although those that run here are torch's own; the flag is copied at the
+        # import of xformers.ops, which somebody may have done
+        for module in (lib, sys.modules.get("xformers.ops.fmha.common")):
+            if module is not None:
+                module._built_with_cuda = True  # type: ignore[attr-defined]
+        log.info("xformers: %s; torch's kernels run in its place", cause)
+        error = None
+    try:
+        importlib.import_module("xformers.ops")
+    except Exception as problem:
+        return f"xformers.ops cannot be imported ({_first_line(problem)})"
+    return f"xformers refuses every operator: {cause}" if error else ""
 
 
 def _first_line(error: object) -> str:
@@ -279,7 +309,7 @@ CUDA_RULE: Plan = ((MAX_TOKENS, "short"), (MAX_TOKENS, "efficient"), (ANY, "xfor
 
 
 def auto_plan(device: torch.device, dtype: torch.dtype, d: int, train: bool) -> tuple[Plan, str]:
-    """What `auto` takes: (plan, reason in words). The one place to replace by measurements on the user's GPU."""
+    """What `auto` takes where nothing was measured: (plan, reason in words)."""
     if device.type == "cpu" and d == 64 and (dtype, train) in CPU_RULE:
         return CPU_RULE[dtype, train], "the fastest measured on a CPU"
     if device.type != "cuda":
@@ -298,6 +328,21 @@ def auto_plan(device: torch.device, dtype: torch.dtype, d: int, train: bool) -> 
         steps.append((most, name))
         reached = most
     return tuple(steps), "the fixed rule for a GPU" + (f"; left out: {'; '.join(skipped)}" if skipped else "")
+
+
+def candidates(device: torch.device, dtype: torch.dtype, n: int, d: int) -> tuple[str, ...]:
+    """Backends that may run `n` tokens on a GPU, as far as can be said without trying; what the rule takes first."""
+    rule = [name for most, name in CUDA_RULE if n <= most]
+    others = [name for name in BACKENDS if name not in ("math", "reference")]
+    return tuple(x for x in dict.fromkeys(rule + others) if not missing(x, device, dtype, n, d))
+
+
+def with_choice(plan: Plan, n: int, name: str) -> Plan:
+    """The plan with another backend at exactly `n` tokens."""
+    if at(plan, n) == name:
+        return plan
+    below = tuple(step for step in plan if step[0] < n - 1) + (((n - 1, at(plan, n - 1)),) if n > 1 else ())
+    return (*below, (n, name), *(step for step in plan if step[0] > n))
 
 
 def named_plan(

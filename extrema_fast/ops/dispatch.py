@@ -5,6 +5,10 @@ one name for all ops that have it (`reference`, `triton`) or a list (`attention=
 choice is made once and logged once with its reason. An implementation asked for by name that cannot run is an error,
 never a silent fallback. State-dict keys never depend on the choice.
 
+`auto` follows a fixed rule on a CPU. On a GPU it takes what was measured there: before a run (`use`), else what the
+cache holds of earlier measurements (`extrema_fast.ops.measure`), else the fixed rule for a GPU. `fixed` is that rule
+without measurements, and so is `auto` where torch's deterministic algorithms are asked for.
+
 Self-attention's choice depends on dtype, head_dim and sequence length, so it is a plan (`extrema_fast.ops.attention`).
 Its setting may also come from `Encoder.set_attention` (`system.attention`), which EXTREMA_FAST_BACKEND overrides where
 it names attention, and which overrides `set_backend`.
@@ -16,15 +20,18 @@ import contextlib
 import logging
 import operator
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import did_you_mean
-from ..errors import UsageError
+from ..errors import UsageError, is_out_of_memory, one_line
 from ..kernels import can_run
+from ..kernels._launch import HAS_TRITON
+from ..kernels._spec import Sizes, spec
 from ..kernels.adamw_ema import AdamWEma
 from ..kernels.attention_pool import PoolWeights, attention_pool_absorbed, attention_pool_reference
 from ..kernels.attention_pool import attention_pool as attention_pool_triton
@@ -36,8 +43,9 @@ from ..kernels.sample_views import sample_views as sample_views_triton
 from ..kernels.sample_views import sample_views_reference
 from ..kernels.token_gather import token_gather as token_gather_triton
 from ..kernels.token_gather import token_gather_reference
+from ..kernels.tune import DTYPES
 from . import attention as backends
-from . import optimizers
+from . import measure, optimizers
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +59,31 @@ def _without_stats(pool: Callable) -> Callable:
     return run
 
 
-# op -> implementation name -> function; the first entry is what `auto` takes, for the reason below
+def _compiled(function: Callable, plain: Callable) -> Callable:
+    """A function under torch.compile, or what runs in its place where that fails, which is said once."""
+    # made at the first call: torch.compile imports the compiler
+    made: list[Callable] = []
+
+    def run(*args, **options):
+        if torch.compiler.is_compiling():
+            return function(*args, **options)
+        if not made:
+            made.append(torch.compile(function, dynamic=False))
+        try:
+            return made[0](*args, **options)
+        except Exception as error:
+            if is_out_of_memory(error) or made[0] is plain:
+                raise
+            log.warning(
+                "op %s: cannot be compiled here (%s), so it is slow", function.__name__, one_line(error)
+            )
+            made[0] = plain
+        return plain(*args, **options)
+
+    return run
+
+
+# op -> implementation name -> function; the first entry is the fixed rule for a CPU
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "attention": {
         "auto": lambda qkv: attention(qkv),
@@ -68,6 +100,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "token_gather": {"reference": token_gather_reference, "triton": token_gather_triton},
     "color_views": {
         "plain": color_views_plain,
+        "compiled": _compiled(color_views_reference, color_views_plain),
         "reference": color_views_reference,
         "triton": color_views_triton,
     },
@@ -75,16 +108,17 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "adamw_ema": optimizers.ADAMW,
     "lamb": optimizers.LAMB,
 }
-REASONS = {
-    "attention": "a fixed rule per device, dtype, head_dim and tokens",
-    "attention_pool": "same result as the reference, fewer multiplications",
-    "patch_gather": "plain torch",
-    "token_gather": "plain torch",
-    "color_views": "plain torch, image by image on a CPU",
-    "sample_views": "plain torch",
-    "adamw_ema": "torch's fused AdamW, then the EMA update",
-    "lamb": "torch's fused Adam update, then one scale per tensor",
+# the fixed rule for a GPU: the first of these that can run; and what is measured there. An op that is not here takes
+# the first of its implementations, attention its own rule
+GPU_RULE: dict[str, tuple[str, ...]] = {
+    "attention_pool": ("triton", "absorbed"),
+    "patch_gather": ("triton", "reference"),
+    "color_views": ("triton", "compiled", "plain"),
+    "sample_views": ("triton", "reference"),
+    "adamw_ema": ("triton", "fused"),
 }
+# types of devices whose cache and rule these are
+MEASURED_ON = ("cuda",)
 # apex's class for an op
 APEX = {"adamw_ema": "FusedAdam", "lamb": "FusedLAMB"}
 
@@ -92,6 +126,8 @@ _setting = "auto"
 _fallback_allowed = False
 # (op, device type) -> (implementation, reason); ("attention", setting, ...) -> (plan, reason)
 _chosen: dict[tuple, tuple] = {}
+# what was measured for this run: op -> choice; (dtype, head_dim, with a backward pass, tokens) -> attention's
+_measured: dict[Any, measure.Choice] = {}
 
 
 # ---- the setting ----------------------------------------------------------------------------------
@@ -103,6 +139,7 @@ def set_backend(setting: str) -> None:
     _parse(setting)
     _setting = setting
     _chosen.clear()
+    _measured.clear()
 
 
 def _parse(setting: str) -> dict[str, str]:
@@ -110,17 +147,18 @@ def _parse(setting: str) -> dict[str, str]:
     words = [p.strip() for p in setting.split(",") if p.strip()] or ["auto"]
     if len(words) == 1 and "=" not in words[0]:
         name = words[0]
-        known = {"auto"} | {n for names in IMPLEMENTATIONS.values() for n in names}
+        known = {"auto", "fixed"} | {n for names in IMPLEMENTATIONS.values() for n in names}
         if name not in known:
             raise UsageError(f"backend: unknown implementation {name!r}{did_you_mean(name, list(known))}")
         # ops that lack it keep their default
-        return {op: name for op, names in IMPLEMENTATIONS.items() if name in names and name != "auto"}
+        ops = IMPLEMENTATIONS.items() if name != "auto" else ()
+        return {op: name for op, names in ops if name in names or name == "fixed"}
     wanted = {}
     for word in words:
         op, _, name = word.partition("=")
         if op not in IMPLEMENTATIONS:
             raise UsageError(f"backend: unknown op {op!r}{did_you_mean(op, list(IMPLEMENTATIONS))}")
-        if name != "auto" and name not in IMPLEMENTATIONS[op]:
+        if name not in ("auto", "fixed", *IMPLEMENTATIONS[op]):
             raise UsageError(f"backend: {op} has no {name!r}{did_you_mean(name, list(IMPLEMENTATIONS[op]))}")
         wanted[op] = name
     return wanted
@@ -158,9 +196,11 @@ def unsupported(op: str, name: str, device: torch.device | str) -> str:
     if name == "triton":
         runs, reason = can_run(device)
         return "" if runs else reason
+    if name == "compiled" and device.type == "cuda" and not HAS_TRITON:
+        return "torch.compile needs Triton on a GPU, which is not installed"
     if name == "apex":
         return optimizers.find_apex(APEX[op], device.type)[1]
-    if op == "attention" and name != "auto":
+    if op == "attention" and name not in ("auto", "fixed"):
         # whatever dtype and length will be
         return backends.missing(name, device, torch.bfloat16, 1, 64)
     return ""
@@ -175,8 +215,8 @@ def choice(op: str, device: torch.device | str = "cpu", *, say: bool = True) -> 
     kind = torch.device(device).type
     if (op, kind) not in _chosen:
         name, requested_by = _requested(op)
-        if name == "auto":
-            name, why = _auto(op, kind)
+        if name in ("auto", "fixed"):
+            name, why = _auto(op, kind, name == "fixed")
         elif reason := unsupported(op, name, kind):
             raise _error(op, name, requested_by, kind, reason)
         else:
@@ -188,14 +228,110 @@ def choice(op: str, device: torch.device | str = "cpu", *, say: bool = True) -> 
     return _chosen[op, kind]
 
 
-def _auto(op: str, kind: str) -> tuple[str, str]:
-    name, why = next(iter(IMPLEMENTATIONS[op])), REASONS[op]
+def _auto(op: str, kind: str, fixed: bool) -> tuple[str, str]:
+    measured = None if fixed else _measured.get(op) or _known(op, kind)
+    if measured and measured.implementation and not unsupported(op, measured.implementation, kind):
+        return measured.implementation, measured.reason
     if op == "lamb" and kind in optimizers.APEX_DEVICES:
         reason = unsupported(op, "apex", kind)
-        return (name, f"{why}; {reason}") if reason else ("apex", "apex's FusedLAMB was found to work here")
-    if op != "attention" and kind == "cuda" and not unsupported(op, "triton", kind):
-        why += "; no record shows that the Triton kernel is faster on this GPU"
-    return name, why
+        return ("foreach", reason) if reason else ("apex", "apex's FusedLAMB was found to work here")
+    skipped: list[str] = []
+    for name in GPU_RULE.get(op, ()) if kind in MEASURED_ON else ():
+        reason = (measured.out.get(name, "") if measured else "") or unsupported(op, name, kind)
+        if not reason:
+            return name, "; ".join(["the fixed rule for a GPU", *skipped])
+        skipped.append(f"not {name}: {reason}")
+    return next(iter(IMPLEMENTATIONS[op])), "; ".join([f"the fixed rule for {kind}", *skipped])
+
+
+def _measures(kind: str) -> bool:
+    """Whether measurements count on this type of device."""
+    there = kind in MEASURED_ON and (kind != "cuda" or torch.cuda.is_available())
+    return there and not torch.are_deterministic_algorithms_enabled()
+
+
+def _current(kind: str) -> str:
+    return f"{kind}:{torch.cuda.current_device() if kind == 'cuda' else 0}"
+
+
+def _known(op: str, kind: str) -> measure.Choice | None:
+    """What the cache holds of an op, if all measurements agree."""
+    there = _measures(kind) and op in GPU_RULE
+    found = [c for _, c in measure.known(op, _current(kind)) if c.implementation] if there else []
+    names = {c.implementation for c in found}
+    return measure.Choice(names.pop(), "measured here before") if len(names) == 1 else None
+
+
+# traced like the plans of attention below
+_auto._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# ---- measuring ------------------------------------------------------------------------------------
+
+
+def problems(
+    device: torch.device,
+    sizes: Sizes,
+    dtype: str,
+    *,
+    compiled: bool,
+    attention: tuple[str, str] = ("auto", "auto"),
+    unused: Collection[str] = (),
+) -> list[measure.Problem]:
+    """What `auto` has to choose for a training step on a GPU.
+
+    Args:
+        sizes: of the step.
+        dtype: `bf16` or `fp32`, of the matmuls.
+        compiled: blocks or the step are compiled.
+        attention: settings of the student's and the teacher's encoder.
+        unused: ops that the step does not have.
+    """
+    if not _measures(device.type):
+        return []
+    found = []
+    for label, setting in zip(("student", "teacher"), attention, strict=True):
+        if _requested("attention", setting)[0] == "auto":
+            p = measure.Problem("attention", label, "", (), sizes, dtype, compiled)
+            able = backends.candidates(device, DTYPES[dtype], *p.shape)
+            found.append(replace(p, default=able[0], candidates=able))
+    for op, names in GPU_RULE.items():
+        able = tuple(n for n in names if not unsupported(op, n, device))
+        if able and op not in unused and _requested(op)[0] == "auto" and spec(op).step_cases:
+            found.append(measure.Problem(op, "", able[0], able, sizes, dtype, compiled))
+    return found
+
+
+def use(problems: list[measure.Problem], choices: measure.Choices) -> None:
+    """Makes `auto` take these choices (by the problems' names) in this process until `set_backend`."""
+    _chosen.clear()
+    backends.unsupported.cache_clear()
+    for p in problems:
+        if not (choice := choices.get(p.name)):
+            continue
+        if p.op != "attention":
+            _measured[p.op] = choice
+            continue
+        n, d = p.shape
+        _measured[DTYPES[p.dtype], d, p.train, n] = choice
+        backends.left_out.update(
+            {(name, DTYPES[p.dtype], d, p.train): why for name, why in choice.out.items()}
+        )
+
+
+def _attention_choices(kind: str, dtype: torch.dtype, d: int, train: bool) -> dict[int, measure.Choice]:
+    """Tokens -> what was measured, for this run or before."""
+    found: dict[int, measure.Choice] = {}
+    unsure: set[int] = set()
+    for p, choice in measure.known("attention", _current(kind)) if _measures(kind) else ():
+        n, width = p.shape
+        if choice.implementation and (DTYPES[p.dtype], width, p.train) == (dtype, d, train):
+            unsure.update({n} if found.setdefault(n, choice).implementation != choice.implementation else ())
+    found = {n: choice for n, choice in found.items() if n not in unsure}
+    run = {
+        key[3]: c for key, c in _measured.items() if isinstance(key, tuple) and key[:3] == (dtype, d, train)
+    }
+    return found | run
 
 
 def _error(op: str, name: str, requested_by: str, kind: str, reason: str) -> UsageError:
@@ -256,9 +392,16 @@ def _attention_plan(
         name, requested_by = _requested("attention", backend)
         if name == "triton" and (reason := unsupported("attention", name, device)):
             raise _error("attention", name, requested_by, device.type, reason)
-        if name == "auto":
+        if name in ("auto", "fixed"):
+            backends.settle_sdpa_order(device)
             plan, why = backends.auto_plan(device, dtype, d, train)
+            measured = _attention_choices(device.type, dtype, d, train) if name == "auto" else {}
+            for n, choice in sorted(measured.items()):
+                name = choice.implementation
+                if name and not backends.unsupported(name, device, dtype, n, d, train):
+                    plan, why = backends.with_choice(plan, n, name), f"{why}; at {n} tokens {choice.reason}"
         else:
+            backends.settle_sdpa_order(device)
             plan, why = backends.named_plan(name, device, dtype, d, train, allow_fallback)
             why = f"{requested_by} asks for {name}{why}"
         why = f"{backends.in_words(plan)} ({backends.describe(device, dtype, d, train)}: {why})"
@@ -415,6 +558,6 @@ def lamb(groups: list[dict], **options: Any) -> torch.optim.Optimizer:
     name, _ = choice("lamb", kind)
     if name == "apex" and isinstance(options["lr"], Tensor) and _requested("lamb")[0] == "auto":
         # apex cannot read a rate from the device, and nobody asked for apex
-        _chosen["lamb", kind] = "foreach", f"{REASONS['lamb']}; apex's takes no rate on the device"
+        _chosen["lamb", kind] = "foreach", "apex's takes no rate on the device"
         log.info("op lamb: %s (%s)", *_chosen["lamb", kind])
     return IMPLEMENTATIONS["lamb"][choice("lamb", kind)[0]](groups, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..data.loader import choose_loader, decoding_threads
 from ..errors import UsageError, counted
 from ..models.extrema import ExtreMA
 from ..ops import dispatch as ops
+from ..ops.measure import Choices, Problem, Sizes
 from .optim import Schedule
 
 
@@ -49,8 +51,16 @@ class Resolved:
         return torch.autocast(self.device, torch.bfloat16, enabled, cache_enabled=cached)
 
 
-def resolve(cfg: Config, device: torch.device, world_size: int = 1) -> Resolved:
+def resolve(
+    cfg: Config,
+    device: torch.device,
+    world_size: int = 1,
+    choose: Callable[[list[Problem]], Choices] | None = None,
+) -> Resolved:
     """Settles what `cfg` leaves open, once, where a run begins; sets and logs the implementation of each op.
+
+    Args:
+        choose: chooses between implementations on a GPU (`ops.measure`); None: the fixed rule, and the cache.
 
     Raises:
         UsageError: modes that cannot run together or on this device, or something asked for by name that is
@@ -65,6 +75,18 @@ def resolve(cfg: Config, device: torch.device, world_size: int = 1) -> Resolved:
     width, _, heads = cfg.model.shape
     teacher = system.attention if system.attention_teacher == "same" else system.attention_teacher
     ops.set_backend(system.backend)
+    if choose is not None:
+        unused = {"color_views"} if cfg.data.policy != "spatial+color" else set()
+        unused |= {"adamw_ema"} if cfg.optim.name != "adamw" else set()
+        problems = ops.problems(
+            device,
+            step_sizes(cfg, world_size),
+            dtype_name,
+            compiled=mode != "none",
+            attention=(system.attention, teacher),
+            unused=unused,
+        )
+        ops.use(problems, choose(problems) if problems else {})
     return Resolved(
         device=kind,
         precision=dtype_name,
@@ -82,6 +104,26 @@ def resolve(cfg: Config, device: torch.device, world_size: int = 1) -> Resolved:
         loader=choose_loader(cfg.data.loader),
         decoding_threads=decoding_threads(cfg.data.threads),
         torch_threads=system.threads or torch.get_num_threads(),
+    )
+
+
+def step_sizes(cfg: Config, world_size: int) -> Sizes:
+    """What one process computes in one forward and backward pass."""
+    model = cfg.model
+    width, depth, heads = model.shape
+    return Sizes(
+        images=local_batch(cfg, world_size),
+        views=cfg.mask.views,
+        kept=cfg.num_keep,
+        patches=model.num_patches,
+        width=width,
+        heads=heads,
+        depth=depth,
+        hidden=int(width * model.mlp_ratio),
+        patch=model.patch_size,
+        height=model.img_size[0],
+        width_px=model.img_size[1],
+        chans=model.in_chans,
     )
 
 

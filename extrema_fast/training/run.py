@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..files import read_json
 from ..models.extrema import ExtreMA
 from ..ops import dispatch as ops
 from ..ops.fp8 import apply_fp8
+from ..ops.measure import choose
 from ..weights.folder import save_weights, weights_meta
 from ..weights.load import load_method_weights
 from .checkpoint import (
@@ -156,13 +158,19 @@ def open_test(cfg: Config) -> ImageSource | None:
     return source
 
 
-def build(cfg: Config, world: World, source: ImageSource) -> Run:
+def build(cfg: Config, world: World, source: ImageSource, *, continued: bool = False) -> Run:
     """A run at step 0 on this process's device; `step.wrap` makes it ready for training.
+
+    On a GPU the implementations that `auto` takes are measured first, or taken from the cache (`ops.measure`).
+
+    Args:
+        continued: a run in `cfg.out` goes on, with the implementations it was begun with.
 
     Raises:
         UsageError: the configuration cannot run here (`resolve`).
     """
-    resolved = resolve(cfg, world.device, world.size)
+    recorded = partial(_recorded_ops, cfg, world.device) if continued else dict
+    resolved = resolve(cfg, world.device, world.size, partial(choose, world=world, recorded=recorded))
     method = ExtreMA(cfg).to(world.device).train()
     teacher = cfg.system.attention_teacher
     method.student.set_attention(cfg.system.attention)
@@ -185,6 +193,26 @@ def build(cfg: Config, world: World, source: ImageSource) -> Run:
         trained=[p for _, p in method.student_parameters()],
         followed=method.ema_pairs(),
     )
+
+
+def _recorded_ops(cfg: Config, device: torch.device) -> dict[str, Any]:
+    """Implementations that a run in `cfg.out` took with the same settings on such a GPU, by `measure.Problem.name`."""
+    env, config = (read_json(Path(cfg.out) / name, {}) for name in ("env.json", "config.json"))
+    system, resolved = config.get("system"), env.get("resolved")
+    if not isinstance(system, dict) or not isinstance(resolved, dict) or env.get("gpu") != _gpu(device):
+        return {}
+    if any(system.get(k) != getattr(cfg.system, k) for k in ("backend", "attention", "attention_teacher")):
+        return {}
+    taken = resolved.get("ops")
+    found = dict(taken) if isinstance(taken, dict) else {}
+    return found | {
+        "attention student": resolved.get("attention"),
+        "attention teacher": resolved.get("attention_teacher"),
+    }
+
+
+def _gpu(device: torch.device) -> str | None:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def open_loader(run: Run, bad_rows: Path | None = None) -> TrainLoader:
@@ -305,7 +333,7 @@ def describe(run: Run, folder: RunFolder) -> None:
         "host": socket.gethostname(),
         "versions": versions(),
         "device": str(device),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "gpu": _gpu(device),
         "threads": torch.get_num_threads(),
         "world_size": run.world.size,
         "ops": ops.choices(device),

@@ -3,20 +3,19 @@
 Covers: the registry against the folders; public names exported and documented; README sections and examples; every
 kernel in a compiled variant; source rules; the quick cases through the interpreter; the registered ops' schemas and
 fakes; gradcheck, one graph, layouts, poisoned outputs and repeatability, empty batches of the ops with gradients; the
-listing; tuning with an injected timer; the order of launch settings; tuning without a GPU.
+listing; tuning with an injected timer; a GPU on which Triton fails.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from extrema_fast.kernels import _launch, tune
-from extrema_fast.kernels._spec import OPS, Case, Spec, spec
+from extrema_fast.kernels._spec import OPS, Case, Spec, grid, spec
 from extrema_fast.kernels.color_views import color_params
 
 from extrema_fast import kernels
@@ -243,44 +242,45 @@ def fake_spec() -> Spec:
     return Spec("fake", 1, "", (), (), dict, lambda quick: [case], space)
 
 
-def test_tuning_takes_the_fastest_settings_that_are_correct_and_do_not_spill(tmp_path):
-    timed = []
+def test_tuning_takes_the_fastest_settings_that_are_correct_and_do_not_spill():
+    timed, said = [], []
 
-    def timer(call):
-        timed.append(_launch.settings("fake", "fwd|fp32|D8", torch.device("cpu"), {})["B"])
-        return [float(timed[-1])]
+    def clock(call):
+        timed.append(_launch.settings("fake", "fwd|fp32|D8", torch.device("cpu"), {"B": 100})["B"])
+        return float(timed[-1])
 
-    entries = tune.tune(fake_spec(), torch.float32, "cpu", timer)
-    assert timed == [9, 4, 7] and entries["fwd|fp32|D8"]["config"] == {"B": 4}
-    file = tune.write(fake_spec(), entries, "some-gpu", tmp_path)
-    tune.write(fake_spec(), {"other": {"config": {}}}, "some-gpu", tmp_path)
-    content = json.loads(file.read_text())
-    assert set(content["entries"]) == {"fwd|fp32|D8", "other"} and content["triton"]
-    file.write_text("{}")
-    with pytest.raises(ValueError, match=r"some-gpu\.json: no file of launch settings .* delete it"):
-        _launch.read_entries(file)
-
-
-def test_settings_are_overridden_in_order(monkeypatch, tmp_path):
-    gpu, default = torch.device("cuda"), {"A": 1, "B": 2, "C": 3}
-    monkeypatch.setattr(_launch, "device_name", lambda device: "some-gpu")
-    assert _launch.settings("x", "k", gpu, default) == default
-    measured = {"k": {"config": {"B": 4, "C": 4}}}
-    tune.write(Spec("x", 1, "", (), (), dict, list), measured, "some-gpu", tmp_path)
-    monkeypatch.setenv("EXTREMA_FAST_CONFIG_DIR", str(tmp_path))
-    with (
-        _launch.forced("x", {"C": 5}),
-        _launch.forced("x", {"A": 9}, "other key"),
-        _launch.forced("y", {"A": 9}),
-    ):
-        assert _launch.settings("x", "k", gpu, default) == {"A": 1, "B": 4, "C": 5}
-    assert _launch.settings("x", "k", gpu, default) == {"A": 1, "B": 4, "C": 4}
-    assert _launch.settings("x", "k", torch.device("cpu"), default) == default
+    s = fake_spec()
+    found = tune.tune(s, s.cases(True)[0], torch.float32, "cpu", clock, said.append)
+    assert timed == [100, 9, 4, 7]
+    assert found == {"fwd|fp32|D8": {"config": {"B": 4}, "us": 4.0, "default_us": 100.0}}
+    assert len(said) == 2 and "wrong" in said[0] and "spills" in said[1]
+    # a gain below 3 % is none
+    found = tune.tune(s, s.cases(True)[0], torch.float32, "cpu", lambda call: 100.0, said.append)
+    assert found == {}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_tuning_without_a_gpu_says_so(capsys):
-    assert tune.main([]) == 2 and "needs a CUDA device" in capsys.readouterr().err
-    assert tune.main(["--dry-run"]) == 0
-    out = capsys.readouterr().out
-    assert "attention_pool -> " in out and "B n39" in out and "adamw_ema: nothing to tune" in out
+def test_tuning_changes_one_setting_at_a_time():
+    s = Spec("fake", 1, "", (), (), dict, list, lambda direction, sizes: grid(A=(1, 2, 3), B=(sizes["n"], 5)))
+    near = tune.settings_to_try(s, "bwd|bf16|n39", {"A": 1, "B": 5, "C": 7})
+    assert near == [{"A": 1, "B": 39}, {"A": 2, "B": 5}, {"A": 3, "B": 5}]
+    # settings outside of the space begin at the nearest
+    assert tune.settings_to_try(s, "bwd|bf16|n39", {"A": 8, "B": 8}) == s.space("bwd", {"n": 39})
+
+
+@pytest.mark.plain
+def test_a_gpu_on_which_triton_cannot_compile_is_said(monkeypatch):
+    def run(device):
+        raise RuntimeError("Failed to find C compiler.\nSet CC")
+
+    monkeypatch.setattr(_launch, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.import_module("extrema_fast.kernels._probe"), "run", run)
+    for f in (_launch._too_old, _launch._broken):
+        f.cache_clear()
+    try:
+        runs, why = _launch.can_run("cuda")
+        assert not runs and "Failed to find C compiler. Set CC" in why and "gcc" in why and "\n" not in why
+    finally:
+        for f in (_launch._too_old, _launch._broken):
+            f.cache_clear()

@@ -77,7 +77,7 @@ def fault(function, c=None, dtype=torch.float32) -> str:
         (double, ""),
         (lambda x: (x.bfloat16() * 2).float(), "times the allowed"),
         *((wrong_in(row), "times the allowed") for row in (0, ROWS // 2, ROWS - 1)),
-        (_WrongGradient.apply, "times the allowed"),
+        (_WrongGradient.apply, "wrong gradient"),
         (lambda x: x * 2 * torch.where(torch.arange(ROWS) == 7, float("nan"), 1.0)[:, None], "NaN"),
         (varying(), "two runs differ"),
         (spilling, "spills"),

@@ -110,9 +110,11 @@ def xformers(monkeypatch):
     package, module = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
     package.__spec__ = ModuleSpec("xformers", None)
     module.memory_efficient_attention = memory_efficient_attention
-    package._cpp_lib = types.SimpleNamespace(_cpp_library_load_exception=None)
-    monkeypatch.setitem(sys.modules, "xformers", package)
-    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    lib = types.ModuleType("xformers._cpp_lib")
+    lib._cpp_library_load_exception = None
+    for found in (package, module, lib):
+        monkeypatch.setitem(sys.modules, found.__name__, found)
+    attention._xformers_missing.cache_clear()
     return calls
 
 
@@ -289,12 +291,51 @@ def test_what_is_missing_on_a_gpu(xformers, monkeypatch):
     assert missing("flash", FP32) == "it takes bfloat16, float16, got float32"
     assert missing("efficient", torch.float64) == "it takes bfloat16, float16, float32, got float64"
     assert missing("xformers", BF16) == ""
-    error = OSError("libcudart.so.12: cannot open\nmore")
-    sys.modules["xformers"]._cpp_lib._cpp_library_load_exception = error
-    assert "C++ library does not load" in missing("xformers", BF16)
-    assert "(libcudart.so.12: cannot open)" in missing("xformers", BF16)
     monkeypatch.setitem(sys.modules, "xformers", None)
+    attention._xformers_missing.cache_clear()
     assert "not installed (pip install 'extrema-fast[xformers]')" in missing("xformers", BF16)
+    attention._xformers_missing.cache_clear()
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("flag", [True, False])
+def test_xformers_whose_library_does_not_load(flag, early, xformers, monkeypatch, caplog):
+    """Built for CUDA 12, beside a PyTorch for CUDA 13: it refuses all operators, torch's own among them."""
+    caplog.set_level(logging.INFO, "extrema_fast.ops.attention")
+    lib = sys.modules["xformers._cpp_lib"]
+    lib._cpp_library_load_exception = OSError("libcudart.so.12: cannot open\nmore")
+    common = types.ModuleType("xformers.ops.fmha.common")
+    if flag:
+        lib._built_with_cuda = False
+    if early:
+        # somebody has imported it before
+        common._built_with_cuda = False
+        monkeypatch.setitem(sys.modules, common.__name__, common)
+    lines = [attention._xformers_missing() for _ in range(2)]
+    attention._xformers_missing.cache_clear()
+    cause = "its C++ library does not load with this PyTorch (libcudart.so.12: cannot open)"
+    if flag:
+        assert lines == ["", ""] and lib._built_with_cuda and (common._built_with_cuda if early else True)
+        assert [cause in r.getMessage() for r in caplog.records] == [True]
+    else:
+        assert lines == [f"xformers refuses every operator: {cause}"] * 2 and not caplog.records
+
+
+def test_torchs_order_is_set_before_ours(monkeypatch):
+    """torch sets its own at its first choice; inside our context it would replace the one asked for."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, **options: zeros(*shape, **options))
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *qkv: chosen.append(qkv))
+    monkeypatch.setattr(attention, "auto_plan", lambda *_: (((attention.ANY, "sdpa"),), "a rule"))
+    monkeypatch.setattr(attention, "describe", lambda *_: "a GPU")
+    monkeypatch.setattr(ops, "MEASURED_ON", ())
+    attention.settle_sdpa_order.cache_clear()
+    for _ in range(2):
+        ops.check_attention("auto", GPU, BF16, 39, 64, True)
+    attention.settle_sdpa_order.cache_clear()
+    assert len(chosen) == 1
 
 
 def test_unknown_names():
@@ -441,8 +482,8 @@ def _raises(qkv):
     [
         (attention.BACKENDS["sdpa"], ""),
         (attention.BACKENDS["matmul"], ""),
-        (lambda qkv: short_attention_reference(qkv) * 1.1, "wrong output"),
-        (lambda qkv: short_attention_reference(qkv) * float("nan"), "wrong output"),
+        (lambda qkv: short_attention_reference(qkv) * 1.1, "times the allowed"),
+        (lambda qkv: short_attention_reference(qkv) * float("nan"), "NaN"),
         (_Broken.apply, "wrong gradient"),
         (_raises, "RuntimeError: no kernel"),
     ],

@@ -1,7 +1,7 @@
 """The switch between implementations.
 
 Covers: what `auto` takes; the configuration's and the environment's setting and which wins; one name for all ops;
-lists; the log line, once; every error; that the public functions run what was chosen.
+lists; the log line, once; every error; that the public functions run what was chosen; the rule for a GPU.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def test_settings():
     assert names() == usual | {"attention": "reference", "attention_pool": "reference"}
     ops.set_backend("attention_pool=auto")
     assert names() == usual
+    ops.set_backend("fixed")
+    assert names() == usual, "on a CPU there is nothing else"
     ops.set_backend("reference")
     with pytest.raises(UsageError):
         ops.set_backend("nonsense")
@@ -127,6 +129,40 @@ def test_triton_where_it_cannot_run_is_an_error_that_says_why(monkeypatch):
         ops.choices()
 
 
-def test_auto_on_a_gpu_says_that_no_record_shows_a_win():
-    name, why = ops.choice("attention_pool", "cuda")
-    assert name == "absorbed" and ("no record" in why or not ops.can_run("cuda")[0])
+def test_the_rule_for_a_gpu(monkeypatch):
+    for op, names in ops.GPU_RULE.items():
+        assert ops.choice(op, "cuda")[0] == names[0] and names[-1] in ops.IMPLEMENTATIONS[op]
+    assert ops.choice("token_gather", "cuda")[0] == "reference"
+    # where kernels cannot run, the next, and why
+    monkeypatch.setattr(ops, "can_run", lambda device: (False, "no C compiler"))
+    ops.set_backend("auto")
+    for op, names in ops.GPU_RULE.items():
+        name, why = ops.choice(op, "cuda")
+        assert name == names[1] and "not triton: no C compiler" in why
+    monkeypatch.setattr(ops, "HAS_TRITON", False)
+    ops.set_backend("auto")
+    assert ops.choice("color_views", "cuda")[0] == "plain"
+
+
+def test_compiled_color_views_fall_back_once(monkeypatch, caplog):
+    calls = []
+
+    def fails(*args, **options):
+        calls.append("compiled")
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fails)
+    run = ops._compiled(torch.add, torch.mul)
+    two, three = torch.tensor(2), torch.tensor(3)
+    assert [int(run(two, three)) for _ in range(2)] == [6, 6] and calls == ["compiled"]
+    (record,) = caplog.records
+    assert "no compiler" in record.getMessage()
+
+
+def test_no_memory_is_no_reason_to_fall_back(monkeypatch):
+    def fails(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        ops._compiled(torch.add, torch.mul)(torch.tensor(2), torch.tensor(3))
