@@ -129,7 +129,7 @@ def plan() -> list[Part]:
         ),
         _python("encode", "inference", 200, "-m benchmarks encode --quick --out {out}", optional=True),
         _python("scaling", "how a step grows", 900, f"{STEP} scaling --scaling --model base", optional=True),
-        _python("tune", "launch settings", 600, "-m extrema_fast.kernels.tune --out {out}", optional=True),
+        _python("tune", "launch settings", 600, "-m extrema_fast tune paper_base_80x5", optional=True),
     ]
 
 

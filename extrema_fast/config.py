@@ -406,9 +406,9 @@ class SystemConfig:
     threads: int = 0
     """CPU threads of torch (0: torch's own choice)."""
     backend: str = "auto"
-    """Implementation per op: `auto`, one name for all, or `attention_pool=triton,...` (see `extrema-fast kernels`)."""
+    """Implementation per op: `auto` (measures on a GPU), `fixed`, one name for all, or `attention_pool=triton,...`."""
     attention: Attention = "auto"
-    """Self-attention backend; `auto` follows a fixed rule per device, dtype and number of tokens."""
+    """Self-attention backend; `auto` follows a rule per dtype and number of tokens on a CPU, and measures on a GPU."""
     attention_teacher: Literal["same", Attention] = "same"
     """The teacher's, whose sequences are longer; `same`: as `attention`."""
     deterministic: bool = False

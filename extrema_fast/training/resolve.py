@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import config
-from ..config import Config, ModelConfig
+from ..config import Config, ModelConfig, local_batch
 from ..data.loader import choose_loader, decoding_threads
 from ..errors import UsageError, counted
 from ..models.extrema import ExtreMA
