@@ -135,6 +135,9 @@ class DataConfig:
     """`global`: all rows shuffled; `shards`: tar shards shuffled, their rows within a moving window of shards."""
     window: int = 16
     """Shards whose rows mix with `order` shards; as many as there are: the same as `global`."""
+    range: tuple[float, float] = (0.0, 0.0)
+    """Values that are black and white in images of more than 8 bits. 0 0: those of the manifest, else 0 to 65535
+    and, for floats, 0 to 1."""
     max_pixels: int = MAX_PIXELS
     """Images of more pixels count as unreadable (default: Pillow's limit)."""
     bad_budget: float = 1e-4
@@ -153,6 +156,10 @@ class DataConfig:
         )
         _require(min(self.std) > 0, f"data.std: expected numbers above 0, got {self.std}")
         _share("data", self, "flip", "jitter_prob", "gray_prob", "hw_decoder_load", "bad_budget")
+        _require(
+            self.range == (0, 0) or self.range[0] < self.range[1],
+            f"data.range: expected black below white, or 0 0, got {self.range[0]:g} {self.range[1]:g}",
+        )
         _at_least("data", self, threads=0, window=1, max_pixels=1, limit=0)
 
 

@@ -14,9 +14,11 @@ import numpy as np
 from ..config import DataConfig
 from ..errors import DataError
 from .image_source import ImageSource
+from .pixels import Range, to_8_bit
 
 REMEDY = "remove it, or leave it out: `extrema-fast index DATA --out M.tsv`, then M.tsv as the data"
 
+TIFF = (".tif", ".tiff")
 _ORIENTATION_TAG = 0x0112
 # threads that read files: they wait for disks and networks rather than compute
 _READERS = 8
@@ -43,6 +45,7 @@ class ImageFiles:
 
     def __init__(self, source: ImageSource, cfg: DataConfig) -> None:
         self.source, self.exif, self.max_pixels = source, cfg.exif, cfg.max_pixels
+        self.value_range = deep_range(source, cfg)
         self.as_bytes = source.spans is not None and bool((source.spans[:, 1] >= 0).any())
         # [n, 2] height and width, 0: not known yet
         self._sizes = np.zeros((len(source), 2), np.int32)
@@ -98,7 +101,8 @@ class ImageFiles:
     def rgb(self, row: int, data: np.ndarray | None, box: tuple[int, int, int, int] | None = None) -> Any:
         """Decodes an image, or the box (left, top, right, bottom) of it, as `load_rgb` does; DataError names it."""
         try:
-            return load_rgb(self.source.paths[row] if data is None else io.BytesIO(data.data), self.exif, box)
+            file = self.source.paths[row] if data is None else io.BytesIO(data.data)
+            return load_rgb(file, self.exif, box, self.value_range)
         # a broken file makes PIL raise nearly anything: OSError, SyntaxError, ValueError, struct.error
         except Exception as e:
             _raise_if_lacking(e)
@@ -169,23 +173,20 @@ def _has_end(f: Any) -> bool:
     return b"\xff\xd9" in tail
 
 
-def load_rgb(file: Any, exif: bool, box: tuple[int, int, int, int] | None = None) -> Any:
-    """An image file as an 8-bit RGB PIL image (16 bits are scaled), cut to (left, top, right, bottom)."""
+def deep_range(source: ImageSource, cfg: DataConfig) -> Range | None:
+    """(black, white) of a source's images of more than 8 bits: as configured, else as its manifest says."""
+    return cfg.range if cfg.range[0] < cfg.range[1] else source.value_range
+
+
+def load_rgb(
+    file: Any, exif: bool, box: tuple[int, int, int, int] | None = None, value_range: Range | None = None
+) -> Any:
+    """An image file as an 8-bit RGB PIL image, cut to (left, top, right, bottom); deep ones as of `to_8_bit`."""
     from PIL import Image, ImageOps
 
     with Image.open(file) as opened:
         opened.load()
-        im: Image.Image = ImageOps.exif_transpose(opened) if exif else opened
-        if box is not None:
-            im = im.crop(box)
-        return to_8_bit(im).convert("RGB")
-
-
-def to_8_bit(im: Any) -> Any:
-    """A PIL image of 16 bits scaled to 8 (PIL's own conversion clips them at 255); any other as it is."""
-    from PIL import Image
-
-    if not im.mode.startswith("I"):
-        return im
-    deep = np.asarray(im).astype(np.float64).clip(0, 65535)
-    return Image.fromarray(np.rint(deep / 257).astype(np.uint8))
+        # before the cut: what is black and white belongs to the image
+        eight = to_8_bit(opened, value_range, file if isinstance(file, str) else "")
+        im: Image.Image = ImageOps.exif_transpose(eight) if exif else eight
+        return (im if box is None else im.crop(box)).convert("RGB")

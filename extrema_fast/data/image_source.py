@@ -37,6 +37,7 @@ class ImageSource:
         names: the name of each row in messages; None: its path.
         headers: [n, 3] int32 height and width as stored, EXIF orientation; 0: not known. None: none known.
         shards: [n] int32 number of the shard each row lies in, non-decreasing; None: no shards.
+        value_range: (black, white) of images of more than 8 bits, as a manifest records it; None: not known.
         parts: (first row, end row, passes per epoch) of each source of a mixture; empty: each row once per epoch.
     """
 
@@ -50,6 +51,7 @@ class ImageSource:
     headers: np.ndarray | None = None
     shards: np.ndarray | None = None
     parts: tuple[tuple[int, int, float], ...] = ()
+    value_range: tuple[float, float] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)

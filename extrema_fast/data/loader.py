@@ -28,7 +28,7 @@ from ..distributed import World, cores
 from ..errors import DataError, UsageError
 from .bad_images import BadRows
 from .decode import DaliDecoder, PilDecoder, Settings, Work
-from .image_files import REMEDY, ImageFiles
+from .image_files import REMEDY, TIFF, ImageFiles, deep_range
 from .image_source import ImageSource
 from .order import Order
 from .preprocess import center_of, scaled_size
@@ -119,8 +119,8 @@ class _Loader(ABC):
         whole: bool,
         pinned: bool = False,
     ) -> None:
-        self.kind, self.bad = choose_loader(cfg.loader), bad
-        self._files = ImageFiles(source, cfg)
+        self._files, self.bad = ImageFiles(source, cfg), bad
+        self.kind = loader_for(source, cfg)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._settings = Settings(
@@ -371,6 +371,33 @@ def decoding_threads(wanted: int) -> int:
 
 
 _log_once = functools.cache(log.info)
+
+
+def loader_for(source: ImageSource, cfg: DataConfig) -> Literal["dali", "pil"]:
+    """The loader of a source: `choose_loader`, or Pillow for what DALI does not read right.
+
+    That is images of more than 8 bits with a range (`data.range`, or of the manifest), and TIFF files, whose damaged
+    strips DALI fills with black.
+
+    Raises:
+        UsageError: DALI is asked for by name, and there is a range.
+    """
+    ranged = deep_range(source, cfg) is not None
+    if cfg.loader == "dali" and ranged:
+        raise UsageError(
+            f"data.loader dali: {source.name} has images of more than 8 bits and a range, which Pillow alone reads; "
+            "use data.loader auto or pil"
+        )
+    if cfg.loader == "auto" and (
+        ranged or any(source.title(r).lower().endswith(TIFF) for r in range(len(source)))
+    ):
+        log.info(
+            "%s: %s are decoded by Pillow",
+            source.name,
+            "images of more than 8 bits" if ranged else "TIFF files",
+        )
+        return "pil"
+    return choose_loader(cfg.loader)
 
 
 def choose_loader(wanted: str) -> Literal["dali", "pil"]:

@@ -23,6 +23,7 @@ import torch
 from ..errors import DataError, StorageError, UsageError
 from ..files import new_file
 from .image_source import ImageSource
+from .pixels import Range, natural_range
 
 MAGIC = "# extrema-fast manifest "
 VERSION = 1
@@ -60,6 +61,8 @@ _RANGES = {
 _INT32 = ("width", "height", "orientation")
 # columns with escapes
 _TEXT = ("path", "member", "label", "status")
+# kinds of images of more than 8 bits: the format, then the smallest and the largest value
+_DEEP_KIND = re.compile(r"\w+ (\S+?)\.\.(\S+)")
 # rows turned from text into arrays at a time: whole tables as Python strings need gigabytes
 _CHUNK = 1 << 16
 # good rows whose file is checked when a manifest is opened
@@ -345,7 +348,17 @@ def manifest_source(path: str | os.PathLike[str], *, check: bool = True) -> Imag
         names=names,
         headers=np.stack([manifest.height, manifest.width, manifest.orientation], 1)[good],
         shards=_shards(paths) if in_shard.all() else None,
+        value_range=value_range([manifest.kind[r] for r in rows]),
     )
+
+
+def value_range(kinds: Iterable[str]) -> Range | None:
+    """(black, white) of a set's images of more than 8 bits, from the values in their kinds; None without any."""
+    found = [m for kind in set(kinds) if (m := _DEEP_KIND.fullmatch(kind))]
+    if not found:
+        return None
+    low, high = min(float(m[1]) for m in found), max(float(m[2]) for m in found)
+    return natural_range(low, high) if low < high else None
 
 
 def _fingerprint(manifest: Manifest, rows: list[int]) -> str:

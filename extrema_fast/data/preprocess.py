@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .augment import normalize
+from .pixels import Range, to_8_bit
 
 CROP_PCT = 224 / 256
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -77,6 +78,7 @@ class Preprocess:
         size: (height, width) of the result.
         in_chans: 3; or 1: the gray value of RGB, or one channel as it is; another number takes uint8 tensors
             [H, W, in_chans], and `mean` and `std` need that many entries, or one for all.
+        value_range: (black, white) of PIL images of more than 8 bits; None: 0 to 65535, and for floats 0 to 1.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Preprocess:
         std: Sequence[float],
         interpolation: str = "bilinear",
         crop_pct: float = CROP_PCT,
+        value_range: Range | None = None,
     ) -> None:
         if interpolation not in INTERPOLATIONS:
             raise UsageError(
@@ -96,7 +99,7 @@ class Preprocess:
             raise UsageError(f"preprocess: crop_pct: expected above 0, to 1, got {crop_pct}")
         self.size, self.in_chans = (size[0], size[1]), in_chans
         self.mean, self.std = _per_channel("mean", mean, in_chans), _per_channel("std", std, in_chans)
-        self.interpolation, self.crop_pct = interpolation, crop_pct
+        self.interpolation, self.crop_pct, self.value_range = interpolation, crop_pct, value_range
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -134,7 +137,7 @@ class Preprocess:
                 f"image: a PIL image has 3 channels, this encoder takes {self.in_chans}; "
                 f"give a uint8 tensor [H, W, {self.in_chans}]"
             )
-        rgb = image.convert("RGB")
+        rgb = to_8_bit(image, self.value_range).convert("RGB")
         return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
 
     def __repr__(self) -> str:

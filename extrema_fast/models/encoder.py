@@ -268,16 +268,25 @@ class Encoder(TimmInterface):
         """The interface of DINOv2 or DINOv3 (`version`) on the same parameters (`dino_interface.Dino`)."""
         return Dino(self, version, layer_class)
 
-    def preprocess(self) -> Preprocess:
+    def preprocess(self, value_range: tuple[float, float] | None = None) -> Preprocess:
         """The transform of these weights: PIL image or uint8 [H, W, 3] -> normalized float32 [C, H, W].
 
         Resizes the short side to size / crop_pct (size * 256 / 224, antialiased) and crops the centre; the numbers
         are in the transform's `metadata` (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
+
+        Args:
+            value_range: (black, white) of PIL images of more than 8 bits, as `data.range`.
         """
         from ..data.preprocess import Preprocess
 
         return Preprocess(
-            self.img_size, self.in_chans, self.mean, self.std, self.interpolation, self.crop_pct
+            self.img_size,
+            self.in_chans,
+            self.mean,
+            self.std,
+            self.interpolation,
+            self.crop_pct,
+            value_range,
         )
 
 

@@ -28,7 +28,7 @@ from ..config import DataConfig
 from ..data.augment import normalize
 from ..data.bad_images import BadRows
 from ..data.image_source import ImageSource
-from ..data.loader import EvalLoader, choose_loader
+from ..data.loader import EvalLoader, loader_for
 from ..data.manifest import escape, write_lines
 from ..data.sources import BUILT_IN, open_source, subset
 from ..distributed import World, start
@@ -232,7 +232,7 @@ def embed(
             std=tuple(encoder.std),
             keep_ratio=keep_ratio,
             exif=exif,
-            loader=choose_loader(loader),
+            loader=loader_for(source, DataConfig(loader=loader)),
             part_images=part_images,
             precision="fp32" if dtype == "fp32" else precision("auto", world.device.type),
         )

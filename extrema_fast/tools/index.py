@@ -33,6 +33,7 @@ from ..data.manifest import (
     root_folder,
     root_for,
     row_line,
+    value_range,
     write_lines,
 )
 from ..data.sources import BUILT_IN, EXTENSIONS, open_source
@@ -45,9 +46,9 @@ log = logging.getLogger(__name__)
 
 # rows are kept at least so often
 KEEP_SECONDS = 3.0
-PATH, OFFSET, BYTES, MTIME, CRC32, WIDTH, HEIGHT, LABEL, STATUS = (
+PATH, OFFSET, BYTES, MTIME, CRC32, KIND, WIDTH, HEIGHT, LABEL, STATUS = (
     COLUMNS.index(c)
-    for c in ("path", "offset", "bytes", "mtime_ns", "crc32", "width", "height", "label", "status")
+    for c in ("path", "offset", "bytes", "mtime_ns", "crc32", "kind", "width", "height", "label", "status")
 )
 
 
@@ -74,6 +75,8 @@ class Result(NamedTuple):
     seconds: float
     decoder: str
     troubles: list[Trouble]
+    value_range: tuple[float, float] | None = None
+    """(black, white) of the images of more than 8 bits, from their values; None without such images"""
 
 
 class Job(NamedTuple):
@@ -202,6 +205,12 @@ def describe(result: Result) -> str:
         lines += [f"  {n:>{widths[0]}}  {what:<{widths[1]}}  {first}" for n, what, first in table]
     if result.bare:
         lines.append(f"no good image in {len(result.bare)} classes, first: {result.bare[0]}")
+    if result.value_range:
+        black, white = result.value_range
+        lines.append(
+            f"images of more than 8 bits: {black:g} is black and {white:g} is white, by their smallest and largest "
+            "values; data.range changes that"
+        )
     if result.fresh:
         rate = result.fresh / max(result.seconds, 1e-9)
         lines.append(f"decoded {result.fresh} images by {result.decoder}, {rate:.0f} images/s")
@@ -401,11 +410,12 @@ def _line(job: Job, row: int, verdict: Verdict) -> str:
 def _result(job: Job, lines: list[str], fresh: int, seconds: float, decoder: str) -> Result:
     count: Counter[str] = Counter()
     first: dict[str, tuple[int, str]] = {}
-    used = set()
+    used, kinds = set(), set()
     for row, line in enumerate(lines):
         fields = line.rstrip("\n").split("\t")
         if fields[STATUS] == OK:
             used.add(fields[LABEL])
+            kinds.add(fields[KIND])
             continue
         what, _, details = fields[STATUS].partition(": ")
         count[what] += 1
@@ -416,4 +426,4 @@ def _result(job: Job, lines: list[str], fresh: int, seconds: float, decoder: str
     ]
     bare = [c for c in job.source.classes if escape(c) not in used]
     good = len(lines) - count.total()
-    return Result(str(job.out), len(lines), good, bare, fresh, seconds, decoder, troubles)
+    return Result(str(job.out), len(lines), good, bare, fresh, seconds, decoder, troubles, value_range(kinds))

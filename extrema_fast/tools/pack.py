@@ -332,7 +332,11 @@ def _pack(
             data = source.read(row)
         except OSError as e:
             return place, row, f"cannot be read: {e.strerror or e}"
-        return place, row, pack_image(data, settings.size, settings.side, settings.quality)
+        return (
+            place,
+            row,
+            pack_image(data, settings.size, settings.side, settings.quality, source.value_range),
+        )
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="pack")
     try:
@@ -380,7 +384,7 @@ def _in_order(
 
 def _sample(source: ImageSource, row: int, key: str, image: Packed) -> tuple[list[tuple[str, bytes]], Row]:
     """The components of an image, and its manifest row (the shard puts path and offset in)."""
-    member = f"{key}.{EXTENSIONS[image.kind]}"
+    member = f"{key}.{EXTENSIONS[image.kind.split()[0]]}"
     parts = [(member, image.data)]
     label = ""
     if source.labels is not None:

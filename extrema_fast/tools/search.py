@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..config import DataConfig
 from ..data.loader import choose_loader
+from ..data.pixels import extremes, is_deep, natural_range, to_8_bit
 from ..data.sources import EXTENSIONS, ImageSource, open_source
 from ..distributed import World, pick_device
 from ..errors import ExtremaError, StorageError, UsageError
@@ -354,6 +355,8 @@ def _thumbnail(data: bytes | None, exif: bool) -> Any:
     try:
         with image.open(io.BytesIO(data)) as im:
             im = ImageOps.exif_transpose(im) if exif else im
+            if is_deep(im):
+                im = to_8_bit(im, natural_range(*extremes(im)))
             im = ImageOps.contain(im.convert("RGB"), (SIDE, SIDE), image.Resampling.BICUBIC)
     except Exception:
         # nearly anything, for damaged bytes

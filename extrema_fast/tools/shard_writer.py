@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import MAX_PIXELS
-from ..data.image_files import to_8_bit
 from ..data.manifest import Row
+from ..data.pixels import Range, to_8_bit
 from ..data.shards import BLOCK, Member, index_text
 from ..files import write_file
 from .verify import OK, check, reason
@@ -35,7 +35,9 @@ class Packed(NamedTuple):
     orientation: int
 
 
-def pack_image(data: bytes, size: int, side: str, quality: int) -> Packed | str:
+def pack_image(
+    data: bytes, size: int, side: str, quality: int, value_range: Range | None = None
+) -> Packed | str:
     """An image file's bytes as they are packed, or why they cannot be: every image is decoded once.
 
     A JPEG that is small enough keeps its bytes. Everything else becomes a JPEG of the pixels a loader sees
@@ -56,7 +58,7 @@ def pack_image(data: bytes, size: int, side: str, quality: int) -> Packed | str:
                 width, height = im.size
                 return Packed(data, found.kind, width, height, found.orientation)
             # what a loader sees, in one channel where its three are equal by kind
-            pixels = to_8_bit(im)
+            pixels = to_8_bit(im, value_range)
             pixels = pixels.convert("L" if pixels.mode in ("1", "L", "LA", "La") else "RGB")
             small = pixels.resize(target, Image.Resampling.BICUBIC)
             smaller = _jpeg(small, quality, found.orientation)

@@ -23,6 +23,7 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import NamedTuple
 
+from ..data.pixels import extremes, is_deep
 from ..errors import ExtremaError, UsageError
 
 # a file is held in memory as a whole; no image within the pixel limit comes near it
@@ -103,7 +104,27 @@ def check(data: bytes, decode: Decode, max_pixels: int) -> Verdict:
         return found._replace(status=f"too large: {size} (--max-pixels)")
     damage = png_damage(data) if found.kind == "png" else None
     problem = f"damaged: {damage}" if damage else decode(data)
+    if not problem and found.kind in ("png", "tiff", "pnm"):
+        problem, found = _depth(data, found)
     return found._replace(status=problem) if problem else found
+
+
+def _depth(data: bytes, found: Verdict) -> tuple[str | None, Verdict]:
+    """Notes the values of an image of more than 8 bits in its kind; a TIFF must be decoded by Pillow to be good."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as im:
+            if not is_deep(im) and found.kind != "tiff":
+                return None, found
+            # other decoders fill the damaged strips of a TIFF with black
+            im.load()
+            if not is_deep(im):
+                return None, found
+            low, high = extremes(im)
+            return None, found._replace(kind=f"{found.kind} {low:g}..{high:g}")
+    except Exception as e:
+        return f"cannot be decoded: {reason(e)}", found
 
 
 def _shown(start: bytes) -> str:

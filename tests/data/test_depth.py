@@ -1,0 +1,131 @@
+"""Images of more than 8 bits give the picture of 8 bits, wherever images are read.
+
+Covers: 16, 12 and 10 bits in 16-bit PNG and TIFF, floats from 0 to 1 and in another unit; both loaders, the encoder's
+preprocessing, packing and the tiles of search; the range of a set by `index` and by data.range; what cannot be known is
+warned of or refused by name; damaged TIFF files are found.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+
+from extrema_fast.data import pixels
+from extrema_fast.data.loader import EvalLoader, loader_for
+from extrema_fast.data.pixels import natural_range, to_8_bit
+from extrema_fast.data.sources import open_source
+from extrema_fast.errors import DataError, UsageError
+from extrema_fast.models.encoder import create_encoder
+from extrema_fast.tools.index import describe, index
+from extrema_fast.tools.search import _thumbnail
+from extrema_fast.tools.shard_writer import pack_image
+
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
+
+SIZE = 32
+# values of 8 bits in steps of one and more, with black and white
+GRAY = (np.add.outer(np.arange(SIZE), np.arange(SIZE)) * 255 // (2 * SIZE - 2)).astype(np.uint8)
+# file -> (its values, black, white)
+DEEP = {
+    "full.png": (GRAY * np.uint16(257), 0, 65535),
+    "bits12.png": (np.rint(GRAY * (4095 / 255)).astype(np.uint16), 0, 4095),
+    "bits12.tiff": (np.rint(GRAY * (4095 / 255)).astype(np.uint16), 0, 4095),
+    "bits10.png": (np.rint(GRAY * (1023 / 255)).astype(np.uint16), 0, 1023),
+    "unit.tiff": ((GRAY / 255).astype(np.float32), 0, 1),
+    "hounsfield.tiff": ((GRAY * (3000 / 255) - 1000).astype(np.float32), -1000, 2000),
+}
+
+
+@pytest.fixture(params=DEEP)
+def deep(request, tmp_path):
+    """(folder with the one image, its file, black, white)."""
+    values, black, white = DEEP[request.param]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.fromarray(values).save(folder / request.param)
+    return folder, folder / request.param, black, white
+
+
+def read(spec, cfg) -> np.ndarray:
+    """[SIZE, SIZE] int: the one image of a source as training reads it."""
+    ((images, _),) = EvalLoader(open_source(str(spec)), cfg, (SIZE, SIZE))
+    assert (images[0, ..., 0] == images[0, ..., 2]).all()
+    return images[0, ..., 0].numpy().astype(int)
+
+
+def test_with_the_range_of_the_set_it_is_the_picture_of_8_bits(deep, config, tmp_path):
+    folder, file, black, white = deep
+    given = read(folder, config(range=(float(black), float(white))))
+    result = index(folder, tmp_path / "m.tsv", threads=1)
+    assert result.value_range == (black, white) and f"{white:g} is white" in describe(result)
+    found = read(tmp_path / "m.tsv", config())
+    assert np.abs(given - GRAY).max() <= 1 and (found == given).all()
+    data = file.read_bytes()
+    packed = pack_image(data, SIZE, "short", 100, (black, white))
+    assert np.abs(np.asarray(Image.open(io.BytesIO(packed.data))).astype(int) - GRAY).max() <= 4
+    encoder = create_encoder("extrema_vit_tiny_patch16_224", img_size=SIZE, width=64, depth=1, heads=1)
+    plain, ranged = encoder.preprocess(), encoder.preprocess((black, white))
+    assert (ranged(Image.open(file)) - plain(Image.fromarray(GRAY))).abs().max() < 1.01 / 255 / 0.22
+    tile = np.asarray(_thumbnail(data, False)).astype(int)
+    eight = io.BytesIO()
+    Image.fromarray(GRAY).save(eight, "PNG")
+    assert np.abs(tile - np.asarray(_thumbnail(eight.getvalue(), False))).max() <= 2
+
+
+def test_without_a_range(deep, config, kind, caplog, monkeypatch):
+    folder, file, _, white = deep
+    monkeypatch.setattr(pixels, "_warned", False)
+    if file.name == "hounsfield.tiff":
+        # DALI by name clips it; `auto` reads TIFF by Pillow
+        with pytest.raises(DataError, match=r"floats from -1000 to 2000.*data\.range"):
+            read(folder, config())
+        assert "floats from" in pack_image(file.read_bytes(), SIZE, "short", 90)
+        return
+    values = read(folder, config(loader=kind))
+    if file.name in ("full.png", "unit.tiff"):
+        assert np.abs(values - GRAY).max() <= 1 and not caplog.text
+    elif kind == "pil":
+        assert values.max() < 17 and f"data.range 0 {white}" in caplog.text
+
+
+def test_dali_by_name_and_a_range_is_an_error(tmp_path, config):
+    Image.fromarray(GRAY).save(tmp_path / "a.png")
+    source = open_source(str(tmp_path))
+    with pytest.raises(UsageError, match=r"data\.loader dali"):
+        loader_for(source, config(loader="dali", range=(0.0, 9.0)))
+    assert loader_for(source, config(range=(0.0, 9.0))) == "pil"
+
+
+def test_damaged_tiff_is_not_read_as_black(tmp_path, config):
+    Image.fromarray(np.stack([GRAY] * 3, -1)).save(tmp_path / "a.tiff", compression="tiff_adobe_deflate")
+    data = bytearray((tmp_path / "a.tiff").read_bytes())
+    at = len(data) // 4
+    data[at : at + 64] = b"\xff" * 64
+    (tmp_path / "a.tiff").write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.tiff: cannot be decoded"):
+        read(tmp_path, config())
+    with pytest.raises(DataError, match="none of the 1 images is good"):
+        index(tmp_path, tmp_path.parent / "m.tsv", threads=1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "want"),
+    [
+        (0, 4095, (0, 4095)),
+        (17, 4096, (0, 16383)),
+        (0, 255, (0, 255)),
+        (0, 0.7, (0, 1)),
+        (-5, 0.5, (-5, 0.5)),
+    ],
+)
+def test_natural_range(low, high, want):
+    assert natural_range(low, high) == want
+
+
+def test_not_a_number_and_values_outside_the_range():
+    im = Image.fromarray(np.array([[np.nan, -9, 0, 0.5, 7, np.inf]], np.float32))
+    assert np.asarray(to_8_bit(im, (0.0, 1.0))).tolist() == [[0, 0, 0, 128, 255, 255]]
+    eight = Image.fromarray(GRAY)
+    assert to_8_bit(eight, (0.0, 1.0)) is eight
