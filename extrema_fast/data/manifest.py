@@ -23,7 +23,7 @@ import torch
 from ..errors import DataError, StorageError, UsageError
 from ..files import new_file
 from .image_source import ImageSource
-from .pixels import Range, natural_range
+from .pixels import USUAL, Range, natural_range
 
 MAGIC = "# extrema-fast manifest "
 VERSION = 1
@@ -353,12 +353,13 @@ def manifest_source(path: str | os.PathLike[str], *, check: bool = True) -> Imag
 
 
 def value_range(kinds: Iterable[str]) -> Range | None:
-    """(black, white) of a set's images of more than 8 bits, from the values in their kinds; None without any."""
+    """(black, white) of a set's images of more than 8 bits, from the values in their kinds; None: the usual ones."""
     found = [m for kind in set(kinds) if (m := _DEEP_KIND.fullmatch(kind))]
     if not found:
         return None
     low, high = min(float(m[1]) for m in found), max(float(m[2]) for m in found)
-    return natural_range(low, high) if low < high else None
+    found_range = natural_range(low, high)
+    return None if low == high or found_range in USUAL else found_range
 
 
 def _fingerprint(manifest: Manifest, rows: list[int]) -> str:

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 # the bits that cameras and scanners give, of whole numbers
 _BITS = (8, 10, 12, 14, 16)
 Range = tuple[float, float]
+# of floats and of whole numbers, where nothing is known of the set
+USUAL = ((0.0, 1.0), (0.0, 65535.0))
 _warned = False
 
 
@@ -61,9 +63,9 @@ def to_8_bit(im: Any, value_range: Range | None = None, name: str = "") -> Any:
                     f"floats from {low:g} to {high:g}: which are black and white? give data.range, or list the images "
                     "with `extrema-fast index`, which finds it"
                 )
-            value_range = (0.0, 1.0)
+            value_range = USUAL[0]
         else:
-            value_range = (0.0, 65535.0)
+            value_range = USUAL[1]
             _warn_once(name, high)
     black, white = value_range
     scaled = (np.nan_to_num(values.astype(np.float64), nan=black, posinf=white, neginf=black) - black) * (

@@ -107,7 +107,7 @@ def test_odd_images(odd_images, out, decoder, strict):
         assert (table.width[row], table.height[row]) == im.size
         assert table.orientation[row] == im.getexif().get(0x0112, 1)
         assert (table.bytes[row], table.crc32[row]) == (len(data), zlib.crc32(data))
-        assert table.kind[row] == im.format.lower().replace("ppm", "pnm")
+        assert table.kind[row].split()[0] == im.format.lower().replace("ppm", "pnm")
     assert table.orientation.max() == 6
 
 
