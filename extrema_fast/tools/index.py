@@ -76,7 +76,7 @@ class Result(NamedTuple):
     decoder: str
     troubles: list[Trouble]
     value_range: tuple[float, float] | None = None
-    """(black, white) of the images of more than 8 bits, from their values; None: 0 to 65535, floats 0 to 1, or no such images"""
+    """(black, white) of the images of more than 8 bits; None: the usual 0 to 65535 or 0 to 1, or no such images"""
 
 
 class Job(NamedTuple):
