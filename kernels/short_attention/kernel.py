@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,16 +16,69 @@ from .. import _launch
 
 
 @triton.jit
-def _probabilities(q, k, attends, SCALE: tl.constexpr, ACC: tl.constexpr):
-    """softmax(q k^T SCALE) over the keys a query attends to: [BLOCK_N, BLOCK_N]; rows without keys are padding."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * SCALE
+def _tile(
+    rows,
+    n: tl.constexpr,
+    H: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    D: tl.constexpr,
+):
+    """(row, token, head of this program's tile; the tile's mask; which queries attend to which keys)."""
+    # heads are neighbors in memory and in the grid
+    pid = tl.program_id(0).to(tl.int64)
+    head = pid % H
+    offs = tl.arange(0, BLOCK_N)
+    which = tl.zeros([BLOCK_N], tl.int32)
+    if PACK > 1:
+        which = offs // n
+    token = offs - which * n
+    row = (pid // H) * PACK + which
+    valid = token < n
+    if PACK > 1:
+        valid = (which < PACK) & (row < rows)
+    # [BLOCK_N, BLOCK_D]
+    mask = valid[:, None]
+    if BLOCK_D != D:
+        mask = mask & (tl.arange(0, BLOCK_D) < D)[None, :]
+    # [BLOCK_N, BLOCK_N]: a query sees the keys of its own sequence
+    attends = valid[None, :]
+    if PACK > 1:
+        attends = attends & (which[:, None] == which[None, :])
+    return row[:, None], token[:, None].to(tl.int64), head, mask, attends
+
+
+@triton.jit
+def _weights(q, k, attends, SCALE: tl.constexpr, PACK: tl.constexpr, ACC: tl.constexpr):
+    """exp of the scores less the row's largest, [BLOCK_N, BLOCK_N], and 1 / its row sums: softmax(q k^T SCALE)."""
+    # exp2 needs no handling of tiny results; scaled inside the exponent: one multiply-add
+    POWER: tl.constexpr = SCALE * 1.4426950408889634
+    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
     s = tl.where(attends, s, float("-inf"))
-    # any finite top keeps NaN out of padding
     top = tl.max(s, 1)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    e = tl.exp(s - top[:, None])
+    if PACK > 1:
+        # rows without keys are padding: any finite top keeps NaN out of them
+        top = tl.where(top == float("-inf"), 0.0, top)
+    e = tl.exp2(s * POWER - (top * POWER)[:, None])
     norm = tl.sum(e, 1)
-    return e / tl.where(norm == 0.0, 1.0, norm)[:, None]
+    if PACK > 1:
+        norm = tl.where(norm == 0.0, 1.0, norm)
+    return e, 1.0 / norm
+
+
+@triton.jit
+def _store_column_sum(ptr, x, D: tl.constexpr, ACC: tl.constexpr):
+    """Stores the column sums of x [BLOCK_N, BLOCK_D], whose padding is zero."""
+    offs_d = tl.arange(0, x.shape[1])
+    if x.dtype.primitive_bitwidth == 16:
+        # tensor cores add faster than threads exchange; a product has at least 16 rows
+        ones = tl.full([16, x.shape[0]], 1.0, x.dtype)
+        total = tl.dot(ones, x, input_precision="ieee", out_dtype=ACC)
+        offs = tl.arange(0, 16)[:, None]
+        tl.store(ptr + offs * 0 + offs_d[None, :], total, mask=(offs == 0) & (offs_d < D)[None, :])
+    else:
+        tl.store(ptr + offs_d, tl.sum(x.to(ACC), 0), mask=offs_d < D)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -41,46 +95,30 @@ def short_attention_fwd_kernel(
     H: tl.constexpr,
     D: tl.constexpr,
     SCALE: tl.constexpr,
-    HEADS: tl.constexpr,
     PACK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    # PACK neighboring sequences, HEADS heads one after the other
-    first = tl.program_id(0).to(tl.int64) * PACK
-    head0 = tl.program_id(1) * HEADS
-    offs = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    which = offs // n
-    token = offs - which * n
-    row = first + which
-    valid = (which < PACK) & (row < rows)
-    mask_d = offs_d < D
-    # [BLOCK_N, BLOCK_D]
-    mask = valid[:, None]
-    if BLOCK_D != D:
-        mask = mask & mask_d[None, :]
-    source = row[:, None] * stride_r + token[:, None].to(tl.int64) * stride_n + offs_d[None, :]
-    target = (row[:, None] * n + token[:, None]) * (H * D) + offs_d[None, :]
-    # [BLOCK_N, BLOCK_N]: a query sees the keys of its own sequence
-    attends = valid[None, :] & (which[:, None] == which[None, :])
-    for i in range(HEADS):
-        head = (head0 + i).to(tl.int64)
-        q = tl.load(qkv_ptr + source + head * stride_h, mask=mask, other=0.0)
-        k = tl.load(qkv_ptr + source + head * stride_h + stride_3, mask=mask, other=0.0)
-        v = tl.load(qkv_ptr + source + head * stride_h + 2 * stride_3, mask=mask, other=0.0)
-        p = _probabilities(q, k, attends, SCALE, ACC)
-        o = tl.dot(p.to(v.dtype), v, input_precision="ieee", out_dtype=ACC)
-        tl.store(out_ptr + target + head * D, o.to(out_ptr.dtype.element_ty), mask=mask)
+    row, token, head, mask, attends = _tile(rows, n, H, PACK, BLOCK_N, BLOCK_D, D)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    source = qkv_ptr + head * stride_h + row * stride_r + token * stride_n + offs_d
+    q = tl.load(source, mask=mask, other=0.0)
+    k = tl.load(source + stride_3, mask=mask, other=0.0)
+    v = tl.load(source + 2 * stride_3, mask=mask, other=0.0)
+    e, inverse = _weights(q, k, attends, SCALE, PACK, ACC)
+    o = tl.dot(e.to(v.dtype), v, input_precision="ieee", out_dtype=ACC) * inverse[:, None]
+    target = out_ptr + (row * n + token) * (H * D) + head * D + offs_d
+    tl.store(target, o.to(v.dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def short_attention_bwd_kernel(
-    # qkv by strides; dout [R, n, H, d] dense; dqkv [R, n, 3, H, d] dense
+    # qkv by strides; dout [R, n, H, d], dqkv [R, n, 3, H, d] dense; [tiles, 2, H, d] dense, sums of dq and dv
     qkv_ptr,
     dout_ptr,
     dqkv_ptr,
+    sums_ptr,
     rows,
     stride_r,
     stride_n,
@@ -90,74 +128,62 @@ def short_attention_bwd_kernel(
     H: tl.constexpr,
     D: tl.constexpr,
     SCALE: tl.constexpr,
-    HEADS: tl.constexpr,
     PACK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * PACK
-    head0 = tl.program_id(1) * HEADS
-    offs = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    which = offs // n
-    token = offs - which * n
-    row = first + which
-    valid = (which < PACK) & (row < rows)
-    mask_d = offs_d < D
-    mask = valid[:, None]
-    if BLOCK_D != D:
-        mask = mask & mask_d[None, :]
-    source = row[:, None] * stride_r + token[:, None].to(tl.int64) * stride_n + offs_d[None, :]
-    flat = row[:, None] * n + token[:, None]
-    dense = flat * (H * D) + offs_d[None, :]
-    target = flat * (3 * H * D) + offs_d[None, :]
-    attends = valid[None, :] & (which[:, None] == which[None, :])
+    row, token, head, mask, attends = _tile(rows, n, H, PACK, BLOCK_N, BLOCK_D, D)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
     low = qkv_ptr.dtype.element_ty
-    for i in range(HEADS):
-        head = (head0 + i).to(tl.int64)
-        q = tl.load(qkv_ptr + source + head * stride_h, mask=mask, other=0.0)
-        k = tl.load(qkv_ptr + source + head * stride_h + stride_3, mask=mask, other=0.0)
-        p = _probabilities(q, k, attends, SCALE, ACC)
-        do = tl.load(dout_ptr + dense + head * D, mask=mask, other=0.0)
-        dv = tl.dot(tl.trans(p.to(low)), do, input_precision="ieee", out_dtype=ACC)
-        tl.store(dqkv_ptr + target + head * D + 2 * H * D, dv.to(low), mask=mask)
-        v = tl.load(qkv_ptr + source + head * stride_h + 2 * stride_3, mask=mask, other=0.0)
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee", out_dtype=ACC)
-        # rowsum(P * dP) needs no output: nothing but qkv is saved
-        ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * SCALE).to(low)
-        dq = tl.dot(ds, k, input_precision="ieee", out_dtype=ACC)
-        tl.store(dqkv_ptr + target + head * D, dq.to(low), mask=mask)
-        dk = tl.dot(tl.trans(ds), q, input_precision="ieee", out_dtype=ACC)
-        tl.store(dqkv_ptr + target + head * D + H * D, dk.to(low), mask=mask)
+    source = qkv_ptr + head * stride_h + row * stride_r + token * stride_n + offs_d
+    dense = (row * n + token) * (H * D) + head * D + offs_d
+    target = dqkv_ptr + (row * n + token) * (3 * H * D) + head * D + offs_d
+    # all loads before the first product, so that the memory is waited for once
+    q = tl.load(source, mask=mask, other=0.0)
+    k = tl.load(source + stride_3, mask=mask, other=0.0)
+    v = tl.load(source + 2 * stride_3, mask=mask, other=0.0)
+    do = tl.load(dout_ptr + dense, mask=mask, other=0.0)
+    e, inverse = _weights(q, k, attends, SCALE, PACK, ACC)
+    p = e * inverse[:, None]
+    dv = tl.dot(tl.trans(p.to(low)), do, input_precision="ieee", out_dtype=ACC)
+    tl.store(target + 2 * H * D, dv.to(low), mask=mask)
+    dp = tl.dot(do, tl.trans(v), input_precision="ieee", out_dtype=ACC)
+    # rowsum(P * dP) needs no output: nothing but qkv is saved
+    delta = tl.sum(p * dp, 1) * SCALE
+    ds = (p * (dp * SCALE - delta[:, None])).to(low)
+    dq = tl.dot(ds, k, input_precision="ieee", out_dtype=ACC).to(low)
+    tl.store(target, dq, mask=mask)
+    dk = tl.dot(tl.trans(ds), q, input_precision="ieee", out_dtype=ACC)
+    tl.store(target + H * D, dk.to(low), mask=mask)
+    if HAS_BIAS:
+        # rows of P sum to 1, so the columns of dv have the sums of dO's; those of dk have none
+        sums = sums_ptr + (tl.program_id(0).to(tl.int64) // H) * (2 * H * D) + head * D
+        _store_column_sum(sums, dq, D, ACC)
+        _store_column_sum(sums + H * D, do, D, ACC)
 
 
 # ---- launchers ------------------------------------------------------------------------------------
 
 
-def heuristic(direction: str, n: int, heads: int, d: int, itemsize: int, pack: int = 1) -> dict[str, int]:
-    """Settings where nothing was measured: one sequence per tile, all heads in a program's loop."""
-    backward = direction == "bwd"
-    # two warps spill in the forward pass of narrow heads
-    warps = 2 if n <= 32 and (backward or d > 32) else 4
-    if itemsize > 2 or pack > 1:
-        warps = 8
-    # a loop over heads costs registers: without it fp32 and the backward pass of 128-token tiles do not spill
-    # (larger fp32 tiles than those of `op.fits` do all the same)
-    alone = itemsize > 2 or (backward and pack * n > 64)
-    # two stages of the backward pass and of short tiles spill on some architecture; fp32 and padded head dims, too
-    stages = 1 if backward or n <= 32 or d > 64 or itemsize > 2 else 2
-    return {"PACK": pack, "HEADS": 1 if alone else heads, "num_warps": warps, "num_stages": stages}
+def heuristic(n: int, d: int, itemsize: int) -> dict[str, int]:
+    """Settings where nothing was measured (registers: README.md)."""
+    if itemsize > 2:
+        # no tensor cores; larger tiles than those of `op.fits` spill
+        return {"PACK": 1, "num_warps": 8}
+    # sequences that fill 64 rows to 95 %: fewer instructions, more bytes on their way
+    pack = 64 // n if n <= 21 else 1
+    return {"PACK": pack, "num_warps": 4 if pack * n > 32 else 2}
 
 
-def _launch_on(direction: str, kernel: Any, qkv: Tensor, *pointers: Tensor) -> None:
-    rows, n, _, heads, d = qkv.shape
+def _options(direction: str, qkv: Tensor) -> dict[str, Any]:
+    _, n, _, heads, d = qkv.shape
     key = _launch.config_key(direction, qkv.dtype, d=d, H=heads, n=n)
-    default = heuristic(direction, n, heads, d, qkv.element_size())
-    options = _launch.settings("short_attention", key, qkv.device, default)
-    if heads % options["HEADS"]:
-        options["HEADS"] = heads
-    options |= {
+    default = heuristic(n, d, qkv.element_size())
+    options: dict[str, Any] = {"num_stages": 1}
+    options |= _launch.settings("short_attention", key, qkv.device, default)
+    return options | {
         "n": n,
         "H": heads,
         "D": d,
@@ -167,8 +193,10 @@ def _launch_on(direction: str, kernel: Any, qkv: Tensor, *pointers: Tensor) -> N
         "BLOCK_D": _launch.power_of_two(d, 16),
         "ACC": _launch.accumulator(qkv.dtype),
     }
-    grid = (triton.cdiv(rows, options["PACK"]), heads // options["HEADS"])
-    _launch.launch(kernel, grid, qkv, *pointers, rows, *qkv.stride()[:4], **options)
+
+
+def _tiles(qkv: Tensor, options: dict[str, Any]) -> int:
+    return triton.cdiv(qkv.shape[0], options["PACK"])
 
 
 def forward(qkv: Tensor) -> Tensor:
@@ -176,13 +204,34 @@ def forward(qkv: Tensor) -> Tensor:
     qkv = _launch.rows_ready(qkv)
     rows, n, _, heads, d = qkv.shape
     out = _launch.empty((rows, n, heads, d), qkv)
-    _launch_on("fwd", short_attention_fwd_kernel, qkv, qkv, out)
+    options = _options("fwd", qkv)
+    grid = (_tiles(qkv, options) * heads,)
+    _launch.launch(short_attention_fwd_kernel, grid, qkv, qkv, out, rows, *qkv.stride()[:4], **options)
     return out
+
+
+def _backward(qkv: Tensor, dout: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
+    """The gradient of qkv, [R, n, 3, H, d] dense; sums over every tile's tokens of those of q and v."""
+    qkv, dout = _launch.rows_ready(qkv), dout.contiguous()
+    rows, _, _, heads, d = qkv.shape
+    options = _options("bwd", qkv) | {"HAS_BIAS": has_bias}
+    tiles = _tiles(qkv, options)
+    dqkv = _launch.empty(qkv.shape, qkv)
+    sums = _launch.empty((tiles if has_bias else 0, 2, heads, d), qkv, _launch.wide(qkv.dtype))
+    args = (qkv, dout, dqkv, sums, rows, *qkv.stride()[:4])
+    _launch.launch(short_attention_bwd_kernel, (tiles * heads,), qkv, *args, **options)
+    return dqkv, sums
 
 
 def backward(qkv: Tensor, dout: Tensor) -> Tensor:
     """The gradient of qkv, [R, n, 3, H, d] dense."""
-    qkv, dout = _launch.rows_ready(qkv), dout.contiguous()
-    dqkv = _launch.empty(qkv.shape, qkv)
-    _launch_on("bwd", short_attention_bwd_kernel, qkv, qkv, dout, dqkv)
-    return dqkv
+    return _backward(qkv, dout, False)[0]
+
+
+def backward_bias(qkv: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of qkv, and of a bias that was added to it, [3 * H * d] in the dtype of sums."""
+    dqkv, sums = _backward(qkv, dout, True)
+    # keys: a number added to all scores of a query cancels in the softmax
+    dbias = sums.new_zeros(3, *sums.shape[2:])
+    torch.sum(sums, 0, out=dbias[::2])
+    return dqkv, dbias.flatten()

@@ -33,13 +33,19 @@ def _bwd(qkv, dout):
     return qkv.new_empty(qkv.shape)
 
 
+@_launch.op("short_attention_bwd_bias(Tensor qkv, Tensor dout) -> (Tensor, Tensor)", "backward_bias")
+def _bwd_bias(qkv, dout):
+    heads, d = qkv.shape[-2:]
+    return qkv.new_empty(qkv.shape), qkv.new_empty(3 * heads * d, dtype=_launch.wide(qkv.dtype))
+
+
 @register_flop_formula(torch.ops.extrema_fast.short_attention_fwd)
 def _flops_fwd(shape, *_, **__) -> int:
     rows, n, _, heads, d = shape
     return 4 * rows * heads * n * n * d
 
 
-@register_flop_formula(torch.ops.extrema_fast.short_attention_bwd)
+@register_flop_formula([torch.ops.extrema_fast.short_attention_bwd, torch.ops.extrema_fast.short_attention_bwd_bias])
 def _flops_bwd(shape, *_, **__) -> int:
     rows, n, _, heads, d = shape
     return 10 * rows * heads * n * n * d
@@ -47,18 +53,36 @@ def _flops_bwd(shape, *_, **__) -> int:
 
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv):
+    def forward(ctx, qkv, bias):
         ctx.save_for_backward(qkv)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return _fwd(qkv)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         (qkv,) = ctx.saved_tensors
-        return _bwd(qkv, dout)
+        if not ctx.needs_input_grad[1]:
+            return _bwd(qkv, dout), None
+        dqkv, dbias = _bwd_bias(qkv, dout)
+        return dqkv, dbias.to(ctx.bias_dtype)
 
 
-def short_attention(qkv: Tensor) -> Tensor:
+class _Contains(torch.autograd.Function):
+    """qkv, which contains `bias` already; the bias gets the column sums of its gradient."""
+
+    @staticmethod
+    def forward(ctx, qkv, bias):
+        ctx.bias_dtype = bias.dtype
+        return qkv.view_as(qkv)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dqkv):
+        return dqkv, dqkv.sum((0, 1), dtype=_launch.wide(dqkv.dtype)).flatten().to(ctx.bias_dtype)
+
+
+def short_attention(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
     """`softmax(q k^T / sqrt(d)) v` per sequence and head, for short sequences (maths: README.md in this folder).
 
     Saves nothing but qkv for the backward pass. Runs the plain PyTorch definition where Triton cannot run and, on a
@@ -67,6 +91,9 @@ def short_attention(qkv: Tensor) -> Tensor:
     Args:
         qkv: [R, n, 3, H, d] bf16 | fp16 | fp32 | fp64, n <= 64, d in 16, 32, 64, 80: the projection's output, viewed.
             Any strides (copied unless the last axis is dense). Under autocast, computed in its dtype.
+        bias: [3 * H * d], any float dtype, or None: the projection's bias, which `qkv` contains already (add it there
+            detached). It changes nothing here; its gradient, the column sums of qkv's, is made by the kernel that
+            writes these, and is exactly zero for the keys.
 
     Returns:
         [R, n, H, d] contiguous, so that reshaping to [R, n, H * d] costs nothing.
@@ -92,8 +119,12 @@ def short_attention(qkv: Tensor) -> Tensor:
         raise ValueError(
             f"qkv: head_dim {d} is not one of {HEAD_DIMS}; use torch's scaled_dot_product_attention"
         )
+    if bias is not None:
+        check("bias", bias, (3 * qkv.shape[3] * d,), FLOATS, qkv)
     qkv = qkv.to(autocast_dtype(qkv))
     # the interpreter holds every tile
     if _launch.use_triton(qkv) and (qkv.device.type == "cpu" or fits(qkv.dtype, n, d)):
-        return _ShortAttention.apply(qkv)
+        return _ShortAttention.apply(qkv, bias)
+    if bias is not None:
+        qkv = _Contains.apply(qkv, bias)
     return short_attention_reference(qkv).contiguous()

@@ -108,6 +108,7 @@ def calls(rows):
     qkv = torch.randn(5, rows, 3, 2, 16).transpose(0, 1)
     yield "short_attention_fwd", (qkv,)
     yield "short_attention_bwd", (qkv, torch.randn(rows, 5, 2, 16))
+    yield "short_attention_bwd_bias", (qkv, torch.randn(rows, 5, 2, 16))
     params = color_params(torch.arange(rows), (0.4,) * 4, 0.8, 0.2, seed=0, epoch=0)
     yield "color_views", (pixels, params, [0.5] * 3, [0.2] * 3, 3, torch.float32)
     for disjoint in (True, False):
@@ -136,7 +137,8 @@ def test_schemas_and_fakes_of_registered_ops(rows):
 # ---- ops with gradients ---------------------------------------------------------------------------
 
 GRADIENTS = pytest.mark.parametrize(
-    "op", ["attention_pool", "patch_gather", "token_gather", "short_attention"]
+    "op",
+    ["attention_pool", "patch_gather", "token_gather", "short_attention", "short_attention with a bias"],
 )
 
 
@@ -157,6 +159,12 @@ def example(op, dtype=torch.float64, rows=2, n=6):
         return pools, [draw(rows, n, 16), draw(rows, 16), *weights]
     if op == "short_attention":
         return kernels.short_attention, [draw(rows, n, 3, 2, 16)]
+    if op == "short_attention with a bias":
+
+        def projected(x, bias):
+            return kernels.short_attention(x + bias.detach().view(3, 2, 16), bias)
+
+        return projected, [draw(rows, n, 3, 2, 16), draw(96)]
     if op == "token_gather":
         return kernels.token_gather, [draw(rows, n, 16), keep, draw(n, 16)]
     images = draw(rows, 3, 8, 2 * n).detach()
