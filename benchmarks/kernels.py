@@ -242,11 +242,14 @@ def measure_attention(
 
 
 def registers(argv: list[str]) -> int:
-    """Writes registers.json and registers.md: what each kernel needs on four GPU architectures, without a GPU."""
+    """Writes registers.json and registers.md: each kernel's machine code on four GPU architectures, without a GPU."""
     p = harness.parser("registers", registers.__doc__, timed=False)
     p.add_argument("--jobs", type=int, default=2, help="compiling processes")
+    p.add_argument(
+        "--op", nargs="+", choices=OPS, default=OPS, help="make their rows again, keep the others'"
+    )
     args = p.parse_args(argv)
-    ops = list(OPS)[-1:] if args.quick else list(OPS)
+    ops = list(OPS)[-1:] if args.quick else list(args.op)
     if args.list:
         print(f"  {', '.join(ops)}")
         return 0
@@ -259,20 +262,28 @@ def registers(argv: list[str]) -> int:
     if bad:
         print("\n".join(bad), file=sys.stderr)
         return 1
-    kept = ("registers", "shared", "stack", "local")
+    kept = ("registers", "shared", "stack", "local", "ctas", "accesses", "wide")
     content = {name: {k: row[k] for k in kept if k in row} for name, row in rows.items()}
+    target = args.out / f"{args.name}.json"
+    if target.is_file() and len(ops) < len(OPS):
+        old = json.loads(target.read_text(encoding="utf-8"))["rows"]
+        content |= {name: row for name, row in old.items() if name.partition(" | ")[0] not in ops}
+        content = dict(sorted(content.items(), key=lambda item: OPS.index(item[0].partition(" | ")[0])))
     variants: dict[str, Row] = {}
     for name, row in content.items():
         key, _, arch = name.rpartition(" | ")
-        variants.setdefault(key, {"key": key})[arch] = f"{row['registers']} / {row['shared']}"
+        entry = f"{row['registers']} / {row['shared']} / {row['ctas']} / {row['wide']} of {row['accesses']}"
+        variants.setdefault(key, {"key": key})[arch] = entry
     page = [
         "# Registers of every kernel",
         f"Compiled ahead of time with Triton {triton.__version__}, no GPU: `python -m benchmarks registers`. "
-        "Registers per thread / shared memory in bytes. No variant spills.",
+        "Registers of a thread / bytes of shared memory / programs that fit on a multiprocessor / accesses to global "
+        "memory of 16 bytes per thread, of all in the machine code (those of a path for ragged ends among them). "
+        "No variant spills.",
         columns(variants.values(), "op, variant=key", *(f"{a}={a}" for a in ARCHITECTURES)),
     ]
     args.out.mkdir(parents=True, exist_ok=True)
-    target, table = args.out / f"{args.name}.json", {"triton": triton.__version__, "rows": content}
+    table = {"triton": triton.__version__, "rows": content}
     target.write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
     target.with_suffix(".md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     print(f"{len(rows)} compiled, no spills: {target.with_suffix('.md')}")

@@ -2,7 +2,8 @@
 
 python -m extrema_fast.kernels.aot [--op NAME ...] [--arch 80 90 100 120] [--jobs 2] [--json FILE]
 
-Prints registers, stack (where spills go) and shared memory, and fails (exit code 1) on spills and on more shared
+Prints registers, stack (where spills go), shared memory, how many programs fit on a multiprocessor, and how many of the
+accesses to global memory in the machine code are 16 bytes per thread; fails (exit code 1) on spills and on more shared
 memory than a block has.
 """
 
@@ -25,6 +26,13 @@ from ._spec import OPS, spec
 
 # architecture -> bytes of shared memory that one block may have
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+# architecture -> shared memory, warps and blocks of a multiprocessor; each block also takes 1 KiB
+MULTIPROCESSOR = {
+    80: (167_936, 64, 32),
+    90: (233_472, 64, 32),
+    100: (233_472, 64, 32),
+    120: (102_400, 48, 24),
+}
 
 
 def specialize(launch: _launch.Launch) -> tuple[dict[str, str], dict[str, object], list[str]]:
@@ -51,7 +59,13 @@ def specialize(launch: _launch.Launch) -> tuple[dict[str, str], dict[str, object
 
 
 def compile_variant(op: str, name: str, arch: int) -> dict:
-    """`op`, `variant`, `arch`, `problems` and, if it compiles, `registers` and bytes of `stack`, `local`, `shared`."""
+    """One row of the table.
+
+    Returns:
+        `op`, `variant`, `arch`, `problems` and, if it compiles: `registers` of a thread, bytes of `stack`, `local`,
+        `shared`; `ctas`, programs that fit on a multiprocessor; `accesses` to global memory in the machine code, and
+        those of 16 bytes, `wide`.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -70,8 +84,17 @@ def compile_variant(op: str, name: str, arch: int) -> dict:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:
         return row | {"problems": [f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"]}
-    row |= _resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
+    row |= _machine_code(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
+    row["ctas"] = occupancy(row["registers"], row["shared"], compiled.metadata.num_warps, arch)
     return row | {"problems": problems(row, arch)}
+
+
+def occupancy(registers: int, shared: int, warps: int, arch: int) -> int:
+    """How many programs fit on a multiprocessor at once."""
+    memory, most_warps, most = MULTIPROCESSOR[arch]
+    # each of four schedulers has 16,384 registers and gives them to warps in units of 256
+    by_registers = 4 * (16_384 // (-(-registers * 32 // 256) * 256))
+    return min(by_registers // warps, most_warps // warps, memory // (shared + 1024), most)
 
 
 def problems(usage: dict, arch: int) -> list[str]:
@@ -84,16 +107,27 @@ def problems(usage: dict, arch: int) -> list[str]:
     return found
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
+def _machine_code(cubin: bytes) -> dict[str, int]:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+    def dump(what: str) -> str:
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    usage = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout)}
-    return {"registers": usage["REG"], "stack": usage["STACK"], "local": usage["LOCAL"]}
+        usage = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump("-res-usage"))}
+        # LDG, STG, and LDGSTS, which copies to shared memory; `.128` is 16 bytes
+        accesses = re.findall(r"\b(?:LDG|STG|LDGSTS)\.E[.\w]*", dump("-sass"))
+    return {
+        "registers": usage["REG"],
+        "stack": usage["STACK"],
+        "local": usage["LOCAL"],
+        "accesses": len(accesses),
+        "wide": sum(".128" in x for x in accesses),
+    }
 
 
 def compile_all(ops: list[str], architectures: list[int], jobs: int = 1) -> list[dict]:
@@ -139,7 +173,10 @@ def main(argv: list[str] | None = None) -> int:
     for r in rows:
         name = f"{r['op']:16} {r['variant']:36} sm_{r['arch']:<4}"
         if "registers" in r:
-            print(f"{name} {r['registers']:>3} registers {r['stack']:>4} stack {r['shared']:>6} shared")
+            print(
+                f"{name} {r['registers']:>3} registers {r['stack']:>4} stack {r['shared']:>6} shared "
+                f"{r['ctas']:>2} per multiprocessor, {r['wide']} of {r['accesses']} accesses of 16 bytes"
+            )
         for problem in r["problems"]:
             print(f"{name} PROBLEM {problem}")
     bad = sum(len(r["problems"]) for r in rows)

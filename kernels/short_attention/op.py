@@ -45,7 +45,9 @@ def _flops_fwd(shape, *_, **__) -> int:
     return 4 * rows * heads * n * n * d
 
 
-@register_flop_formula([torch.ops.extrema_fast.short_attention_bwd, torch.ops.extrema_fast.short_attention_bwd_bias])
+@register_flop_formula(
+    [torch.ops.extrema_fast.short_attention_bwd, torch.ops.extrema_fast.short_attention_bwd_bias]
+)
 def _flops_bwd(shape, *_, **__) -> int:
     rows, n, _, heads, d = shape
     return 10 * rows * heads * n * n * d

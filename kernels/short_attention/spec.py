@@ -12,13 +12,12 @@ from .reference import short_attention_reference
 
 
 def variants() -> dict[str, _launch.Launch]:
-    """n 7 to 64 at head_dim 64; 32 and 80; bf16, one fp16, some fp32; with a bias where a trunk has one."""
+    """n 19 to 64 at head_dim 64; 32 and 80; bf16, one fp16, some fp32; without a bias once."""
     from . import kernel
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     found = {}
     for dtype, n, heads, d in (
-        (bf16, 7, 12, 64),
         (bf16, 19, 12, 64),
         (bf16, 27, 12, 64),
         (bf16, 39, 12, 64),
@@ -33,8 +32,9 @@ def variants() -> dict[str, _launch.Launch]:
         qkv, dout = meta(dtype, 8, n, 3, heads, d), meta(dtype, 8, n, heads, d)
         name = f"{_launch.DTYPE_NAMES[dtype]} n{n} H{heads} d{d}"
         (found[f"fwd {name}"],) = launches(kernel.forward, qkv)
-        (found[f"bwd {name}"],) = launches(kernel.backward, qkv, dout)
         (found[f"bwd {name} bias"],) = launches(kernel.backward_bias, qkv, dout)
+        if name == "bf16 n39 H12 d64":
+            (found[f"bwd {name}"],) = launches(kernel.backward, qkv, dout)
     return found
 
 

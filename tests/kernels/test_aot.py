@@ -1,7 +1,8 @@
 """Every shipped configuration, compiled for four architectures without a GPU.
 
 Covers: no spills, no local memory, shared memory within each chip's limit; the committed table
-(benchmarks/records/registers.json) names every variant and none has become worse; how a launch becomes a signature.
+(benchmarks/records/registers.json) names every variant and none has become worse (registers, shared memory, programs per
+multiprocessor, accesses below 16 bytes); how a launch becomes a signature.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def test_everything_compiles_within_limits_and_no_worse_than_before(repository):
     worse = []
     for name, row in rows.items():
         was = table["rows"][name]
-        if row["registers"] > was["registers"] + 8 or row["shared"] > was["shared"] + 1024:
+        narrow = row["accesses"] - row["wide"] > was["accesses"] - was["wide"]
+        more = row["registers"] > was["registers"] + 8 or row["shared"] > was["shared"] + 1024
+        if narrow or more or row["ctas"] < was["ctas"]:
             worse.append(f"{name}: {was} before, now {row}")
     assert not worse, f"\nif this is meant, {REMAKE}\n" + "\n".join(worse)
 
@@ -44,6 +47,13 @@ def test_spills_and_too_much_shared_memory_are_problems():
     assert not aot.problems(usage, 120)
     assert "spills: stack 8" in aot.problems(usage | {"stack": 8}, 120)[0]
     assert "shared memory 101377 is over 101376" in aot.problems(usage | {"shared": 101_377}, 120)[0]
+
+
+def test_occupancy():
+    # by registers, warps, shared memory, blocks (what CUDA's occupancy calculator gives)
+    assert aot.occupancy(97, 40_960, 4, 90) == 4 and aot.occupancy(168, 0, 4, 90) == 3
+    assert aot.occupancy(32, 0, 8, 90) == 8 and aot.occupancy(32, 0, 8, 120) == 6
+    assert aot.occupancy(32, 49_152, 4, 120) == 2 and aot.occupancy(16, 0, 1, 80) == 32
 
 
 def test_what_a_launch_is_compiled_for():
