@@ -1,8 +1,8 @@
 """Every shipped configuration, compiled for four architectures without a GPU.
 
 Covers: no spills, no local memory, shared memory within each chip's limit; the committed table
-(benchmarks/records/registers.json) names every variant and none has become worse (registers, shared memory, programs per
-multiprocessor, accesses below 16 bytes); how a launch becomes a signature.
+(benchmarks/records/registers.json) names every variant and none has become worse (registers, shared memory,
+programs per multiprocessor, accesses below 16 bytes); how a launch becomes a signature.
 """
 
 from __future__ import annotations
