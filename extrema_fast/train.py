@@ -185,7 +185,7 @@ def _evaluate(run: Run, train_log: TrainLog, test: ImageSource | None, signals: 
                 raise
             return False
         past = train_log.eval(values)
-        train_log.warn(collapse_warnings(past, run.cfg.optim.warmup_epochs))
+        train_log.warn(collapse_warnings(past, run.cfg.optim.warmup_epochs, run.cfg.head.loss))
         fault("evaluated")
         return True
 

@@ -13,20 +13,20 @@ PARTS = {
     "student": "student class token",
     "student_proj": "student projection",
 }
-ADVICE = (
-    "lower optim.base_lr, raise optim.momentum (a slower teacher), lengthen optim.warmup_epochs, "
-    "or use head.loss infonce"
-)
+ADVICE = "lower optim.base_lr, raise optim.momentum (a slower teacher), or lengthen optim.warmup_epochs"
 
 
-def collapse_warnings(history: Sequence[dict[str, Any]], warmup_epochs: float = 0.0) -> list[str]:
-    """What the latest evaluation says about collapse, one sentence per broken rule.
+def collapse_warnings(
+    history: Sequence[dict[str, Any]], warmup_epochs: float = 0.0, loss: str = "infonce"
+) -> list[str]:
+    """What the latest evaluation says about collapse, one sentence per broken rule; the first says what to try.
 
     Args:
         history: Results of `online_eval`, oldest first. history[0] is step 0, the random encoder, and the yardstick:
             a random encoder alone looks nearly collapsed (cosine .99), so an absolute limit counts only where the run
             has not moved away from its start.
         warmup_epochs: Rules for the end of warm-up wait for it.
+        loss: `head.loss` of the run.
 
     Returns:
         [] while healthy, and for a history of one.
@@ -52,21 +52,24 @@ def collapse_warnings(history: Sequence[dict[str, Any]], warmup_epochs: float = 
 
     found = broken("std", lambda a, b, _: b < 0.5 * a or (b < 0.2 and b < 0.9 * a))
     if found:
-        warnings.append(f"features are contracting, standard deviation per dimension: {found}; {ADVICE}")
+        warnings.append(f"features are contracting, standard deviation per dimension: {found}")
     # passing 0.9 counts for a run that began below it; 0.998 unless the spread has doubled since
     found = broken("cosine", lambda a, b, _: b > 0.9 > a or (b > 0.998 and 1 - b < 2 * (1 - a)))
     if found:
-        warnings.append(f"features of different images point the same way, mean cosine: {found}; {ADVICE}")
+        warnings.append(f"features of different images point the same way, mean cosine: {found}")
     found = broken("rank", rank_broken)
     if found:
-        warnings.append(f"features use few directions, effective rank: {found}; {ADVICE}")
+        warnings.append(f"features use few directions, effective rank: {found}")
     warm = last.get("epoch", math.inf) >= warmup_epochs
     view = last.get("view_cosine")
     if view is not None and not warm and view > 0.99 > (first.get("view_cosine") or 1.0):
         warnings.append(
             f"predictions of two views agree at cosine {view:.4g} before warm-up ends: the task has "
-            f"become trivial; {ADVICE}"
+            "become trivial"
         )
+    warnings += _knn_warnings(history, warm)
+    if warnings:
+        warnings[0] += f"; {ADVICE}{'; or use head.loss infonce' if loss == 'byol' else ''}"
     entropy = last.get("attention_entropy")
     if entropy is not None and warm and not 0.01 < entropy < 0.9999:
         state = "looks at one token only" if entropy < 0.5 else "is uniform: pooling learns nothing"
@@ -74,7 +77,7 @@ def collapse_warnings(history: Sequence[dict[str, Any]], warmup_epochs: float = 
             f"attention of the class token {state} (entropy {entropy:.4g} of 1); lower optim.base_lr "
             "or raise model.layer_scale"
         )
-    return warnings + _knn_warnings(history, warm)
+    return warnings
 
 
 def _knn_warnings(history: Sequence[dict[str, Any]], warm: bool) -> list[str]:
@@ -88,11 +91,11 @@ def _knn_warnings(history: Sequence[dict[str, Any]], warm: bool) -> list[str]:
         noise = max(0.01, 1.5 * math.sqrt(p * (1 - p) / images))
         if warm and curve[-1] < curve[0] - noise:
             warnings.append(
-                f"k-NN of the {words} is {curve[-1]:.1%}, below the random encoder's {curve[0]:.1%}; {ADVICE}"
+                f"k-NN of the {words} is {curve[-1]:.1%}, below the random encoder's {curve[0]:.1%}"
             )
         tail = curve[-4:]
         falling = len(tail) == 4 and all(b < a for a, b in itertools.pairwise(tail))
         if falling and tail[0] - tail[-1] > noise:
             path = ", ".join(f"{v:.1%}" for v in tail)
-            warnings.append(f"k-NN of the {words} fell three evaluations in a row ({path}); {ADVICE}")
+            warnings.append(f"k-NN of the {words} fell three evaluations in a row ({path})")
     return warnings

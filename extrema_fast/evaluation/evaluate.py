@@ -277,6 +277,8 @@ def evaluate(
 
     started = time.monotonic()
     where = _device(device)
+    # without a class head the pooled feature is the mean of the patches
+    fields = {CLS: "cls", MEAN: "mean"} if encoder.num_prefix_tokens else {MEAN: "mean"}
     rows: list[dict[str, Any]] = []
     signs: dict[str, dict[str, float]] = {}
     for name in (PRETRAINED, RANDOM):
@@ -285,13 +287,15 @@ def evaluate(
             extract(model, s, data, batch_size=batch_size or rule.batch_size, device=where)
             for s in (bank, queries)
         )
-        for feature, field in ((CLS, "cls"), (MEAN, "mean")):
+        for feature, field in fields.items():
             rows.append({"encoder": name, "feature": feature} | _measure(a, b, field, settings, where))
-        x = load_batch(queries, data, model.img_size, VIEW_IMAGES).to(where)
-        with torch.inference_mode():
-            attention = model.get_attention(normalize(x, data.mean, data.std, model.in_chans))
-        signs[name] = indicators(b.cls) | {"attention_entropy": attention_entropy(attention)}
-        log.info("%s: %s", name, ", ".join(f"{m} {rows[-2][m]:.1%}" for m in settings["metrics"]))
+        signs[name] = indicators(b.cls)
+        if model.num_prefix_tokens:
+            x = load_batch(queries, data, model.img_size, VIEW_IMAGES).to(where)
+            with torch.inference_mode():
+                attention = model.get_attention(normalize(x, data.mean, data.std, model.in_chans))
+            signs[name]["attention_entropy"] = attention_entropy(attention)
+        log.info("%s: %s", name, ", ".join(f"{m} {rows[-len(fields)][m]:.1%}" for m in settings["metrics"]))
     a, b = (raw_pixels(s, data, encoder.img_size) for s in (bank, queries))
     rows.append({"encoder": PIXELS, "feature": "pixels"} | _measure(a, b, "cls", settings, where))
     result: dict[str, Any] = {
@@ -304,8 +308,8 @@ def evaluate(
         "counts": {"train": len(bank), "test": len(queries), "classes": len(bank.classes)},
         "rows": rows,
         "gain": {
-            feature: {m: rows[i][m] - rows[i + 2][m] for m in settings["metrics"]}
-            for i, feature in enumerate((CLS, MEAN))
+            feature: {m: rows[i][m] - rows[i + len(fields)][m] for m in settings["metrics"]}
+            for i, feature in enumerate(fields)
         },
         "indicators": signs,
         "warnings": same + _result_warnings(rows, signs, len(queries), encoder.embed_dim),
@@ -345,10 +349,11 @@ def _result_warnings(
 ) -> list[str]:
     # the online rules, with the random encoder in the place of step 0
     history = []
-    for place, name in ((2, RANDOM), (0, PRETRAINED)):
+    for name in (RANDOM, PRETRAINED):
         record: dict[str, Any] = {f"teacher_{n}": signs[name][n] for n in ("std", "rank", "cosine")}
-        record |= {"images": images, "dim": dim, "attention_entropy": signs[name]["attention_entropy"]}
-        record |= {"knn_cls": rows[place].get("knn"), "knn_mean": rows[place + 1].get("knn")}
+        record |= {"images": images, "dim": dim, "attention_entropy": signs[name].get("attention_entropy")}
+        knn_of = {row["feature"]: row.get("knn") for row in rows if row["encoder"] == name}
+        record |= {"knn_cls": knn_of.get(CLS), "knn_mean": knn_of[MEAN]}
         history.append(record)
     return collapse_warnings(history)
 

@@ -62,6 +62,7 @@ class TrainLog:
                 self.sinks.append(TensorBoard(folder.path / "tensorboard"))
         self._data_wait = DataWaitWarning()
         self._pending: _Line | None = None
+        self._skipped, self._told_of_skipped = 0, False
         self._restart()
 
     def start(self, headline: str, remedy: str) -> None:
@@ -143,7 +144,10 @@ class TrainLog:
         else:
             peak = self.run.world.memory_gb()
             steps = self.run.schedule.total_steps
-            self.progress.say(f"complete: {steps} steps, peak memory {peak:.2f} GB, {self.run.cfg.out}")
+            skipped = f" ({self._skipped} skipped)" if self._skipped else ""
+            self.progress.say(
+                f"complete: {steps} steps{skipped}, peak memory {peak:.2f} GB, {self.run.cfg.out}"
+            )
         self.progress.close()
         for sink in self.sinks:
             sink.close()
@@ -177,6 +181,7 @@ class TrainLog:
         sums = reading.values()
         self._check_finite(step, sums.pop("skipped_in_a_row"))
         record = self._write("train", step, values | sums)
+        self._check_skipped(step, record["skipped"])
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         self.progress.update(
             step,
@@ -185,12 +190,23 @@ class TrainLog:
         )
         self._status("running")
 
+    def _check_skipped(self, step: int, skipped: int) -> None:
+        self._skipped = skipped
+        # one in twenty: the run is not what its settings say
+        if not self._told_of_skipped and skipped >= max(5, step / 20):
+            self._told_of_skipped = True
+            self._warning(
+                f"{skipped} of {step} steps were skipped so far, since their loss or gradient was not finite; they "
+                "changed no weights: a lower optim.base_lr may help"
+            )
+
     def _check_finite(self, step: int, worst: int) -> None:
         limit = self.run.cfg.train.max_nonfinite
         if worst >= limit:
             raise NonFiniteError(
                 f"step {step}: {worst} steps in a row had a loss or gradient that is not finite "
-                f"(train.max_nonfinite {limit}); they changed no weights; try a lower optim.base_lr, or fp32"
+                f"(train.max_nonfinite {limit}); they changed no weights; try a lower optim.base_lr"
+                + (", or train.precision fp32" if self.run.resolved.precision != "fp32" else "")
             )
 
     def _write(self, kind: str, step: int, values: dict[str, Any]) -> dict[str, Any]:

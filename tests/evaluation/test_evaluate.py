@@ -22,7 +22,9 @@ from extrema_fast.evaluation import evaluate as evals
 from extrema_fast.evaluation.collapse import collapse_warnings
 from extrema_fast.evaluation.probes import attention_entropy, indicators, knn, linear_probe
 from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.weights.export import export
 from extrema_fast.weights.folder import save_weights, weights_meta
+from tests.torchvision_operators import define_torchvision_operators
 
 
 def blobs(n: int, d: int, classes: int, gap: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,6 +212,10 @@ def test_published_collapse_is_caught_and_published_health_is_not():
 
     collapsed = history((0.10, 3.7, 0.987, 0.78), (0.032, 1.4, 0.9995, 0.75))
     assert len(collapse_warnings(collapsed)) == 4
+    # what to try is said once, and does not name what is so already
+    for loss in ("byol", "infonce"):
+        text = "|".join(collapse_warnings(collapsed, loss=loss))
+        assert text.count("lower optim.base_lr") == 1 and ("head.loss infonce" in text) == (loss == "byol")
     healthy = history((0.10, 3.7, 0.987, 0.78), (0.56, 15, 0.6, 0.82), (0.76, 30, 0.34, 0.90))
     assert collapse_warnings(healthy) == []
 
@@ -422,3 +428,14 @@ def test_test_images_among_the_training_images_are_noticed(run, images, tmp_path
     result = evals.evaluate(run, train, train, metrics=("knn",), device="cpu")
     assert "30 of 30 test images" in result["warnings"][0]
     assert "WARNING: 30 of 30" in evals.format_table(result)
+
+
+def test_an_encoder_without_class_head_is_evaluated_by_the_mean_of_its_patches(run, images, tmp_path):
+    define_torchvision_operators()
+    pytest.importorskip("timm", reason="timm is not installed (extra: timm)")
+    export(run, tmp_path / "vit", format="vit")
+    result = evals.evaluate(tmp_path / "vit", str(images), metrics=("knn",), device="cpu")
+    features = [(r["encoder"], r["feature"]) for r in result["rows"]]
+    assert features[:2] == [("pretrained", "mean of patches"), ("random init", "mean of patches")]
+    assert result["gain"].keys() == {"mean of patches"}
+    assert "class token" not in evals.format_table(result)

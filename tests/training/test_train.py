@@ -9,6 +9,7 @@ FLOPs; processes and devices.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -201,6 +202,21 @@ def test_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
     end = status(tmp_path / "run")
     assert end["state"] == "failed" and "not finite" in end["reason"] and end["step"] == 2
     assert logged(tmp_path / "run", "train")[0]["loss"] is None
+    # this run is in fp32 already
+    assert "fp32" not in end["reason"]
+
+
+def test_many_skipped_steps_are_said_once(tmp_path, monkeypatch, caplog, capsys):
+    original, calls = ExtreMA.loss, itertools.count()
+
+    def every_other(self, *args):
+        return original(self, *args) * (float("nan") if next(calls) % 2 else 1.0)
+
+    monkeypatch.setattr(ExtreMA, "loss", every_other)
+    cfg = tiny(tmp_path / "run", train={"epochs": 8}, log={"every_steps": 2})
+    train.pretrain(cfg)
+    assert caplog.text.count("steps were skipped so far") == 1
+    assert " skipped), peak memory" in "".join(capsys.readouterr())
 
 
 # ---- the run ---------------------------------------------------------------------------------------
@@ -241,7 +257,9 @@ def test_unlabelled_images_have_indicators_only(tmp_path):
 
 
 def test_warnings_are_loud(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(train, "collapse_warnings", lambda past, warmup: ["it shrinks"] * (len(past) > 1))
+    monkeypatch.setattr(
+        train, "collapse_warnings", lambda past, warmup, loss: ["it shrinks"] * (len(past) > 1)
+    )
     out = train.pretrain(tiny(tmp_path / "run", eval={"every_epochs": 1}), progress=False)
     assert [(r["step"], r["text"]) for r in logged(out, "warning")] == [(3, "it shrinks"), (6, "it shrinks")]
     assert status(out)["reason"] == "it shrinks"
