@@ -140,7 +140,7 @@ def _from_tars(
 def _why_not_found(path: Path) -> str:
     parent = next((p for p in path.parents if p.is_dir()), path.parent)
     if parent != path.parent:
-        return f"does not exist ({path.parent} neither; {parent} does)"
+        return f"does not exist ({path.parent} neither{'' if str(parent) == '.' else f'; {parent} does'})"
     try:
         names = sorted(e.name for e in os.scandir(parent) if not e.name.startswith("."))
     except OSError as e:

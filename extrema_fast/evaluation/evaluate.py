@@ -135,14 +135,35 @@ def _view_cosine(method: ExtreMA, images: Tensor, cfg: Config) -> float:
 
 
 def run_config(path: str | Path) -> Config | None:
-    """The configuration of a run folder, or None when `path` is not one."""
-    path = Path(path) / "config.json"
-    if not path.is_file():
+    """The configuration of a run folder, or None when `path` is not one.
+
+    Images that a relative path does not find from here are looked for where the run was started, and beside the run.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
         return None
-    data = read_json(path)
+    data = read_json(path / "config.json")
     data = data.get("config", data)
     # a weights folder has a config.json too, of another kind
-    return from_dict(data, recorded=True) if "train" in data and "optim" in data else None
+    if not ("train" in data and "optim" in data):
+        return None
+    cfg = from_dict(data, recorded=True)
+    started = read_json(path / "env.json", {}).get("cwd")
+    folders = [*([started] if isinstance(started, str) else []), *path.resolve().parents]
+    where = {name: _found(getattr(cfg.data, name), folders) for name in ("train", "test")}
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **where))
+
+
+def _found(spec: str, folders: Sequence[str | Path]) -> str:
+    """`spec`, or where its relative path exists below one of the folders."""
+    if (
+        not spec
+        or spec in BUILT_IN
+        or Path(spec).expanduser().exists()
+        or Path(spec).expanduser().is_absolute()
+    ):
+        return spec
+    return next((str(Path(f) / spec) for f in folders if (Path(f) / spec).exists()), spec)
 
 
 def resolve_data(cfg: Config | None, train: str | None, test: str | None) -> tuple[str, str]:
@@ -238,8 +259,13 @@ def evaluate(
     # what evaluation.json of a run holds: the result of `evaluate RUN`
     plain = train is None and test is None and k is None and temperature is None and which == "teacher"
     train, test = resolve_data(cfg, train, test)
-    bank = open_source(train, "train", limit=max_train, seed=seed)
-    queries = labelled(bank, open_source(test, "test", limit=max_test, seed=seed))
+    try:
+        bank = open_source(train, "train", limit=max_train, seed=seed)
+        queries = labelled(bank, open_source(test, "test", limit=max_test, seed=seed))
+    except UsageError as error:
+        if plain and "does not exist" in str(error):
+            error = UsageError(f"{path} was trained on images that are gone; name them with --data: {error}")
+        raise error from None
     plain &= not (0 < max_train <= len(bank) or 0 < max_test <= len(queries))
     if len(bank.classes) < 2:
         raise UsageError(

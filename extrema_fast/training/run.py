@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import Config, SystemConfig, config_hash, to_dict
+from ..config import PRESETS, Config, SystemConfig, config_hash, preset, to_dict
 from ..data.bad_images import BadRows
 from ..data.loader import TrainLoader
 from ..data.order import epoch_length
@@ -152,7 +152,14 @@ def open_test(cfg: Config) -> ImageSource | None:
     """Images for the evaluations while training; None when there are none or they are switched off."""
     if not cfg.eval.every_epochs or not (cfg.data.test or cfg.data.train in BUILT_IN):
         return None
-    source = open_source(cfg.data.test or cfg.data.train, "test")
+    try:
+        source = open_source(cfg.data.test or cfg.data.train, "test")
+    except UsageError as error:
+        usual = [name for name in PRESETS if cfg.data.test and preset(name).data.test == cfg.data.test]
+        whose = f" (the value of preset {usual[0]})" if usual else ""
+        raise UsageError(
+            f"data.test{whose}: {error}; for no evaluation of k-NN while training: --data.test ''"
+        ) from None
     if source.labels is None:
         log.warning("data.test %s: images without labels: evaluations leave out k-NN", source.name)
     return source
@@ -328,6 +335,8 @@ def describe(run: Run, folder: RunFolder) -> None:
     env = {
         "attempt": folder.attempt,
         "argv": sys.argv,
+        # where relative paths of the configuration start
+        "cwd": os.getcwd(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),

@@ -439,3 +439,24 @@ def test_an_encoder_without_class_head_is_evaluated_by_the_mean_of_its_patches(r
     assert features[:2] == [("pretrained", "mean of patches"), ("random init", "mean of patches")]
     assert result["gain"].keys() == {"mean of patches"}
     assert "class token" not in evals.format_table(result)
+
+
+def test_images_are_found_from_another_folder_and_after_moving(run, cfg, images, tmp_path, monkeypatch):
+    def evaluated(folder):
+        return evals.evaluate(folder, metrics=("knn",), device="cpu")["counts"]["test"]
+
+    data = dataclasses.replace(cfg.data, train="images/train", test="images/test")
+    (run / "config.json").write_text(json.dumps(to_dict(dataclasses.replace(cfg, data=data))))
+    (tmp_path / "there").mkdir()
+    shutil.copytree(images, tmp_path / "there" / "images")
+    (run / "env.json").write_text(json.dumps({"cwd": str(tmp_path / "there")}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert evaluated(run) == 15
+    # run and images moved together
+    (tmp_path / "there").rename(tmp_path / "moved")
+    run.rename(tmp_path / "moved" / "run")
+    assert evaluated(tmp_path / "moved" / "run") == 15
+    shutil.rmtree(tmp_path / "moved" / "images")
+    with pytest.raises(UsageError, match=r"--data: images/train: does not exist"):
+        evaluated(tmp_path / "moved" / "run")

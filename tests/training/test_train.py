@@ -256,6 +256,12 @@ def test_unlabelled_images_have_indicators_only(tmp_path):
     assert all("teacher_rank" in r and "knn_cls" not in r for r in evals)
 
 
+def test_missing_test_images_name_the_option_and_the_preset(tmp_path):
+    cfg = tiny(tmp_path / "run", data={"test": preset("cifar10").data.test}, eval={"every_epochs": 1})
+    with pytest.raises(UsageError, match=r"data\.test \(the value of preset cifar10\): .*does not exist"):
+        train.pretrain(cfg, progress=False)
+
+
 def test_warnings_are_loud(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(
         train, "collapse_warnings", lambda past, warmup, loss: ["it shrinks"] * (len(past) > 1)
