@@ -9,6 +9,7 @@ if __name__ == "extrema_fast.kernels":
     from .adamw_ema import AdamWEma
     from .attention_pool import PoolWeights, attention_pool
     from .color_views import color_views
+    from .crop_resize import crop_resize
     from .patch_gather import patch_gather
     from .sample_views import sample_views
     from .short_attention import short_attention
@@ -20,6 +21,7 @@ if __name__ == "extrema_fast.kernels":
         "attention_pool",
         "can_run",
         "color_views",
+        "crop_resize",
         "patch_gather",
         "sample_views",
         "short_attention",

@@ -22,6 +22,7 @@ OPS = (
     "adamw_ema",
     "color_views",
     "sample_views",
+    "crop_resize",
 )
 
 

@@ -111,6 +111,8 @@ def calls(rows):
     yield "short_attention_bwd_bias", (qkv, torch.randn(rows, 5, 2, 16))
     params = color_params(torch.arange(rows), (0.4,) * 4, 0.8, 0.2, seed=0, epoch=0)
     yield "color_views", (pixels, params, [0.5] * 3, [0.2] * 3, 3, torch.float32)
+    crops = torch.tensor([[3.0, 36, 7, 11, 0.5, 0, 7, 10, i % 2] for i in range(rows)]).double().view(rows, 9)
+    yield "crop_resize", (torch.randint(0, 256, (288,), dtype=torch.uint8), crops, 5, 40)
     for disjoint in (True, False):
         yield "sample_views", (torch.arange(rows), 19, 5, 3, disjoint, 1, 2)
     p, g, m, v, e = ([torch.randn(5), torch.randn(rows, 3)] for _ in range(5))
