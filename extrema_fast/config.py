@@ -131,6 +131,8 @@ class DataConfig:
     """Decoding threads per process; 0: the cores shared by the processes of this machine, at most 16."""
     hw_decoder_load: float = 0.65
     """Share of the JPEG images that a GPU's hardware decoder takes, where it has one and DALI decodes there."""
+    resident: Literal["auto", "gpu", "host", "off"] = "auto"
+    """Hold the training images decoded, in the memory of the GPU or of the CPU; `auto`: on a GPU, where they fit."""
     order: Literal["global", "shards"] = "global"
     """`global`: all rows shuffled; `shards`: tar shards shuffled, their rows within a moving window of shards."""
     window: int = 16
@@ -647,7 +649,7 @@ RENAMED_VALUES = {
 # fields that may differ between a run and its resumption: they do not change what is learned
 FREE_FIELDS = (
     *("out", "log.", "ckpt.", "eval.", "system."),
-    *("data.test", "data.loader", "data.threads", "data.hw_decoder_load", "data.bad_budget"),
+    *("data.test", "data.loader", "data.threads", "data.hw_decoder_load", "data.bad_budget", "data.resident"),
     *("train.compile", "train.cuda_graph", "train.recompute"),
     # removed
     "train.compact",

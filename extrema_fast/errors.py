@@ -78,7 +78,14 @@ def cannot_import(package: str, error: Exception, extra: str) -> str:
     return f"{package} cannot be imported ({one_line(error)}); {remedy}"
 
 
+# torch and CUDA; torch on a CPU; DALI and its decoders
+_NO_MEMORY = (
+    *("out of memory", "can't allocate", "cannot allocate memory", "bad_alloc"),
+    *("cuda allocation failed", "allocator_failure", "alloc_failed"),
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory is exhausted, on a GPU or a CPU."""
     text = f"{type(error).__name__} {error}".lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)

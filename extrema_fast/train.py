@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -129,8 +128,9 @@ def _loop(
         stop = not _evaluate(run, train_log, test, signals)
     if stop:
         raise Preempted(f"stopped by a signal at step {run.step}, before another was taken: nothing to save")
-    for batch in islice(batches(run, loader), run.schedule.total_steps - run.step):
-        stats = _step(run, batch)
+    fed = batches(run, loader)
+    while not run.last:
+        stats = _step(run, fed)
         run.step += 1
         signals.stop |= train_log.progress.broken
         stop = signals.stop_agreed(world, train_log.due()) and not run.last
@@ -157,9 +157,9 @@ def _loop(
             raise Preempted(f"stopped by a signal after step {run.step} of {total}, saved in {run.cfg.out}")
 
 
-def _step(run: Run, batch: Batch) -> StepStats:
+def _step(run: Run, fed: Iterator[Batch]) -> StepStats:
     try:
-        return train_step(run, batch)
+        return train_step(run, next(fed))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

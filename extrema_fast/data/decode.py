@@ -29,7 +29,7 @@ _MAX_LOST = AHEAD + 1
 # what DALI says when memory or the GPU is at fault, not an image
 _DEVICE_ERROR = re.compile(
     r"CUDA (runtime |driver )?(API )?error|CUDA allocation failed|cudaError|CUDA_ERROR|out of memory|bad_alloc"
-    r"|Can't allocate \d+ bytes|Cannot allocate memory",
+    r"|Can't allocate \d+ bytes|Cannot allocate memory|ALLOCATOR_FAILURE|ALLOC_FAILED",
     re.IGNORECASE,
 )
 
@@ -79,7 +79,7 @@ class Settings(NamedTuple):
     pinned: bool
 
 
-def _ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
+def take_ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
     """The same items, taken from their iterator `count` items early; an error comes after the items before it."""
     waiting: deque[Any] = deque()
     failed = None
@@ -96,16 +96,22 @@ def _ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
 
 
 class PilDecoder:
-    """Decodes with PIL in threads, on the CPU."""
+    """Decodes with PIL in threads, on the CPU.
 
-    def __init__(self, files: ImageFiles, settings: Settings) -> None:
-        self.files, self.settings = files, settings
+    Args:
+        held: row -> [H, W, 3] uint8, its image decoded before; None: images are read and decoded.
+    """
+
+    def __init__(
+        self, files: ImageFiles, settings: Settings, held: Callable[[int], np.ndarray] | None = None
+    ) -> None:
+        self.files, self.settings, self.held = files, settings, held
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="decode")
 
     def stream(self, plans: Iterator[Future[Work]]) -> Iterator[tuple[Work, Decoded]]:
         """Decodes the batches in order, `AHEAD` batches ahead."""
-        started = ((plan.result(), self._start(plan.result())) for plan in _ahead(plans, AHEAD))
-        for work, finish in _ahead(started, AHEAD):
+        started = ((plan.result(), self._start(plan.result())) for plan in take_ahead(plans, AHEAD))
+        for work, finish in take_ahead(started, AHEAD):
             yield work, finish()
 
     def decode(self, work: Work) -> Decoded:
@@ -141,11 +147,16 @@ class PilDecoder:
         row, data = int(work.rows[place]), None if work.data is None else work.data[place]
         top, left, bottom, right = work.boxes[place].tolist()
         if self.settings.whole:
-            im = self.files.rgb(row, data)
+            im = Image.fromarray(self.held(row)) if self.held else self.files.rgb(row, data)
             box = (left, top, min(right, im.width), min(bottom, im.height))
             im = im.resize((width, height), bilinear, box=box)
         else:
-            im = self.files.rgb(row, data, (int(left), int(top), int(right), int(bottom)))
+            region = (int(left), int(top), int(right), int(bottom))
+            if self.held:
+                # only the region is copied
+                im = Image.fromarray(self.held(row)[region[1] : region[3], region[0] : region[2]])
+            else:
+                im = self.files.rgb(row, data, region)
             im = im.resize((width, height), bilinear)
         pixels = np.asarray(im)
         return pixels[:, ::-1] if work.flips[place] else pixels
@@ -163,12 +174,10 @@ class DaliDecoder:
 
     def __init__(self, files: ImageFiles, settings: Settings) -> None:
         self.files, self.settings = files, settings
-        on_gpu = settings.device.type == "cuda"
-        self._copies = torch.cuda.Stream(settings.device) if on_gpu else None
 
     def stream(self, plans: Iterator[Future[Work]]) -> Iterator[tuple[Work, Decoded]]:
         """Decodes the batches in order, `AHEAD` batches ahead."""
-        planned = _ahead(plans, AHEAD)
+        planned = take_ahead(plans, AHEAD)
         running: deque[Work] = deque()
         unfinished: deque[Work] = deque()
         error: Exception | None = None
@@ -291,7 +300,8 @@ class DaliDecoder:
         decoder: dict[str, Any] = {"device": "cpu", "adjust_orientation": self.files.exif}
         gpu = None
         if s.device.type == "cuda":
-            decoder |= {"device": "mixed", "hw_decoder_load": s.hw}
+            # chroma as on the CPU
+            decoder |= {"device": "mixed", "hw_decoder_load": s.hw, "jpeg_fancy_upsampling": True}
             gpu = torch.cuda.current_device() if s.device.index is None else s.device.index
         pipe = dali.Pipeline(
             batch_size=batch, num_threads=s.threads, device_id=gpu, prefetch_queue_depth=AHEAD
@@ -315,24 +325,22 @@ class DaliDecoder:
         return pipe
 
     def _run(self, pipe: Any) -> Tensor:
-        """The next batch in memory that DALI will not use again."""
+        """The next batch; on a GPU the current stream waits for it, not the CPU.
+
+        DALI's default executor leaves a batch's memory alone as long as a tensor holds it; on a GPU it then belongs
+        to the stream of this call.
+        """
+        device = self.settings.device
         try:
-            (out,) = pipe.run()
+            (out,) = pipe.run(torch.cuda.current_stream(device)) if device.type == "cuda" else pipe.run()
         except RuntimeError as e:
             if _DEVICE_ERROR.search(str(e)):
                 raise
             raise _DaliError(str(e)) from e
-        if self._copies is None:
-            images = torch.from_dlpack(out.as_tensor())
-            copy = torch.empty(images.shape, dtype=images.dtype, pin_memory=self.settings.pinned)
-            return copy.copy_(images)
-        # on a separate stream, waited for: DALI fills its buffer again as soon as `out` is gone, and the caller's
-        # stream may be a whole step behind
-        with torch.cuda.stream(self._copies):
-            copy = torch.from_dlpack(out.as_tensor()).clone()
-            self._copies.synchronize()
-        copy.record_stream(torch.cuda.current_stream(copy.device))
-        return copy
+        images = torch.from_dlpack(out.as_tensor())
+        if not self.settings.pinned or device.type == "cuda":
+            return images
+        return torch.empty(images.shape, dtype=images.dtype, pin_memory=True).copy_(images)
 
 
 def _not_a_file(error: Exception) -> DataError:

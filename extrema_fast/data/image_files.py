@@ -47,13 +47,13 @@ class ImageFiles:
         self.source, self.exif, self.max_pixels = source, cfg.exif, cfg.max_pixels
         self.value_range = deep_range(source, cfg)
         self.as_bytes = source.spans is not None and bool((source.spans[:, 1] >= 0).any())
-        # [n, 2] height and width, 0: not known yet
-        self._sizes = np.zeros((len(source), 2), np.int32)
+        # [n, 2] height and width after EXIF rotation if that is asked for, 0: not known yet
+        self.sizes = np.zeros((len(source), 2), np.int32)
         if source.headers is not None:
-            self._sizes[:] = source.headers[:, :2]
+            self.sizes[:] = source.headers[:, :2]
             if cfg.exif:
                 rotated = source.headers[:, 2] >= 5
-                self._sizes[rotated] = self._sizes[rotated, ::-1]
+                self.sizes[rotated] = self.sizes[rotated, ::-1]
         self._readers: ThreadPoolExecutor | None = None
 
         from PIL import Image
@@ -62,21 +62,23 @@ class ImageFiles:
         if Image.MAX_IMAGE_PIXELS is not None:
             Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, -(-cfg.max_pixels // 2))
 
-    def read_headers(self, rows: np.ndarray) -> Headers:
-        """Sizes of rows ([b] int64), and their bytes if this source is read as bytes."""
+    def read_headers(self, rows: np.ndarray, *, with_bytes: bool = True) -> Headers:
+        """Sizes of rows ([b] int64), and their bytes if this source is read as bytes and they are wanted."""
         failed: dict[int, DataError] = {}
-        data: list[np.ndarray] | None = [np.empty(0, np.uint8)] * len(rows) if self.as_bytes else None
-        todo = range(len(rows)) if self.as_bytes else np.flatnonzero(self._sizes[rows, 0] == 0).tolist()
+        with_bytes = with_bytes and self.as_bytes
+        data: list[np.ndarray] | None = [np.empty(0, np.uint8)] * len(rows) if with_bytes else None
+        todo = range(len(rows)) if with_bytes else np.flatnonzero(self.sizes[rows, 0] == 0).tolist()
 
         def read(places: list[int]) -> None:
             for place in places:
                 row, content = int(rows[place]), b""
                 try:
-                    if data is not None:
+                    if self.as_bytes:
                         content = self.read(row)
+                    if data is not None:
                         data[place] = np.frombuffer(content, np.uint8)
-                    if not self._sizes[row, 0]:
-                        self._sizes[row] = self._header(row, content)
+                    if not self.sizes[row, 0]:
+                        self.sizes[row] = self._header(row, content)
                 except DataError as e:
                     failed[place] = e
 
@@ -84,7 +86,7 @@ class ImageFiles:
             if self._readers is None:
                 self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
             list(self._readers.map(read, [todo[i::_READERS] for i in range(_READERS)]))
-        sizes = self._sizes[rows]
+        sizes = self.sizes[rows]
         for place in np.flatnonzero(sizes.astype(np.int64).prod(1) > self.max_pixels).tolist():
             h, w = sizes[place].tolist()
             failed.setdefault(place, self._too_large(int(rows[place]), f"{w} x {h}"))

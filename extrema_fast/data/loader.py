@@ -32,6 +32,7 @@ from .image_files import REMEDY, TIFF, ImageFiles, deep_range
 from .image_source import ImageSource
 from .order import Order
 from .preprocess import center_of, scaled_size
+from .resident import HeldDecoder, Place, hold
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +119,9 @@ class _Loader(ABC):
         *,
         whole: bool,
         pinned: bool = False,
+        resident: Place = "off",
     ) -> None:
-        self._files, self.bad = ImageFiles(source, cfg), bad
+        self._files, self.bad, self.resident = ImageFiles(source, cfg), bad, resident
         self.kind = loader_for(source, cfg)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -128,7 +130,7 @@ class _Loader(ABC):
             batch,
             decoding_threads(cfg.threads),
             whole,
-            torch.device("cpu" if self.kind == "pil" else device),
+            torch.device("cpu" if self.kind == "pil" and resident == "off" else device),
             cfg.hw_decoder_load,
             pinned,
         )
@@ -144,7 +146,7 @@ class _Loader(ABC):
     def _plan(self, step: int) -> Work:
         while True:
             rows = self._rows(step)
-            headers = self._files.read_headers(rows)
+            headers = self._files.read_headers(rows, with_bytes=self.resident == "off")
             if not headers.failed:
                 return Work(rows, *self._crops(headers.sizes, rows, step), headers.data, step)
             self._add_bad(rows, headers.failed)
@@ -155,12 +157,26 @@ class _Loader(ABC):
         for place, error in sorted(failed.items()):
             self.bad.add(int(rows[place]), str(error))
 
+    def _open_decoder(self) -> PilDecoder | DaliDecoder | HeldDecoder:
+        if self.resident == "off":
+            return (PilDecoder if self.kind == "pil" else DaliDecoder)(self._files, self._settings)
+        s, rows = self._settings, np.arange(len(self._files.source))
+        known = np.zeros(len(rows), bool) if self.bad is None else self.bad.known
+        device = s.device if self.resident == "gpu" else torch.device("cpu")
+        held, failed = hold(self._files, known, device, s.threads)
+        if failed:
+            self._add_bad(rows, failed)
+        # on a CPU batches of small images are faster in torch; the bytes are Pillow's where nothing is reduced
+        if s.device.type == "cuda" or (held.sizes <= s.img_size).all():
+            return HeldDecoder(held, s)
+        return PilDecoder(self._files, s, held.image)
+
     def _decoded(self, steps: Iterable[int]) -> Generator[tuple[Work, Tensor], None, None]:
         """(work, images) of each step; a batch with unreadable images is planned and decoded again without them.
 
         Any other error in planning, reading or decoding a batch ends the iteration, after the batches before it.
         """
-        decoder = (PilDecoder if self.kind == "pil" else DaliDecoder)(self._files, self._settings)
+        decoder = self._open_decoder()
         planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
         to_plan, due = itertools.tee(steps)
         try:
@@ -203,6 +219,7 @@ class TrainLoader(_Loader):
         device: where images are decoded: "cpu", "cuda" (DALI only); None: the GPU when there is one.
         bad: rows known to be unusable; those found are added.
         pinned: batches decoded on the CPU lie in page-locked memory.
+        resident: `gpu` or `host`: the first batch decodes all images into the memory of the device or of the CPU.
 
     Raises:
         UsageError: sizes or an order that do not fit.
@@ -226,12 +243,15 @@ class TrainLoader(_Loader):
         device: str | torch.device | None = None,
         bad: BadRows | None = None,
         pinned: bool = False,
+        resident: Place = "off",
     ) -> None:
         if batch_size % world:
             raise UsageError(f"train.batch_size: {batch_size} is not a multiple of the {world} processes")
         bad = BadRows(source, cfg.bad_budget) if bad is None else bad
         whole, size = cfg.policy == "centercrop", batch_size // world
-        super().__init__(source, cfg, img_size, size, device, bad, whole=whole, pinned=pinned)
+        super().__init__(
+            source, cfg, img_size, size, device, bad, whole=whole, pinned=pinned, resident=resident
+        )
         self._order = Order(source, cfg, batch_size, seed)
         self.steps_per_epoch = self._order.steps
         self._seed, self._cfg, self._first = seed, cfg, rank * size
@@ -295,6 +315,8 @@ class TrainLoader(_Loader):
     def remedy(self) -> str:
         """What makes waiting for images shorter, on this machine with these settings."""
         cores, ways = decoding_threads(0), []
+        if (self.resident, self.kind, self._settings.device.type) == ("off", "dali", "cpu"):
+            ways.append("hold the images decoded, if they fit into memory (--data.resident host)")
         if self._settings.threads < cores:
             ways.append(f"raise data.threads from {self._settings.threads} to {cores}")
         if self.kind == "pil":
@@ -364,10 +386,13 @@ class EvalLoader(_Loader):
 
 def decoding_threads(wanted: int) -> int:
     """`data.threads`; 0: this process's share of the cores, at least 1 and at most 16."""
-    if wanted:
-        return wanted
+    return wanted or max(1, min(16, cores() // processes_here()))
+
+
+def processes_here() -> int:
+    """Processes of this run on this machine, as torchrun or SLURM says."""
     here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
-    return max(1, min(16, cores() // max(1, int(here) if here.isdecimal() else 1)))
+    return max(1, int(here) if here.isdecimal() else 1)
 
 
 _log_once = functools.cache(log.info)

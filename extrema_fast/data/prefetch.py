@@ -1,14 +1,16 @@
 """From the loader to the step: batches on the device, with their random parameters drawn.
 
-On a GPU a side stream copies the images into one of two buffers and draws there, while the step before is still
-running; the CPU only enqueues. On a CPU both happen when the next batch is asked for.
+On a GPU a side stream copies the images into one of two buffers (images that are on the GPU already are taken as they
+are) and draws there, while the step before is still running; the CPU only enqueues. On a CPU both happen when the next
+batch is asked for.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +21,24 @@ from .loader import Batch
 Draw = Callable[[Tensor, Tensor, int], Any]
 
 
-class _Buffer(NamedTuple):
-    images: Tensor
+@dataclass
+class _Slot:
+    """A batch's images, and when they have been written and read."""
+
     filled: torch.cuda.Event
     read: torch.cuda.Event
+    images: Tensor | None = None
+
+    def put(self, images: Tensor, device: torch.device) -> Tensor:
+        """Takes images, or a copy of them from the CPU; the old ones have been read by now, on the current stream."""
+        if images.device.type != "cpu":
+            # before this, their memory might have been given to another batch while a step still read it
+            self.images = images
+        else:
+            if self.images is None or self.images.shape != images.shape:
+                self.images = torch.empty(images.shape, dtype=images.dtype, device=device)
+            self.images.copy_(images, non_blocking=True)
+        return self.images
 
 
 def prefetch(loader: Iterable[Batch], draw: Draw, device: torch.device) -> Iterator[Batch]:
@@ -48,7 +64,7 @@ def _on_cpu(loader: Iterator[Batch], draw: Draw, device: torch.device) -> Iterat
 
 
 def _on_gpu(loader: Iterator[Batch], draw: Draw, device: torch.device) -> Iterator[Batch]:
-    """Two buffers in turn, two events each: `filled` before the step reads it, `read` before it is filled again.
+    """Two slots in turn, two events each: `filled` before the step reads it, `read` before it is filled again.
 
     step's stream    ... step t-1 ....|.... step t ......|.... step t+1
     side stream           copy, draw t      copy, draw t+1      copy, draw t+2
@@ -57,27 +73,26 @@ def _on_gpu(loader: Iterator[Batch], draw: Draw, device: torch.device) -> Iterat
     Before the events are used again, their times tell how long the step's stream waited for its batch.
     """
     side = torch.cuda.Stream(device)
-    # [0] is the batch before the last one, [1] the last one
-    buffers: list[_Buffer] = []
+    # an event that was never recorded is not waited for; [0] is the batch before the last one, [1] the last one
+    slots = [_Slot(_event(), _event()) for _ in range(2)]
     count = 0
     while True:
         step = torch.cuda.current_stream(device)
-        waited = _waited(*buffers) if count >= 3 else 0.0
-        if buffers:
+        waited = _waited(*slots) if count >= 3 else 0.0
+        if count:
             # everything that reads the last batch has been enqueued by now
-            buffers[1].read.record(step)
+            slots[1].read.record(step)
         with torch.cuda.stream(side):
             batch = next(loader, None)
             if batch is None:
                 return
-            buffers = buffers or [_buffer(batch.images, device) for _ in range(2)]
-            buffers.reverse()
-            images, filled, read = buffers[1]
-            side.wait_event(read)
-            images.copy_(batch.images, non_blocking=True)
+            slots.reverse()
+            slot = slots[1]
+            side.wait_event(slot.read)
+            images = slot.put(batch.images, device)
             drawn = draw(images, batch.index, batch.epoch)
-            filled.record(side)
-        step.wait_event(filled)
+            slot.filled.record(side)
+        step.wait_event(slot.filled)
         for tensor in pytree.tree_leaves(drawn):
             # allocated on the side stream, read by the step: not to be reused before the step has read it
             if isinstance(tensor, Tensor) and tensor.is_cuda:
@@ -86,7 +101,7 @@ def _on_gpu(loader: Iterator[Batch], draw: Draw, device: torch.device) -> Iterat
         yield batch._replace(images=images, micro_batches=drawn, waited=waited)
 
 
-def _waited(before_last: _Buffer, last: _Buffer) -> float:
+def _waited(before_last: _Slot, last: _Slot) -> float:
     """Seconds the step before the last one waited for its batch, after the step before that had ended."""
     # `last.read` has not been recorded for the last batch yet: it tells the end of the step before `before_last`
     last.read.synchronize()
@@ -94,7 +109,5 @@ def _waited(before_last: _Buffer, last: _Buffer) -> float:
     return max(0.0, last.read.elapsed_time(before_last.filled) / 1000)
 
 
-def _buffer(images: Tensor, device: torch.device) -> _Buffer:
-    # an event that was never recorded is not waited for
-    filled, read = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
-    return _Buffer(torch.empty(images.shape, dtype=images.dtype, device=device), filled, read)
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True, blocking=True)

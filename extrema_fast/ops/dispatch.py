@@ -37,6 +37,8 @@ from ..kernels.attention_pool import PoolWeights, attention_pool_absorbed, atten
 from ..kernels.attention_pool import attention_pool as attention_pool_triton
 from ..kernels.color_views import color_views as color_views_triton
 from ..kernels.color_views import color_views_plain, color_views_reference
+from ..kernels.crop_resize import crop_resize as crop_resize_triton
+from ..kernels.crop_resize import crop_resize_reference
 from ..kernels.patch_gather import patch_gather as patch_gather_triton
 from ..kernels.patch_gather import patch_gather_reference
 from ..kernels.sample_views import sample_views as sample_views_triton
@@ -105,6 +107,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "triton": color_views_triton,
     },
     "sample_views": {"reference": sample_views_reference, "triton": sample_views_triton},
+    "crop_resize": {"reference": crop_resize_reference, "triton": crop_resize_triton},
     "adamw_ema": optimizers.ADAMW,
     "lamb": optimizers.LAMB,
 }
@@ -117,6 +120,8 @@ GPU_RULE: dict[str, tuple[str, ...]] = {
     "sample_views": ("triton", "reference"),
     "adamw_ema": ("triton", "fused"),
 }
+# all implementations give the same bits: a GPU takes the kernel, and nothing is measured
+SAME_BITS = ("crop_resize",)
 # types of devices whose cache and rule these are
 MEASURED_ON = ("cuda",)
 # apex's class for an op
@@ -236,7 +241,8 @@ def _auto(op: str, kind: str, fixed: bool) -> tuple[str, str]:
         reason = unsupported(op, "apex", kind)
         return ("foreach", reason) if reason else ("apex", "apex's FusedLAMB was found to work here")
     skipped: list[str] = []
-    for name in GPU_RULE.get(op, ()) if kind in MEASURED_ON else ():
+    rule = GPU_RULE.get(op, ("triton",) if op in SAME_BITS else ())
+    for name in rule if kind in MEASURED_ON else ():
         reason = (measured.out.get(name, "") if measured else "") or unsupported(op, name, kind)
         if not reason:
             return name, "; ".join(["the fixed rule for a GPU", *skipped])
@@ -530,6 +536,11 @@ def color_views(images: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Ten
 def sample_views(index: Tensor, *args: Any, **options: Any) -> Tensor:
     """Kept tokens of every view [V, B, K] int32; arguments as `kernels.sample_views`."""
     return _chosen_for("sample_views", index)(index, *args, **options)
+
+
+def crop_resize(pixels: Tensor, crops: Tensor, size: tuple[int, int]) -> Tensor:
+    """Crops [B, height, width, 3] uint8 of images held decoded; arguments as `kernels.crop_resize`."""
+    return _chosen_for("crop_resize", pixels)(pixels, crops, size)
 
 
 def adamw(

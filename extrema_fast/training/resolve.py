@@ -11,6 +11,7 @@ import torch
 from .. import config
 from ..config import Config, ModelConfig, local_batch
 from ..data.loader import choose_loader, decoding_threads
+from ..data.resident import Place
 from ..errors import UsageError, counted
 from ..models.extrema import ExtreMA
 from ..ops import dispatch as ops
@@ -43,6 +44,8 @@ class Resolved:
     """`dali` or `pil`"""
     decoding_threads: int
     torch_threads: int
+    resident: Place = "off"
+    """`gpu`, `host` or `off`: where decoded images are held; settled when the images are opened"""
 
     def autocast(self) -> torch.autocast:
         """Context of the forward passes: bf16 products, or none."""
@@ -202,6 +205,9 @@ def derived(cfg: Config, processes: int = 1, images: int | None = None) -> dict[
     }
 
 
+_LOADING = {"gpu": "images held by the GPU", "host": "images held by the CPU", "off": ""}
+
+
 def headline(cfg: Config, resolved: Resolved, processes: int, images: int, classes: int = 0) -> str:
     """The run in three lines: what is trained on how many images an epoch, batch and rate, how it is computed."""
     v, r = derived(cfg, processes, images), resolved
@@ -211,7 +217,7 @@ def headline(cfg: Config, resolved: Resolved, processes: int, images: int, class
         f"{cfg.data.train}: {images} images{among}, {counted(cfg.train.epochs, 'epoch')} of "
         f"{v['steps_per_epoch']} steps; "
         f"{cfg.mask.views} views of {v['num_keep']} of {v['num_patches']} tokens; {cfg.head.loss}, "
-        f"{r.precision} on {r.device}, {r.loader} loader\n"
+        f"{r.precision} on {r.device}, {_LOADING[r.resident] or r.loader + ' loader'}\n"
         f"batch {cfg.train.batch_size} (processes x micro-batches x images = {factors}), "
         f"peak learning rate {cfg.peak_lr:.3g} = {cfg.optim.base_lr:g} x {cfg.train.batch_size} / 256\n"
         f"compile {r.compile}{' in a CUDA graph' if r.cuda_graph else ''}, recompute {r.recompute}, attention "

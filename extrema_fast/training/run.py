@@ -9,7 +9,7 @@ import platform
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from ..config import PRESETS, Config, SystemConfig, config_hash, preset, to_dict
 from ..data.bad_images import BadRows
-from ..data.loader import TrainLoader
+from ..data.image_files import ImageFiles
+from ..data.loader import TrainLoader, processes_here
 from ..data.order import epoch_length
+from ..data.resident import Place, choose_place
 from ..data.sources import BUILT_IN, ImageSource, open_source
 from ..distributed import World
 from ..errors import NonFiniteError, UsageError
@@ -234,6 +236,7 @@ def open_loader(run: Run, bad_rows: Path | None = None) -> TrainLoader:
     """
     cfg, world = run.cfg, run.world
     bad = BadRows(run.source, cfg.data.bad_budget)
+    run.resolved = replace(run.resolved, resident=_place(run, bad_rows))
     if bad_rows is not None:
         bad.read(bad_rows, cfg.data)
         if world.is_rank_zero:
@@ -250,7 +253,38 @@ def open_loader(run: Run, bad_rows: Path | None = None) -> TrainLoader:
         device=world.device,
         bad=bad,
         pinned=world.device.type == "cuda",
+        resident=run.resolved.resident,
     )
+
+
+def _place(run: Run, bad_rows: Path | None) -> Place:
+    """Where this run holds its images: the same on all processes, and held again after a restart if they were before.
+
+    Held and decoded crops may differ by the rounding of the resize filter, so `auto` does not change a begun run.
+    """
+    cfg, world, setting = run.cfg.data, run.world, run.cfg.data.resident
+    if setting == "auto" and bad_rows is None:
+        # a rehearsal of a few steps
+        return "off"
+    before = None
+    if setting == "auto" and bad_rows is not None and run.step:
+        before = read_json(bad_rows.parent / "env.json", {}).get("resolved", {}).get("resident", "off")
+    if world.broadcast(before) == "off":
+        return "off"
+    found = choose_place(
+        setting,
+        ImageFiles(run.source, cfg),
+        world.device,
+        reads=run.schedule.total_steps * run.cfg.train.batch_size / len(run.source),
+        local=processes_here(),
+    )
+    order: tuple[Place, ...] = ("off", "host", "gpu")
+    found = min(world.all_gather(found), key=order.index)
+    if before and found == "off":
+        log.warning(
+            "the images were held in memory before, and do not fit now: crops may differ by one gray level"
+        )
+    return found
 
 
 # ---- resuming ---------------------------------------------------------------------------------------

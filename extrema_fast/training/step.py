@@ -177,6 +177,8 @@ def memory_remedy(run: Run) -> str:
     images, count = local_batch(cfg, run.world.size), cfg.train.accumulation
     width, depth, _ = cfg.model.shape
     remedies = [f"--train.accumulation {2 * count} (the same result, half the activations)"]
+    if r.resident == "gpu":
+        remedies.append("--data.resident host (the images leave the GPU)")
     if r.recompute != "norm":
         remedies.append("--train.recompute norm (a quarter less of the trunk's)")
     remedies.append(f"--train.batch-size {max(1, cfg.train.batch_size // 2)}")

@@ -11,7 +11,7 @@ COLUMNS = ("start", "pitch", "height", "width", "top", "left", "bottom", "right"
 
 # weights are whole numbers of 2^-22 (Pillow: 32 bits, less 8 of a pixel and 2 of overshoot)
 BITS = 22
-# pixels that are resized at a time, which bounds the memory
+# values that are resized at a time, which bounds the memory
 _CHUNK = 1 << 23
 
 
@@ -55,25 +55,30 @@ def _resize(pixels: Tensor, crops: Tensor, size: tuple[int, int]) -> Tensor:
     first_x = torch.where(flip[:, None], first_x.flip(1), first_x)
     weights_x = torch.where(flip[:, None, None], weights_x.flip(1), weights_x)
     batch, lines, device = len(crops), int(height.max()), crops.device
-    # [B, lines, out, 3]: every line of a region, its last one again where it has fewer
-    line = torch.minimum(torch.arange(lines, device=device), height[:, None] - 1)
-    line = start[:, None] + line * pitch[:, None]
-    wide = _half((batch, lines, size[1], 3), device)
-    for t in range(weights_x.shape[2]):
-        column = torch.minimum(first_x + t, width[:, None] - 1)
-        at = (line[:, :, None] + 3 * column[:, None, :])[..., None] + torch.arange(3, device=device)
-        wide += pixels[at].int() * weights_x[:, None, :, t, None]
+    # every region in a window of the largest one's size, column by column, so that a tap copies whole columns; what
+    # lies beyond a region has no weight
+    batch, lines, columns, device = len(crops), int(height.max()), int(width.max()), crops.device
+    rows = (
+        start[:, None]
+        + torch.minimum(torch.arange(lines, device=device), height[:, None] - 1) * pitch[:, None]
+    )
+    room = len(pixels) - 3 * columns
+    if room < 0 or int(rows.max()) > room:
+        pixels = torch.cat([pixels, pixels.new_zeros(3 * columns)])
+    window = pixels.unfold(0, 3 * columns, 1)[rows].view(batch, lines, columns, 3)
+    wide = _average(window.transpose(1, 2).reshape(batch, columns, 3 * lines), first_x, weights_x)
     # rounded to whole levels in between, as Pillow does
-    wide = (wide >> BITS).view(batch * lines, -1)
-    image = _half((batch, size[0], wide.shape[1]), device)
-    for t in range(weights_y.shape[2]):
-        at = (
-            torch.minimum(first_y + t, height[:, None] - 1)
-            + lines * torch.arange(batch, device=device)[:, None]
-        )
-        image += wide[at] * weights_y[:, :, t, None]
-    return (image >> BITS).to(torch.uint8).view(batch, *size, 3)
+    wide = wide.view(batch, size[1], lines, 3).transpose(1, 2).reshape(batch, lines, 3 * size[1])
+    return _average(wide, first_y, weights_y).view(batch, *size, 3)
 
 
-def _half(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.full(shape, 1 << (BITS - 1), dtype=torch.int32, device=device)
+def _average(x: Tensor, first: Tensor, weights: Tensor) -> Tensor:
+    """x [B, n, L] uint8 -> [B, out, L] uint8: weighted sums of neighbors along the middle axis."""
+    batch, n, length = x.shape
+    flat, above = x.view(batch * n, length), n * torch.arange(batch, device=x.device)[:, None]
+    total: Tensor | None = None
+    for t in range(weights.shape[2]):
+        at = above + (first + t).clamp_max(n - 1)
+        part = flat.index_select(0, at.view(-1)).view(batch, -1, length).int().mul_(weights[:, :, t, None])
+        total = part if total is None else total.add_(part)
+    return (total.add_(1 << (BITS - 1)) >> BITS).to(torch.uint8)  # type: ignore[union-attr]

@@ -123,7 +123,7 @@ def test_the_shapes_of_a_step(op):
         chans=3,
     )
     cases = s.step_cases(sizes) if s.step_cases else []
-    assert cases or op == "token_gather"
+    assert cases or op in ("token_gather", "crop_resize")
     for c in cases:
         args = c.make("cpu", torch.float32, torch.Generator().manual_seed(0))
         assert tune.is_correct(c, args, torch.float32)[0]

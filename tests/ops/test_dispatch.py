@@ -111,6 +111,7 @@ def test_the_public_functions_run_what_was_chosen(setting, monkeypatch):
     ops.token_gather(x, x)
     ops.color_views(x)
     ops.sample_views(x)
+    ops.crop_resize(x, x, (1, 1))
     ops.adamw([{"params": [x]}], {})
     ops.lamb([{"params": [x]}], lr=0.1)
     # attention's `auto` is a plan, which ends at a backend
@@ -133,6 +134,7 @@ def test_the_rule_for_a_gpu(monkeypatch):
     for op, names in ops.GPU_RULE.items():
         assert ops.choice(op, "cuda")[0] == names[0] and names[-1] in ops.IMPLEMENTATIONS[op]
     assert ops.choice("token_gather", "cuda")[0] == "reference"
+    assert ops.choice("crop_resize", "cuda")[0] == "triton"
     # where kernels cannot run, the next, and why
     monkeypatch.setattr(ops, "can_run", lambda device: (False, "no C compiler"))
     ops.set_backend("auto")
