@@ -3,7 +3,8 @@
     pretraining   {epoch, arch, state_dict: module.base_encoder.*, module.momentum_encoder.*,
                   module.predictor.*, optimizer, scaler}; projector as `head.*` of each encoder
     fine-tuning   {model: patch_embed.*, pos_embed (learned), blocks.*, fc_norm.*, head.*, args, ...}
-    bare          the tensors of one encoder, from `torch.save` or safetensors
+    bare          the tensors of one encoder, from `torch.save` or safetensors, perhaps below the names of what wrapped
+                  it (torch.compile, DDP, Lightning, `teacher.`, ...)
 
 The first two are what the released ExtreMA code saved. Nothing larger than the tensors themselves is allocated.
 """
@@ -42,6 +43,8 @@ HEAD_DIM = 64
 SINCOS_TOLERANCE = 1e-5
 
 _BRANCHES = {"base_encoder": "student", "momentum_encoder": "teacher"}
+# names of what holds an encoder in other people's files; the first of several that do is taken
+_WRAPPERS = ("module", "teacher", "student", "model", "backbone", "encoder")
 # what an encoder has at least, and all it can have
 _NEEDED = (
     "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks_token.0.attn.q.weight",
@@ -109,7 +112,7 @@ def _read(file: Path) -> tuple[dict[Any, Any], dict[str, Tensor]]:
     found, nested = type(data).__name__, []
     if isinstance(data, dict):
         # nested ones first: next to them are epoch, optimizer, arguments
-        for state in (data.get("state_dict"), data.get("model"), data):
+        for state in (*map(data.get, ("state_dict", "model", "teacher", "student")), data):
             if isinstance(state, dict) and state and _are_tensors(state):
                 check_tensors(state, file)
                 return data, dict(state)
@@ -125,8 +128,7 @@ def _are_tensors(state: Mapping[Any, Any]) -> bool:
 
 
 def _networks(state: Mapping[str, Tensor], file: Path) -> Networks:
-    # data-parallel training wraps the model
-    state = {k.removeprefix("module."): v for k, v in state.items()}
+    state = _unwrapped(state, file)
     if not any(k.partition(".")[0] in _BRANCHES for k in state):
         return {SINGLE: _one_encoder(state, file)}
     networks: Networks = {"student": {}, "teacher": {}}
@@ -143,6 +145,21 @@ def _networks(state: Mapping[str, Tensor], file: Path) -> Networks:
     if not networks["teacher"] or not networks["student"]:
         raise UsageError(f"{file}: needs `module.base_encoder.*` and `module.momentum_encoder.*` keys")
     return {name: _complete_bias(tensors) for name, tensors in networks.items()}
+
+
+def _unwrapped(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The tensors by the names they have inside what wraps them: torch.compile, DDP, Lightning, a larger model."""
+    names = {re.sub(r"(^|\.)_orig_mod\.", r"\1", k): v for k, v in state.items()}
+    while not any(k.startswith(("patch_embed.", *(f"{b}." for b in _BRANCHES))) for k in names):
+        inside = [w for w in _WRAPPERS if any(k.startswith(f"{w}.") and "blocks.0." in k for k in names)]
+        if not inside:
+            break
+        prefix = f"{inside[0]}."
+        left_out = [k for k in names if not k.startswith(prefix)]
+        if left_out:
+            log.info("%s: takes %s*, leaves out %s", file.name, prefix, first(left_out))
+        names = {k.removeprefix(prefix): v for k, v in names.items() if k.startswith(prefix)}
+    return names
 
 
 def _one_encoder(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:

@@ -268,3 +268,23 @@ def test_without_qkv_bias(tmp_path):
     # some without it are damage, not an option of training
     torch.save(state | {"blocks.0.attn.qkv.bias": torch.zeros(192)}, tmp_path / "bare.pth")
     refused(lambda: load_encoder(tmp_path / "bare.pth"), "missing: blocks.1.attn.qkv.bias")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {f"_orig_mod.{k}": v for k, v in state.items()},
+        lambda state: {f"module._orig_mod.{k}": v for k, v in state.items()},
+        lambda state: {f"encoder._orig_mod.{k}": v for k, v in state.items()},
+        lambda state: {"state_dict": {f"model.{k}": v for k, v in state.items()} | {"probe.weight": torch.zeros(2)}},
+        lambda state: {"model": {f"student.backbone.{k}": v for k, v in state.items()}},
+        lambda state: {"student": {}, "teacher": {f"module.backbone.{k}": v for k, v in state.items()}},
+        lambda state: {f"student.{k}": v + 1 for k, v in state.items()} | {f"teacher.{k}": v for k, v in state.items()},
+    ],
+    ids=["compile", "DDP of compile", "compile inside", "Lightning", "student", "DINO", "two networks"],
+)  # fmt: skip
+def test_weights_inside_wrappers(tmp_path, method, wrap):
+    state = method.teacher.state_dict()
+    torch.save(wrap(state), tmp_path / "w.pth")
+    loaded = load_encoder(tmp_path / "w.pth", img_size=method.teacher.img_size)
+    assert all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items())
