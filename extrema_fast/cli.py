@@ -25,7 +25,17 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get
 
 from . import __version__, config
 from .config import PRESETS, Config, did_you_mean, flatten, from_dict, load_config, preset, to_dict
-from .errors import ExtremaError, OutOfMemoryError, Preempted, StorageError, UsageError, printable
+from .errors import (
+    ExtremaError,
+    OutOfMemoryError,
+    Preempted,
+    StorageError,
+    UsageError,
+    is_storage_error,
+    of_storage,
+    one_line,
+    printable,
+)
 from .signals import Stopped, watched
 
 log = logging.getLogger(__name__)
@@ -74,13 +84,11 @@ def _run(args: list[str]) -> int:
         return _fail(OutOfMemoryError("not enough memory for this; use less at a time, or a larger machine"))
     except OSError as error:
         # what no caller knows better
-        name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-        kind = UsageError if isinstance(error, _WRONG_PATH) else StorageError
-        return _fail(kind(f"{name}{error.strerror or error}"))
-
-
-# a path that the user gave; any other OSError is of the storage
-_WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+        return _fail(of_storage(error))
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
+        return _fail(StorageError(one_line(error)))
 
 
 def _fail(error: ExtremaError) -> int:

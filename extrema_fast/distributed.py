@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import errors
-from .errors import ExtremaError, LostProcessError, UsageError, one_line
+from .errors import ExtremaError, LostProcessError, UsageError, of_storage, one_line
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -91,15 +91,18 @@ class World:
         return values
 
     def rank_zero_only(self, function: Callable[[], T]) -> T | None:
-        """Runs `function()` on rank 0: its result there, None elsewhere, its ExtremaError everywhere."""
-        if self.size == 1:
-            return function()
+        """Runs `function()` on rank 0: its result there, None elsewhere, its ExtremaError or OSError everywhere."""
         result, failure = None, None
         if self.is_rank_zero:
             try:
                 result = function()
-            except ExtremaError as error:
-                failure = [type(error).__name__, str(error)]
+            except (ExtremaError, OSError) as error:
+                known = of_storage(error) if isinstance(error, OSError) else error
+                if self.size == 1:
+                    raise known from None
+                failure = [type(known).__name__, str(known)]
+        if self.size == 1:
+            return result
         failure = self.broadcast(failure)
         if failure:
             raise getattr(errors, failure[0], ExtremaError)(failure[1])

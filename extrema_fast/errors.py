@@ -1,5 +1,11 @@
 """Errors a user can act on, each with the exit code the command line ends with."""
 
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
 
 class ExtremaError(Exception):
     """Base of the errors below; `exit_code` is what the command line returns."""
@@ -30,9 +36,14 @@ class DataError(ExtremaError):
 
 
 class StorageError(ExtremaError):
-    """A checkpoint that could not be written or read (exit code 5)."""
+    """A file that cannot be written, or a checkpoint that cannot be read (exit code 5).
+
+    Attributes:
+        result: what was to be written, where it was computed at some cost; else None.
+    """
 
     exit_code = 5
+    result: Any = None
 
 
 class LostProcessError(ExtremaError):
@@ -83,6 +94,25 @@ _NO_MEMORY = (
     *("out of memory", "can't allocate", "cannot allocate memory", "bad_alloc"),
     *("cuda allocation failed", "allocator_failure", "alloc_failed"),
 )
+
+
+def of_storage(error: OSError) -> ExtremaError:
+    """An error of the system in a line: a UsageError for a path that is not what it should be, else a StorageError."""
+    # a path that somebody gave; what is computed here exists
+    wrong = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
+    name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return (UsageError if wrong else StorageError)(f"{name}{error.strerror or error}")
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether an exception says that a file cannot be written; libraries in C++ and Rust have their own."""
+    if isinstance(error, OSError):
+        return True
+    text = str(error)
+    return any(os.strerror(n) in text for n in _STORAGE) or "PytorchStreamWriter failed writing" in text
+
+
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

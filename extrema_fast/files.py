@@ -1,4 +1,8 @@
-"""Files and folders that a reader finds whole or not at all, locks between processes, and JSON read with care."""
+"""Files and folders that a reader finds whole or not at all, locks between processes, and JSON read with care.
+
+Nothing here follows a symbolic link where it writes or removes: a link is replaced, removed or refused, and what it
+points to stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,12 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
-from .errors import StorageError, UsageError, one_line
+from .errors import StorageError, UsageError, is_storage_error, one_line
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +37,58 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{_NEW}{path.name}-{os.getpid()}")
     try:
-        with open(temporary, "wb") as f:
+        with open_new(temporary) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def open_new(path: Path, buffering: int = -1) -> BinaryIO:
+    """An empty file to write, in the place of whatever was there; raises OSError."""
+    path.unlink(missing_ok=True)
+    return open(path, "xb", buffering=buffering)
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """A file to append to and to read, unbuffered; raises OSError, for a link too."""
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    return open(fd, "a+b", buffering=0)
+
+
+def remove(path: Path) -> bool:
+    """Removes a file, a link or a folder with all that is in it; whether it is gone. A failure is only logged."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("%s: cannot be removed (%s)", path, error.strerror or error)
+        return False
+    return True
+
+
+def no_links(folder: Path, names: Iterable[str], what: str) -> None:
+    """Makes sure that none of these entries of a folder is a symbolic link, before anything is written there.
+
+    Args:
+        what: the folder, as the error names it, e.g. `--out runs/x`.
+
+    Raises:
+        UsageError: names the link.
+    """
+    for name in names:
+        if (folder / name).is_symlink():
+            raise UsageError(
+                f"{what}: {name} is a symbolic link, which would be written or removed through; nothing was touched, "
+                f"put a real file or folder there, or link {folder.name} as a whole"
+            )
 
 
 def write_file(path: Path, data: str | bytes) -> None:
@@ -97,9 +146,10 @@ def new_folder(out: Path, check: Callable[[Path], None] = lambda out: None) -> I
         StorageError: it cannot be written; an old folder is then untouched.
     """
     try:
-        _tidy(out.resolve())
+        # not through a link at its end, which is replaced
+        out = out.parent.resolve() / out.name
+        _tidy(out)
         check(out)
-        out = out.resolve()
         new, old = (out.with_name(f"{prefix}{out.name}-{os.getpid()}") for prefix in (_NEW, _OLD))
         new.mkdir(parents=True)
     # before Python 3.13 a loop of links is a RuntimeError
@@ -111,17 +161,20 @@ def new_folder(out: Path, check: Callable[[Path], None] = lambda out: None) -> I
             sync(path)
         # a long write: the place may have been taken since
         check(out)
-        if out.exists():
+        if os.path.lexists(out):
             os.rename(out, old)
         os.rename(new, out)
         sync(out.parent)
-    except OSError as error:
-        raise StorageError(f"{out}: cannot be written ({error})") from None
+    except Exception as error:
+        # libraries have errors of their own for a full disk
+        if is_storage_error(error):
+            raise StorageError(f"{out}: cannot be written ({one_line(error)})") from None
+        raise
     finally:
-        if old.exists() and not out.exists():
+        if os.path.lexists(old) and not os.path.lexists(out):
             os.rename(old, out)
         for path in (new, old):
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
 
 def _tidy(out: Path) -> None:
@@ -129,10 +182,10 @@ def _tidy(out: Path) -> None:
     for path in sorted(out.parent.iterdir()) if out.parent.is_dir() else ():
         match = names.fullmatch(path.name)
         if match and not _runs(int(match[2])):
-            if match[1] == _OLD and not out.exists():
+            if match[1] == _OLD and not os.path.lexists(out):
                 os.rename(path, out)
             else:
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
 
 
 def _runs(pid: int) -> bool:
@@ -161,7 +214,7 @@ def lock(path: Path, name: str) -> Iterator[None]:
     """
     # the kernel drops the lock with the process, so one left by kill -9 is free at once
     while True:
-        with open(path, "a") as f:
+        with open_to_append(path) as f:
             if not _take(f, path):
                 owner = _owner(read_json(path, {}))
                 raise UsageError(
@@ -173,18 +226,17 @@ def lock(path: Path, name: str) -> Iterator[None]:
             if path.stat().st_size:
                 log.info("%s: a lock left by %s is taken over", name, _owner(read_json(path, {})))
             f.truncate(0)
-            f.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-            f.flush()
+            f.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
             try:
                 yield
             finally:
                 # with its folder it may have been removed, and made again by another process
                 if _is_same(path, f):
-                    path.unlink()
+                    remove(path)
             return
 
 
-def _take(f: TextIO, path: Path) -> bool:
+def _take(f: BinaryIO, path: Path) -> bool:
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -195,7 +247,7 @@ def _take(f: TextIO, path: Path) -> bool:
     return True
 
 
-def _is_same(path: Path, f: TextIO) -> bool:
+def _is_same(path: Path, f: BinaryIO) -> bool:
     return path.exists() and os.path.samestat(os.fstat(f.fileno()), path.stat())
 
 

@@ -120,8 +120,7 @@ def _loop(
     postponed = False
     images, classes = epoch_length(run.source), len(run.source.classes)
     train_log.start(headline(run.cfg, run.resolved, world.size, images, classes), loader.remedy())
-    if folder is not None:
-        describe(run, folder)
+    world.rank_zero_only(lambda: describe(run, folder) if folder else None)
     signals.farewell = train_log.interrupted
     stop = signals.stop_agreed(world)
     if not stop and run.evaluates():

@@ -179,8 +179,7 @@ def parse_header(first: str, columns: str, name: str) -> dict[str, Any]:
 
 def write_lines(path: str | os.PathLike[str], head: str, lines: Iterable[str]) -> None:
     """Writes `head` and `lines` to a file atomically; after a StorageError the old one is untouched."""
-    # through a link, so that it stays one
-    target = Path(os.path.realpath(path))
+    target = Path(path)
     try:
         with new_file(target) as f:
             f.write(head.encode())

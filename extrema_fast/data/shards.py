@@ -100,6 +100,9 @@ def members(path: str) -> list[Member]:
             # root may write everywhere, and still should not where nobody is meant to
             if place.parent.is_dir() and not place.parent.stat().st_mode & 0o222:
                 continue
+            # somebody else's file of that name
+            if os.path.lexists(place) and not _is_index(place):
+                continue
             with suppress(OSError):
                 write_file(place, index_text(found))
                 break
@@ -196,6 +199,14 @@ def parse_index(text: str) -> list[Member]:
             name = re.sub(r"\\x(20|09|0a|0b|0c|0d)", lambda m: chr(int(m[1], 16)), words[i + 3])
             found.append(Member(name, int(words[i + 1]), int(words[i + 2])))
     return found
+
+
+def _is_index(place: Path) -> bool:
+    try:
+        with open(place, "rb") as f:
+            return not place.is_symlink() and f.read(len(VERSION)) == VERSION.encode()
+    except OSError:
+        return False
 
 
 def _from_index(path: str, index: Path) -> list[Member] | None:

@@ -42,6 +42,7 @@ from ..errors import (
     is_out_of_memory,
 )
 from ..evaluation.evaluate import weights_hash
+from ..files import no_links
 from ..models.encoder import Encoder
 from ..models.masking import sample_views
 from ..training.resolve import precision
@@ -307,6 +308,7 @@ def _lock(out: Path, held: ExitStack) -> None:
     # earlier versions left the file of the lock there
     if out.is_dir() and not read_config(out) and set(os.listdir(out)) - {RECORDS, ".lock"}:
         raise UsageError(f"{out}: holds other files; nothing was touched, give a new folder for the features")
+    no_links(out, [FEATURES], str(out))
     try:
         held.enter_context(Work(out / RECORDS).locked(str(out)))
     except OSError as error:

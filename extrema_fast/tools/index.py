@@ -181,7 +181,8 @@ def _index(job: Job, work: Work, force: bool, processes: int, progress: bool) ->
     seconds = time.monotonic() - began
     if todo or not _holds(job, lines):
         try:
-            write_lines(job.out, job.head(), lines)
+            # through a link that the user has named, so that it stays one
+            write_lines(os.path.realpath(job.out), job.head(), lines)
         except StorageError as e:
             raise StorageError(
                 f"{e}; what was found is kept in {job.part}, and the same command continues"

@@ -14,7 +14,7 @@ from ..config import MAX_PIXELS
 from ..data.manifest import Row
 from ..data.pixels import Range, to_8_bit
 from ..data.shards import BLOCK, Member, index_text
-from ..files import write_file
+from ..files import open_new, write_file
 from .verify import OK, check, reason
 from .work import Work
 
@@ -112,7 +112,7 @@ class ShardWriter:
         self.out, self.work, self.number, self.first = out, work, number, first
         self.name = f"shard-{number:06d}"
         self.path = work.folder / f"{self.name}.tar"
-        self.file = open(self.path, "wb", buffering=1 << 20)  # noqa: SIM115
+        self.file = open_new(self.path, buffering=1 << 20)
         self.bytes, self.hash = 0, hashlib.sha256()
         self.members: list[Member] = []
         self.rows: list[Row] = []

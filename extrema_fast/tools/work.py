@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..files import lock, write_file
+from ..files import lock, no_links, remove, write_file
 from ..training.logging import Progress
 
 
@@ -34,6 +33,7 @@ class Work:
     @contextmanager
     def locked(self, name: str, *, own: str = "") -> Iterator[None]:
         """Keeps other processes from the job `name`; `own` matches other files that it puts into the folder."""
+        no_links(self.folder.parent, [self.folder.name], name)
         ours = re.compile(rf"\d+\.json|lock|\.tmp-.*|{own}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ class Work:
 
     def remove(self) -> None:
         """Removes the folder and all that is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove(self.folder)
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

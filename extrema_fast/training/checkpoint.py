@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from ..config import CheckpointConfig, Config, changed_maths, to_dict
 from ..errors import NonFiniteError, StorageError, UsageError, one_line
-from ..files import new_folder, read_json, sync, write_file
+from ..files import new_folder, read_json, remove, sync, write_file
 from ..models.extrema import ExtreMA
 from .optim import check_family
 
@@ -182,10 +181,7 @@ def remove_temporaries(run: Path) -> None:
     for parent in (run, run / "checkpoints", run / "weights"):
         for path in (*parent.glob(".tmp-*"), *parent.glob(".replaced-*")):
             log.info("removing the unfinished %s", path)
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
 
 
 class Saver:
@@ -235,7 +231,6 @@ class Saver:
                 fault("weights")
             write(self.run, step, tensors, state)
             self._usable[step] = True
-            self._prune(step)
         except (OSError, SafetensorError, StorageError) as error:
             self.failures += 1
             text = f"checkpoint of step {step} in {self.run} failed ({one_line(error, 300)})"
@@ -244,6 +239,10 @@ class Saver:
             log.warning("%s; training goes on, earlier checkpoints are untouched", text)
         else:
             self.failures, self.last_step = 0, step
+            try:
+                self._prune(step)
+            except OSError as error:
+                log.warning("%s: old checkpoints cannot be removed (%s)", self.run, one_line(error))
 
     def _prune(self, step: int) -> None:
         folders, weights = (step_folders(self.run / name) for name in ("checkpoints", "weights"))
@@ -264,7 +263,7 @@ def _remove(folder: Path) -> None:
     # renamed first, so that an interruption leaves it whole or removed
     temporary = folder.with_name(f".tmp-old-{folder.name}")
     os.rename(folder, temporary)
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
 
 
 # ---- reading ---------------------------------------------------------------------------------------

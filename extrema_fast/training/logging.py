@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from ..errors import ExtremaError, NonFiniteError, Preempted, UsageError, one_line, printable
+from ..files import open_to_append
 from ..signals import Stopped
 from .run_folder import RunFolder
 
@@ -55,15 +57,19 @@ class TrainLog:
         self.sinks: list[JsonLog | TensorBoard] = []
         total = run.schedule.total_steps
         self.progress = Progress("step", total, run.step, enabled=progress and folder is not None)
-        if folder is not None:
-            self.evals = history(folder.path / "log.jsonl", "eval", run.step)
-            self.sinks.append(JsonLog(folder.path / "log.jsonl"))
-            if run.cfg.log.tensorboard:
-                self.sinks.append(TensorBoard(folder.path / "tensorboard"))
+        run.world.rank_zero_only(self._open)
         self._data_wait = DataWaitWarning()
         self._pending: _Line | None = None
         self._skipped, self._told_of_skipped = 0, False
         self._restart()
+
+    def _open(self) -> None:
+        if self.folder is not None:
+            file = self.folder.path / "log.jsonl"
+            self.evals = history(file, "eval", self.run.step)
+            self.sinks.append(JsonLog(file))
+            if self.run.cfg.log.tensorboard:
+                self.sinks.append(TensorBoard(self.folder.path / "tensorboard"))
 
     def start(self, headline: str, remedy: str) -> None:
         """Prints what begins; `remedy` says what shortens waiting for images on this machine."""
@@ -280,20 +286,22 @@ class JsonLog:
     """Appends one JSON object per line; a full disk is reported once and does not stop training."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.failed = path, False
+        self.path, self.failed, self._torn = path, False, False
+        self.file = open_to_append(path)
         # a line cut off by a crash is ended, so that the next record has a line of its own
-        torn = path.is_file() and path.stat().st_size and path.read_bytes()[-1:] != b"\n"
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        if torn:
-            self.file.write("\n")
+        if self.file.seek(0, os.SEEK_END):
+            self.file.seek(-1, os.SEEK_END)
+            self._torn = self.file.read(1) != b"\n"
 
     def write(self, record: dict[str, Any]) -> None:
         # NaN is not JSON
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
-            self.file.write(json.dumps(plain, allow_nan=False) + "\n")
-            self.file.flush()
+            line = ("\n" if self._torn else "") + json.dumps(plain, allow_nan=False) + "\n"
+            # on a full disk a part of it may be written
+            self._torn = self.file.write(line.encode()) != len(line)
         except OSError as error:
+            self._torn = True
             if not self.failed:
                 log.warning("%s cannot be written (%s); training goes on", self.path, error)
             self.failed = True

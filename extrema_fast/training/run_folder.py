@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StorageError, UsageError
-from ..files import lock, read_json, write_file
+from ..files import lock, no_links, read_json, write_file
 
 log = logging.getLogger(__name__)
 
 MARKER = ".extrema-fast-run"
+# what is appended to, or holds what is replaced and removed; any other file is replaced as a whole
+_NOT_LINKS = (MARKER, "run.lock", "log.jsonl", "checkpoints", "weights", "reports", "tensorboard")
 
 
 def check(path: Path) -> bool:
@@ -50,6 +52,7 @@ class RunFolder:
         self.path = Path(path)
         self._held = ExitStack()
         self._status_time = 0.0
+        no_links(self.path, _NOT_LINKS, f"--out {self.path}")
         if check(self.path) and overwrite:
             self._move_aside()
         try:

@@ -205,9 +205,7 @@ def no_scan(monkeypatch):
     monkeypatch.setattr(shards, "scan", refuse)
 
 
-@pytest.mark.parametrize(
-    "broken", ["older", "garbage", "binary", "short", "shifted", "longer", "sizes", "outside"]
-)
+@pytest.mark.parametrize("broken", ["older", "garbage", "short", "shifted", "longer", "sizes", "outside"])
 def test_an_index_that_does_not_fit_is_made_again(tmp_path, broken, caplog):
     path = write_tar(tmp_path / "a.tar", samples(20))
     index = tmp_path / "a.idx"
@@ -216,8 +214,6 @@ def test_an_index_that_does_not_fit_is_made_again(tmp_path, broken, caplog):
     found = parse_index(good)
     if broken == "older":
         os.utime(index, ns=(0, 0))
-    elif broken == "binary":
-        index.write_bytes(os.urandom(300))
     else:
         changed = {
             "garbage": "v1.2 1\njpg x y",
@@ -232,6 +228,24 @@ def test_an_index_that_does_not_fit_is_made_again(tmp_path, broken, caplog):
         assert open_source(str(path)).fingerprint == first
     assert str(index) in caplog.text and "not used" in caplog.text
     assert index.read_text() == good
+
+
+@pytest.mark.parametrize("kind", ["text", "binary", "empty", "link"])
+def test_a_file_of_somebody_else_is_not_replaced(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_tar(tmp_path / "data/a.tar", samples(5))
+    own, foreign = tmp_path / "data/a.idx", tmp_path / "foreign"
+    content = {"text": b"my notes", "binary": os.urandom(300), "empty": b"", "link": b"v1.2 0\n"}[kind]
+    foreign.write_bytes(content)
+    if kind == "link":
+        own.symlink_to(foreign)
+    else:
+        own.write_bytes(content)
+    first = open_source(str(path)).fingerprint
+    assert own.is_symlink() == (kind == "link") and own.read_bytes() == foreign.read_bytes() == content
+    # the cache has it instead
+    no_scan(monkeypatch)
+    assert open_source(str(path)).fingerprint == first
 
 
 def test_the_index_goes_to_the_cache_where_the_folder_cannot_be_written(tmp_path, monkeypatch):
