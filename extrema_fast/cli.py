@@ -442,7 +442,13 @@ def _evaluation(p: _Parser, args: list[str], metrics: Sequence[str]) -> None:
     o["train"] = o["train"] if data is None else data
     from .evaluation import evaluate as evals
 
-    _show(evals.evaluate(metrics=metrics, **o), as_json, evals.format_table)
+    try:
+        _show(evals.evaluate(metrics=metrics, **o), as_json, evals.format_table)
+    except StorageError as error:
+        # minutes of work: shown although it could not be kept
+        if error.result is not None:
+            _show(error.result, as_json, evals.format_table)
+        raise
 
 
 @_command("evaluate runs/photos")

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..config import Config, DataConfig, EvalConfig, from_dict
 from ..data.augment import normalize
 from ..data.sources import BUILT_IN, ImageSource, open_source, subset
-from ..errors import UsageError
+from ..errors import StorageError, UsageError
 from ..files import read_json, write_file
 from ..models.encoder import Encoder, build_encoder
 from ..models.masking import sample_views
@@ -235,6 +235,8 @@ def evaluate(
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         force: Compute although the file holds this result.
 
+    Images that cannot be decoded are left out; `counts` and the log say how many.
+
     Returns:
         Plain data: rows (encoder, feature, knn and probe as shares), gain over random init, indicators, warnings,
         counts, and the settings. The file also holds a key over weights, images and settings: an unchanged second
@@ -243,6 +245,8 @@ def evaluate(
     Raises:
         UsageError: Missing labels, a single class, classes that do not match, unusable paths.
         NonFiniteError: Diverged weights.
+        DataError: None of the images can be read.
+        StorageError: `out` cannot be written; its `result` is what would have been returned.
     """
     wrong = [m for m in metrics if m not in ("knn", "probe")]
     if wrong or not metrics:
@@ -307,17 +311,21 @@ def evaluate(
     fields = {CLS: "cls", MEAN: "mean"} if encoder.num_prefix_tokens else {MEAN: "mean"}
     rows: list[dict[str, Any]] = []
     signs: dict[str, dict[str, float]] = {}
+    left_out = 0
     for name in (PRETRAINED, RANDOM):
         model = encoder if name == PRETRAINED else build_encoder(encoder.config, int(meta.get("seed", 0)))
         a, b = (
-            extract(model, s, data, batch_size=batch_size or rule.batch_size, device=where)
+            extract(model, s, data, batch_size=batch_size or rule.batch_size, device=where, strict=False)
             for s in (bank, queries)
         )
+        # what cannot be read is left out once, for all rows of the table alike
+        left_out += len(bank) + len(queries) - len(a.rows) - len(b.rows)
+        bank, queries = subset(bank, a.rows), subset(queries, b.rows)
         for feature, field in fields.items():
             rows.append({"encoder": name, "feature": feature} | _measure(a, b, field, settings, where))
         signs[name] = indicators(b.cls)
         if model.num_prefix_tokens:
-            x = load_batch(queries, data, model.img_size, VIEW_IMAGES).to(where)
+            x = load_batch(queries, data, model.img_size, VIEW_IMAGES, strict=False).to(where)
             with torch.inference_mode():
                 attention = model.get_attention(normalize(x, data.mean, data.std, model.in_chans))
             signs[name]["attention_entropy"] = attention_entropy(attention)
@@ -331,7 +339,8 @@ def evaluate(
         "step": meta.get("step"),
         **settings,
         "img_size": list(encoder.img_size),
-        "counts": {"train": len(bank), "test": len(queries), "classes": len(bank.classes)},
+        "counts": {"train": len(bank), "test": len(queries), "classes": len(bank.classes)}
+        | ({"left_out": left_out} if left_out else {}),
         "rows": rows,
         "gain": {
             feature: {m: rows[i][m] - rows[i + len(fields)][m] for m in settings["metrics"]}
@@ -344,7 +353,12 @@ def evaluate(
     for line in result["warnings"]:
         log.warning("%s", line)
     if out is not None:
-        write_file(Path(out), json.dumps(result, indent=1) + "\n")
+        try:
+            write_file(Path(out), json.dumps(result, indent=1) + "\n")
+        except OSError as error:
+            failed = StorageError(f"{out}: cannot be written ({error.strerror or error}); nothing was kept")
+            failed.result = result
+            raise failed from None
     return result
 
 
@@ -406,4 +420,6 @@ def format_table(result: dict[str, Any]) -> str:
         f"{result['which']} weights{step}; {counts['train']} training and {counts['test']} "
         f"test images, {counts['classes']} classes",
     ]
+    if counts.get("left_out"):
+        lines.append(f"{counts['left_out']} more images cannot be decoded and are left out")
     return "\n".join(lines + [f"WARNING: {text}" for text in result["warnings"]])

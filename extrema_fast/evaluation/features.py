@@ -94,20 +94,23 @@ def raw_pixels(
 ) -> Features:
     """Pixels in 0..1 as features, [n, P]; larger images are averaged to `side` pixels first.
 
-    Gray images stored as RGB give one number per pixel. `cls` and `mean` are the same tensor.
+    Gray images stored as RGB give one number per pixel; images that cannot be decoded are left
+    out. `cls` and `mean` are the same tensor.
     """
     while len(source) * 3 * side * side > PIXEL_BUDGET and side > 8:
         side //= 2
     height, width = (min(s, side) for s in img_size)
-    rows = []
-    for images, _ in EvalLoader(source, cfg, img_size, batch_size=batch_size):
+    pixels, rows = [], []
+    bad = BadRows(source, 1.0, warn=False)
+    for images, index in EvalLoader(source, cfg, img_size, batch_size=batch_size, bad=bad):
         x = images.permute(0, 3, 1, 2).float() / 255
-        rows.append(F.adaptive_avg_pool2d(x, (height, width)))
-    x = torch.cat(rows)
+        pixels.append(F.adaptive_avg_pool2d(x, (height, width)))
+        rows.append(index)
+    x, kept = torch.cat(pixels), torch.cat(rows)
     if x.shape[1] == 3 and torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2]):
         x = x[:, :1]
     x = x.flatten(1)
-    return Features(x, x, source.labels, torch.arange(len(source)))
+    return Features(x, x, None if source.labels is None else source.labels[kept], kept)
 
 
 def cap(source: ImageSource, limit: int, seed: int) -> ImageSource:

@@ -206,7 +206,7 @@ def samples(
         `images` (addresses), `size` (height, width), `titles` of the columns, `rows`: per image its overlays in their
         order (None: the image alone), and `top`: the attention, in even shares, that has the brightest color.
     """
-    images = load_batch(source, cfg.data, encoder.img_size, count)
+    images = load_batch(source, cfg.data, encoder.img_size, count, strict=False)
     x = normalize(images, cfg.data.mean, cfg.data.std, encoder.in_chans)
     n, (gh, gw), views = len(images), encoder.grid, cfg.mask.views
     keep = sample_views(n, gh * gw, cfg.num_keep, views, mode=cfg.mask.mode, seed=cfg.train.seed)
@@ -258,13 +258,15 @@ def neighbors(
     bank = cap(train, min(BANK, cfg.eval.max_train), cfg.train.seed)
     test = match_classes(test, train)
     n = len(test)
-    count = min(queries, n)
     # offset against `samples`, so that other images are shown
+    count = min(queries, n)
     asked = subset(test, torch.tensor([int((j + 0.25) * n / count) for j in range(count)]))
-    a, b = (
-        F.normalize(extract(encoder, s, cfg.data, batch_size=cfg.eval.batch_size).cls, dim=1)
-        for s in (asked, bank)
+    few, many = (
+        extract(encoder, s, cfg.data, batch_size=cfg.eval.batch_size, strict=False) for s in (asked, bank)
     )
+    # without what cannot be decoded
+    asked, bank, count = subset(asked, few.rows), subset(bank, many.rows), len(few.rows)
+    a, b = (F.normalize(f.cls, dim=1) for f in (few, many))
     cosine, index = (a @ b.T).topk(min(k, len(bank)), dim=1)
     left = small(load_batch(asked, cfg.data, encoder.img_size, count))
     found = small(load_batch(subset(bank, index.flatten()), cfg.data, encoder.img_size, index.numel()))

@@ -8,16 +8,19 @@ silent on health; the result file's cache; nothing random consumed.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import shutil
 
 import pytest
 import torch
 
+from extrema_fast.cli import main
 from extrema_fast.config import DataConfig, EvalConfig, smoke, to_dict
 from extrema_fast.data.sources import open_source, subset
-from extrema_fast.errors import NonFiniteError, UsageError
+from extrema_fast.errors import DataError, NonFiniteError, StorageError, UsageError
 from extrema_fast.evaluation import evaluate as evals
 from extrema_fast.evaluation.collapse import collapse_warnings
 from extrema_fast.evaluation.probes import attention_entropy, indicators, knn, linear_probe
@@ -377,6 +380,40 @@ def test_evaluate_writes_a_result_and_reuses_it(run, monkeypatch):
         for change in ({"force": True}, {"k": 3}, {"which": "student"}, {"max_train": 20}):
             with pytest.raises(AssertionError, match="computed again"):
                 evals.evaluate(run, device="cpu", **change)
+
+
+def test_broken_images_are_left_out_of_every_row(run, images, cfg, tmp_path):
+    whole = evals.evaluate(run, device="cpu")
+    copy = shutil.copytree(images, tmp_path / "images")
+    for name in ("train/a/00.png", "train/c/09.png", "test/b/02.png"):
+        (copy / name).write_bytes((copy / name).read_bytes()[:200])
+    broken = dict(train=str(copy / "train"), test=str(copy / "test"))
+    result = evals.evaluate(run, **broken, device="cpu")
+    assert result["counts"] == {"train": 28, "test": 14, "classes": 3, "left_out": 3}
+    assert "3 more images cannot be decoded" in evals.format_table(result)
+    # the same as without them
+    for name in ("train/a/00.png", "train/c/09.png", "test/b/02.png"):
+        (copy / name).unlink()
+    without = evals.evaluate(run, **broken, device="cpu")
+    for key in ("rows", "gain", "indicators"):
+        assert result[key] == without[key]
+    assert result["indicators"] != whole["indicators"]
+    for file in copy.rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="nor can any other"):
+        evals.evaluate(run, **broken, device="cpu")
+
+
+def test_a_result_that_cannot_be_kept_is_in_the_error(run, monkeypatch, capsys):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(evals, "write_file", full)
+    with pytest.raises(StorageError, match=r"evaluation\.json") as e:
+        evals.evaluate(run, device="cpu")
+    assert main(["evaluate", str(run), "--device", "cpu"]) == 5
+    out, err = capsys.readouterr()
+    assert evals.format_table(e.value.result) in out and err.count("extrema-fast: error:") == 1
 
 
 @pytest.mark.parametrize(("metric", "other"), [("knn", "linear probe"), ("probe", "k-NN")])

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -288,6 +289,19 @@ def test_report_without_pictures_and_of_unlabelled_images(images, cache, tmp_pat
     assert "img" not in Reader(report(folder, images=0).read_text()).tags
     page = check_self_contained(report(folder, images=2).read_text())
     assert "nearest-neighbors" in page.ids and "neighbors shown" not in page.text
+
+
+def test_broken_images_take_no_others_out(images, cache, tmp_path):
+    copy = shutil.copytree(images, tmp_path / "images")
+    cfg = config(copy)
+    folder = fabricate(tmp_path / "run", cfg)
+    for split in ("train", "test"):
+        for file in sorted((copy / split).rglob("0[0-3].png")):
+            file.write_bytes(file.read_bytes()[:150])
+    page = check_self_contained(report(folder, images=4).read_text())
+    assert "Pictures are left out" not in page.text
+    # four of each dozen are broken
+    assert {"test-images", "nearest-neighbors"} <= set(page.ids) and "16 training images" in page.text
 
 
 def test_report_refuses_what_is_no_run(tmp_path):
