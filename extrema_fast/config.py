@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import reprlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -570,6 +571,10 @@ def _replace(obj: Any, data: dict[str, Any], prefix: str, recorded: bool) -> Any
     return dataclasses.replace(obj, **changed)
 
 
+# the largest fp32: tensors hold these numbers
+MAX_NUMBER = float.fromhex("0x1.fffffep+127")
+
+
 def _coerce(value: Any, hint: Any, name: str) -> Any:
     """`value` if the annotation `hint` allows it: Literal, tuple of fixed length, bool, int, float, str."""
     if get_origin(hint) is Literal:
@@ -585,8 +590,10 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     if hint is float and type(value) is int and abs(value) <= 2**53:
         value = float(value)
     # type(), not isinstance: a bool is no number here
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise UsageError(f"{name}: expected {hint.__name__}, got {value!r}")
+    if type(value) is not hint or (hint is float and not abs(value) <= MAX_NUMBER):
+        raise UsageError(f"{name}: expected {hint.__name__}, got {reprlib.repr(value)}")
+    if hint is int and abs(value) > 2**63 - 1:
+        raise UsageError(f"{name}: {reprlib.repr(value)} is more than a 64-bit number")
     return value
 
 
@@ -624,13 +631,22 @@ def load_config(path: str | Path, base: Config | None = None) -> Config:
     return from_dict(data, base)
 
 
+MAX_TOML = 1 << 18
+
+
 def parse_toml(text: str) -> dict[str, Any]:
-    """The tables of a TOML text; ValueError when it is none."""
+    """The tables of a TOML text; ValueError when it is none, or large or deep beyond any use."""
+    # tomllib keeps every beginning of a dotted key
+    if len(text) > MAX_TOML or any(line.count(".") > 200 for line in text.splitlines()):
+        raise ValueError(f"more than {MAX_TOML} characters, or than 200 dots in a line")
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
-    return tomllib.loads(text)
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 # options of older versions -> (their default, what to do instead). Files that say the default still load; another

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -128,6 +129,33 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
         reason = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
         raise UsageError(f"{path}: not a JSON description ({reason})") from None
     return data
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether plain data, as a file held it, has a shape.
+
+    Args:
+        shape: a type (`int`: 64 bits, `float`: any finite number, both without `bool`); a tuple of alternatives; a
+            list of one shape (any number of such items) or of several (one item each); a dict of the keys that must be
+            there, or may be where their name ends in `?`.
+    """
+    if isinstance(shape, tuple):
+        return any(fits(value, s) for s in shape)
+    if isinstance(shape, list):
+        items = shape * len(value) if isinstance(value, list) and len(shape) == 1 else shape
+        return isinstance(value, list) and len(value) == len(items) and all(map(fits, value, items))
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            fits(value[key], s) if (key := name.removesuffix("?")) in value else name.endswith("?")
+            for name, s in shape.items()
+        )
+    if shape is None:
+        return value is None
+    if shape is int:
+        return type(value) is int and -(2**63) <= value < 2**63
+    if shape is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) is shape
 
 
 # ---- whole folders --------------------------------------------------------------------------------

@@ -39,6 +39,13 @@ for _name in [n for n in os.environ if n.startswith("EXTREMA_FAST_") and n not i
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("faults", "tries of tests/faults")
+    group.addoption("--tries", type=int, default=1, help="how many times as many as in `make test`")
+    group.addoption("--try-seed", type=int, default=0, help="of what is random about them")
+    group.addoption("--try-record", default="", metavar="FILE.json", help="what was tried, and what held")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     try:
         found = importlib.util.find_spec("extrema_fast.kernels")

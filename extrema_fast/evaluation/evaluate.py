@@ -24,7 +24,7 @@ from ..config import Config, DataConfig, EvalConfig, from_dict
 from ..data.augment import normalize
 from ..data.sources import BUILT_IN, ImageSource, open_source, subset
 from ..errors import StorageError, UsageError
-from ..files import read_json, write_file
+from ..files import fits, read_json, write_file
 from ..models.encoder import Encoder, build_encoder
 from ..models.masking import sample_views
 from ..ops import dispatch as ops
@@ -301,7 +301,7 @@ def evaluate(
             log.info("other images or settings than the run's: the result goes to %s", out)
     if out is not None and not force:
         known = read_json(Path(out), {})
-        if known.get("key") == key:
+        if known.get("key") == key and is_result(known):
             log.info("%s: weights, images and settings are unchanged, nothing to compute", out)
             return known
 
@@ -314,6 +314,8 @@ def evaluate(
     left_out = 0
     for name in (PRETRAINED, RANDOM):
         model = encoder if name == PRETRAINED else build_encoder(encoder.config, int(meta.get("seed", 0)))
+        # without drop-path, which would draw from a global generator
+        model.eval()
         a, b = (
             extract(model, s, data, batch_size=batch_size or rule.batch_size, device=where, strict=False)
             for s in (bank, queries)
@@ -396,6 +398,28 @@ def _result_warnings(
         record |= {"knn_cls": knn_of.get(CLS), "knn_mean": knn_of[MEAN]}
         history.append(record)
     return collapse_warnings(history)
+
+
+_ROW = {"encoder": str, "feature": str, "knn?": float, "probe?": float}
+_RESULT = {
+    "metrics": [str],
+    "rows": [_ROW],
+    "gain": {CLS: {"knn?": float, "probe?": float}, MEAN: {"knn?": float, "probe?": float}},
+    "counts": {"train": int, "test": int, "classes": int, "left_out?": int},
+    "warnings": [str],
+    "which": str,
+    "step": (int, None),
+    "k": int,
+}
+
+
+def is_result(data: Any) -> bool:
+    """Whether plain data from a file has the shape of what `evaluate` returns."""
+    return (
+        fits(data, _RESULT)
+        and set(data["gain"]) == {CLS, MEAN}
+        and all(m in row for row in (*data["rows"], *data["gain"].values()) for m in data["metrics"])
+    )
 
 
 def format_table(result: dict[str, Any]) -> str:

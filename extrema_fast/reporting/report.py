@@ -16,8 +16,8 @@ import numpy as np
 from ..config import Config, flatten
 from ..data.sources import open_source
 from ..errors import UsageError, cannot_import
-from ..evaluation.evaluate import CLS, MEAN, PIXELS, PRETRAINED, RANDOM, resolve_data, run_config
-from ..files import read_json, write_file
+from ..evaluation.evaluate import CLS, MEAN, PIXELS, PRETRAINED, RANDOM, is_result, resolve_data, run_config
+from ..files import fits, read_json, write_file
 from ..training.logging import duration, read_log
 from ..weights import load as convert
 from . import figures
@@ -51,8 +51,9 @@ def report(run_dir: str | Path, *, images: int = 8) -> Path:
     if cfg is None:
         raise UsageError(f"{run_dir}: not a run folder (no config.json of a run in it)")
     train, evals, warnings = last_attempts(read_log(folder / "log.jsonl"))
-    result = read_json(folder / "reports" / "evaluation.json", {})
-    status, env = read_json(folder / "status.json", {}), read_json(folder / "env.json", {})
+    result = _read(folder / "reports" / "evaluation.json", is_result)
+    status = _read(folder / "status.json", lambda d: fits(d, _STATUS))
+    env = _read(folder / "env.json", lambda d: fits(d, _ENV))
     page = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -74,8 +75,21 @@ def report(run_dir: str | Path, *, images: int = 8) -> Path:
         **_pictures(folder, cfg, images),
     )
     path = folder / "reports" / "report.html"
-    write_file(path, html + "\n")
+    # a file may hold half a surrogate pair, which is no text
+    write_file(path, (html + "\n").encode("utf-8", "replace"))
     return path
+
+
+_STATUS = {"state?": str, "step?": int, "total_steps?": int, "reason?": (str, None)}
+_ENV = {"gpu?": (str, None), "device?": (str, None), "world_size?": int}
+
+
+def _read(path: Path, makes_sense: Callable[[Record], bool]) -> Record:
+    data = read_json(path, {})
+    if data and not makes_sense(data):
+        log.warning("%s: damaged, it is left out of the report", path)
+        return {}
+    return data
 
 
 def last_attempts(records: Sequence[Record]) -> tuple[list[Record], list[Record], list[Record]]:

@@ -13,6 +13,7 @@ In the tables a tab, line end, backslash or byte that is no UTF-8 is escaped as 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ..data.manifest import escape, unescape
 from ..errors import StorageError, UsageError
-from ..files import new_file, read_json, write_file
+from ..files import fits, new_file, read_json, write_file
 from .work import Work
 
 FORMAT, VERSION = "extrema-fast-embeddings", 1
@@ -143,7 +144,7 @@ def finished(folder: Path, config: dict[str, Any]) -> dict[int, Record]:
     found = {}
     for number, r in records.items():
         file = part_file(folder, number, config["settings"]["format"])
-        if r and file.is_file() and file.stat().st_size == r["bytes"]:
+        if fits(r, _RECORD) and file.is_file() and file.stat().st_size == r["bytes"]:
             found[number] = Record(r["rows"], r["bytes"], [(row, why) for row, why in r["broken"]])
     return found
 
@@ -153,15 +154,36 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG, {})
     if config.get("format") != FORMAT:
         return {}
-    kinds = {"part_count": int, "shape": list, "parts": list, "weights": dict, "data": dict, "settings": dict}
-    whole = all(isinstance(config.get(k), kind) for k, kind in kinds.items())
-    whole = whole and all(
-        isinstance(p, dict) and {"rows", "bytes", "broken"} <= p.keys() for p in config["parts"]
-    )
+    whole = fits(config, _CONFIG) and config["settings"].keys() == _CONFIG["settings"].keys()
+    whole = whole and min([*config["shape"], config["part_count"]], default=0) > 0
     settings = config["settings"] if whole else {}
     if settings.get("format") not in SUFFIX or settings.get("dtype") not in DTYPES:
         raise UsageError(f"{folder / CONFIG}: damaged; move {folder} away and embed again")
     return config
+
+
+_RECORD = {"rows": int, "bytes": int, "broken": [[int, str]]}
+_CONFIG: dict[str, Any] = {
+    "part_count": int,
+    "shape": [int],
+    "parts": [_RECORD],
+    "weights": {"path": str, "which": str, "hash": str},
+    "data": {"path": str, "split": str, "limit": int, "fingerprint": str},
+    "settings": {
+        "tokens": str,
+        "norm": bool,
+        "dtype": str,
+        "format": str,
+        "img_size": [int, int],
+        "mean": [float],
+        "std": [float],
+        "keep_ratio": float,
+        "exif": bool,
+        "loader": str,
+        "part_images": int,
+        "precision": str,
+    },
+}
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -256,11 +278,16 @@ class Embeddings:
 
     def rows(self) -> Iterator[Row]:
         """The images, in the order of the features."""
-        with open(self.folder / ROWS, encoding="utf-8", newline="\n") as f:
+        # bytes that are no UTF-8 are damage: paths are escaped
+        with open(self.folder / ROWS, encoding="utf-8", errors="surrogateescape", newline="\n") as f:
             next(f, None)
             for number, line in enumerate(f, 2):
                 row, *texts = line.rstrip("\n").split("\t")
-                if not row.isdecimal() or len(texts) != 2:
+                if (
+                    not re.fullmatch("[0-9]{1,18}", row)
+                    or len(texts) != 2
+                    or re.search(r"[\ud800-\udfff]", line)
+                ):
                     raise UsageError(f"{self.folder / ROWS}: line {number} is damaged; embed again")
                 yield Row(int(row), *map(unescape, texts))
 

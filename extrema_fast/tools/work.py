@@ -66,7 +66,7 @@ class Work:
         for path in sorted(self.folder.glob("[0-9]*.json")):
             try:
                 record = json.loads(path.read_bytes())
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 continue
             if isinstance(record, dict) and path.stem.isdecimal():
                 found[int(path.stem)] = record

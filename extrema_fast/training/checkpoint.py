@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..config import CheckpointConfig, Config, changed_maths, to_dict
 from ..errors import NonFiniteError, StorageError, UsageError, one_line
-from ..files import new_folder, read_json, remove, sync, write_file
+from ..files import fits, new_folder, read_json, remove, sync, write_file
 from ..models.extrema import ExtreMA
 from .optim import check_family
 
@@ -277,6 +277,9 @@ def damage(folder: Path) -> str:
         return one_line(error)
 
 
+_STATE = {"step": int, "total_steps": int, "ema_ahead": bool, "config": dict, "optimizer?": str}
+
+
 def _damage(folder: Path) -> str:
     files = read_json(folder / COMPLETE, {})
     if set(files) != {TENSORS, STATE}:
@@ -292,6 +295,8 @@ def _damage(folder: Path) -> str:
             return f"{name} has changed since it was written"
     if other_format(folder):
         return ""
+    if not fits(read_json(folder / STATE, {}), _STATE):
+        return f"{STATE} makes no sense"
     name = not_finite(load_file(folder / TENSORS))
     return f"{name} is not finite" if name else ""
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from ..errors import ExtremaError, NonFiniteError, Preempted, UsageError, one_line, printable
-from ..files import open_to_append
+from ..files import fits, open_to_append
 from ..signals import Stopped
 from .run_folder import RunFolder
 
@@ -260,6 +260,11 @@ class DataWaitWarning:
 # ---- log.jsonl and TensorBoard ----------------------------------------------------------------------
 
 
+# a record: what is not named is a number, or null where it was not finite
+_NAMED = ("kind", "step", "attempt", "text")
+_RECORD = {"kind": str, "step": int, "attempt?": int, "text?": str}
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a log.jsonl, oldest first; lines cut off by a crash are left out."""
     records = []
@@ -267,10 +272,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict):
-                records.append(record)
+            if fits(record, _RECORD):
+                records.append({k: v for k, v in record.items() if k in _NAMED or fits(v, (float, None))})
     return records
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import did_you_mean, to_dict
-from ..errors import ExtremaError, UsageError, cannot_import
+from ..errors import ExtremaError, UsageError, cannot_import, printable
 from ..files import new_folder
 from ..models.encoder import Encoder, model_args, timm_config
 from ..ops import dispatch as ops
@@ -368,7 +369,7 @@ def model_card(config: Mapping[str, Any]) -> str:
     mean, std = (", ".join(f"{v:g}" for v in image[k]) for k in ("mean", "std"))
     blocks = f", {model['depth']} blocks" if model["depth"] else ""
     rows = {
-        "architecture": f"`{config['architecture']}`, width {config['num_features']}, "
+        "architecture": f"{config['architecture']}, width {config['num_features']}, "
         f"mlp ratio {model['mlp_ratio']:g}{blocks}",
         "input": f"{' x '.join(map(str, image['input_size']))}, patches of {image['patch_size']} pixels",
         "channels": ", ".join(image["channels"]),
@@ -379,8 +380,8 @@ def model_card(config: Mapping[str, Any]) -> str:
         "network": own.get("which", "not recorded"),
         "optimizer steps": own.get("step", "not recorded"),
         "images seen": own.get("images", "not recorded"),
-        "configuration": f"`{own['config_hash']}`" if "config_hash" in own else "not recorded",
-        "source": f"`{own['source']['file']}`" if "source" in own else "a run of extrema-fast",
+        "configuration": own.get("config_hash", "not recorded"),
+        "source": own["source"].get("file", "not recorded") if "source" in own else "a run of extrema-fast",
         "written by": own["software"],
     }
     differences = own["export"].get("differences", {})
@@ -393,8 +394,16 @@ def model_card(config: Mapping[str, Any]) -> str:
         convert=f'.convert("{mode}")' if mode else "",
         tokens="[1, 1 + patches, width]: class token, then patch tokens" if whole else "[1, patches, width]",
         pooled="class token" if whole else "mean of the patch tokens",
-        rows="\n".join(f"| {k} | {v} |" for k, v in rows.items()),
+        rows="\n".join(f"| {_plain(k)} | {_plain(v)} |" for k, v in rows.items()),
     )
+
+
+def _plain(value: Any) -> str:
+    """A value as text of Markdown, on one line: what a stranger's file holds can become no markup, link or HTML."""
+    text = printable(" ".join(str(value).split()))[:200]
+    text = re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", text)
+    # entities where a backslash does not help; bare addresses become links by `:` and `www.`
+    return re.sub(r"[&<>@]|:(?=//)|(?<=[wW])\.", lambda m: f"&#{ord(m[0])};", text)
 
 
 # ---- graphs ---------------------------------------------------------------------------------------

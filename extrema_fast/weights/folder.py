@@ -13,8 +13,10 @@ or Hugging Face holds the description under `extrema_fast`.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
+import os
 import re
 import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -29,7 +31,7 @@ from torch import Tensor
 from .. import __version__
 from ..config import Config, ModelConfig, config_hash, did_you_mean, from_dict, to_dict
 from ..errors import StorageError, UsageError
-from ..files import read_json
+from ..files import fits, read_json
 from ..models.positions import COORDS
 from ..models.timm_interface import POOLS
 
@@ -220,12 +222,26 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{file}: not a weights description of version {VERSION} (version {str(version)[:20]}, "
             f"{str(meta.get('software', 'a newer extrema-fast'))[:60]}); update extrema-fast"
         )
+    if not fits(meta, _ORIGIN):
+        raise UsageError(
+            f"{file}: not a weights description (one of {', '.join(k[:-1] for k in _ORIGIN)} makes no sense)"
+        )
     try:
         model_config(meta)
         _check_tables(meta)
     except (ValueError, KeyError, TypeError, OverflowError, ZeroDivisionError) as error:
         raise UsageError(f"{file}: not a weights description ({_line(error)})") from None
     return meta
+
+
+_ORIGIN = {
+    "seed?": int,
+    "step?": (int, None),
+    "images?": (int, None),
+    "config_hash?": str,
+    "source?": {"file?": str},
+    "software?": str,
+}
 
 
 def own_description(folder: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -313,6 +329,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return state
 
 
+class _Bounded(io.BufferedReader):
+    """A file whose `read` allocates no more than the file has, whatever size a pickle announces."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size >= 0:
+            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
+
+
 def read_torch(path: Path) -> Any:
     """What `torch.save` wrote, if it is tensors and plain data only; tensors may be memory-mapped.
 
@@ -326,7 +351,10 @@ def read_torch(path: Path) -> Any:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in z.infolist()):
                     raise ValueError("compressed entries")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            if zipped:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with _Bounded(open(path, "rb", buffering=0)) as f:
+                return torch.load(f, map_location="cpu", weights_only=True)
     except Exception as error:
         # damaged bytes fail in many ways, and torch's own text advises an unsafe load
         code = re.search(r"GLOBAL (\S+)", str(error))

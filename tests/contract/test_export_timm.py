@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -206,6 +207,22 @@ def test_the_model_card(weights, tmp_path, monkeypatch):
     assert "extrema_fast" not in code
     exec(code.replace("path/to/this/folder", "out"), names)
     assert names["features"].last_hidden_state.shape == (1, 4, 64)
+
+
+def test_a_strangers_description_becomes_no_markup(weights, tmp_path):
+    pytest.importorskip("transformers")
+    evil = "<b>alert</b> ![x](https://evil/x.png) [y](z) `a` | b\n\n# h www.evil.example \x1b[2J"
+    file = weights / "config.json"
+    meta = json.loads(file.read_text())
+    meta |= {"config_hash": evil, "source": {"file": evil}, "software": evil}
+    file.write_text(json.dumps(meta))
+    export(weights, tmp_path / "out", "hf")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in card.splitlines() if "alert" in line]
+    assert len(rows) == 2 and all(r.startswith(("| configuration |", "| source |")) for r in rows)
+    for text in rows:
+        plain = re.sub(r"\\.|&#[0-9]+;", "", text)
+        assert not re.search(r"[<>`!\[\]#]|://|www\.|\x1b", plain) and plain.count("|") == 3, text
 
 
 def test_pickled_code_next_to_the_weights_does_not_run(weights, method, tmp_path):
