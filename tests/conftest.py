@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +151,20 @@ def run_cli(tmp_path_factory: pytest.TempPathFactory, _cache_folder: None) -> It
     setup        Python run before the command in each of them
     cpu_seconds  the process dies without any cleaning up once it has used that much processor time
     """
+    with job_server(tmp_path_factory.mktemp("jobs")) as run:
+        yield run
+
+
+@contextmanager
+def job_server(folder: Path, variables: dict[str, str] | None = None) -> Iterator[Callable[..., Any]]:
+    """What `run_cli` gives, with more variables in the environment of all jobs."""
     server = subprocess.Popen(
-        [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | (variables or {}),
     )
-    folder = tmp_path_factory.mktemp("jobs")
 
     def run(*args: Any, processes: int = 1, env: dict | None = None, setup: str = "", cpu_seconds: float = 0):
         output = folder / f"{len(list(folder.iterdir()))}.txt"

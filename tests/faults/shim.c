@@ -15,11 +15,14 @@
 #include <unistd.h>
 
 static char folder[PATH_MAX], call[16];
-static int error_number, after, ready;
+static int error_number, after;
+static const char *read_from;
 
 static void setup(void) {
     const char *text = getenv("SHIM");
-    ready = 1;
+    /* a forked process has a variable of its own */
+    if (text == read_from) return;
+    read_from = text;
     if (!text || sscanf(text, "%4095[^:]:%15[^:]:%d:%d", folder, call, &error_number, &after) != 4) folder[0] = 0;
 }
 
@@ -35,7 +38,7 @@ static int is_in(const char *path) {
 }
 
 static int fails_path(const char *name, const char *path) {
-    if (!ready) setup();
+    setup();
     if (!folder[0] || (strcmp(call, name) && strcmp(call, "all")) || !path || !is_in(path)) return 0;
     if (__atomic_fetch_sub(&after, 1, __ATOMIC_SEQ_CST) > 0) return 0;
     errno = error_number;
@@ -44,7 +47,7 @@ static int fails_path(const char *name, const char *path) {
 
 static int fails_fd(const char *name, int fd) {
     char link[64], path[PATH_MAX];
-    if (!ready) setup();
+    setup();
     if (!folder[0] || fd < 3) return 0;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     ssize_t n = readlink(link, path, sizeof path - 1);
