@@ -13,6 +13,7 @@ Every folder has a `config.json` that says how images are prepared for it and wh
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import logging
 import re
@@ -468,7 +469,10 @@ def _compare_graph(job: Job, run: Callable[[Tensor], Sequence[Tensor]], what: st
 def _write_program(job: Job) -> dict[str, Any]:
     with _quiet():
         extra = {"extrema_fast.json": json.dumps(job.description)}
-        torch.export.save(_program(job.encoder), job.folder / PROGRAM, extra_files=extra)
+        # in memory: on a full disk torch's own writer ends the whole process
+        held = io.BytesIO()
+        torch.export.save(_program(job.encoder), held, extra_files=extra)
+    (job.folder / PROGRAM).write_bytes(held.getbuffer())
     return _graph_config(job.encoder)
 
 
