@@ -556,7 +556,7 @@ def _replace(obj: Any, data: dict[str, Any], prefix: str, recorded: bool) -> Any
         if option in REMOVED:
             default, instead = REMOVED[option]
             if value != default and not recorded:
-                raise UsageError(f"{option}: this option was removed, got {value!r}; {instead}")
+                raise UsageError(f"{option}: this option was removed, got {reprlib.repr(value)}; {instead}")
             continue
         if name not in hints:
             raise UsageError(f"unknown option {prefix}{key}{did_you_mean(name, list(hints))}")
@@ -580,12 +580,12 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     if get_origin(hint) is Literal:
         choices = list(get_args(hint))
         if value not in choices:
-            raise UsageError(f"{name}: got {value!r}{did_you_mean(str(value), choices)}")
+            raise UsageError(f"{name}: got {reprlib.repr(value)}{did_you_mean(str(value), choices)}")
         return value
     if get_origin(hint) is tuple:
         hints = get_args(hint)
         if not isinstance(value, (list, tuple)) or len(value) != len(hints):
-            raise UsageError(f"{name}: expected {len(hints)} values, got {value!r}")
+            raise UsageError(f"{name}: expected {len(hints)} values, got {reprlib.repr(value)}")
         return tuple(_coerce(v, h, name) for v, h in zip(value, hints, strict=True))
     if hint is float and type(value) is int and abs(value) <= 2**53:
         value = float(value)

@@ -404,7 +404,7 @@ _ROW = {"encoder": str, "feature": str, "knn?": float, "probe?": float}
 _RESULT = {
     "metrics": [str],
     "rows": [_ROW],
-    "gain": {CLS: {"knn?": float, "probe?": float}, MEAN: {"knn?": float, "probe?": float}},
+    "gain": {f"{CLS}?": {"knn?": float, "probe?": float}, MEAN: {"knn?": float, "probe?": float}},
     "counts": {"train": int, "test": int, "classes": int, "left_out?": int},
     "warnings": [str],
     "which": str,
@@ -417,7 +417,7 @@ def is_result(data: Any) -> bool:
     """Whether plain data from a file has the shape of what `evaluate` returns."""
     return (
         fits(data, _RESULT)
-        and set(data["gain"]) == {CLS, MEAN}
+        and data["gain"].keys() <= {CLS, MEAN}
         and all(m in row for row in (*data["rows"], *data["gain"].values()) for m in data["metrics"])
     )
 
