@@ -38,6 +38,7 @@ from extrema_fast.training.run_folder import RunFolder, check
 CFG = from_dict(
     {"model": {"width": 16, "depth": 1}, "head": {"hidden": 8, "out": 8, "predictor_hidden": 8}}, smoke()
 )
+STATE = {"config": {}, "total_steps": 10, "ema_ahead": True}
 SMALL = {"x": torch.arange(100.0), "y": torch.ones(3, 2)}
 
 
@@ -55,7 +56,7 @@ def trained(cfg=CFG, steps: int = 2):
 
 
 def save(run: Path, step: int) -> Path:
-    return write(run, step, SMALL, {"config": {}})
+    return write(run, step, SMALL, STATE)
 
 
 def export(folder: Path) -> None:
@@ -68,7 +69,7 @@ def files(run: Path) -> set[str]:
 
 def test_everything_is_restored(tmp_path):
     method, optimizer, counters = trained()
-    write(tmp_path, 7, collect(method, optimizer, counters.tensor), {"note": "x"})
+    write(tmp_path, 7, collect(method, optimizer, counters.tensor), STATE | {"note": "x"})
     found = newest(tmp_path)
     assert found.step == 7 and found.state["note"] == "x"
 
@@ -122,7 +123,7 @@ DAMAGES = {
     "torn COMPLETE": lambda folder: os.truncate(folder / "COMPLETE", 20),
     "no tensors": lambda folder: (folder / "state.safetensors").unlink(),
     "not finite": lambda folder: write(
-        folder.parents[1], int(folder.name[5:]), SMALL | {"method.w": torch.tensor([1, float("nan")])}, {}
+        folder.parents[1], int(folder.name[5:]), SMALL | {"method.w": torch.tensor([1, float("nan")])}, STATE
     ),
 }
 
@@ -158,13 +159,13 @@ def steps(run: Path) -> tuple[list[int], list[int]]:
 def test_only_what_was_read_or_written_is_removed(tmp_path):
     before = Saver(tmp_path, CheckpointConfig(retain=9), 10)
     for step in (1, 2, 3, 4, 8):
-        before.save(step, SMALL, {}, export)
+        before.save(step, SMALL, STATE, export)
     for step, how in {2: "flipped byte", 4: "no COMPLETE", 8: "truncated"}.items():
         DAMAGES[how](tmp_path / "checkpoints" / f"step_{step:08d}")
     saver = Saver(tmp_path, CheckpointConfig(retain=2), 10, resumed=3)
-    saver.save(5, SMALL, {}, export)
+    saver.save(5, SMALL, STATE, export)
     assert steps(tmp_path) == ([2, 3, 4, 5, 8], [2, 3, 4, 5, 8])
-    saver.save(6, SMALL, {}, export)
+    saver.save(6, SMALL, STATE, export)
     assert steps(tmp_path) == ([2, 4, 5, 6, 8], [2, 4, 5, 6, 8])
 
 
@@ -177,36 +178,36 @@ VALUES = {
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in VALUES.items() for v in values])
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, caplog, name, value):
     saver = Saver(tmp_path, CheckpointConfig(retain=2), 10)
-    saver.save(1, SMALL, {}, export)
+    saver.save(1, SMALL, STATE, export)
     before, bad = files(tmp_path), SMALL | {name: torch.tensor([0.0, value])}
     for step in range(2, 6):
-        saver.save(step, bad, {}, export)
+        saver.save(step, bad, STATE, export)
     assert "step 5: " in caplog.text and "not finite" in caplog.text
     with pytest.raises(NonFiniteError, match=r"step 6: .*w.* is not finite.*optim\.base_lr") as error:
-        saver.save(6, bad, {}, export, final=True)
+        saver.save(6, bad, STATE, export, final=True)
     assert error.value.exit_code == 3 and files(tmp_path) == before and newest(tmp_path).step == 1
     # a second moment that overflowed only stops its weight
-    saver.save(7, SMALL | {"optimizer.w.exp_avg_sq": torch.tensor(float("inf"))}, {}, export, final=True)
+    saver.save(7, SMALL | {"optimizer.w.exp_avg_sq": torch.tensor(float("inf"))}, STATE, export, final=True)
     assert newest(tmp_path).step == 7
 
 
 def test_damaged_is_replaced_and_not_counted(tmp_path):
     saver = Saver(tmp_path, CheckpointConfig(retain=2), 10)
     for step in (1, 2, 3):
-        saver.save(step, SMALL, {}, export)
+        saver.save(step, SMALL, STATE, export)
     DAMAGES["truncated"](tmp_path / "checkpoints" / "step_00000003")
     # continued from 2 with another cadence: a damaged 3 ahead must not push the good ones out
     save(tmp_path, 1)
-    saver.save(2, SMALL, {}, export)
+    saver.save(2, SMALL, STATE, export)
     assert steps(tmp_path)[0] == [1, 2, 3]
-    saver.save(3, SMALL, {}, export)
+    saver.save(3, SMALL, STATE, export)
     assert newest(tmp_path).step == 3
 
 
 def test_retention_and_milestones(tmp_path):
     saver = Saver(tmp_path, CheckpointConfig(retain=3, milestone_epochs=2), steps_per_epoch=2)
     for step in range(1, 11):
-        saver.save(step, SMALL, {}, export)
+        saver.save(step, SMALL, STATE, export)
     assert steps(tmp_path) == ([8, 9, 10], [4, 8, 9, 10])
     assert newest(tmp_path).step == 10
 
@@ -214,7 +215,7 @@ def test_retention_and_milestones(tmp_path):
 @pytest.mark.parametrize("what", ["rename", "write", "export", "latest"])
 def test_a_failing_save_leaves_the_old_one(tmp_path, monkeypatch, caplog, what):
     saver = Saver(tmp_path, CheckpointConfig(), 10)
-    saver.save(1, SMALL, {}, export)
+    saver.save(1, SMALL, STATE, export)
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -231,20 +232,20 @@ def test_a_failing_save_leaves_the_old_one(tmp_path, monkeypatch, caplog, what):
         elif what == "latest":
             m.setattr(checkpoint, "write_file", full)
         bad_export = full if what == "export" else export
-        saver.save(2, SMALL, {}, bad_export)
+        saver.save(2, SMALL, STATE, bad_export)
         assert "training goes on" in caplog.text and "No space left" in caplog.text
         assert newest(tmp_path).step == (2 if what == "latest" else 1)
-        saver.save(3, SMALL, {}, bad_export)
+        saver.save(3, SMALL, STATE, bad_export)
         with pytest.raises(StorageError, match="No space left") as error:
-            saver.save(4, SMALL, {}, bad_export)
+            saver.save(4, SMALL, STATE, bad_export)
         assert error.value.exit_code == 5
-    saver.save(5, SMALL, {}, export)
+    saver.save(5, SMALL, STATE, export)
     assert newest(tmp_path).step == 5 and saver.failures == 0
     assert not [f for f in files(tmp_path) if ".tmp" in f]
     with monkeypatch.context() as m:
         m.setattr(checkpoint, "save_file", half)
         with pytest.raises(StorageError):
-            saver.save(6, SMALL, {}, export, final=True)
+            saver.save(6, SMALL, STATE, export, final=True)
     assert newest(tmp_path).step == 5
 
 
