@@ -20,7 +20,10 @@ from safetensors.torch import load_file
 
 from extrema_fast import train
 from extrema_fast.errors import NonFiniteError, Preempted, StorageError, UsageError
+from extrema_fast.models import extrema
 from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.ops.optimizers import ema_
+from extrema_fast.training import step
 from extrema_fast.training.logging import history
 from extrema_fast.weights.load import load_encoder
 from tests.training.conftest import final_hash, status, tiny
@@ -243,8 +246,9 @@ def test_changed_settings(half, caplog):
 
 
 def test_a_longer_run_makes_up_for_the_last_ema_update(copy, monkeypatch):
-    weights, update = [], ExtreMA.ema_update
-    monkeypatch.setattr(ExtreMA, "ema_update", lambda self, w: (weights.append(float(w)), update(self, w))[1])
+    weights = []
+    for module in (extrema, step):
+        monkeypatch.setattr(module, "ema_", lambda t, s, w: (weights.append(float(w)), ema_(t, s, w))[1])
     pretrain(copy, {"train": {"epochs": 4}}, allow_config_change=True)
     # the one left out at step 12, then one per step; the last has no weight
     assert len(weights) == 1 + 4 and weights[-1] == 0 and all(weights[:-1])
