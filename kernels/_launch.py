@@ -112,6 +112,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@functools.cache
 def triton_dtype(dtype: torch.dtype) -> Any:
     """`tl.float32` for `torch.float32`."""
     import triton.language as tl
@@ -262,18 +263,45 @@ def recording(run: bool = True) -> Iterator[Recording]:
         _recording = before
 
 
+# (kernel, device, options, what it is compiled anew for) -> what Triton compiled, its constants in order
+_compiled: dict[tuple, tuple[Any, tuple]] = {}
+
+
+def _specialized(x: Any) -> Any:
+    """What Triton compiles a kernel anew for: types, addresses that are multiples of 16, ones and multiples of 16."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if type(x) is int:
+        return x == 1, x % 16 == 0, -(2**31) <= x < 2**31, x < 2**63
+    return x if x is None or isinstance(x, bool) else type(x)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
     """Runs `kernel[grid]` on the device of `like`; an empty grid is no launch.
 
-    The long axis comes first in the grid: the second and third hold at most 65,535 programs.
+    The long axis comes first in the grid: the second and third hold at most 65,535 programs. Positional arguments
+    come first in the kernel's signature, then constants. A launch like an earlier one leaves out what Triton's own
+    look-up costs on the CPU, more than the launch itself.
     """
     if 0 in grid:
         return
-    compiled = None
+    device, compiled = like.device, None
     if _recording is None or _recording.run:
-        with torch.cuda.device(like.device) if like.device.type == "cuda" else contextlib.nullcontext():
-            # a default that Triton is about to change
-            compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
+        # a default that Triton is about to change
+        options = {"enable_fp_fusion": True, **options}
+        if device.type != "cuda":
+            compiled = kernel[grid](*args, **options)
+        else:
+            key = kernel.fn, device.index, *options.items(), *map(_specialized, args)
+            other = device.index != torch.cuda.current_device()
+            with torch.cuda.device(device) if other else contextlib.nullcontext():
+                if found := _compiled.get(key):
+                    compiled, constants = found
+                    compiled[(*grid, 1, 1)[:3]](*args, *constants)
+                else:
+                    compiled = kernel[grid](*args, **options)
+                    constants = tuple(options.get(p.name, p.default) for p in kernel.params[len(args) :])
+                    _compiled[key] = compiled, constants
     if _recording is not None:
         _recording.launches.append(Launch(kernel, args, options, compiled))
 
@@ -315,6 +343,7 @@ def settings(op: str, key: str, device: torch.device, default: dict[str, int]) -
     return chosen
 
 
+@functools.cache
 def config_key(direction: str, dtype: torch.dtype, **sizes: int) -> str:
     """`bwd|bf16|D768|H12|n64`: the name of the settings of a shape."""
     return "|".join([direction, DTYPE_NAMES[dtype], *(f"{k}{v}" for k, v in sizes.items())])
