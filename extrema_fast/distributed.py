@@ -5,6 +5,7 @@ One code path for plain `python`, torchrun and SLURM; with one process every col
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -70,17 +71,15 @@ class World:
         return x
 
     def any(self, flag: bool) -> bool:
-        """True everywhere if `flag` is true on any process; waits for the device."""
-        if self.size == 1:
-            return flag
-        return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0)
+        """True everywhere if `flag` is true on any process; waits for the processes, not for the device."""
+        return flag if self.size == 1 else bool(self.sum(torch.tensor([float(flag)])).item() > 0)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value (plain data) on every process."""
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, device=self.device)
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
     def all_gather(self, value: Any) -> list[Any]:
@@ -117,11 +116,14 @@ class World:
         """The student under DistributedDataParallel; the module itself with one process."""
         if self.size == 1:
             return student
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        # the only buffer is the constant position table: no need to send it at every step
-        wrapped = nn.parallel.DistributedDataParallel(
-            student, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        # NCCL is at its best with larger buckets than torch's 25 MB
+        gpu: dict[str, Any] = {"device_ids": [self.device.index], "bucket_cap_mb": 100}
+        options = gpu if self.device.type == "cuda" else {}
+        ddp = nn.parallel.DistributedDataParallel
+        # the only buffer is the constant position table: no need to send it at every step. torch 2.13 renamed this
+        new = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters
+        options["forward_sync_buffers" if new else "broadcast_buffers"] = False
+        wrapped = ddp(student, gradient_as_bucket_view=True, **options)
         # gloo's destructor waits for its threads, and they for the GIL when they release a tensor; only the group's
         # Python object lets go of the GIL for it, so it must be what is released last: attributes go in order
         wrapped._group = dist.group.WORLD  # type: ignore[assignment]
@@ -165,8 +167,9 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None, most:
 def slurm_master(env: Mapping[str, str]) -> tuple[str, str]:
     """(address, port) that every task of a SLURM step agrees on: its first node, a port from the job id."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")
-    first = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
-    host = (first[1] + (first[2] or "")) if first else nodes
+    # of `a[07-09,12]-ib,b1` the first is `a07-ib`
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)
+    host = re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0] if first else nodes)
     return host, str(20000 + _number(env, "SLURM_JOB_ID", 0, 10**9) % 20000)
 
 
@@ -185,7 +188,8 @@ def pick_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.dev
         raise UsageError(
             f"system.device: {name} would be shared by {processes} processes; use cuda, each takes its own"
         )
-    index = int(name.split(":")[1]) if ":" in name else local_rank
+    # the only GPU a process sees is its own: SLURM binds one to each task (`_check_gpus` finds shared ones)
+    index = int(name.split(":")[1]) if ":" in name else local_rank if found > 1 else 0
     if index >= found:
         raise UsageError(f"system.device: {name} needs GPU {index}, {found} found; use system.device cpu")
     return torch.device("cuda", index)
@@ -256,6 +260,20 @@ def _join(rank: int, size: int) -> dist.Store:
     return dist.PrefixStore(group, store)
 
 
+def _check_gpus(store: dist.Store, rank: int, size: int, device: torch.device) -> None:
+    """Raises UsageError on all processes where two have the same GPU, which NCCL cannot use."""
+    unique = torch.cuda.get_device_properties(device).uuid
+    store.set(f"gpu/{rank}", f"GPU {unique} of {socket.gethostname()}")
+    seen: dict[str, int] = {}
+    for n in range(size):
+        gpu = store.get(f"gpu/{n}").decode()
+        if gpu in seen:
+            raise UsageError(
+                f"system.device: processes {seen[gpu]} and {n} share {gpu}; start as many processes as there are GPUs"
+            )
+        seen[gpu] = n
+
+
 # what gloo, NCCL and the store say
 _LOST = re.compile(
     r"gloo|NCCL|Connection (closed|reset)|Timed out|Socket Timeout|Broken pipe|failed to recv|process group",
@@ -265,7 +283,7 @@ _LOST = re.compile(
 
 @contextmanager
 def start(device: str) -> Iterator[World]:
-    """Context of a run: joins the process group, if there is one, and leaves it (gloo on a CPU, NCCL on a GPU).
+    """Context of a run: joins the process group, if there is one, and leaves it (gloo, and NCCL for GPUs).
 
     Raises:
         UsageError: variables of the environment that make no sense, or processes that did not come.
@@ -277,9 +295,12 @@ def start(device: str) -> Iterator[World]:
         torch.cuda.set_device(where)
     ours = size > 1 and not dist.is_initialized()
     if ours:
-        backend = "nccl" if where.type == "cuda" else "gloo"
-        store = _join(rank, size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        backend, store, options = "gloo", _join(rank, size), {}
+        if where.type == "cuda":
+            _check_gpus(store, rank, size, where)
+            # flags and objects are on the CPU, and go by gloo without waiting for the GPU
+            backend, options = "cpu:gloo,cuda:nccl", {"device_id": where}
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, **options)
         log.info("process %d of %d on %s (%s)", rank, size, where, backend)
     try:
         yield World(where, rank, size)

@@ -138,7 +138,7 @@ class Signals:
         """True on all processes alike once any of them got a signal.
 
         Args:
-            log_line_due: several GPUs ask only then, because asking waits for the device.
+            log_line_due: several GPUs ask only then, because asking waits for the other processes.
         """
         if world.size > 1 and world.device.type == "cuda" and not log_line_due:
             return False

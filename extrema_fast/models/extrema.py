@@ -75,9 +75,9 @@ def gather_targets(target: Tensor) -> tuple[Tensor, int]:
     """All-gather of [b, d] without gradient: [world b, d], and the row of this process's first image in it."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return target, 0
-    out = [torch.empty_like(target) for _ in range(dist.get_world_size())]
-    dist.all_gather(out, target.detach().contiguous())
-    return torch.cat(out), dist.get_rank() * target.shape[0]
+    out = target.new_empty(dist.get_world_size() * target.shape[0], target.shape[1])
+    dist.all_gather_into_tensor(out, target.detach().contiguous())
+    return out, dist.get_rank() * target.shape[0]
 
 
 # ---- the two networks -------------------------------------------------------------------------------

@@ -158,6 +158,8 @@ def wrap(run: Run) -> None:
     if mode != "none":
         # otherwise recompiling at every step would end in silent eager execution
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+        # a block is one graph: torch would cut it where the buckets of gradients end
+        torch._dynamo.config.optimize_ddp = False
     if mode == "block":
         run.method.compile_regions(**options)
     run.student = run.world.wrap(run.method.student_branch)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from extrema_fast.kernels import _launch
 
 from extrema_fast.config import Config, from_dict, smoke
@@ -121,6 +122,23 @@ def test_nothing_recompiles_while_rates_move(counting, mode):
     with torch._dynamo.config.patch(error_on_recompile=True):
         steps(run, 20)
     assert counting.graphs == made and run.optimizer.param_groups[0]["lr"] != first
+
+
+def test_blocks_of_full_width_stay_whole_under_data_parallelism(counting):
+    # a block of this width is larger than a bucket of gradients, where torch would cut its graph
+    wide = {"model": {"width": 768, "heads": 12, "depth": 1, "pool_depth": 1}, "mask": {"views": 1}}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch._dynamo.config.patch(optimize_ddp=True):
+            # one process that takes itself for one of two
+            cfg = tiny(**wide, train={"compile": "block", "precision": "bf16"})
+            run = build(cfg, World(torch.device("cpu"), 0, 2), range(100))
+            wrap(run)
+            assert isinstance(run.student, torch.nn.parallel.DistributedDataParallel)
+            steps(run, 1)
+    finally:
+        dist.destroy_process_group()
+    assert counting.graphs == 5 and all(p.grad is not None for p in run.trained)
 
 
 @pytest.mark.slow

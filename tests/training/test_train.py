@@ -13,8 +13,11 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -472,7 +475,9 @@ def test_variables_that_make_no_sense(monkeypatch, env, name):
 
 def test_slurm_master():
     job = {"SLURM_JOB_ID": "12345"}
-    for nodes, host in (("node[003-007,9]", "node003"), ("a1,b2", "a1"), ("gpu7", "gpu7")):
+    names = {"node[003-007,9]": "node003", "a1,b2": "a1", "gpu7": "gpu7"}
+    names |= {"n[07-09,12]-ib.local,m1": "n07-ib.local", "r[1-2]n[3,5]-gpu,x": "r1n3-gpu"}
+    for nodes, host in names.items():
         assert dist.slurm_master(job | {"SLURM_STEP_NODELIST": nodes}) == (host, "32345")
 
 
@@ -486,7 +491,20 @@ def test_devices(monkeypatch):
     for name, rank, processes in bad:
         with pytest.raises(UsageError, match=r"system\.device"):
             dist.pick_device(name, rank, processes)
+    # SLURM shows each of its tasks one GPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert dist.pick_device("cuda", 1, 2) == torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert dist.pick_device("auto") == torch.device("cpu")
     with pytest.raises(UsageError, match="0 found"):
         dist.pick_device("cuda")
+
+
+@pytest.mark.parametrize("other", ["a", "b"])
+def test_processes_that_share_a_gpu(monkeypatch, other):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a"))
+    store = torch.distributed.HashStore()
+    store.set("gpu/1", f"GPU {other} of {socket.gethostname()}")
+    expected = pytest.raises(UsageError, match=r"^system\.device: processes 0 and 1 share GPU a")
+    with expected if other == "a" else nullcontext():
+        dist._check_gpus(store, 0, 2, torch.device("cuda", 0))
