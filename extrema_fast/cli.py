@@ -647,7 +647,7 @@ def _kernels(p: _Parser, args: list[str]) -> None:
         raise UsageError(f"--device: {device!r} is no device; use cpu or cuda") from None
     rows, chosen = tune.describe(device), ops.choices(device)
     there = torch.device(device).type == "cuda" and torch.cuda.is_available()
-    measured = measure.describe(device, ("attention", *ops.GPU_RULE)) if there else []
+    measured = measure.describe(device, filter(measure.has_cases, chosen)) if there else []
     if o["json"]:
         print(
             json.dumps({"device": device, "kernels": rows, "choices": chosen, "measured": measured}, indent=1)

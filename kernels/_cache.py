@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from ._launch import HAS_TRITON
 from ._spec import spec
 
 Key = dict[str, Any]
@@ -34,11 +33,7 @@ def folder() -> Path:
 @functools.cache
 def environment(device: str) -> Key:
     """The part of a key that every measurement on a GPU (`cuda:0`) shares."""
-    gpu, triton_version = torch.cuda.get_device_properties(device), ""
-    if HAS_TRITON:
-        import triton
-
-        triton_version = triton.__version__
+    gpu = torch.cuda.get_device_properties(device)
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
@@ -51,15 +46,14 @@ def environment(device: str) -> Key:
         "driver": driver[0] if driver else "",
         "cuda": torch.version.cuda or "",
         "torch": torch.__version__,
-        "triton": triton_version,
-        "package": _package_version(),
+        "triton": _version("triton"),
+        "package": _version("extrema-fast"),
     }
 
 
-@functools.cache
-def _package_version() -> str:
+def _version(package: str) -> str:
     try:
-        return importlib.metadata.version("extrema-fast")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
 

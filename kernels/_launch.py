@@ -47,18 +47,25 @@ def _too_old(device: torch.device) -> str:
 
 
 @functools.cache
-def _broken(device: torch.device) -> str:
-    """Why Triton cannot compile and start a kernel on a GPU; empty when it can."""
-    # the first use in a capture is too late; the answer must be there before
-    from . import _probe
-
+def compiler_missing(device: torch.device) -> str:
+    """Why Triton, and so torch.compile, cannot compile and start a kernel on a GPU; empty when it can."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
     try:
+        from . import _probe
+
         _probe.run(device)
     except Exception as error:
         # whatever the compiler, its own C compiler or the driver says
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return f"Triton cannot compile a kernel here ({reason}); it needs a C compiler (gcc) and a driver that fits"
-    return ""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+    else:
+        return ""
+    with contextlib.suppress(Exception):
+        # torch 2.13 has Triton kernels for some of its own operators, which would fail in the first backward pass
+        importlib.import_module("torch._native.triton_utils").deregister_op_overrides()
+    return (
+        f"Triton cannot compile a kernel here ({reason}); it needs a C compiler (gcc) and a driver that fits"
+    )
 
 
 def can_run(device: torch.device | str) -> tuple[bool, str]:
@@ -74,7 +81,7 @@ def can_run(device: torch.device | str) -> tuple[bool, str]:
         return False, "Triton is not installed"
     device = torch.device(device)
     if device.type == "cuda":
-        reason = (_too_old(device) or _broken(device)) if torch.cuda.is_available() else ""
+        reason = (_too_old(device) or compiler_missing(device)) if torch.cuda.is_available() else ""
         return not reason, reason or "Triton on a CUDA device"
     if device.type == "cpu" and INTERPRET:
         return True, "Triton's interpreter (TRITON_INTERPRET=1)"

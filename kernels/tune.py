@@ -227,7 +227,8 @@ def capture(function: Callable[[], Any], warmup: int = 3, calls: int = 1) -> tup
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph, result = torch.cuda.CUDAGraph(), None
-    with torch.cuda.graph(graph):
+    # the stream of the warm-up: autograd's nodes of the arguments remember it
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(calls):
             result = function()
     return graph, result

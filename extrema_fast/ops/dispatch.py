@@ -30,8 +30,8 @@ from torch import Tensor
 from ..config import did_you_mean
 from ..errors import UsageError, is_out_of_memory, one_line
 from ..kernels import can_run
-from ..kernels._launch import HAS_TRITON
-from ..kernels._spec import Sizes, spec
+from ..kernels._launch import compiler_missing
+from ..kernels._spec import Sizes
 from ..kernels.adamw_ema import AdamWEma
 from ..kernels.attention_pool import PoolWeights, attention_pool_absorbed, attention_pool_reference
 from ..kernels.attention_pool import attention_pool as attention_pool_triton
@@ -111,8 +111,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "adamw_ema": optimizers.ADAMW,
     "lamb": optimizers.LAMB,
 }
-# the fixed rule for a GPU: the first of these that can run; and what is measured there. An op that is not here takes
-# the first of its implementations, attention its own rule
+# the fixed rule for a GPU: the first of these that can run; those whose folder of kernels has `step_cases` are measured
+# there. An op that is not here takes the first of its implementations, attention its own rule
 GPU_RULE: dict[str, tuple[str, ...]] = {
     "attention_pool": ("triton", "absorbed"),
     "patch_gather": ("triton", "reference"),
@@ -131,6 +131,8 @@ _setting = "auto"
 _fallback_allowed = False
 # (op, device type) -> (implementation, reason); ("attention", setting, ...) -> (plan, reason)
 _chosen: dict[tuple, tuple] = {}
+# what has been logged of these
+_logged: dict[tuple, tuple] = {}
 # what was measured for this run: op -> choice; (dtype, head_dim, with a backward pass, tokens) -> attention's
 _measured: dict[Any, measure.Choice] = {}
 
@@ -201,8 +203,8 @@ def unsupported(op: str, name: str, device: torch.device | str) -> str:
     if name == "triton":
         runs, reason = can_run(device)
         return "" if runs else reason
-    if name == "compiled" and device.type == "cuda" and not HAS_TRITON:
-        return "torch.compile needs Triton on a GPU, which is not installed"
+    if name == "compiled" and device.type == "cuda":
+        return compiler_missing(device) if torch.cuda.is_available() else ""
     if name == "apex":
         return optimizers.find_apex(APEX[op], device.type)[1]
     if op == "attention" and name not in ("auto", "fixed"):
@@ -227,9 +229,10 @@ def choice(op: str, device: torch.device | str = "cpu", *, say: bool = True) -> 
         else:
             why = f"asked for by {requested_by}"
         _chosen[op, kind] = (name, why)
-        # a logger call inside torch.compile would break the graph
-        if say and not torch.compiler.is_compiling():
-            log.info("op %s: %s (%s)", op, name, why)
+    # a logger call inside torch.compile would break the graph
+    if say and not torch.compiler.is_compiling() and _logged.get((op, kind)) != _chosen[op, kind]:
+        _logged[op, kind] = _chosen[op, kind]
+        log.info("op %s: %s (%s)", op, *_chosen[op, kind])
     return _chosen[op, kind]
 
 
@@ -262,7 +265,7 @@ def _current(kind: str) -> str:
 
 def _known(op: str, kind: str) -> measure.Choice | None:
     """What the cache holds of an op, if all measurements agree."""
-    there = _measures(kind) and op in GPU_RULE
+    there = _measures(kind) and op in GPU_RULE and measure.has_cases(op)
     found = [c for _, c in measure.known(op, _current(kind)) if c.implementation] if there else []
     names = {c.implementation for c in found}
     return measure.Choice(names.pop(), "measured here before") if len(names) == 1 else None
@@ -303,7 +306,7 @@ def problems(
             found.append(replace(p, default=able[0], candidates=able))
     for op, names in GPU_RULE.items():
         able = tuple(n for n in names if not unsupported(op, n, device))
-        if able and op not in unused and _requested(op)[0] == "auto" and spec(op).step_cases:
+        if able and op not in unused and _requested(op)[0] == "auto" and measure.has_cases(op):
             found.append(measure.Problem(op, "", able[0], able, sizes, dtype, compiled))
     return found
 

@@ -35,7 +35,7 @@ from ..distributed import World
 from ..errors import is_out_of_memory, one_line
 from ..files import write_file
 from ..kernels import _cache, tune
-from ..kernels._spec import Case, Sizes, spec
+from ..kernels._spec import OPS, Case, Sizes, spec
 from . import attention
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,11 @@ class Result:
 def folder_of(op: str) -> str:
     """The folder of kernels, whose spec has the cases of an op."""
     return "short_attention" if op == "attention" else op
+
+
+def has_cases(op: str) -> bool:
+    """Whether there is something to measure: the op's folder says how a training step calls it."""
+    return folder_of(op) in OPS and spec(folder_of(op)).step_cases is not None
 
 
 # ---- choosing -------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ TINY = {
     "mask": {"ratio": 0.75, "views": 3},
     "head": {"hidden": 64, "out": 32, "predictor_hidden": 64},
     "optim": {"base_lr": 0.01},
+    # measuring is tested in test_measure.py
+    "system": {"backend": "fixed"},
     "train": {
         "epochs": 4,
         "batch_size": 16,

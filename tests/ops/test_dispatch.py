@@ -19,6 +19,7 @@ from extrema_fast.ops import dispatch as ops
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setattr(ops, "_logged", {})
     monkeypatch.setattr(ops, "_setting", "auto")
     monkeypatch.delenv("EXTREMA_FAST_BACKEND", raising=False)
 
