@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from ..models.extrema import ExtreMA
 from ..ops import dispatch as ops
 from ..ops.measure import Choices, Problem, Sizes
 from .optim import Schedule
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ def resolve(
     train, system, kind = cfg.train, cfg.system, device.type
     # on a CPU compiled code is no faster, needs more memory, and takes a minute to compile (record `modes`)
     mode = {"auto": "block" if kind == "cuda" else "none"}.get(train.compile, train.compile)
+    if train.compile == "auto" and (reason := ops.unsupported("color_views", "compiled", device)):
+        mode = "none"
+        log.warning("nothing is compiled, and plain torch runs in place of the kernels: %s", reason)
     _check_modes(cfg, mode, kind, world_size)
     dtype_name = precision(train.precision, kind)
     dtype = torch.bfloat16 if dtype_name == "bf16" else torch.float32

@@ -286,11 +286,11 @@ def test_a_gpu_on_which_triton_cannot_compile_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.import_module("extrema_fast.kernels._probe"), "run", run)
-    for f in (_launch._too_old, _launch._broken):
+    for f in (_launch._too_old, _launch.compiler_missing):
         f.cache_clear()
     try:
         runs, why = _launch.can_run("cuda")
         assert not runs and "Failed to find C compiler. Set CC" in why and "gcc" in why and "\n" not in why
     finally:
-        for f in (_launch._too_old, _launch._broken):
+        for f in (_launch._too_old, _launch.compiler_missing):
             f.cache_clear()

@@ -142,7 +142,10 @@ def test_the_rule_for_a_gpu(monkeypatch):
     for op, names in ops.GPU_RULE.items():
         name, why = ops.choice(op, "cuda")
         assert name == names[1] and "not triton: no C compiler" in why
-    monkeypatch.setattr(ops, "HAS_TRITON", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(ops.measure, "known", lambda *args: [])
+    monkeypatch.setattr(ops, "compiler_missing", lambda device: "no C compiler")
     ops.set_backend("auto")
     assert ops.choice("color_views", "cuda")[0] == "plain"
 
