@@ -6,11 +6,12 @@ in `kernels/color_views/reference.py`.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import rng
 from ..config import DataConfig
-from ..kernels.color_views.reference import color_params, normalize
+from ..kernels.color_views.reference import normalize
 from ..ops import dispatch as ops
 from ..ops.scope import scoped
 
@@ -31,25 +32,34 @@ def jitter_params(index: Tensor, cfg: DataConfig, *, seed: int, epoch: int) -> T
     if cfg.policy != "spatial+color":
         return None
     streams = (rng.COLOR_STUDENT, rng.COLOR_TEACHER)
-    return color_params(
+    return ops.color_params(
         index, cfg.jitter, cfg.jitter_prob, cfg.gray_prob, seed=seed, epoch=epoch, streams=streams
     )
 
 
 @scoped("augment")
 def color_jitter(
-    images: Tensor, params: Tensor | None, cfg: DataConfig, in_chans: int = 3
+    images: Tensor,
+    params: Tensor | None,
+    cfg: DataConfig,
+    in_chans: int = 3,
+    *,
+    patch: int = 0,
+    keep: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Student image and teacher image of each crop: jittered, then normalized.
+    """Student's and teacher's version of each crop: jittered, then normalized.
 
     Args:
         images: [B, H, W, 3] uint8.
         params: from `jitter_params`, on the device of `images`; None: no jitter.
+        patch: side P of the patches that both are cut into; 0: images.
+        keep: [V, B, K] int32, the student's patches; None: all.
+        dtype: of the result.
 
     Returns:
-        Two fp32 tensors [B, C, H, W]; without `params` the same tensor twice.
+        Two tensors [B, C, H, W], without `params` the same one twice; with `patch` the student's [V B, K, C P P] and
+        the teacher's [B, N, C P P], which `Encoder.embed` takes.
     """
-    if params is None:
-        x = normalize(images, cfg.mean, cfg.std, in_chans)
-        return x, x
-    return ops.color_views(images, params, cfg.mean, cfg.std, channels=in_chans)
+    options = {"channels": in_chans, "dtype": dtype, "patch": patch, "keep": keep}
+    return ops.color_views(images, params, cfg.mean, cfg.std, **options)

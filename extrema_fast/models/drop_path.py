@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import rng
+from ..ops import dispatch as ops
 from ..ops.scope import scoped
-
-
-def scale_from_uniform(uniform: Tensor, rate: float) -> Tensor:
-    """[L, 2, R] fp32 factors, 0 or 1 / (1 - p_l), from random numbers per block, branch (attention, MLP) and row.
-
-    Block l drops with probability p_l = rate * l / (L - 1).
-    """
-    drop = torch.linspace(0, rate, uniform.shape[0], device=uniform.device)[:, None, None]
-    return (uniform >= drop).float() / (1 - drop)
 
 
 @scoped("masks")
@@ -33,12 +24,8 @@ def drop_path_scale(
         epoch: of the batch.
 
     Returns:
-        [L, 2, V B] fp32 as of `scale_from_uniform`, view-major; None where the rate is 0.
+        [L, 2, V B] fp32 as of `ops.drop_path_from_uniform`, view-major; None where the rate is 0.
     """
     if rate == 0:
         return None
-    b = index.shape[0]
-    uniform = rng.uniform(index, views * depth * 2, seed=seed, epoch=epoch, stream=rng.DROP_PATH)
-    return scale_from_uniform(
-        uniform.view(b, views, depth, 2).permute(2, 3, 1, 0).reshape(depth, 2, -1), rate
-    )
+    return ops.drop_path(index, views, depth, rate, seed=seed, epoch=epoch, stream=rng.DROP_PATH)

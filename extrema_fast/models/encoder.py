@@ -19,7 +19,6 @@ from ..errors import UsageError
 from ..ops import dispatch as ops
 from ..ops.linear import RECOMPUTE
 from .dino_interface import Dino
-from .drop_path import scale_from_uniform
 from .layers import NORM_EPS, Block, PatchEmbed, PoolBlock, check_images, check_sides, pair, square_patch
 from .masking import check_keep, image_major
 from .positions import SinCos, check_chans
@@ -130,9 +129,13 @@ class Encoder(TimmInterface):
     # ---- the pieces, in the order they run -------------------------------------------------------
 
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """images [B, C, H, W], keep [V, B, K] or None (all) -> tokens with positions [V*B, K, D]."""
+        """images [B, C, H, W], keep [V, B, K] or None (all) -> tokens with positions [V*B, K, D].
+
+        In place of images also their kept patches [V*B, K, C P P] at the encoder's own size (`color_views`).
+        """
         proj, p = self.patch_embed.proj, self.patch_size
-        pos = self.positions((images.shape[-2] // p, images.shape[-1] // p))
+        picked = images.dim() == 3
+        pos = self.positions(self.grid if picked else (images.shape[-2] // p, images.shape[-1] // p))
         return ops.patch_gather(images, keep, proj.weight, proj.bias, pos)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
@@ -165,7 +168,7 @@ class Encoder(TimmInterface):
         """`trunk`, and the tokens after the blocks `indices` (ascending); stop_early: nothing runs after the last."""
         if path is None and self.training and self.drop_path_rate > 0:
             uniform = torch.rand(self.depth, 2, tokens.shape[0], device=tokens.device)
-            path = scale_from_uniform(uniform, self.drop_path_rate)
+            path = ops.drop_path_from_uniform(uniform, self.drop_path_rate)
         layers = []
         for i, block in enumerate(self.blocks):
             factors = None if path is None else path[i]

@@ -97,7 +97,8 @@ class _Branch(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """images [b, C, H, W], keep [V, b, K] or None (all tokens) -> (output of the heads, class token).
 
-        [V b, d], and [V b, D] after the final norm without a gradient.
+        [V b, d], and [V b, D] after the final norm without a gradient. Instead of images their patches, as `keep`
+        picks them, [V b, K, C P P].
         """
         with scope(f"{self.name}/embed"):
             tokens = self.encoder.embed(images, keep)
@@ -154,7 +155,7 @@ class TeacherBranch(_Branch):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """images [b, C, H, W], all tokens -> (target [b, d], class token [b, D])."""
+        """images [b, C, H, W] or patches [b, N, C P P], all tokens -> (target [b, d], class token [b, D])."""
         return super().forward(images)
 
 
@@ -288,13 +289,13 @@ class ExtreMA(nn.Module):
         """One pass over the two versions of the same images.
 
         Args:
-            student_images: [b, C, H, W].
-            teacher_images: [b, C, H, W].
+            student_images: [b, C, H, W], or the kept patches [V b, K, C P P].
+            teacher_images: [b, C, H, W], or patches [b, N, C P P].
             keep: [V, b, K] integer, as of `masking.draw_views`.
             path: drop-path factors of the student trunk, [L, 2, V b], as of `drop_path_scale`; None: no drop-path.
         """
         target, teacher_features = self.teacher_branch(teacher_images)
         targets, offset = gather_targets(target) if self.head_config.loss == "infonce" else (target, 0)
         prediction, features = self.student_branch(student_images, keep, path)
-        loss = self.loss(prediction, targets, student_images.shape[0], offset)
+        loss = self.loss(prediction, targets, len(teacher_images), offset)
         return Output(loss, prediction.detach(), target, features.detach(), teacher_features)

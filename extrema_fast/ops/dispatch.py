@@ -35,14 +35,17 @@ from ..kernels._spec import Sizes
 from ..kernels.adamw_ema import AdamWEma
 from ..kernels.attention_pool import PoolWeights, attention_pool_absorbed, attention_pool_reference
 from ..kernels.attention_pool import attention_pool as attention_pool_triton
+from ..kernels.color_views import color_params as color_params_triton
+from ..kernels.color_views import color_params_reference, color_views_plain, color_views_reference
 from ..kernels.color_views import color_views as color_views_triton
-from ..kernels.color_views import color_views_plain, color_views_reference
 from ..kernels.crop_resize import crop_resize as crop_resize_triton
 from ..kernels.crop_resize import crop_resize_reference
 from ..kernels.patch_gather import patch_gather as patch_gather_triton
 from ..kernels.patch_gather import patch_gather_reference
+from ..kernels.sample_views import drop_path_factors as drop_path_triton
+from ..kernels.sample_views import drop_path_from_uniform as drop_path_from_uniform
+from ..kernels.sample_views import drop_path_reference, sample_views_reference
 from ..kernels.sample_views import sample_views as sample_views_triton
-from ..kernels.sample_views import sample_views_reference
 from ..kernels.token_gather import token_gather as token_gather_triton
 from ..kernels.token_gather import token_gather_reference
 from ..kernels.tune import DTYPES
@@ -106,7 +109,9 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "reference": color_views_reference,
         "triton": color_views_triton,
     },
+    "color_params": {"reference": color_params_reference, "triton": color_params_triton},
     "sample_views": {"reference": sample_views_reference, "triton": sample_views_triton},
+    "drop_path": {"reference": drop_path_reference, "triton": drop_path_triton},
     "crop_resize": {"reference": crop_resize_reference, "triton": crop_resize_triton},
     "adamw_ema": optimizers.ADAMW,
     "lamb": optimizers.LAMB,
@@ -121,7 +126,7 @@ GPU_RULE: dict[str, tuple[str, ...]] = {
     "adamw_ema": ("triton", "fused"),
 }
 # all implementations give the same bits: a GPU takes the kernel, and nothing is measured
-SAME_BITS = ("crop_resize",)
+SAME_BITS = ("color_params", "drop_path", "crop_resize")
 # types of devices whose cache and rule these are
 MEASURED_ON = ("cuda",)
 # apex's class for an op
@@ -531,6 +536,11 @@ def token_gather(tokens: Tensor, keep: Tensor, pos: Tensor | None = None) -> Ten
     return _chosen_for("token_gather", tokens)(tokens, keep, pos)
 
 
+def color_params(index: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Random parameters of the color jitter [B, 2, 10]; arguments as `kernels.color_views.color_params`."""
+    return _chosen_for("color_params", index)(index, *args, **options)
+
+
 def color_views(images: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """Two color-jittered versions of uint8 crops [B, H, W, 3]; arguments as `kernels.color_views`."""
     return _chosen_for("color_views", images)(images, *args, **options)
@@ -539,6 +549,11 @@ def color_views(images: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Ten
 def sample_views(index: Tensor, *args: Any, **options: Any) -> Tensor:
     """Kept tokens of every view [V, B, K] int32; arguments as `kernels.sample_views`."""
     return _chosen_for("sample_views", index)(index, *args, **options)
+
+
+def drop_path(index: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Drop-path factors [L, 2, V B] fp32; arguments as `kernels.sample_views.drop_path_factors`."""
+    return _chosen_for("drop_path", index)(index, *args, **options)
 
 
 def crop_resize(pixels: Tensor, crops: Tensor, size: tuple[int, int]) -> Tensor:

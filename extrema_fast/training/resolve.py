@@ -50,6 +50,11 @@ class Resolved:
     resident: Place = "off"
     """`gpu`, `host` or `off`: where decoded images are held; settled when the images are opened"""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs of matmuls."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
     def autocast(self) -> torch.autocast:
         """Context of the forward passes: bf16 products, or none."""
         # a CUDA graph would replay a cast whose cached result is not renewed

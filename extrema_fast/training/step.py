@@ -79,7 +79,7 @@ def gradients(run: Run, micro_batches: list[MicroBatch]) -> Tensor:
     """Adds the gradients of all micro-batches to the student's; returns the loss, a detached scalar."""
     cfg, count = run.cfg, len(micro_batches)
     loss_of = run.compiled_loss or _loss_of(run)
-    views = [color_jitter(m.images, m.jitter, cfg.data, cfg.model.in_chans) for m in micro_batches]
+    views = [color_views(run, m) for m in micro_batches]
     others: dict[str, Any] = {}
     if cfg.head.loss == "infonce" and (count > 1 or run.world.size > 1):
         # each image is compared with the targets of the whole batch
@@ -97,12 +97,26 @@ def gradients(run: Run, micro_batches: list[MicroBatch]) -> Tensor:
     return total
 
 
+def color_views(run: Run, m: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Patches of the student's version [V b, K, C P P], kept ones only, and of the teacher's [b, N, C P P]."""
+    data, model = run.cfg.data, run.cfg.model
+    return color_jitter(
+        m.images,
+        m.jitter,
+        data,
+        model.in_chans,
+        patch=model.patch_size,
+        keep=m.keep,
+        dtype=run.resolved.dtype,
+    )
+
+
 def micro_batch_loss(
     method: ExtreMA,
     student: nn.Module,
     autocast: Callable[[], torch.autocast],
-    student_images: Tensor,
-    teacher_images: Tensor,
+    student_patches: Tensor,
+    teacher_patches: Tensor,
     keep: Tensor,
     drop_path: Tensor | None,
     targets: Tensor | None = None,
@@ -112,7 +126,8 @@ def micro_batch_loss(
 
     Args:
         student: `method.student_branch`, possibly under data parallelism.
-        student_images: [b, C, H, W] fp32; likewise `teacher_images`.
+        student_patches: [V b, K, C P P], the kept ones.
+        teacher_patches: [b, N, C P P].
         keep: [V, b, K] int32.
         drop_path: [L, 2, V b] or None.
         targets: [M, d] teacher's projections of the whole batch; None: those of these images, computed here.
@@ -120,9 +135,9 @@ def micro_batch_loss(
     """
     with autocast():
         if targets is None:
-            targets, _ = method.teacher_branch(teacher_images)
-        prediction, _ = student(student_images, keep, drop_path)
-    return method.loss(prediction, targets, len(student_images), offset)
+            targets, _ = method.teacher_branch(teacher_patches)
+        prediction, _ = student(student_patches, keep, drop_path)
+    return method.loss(prediction, targets, len(teacher_patches), offset)
 
 
 @scoped("optimizer and EMA")

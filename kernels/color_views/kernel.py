@@ -1,7 +1,7 @@
-"""Device code of color_views: two passes over tiles of pixels (README.md).
+"""Device code of color_views: parameters, sums, views (README.md).
 
-Pass 1 sums the gray values of a tile as they stand when contrast is reached; pass 2 adds the tiles' sums in their
-order, applies everything and stores. No atomics, no random numbers inside.
+`color_sums_kernel` sums the gray values of a tile as they stand when contrast is reached; `color_views_kernel` adds
+the tiles' sums in their order, applies everything and stores. No atomics, no random numbers inside these two.
 """
 
 from __future__ import annotations
@@ -14,182 +14,379 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _launch
-from .reference import COLUMNS
+from ..sample_views.kernel import keyed_uniform, keyed_words
+from .reference import COLUMNS, factor_range
 
 BLOCK = 1024
 
-
-@triton.jit
-def _clamp(x):
-    return tl.minimum(tl.maximum(x, 0.0), 1.0)
+# ---- color: fp32 tiles of red, green, blue in [0, 1], parameters of one view at `row_ptr` ---------
 
 
 @triton.jit
-def _gray(r, g, b):
+def gray(r, g, b):
     return 0.299 * r + 0.587 * g + 0.114 * b
 
 
 @triton.jit
-def _hue_channel(top, spread, hue, n: tl.constexpr):
-    k = n + 6.0 * hue
-    k = k - 6.0 * tl.floor(k / 6.0)
-    return top - spread * tl.minimum(tl.maximum(tl.minimum(k, 4.0 - k), 0.0), 1.0)
+def _turn_hue(r, g, b, turns):
+    """README.md: thirds of a turn exchange the channels, at most one sextant either way is left."""
+    thirds = tl.floor(3.0 * turns + 0.5)
+    exchange = (thirds.to(tl.int32) + 3) % 3
+    if exchange == 1:
+        r, g, b = b, r, g
+    elif exchange == 2:
+        r, g, b = g, b, r
+    low = tl.minimum(tl.minimum(r, g), b)
+    top = tl.maximum(tl.maximum(r, g), b)
+    mid = tl.maximum(tl.minimum(r, g), tl.minimum(tl.maximum(r, g), b))
+    step = (6.0 * turns - 2.0 * thirds) * (top - low)
+    r, g, b = (
+        2.0 * r - mid - tl.where(g >= b, step, -step),
+        2.0 * g - mid - tl.where(b >= r, step, -step),
+        2.0 * b - mid - tl.where(r >= g, step, -step),
+    )
+    r = tl.minimum(tl.maximum(r, low), top)
+    g = tl.minimum(tl.maximum(g, low), top)
+    b = tl.minimum(tl.maximum(b, low), top)
+    return r, g, b
 
 
 @triton.jit
-def _apply(r, g, b, op, base, mean):
-    """One operation: 0 brightness, 1 contrast (towards `mean`), 2 saturation, 3 hue; factors at `base`."""
-    factor = tl.load(base + 1 + op)
-    if op == 0:
-        r, g, b = r * factor, g * factor, b * factor
-    elif op == 3:
-        top = tl.maximum(tl.maximum(r, g), b)
-        spread = top - tl.minimum(tl.minimum(r, g), b)
-        safe = tl.where(spread > 0.0, spread, 1.0)
-        hue = tl.where(
-            top == r, (g - b) / safe, tl.where(top == g, 2.0 + (b - r) / safe, 4.0 + (r - g) / safe)
+def _apply(r, g, b, op, row_ptr, mean):
+    """One operation: 0 brightness, 1 contrast (towards `mean`), 2 saturation, 3 hue."""
+    factor = tl.load(row_ptr + 1 + op)
+    if op == 3:
+        r, g, b = _turn_hue(r, g, b, factor)
+    else:
+        rest = r * 0.0
+        if op == 1:
+            rest += (1.0 - factor) * mean
+        elif op == 2:
+            rest = (1.0 - factor) * gray(r, g, b)
+        r = factor * r + rest
+        g = factor * g + rest
+        b = factor * b + rest
+        # up to 1 these are means of levels
+        if factor > 1.0:
+            r = tl.minimum(tl.maximum(r, 0.0), 1.0)
+            g = tl.minimum(tl.maximum(g, 0.0), 1.0)
+            b = tl.minimum(tl.maximum(b, 0.0), 1.0)
+    return r, g, b
+
+
+@triton.jit
+def jitter(r, g, b, row_ptr, mean, UNTIL_CONTRAST: tl.constexpr):
+    """The four operations in their order, or those before contrast; black stays black before contrast."""
+    going = 1
+    for place in range(4):
+        op = tl.load(row_ptr + 6 + place).to(tl.int32)
+        if UNTIL_CONTRAST:
+            if op == 1:
+                going = 0
+        if going == 1:
+            r, g, b = _apply(r, g, b, op, row_ptr, mean)
+    return r, g, b
+
+
+# ---- pixels ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _byte(word, number: tl.constexpr):
+    return ((word >> (8 * number)) & 255).to(tl.float32) * (1.0 / 255.0)
+
+
+@triton.jit
+def _eight(a, b, c, d, e, f, g, h):
+    """[S] eight times -> [S, 8], each row in one thread."""
+    even = tl.join(tl.join(a, e), tl.join(c, g))
+    odd = tl.join(tl.join(b, f), tl.join(d, h))
+    return tl.reshape(tl.join(even, odd), [a.shape[0], 8])
+
+
+@triton.jit
+def _pixels(images_ptr, image, first, inside, PIXELS: tl.constexpr, RUN: tl.constexpr):
+    """[S, RUN] red, green, blue in [0, 1] of the RUN pixels from each of `first` [S]; 0 where not `inside` [S]."""
+    if images_ptr.dtype.element_ty == tl.int32:
+        # eight pixels are six words
+        start = images_ptr + image * (3 * PIXELS // 4) + tl.multiple_of(first // 8 * 6, 2)
+        words = start[:, None] + tl.arange(0, 2)[None, :]
+        w0, w1 = tl.split(tl.load(words, mask=inside[:, None], other=0))
+        w2, w3 = tl.split(tl.load(words + 2, mask=inside[:, None], other=0))
+        w4, w5 = tl.split(tl.load(words + 4, mask=inside[:, None], other=0))
+        r = _eight(
+            _byte(w0, 0),
+            _byte(w0, 3),
+            _byte(w1, 2),
+            _byte(w2, 1),
+            _byte(w3, 0),
+            _byte(w3, 3),
+            _byte(w4, 2),
+            _byte(w5, 1),
         )
-        hue = hue / 6.0 + factor
-        hue = hue - tl.floor(hue)
-        r, g, b = (
-            _hue_channel(top, spread, hue, 5.0),
-            _hue_channel(top, spread, hue, 3.0),
-            _hue_channel(top, spread, hue, 1.0),
+        g = _eight(
+            _byte(w0, 1),
+            _byte(w1, 0),
+            _byte(w1, 3),
+            _byte(w2, 2),
+            _byte(w3, 1),
+            _byte(w4, 0),
+            _byte(w4, 3),
+            _byte(w5, 2),
+        )
+        b = _eight(
+            _byte(w0, 2),
+            _byte(w1, 1),
+            _byte(w2, 0),
+            _byte(w2, 3),
+            _byte(w3, 2),
+            _byte(w4, 1),
+            _byte(w5, 0),
+            _byte(w5, 3),
         )
     else:
-        anchor = _gray(r, g, b)
-        if op == 1:
-            anchor = anchor * 0.0 + mean
-        r = factor * r + (1.0 - factor) * anchor
-        g = factor * g + (1.0 - factor) * anchor
-        b = factor * b + (1.0 - factor) * anchor
-    return _clamp(r), _clamp(g), _clamp(b)
-
-
-@triton.jit
-def _pixels(images_ptr, image, tile, stride_b, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK] red, green, blue in [0, 1]; beyond the image 0."""
-    # whole bytes of the tile, 16 per thread, then every third one: blocks must be powers of two, so 4 BLOCK
-    offs_b = tl.arange(0, 4 * BLOCK)
-    inside = (offs_b < 3 * BLOCK) & (offs_b < 3 * (PIXELS - tile * BLOCK))
-    pixel_bytes = images_ptr + image * stride_b + tile * (3 * BLOCK) + offs_b
-    raw = tl.load(pixel_bytes, mask=inside, other=0)
-    offs = 3 * tl.arange(0, BLOCK)
-    r = tl.gather(raw, offs, 0).to(tl.float32) / 255.0
-    g = tl.gather(raw, offs + 1, 0).to(tl.float32) / 255.0
-    b = tl.gather(raw, offs + 2, 0).to(tl.float32) / 255.0
+        offs = 3 * (first[:, None] + tl.arange(0, RUN)[None, :])
+        start, mask = images_ptr + image * (3 * PIXELS) + offs, inside[:, None]
+        r = tl.load(start, mask=mask, other=0).to(tl.float32) * (1.0 / 255.0)
+        g = tl.load(start + 1, mask=mask, other=0).to(tl.float32) * (1.0 / 255.0)
+        b = tl.load(start + 2, mask=mask, other=0).to(tl.float32) * (1.0 / 255.0)
     return r, g, b
 
 
 @triton.jit
 def color_sums_kernel(
-    # uint8 [B, H, W, 3]; fp32 [B, 2, 10]; fp32 [B, 2, TILES]
+    # uint8 [B, H, W, 3], or its int32 words [B, 3 H W / 4]; fp32 [B, 2, 10]; fp32 [B, 2, TILES]
     images_ptr,
     params_ptr,
     sums_ptr,
-    stride_b,
     PIXELS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    RUN: tl.constexpr,
 ):
-    which = tl.program_id(0).to(tl.int64)
+    image = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    base = params_ptr + which * COLUMNS
-    if tl.load(base) > 0.0:
-        offs = tile * BLOCK + tl.arange(0, BLOCK)
-        mask = offs < PIXELS
-        r, g, b = _pixels(images_ptr, which // 2, tile, stride_b, PIXELS, BLOCK)
-        before = 1
-        for place in range(4):
-            op = tl.load(base + 6 + place).to(tl.int32)
-            if op == 1:
-                before = 0
-            if before == 1:
-                r, g, b = _apply(r, g, b, op, base, 0.0)
-        total = tl.sum(tl.where(mask, _gray(r, g, b), 0.0), 0)
-        tl.store(sums_ptr + which * TILES + tile, total)
+    both = params_ptr + image * (2 * COLUMNS)
+    if (tl.load(both) > 0.0) | (tl.load(both + COLUMNS) > 0.0):
+        first = tile * BLOCK + RUN * tl.arange(0, BLOCK // RUN)
+        r, g, b = _pixels(images_ptr, image, first, first < PIXELS, PIXELS, RUN)
+        for view in tl.static_range(2):
+            row_ptr = both + view * COLUMNS
+            if tl.load(row_ptr) > 0.0:
+                x, y, z = jitter(r, g, b, row_ptr, 0.0, True)
+                # what lies beyond the image is black
+                tl.store(sums_ptr + (image * 2 + view) * TILES + tile, tl.sum(gray(x, y, z)))
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["rows", "batch"])
 def color_views_kernel(
-    # as above; out [2, B, C, H, W]
+    # as above
     images_ptr,
     params_ptr,
     sums_ptr,
-    out_ptr,
-    # of each channel: mean, 1 / standard deviation
-    mean_r,
-    mean_g,
-    mean_b,
+    # [V, B, K] int32; [V B, K, C, PH, PW]; [B, N, C, PH, PW]
+    keep_ptr,
+    student_ptr,
+    teacher_ptr,
+    # of each channel: 1 / standard deviation, - mean / standard deviation
     scale_r,
     scale_g,
     scale_b,
+    shift_r,
+    shift_g,
+    shift_b,
+    # V B and B
+    rows,
     batch,
-    stride_b,
-    PIXELS: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    C: tl.constexpr,
+    RUN: tl.constexpr,
+    JITTER: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
 ):
-    which = tl.program_id(0).to(tl.int64)
-    image = which // 2
-    view = which - image * 2
-    base = params_ptr + which * COLUMNS
-    tile = tl.program_id(1)
-    offs = tile * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < PIXELS
-    r, g, b = _pixels(images_ptr, image, tile, stride_b, PIXELS, BLOCK)
-    if tl.load(base) > 0.0:
-        tiles = tl.arange(0, BLOCK_T)
-        sums = tl.load(sums_ptr + which * TILES + tiles, mask=tiles < TILES, other=0.0)
-        mean = tl.sum(sums, 0) / PIXELS
-        for place in range(4):
-            r, g, b = _apply(r, g, b, tl.load(base + 6 + place).to(tl.int32), base, mean)
-    if tl.load(base + 5) > 0.0:
-        level = _gray(r, g, b)
-        r, g, b = level, level, level
-    target = out_ptr + (view * batch + image) * (C * PIXELS) + offs
-    low = out_ptr.dtype.element_ty
+    AREA: tl.constexpr = PH * PW
+    N: tl.constexpr = H * W // AREA
+    STUDENT_TILES: tl.constexpr = (K * AREA + BLOCK - 1) // BLOCK
+    TEACHER_TILES: tl.constexpr = (N * AREA + BLOCK - 1) // BLOCK
+    # the student's tiles, then the teacher's
+    pid = tl.program_id(0).to(tl.int64)
+    is_student = pid < rows * STUDENT_TILES
+    pid = tl.where(is_student, pid, pid - rows * STUDENT_TILES)
+    tiles = tl.where(is_student, STUDENT_TILES, TEACHER_TILES)
+    count = tl.where(is_student, K, N)
+    row = pid // tiles
+    image = row % batch
+    # pixels in the order of the result, RUN at a time
+    spot = (pid - row * tiles).to(tl.int32) * BLOCK + RUN * tl.arange(0, BLOCK // RUN)
+    k = spot // AREA
+    rest = spot - k * AREA
+    inside = k < count
+    j = k
+    if HAS_KEEP:
+        if is_student:
+            j = tl.load(keep_ptr + row * K + k, mask=inside, other=0)
+    gy = j // (W // PW)
+    gx = j - gy * (W // PW)
+    py = rest // PW
+    first = (gy * PH + py) * W + gx * PW + (rest - py * PW)
+    r, g, b = _pixels(images_ptr, image, first, inside, H * W, RUN)
+    if JITTER:
+        which = image * 2 + tl.where(is_student, 0, 1)
+        row_ptr = params_ptr + which * COLUMNS
+        if tl.load(row_ptr) > 0.0:
+            offs = tl.arange(0, BLOCK_T)
+            sums = tl.load(sums_ptr + which * TILES + offs, mask=offs < TILES, other=0.0)
+            r, g, b = jitter(r, g, b, row_ptr, tl.sum(sums, 0) / (H * W), False)
+        if tl.load(row_ptr + 5) > 0.0:
+            level = gray(r, g, b)
+            r, g, b = level, level, level
     if C == 1:
-        r = _gray(r, g, b)
-    r = (r - tl.cast(mean_r, tl.float32)) * tl.cast(scale_r, tl.float32)
-    tl.store(target, r.to(low), mask=mask)
+        r = gray(r, g, b)
+    low = student_ptr.dtype.element_ty
+    # [BLOCK / RUN, RUN]
+    place = tl.multiple_of(k * (C * AREA) + rest, RUN)[:, None] + tl.arange(0, RUN)[None, :]
+    out = tl.where(is_student, student_ptr, teacher_ptr) + row * (count * C * AREA) + place
+    mask = inside[:, None]
+    tl.store(out, (r * scale_r + shift_r).to(low), mask=mask)
     if C == 3:
-        g = (g - tl.cast(mean_g, tl.float32)) * tl.cast(scale_g, tl.float32)
-        b = (b - tl.cast(mean_b, tl.float32)) * tl.cast(scale_b, tl.float32)
-        tl.store(target + PIXELS, g.to(low), mask=mask)
-        tl.store(target + 2 * PIXELS, b.to(low), mask=mask)
+        tl.store(out + AREA, (g * scale_g + shift_g).to(low), mask=mask)
+        tl.store(out + 2 * AREA, (b * scale_b + shift_b).to(low), mask=mask)
 
 
-# ---- launcher -------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["rows", "seed", "epoch"])
+def color_params_kernel(
+    # [B] int64; fp32 [B, 2, 10]
+    index_ptr,
+    out_ptr,
+    # of brightness, contrast, saturation, hue: least factor, and most minus least
+    low_b,
+    low_c,
+    low_s,
+    low_h,
+    span_b,
+    span_c,
+    span_s,
+    span_h,
+    jitter_prob,
+    gray_prob,
+    # 2 B
+    rows,
+    seed,
+    epoch,
+    STUDENT: tl.constexpr,
+    TEACHER: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < rows
+    index = tl.load(index_ptr + row // 2, mask=mask, other=0)
+    block = tl.where(row % 2 == 0, STUDENT << 16, TEACHER << 16)
+    on, u_b, u_c, u_s = keyed_words(index, block, seed, epoch)
+    u_h, u_order, is_gray, _ = keyed_words(index, block + 1, seed, epoch)
+    out = out_ptr + row * COLUMNS
+    tl.store(out, (keyed_uniform(on) < jitter_prob).to(tl.float32), mask=mask)
+    tl.store(out + 1, low_b + keyed_uniform(u_b) * span_b, mask=mask)
+    tl.store(out + 2, low_c + keyed_uniform(u_c) * span_c, mask=mask)
+    tl.store(out + 3, low_s + keyed_uniform(u_s) * span_s, mask=mask)
+    tl.store(out + 4, low_h + keyed_uniform(u_h) * span_h, mask=mask)
+    tl.store(out + 5, (keyed_uniform(is_gray) < gray_prob).to(tl.float32), mask=mask)
+    # 0 to 23 -> a permutation of 0 to 3, as `reference.permutation`
+    number = (keyed_uniform(u_order) * 24.0).to(tl.int32)
+    one, two, three = number // 6, number % 6 // 2, number % 2
+    two += (two >= one).to(tl.int32)
+    three += (three >= tl.minimum(one, two)).to(tl.int32)
+    three += (three >= tl.maximum(one, two)).to(tl.int32)
+    tl.store(out + 6, one.to(tl.float32), mask=mask)
+    tl.store(out + 7, two.to(tl.float32), mask=mask)
+    tl.store(out + 8, three.to(tl.float32), mask=mask)
+    tl.store(out + 9, (6 - one - two - three).to(tl.float32), mask=mask)
+
+
+# ---- launchers ------------------------------------------------------------------------------------
+
+
+def draw_params(
+    index: Tensor,
+    strength: Sequence[float],
+    jitter_prob: float,
+    gray_prob: float,
+    seed: int,
+    epoch: int,
+    streams: Sequence[int],
+) -> Tensor:
+    """Parameters [B, 2, 10] of index [B] int64."""
+    out = _launch.empty((index.shape[0], 2, COLUMNS), index, torch.float32)
+    low, most = factor_range(strength)
+    numbers = (*low.tolist(), *(most - low).tolist(), float(jitter_prob), float(gray_prob))
+    args = (index.contiguous(), out, *numbers, 2 * index.shape[0], seed, epoch)
+    options = {"STUDENT": streams[0], "TEACHER": streams[1], "COLUMNS": COLUMNS, "BLOCK": 128}
+    # every product is rounded, as in torch
+    options |= {"num_warps": 4, "enable_fp_fusion": False}
+    _launch.launch(color_params_kernel, (triton.cdiv(2 * index.shape[0], 128),), index, *args, **options)
+    return out
 
 
 def render(
     images: Tensor,
-    params: Tensor,
+    params: Tensor | None,
+    keep: Tensor | None,
     mean: Sequence[float],
     std: Sequence[float],
     channels: int,
+    patch: int,
     dtype: torch.dtype,
-) -> Tensor:
-    """Both views [2, B, C, H, W] of images uint8 [B, H, W, 3] with params [B, 2, 10]."""
+) -> tuple[Tensor, Tensor]:
+    """Student's and teacher's view of images uint8 [B, H, W, 3] with params [B, 2, 10].
+
+    patch 0: images [B, C, H, W]; else patches, [V B, K, C P P] of keep [V, B, K] (None: all) and [B, N, C P P].
+    """
     if channels == 1:
         mean, std = [sum(mean) / 3] * 3, [sum(std) / 3] * 3
     # numbers, not a tensor: copying one to a GPU waits, and cannot be captured in a graph
-    norm = (*map(float, mean), *(1 / float(s) for s in std))
-    images, params = images.contiguous(), params.contiguous()
+    norm = (*(1 / s for s in std), *(-m / s for m, s in zip(mean, std, strict=True)))
+    images = _launch.rows_ready(images.contiguous())
     batch, height, width, _ = images.shape
-    pixels, tiles = height * width, triton.cdiv(height * width, BLOCK)
-    out = _launch.empty((2, batch, channels, height, width), images, dtype)
-    sums = _launch.empty((batch, 2, tiles), images, torch.float32)
-    default = {"num_warps": 4, "num_stages": 1}
-    options = _launch.settings("color_views", f"both|n{pixels}", images.device, default)
-    options |= {"PIXELS": pixels, "TILES": tiles, "BLOCK": BLOCK, "COLUMNS": COLUMNS}
-    grid, reads, stride_b = (2 * batch, tiles), (images, params, sums), images.stride(0)
-    _launch.launch(color_sums_kernel, grid, images, *reads, stride_b, **options)
-    options |= {"BLOCK_T": triton.next_power_of_2(tiles), "C": channels}
-    _launch.launch(color_views_kernel, grid, images, *reads, out, *norm, batch, stride_b, **options)
-    return out
+    # an image is a patch of its size
+    ph, pw = (patch, patch) if patch else (height, width)
+    pixels, n = height * width, (height // ph) * (width // pw)
+    views, kept = (1, n) if keep is None else (keep.shape[0], keep.shape[2])
+    student = _launch.empty((views * batch, kept, channels * ph * pw), images, dtype)
+    teacher = _launch.empty((batch, n, channels * ph * pw), images, dtype)
+    run, tiles = min(8, pw & -pw), triton.cdiv(pixels, BLOCK)
+    if run == 8:
+        # words of eight pixels each
+        images = images.view(batch, 3 * pixels).view(torch.int32)
+    options = {"num_warps": 4, "num_stages": 1}
+    options = _launch.settings("color_views", f"both|n{pixels}", images.device, options)
+    options |= {"TILES": tiles, "BLOCK": BLOCK, "COLUMNS": COLUMNS, "RUN": run}
+    sums = images
+    if params is not None:
+        params, sums = params.contiguous(), _launch.empty((batch, 2, tiles), images, torch.float32)
+        reads = (images, params, sums)
+        _launch.launch(color_sums_kernel, (batch, tiles), images, *reads, PIXELS=pixels, **options)
+    options |= {"H": height, "W": width, "PH": ph, "PW": pw, "K": kept, "C": channels}
+    options |= {"BLOCK_T": triton.next_power_of_2(tiles), "JITTER": params is not None}
+    programs = views * batch * triton.cdiv(kept * ph * pw, BLOCK) + batch * tiles
+    pointers = (
+        images,
+        images if params is None else params,
+        sums,
+        images if keep is None else keep.contiguous(),
+    )
+    args = (*pointers, student, teacher, *norm, views * batch, batch)
+    options["HAS_KEEP"] = keep is not None
+    _launch.launch(color_views_kernel, (programs,), images, *args, **options)
+    if patch:
+        return student, teacher
+    shape = (batch, channels, height, width)
+    return student.view(shape), teacher.view(shape)

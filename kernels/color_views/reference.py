@@ -14,12 +14,16 @@ from torch import Tensor
 
 from .._launch import constants
 from .._philox import uniform
+from ..patch_gather.reference import gather_patches
 
 GRAY = (0.299, 0.587, 0.114)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 # columns of a parameter row [10]: color jitter on, four factors, gray, four operations in their order
 ON, FACTORS, GRAY_ON, ORDER, COLUMNS = 0, slice(1, 5), 5, slice(6, 10), 10
+
+# the streams of the student's and the teacher's view in the counter (extrema_fast.rng)
+STREAMS = (2, 3)
 
 
 def permutation(number: Tensor) -> Tensor:
@@ -32,7 +36,14 @@ def permutation(number: Tensor) -> Tensor:
     return torch.stack([first, second, third, 6 - first - second - third], 1)
 
 
-def color_params(
+def factor_range(strength: Sequence[float], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Least and largest factors [4] fp32 of brightness, contrast, saturation and hue."""
+    width = constants(strength, torch.float32, device)
+    centre = constants((1.0, 1.0, 1.0, 0.0), torch.float32, device)
+    return torch.cat([(centre - width)[:3].clamp_min(0), -width[3:]]), centre + width
+
+
+def color_params_reference(
     index: Tensor,
     strength: tuple[float, float, float, float],
     jitter_prob: float,
@@ -40,30 +51,15 @@ def color_params(
     *,
     seed: int,
     epoch: int,
-    streams: tuple[int, int] = (2, 3),
+    streams: tuple[int, int] = STREAMS,
 ) -> Tensor:
-    """Random parameters of both views, keyed by sample; nothing is read back by the CPU.
-
-    Args:
-        index: [B] int64, global row numbers of the images.
-        strength: s of brightness, contrast, saturation (factors from 1 - s to 1 + s) and hue (turns, -s to s).
-        jitter_prob: probability of color jitter.
-        gray_prob: probability of gray.
-        seed: seed of the generator.
-        epoch: part of the generator's counter.
-        streams: the generator's streams of the student's and the teacher's view.
-
-    Returns:
-        [B, 2, 10] fp32 on the index's device: on, b, c, s, h, gray, then a permutation of 0..3.
-    """
-    width = constants(strength, torch.float32, index.device)
-    centre = constants((1.0, 1.0, 1.0, 0.0), torch.float32, index.device)
-    low = torch.cat([(centre - width)[:3].clamp_min(0), -width[3:]])
+    """Arguments and result as `color_params`."""
+    low, most = factor_range(strength, index.device)
     views = []
     for stream in streams:
         u = uniform(index, 8, seed=seed, epoch=epoch, stream=stream)
         on, gray = (u[:, :1] < jitter_prob).float(), (u[:, 6:7] < gray_prob).float()
-        factors = low + u[:, 1:5] * (centre + width - low)
+        factors = low + u[:, 1:5] * (most - low)
         views.append(torch.cat([on, factors, gray, permutation((u[:, 5] * 24).long()).float()], 1))
     return torch.stack(views, 1)
 
@@ -138,14 +134,18 @@ def _apply(x: Tensor, op: int, factor: Tensor) -> Tensor:
 
 def color_views_reference(
     images: Tensor,
-    params: Tensor,
+    params: Tensor | None,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     *,
     channels: int = 3,
     dtype: torch.dtype = torch.float32,
+    patch: int = 0,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments and result as `color_views`, computed in fp32 (fp64 for fp64)."""
+    if params is None:
+        return _in_patches(_normalized(images, mean, std, channels, dtype), patch, keep)
     x = images.permute(0, 3, 1, 2).to(torch.float64 if dtype == torch.float64 else torch.float32) / 255
     out = []
     for p in params.unbind(1):
@@ -157,7 +157,24 @@ def color_views_reference(
             y = torch.where(on.view(-1, 1, 1, 1), jitter(x, p[:, FACTORS], p[:, ORDER].long()), x)
         y = torch.where((p[:, GRAY_ON] > 0).view(-1, 1, 1, 1), _gray(y).expand_as(y), y)
         out.append(_finish(y, mean, std, channels).to(dtype))
-    return out[0], out[1]
+    return _in_patches(out, patch, keep)
+
+
+def _normalized(
+    images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], channels: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if dtype == torch.float64:
+        x = _finish(images.permute(0, 3, 1, 2).double() / 255, mean, std, channels)
+    else:
+        x = normalize(images, mean, std, channels).to(dtype)
+    return x, x
+
+
+def _in_patches(views: Sequence[Tensor], patch: int, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    student, teacher = views
+    if not patch:
+        return student, teacher
+    return gather_patches(student, keep, patch), gather_patches(teacher, None, patch)
 
 
 # ---- image by image, for CPUs ----------------------------------------------------------------------
@@ -235,6 +252,8 @@ def color_views_by_image(
     *,
     channels: int = 3,
     dtype: torch.dtype = torch.float32,
+    patch: int = 0,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments and result as `color_views`, on a CPU; equal to `color_views_reference` up to rounding.
 
@@ -257,8 +276,7 @@ def color_views_by_image(
                 plane.copy_(part[:, k])
         for row, target in zip(rows, targets, strict=True):
             _view(pieces, row, target.split(size, 1), mean, std)
-    views = out.view(2, batch, channels, height, width)
-    return views[0], views[1]
+    return _in_patches(out.view(2, batch, channels, height, width).unbind(0), patch, keep)
 
 
 def _view(
@@ -314,9 +332,11 @@ FEW_PIXELS = 48 * 48
 
 
 def color_views_plain(
-    images: Tensor, params: Tensor, mean: tuple[float, ...], std: tuple[float, ...], **options: Any
+    images: Tensor, params: Tensor | None, mean: tuple[float, ...], std: tuple[float, ...], **options: Any
 ) -> tuple[Tensor, Tensor]:
     """`color_views` in plain torch: image by image on a CPU, where that is faster, else the batch definition."""
     many = images.shape[1] * images.shape[2] >= FEW_PIXELS
-    by_image = images.device.type == "cpu" and many and not torch.compiler.is_compiling()
-    return (color_views_by_image if by_image else color_views_reference)(images, params, mean, std, **options)
+    on_cpu = images.device.type == "cpu" and not torch.compiler.is_compiling()
+    if params is not None and many and on_cpu:
+        return color_views_by_image(images, params, mean, std, **options)
+    return color_views_reference(images, params, mean, std, **options)

@@ -22,49 +22,38 @@ def _rows(images: Tensor, keep: Tensor | None, patch: int) -> int:
     return batch * (height // patch) * (width // patch) if keep is None else keep.numel()
 
 
-@_launch.op(
-    "patch_gather_fwd(Tensor images, Tensor? keep, Tensor weight, Tensor bias, Tensor pos, int patch) -> Tensor",
-    "embed",
-)
-def _fwd(images, keep, weight, bias, pos, patch):
-    return weight.new_empty(_rows(images, keep, patch), weight.shape[0])
-
-
 @_launch.op("patch_pack(Tensor images, Tensor? keep, int patch, ScalarType dtype) -> Tensor", "pack")
 def _pack(images, keep, patch, dtype):
     return images.new_empty(_rows(images, keep, patch), image_size(images)[1] * patch**2, dtype=dtype)
 
 
-def pack_linear(
-    images: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor, pos: Tensor, patch: int
-) -> Tensor:
-    """As the op `patch_gather_fwd`, by the gather alone and torch's matmul; [M, D]."""
-    out = F.linear(_pack(images, keep, patch, weight.dtype), weight).to(bias.dtype) + bias
-    at = pos.repeat(len(images), 1) if keep is None else pos[keep.flatten().long()]
-    return (out + at.to(bias.dtype)).to(weight.dtype)
+@_launch.op("add_positions(Tensor tokens, Tensor? keep, Tensor? bias, Tensor pos) -> Tensor", "add_positions")
+def _add_positions(tokens, keep, bias, pos):
+    return tokens.new_empty(tokens.shape)
 
 
-class _PatchGather(torch.autograd.Function):
+class _Embed(torch.autograd.Function):
+    """patches [M, F] in the dtype of the matmul, weight [D, F] and bias [D] in theirs -> tokens [M, D]."""
+
     @staticmethod
-    def forward(ctx, images, keep, weight, bias, pos, patch):
-        # the backward pass gathers the patches again: the image is smaller
-        ctx.save_for_backward(images, *(() if keep is None else (keep,)))
-        ctx.patch, ctx.bias_dtype = patch, bias.dtype
-        # fp32 and fp64 matmuls use no tensor cores: cuBLAS has better ones. The interpreter tests all
-        fused = weight.dtype.itemsize == 2 or images.device.type == "cpu"
-        return (_fwd if fused else pack_linear)(images, keep, weight, bias, pos, patch)
+    def forward(ctx, patches, keep, weight, bias, pos):
+        ctx.save_for_backward(*([patches] if ctx.needs_input_grad[2] else []))
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return _add_positions(F.linear(patches, weight.to(patches.dtype)), keep, bias, pos)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        images, *keep = ctx.saved_tensors
+        weight, bias = ctx.dtypes
         dweight = dbias = None
         if ctx.needs_input_grad[2]:
-            patches = _pack(images, keep[0] if keep else None, ctx.patch, dout.dtype)
-            dweight = dout.t() @ patches
+            (patches,) = ctx.saved_tensors
+            # of 16-bit operands in fp32, where torch can: no rounded copy in between
+            wide = dout.is_cuda and dout.dtype.itemsize == 2 and weight == torch.float32
+            dweight = torch.mm(dout.t(), patches, **({"out_dtype": weight} if wide else {})).to(weight)
         if ctx.needs_input_grad[3]:
-            dbias = dout.sum(0, dtype=ctx.bias_dtype)
-        return None, None, dweight, dbias, None, None
+            dbias = dout.sum(0, dtype=bias)
+        return None, None, dweight, dbias, None
 
 
 def patch_gather(
@@ -84,7 +73,7 @@ def patch_gather(
 
     Args:
         images: uint8 [B, H, W, C] with `mean` and `std` (the normalization (x / 255 - mean) / std is folded into the
-            weight), or normalized float [B, C, H, W].
+            weight), or normalized float [B, C, H, W], or their kept patches alone, [V*B, K, C P P] (`color_views`).
         keep: [V, B, K] int32 (int64 is converted) in [0, N), or None: all patches, one view. Indices are checked on a
             CPU, elsewhere with EXTREMA_FAST_CHECK=1.
         weight: [D, C, P, P], of the patch convolution.
@@ -104,22 +93,33 @@ def patch_gather(
     width, channels, patch = weight.shape[0], weight.shape[1], weight.shape[-1]
     if weight.shape[2] != patch:
         raise ValueError(f"weight: expected square patches, got {describe(weight)}")
+    check("pos", pos, ("N", width), FLOATS, weight)
+    n = pos.shape[0]
+    if bias is not None:
+        check("bias", bias, (width,), FLOATS, weight)
     pixels = isinstance(images, Tensor) and images.dtype == torch.uint8
+    picked = isinstance(images, Tensor) and images.dim() == 3
     if pixels:
         check("images", images, ("B", "H", "W", channels), like=weight)
         if mean is None or std is None or len(mean) != channels or len(std) != channels:
             raise ValueError(f"mean, std: uint8 images need {channels} numbers each, got {mean} and {std}")
-    else:
+    elif mean is not None or std is not None:
+        raise ValueError("mean, std: only for uint8 images; floats are normalized already")
+    elif not picked:
         check("images", images, ("B", channels, "H", "W"), FLOATS, weight, "or uint8 [B, H, W, C]")
-        if mean is not None or std is not None:
-            raise ValueError("mean, std: only for uint8 images; float images are normalized already")
-    batch, _, *sides = image_size(images)
-    if sides[0] % patch or sides[1] % patch:
-        raise ValueError(f"images: sides {tuple(sides)} are no multiples of the patch size {patch}")
-    n = (sides[0] // patch) * (sides[1] // patch)
-    check("pos", pos, (n, width), FLOATS, weight)
-    if bias is not None:
-        check("bias", bias, (width,), FLOATS, weight)
+    if keep is not None:
+        check(
+            "keep", keep, ("V", "B", "K"), (torch.int32, torch.int64), weight, "integer indices, view-major"
+        )
+    if picked:
+        batch, kept = (len(images), n) if keep is None else keep.shape[1:]
+        rows = "B" if keep is None else len(keep) * batch
+        check("images", images, (rows, kept, channels * patch**2), FLOATS, weight, "kept patches")
+    else:
+        batch, _, *sides = image_size(images)
+        if sides[0] % patch or sides[1] % patch:
+            raise ValueError(f"images: sides {tuple(sides)} are no multiples of the patch size {patch}")
+        check("pos", pos, ((sides[0] // patch) * (sides[1] // patch), width), FLOATS, weight)
     if keep is not None:
         keep = check_keep(keep, batch, n, weight)
 
@@ -130,17 +130,27 @@ def patch_gather(
         images = images if pixels else images.to(dtype)
         return patch_gather_reference(images, keep, weight.to(dtype), low, pos, mean=mean, std=std)
 
-    wide = _launch.wide(dtype)
     with torch.autocast(images.device.type, enabled=False):
-        w, b = weight.to(wide), (weight.new_zeros(width) if bias is None else bias).to(wide)
         if mean is not None and std is not None:
-            # pixels come as (x - 128) / 128: exact in bf16, small enough for fp16 gradients. Numbers, not a
-            # tensor: copying one to a GPU waits, and cannot be captured in a graph
-            columns = []
-            for c, (m, s) in enumerate(zip(mean, std, strict=True)):
-                b = b + w[:, c].sum((1, 2)) * ((128 / 255 - m) / s)
-                columns.append(w[:, c] * (128 / (255 * s)))
-            w = torch.stack(columns, -1)
-        out = _PatchGather.apply(images, keep, w.reshape(width, -1).to(dtype), b, pos, patch)
+            weight, bias = _fold(weight, bias, mean, std, _launch.wide(dtype))
+        if picked:
+            patches = images.to(dtype).flatten(0, 1)
+        else:
+            patches = _pack(images, keep, patch, dtype)
+        out = _Embed.apply(patches, keep, weight.reshape(width, -1), bias, pos)
     views, kept = (1, n) if keep is None else (keep.shape[0], keep.shape[2])
     return out.view(views * batch, kept, width)
+
+
+def _fold(
+    weight: Tensor, bias: Tensor | None, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Weight [D, P, P, C] and bias [D] of pixels that come as (x - 128) / 128; README.md, "Normalization"."""
+    weight = weight.to(dtype)
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(dtype)
+    columns = []
+    # numbers, not a tensor: copying one to a GPU waits, and cannot be captured in a graph
+    for c, (m, s) in enumerate(zip(mean, std, strict=True)):
+        bias = bias + weight[:, c].sum((1, 2)) * ((128 / 255 - m) / s)
+        columns.append(weight[:, c] * (128 / (255 * s)))
+    return torch.stack(columns, -1), bias

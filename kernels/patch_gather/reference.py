@@ -44,7 +44,7 @@ def patch_gather_reference(
         dtype = wide(weight.dtype)
         m, s = (constants(x, dtype, images.device) for x in (mean, std))
         images = ((images.to(dtype) / 255 - m) / s).to(weight.dtype).permute(0, 3, 1, 2)
-    patches = gather_patches(images, keep, weight.shape[-1])
+    patches = images if images.dim() == 3 else gather_patches(images, keep, weight.shape[-1])
     tokens = F.linear(patches, weight.flatten(1), bias)
     if keep is None:
         return tokens + pos.to(tokens.dtype)

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 
 from .._launch import DTYPE_NAMES, Launch
 from .._spec import Case, Sizes, Spec, grid, launches, meta
-from .op import pack_linear, patch_gather
-from .reference import patch_gather_reference
+from .op import patch_gather
+from .reference import gather_patches, patch_gather_reference
 
 
 def variants() -> dict[str, Launch]:
-    """The embedding from every layout, and the gather alone, patches of 16 and 14 pixels; kept ones and all."""
+    """The gather from every layout, patches of 16 and 14 pixels, kept ones and all; the positions."""
     from . import kernel
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -20,27 +20,20 @@ def variants() -> dict[str, Launch]:
     # strided
     kept = meta(torch.int32, 5, 2, 78)[..., ::2]
     found = {}
-
-    def add(direction, dtype, layout, patch, width, keep=kept):
-        weight, bias = meta(dtype, width, 3 * patch**2), meta(fp32, width)
-        pos = meta(fp32, (224 // patch) ** 2, width)
-        if direction == "fwd":
-            launched = launches(kernel.embed, images[layout], keep, weight, bias, pos, patch)
-        else:
-            launched = launches(kernel.pack, images[layout], keep, patch, dtype)
-        name = f"{direction} {DTYPE_NAMES[dtype]} {layout} P{patch} D{width}"
-        (found[name + (" all" if keep is None else "")],) = launched
-
-    for shape in (
-        (bf16, "nhwc", 16, 768),
-        (bf16, "nchw", 16, 384),
-        (fp16, "nhwc", 16, 1024),
-        (bf16, "nhwc", 14, 384),
+    for dtype, layout, patch, keep in (
+        (bf16, "nhwc", 16, kept),
+        (bf16, "nchw", 16, kept),
+        (fp16, "nchw", 16, kept),
+        (bf16, "nhwc", 14, kept),
+        (bf16, "nchw", 16, None),
+        (fp32, "nchw", 16, kept),
     ):
-        add("fwd", *shape)
-        add("pack", *shape)
-    add("fwd", bf16, "nchw", 16, 384, None)
-    add("pack", fp32, "nchw", 16, 384)
+        name = f"pack {DTYPE_NAMES[dtype]} {layout} P{patch}{' all' if keep is None else ''}"
+        (found[name],) = launches(kernel.pack, images[layout], keep, patch, dtype)
+    for dtype, width, keep in ((bf16, 768, kept), (bf16, 384, None), (fp32, 768, kept)):
+        args = (meta(dtype, 390, width), keep, meta(fp32, width), meta(fp32, 196, width))
+        name = f"positions {DTYPE_NAMES[dtype]} D{width}{' all' if keep is None else ''}"
+        (found[name],) = launches(kernel.add_positions, *args)
     return found
 
 
@@ -54,6 +47,7 @@ def _case(
     width: int,
     chans: int = 3,
     backward: bool = True,
+    picked: bool = False,
 ) -> Case:
     n = (sides[0] // patch) * (sides[1] // patch)
 
@@ -68,7 +62,12 @@ def _case(
         weight = torch.randn(width, chans, patch, patch, device=device, generator=generator) * 0.03
         bias = torch.randn(width, device=device, generator=generator)
         pos = torch.randn(n, width, device=device, generator=generator)
+        if picked:
+            images = gather_patches(images, keep, patch).unflatten(0, (views, batch))
         return images, keep, weight.to(dtype).requires_grad_(), bias.to(dtype).requires_grad_(), pos
+
+    def run(function):
+        return lambda x, *args: function(x.flatten(0, 1) if picked else x, *args)
 
     def convolution(images, keep, weight, bias, pos):
         """The released order: embed every patch, add positions, gather per view."""
@@ -78,33 +77,33 @@ def _case(
         return torch.cat(parts)
 
     tokens = batch * views * kept
+    compiled = torch.compile(convolution, dynamic=False)
+    baselines = {} if picked else {"convolution": convolution, "convolution compiled": compiled}
     return Case(
         label,
         make,
         {
-            "ours": patch_gather,
-            "reference": patch_gather_reference,
-            "pack + linear": lambda x, keep, w, b, pos: pack_linear(
-                x, keep, w.flatten(1), b, pos, patch
-            ).view(views * batch, kept, width),
-            "convolution": convolution,
-            "convolution compiled": torch.compile(convolution, dynamic=False),
+            "ours": run(patch_gather),
+            "reference": run(patch_gather_reference),
+            **baselines,
         },
-        bytes_fwd=2 * tokens * (chans * patch**2 + width),
-        bytes_bwd=2 * tokens * (2 * chans * patch**2 + width),
+        bytes_fwd=2 * tokens * ((1 if picked else 3) * chans * patch**2 + 3 * width),
+        bytes_bwd=2 * tokens * (chans * patch**2 + width),
         flops_fwd=2 * tokens * chans * patch**2 * width,
         flops_bwd=2 * tokens * chans * patch**2 * width,
         backward=backward,
-        row_dims={0: 0, 1: 1},
+        row_dims={0: 1 if picked else 0, 1: 1},
         views=views,
     )
 
 
 def cases(quick: bool) -> list[Case]:
-    """Five views of 39 and eight of 19 out of 196; quick: what an interpreter can run."""
+    """Five views of 39 and eight of 19 out of 196, and their patches alone; quick: what an interpreter can run."""
     if quick:
-        return [_case("2x3 of 16", 2, (16, 16), 4, 2, 3, 32)]
+        small = (2, (16, 16), 4, 2, 3, 32)
+        return [_case("2x3 of 16", *small), _case("2x3 picked", *small, picked=True)]
     return [
+        _case("B 5x39 picked", 512, (224, 224), 16, 5, 39, 768, picked=True),
         _case("S 5x39", 512, (224, 224), 16, 5, 39, 384),
         _case("B 5x39", 512, (224, 224), 16, 5, 39, 768),
         _case("B 1x39", 512, (224, 224), 16, 1, 39, 768),
@@ -113,29 +112,26 @@ def cases(quick: bool) -> list[Case]:
 
 
 def step_cases(s: Sizes) -> list[Case]:
-    """The kept patches with gradients, all patches without."""
+    """Patches that color_views has picked: the kept ones with gradients, all without."""
     sides = s.height, s.width_px
     return [
-        _case("student", s.images, sides, s.patch, s.views, s.kept, s.width, s.chans),
-        _case("teacher", s.images, sides, s.patch, 1, s.patches, s.width, s.chans, backward=False),
+        _case("student", s.images, sides, s.patch, s.views, s.kept, s.width, s.chans, True, True),
+        _case("teacher", s.images, sides, s.patch, 1, s.patches, s.width, s.chans, False, True),
     ]
 
 
 def space(direction: str, sizes: dict[str, int]) -> list[dict[str, int]]:
     """Launch settings that tuning tries."""
-    if direction == "pack":
-        return grid(BLOCK_M=(8, 16, 32), BLOCK_F=(64, 128, 256), num_warps=(4, 8))
-    return grid(
-        BLOCK_M=(64, 128), BLOCK_N=(64, 128, 256), BLOCK_F=(32, 64), num_warps=(4, 8), num_stages=(2, 3, 4)
-    )
+    columns = "BLOCK_F" if direction == "pack" else "BLOCK_D"
+    return grid(**{columns: (64, 128, 256)}, BLOCK_M=(8, 16, 32), num_warps=(4, 8))
 
 
 SPEC = Spec(
     name="patch_gather",
-    version=1,
+    version=2,
     summary="normalization, gather of kept patches, embedding, bias and position; the rest is not read",
     public=("patch_gather",),
-    torch_ops=("patch_gather_fwd", "patch_pack"),
+    torch_ops=("patch_pack", "add_positions"),
     variants=variants,
     cases=cases,
     space=space,

@@ -1,14 +1,14 @@
-"""Plain PyTorch definition of sample_views; the same words, so the same indices, on every device."""
+"""Plain PyTorch definitions of sample_views and drop_path_factors: the same words, and so results, on every device."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .._philox import words
+from .._philox import uniform, words
 
-# the stream of masks in the counter (extrema_fast.rng)
-STREAM = 4
+# the streams of masks and of drop-path in the counter (extrema_fast.rng)
+STREAM, DROP_PATH_STREAM = 4, 5
 
 
 def sample_views_reference(
@@ -31,3 +31,28 @@ def sample_views_reference(
     else:
         order = order[:, :, :num_keep]
     return order.transpose(0, 1).to(torch.int32).contiguous()
+
+
+def drop_path_from_uniform(uniform: Tensor, rate: float) -> Tensor:
+    """[L, 2, R] fp32 factors, 0 or 1 / (1 - p_l), from random numbers per block, branch (attention, MLP) and row.
+
+    Block l drops with probability p_l = rate * l / (L - 1).
+    """
+    drop = torch.linspace(0, rate, uniform.shape[0], device=uniform.device)[:, None, None]
+    return (uniform >= drop).float() / (1 - drop)
+
+
+def drop_path_reference(
+    index: Tensor,
+    num_views: int,
+    depth: int,
+    rate: float,
+    *,
+    seed: int,
+    epoch: int,
+    stream: int = DROP_PATH_STREAM,
+) -> Tensor:
+    """`drop_path_from_uniform` of keyed random numbers; arguments and result as `drop_path_factors`."""
+    drawn = uniform(index, num_views * depth * 2, seed=seed, epoch=epoch, stream=stream)
+    rows = drawn.view(-1, num_views, depth, 2).permute(2, 3, 1, 0).reshape(depth, 2, -1)
+    return drop_path_from_uniform(rows, rate)

@@ -34,7 +34,7 @@ def color_views(images, index, cfg, *, seed, epoch, in_chans=3):
 
 def color_params(index: torch.Tensor, cfg: DataConfig, *, seed: int, epoch: int, stream: int) -> dict:
     """The parameters of one view by name."""
-    p = reference.color_params(
+    p = reference.color_params_reference(
         index, cfg.jitter, cfg.jitter_prob, cfg.gray_prob, seed=seed, epoch=epoch, streams=(stream, stream)
     )[:, 0]
     return {
@@ -85,7 +85,7 @@ def pil_chain(picture, factors: list[float], order: list[int]):
 def against_pil_chain(given: list) -> np.ndarray:
     """Absolute differences in levels, all 24 orders and drawn factors; both views, as training makes them."""
     images = torch.stack([torch.from_numpy(np.array(p)) for p in given])
-    drawn = reference.color_params(torch.arange(24), PLAIN.jitter, 1.0, 0.0, seed=4, epoch=0)
+    drawn = reference.color_params_reference(torch.arange(24), PLAIN.jitter, 1.0, 0.0, seed=4, epoch=0)
     drawn[..., reference.ORDER] = torch.tensor(ORDERS)[:, None].float()
     found = []
     for i, view in itertools.product(range(24), range(2)):

@@ -1,9 +1,10 @@
-"""color_views against its plain definition (torchvision's semantics: tests/data/test_augment.py).
+"""color_views and color_params against their plain definitions (torchvision's semantics: tests/data/test_augment.py).
 
-Covers: every order of operations, color jitter on and off, gray; odd sizes over several tiles; black, white and gray
-images; one channel; fp16; the form without nonzero; one graph; layouts; poison; empty batches; errors. The form for
-CPUs against the definition in fp64: sizes below, at and above a piece, every order, factors of 0, hues up to half a
-turn, flat images, switches, channels, dtypes; where it is taken; that it computes on one thread.
+Covers: every order of operations, color jitter on, off and absent, gray, hues up to half a turn; odd sizes over
+several tiles; patches, kept ones and all; the error against fp64 by the rule of all ops; black, white and gray images;
+one channel; fp16; the form without nonzero; one graph; layouts; poison; empty batches; parameters bit by bit; errors.
+The form for CPUs against the definition in fp64: sizes below, at and above a piece, every order, factors of 0, hues up
+to half a turn, flat images, switches, channels, dtypes; where it is taken; that it computes on one thread.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pytest
 import torch
 from extrema_fast.kernels.color_views import (
     color_params,
+    color_params_reference,
     color_views,
     color_views_by_image,
     color_views_plain,
@@ -22,7 +24,7 @@ from extrema_fast.kernels.color_views import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels._compare import assert_errors
+from tests.kernels._compare import assert_as_good, assert_errors, draw_keep
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # a hundredth of an 8-bit level, normalized
@@ -72,6 +74,43 @@ def test_every_order():
 @pytest.mark.parametrize("size", [(1, 1), (40, 33)])
 def test_sizes_and_switches(size):
     agree(draw(4, *size), params(4))
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "kept", "given"),
+    [
+        ((32, 48), 16, 2, params(4)),
+        ((32, 48), 16, 2, None),
+        ((24, 40), 8, 0, wild_params(4)),
+        ((28, 42), 14, 4, wild_params(4)),
+        ((8, 12), 4, 0, None),
+        ((40, 40), 0, 0, wild_params(4)),
+    ],
+)
+def test_patches_and_the_error_against_fp64(size, patch, kept, given, poisoned):
+    images = draw(4, *size)
+    keep = draw_keep(4, size[0] * size[1] // patch**2, 2, kept) if kept else None
+
+    def views(f, dtype):
+        return f(images, given, MEAN, STD, dtype=dtype, patch=patch, keep=keep)
+
+    for a, b, c in zip(
+        views(color_views, torch.float32),
+        views(color_views_reference, torch.float32),
+        views(color_views_reference, torch.float64),
+        strict=True,
+    ):
+        assert_as_good(a, b, c, size[0] * size[1], "view")
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 25, -7])
+def test_parameters_are_the_definitions(seed, poisoned):
+    index = torch.tensor([0, 1, 7, 2**31, 2**33 + 5, *range(100, 300)])
+    for strength, probabilities in (((0.4, 0.4, 0.2, 0.1), (0.8, 0.2)), ((1.5, 0.7, 0.0, 0.5), (0.3, 1.0))):
+        keys = {"seed": seed, "epoch": 3, "streams": (2, 3)}
+        ours = color_params(index, strength, *probabilities, **keys)
+        assert torch.equal(ours, color_params_reference(index, strength, *probabilities, **keys))
+    assert color_params(index[:0], strength, 0.8, 0.2, seed=seed, epoch=0).shape == (0, 2, 10)
 
 
 def test_flat_images_and_an_empty_batch():
@@ -127,8 +166,14 @@ def test_errors():
         ((images, params(2), MEAN[:1], STD), {}, "mean, std: expected three numbers"),
         ((images, params(2), MEAN, STD), {"channels": 2}, "channels: expected 1 or 3, got 2"),
         ((images, params(2), MEAN, STD), {"dtype": torch.int8}, "dtype: expected"),
+        ((images, params(2), MEAN, STD), {"patch": 3}, "patch: expected 0 or a divisor of 8 and 8, got 3"),
+        ((images, params(2), MEAN, STD), {"keep": draw_keep(2, 4, 1, 2)}, "keep: needs `patch`"),
     ]
     assert_errors(color_views, cases)
+    for keep, words in ((draw_keep(2, 4, 1, 2) + 4, r"in \[0, 4\)"), (draw_keep(2, 4, 1, 0), "K from 1")):
+        assert_errors(color_views, [((images, params(2), MEAN, STD), {"patch": 4, "keep": keep}, words)])
+    keys = {"seed": 0, "epoch": 0}
+    assert_errors(color_params, [((torch.arange(2), (0.4,), 0.8, 0.2), keys, "strength: expected four")])
 
 
 # ---- the form for CPUs -----------------------------------------------------------------------------

@@ -97,8 +97,9 @@ def calls(rows):
     yield "attention_pool_bwd", (x, cls, u, z, scores, lse, *stats)
     images, keep = torch.randn(rows, 3, 12, 8).transpose(2, 3), draw_keep(rows, 6, 2, 3)
     pixels = torch.randint(0, 256, (rows, 8, 12, 3), dtype=torch.uint8)
-    for k in (keep, None):
-        yield "patch_gather_fwd", (images, k, torch.randn(32, 48), torch.randn(32), torch.randn(6, 32), 4)
+    for k, bias in ((keep, torch.randn(32)), (None, None)):
+        m = (rows * 6) if k is None else k.numel()
+        yield "add_positions", (torch.randn(32, m).t(), k, bias, torch.randn(6, 32))
     yield "patch_pack", (images, keep, 4, torch.float16)
     yield "patch_pack", (pixels, None, 4, torch.float32)
     tokens = torch.randn(6, rows, 16).transpose(0, 1)
@@ -109,12 +110,17 @@ def calls(rows):
     yield "short_attention_fwd", (qkv,)
     yield "short_attention_bwd", (qkv, torch.randn(rows, 5, 2, 16))
     yield "short_attention_bwd_bias", (qkv, torch.randn(rows, 5, 2, 16))
-    params = color_params(torch.arange(rows), (0.4,) * 4, 0.8, 0.2, seed=0, epoch=0)
-    yield "color_views", (pixels, params, [0.5] * 3, [0.2] * 3, 3, torch.float32)
+    index = torch.arange(rows)
+    yield "color_params", (index, [0.4] * 4, 0.8, 0.2, 0, 0, [2, 3])
+    params = color_params(index, (0.4,) * 4, 0.8, 0.2, seed=0, epoch=0)
+    for given in ((params, keep, 4), (None, None, 4), (params, None, 0)):
+        p, k, patch = given
+        yield "color_views", (pixels, p, k, [0.5] * 3, [0.2] * 3, 3, patch, torch.float32)
     crops = torch.tensor([[3.0, 36, 7, 11, 0.5, 0, 7, 10, i % 2] for i in range(rows)]).double().view(rows, 9)
     yield "crop_resize", (torch.randint(0, 256, (288,), dtype=torch.uint8), crops, 5, 40)
     for disjoint in (True, False):
-        yield "sample_views", (torch.arange(rows), 19, 5, 3, disjoint, 1, 2)
+        yield "sample_views", (index, 19, 5, 3, disjoint, 1, 2)
+    yield "drop_path_factors", (index, torch.rand(2, 3), 2, 1, 2, 5)
     p, g, m, v, e = ([torch.randn(5), torch.randn(rows, 3)] for _ in range(5))
     # 1 / loss scale, teacher's weight, flag, max_norm; lr, betas, eps, decay
     settings = torch.tensor([[1, 0.1, 0, 1, 0], [1e-3, 0.9, 0.95, 1e-8, 0.1]], dtype=torch.float64)

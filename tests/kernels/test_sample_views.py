@@ -1,16 +1,21 @@
-"""sample_views: bitwise the plain definition.
+"""sample_views and drop_path_factors: bitwise the plain definitions.
 
 Covers: both modes, odd numbers of patches, large rows, seeds of 64 bits, epochs; every view's law (no repeats,
-disjoint); one graph; a strided index; poisoned outputs; empty batches; errors.
+disjoint); rates, depths and numbers of views; one graph; a strided index; poisoned outputs; empty batches; errors.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from extrema_fast.kernels.sample_views import sample_views, sample_views_reference
+from extrema_fast.kernels.sample_views import (
+    drop_path_factors,
+    drop_path_reference,
+    sample_views,
+    sample_views_reference,
+)
 
-from extrema_fast.models import masking
+from extrema_fast.models import drop_path, masking
 from tests.kernels._compare import assert_errors
 
 ROWS = torch.tensor([0, 1, 7, 2**31, 2**33 + 5])
@@ -50,6 +55,24 @@ def test_training_uses_these_indices():
     assert torch.equal(masking.draw_views(ROWS, 19, 5, 3, seed=4, epoch=2), ours)
 
 
+@pytest.mark.parametrize(
+    ("views", "depth", "rate", "seed", "epoch"),
+    [(1, 1, 0.5, 0, 0), (5, 12, 0.1, 2**63 - 25, 3), (3, 32, 0.4, -7, 100_000), (2, 7, 0.3, 3, 1)],
+)
+def test_drop_path_is_the_definition(views, depth, rate, seed, epoch, poisoned):
+    args, keys = (ROWS, views, depth, rate), {"seed": seed, "epoch": epoch}
+    factors = drop_path_factors(*args, **keys)
+    assert torch.equal(factors, drop_path_reference(*args, **keys))
+    assert factors.shape == (depth, 2, views * len(ROWS)) and factors.is_contiguous()
+    assert torch.equal(drop_path_factors(torch.stack([ROWS, ROWS], 1)[:, 0], *args[1:], **keys), factors)
+    assert drop_path_factors(ROWS[:0], *args[1:], **keys).shape == (depth, 2, 0)
+
+
+def test_training_uses_these_factors():
+    ours = drop_path_factors(ROWS, 5, 12, 0.1, seed=4, epoch=2)
+    assert torch.equal(drop_path.drop_path_scale(ROWS, 5, 12, 0.1, seed=4, epoch=2), ours)
+
+
 def test_one_graph():
     compiled = torch.compile(lambda i: sample_views(i, 19, 5, 3) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(ROWS), sample_views(ROWS, 19, 5, 3) + 1)
@@ -70,5 +93,12 @@ def test_errors():
         ((ROWS, 19, 5, 3), {"mode": "random"}, "mode: expected 'disjoint' or 'independent'"),
     ]
     assert_errors(sample_views, cases)
+    keys = {"seed": 0, "epoch": 0}
+    cases = [
+        ((ROWS.int(), 5, 12, 0.1), keys, r"index: expected int64 \[B\], got int32 \[5\]"),
+        ((ROWS, 5, 12, 1.0), keys, "rate: expected from 0 to below 1, got 1.0"),
+        ((ROWS, 0, 12, 0.1), keys, "num_views, depth: expected at least 1"),
+    ]
+    assert_errors(drop_path_factors, cases)
     with pytest.raises(TypeError, match="index: expected a tensor"):
         sample_views(5, 19, 5, 3)
