@@ -11,6 +11,7 @@ from extrema_fast.errors import ExtremaError
 # name -> (module:function, one line)
 COMMANDS = {
     "step": ("step:main", "training steps: released, strong, ours; --memory, --scaling"),
+    "step_bytes": ("step_bytes:main", "launches, copies, waits, memory, bytes of a step; needs no GPU"),
     "kernels": ("kernels:main", "every op next to its plain definition and strong baselines"),
     "attention": ("kernels:attention", "self-attention backends over sequence lengths and dtypes"),
     "registers": ("kernels:registers", "registers and shared memory of every kernel, without a GPU"),

@@ -224,13 +224,15 @@ def dumps(value: Any) -> str:
 def write_record(record: Record, page: list[str], args: argparse.Namespace) -> Path:
     """Writes <args.out>/<date>_<machine>_<args.name>/ and the index, prints the page, returns the folder.
 
+    The machine's name is left out where its `short` is empty: what was counted is the same on every machine.
+
     Args:
         record: content of record.json.
         page: paragraphs of README.md after title, machine, note and command.
         args: the options (`parser`); out and name are used.
     """
     m = record["machine"]
-    folder = args.out / f"{record['date']}_{m['short']}_{args.name}"
+    folder = args.out / "_".join(filter(None, [record["date"], m["short"], args.name]))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "record.json").write_text(dumps(record) + "\n", encoding="utf-8")
     on = f"{m['gpu']}, CUDA {m['cuda']}" if m["gpu"] else f"{m['cpu']}, {m['threads']} threads"

@@ -188,7 +188,8 @@ static int attribute(int what) {
 API cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int index) {
     if (index < 0 || index >= devices()) return result(cudaErrorInvalidDevice);
     memset(p, 0, sizeof *p);
-    strcpy(p->name, "NVIDIA H100 80GB HBM3");
+    // nothing that was measured here may be taken for a measurement of that device
+    strcpy(p->name, "Null GPU (H100)");
     p->totalGlobalMem = memory_bytes();
     p->totalConstMem = 65536;
     p->major = attribute(cudaDevAttrComputeCapabilityMajor);
