@@ -58,7 +58,7 @@ test-gpu: $(TEST_READY)  ## only the tests that need a CUDA device
 test-nullgpu:  ## the CUDA path on a null GPU, which needs no device (first time: 5 GB)
 	@python3 tests/nullgpu/build.py $(NULLGPU_VENV) --torch $(NULLGPU_TORCH)
 	@for file in $(NULLGPU_TESTS); do \
-		tests/nullgpu/run $(NULLGPU_VENV) python -m pytest -q $$file $(PYTEST_ARGS) || failed="$$failed $$file"; \
+		tests/nullgpu/run $(NULLGPU_VENV) python -m pytest -q --tb=short $$file $(PYTEST_ARGS) || failed="$$failed $$file"; \
 	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 # an environment that has everything is used as it is, without network: PYTHON's where it was given, else .venv

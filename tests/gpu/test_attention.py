@@ -7,6 +7,8 @@ limit, against the plain formula; compiled into one graph; captured in a CUDA gr
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -85,7 +87,8 @@ def test_against_float64(name, n, dtype, device):
 def test_a_name_forces_its_kernel(name, node, device):
     require(name, device, torch.bfloat16, 39)
     out = ops.attention(randn(4, 39, 3, 6, 64).requires_grad_(), name)
-    names, todo = [], [out.grad_fn]
+    names: list[str] = []
+    todo: list[Any] = [out.grad_fn]
     while todo:
         f = todo.pop()
         names.append(f.name())

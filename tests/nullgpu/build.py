@@ -56,7 +56,8 @@ def versions(venv: Path) -> tuple[str, str]:
     """Returns the versions of the environment's torch and of its CUDA; empty where it is missing or has none."""
     file = site_of(venv) / "torch/version.py"
     text = file.read_text() if file.exists() else ""
-    return tuple("".join(re.findall(rf"^{n}\b.*= '([^'+]+)", text, re.M)) for n in ("__version__", "cuda"))
+    torch, cuda = ("".join(re.findall(rf"^{n}\b.*= '([^'+]+)", text, re.M)) for n in ("__version__", "cuda"))
+    return torch, cuda
 
 
 def install(venv: Path, torch: str) -> None:
@@ -73,7 +74,17 @@ def install(venv: Path, torch: str) -> None:
         pins = [f"torch=={torch}", *(p for p in pins if not p.startswith(("torch", "triton")))]
     constraints = venv / "constraints.txt"
     constraints.write_text("\n".join(pins) + "\n")
-    words = [python, "-m", "pip", "install", "-q", "-c", constraints, f"torch=={torch}", *PACKAGES]
+    words: list[str | Path] = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "-c",
+        constraints,
+        f"torch=={torch}",
+        *PACKAGES,
+    ]
     words += ["-e", f"{ROOT}[train]"]
     subprocess.run(words, check=True)
     if not versions(venv)[1]:
@@ -84,12 +95,20 @@ def install(venv: Path, torch: str) -> None:
 
 # ---- the library ----------------------------------------------------------------------------------
 
-LIBRARIES = ("torch_cuda", "c10_cuda", "torch_python", "torch_cpu", "torch_cuda_linalg", "torch_nvshmem")
-NAMES = re.compile(r"(__)?cuda[A-Z]|cublas|cudnn|cusparse|cusolver|cufft|nccl[A-Z]")
+LIBRARIES = (
+    "torch_cuda",
+    "c10_cuda",
+    "torch_python",
+    "torch_cpu",
+    "torch_cuda_linalg",
+    "torch_nvshmem",
+    "caffe2_nvrtc",
+)
+NAMES = re.compile(r"(__)?cuda[A-Z]|cu[A-Z]|cublas|cudnn|cusparse|cusolver|cufft|nccl[A-Z]")
 LAUNCHES = re.compile(
     r"[Gg]emm|Matmul$|[Gg]emv|dot|axpy|[Tt]rsm|geqrf|getrf|nccl(All|Reduce|Broadcast|Send|Recv)"
 )
-# functions whose result is more than "success"
+# functions whose result is more than "success", by name or pattern
 ANSWERS = {
     "cublasGetStatusString": 'const char *f(int status) { return "cuBLAS"; }',
     "cublasGetVersion_v2": "int f(void *handle, int *version) { *version = 130100; return 0; }",
@@ -101,6 +120,12 @@ ANSWERS = {
     "cudnnGetCudartVersion": "unsigned long f(void) { return 13000; }",
     "cudnnGetErrorString": 'const char *f(int status) { return "cuDNN"; }',
     "cudnnGetVersion": "unsigned long f(void) { return 90000; }",
+    # eigenvalues of symmetric matrices need no workspace
+    r"cusolverDn[SD]syevj?d?(Batched)?_bufferSize": "int f(void *handle, int vectors, int upper, int n, "
+    "void *a, int lda, void *w, int *bytes) { *bytes = 0; return 0; }",
+    r"cusolverDnXsyev(d|Batched)_bufferSize": "int f(void *handle, void *options, int vectors, int upper, "
+    "long n, int type, void *a, long lda, int type_w, void *w, int compute, size_t *device, size_t *host) "
+    "{ *device = *host = 0; return 0; }",
     "cusparseGetErrorName": 'const char *f(int status) { return "cuSPARSE"; }',
     "cusparseGetErrorString": 'const char *f(int status) { return "cuSPARSE"; }',
     "ncclCommGetAsyncError": "int f(void *communicator, int *error) { *error = 0; return 0; }",
@@ -129,8 +154,9 @@ def imported(library: Path) -> set[str]:
 
 def stub(name: str) -> str:
     """Returns the C definition of one function: it answers, launches, makes a handle or only succeeds."""
-    if name in ANSWERS:
-        return "API " + re.sub(r"\bf\(", f"{name}(", ANSWERS[name], count=1)
+    answer = ANSWERS.get(name) or next((a for n, a in ANSWERS.items() if re.fullmatch(n, name)), None)
+    if answer:
+        return "API " + re.sub(r"\bf\(", f"{name}(", answer, count=1)
     if LAUNCHES.search(name) and "Create" not in name:
         body = f'static struct kernel k = {{"{name}"}}; null_library_launch(&k); return 0;'
         return f"API int {name}(void) {{ {body} }}"

@@ -2,9 +2,9 @@
 //
 // Preloaded as libcuda.so.1 under the CUDA build of torch. Memory is host memory that only copies touch. Kernels are
 // not executed: their launches are checked against the limits of an H100 and counted by name. Streams, events and
-// captures keep CUDA's rules. What libraries (cuBLAS, cuDNN, NCCL) export is written by build.py. A single byte read
-// from the device is 1: a condition that the host waits for (`if tensor:`, torch.equal of equal shapes, assert_close)
-// holds.
+// captures keep CUDA's rules. What libraries (cuBLAS, cuDNN, NCCL) export is written by build.py. Scalars read from the
+// device are set: a condition (`if tensor:`, torch.equal of equal shapes, assert_close) holds, `any` finds nothing, a
+// number is 0.
 //
 // Environment: NULLGPU_DEVICES (1), NULLGPU_MEMORY_GB (85, decimal), NULLGPU_VERBOSE (0; 1 says what is refused).
 
@@ -113,14 +113,23 @@ struct kernel {
     struct kernel *next;
 };
 static struct kernel *_Atomic launched; // all kernels that were ever launched
+static __thread struct kernel *last_kernel;
 
 static void count_kernel(struct kernel *kernel) {
     counters[LAUNCHES]++;
     kernel->launches++;
+    last_kernel = kernel;
     if (!kernel->listed && !atomic_exchange(&kernel->listed, 1)) {
         kernel->next = launched;
         while (!atomic_compare_exchange_weak(&launched, &kernel->next, kernel)) continue;
     }
+}
+
+// Whether a condition holds that the host reads: comparisons and `all` do; `any` (torch's kernel reduces with `or`)
+// finds nothing, and a number, which is 0, that is converted to a condition is false.
+static int condition_holds(void) {
+    const char *name = last_kernel ? last_kernel->name : "";
+    return !strstr(name, "or_kernel_cuda") && !strstr(name, "direct_copy_kernel");
 }
 
 // Sets all counters to 0.
@@ -666,8 +675,8 @@ static int copy(void *to, const void *from, size_t bytes) {
     if (here == DEVICE && there != DEVICE) counters[COPIES_D2H]++;
     // device memory stays untouched where nobody will read it
     if (bytes <= (here == DEVICE && there == DEVICE ? SMALL_COPY : LARGE_COPY)) memmove(to, from, bytes);
-    // a single byte that the host reads is a condition (`if tensor:`), which no kernel has computed: it holds
-    if (here == DEVICE && there != DEVICE && bytes == 1) *(char *)to = 1;
+    // a scalar that the host reads is what no kernel has computed
+    if (here == DEVICE && there != DEVICE && bytes <= 8) memset(to, bytes == 1 && condition_holds(), bytes);
     return there == PAGEABLE || here == PAGEABLE;
 }
 
@@ -913,17 +922,10 @@ API CUresult cuPointerGetAttribute(void *value, CUpointer_attribute what, CUdevi
 
 // ---- driver: machine code -----------------------------------------------------------------------------------------
 
-// A module is its machine code (an ELF file): Triton's and inductor's compilers made it for sm_90.
+// A module is its machine code, an ELF file: Triton's and inductor's compilers made it for sm_90.
 struct module {
     char *code;
 };
-
-static struct module *load(const void *code, size_t bytes) {
-    struct module *module = malloc(sizeof *module);
-    module->code = malloc(bytes);
-    memcpy(module->code, code, bytes);
-    return module;
-}
 
 static const Elf64_Shdr *sections(const char *code) {
     return (const Elf64_Shdr *)(code + ((const Elf64_Ehdr *)code)->e_shoff);
@@ -971,8 +973,16 @@ API CUresult cuModuleLoadData(CUmodule *module, const void *code) {
     // the tables of sections and of segments stand at the end, in either order
     size_t a = head->e_shoff + (size_t)head->e_shnum * head->e_shentsize;
     size_t b = head->e_phoff + (size_t)head->e_phnum * head->e_phentsize;
-    *module = (CUmodule)load(code, a > b ? a : b);
+    size_t bytes = a > b ? a : b;
+    struct module *made = malloc(sizeof *made);
+    made->code = memcpy(malloc(bytes), code, bytes);
+    *module = (CUmodule)made;
     return CUDA_SUCCESS;
+}
+
+API CUresult cuModuleLoadDataEx(CUmodule *module, const void *code, unsigned count, CUjit_option *options,
+                                void **values) {
+    return cuModuleLoadData(module, code);
 }
 
 API CUresult cuModuleLoad(CUmodule *module, const char *path) {
@@ -1029,6 +1039,11 @@ API CUresult cuOccupancyMaxActiveClusters(int *count, CUfunction function, const
     return CUDA_SUCCESS;
 }
 
+API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *count, CUfunction function, int threads, size_t bytes) {
+    *count = 2;
+    return CUDA_SUCCESS;
+}
+
 API CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
                                     const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
                                     const cuuint32_t *steps, CUtensorMapInterleave interleave,
@@ -1046,4 +1061,9 @@ API CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsig
                             unsigned bz, unsigned shared_bytes, CUstream stream, void **arguments, void **extra) {
     dim3 grid = {gx, gy, gz}, block = {bx, by, bz};
     return (CUresult)launch((struct kernel *)function, grid, block, shared_bytes, (cudaStream_t)stream);
+}
+
+API CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                                       unsigned by, unsigned bz, unsigned bytes, CUstream stream, void **arguments) {
+    return cuLaunchKernel(function, gx, gy, gz, bx, by, bz, bytes, stream, arguments, NULL);
 }

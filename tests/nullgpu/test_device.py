@@ -39,7 +39,8 @@ def test_copies_are_real_and_kernels_are_not():
 
 def test_conditions_hold_and_shapes_are_compared():
     x = torch.zeros(5, device="cuda")
-    assert x.isfinite().all() and (x > 0).any() and torch.equal(x, x + 1)
+    assert x.isfinite().all() and not x.isnan().any() and torch.equal(x, x + 1)
+    assert x.sum() > 1 and x.sum().item() == 0 and x.nonzero().shape == (0, 1)
     assert not torch.equal(x, torch.zeros(6, device="cuda"))
     torch.testing.assert_close(x, x + 1)
     for other in (torch.zeros(6, device="cuda"), x.half(), x.cpu()):

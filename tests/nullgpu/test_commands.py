@@ -1,0 +1,56 @@
+"""The command line on the null GPU, in a process of its own, from images to files.
+
+Covers: pretrain plain, compiled by blocks and recorded in a CUDA graph; stopped by a signal, saved, continued to the
+end; what the run's files say of the device.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+MODES = {
+    "plain": ["--train.compile", "none"],
+    "block": ["--train.compile", "block"],
+    "graph": ["--train.compile", "none", "--train.cuda-graph"],
+}
+# the loader of the smallest environment; nothing to measure; evaluations need values
+COMMON = ["--data.loader", "pil", "--system.backend", "fixed", "--eval.every-epochs", "0"]
+# the signal arrives during the sixth of eight steps
+STOP = """
+import os, signal
+from extrema_fast import train
+original = train.train_step
+def stopping(run, batch):
+    if run.step == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(run, batch)
+train.train_step = stopping
+"""
+
+
+def state(out: Path) -> tuple[str, int]:
+    found = json.loads((out / "status.json").read_text())
+    return found["state"], found["step"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_is_stopped_and_continued(mode, run_cli, tmp_path):
+    out = tmp_path / "run"
+    args = ["pretrain", "smoke", "--out", out, "--train.precision", "bf16", *COMMON, *MODES[mode]]
+    (code,), text = run_cli(*args, setup=STOP)
+    assert code > 0 and state(out)[1] == 6, text
+    (code,), text = run_cli(*args)
+    assert code == 0 and state(out) == ("complete", 8), text
+    saved = out / "checkpoints" / "step_00000008"
+    assert (saved / "COMPLETE").exists() and (
+        out / "weights" / "step_00000008" / "teacher.safetensors"
+    ).exists()
+    environment = json.loads((out / "env.json").read_text())
+    assert environment["gpu"] == "Null GPU (H100)" and environment["resolved"]["cuda_graph"] == (
+        mode == "graph"
+    )
+    if mode == "graph":
+        assert "step recorded" in text
