@@ -119,18 +119,18 @@ def main(argv: list[str]) -> int:
     p.add_argument("--providers", nargs="+", default=["ours", "ours-cuda-graph", "strong"], metavar="NAME")
     p.add_argument("--spatial", action="store_true", help="without color jitter")
     args = p.parse_args(argv)
-    if not counters.active():
-        raise UsageError(
-            "step_bytes counts on the null GPU: tests/nullgpu/run .venv-nullgpu python -m benchmarks ..."
-        )
     args.device = "cuda"
-    harness.settle(args)
     providers, unable = chosen(args.providers, args.device)
     cfg = configuration(args.model, *args.mask, args.batch, color=not args.spatial)
     jobs = [Job(provider.name, provider, cfg, args.device) for provider in providers]
     if args.list:
         print("\n".join(job.key for job in jobs))
         return 0
+    if not counters.active():
+        raise UsageError(
+            "step_bytes counts on the null GPU: tests/nullgpu/run .venv-nullgpu python -m benchmarks ..."
+        )
+    harness.settle(args)
     rows = {job.key: first_row(job) for job in jobs}
     with Turns(rows) as turns:
         for job in jobs:
@@ -171,9 +171,9 @@ def page(record: Record) -> list[str]:
     more = ("peak GiB=peak_gib:.2f", "CPU ms=cpu_ms:.1f", "draw, color=draw_launches:.0f")
     out = [
         "Counted on a null GPU: torch, Triton and inductor are real and compile for sm_90, kernels compute nothing. "
-        "Per step; *launches* are kernels and fills, *waits* those of the host for the device, *draw, color* launches and "
-        "copies that make the images and random parameters of both branches. CPU time is that of the process without a "
-        "driver's share, the median of turns that alternate; it depends on the machine, all else does not.",
+        "Per step; *launches* are kernels and fills, *waits* those of the host for the device, *draw, color* what "
+        "makes the images and random parameters of both branches. CPU time is the process's, without a driver's "
+        "share, the median of turns that alternate; it depends on the machine, all else does not.",
         columns(rows, "row=key", *counts, *more),
     ]
     for row in rows:
