@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from extrema_fast.kernels import aot
 from extrema_fast.kernels._spec import OPS, Case, spec
-from extrema_fast.kernels.tune import is_correct, run_case
+from extrema_fast.kernels.tune import capture, is_correct, run_case
 from torch import Tensor
 
 from extrema_fast.errors import UsageError
@@ -51,7 +51,7 @@ def in_turns(calls: Mapping[str, Callable[[], object]], args: argparse.Namespace
         try:
             for _ in range(WARMUP):
                 call()
-            ready[name] = captured(call) if gpu else call
+            ready[name] = capture(call, calls=CALLS)[0].replay if gpu else call
         # a baseline that lacks what it needs here
         except Exception as error:
             say(f"{name}: {type(error).__name__}: {str(error)[:100]}")
@@ -60,20 +60,6 @@ def in_turns(calls: Mapping[str, Callable[[], object]], args: argparse.Namespace
         for name, call in ready.items():
             samples[name] += [ms / (CALLS if gpu else 1) for ms in clock(call, device)]
     return samples
-
-
-def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """Returns the replay of a CUDA graph of `CALLS` calls."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    return graph.replay
 
 
 # ---- ops ------------------------------------------------------------------------------------------

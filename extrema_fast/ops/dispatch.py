@@ -123,10 +123,11 @@ GPU_RULE: dict[str, tuple[str, ...]] = {
     "patch_gather": ("triton", "reference"),
     "color_views": ("triton", "compiled", "plain"),
     "sample_views": ("triton", "reference"),
+    "crop_resize": ("triton", "reference"),
+    "color_params": ("triton", "reference"),
+    "drop_path": ("triton", "reference"),
     "adamw_ema": ("triton", "fused"),
 }
-# all implementations give the same bits: a GPU takes the kernel, and nothing is measured
-SAME_BITS = ("color_params", "drop_path", "crop_resize")
 # types of devices whose cache and rule these are
 MEASURED_ON = ("cuda",)
 # apex's class for an op
@@ -249,8 +250,7 @@ def _auto(op: str, kind: str, fixed: bool) -> tuple[str, str]:
         reason = unsupported(op, "apex", kind)
         return ("foreach", reason) if reason else ("apex", "apex's FusedLAMB was found to work here")
     skipped: list[str] = []
-    rule = GPU_RULE.get(op, ("triton",) if op in SAME_BITS else ())
-    for name in rule if kind in MEASURED_ON else ():
+    for name in GPU_RULE.get(op, ()) if kind in MEASURED_ON else ():
         reason = (measured.out.get(name, "") if measured else "") or unsupported(op, name, kind)
         if not reason:
             return name, "; ".join(["the fixed rule for a GPU", *skipped])

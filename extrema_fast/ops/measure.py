@@ -446,9 +446,8 @@ def child() -> None:
         )
         say("at", i, "")
         try:
-            benches = builder(p, device)
-            names = [n for n in p.candidates if n not in out and all(n in b.candidates for b in benches)]
-            _measure(i, names, benches, device, say)
+            # no name here holds what one problem needs while the next is measured
+            _measure(i, [n for n in p.candidates if n not in out], builder(p, device), device, say)
             failed = ""
         # whatever it is, the run starts without it
         except Exception as error:
@@ -487,6 +486,7 @@ def _measure(
                 fault = partial(tune.fault, b.case, partial(make, b), b.dtype, b.candidates[name])
                 attempt(name, fault, wrong=True)
 
+    names[:] = [n for n in names if all(n in b.candidates for b in benches)]
     last = [n for n in names if n in FALLBACKS]
     names[:] = [n for n in names if n not in last]
     check(list(names))

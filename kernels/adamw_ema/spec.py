@@ -82,8 +82,8 @@ def cases(quick: bool) -> list[Case]:
 
 
 def step_cases(s: Sizes) -> list[Case]:
-    """The tensors of the trunk."""
-    return [_case("student", _trunk(s.width, s.hidden, s.depth))]
+    """The tensors of up to four blocks: more take as much longer, and memory that a large model does not leave."""
+    return [_case("student", _trunk(s.width, s.hidden, min(s.depth, 4)))]
 
 
 def _trunk(width: int, hidden: int, depth: int) -> list[tuple[int, ...]]:

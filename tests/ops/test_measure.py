@@ -363,7 +363,11 @@ def problems(**options) -> list[Problem]:
 
 
 def test_what_there_is_to_choose():
-    assert [p.name for p in problems()] == ["attention student", "attention teacher", *ops.GPU_RULE]
+    assert [p.name for p in problems()] == [
+        "attention student",
+        "attention teacher",
+        *filter(measure.has_cases, ops.GPU_RULE),
+    ]
     assert not {"color_views", "adamw_ema"} & {p.op for p in problems(unused={"color_views", "adamw_ema"})}
     for p in problems():
         assert p.default == p.candidates[0] and not {"math", "xformers"} & set(p.candidates)
@@ -419,7 +423,7 @@ def test_a_run_measures_and_its_continuation_takes_the_same(measured, monkeypatc
     cfg = tiny(tmp_path / "run", {"train": {"epochs": 1}})
     pretrain(cfg, progress=False)
     record = json.loads((tmp_path / "run" / "env.json").read_text())["resolved"]
-    asked = ["attention student", "attention teacher", *ops.GPU_RULE]
+    asked = ["attention student", "attention teacher", *filter(measure.has_cases, ops.GPU_RULE)]
     assert measured == [
         [name for name in asked if name != "color_views" or cfg.data.policy == "spatial+color"]
     ]
