@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 # Triton decides at its import whether kernels are interpreted, so later changes of the variable are ignored
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
@@ -193,10 +196,11 @@ def op(schema: str, launcher: str) -> Callable[[Callable], Callable]:
 
     def define(fake: Callable) -> Callable:
         name, _, arguments = schema.partition("(")
-        module = f"{fake.__module__.rpartition('.')[0]}.kernel"
+        package = fake.__module__.rpartition(".")[0]
 
         def run(*args: Any) -> Any:
-            return getattr(importlib.import_module(module), launcher)(*args)
+            function = getattr(importlib.import_module(f"{package}.kernel"), launcher)
+            return fitting(package.rpartition(".")[2], function, *args)
 
         torch.library.define(f"extrema_fast::{name}", f"({arguments}")
         torch.library.impl(f"extrema_fast::{name}", "CompositeExplicitAutograd")(run)
@@ -235,6 +239,35 @@ def rows_ready(x: Tensor) -> Tensor:
 def power_of_two(size: int, least: int = 1) -> int:
     """The smallest power of two that is not below `size` and `least`."""
     return 1 << (max(size, least) - 1).bit_length()
+
+
+# op (folder) -> 1: its tuned settings did not fit this GPU; 2: nor did the default ones with several stages
+_leaner: dict[str, int] = {}
+
+
+def fitting(op: str, launcher: Callable[..., Any], *args: Any) -> Any:
+    """`launcher(*args)`; where its kernel takes more than the GPU has, again with the default settings, then one stage.
+
+    Each step is said once and kept for the process.
+
+    Raises:
+        RuntimeError: with one stage it does not fit either.
+    """
+    while True:
+        try:
+            return launcher(*args)
+        except Exception as error:
+            # `forced` settings are being tried: whoever tries them wants to know
+            if type(error).__name__ != "OutOfResources" or _forced:
+                raise
+            level = _leaner.get(op, 0) + 1
+            what = f"{op}: the kernel does not fit this GPU ({' '.join(str(error).split())})"
+            if level > 2:
+                raise RuntimeError(
+                    f"{what}; EXTREMA_FAST_BACKEND=reference runs the plain definition of every op"
+                ) from error
+            _leaner[op] = level
+            log.warning("%s; it runs with %s", what, "the default settings" if level == 1 else "one stage")
 
 
 @dataclass
@@ -341,7 +374,10 @@ def forced(op: str, config: dict[str, int], key: str = "") -> Iterator[None]:
 
 def settings(op: str, key: str, device: torch.device, default: dict[str, int]) -> dict[str, int]:
     """Blocks, warps and stages of one shape (`config_key`): on a GPU what tuning found there, else the default."""
-    chosen = default | (tuned(op, str(device)).get(key, {}) if device.type == "cuda" else {})
+    leaner = _leaner.get(op, 0)
+    chosen = default | (tuned(op, str(device)).get(key, {}) if device.type == "cuda" and not leaner else {})
+    if leaner > 1:
+        chosen["num_stages"] = 1
     for name, wanted, config in _forced:
         if name == op and wanted in ("", key):
             chosen = chosen | config

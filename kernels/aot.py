@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def compile_variant(op: str, name: str, arch: int) -> dict:
         attrs={(names.index(a),): [["tt.divisibility", 16]] for a in aligned},
     )
     options = {k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages")}
-    row = {"op": op, "variant": name, "arch": arch}
+    row: dict[str, Any] = {"op": op, "variant": name, "arch": arch}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:

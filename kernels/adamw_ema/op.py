@@ -1,10 +1,10 @@
-"""adamw_ema: the registered in-place op and the optimizer (README.md)."""
+"""adamw_ema: tables of addresses on the device, and the optimizer (README.md)."""
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +14,6 @@ from .. import _launch
 from .._launch import check, describe
 from .reference import adamw_ema_reference
 
-_step = _launch.op(
-    "adamw_ema(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] steps,"
-    " Tensor(e!)[] teacher, Tensor(f!)[] shadow, Tensor(g!)[] teacher_shadow,"
-    " int[] teacher_of, int[] shadow_of, int[] teacher_shadow_of, int[] group,"
-    " Tensor settings, Tensor(h!) outcome, bool has_norm, bool has_flag) -> ()",
-    "step",
-)(lambda *_: None)
-
 LOW = (torch.bfloat16, torch.float16)
 Pairs = Mapping[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
@@ -30,7 +22,11 @@ Pairs = Mapping[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
 
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    # the current device may be another
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 # what a captured graph reads at its replays must outlive every cache
@@ -114,6 +110,20 @@ def tables(columns: list[list[int]], block: int, device: torch.device) -> tuple[
 # ---- the optimizer --------------------------------------------------------------------------------
 
 
+@dataclass
+class _Plan:
+    """What a step of one set of parameters works on; made again when the set changes."""
+
+    # identity of each parameter with a gradient; parameters of each group
+    key: tuple[list[int], list[int]]
+    params: list[Tensor]
+    group: list[int]
+    # each parameter's entry in the optimizer's state
+    states: list[dict[str, Tensor]]
+    # teacher, shadow, teacher_shadow -> that of each parameter, or None
+    others: dict[str, list[Tensor | None]]
+
+
 class AdamWEma(torch.optim.AdamW):
     """AdamW, the EMA update of the teacher and low-precision copies in one pass (maths: README.md in this folder).
 
@@ -190,6 +200,7 @@ class AdamWEma(torch.optim.AdamW):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, for contiguous fp32 (or fp64) parameters."""
         super().add_param_group(param_group)
+        self._plan: _Plan | None = None
         for p in self.param_groups[-1]["params"]:
             if p.dtype not in (torch.float32, torch.float64) or not p.is_contiguous():
                 self.param_groups.pop()
@@ -200,6 +211,7 @@ class AdamWEma(torch.optim.AdamW):
     def _forget(self) -> None:
         self._written: list[tuple] = []
         self._settings: Tensor | None = None
+        self._plan = None
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's holds what state dicts need, not what subclasses add
@@ -240,27 +252,25 @@ class AdamWEma(torch.optim.AdamW):
                     settings[i, k].copy_(x.detach().reshape(()), non_blocking=True)
         return settings
 
-    def _with_grad(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        """Parameters with a gradient, these gradients, their groups; creates missing state."""
-        params, grads, group = [], [], []
-        for i, g in enumerate(self.param_groups):
-            for p in g["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.layout != torch.strided:
-                    raise ValueError(f"grad of {describe(p)}: expected dense, got {p.grad.layout}")
-                params.append(p)
-                grads.append(p.grad.contiguous())
-                group.append(i)
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        if len({(x.device, x.dtype) for x in params}) > 1:
+    def _planned(self) -> _Plan:
+        """The plan for the parameters that have a gradient now; creates missing state."""
+        groups = [g["params"] for g in self.param_groups]
+        key = [id(p) for params in groups for p in params if p.grad is not None], [len(g) for g in groups]
+        plan = self._plan
+        if plan is not None and plan.key == key and len(plan.states) <= len(self.state):
+            return plan
+        found = [(i, p) for i, params in enumerate(groups) for p in params if p.grad is not None]
+        params = [p for _, p in found]
+        if len({(p.device, p.dtype) for p in params}) > 1:
             raise ValueError("params: expected one device and one dtype for all of them")
-        if len({x.dtype for x in grads}) > 1:
-            grads = [x.to(params[0].dtype) for x in grads]
-        return params, grads, group
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        others = {name: [pairs.get(p) for p in params] for name, pairs in self._pairs.items()}
+        self._plan = _Plan(key, params, [i for i, _ in found], [self.state[p] for p in params], others)
+        return self._plan
 
     @torch.no_grad()
     def step(
@@ -301,27 +311,39 @@ class AdamWEma(torch.optim.AdamW):
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             grad_scale = grad_scale / scale
-        params, grads, group = self._with_grad()
+        plan = self._planned()
+        params = plan.params
         if not params:
             return loss
+        grads = []
+        for p in params:
+            grad: Any = p.grad
+            if grad.layout != torch.strided:
+                raise ValueError(f"grad of {describe(p)}: expected dense, got {grad.layout}")
+            grads.append(grad.contiguous())
+        if len({g.dtype for g in grads}) > 1:
+            grads = [g.to(params[0].dtype) for g in grads]
         has_norm, has_flag = max_norm is not None or found_inf is None, found_inf is not None
         weight = 0.0 if momentum_weight is None else momentum_weight
         flag = 0.0 if found_inf is None else found_inf
         limit = float("inf") if max_norm is None else max_norm
         settings = self._settings_on(params[0].device, [grad_scale, weight, flag, limit, 0.0])
         outcome = torch.empty(2, dtype=torch.float64, device=params[0].device)
-        state = [[self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step")]
+        state = [[own[name] for own in plan.states] for name in ("exp_avg", "exp_avg_sq", "step")]
         # without a weight the teacher is not touched
-        used = self._pairs if momentum_weight is not None else {"shadow": self._pairs["shadow"]}
-        others = [[used.get(name, {}).get(p) for p in params] for name in self._pairs]
-        last: list[Any] = [group, settings, outcome, has_norm, has_flag]
+        none: list[Tensor | None] = [None] * len(params)
+        others = [
+            plan.others[name] if momentum_weight is not None or name == "shadow" else none
+            for name in plan.others
+        ]
+        arguments: list[Any] = [params, grads, *state, *others, plan.group, settings, outcome]
+        arguments += [has_norm, has_flag]
         if _launch.use_triton(params[0]):
-            given = [[t for t in row if t is not None] for row in others]
-            places = [itertools.count() for _ in others]
-            of = [[-1 if t is None else next(n) for t in row] for row, n in zip(others, places, strict=True)]
-            _step(params, grads, *state, *given, *of, *last)
+            # imports Triton
+            from . import kernel
+
+            kernel.step(*arguments)
         else:
-            arguments = [params, grads, *state, *others, *last]
             adamw_ema_reference(*arguments)
         self.grad_norm, self.skipped = outcome[0] if has_norm else None, outcome[1]
         return loss

@@ -93,10 +93,10 @@ def _trunk(width: int, hidden: int, depth: int) -> list[tuple[int, ...]]:
 
 SPEC = Spec(
     name="adamw_ema",
-    version=1,
+    version=2,
     summary="clip factor, skip of bad steps, AdamW, EMA teacher and low-precision copies in one pass",
     public=("AdamWEma",),
-    torch_ops=("adamw_ema",),
+    torch_ops=(),
     variants=variants,
     cases=cases,
     step_cases=step_cases,

@@ -123,7 +123,9 @@ def attention_pool_fwd_kernel(
     # the correction uses the rounded weights, so that a mean offset costs nothing
     g = (p * rstd[None, :]).to(x_ptr.dtype.element_ty)
     shift = tl.sum(g.to(ACC) * mean[None, :], 1)
-    for start in range(0, D, BLOCK_D):
+    # backwards: what was read last is still in the cache
+    for back in range(BLOCK_D, D + BLOCK_D, BLOCK_D):
+        start = D - back
         x = tl.load(x_tile + start, mask=mask_n[:, None], other=0.0)
         c = tl.load(c_tile + start).to(ACC)
         if CENTRE:
@@ -221,7 +223,8 @@ def attention_pool_bwd_kernel(
     # [BLOCK_N, BLOCK_H]
     p_low = tl.trans(p.to(low))
     da_low = tl.trans(da.to(low))
-    for start in range(0, D, BLOCK_D):
+    for back in range(BLOCK_D, D + BLOCK_D, BLOCK_D):
+        start = D - back
         x = tl.load(x_tile + start, mask=mask_n[:, None], other=0.0)
         dz = tl.load(dz_ptr + by_head + start, mask=mask_h[:, None], other=0.0)
         u = tl.load(u_tile + start, mask=mask_h[:, None], other=0.0)
@@ -254,10 +257,13 @@ def heuristic(direction: str, n: int, width: int, itemsize: int) -> dict[str, in
     if itemsize > 2:
         # fp32 tiles of 64 columns spill
         return {"BLOCK_D": min(block, 32), "num_warps": 8, "num_stages": 1}
-    # with two stages these spill a word on one architecture or another
+    # with more than one stage these spill a word on one architecture or another
     one = n <= 128 and (block < 64 or (direction == "fwd" and n > 64))
     warps = 4 if n <= 64 or (direction == "bwd" and one) else 8
-    return {"BLOCK_D": block, "num_warps": warps, "num_stages": 1 if one else 2}
+    # two stages overlap nothing: a loop's end asks for what its top waits for. Backward a third costs a program per
+    # multiprocessor
+    stages = 1 if one else 3 if direction == "fwd" else 2
+    return {"BLOCK_D": block, "num_warps": warps, "num_stages": stages}
 
 
 def _launch_on(

@@ -3,7 +3,8 @@
 Covers: steps in fp32 and fp64, several groups, odd sizes around a chunk, clipping, gradient scale, low-precision
 gradients, GradScaler; learning rate and weight as tensors; tensors without gradient, without teacher, with copies, with
 separate step counts; a bad step changes nothing, bitwise; state dicts both ways, also of an unfused AdamW; pickling;
-new gradient storage; what is sent to the device; unaligned and empty tensors; poisoned buffers; repeatability; errors.
+new gradient storage; what is sent to the device; version counters; cleared state; unaligned and empty tensors; poisoned
+buffers; repeatability; errors.
 """
 
 from __future__ import annotations
@@ -306,6 +307,31 @@ def test_loaded_state_in_new_storage_is_found(path):
     set_grads(a, b)
     ours.step(), other.step()
     assert equal(a, b)
+
+
+def test_a_backward_pass_through_changed_weights_fails_as_after_torchs(path):
+    p, e = torch.nn.Parameter(torch.ones(3)), torch.ones(3)
+    copies = [torch.ones(3, dtype=torch.float16) for _ in range(2)]
+    ours = AdamWEma([p], teacher={p: e}, shadow={p: copies[0]}, teacher_shadow={p: copies[1]}, **OPTIONS)
+    loss = (p * p).sum()
+    loss.backward(retain_graph=True)
+    ours.step(momentum_weight=0.1)
+    changed = [p, e, *copies, *ours.state[p].values()]
+    before = [t._version for t in changed]
+    ours.step(momentum_weight=0.1)
+    assert all(t._version > v for t, v in zip(changed, before, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_state_that_was_cleared_starts_anew(path):
+    a, _, ours, _ = pair([(5,), (6,)])
+    for _ in range(2):
+        set_grads(a)
+        ours.step()
+    ours.state.clear()
+    ours.step()
+    assert all(ours.state[p]["step"] == 1 for p in a)
 
 
 def test_unaligned_tensors_and_strided_gradients():

@@ -121,15 +121,6 @@ def calls(rows):
     for disjoint in (True, False):
         yield "sample_views", (index, 19, 5, 3, disjoint, 1, 2)
     yield "drop_path_factors", (index, torch.rand(2, 3), 2, 1, 2, 5)
-    p, g, m, v, e = ([torch.randn(5), torch.randn(rows, 3)] for _ in range(5))
-    # 1 / loss scale, teacher's weight, flag, max_norm; lr, betas, eps, decay
-    settings = torch.tensor([[1, 0.1, 0, 1, 0], [1e-3, 0.9, 0.95, 1e-8, 0.1]], dtype=torch.float64)
-    steps, outcome = [torch.zeros(()) for _ in p], torch.zeros(2, dtype=torch.float64)
-    of = [0, -1], [-1, -1], [-1, -1], [0, 0]
-    yield (
-        "adamw_ema",
-        (p, g, m, [x.abs() for x in v], steps, e[:1], [], [], *of, settings, outcome, True, False),
-    )
 
 
 @pytest.mark.parametrize("rows", [3, 0])
@@ -229,6 +220,32 @@ def test_every_element_is_written_and_runs_repeat_bitwise(op, poisoned):
 def test_an_empty_batch(op):
     out, *gradients = results(*example(op, rows=0))
     assert out.shape[0] == 0 and not any(g.any() for g in gradients)
+
+
+def test_a_kernel_that_does_not_fit_runs_with_leaner_settings_and_says_so(monkeypatch, caplog):
+    from triton.runtime.errors import OutOfResources
+
+    seen = []
+
+    def launcher(fits):
+        chosen = _launch.settings("some_op", "key", torch.device("cuda"), {"B": 1, "num_stages": 3})
+        seen.append(chosen)
+        if not fits(chosen):
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return chosen["B"]
+
+    monkeypatch.setattr(_launch, "_leaner", {})
+    monkeypatch.setattr(_launch, "tuned", lambda op, device: {"key": {"B": 9}})
+    assert _launch.fitting("some_op", launcher, lambda c: c["B"] == 1) == 1
+    assert [c["B"] for c in seen] == [9, 1] and "default settings" in caplog.text
+    assert _launch.fitting("some_op", launcher, lambda c: c["num_stages"] == 1) == 1
+    seen.clear()
+    # it stays so, and whoever tries settings sees the error itself
+    with pytest.raises(RuntimeError, match=r"some_op: the kernel does not fit .*300000"):
+        _launch.fitting("some_op", launcher, lambda c: False)
+    assert len(seen) == 1
+    with _launch.forced("some_op", {"B": 2}), pytest.raises(OutOfResources):
+        _launch.fitting("some_op", launcher, lambda c: False)
 
 
 # ---- commands -------------------------------------------------------------------------------------
