@@ -10,7 +10,9 @@ if __name__ == "extrema_fast.kernels":
     from .attention_pool import PoolWeights, attention_pool
     from .color_views import color_views
     from .crop_resize import crop_resize
+    from .mlp import mlp
     from .patch_gather import patch_gather
+    from .residual_norm import residual_norm
     from .sample_views import sample_views
     from .short_attention import short_attention
     from .token_gather import token_gather
@@ -22,7 +24,9 @@ if __name__ == "extrema_fast.kernels":
         "can_run",
         "color_views",
         "crop_resize",
+        "mlp",
         "patch_gather",
+        "residual_norm",
         "sample_views",
         "short_attention",
         "token_gather",

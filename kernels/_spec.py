@@ -19,6 +19,8 @@ OPS = (
     "patch_gather",
     "token_gather",
     "short_attention",
+    "residual_norm",
+    "mlp",
     "adamw_ema",
     "color_views",
     "sample_views",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..ops import dispatch as ops
+from ..ops import trunk
 from ..ops.linear import Linear, autocasts, linear
 from .positions import resample_patch_kernel
 
@@ -129,9 +130,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm | None = None, recompute_norm: bool = False) -> Tensor:
         """Attention of `norm(x)`: [R, n, D] -> [R, n, D]; the backward pass may recompute `norm(x)`."""
-        r, n, width = x.shape
-        qkv = linear(x, self.qkv, norm, recompute_norm).view(r, n, 3, self.heads, width // self.heads)
-        return self.proj(ops.attention(qkv, self.backend).reshape(r, n, width))
+        return self.proj(self.core(linear(x, self.qkv, norm, recompute_norm)))
+
+    def core(self, qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attention between the projections: [R, n, 3 D] -> [R, n, D]; `bias` as of `ops.attention`."""
+        r, n, width = qkv.shape
+        qkv = qkv.view(r, n, 3, self.heads, width // (3 * self.heads))
+        return ops.attention(qkv, self.backend, bias).reshape(r, n, width // 3)
 
 
 class Mlp(nn.Module):
@@ -167,9 +172,42 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, path: Tensor | None = None) -> Tensor:
         """x [R, n, D]; path [2, R]: drop-path factors s0, s1 of each row, or None."""
+        if trunk.fuses(x) and self._is_stock():
+            return self._fused(x, path)
         s0, s1 = (None, None) if path is None else path.to(x.dtype)[:, :, None, None]
         x = x + _scaled(self.attn(x, self.norm1, "norm" in self.recompute), s0)
         return x + _scaled(self.mlp(x, self.norm2, self.recompute), s1)
+
+    def _fused(self, x: Tensor, path: Tensor | None) -> Tensor:
+        """The same with each residual and the norm behind it in one pass (`ops.trunk`)."""
+        s0, s1 = (None, None) if path is None else path.unbind()
+        attn, fc1, fc2, recompute = self.attn, self.mlp.fc1, self.mlp.fc2, "norm" in self.recompute
+        x, u, source = trunk.residual_norm(x, self.norm1, recompute=recompute)
+        # the bias of q, k, v gets its gradient from the attention
+        qkv = trunk.project(u, attn.qkv, source, attn.qkv.bias.detach())
+        out = attn.core(qkv, attn.qkv.bias)
+        branch = trunk.project(out, attn.proj, (), None)
+        x, u, source = trunk.residual_norm(x, self.norm2, branch, attn.proj.bias, s0, recompute)
+        branch = trunk.mlp(u, fc1, fc2, source, "gelu" in self.recompute)
+        return trunk.residual(x, branch, fc2.bias, s1)
+
+    def _is_stock(self) -> bool:
+        """Whether calling each part would do no more than the formula of its class, with all of its parameters."""
+        attn, mlp = self.attn, self.mlp
+        if not (type(attn) is Attention and type(mlp) is Mlp):
+            return False
+        norms, layers = (self.norm1, self.norm2), (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+        return (
+            all(type(m) is nn.LayerNorm and m.weight is not None and m.bias is not None for m in norms)
+            and all(type(m) is Linear and m.bias is not None for m in layers)
+            and not any(_is_changed(m) for m in (attn, mlp, *norms, *layers))
+        )
+
+
+def _is_changed(module: nn.Module) -> bool:
+    own = module.__dict__
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in own or any(own[name] for name in hooks)
 
 
 def _scaled(branch: Tensor, factor: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ import operator
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,12 +41,16 @@ from ..kernels.color_views import color_params_reference, color_views_plain, col
 from ..kernels.color_views import color_views as color_views_triton
 from ..kernels.crop_resize import crop_resize as crop_resize_triton
 from ..kernels.crop_resize import crop_resize_reference
+from ..kernels.mlp import mlp, mlp_reference
 from ..kernels.patch_gather import patch_gather as patch_gather_triton
 from ..kernels.patch_gather import patch_gather_reference
+from ..kernels.residual_norm import residual_norm_reference
+from ..kernels.residual_norm.op import residual_norm_stats
 from ..kernels.sample_views import drop_path_factors as drop_path_triton
 from ..kernels.sample_views import drop_path_from_uniform as drop_path_from_uniform
 from ..kernels.sample_views import drop_path_reference, sample_views_reference
 from ..kernels.sample_views import sample_views as sample_views_triton
+from ..kernels.short_attention.op import ContainsBias, short_attention
 from ..kernels.token_gather import token_gather as token_gather_triton
 from ..kernels.token_gather import token_gather_reference
 from ..kernels.tune import DTYPES
@@ -88,6 +93,10 @@ def _compiled(function: Callable, plain: Callable) -> Callable:
     return run
 
 
+def _residual_norm_plain(*args, **options):
+    return *residual_norm_reference(*args, **options), None, None
+
+
 # op -> implementation name -> function; the first entry is the fixed rule for a CPU
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "attention": {
@@ -101,6 +110,9 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "reference": _without_stats(attention_pool_reference),
         "triton": attention_pool_triton,
     },
+    "residual_norm": {"reference": _residual_norm_plain, "triton": residual_norm_stats},
+    # `split`: the library's matmuls, GELU in passes of its own
+    "mlp": {"reference": mlp_reference, "split": partial(mlp, epilogue=False), "triton": mlp},
     "patch_gather": {"reference": patch_gather_reference, "triton": patch_gather_triton},
     "token_gather": {"reference": token_gather_reference, "triton": token_gather_triton},
     "color_views": {
@@ -122,6 +134,8 @@ GPU_RULE: dict[str, tuple[str, ...]] = {
     "attention_pool": ("triton", "absorbed"),
     "patch_gather": ("triton", "reference"),
     "color_views": ("triton", "compiled", "plain"),
+    "residual_norm": ("triton", "reference"),
+    "mlp": ("triton", "split", "reference"),
     "sample_views": ("triton", "reference"),
     "crop_resize": ("triton", "reference"),
     "color_params": ("triton", "reference"),
@@ -376,8 +390,22 @@ def choices(device: torch.device | str = "cpu") -> dict[str, dict[str, Any]]:
     return found
 
 
+def implementation(op: str, x: Tensor) -> str:
+    """The name of what runs an op on `x`."""
+    return _name(op, x.device.type, _setting)
+
+
+def _name(op: str, kind: str, setting: str) -> str:
+    # `setting` makes compiled graphs notice a new one
+    return choice(op, kind)[0]
+
+
+# graphs hold the name and guard on no cache, see `_attention_plan`
+_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _chosen_for(op: str, x: Tensor) -> Callable:
-    return IMPLEMENTATIONS[op][choice(op, x.device)[0]]
+    return IMPLEMENTATIONS[op][implementation(op, x)]
 
 
 # ---- attention ------------------------------------------------------------------------------------
@@ -466,12 +494,13 @@ def check_attention(
     return name
 
 
-def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
+def attention(qkv: Tensor, backend: str = "auto", bias: Tensor | None = None) -> Tensor:
     """Self-attention per row.
 
     Args:
         qkv: [R, n, 3, H, d], as the projection leaves it.
         backend: `auto` or a name of `extrema_fast.ops.attention`; EXTREMA_FAST_BACKEND overrides it.
+        bias: [3 H d]: what was added to `qkv` as a constant, or None; its gradient is made here, often for free.
 
     Returns:
         [R, n, H, d].
@@ -486,6 +515,10 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
     name = backends.at(plan, n)
     if not name:
         _attention_error(backend, qkv.device, qkv.dtype, n, d, train)
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        if name == "short":
+            return short_attention(qkv, bias)
+        qkv = ContainsBias.apply(qkv, bias)
     return backends.run(name, IMPLEMENTATIONS["attention"][name], qkv, train)
 
 
@@ -519,6 +552,11 @@ def attention_pool(
     return _chosen_for("attention_pool", tokens)(
         tokens, cls, weights, heads, eps, stats=stats, return_weights=return_weights
     )
+
+
+def residual_norm(x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Any, Tensor | None, Tensor | None]:
+    """Residual connection and LayerNorm of [R, n, D]; arguments and results as `kernels.residual_norm_stats`."""
+    return _chosen_for("residual_norm", x)(x, *args, **options)
 
 
 def patch_gather(

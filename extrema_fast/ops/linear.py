@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.mlp.op import weight_gradient
+
 # what the backward pass recomputes instead of keeping it, by `train.recompute`
 RECOMPUTE = {"none": frozenset(), "gelu": frozenset({"gelu"}), "norm": frozenset({"gelu", "norm"})}
 
@@ -62,7 +64,8 @@ def linear(
         [..., out] in autocast's dtype, else that of x.
     """
     if isinstance(layer, Linear):
-        return affine(x, layer.weight, layer.bias, before, recompute, layer.shadow)
+        shadows = layer.shadow, layer.bias_shadow
+        return affine(x, layer.weight, layer.bias, before, recompute, shadows)
     return layer(_prologue(x, before))
 
 
@@ -72,9 +75,9 @@ def affine(
     bias: Tensor | None,
     before: nn.Module | str | None = None,
     recompute: bool = False,
-    shadow: Tensor | None = None,
+    shadows: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """As `linear`, of parameters that may be any module's; `shadow` is the weight in low precision, or None."""
+    """As `linear`, of parameters that may be any module's; `shadows`: both in low precision, or None."""
     dtype = compute_dtype(x)
     norm = before if isinstance(before, nn.LayerNorm) and before.weight is not None else None
     # another module: an Identity stands where a norm has been taken out
@@ -83,8 +86,8 @@ def affine(
     kind = before if norm is None else "norm"
     gain, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     if not torch.is_grad_enabled():
-        return _forward(x, weight, bias, gain, shift, eps, shadow, kind, dtype)[0]
-    return _Linear.apply(x, weight, bias, gain, shift, eps, shadow, kind, recompute, dtype)
+        return _forward(x, weight, bias, gain, shift, eps, *shadows, kind, dtype)[0]
+    return _Linear.apply(x, weight, bias, gain, shift, eps, *shadows, kind, recompute, dtype)
 
 
 def _prologue(x: Tensor, before: nn.Module | str | None) -> Tensor:
@@ -138,6 +141,7 @@ def _forward(
     shift: Tensor | None,
     eps: float,
     shadow: Tensor | None,
+    bias_shadow: Tensor | None,
     kind: Any,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -151,16 +155,18 @@ def _forward(
             u = F.gelu(x).to(dtype)
         else:
             u = x.to(dtype)
-        return _matmul(u, w, None if bias is None else bias.to(dtype)), u, mean, rstd
+        if bias is not None:
+            bias = bias.to(dtype) if bias_shadow is None else bias_shadow
+        return _matmul(u, w, bias), u, mean, rstd
 
 
 class _Linear(torch.autograd.Function):
     """One prologue and one matmul; gradients of x, weight, bias, and the norm's gain and shift."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, gain, shift, eps, shadow, kind, recompute, dtype):
+    def forward(ctx, x, weight, bias, gain, shift, eps, shadow, bias_shadow, kind, recompute, dtype):
         ctx.kind, ctx.eps, ctx.dtype, ctx.wide = kind, eps, dtype, weight.dtype
-        y, u, mean, rstd = _forward(x, weight, bias, gain, shift, eps, shadow, kind, dtype)
+        y, u, mean, rstd = _forward(x, weight, bias, gain, shift, eps, shadow, bias_shadow, kind, dtype)
         # the gradient of a prologue needs x itself
         first = x if kind else None
         kept = None if recompute and kind else u
@@ -183,7 +189,7 @@ class _Linear(torch.autograd.Function):
                     gelu = ctx.kind == "gelu"
                     u = F.gelu(x).to(dtype) if gelu else _norm(x, gain, shift, ctx.eps, dtype)[0]
                 # [out, in], in the weight's own layout
-                dweight = (flat.t() @ u.reshape(-1, u.shape[-1])).to(ctx.wide)
+                dweight = weight_gradient(flat, u, ctx.wide)
             if ctx.has_bias and needs[2]:
                 dbias = flat.sum(0).to(ctx.wide)
             if needs[0] or needs[3]:
@@ -195,7 +201,7 @@ class _Linear(torch.autograd.Function):
                 else:
                     dx = du
                 dx = dx.to(ctx.x_dtype)
-        return dx, dweight, dbias, dgain, dshift, None, None, None, None, None
+        return dx, dweight, dbias, dgain, dshift, *(None,) * 6
 
 
 def _norm_backward(

@@ -70,7 +70,7 @@ class _ShortAttention(torch.autograd.Function):
         return dqkv, dbias.to(ctx.bias_dtype)
 
 
-class _Contains(torch.autograd.Function):
+class ContainsBias(torch.autograd.Function):
     """qkv, which contains `bias` already; the bias gets the column sums of its gradient."""
 
     @staticmethod
@@ -128,5 +128,5 @@ def short_attention(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
     if _launch.use_triton(qkv) and (qkv.device.type == "cpu" or fits(qkv.dtype, n, d)):
         return _ShortAttention.apply(qkv, bias)
     if bias is not None:
-        qkv = _Contains.apply(qkv, bias)
+        qkv = ContainsBias.apply(qkv, bias)
     return short_attention_reference(qkv).contiguous()

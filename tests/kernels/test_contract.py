@@ -110,6 +110,23 @@ def calls(rows):
     yield "short_attention_fwd", (qkv,)
     yield "short_attention_bwd", (qkv, torch.randn(rows, 5, 2, 16))
     yield "short_attention_bwd_bias", (qkv, torch.randn(rows, 5, 2, 16))
+    vector, per_row = torch.randn(16), torch.rand(rows)
+    for branch, norm in ((tokens, vector), (None, vector), (tokens, None)):
+        bias, scale = (None, None) if branch is None else (vector, per_row)
+        yield "residual_norm_fwd", (tokens, branch, bias, scale, norm, norm, 1e-6, torch.float16)
+        stats = (None,) * 4 if norm is None else (tokens, *(torch.rand(rows, 6) for _ in range(2)), norm)
+        du, types = None if norm is None else tokens, (torch.float32, torch.float32)
+        yield "residual_norm_bwd", (du, tokens, *stats, scale, bias is not None, *types)
+    yield (
+        "residual_norm_again",
+        (tokens, *(torch.rand(rows, 6) for _ in range(2)), vector, None, torch.float32),
+    )
+    hidden = torch.randn(rows, 6, 32)
+    for keep_h in (True, False):
+        yield "linear_gelu", (tokens, torch.randn(32, 16), torch.randn(32) if keep_h else None, keep_h)
+    yield "linear_dgelu", (tokens, torch.randn(16, 32), hidden)
+    yield "gelu_fwd", (hidden,)
+    yield "gelu_bwd", (hidden, hidden)
     index = torch.arange(rows)
     yield "color_params", (index, [0.4] * 4, 0.8, 0.2, 0, 0, [2, 3])
     params = color_params(index, (0.4,) * 4, 0.8, 0.2, seed=0, epoch=0)
@@ -137,7 +154,15 @@ def test_schemas_and_fakes_of_registered_ops(rows):
 
 GRADIENTS = pytest.mark.parametrize(
     "op",
-    ["attention_pool", "patch_gather", "token_gather", "short_attention", "short_attention with a bias"],
+    [
+        "attention_pool",
+        "patch_gather",
+        "token_gather",
+        "short_attention",
+        "short_attention with a bias",
+        "residual_norm",
+        "mlp",
+    ],
 )
 
 
@@ -164,6 +189,17 @@ def example(op, dtype=torch.float64, rows=2, n=6):
             return kernels.short_attention(x + bias.detach().view(3, 2, 16), bias)
 
         return projected, [draw(rows, n, 3, 2, 16), draw(96)]
+    if op == "residual_norm":
+
+        def both(x, branch, bias, gain, shift):
+            scale = torch.linspace(0, 1.5, len(x), dtype=torch.float64)
+            out, u = kernels.residual_norm(x, gain, shift, branch=branch, bias=bias, scale=scale)
+            return kernels.residual_norm(u + out, branch=u, bias=bias)[0]
+
+        return both, [draw(rows, n, 16), draw(rows, n, 16), *(draw(16) for _ in range(3))]
+    if op == "mlp":
+        weights = [draw(32, 16, scale=0.25), draw(32), draw(16, 32, scale=0.25), draw(16)]
+        return kernels.mlp, [draw(rows, n, 16), *weights]
     if op == "token_gather":
         return kernels.token_gather, [draw(rows, n, 16), keep, draw(n, 16)]
     images = draw(rows, 3, 8, 2 * n).detach()

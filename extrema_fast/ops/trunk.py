@@ -1,0 +1,96 @@
+"""A trunk block in few passes over its tokens: residual and norm in one, GELU inside the MLP's matmuls.
+
+What `models.layers.Block` calls where kernels are chosen (`residual_norm`, `mlp` of `ops.dispatch`). Branches come
+without the bias of their last layer, which is added, and gets its gradient, where the branch joins the residual stream.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.mlp.op import Mlp, fits, weight_gradient
+from ..kernels.residual_norm.op import norm_again
+from . import dispatch as ops
+from .linear import Linear, affine, compute_dtype
+
+# what a normalized tensor is recomputed from: tokens, their mean and 1 / standard deviation, gain, shift
+Source = tuple[Tensor | None, ...]
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether a block computes `x` with this module: kernels are chosen, and they take the dtype computed in."""
+    if x.device.type != "cpu" and compute_dtype(x).itemsize != 2:
+        # matmuls in fp32 and fp64 keep their second derivatives there
+        return False
+    return any(ops.implementation(op, x) != "reference" for op in ("residual_norm", "mlp"))
+
+
+def residual_norm(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    branch: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor, Source]:
+    """(out = x + scale (branch + bias), norm(out) in the dtype computed in, its source).
+
+    The source is empty unless the backward pass of the next layer is to recompute norm(out).
+    """
+    out, u, mean, rstd = ops.residual_norm(
+        x, norm.weight, norm.bias, norm.eps, branch=branch, bias=bias, scale=scale, dtype=compute_dtype(x)
+    )
+    # the plain definition gives no statistics
+    if not recompute or mean is None:
+        return out, u, ()
+    return out, u, (out.detach(), mean, rstd, norm.weight.detach(), norm.bias.detach())
+
+
+def residual(x: Tensor, branch: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    """x + scale (branch + bias)."""
+    return ops.residual_norm(x, branch=branch, bias=bias, scale=scale)[0]
+
+
+def project(u: Tensor, layer: Linear, source: Source, bias: Tensor | None) -> Tensor:
+    """`layer(u)` with another bias (or none)."""
+    if source:
+        return _Projection.apply(u, layer.weight, bias, layer.shadow, layer.bias_shadow, *source)
+    return affine(u, layer.weight, bias, shadows=(layer.shadow, layer.bias_shadow))
+
+
+def mlp(u: Tensor, fc1: Linear, fc2: Linear, source: Source, recompute_gelu: bool) -> Tensor:
+    """fc2(GELU(fc1(u))) without the bias of fc2."""
+    name = ops.implementation("mlp", u)
+    if name == "reference" or not (u.device.type == "cpu" or fits(u.dtype)):
+        hidden = project(u, fc1, source, fc1.bias)
+        return affine(hidden, fc2.weight, None, "gelu", recompute_gelu, (fc2.shadow, None))
+    train = torch.is_grad_enabled() and any(t.requires_grad for t in (u, *fc1.parameters(), fc2.weight))
+    shadows = (fc1.shadow, fc1.bias_shadow, fc2.shadow)
+    return Mlp.apply(
+        u, fc1.weight, fc1.bias, fc2.weight, *shadows, train, name == "triton", not recompute_gelu, *source
+    )
+
+
+class _Projection(torch.autograd.Function):
+    """A linear layer whose input is recomputed from its source."""
+
+    @staticmethod
+    def forward(ctx, u, weight, bias, shadow, bias_shadow, *source):
+        low = weight.to(u.dtype) if shadow is None else shadow
+        ctx.save_for_backward(weight if shadow is None else shadow, *source)
+        ctx.low, ctx.dtypes = u.dtype, (weight.dtype, None if bias is None else bias.dtype)
+        if bias is not None:
+            bias = bias.to(u.dtype) if bias_shadow is None else bias_shadow
+        return F.linear(u, low, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        weight, *source = ctx.saved_tensors
+        needs, dy = ctx.needs_input_grad, dy.to(ctx.low)
+        du = dy @ weight.to(ctx.low) if needs[0] else None
+        dw = weight_gradient(dy, norm_again(*source, ctx.low), ctx.dtypes[0]) if needs[1] else None
+        db = dy.flatten(0, -2).sum(0).to(ctx.dtypes[1]) if needs[2] else None
+        return du, dw, db, *(None,) * (2 + len(source))
