@@ -102,6 +102,11 @@ def _say(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
+def _print(result: object) -> None:
+    """Prints a result; the only place that does."""
+    print(printable(str(result)))
+
+
 def _flush() -> None:
     """Writes what standard output still holds: at its exit Python could only complain about it."""
     try:
@@ -117,10 +122,10 @@ def _flush() -> None:
 
 def _dispatch(args: list[str]) -> None:
     if args and args[0] in ("--version", "-V"):
-        print(f"{PROG} {__version__}")
+        _print(f"{PROG} {__version__}")
         return
     if not args or args[0] in ("--help", "-h", "help"):
-        print(_overview())
+        _print(_overview())
         return
     name, rest = args[0], args[1:]
     if name not in COMMANDS:
@@ -268,7 +273,7 @@ def _set_up_logging(progress: bool) -> None:
 
 
 def _show(result: Any, as_json: bool, describe: Callable[[Any], str]) -> None:
-    print(json.dumps(result, indent=1) if as_json else printable(describe(result)))
+    _print(json.dumps(result, indent=1) if as_json else describe(result))
 
 
 def _side(sides: list[int] | None) -> int | tuple[int, int] | None:
@@ -380,12 +385,12 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
     ours, cfg = given.ours, given.cfg
     _set_up_logging(ours.progress)
     if ours.print_config:
-        print(json.dumps(_resolved(given), indent=1))
+        _print(json.dumps(_resolved(given), indent=1))
     elif ours.dry_run:
         from .tools.dry_run import dry_run
         from .training.resolve import describe
 
-        print(describe(dry_run(cfg)))
+        _print(describe(dry_run(cfg)))
     else:
         from .train import pretrain
 
@@ -477,7 +482,7 @@ def _report(p: _Parser, args: list[str]) -> None:
     o = p.options(args)
     from .reporting.report import report
 
-    print(report(**o))
+    _print(report(**o))
 
 
 @_command("index imagenet/train --out imagenet.tsv")
@@ -503,7 +508,7 @@ def _index(p: _Parser, args: list[str]) -> None:
 
     result = index(**o)
     troubles = [t._asdict() for t in result.troubles]
-    print(json.dumps(result._asdict() | {"troubles": troubles}, indent=1) if as_json else describe(result))
+    _print(json.dumps(result._asdict() | {"troubles": troubles}, indent=1) if as_json else describe(result))
 
 
 @_command("pack images.tsv packed --size 256")
@@ -559,7 +564,7 @@ def _embed(p: _Parser, args: list[str]) -> None:
 
     result = embed(**o)
     if os.environ.get("RANK", "0") == "0":
-        print(printable(describe(result)))
+        _print(describe(result))
 
 
 @_command("search query.jpg features --k 8 --out found.png")
@@ -592,7 +597,7 @@ def _import(p: _Parser, args: list[str]) -> None:
     o = p.options(args)
     from .weights.load import import_released
 
-    print(import_released(**o))
+    _print(import_released(**o))
 
 
 @_command("export runs/photos exported/photos --format onnx")
@@ -612,9 +617,9 @@ def _export(p: _Parser, args: list[str]) -> None:
     from .weights.export import export
 
     result = export(**o)
-    print(f"{result.folder}: {', '.join(result.files)}")
+    _print(f"{result.folder}: {', '.join(result.files)}")
     for check, difference in result.differences.items():
-        print(f"  {check}: largest difference {difference:.1e}")
+        _print(f"  {check}: largest difference {difference:.1e}")
 
 
 @_command("encoders '*base*'")
@@ -625,7 +630,7 @@ def _encoders(p: _Parser, args: list[str]) -> None:
     names = config.list_models(pattern)
     if not names:
         raise UsageError(f"no encoder matches {pattern!r}{did_you_mean(pattern, config.list_models())}")
-    print("\n".join(names))
+    _print("\n".join(names))
 
 
 @_command("kernels --device cuda")
@@ -649,22 +654,22 @@ def _kernels(p: _Parser, args: list[str]) -> None:
     there = torch.device(device).type == "cuda" and torch.cuda.is_available()
     measured = measure.describe(device, filter(measure.has_cases, chosen)) if there else []
     if o["json"]:
-        print(
+        _print(
             json.dumps({"device": device, "kernels": rows, "choices": chosen, "measured": measured}, indent=1)
         )
         return
-    print(tune.headline(device))
+    _print(tune.headline(device))
     for row in rows:
-        print(f"\n{row['op']} (version {row['version']}): {row['summary']}")
-    print(f"\nchosen on {device}:")
+        _print(f"\n{row['op']} (version {row['version']}): {row['summary']}")
+    _print(f"\nchosen on {device}:")
     width = max(map(len, chosen))
     for op, c in chosen.items():
         names = ", ".join(ops.IMPLEMENTATIONS[op])
-        print(f"  {op:<{width}}  {c['implementation']}: {c['reason']} (of {names})")
+        _print(f"  {op:<{width}}  {c['implementation']}: {c['reason']} (of {names})")
     if there:
         settings = ", ".join(f"{row['op']} {row['tuned']}" for row in rows if row["tuned"]) or "none"
-        print(f"\nmeasured on this GPU with these versions ({_cache.folder()}); launch settings: {settings}")
-        print(
+        _print(f"\nmeasured on this GPU with these versions ({_cache.folder()}); launch settings: {settings}")
+        _print(
             "\n".join(f"  {line}" for line in measured)
             or "  nothing yet; a run measures, and `extrema-fast tune`"
         )
@@ -694,7 +699,7 @@ def _profile(p: _Parser, args: list[str]) -> None:
     result = profile.profile(cfg, out, steps=ours.steps, warmup=ours.warmup, synthetic=synthetic)
     _show(result, ours.json, profile.describe)
     if not ours.json:
-        print(f"{out}: trace.json.gz (ui.perfetto.dev), profile.json, profile.txt")
+        _print(f"{out}: trace.json.gz (ui.perfetto.dev), profile.json, profile.txt")
 
 
 @_command("tune paper_base_80x5")
@@ -725,4 +730,4 @@ def _tune(p: _Parser, args: list[str]) -> None:
 
     resolve(given.cfg, device, choose=choose)
     for name, choice in found.items():
-        print(f"{name}: {choice.implementation or 'the fixed rule'}, {choice.reason}")
+        _print(f"{name}: {choice.implementation or 'the fixed rule'}, {choice.reason}")

@@ -1,0 +1,162 @@
+"""Runs that are killed, signalled, or lose the reader of their output: saved, said, and continued to the same bits.
+
+Covers: every signal of `STOPPING` at a step, before the first, in an evaluation and while saving; a dead pipe; a second
+signal in a wait; death at every named point of a save and after a random time; two processes of which one is signalled.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+
+from extrema_fast.config import to_dict
+from extrema_fast.signals import STOPPING
+from extrema_fast.training.logging import history
+from tests.training.conftest import final_hash, status
+
+# sends signals to this process when a function of a module is called for the n-th time
+SENDS = """
+import os, threading, time
+from extrema_fast import signals, train
+from extrema_fast.evaluation import evaluate
+from extrema_fast.training import checkpoint, run
+signals.TOGETHER_S, signals.GRACE_S = 0.05, 0.3
+def send(module, name, passes, numbers, gap=0.0):
+    original, calls = getattr(module, name), []
+    def sending(*args, **options):
+        calls.append(1)
+        if len(calls) == passes and os.environ.get("RANK", "0") == "0":
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                time.sleep(gap)
+        return original(*args, **options)
+    setattr(module, name, sending)
+"""
+STEPS = 12
+POINTS = ("begin", "weights", "tensors", "state", "complete", "renamed", "latest", "pruned", "evaluated")
+
+
+@pytest.fixture(scope="module")
+def pretrain(originals, run_cli, tmp_path_factory):
+    """`pretrain(name, ...)` -> (exit codes, output, run folder) of a run of 12 steps, each time in the same folder."""
+    root = tmp_path_factory.mktemp("stopping")
+    cfg = originals.config(train={"epochs": 3}, ckpt={"every_steps": 3})
+    (root / "c.json").write_text(json.dumps(to_dict(cfg)))
+
+    def run(name: str, **options):
+        out = root / name
+        return *run_cli("pretrain", "--config", root / "c.json", "--out", out, **options), out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(pretrain) -> str:
+    codes, text, out = pretrain("straight")
+    assert codes == [0], text
+    return final_hash(out, STEPS)
+
+
+def check(tries, pretrain, straight, name, what, codes, text, out, code=75, processes=1) -> None:
+    """The run ended with `code` and says so, and is continued to the same bits, with each evaluation once."""
+    state = "preempted" if code == 75 else "failed"
+    held = set(codes) == {code} and "Traceback" not in text
+    if (out / "status.json").exists():
+        held = held and (code < 0 or status(out)["state"] == state)
+    if code == 75:
+        held = held and text.count("to continue:") == processes
+    tries.expect(what, held, f"exit codes {codes}: {text[-500:]}")
+    codes, text, out = pretrain(name, processes=processes)
+    same = codes[0] == 0 and final_hash(out, STEPS) == straight if processes == 1 else codes == [0, 0]
+    tries.expect(f"{what}: continued to the same bits", same, f"exit codes {codes}: {text[-500:]}")
+    steps = [r["step"] for r in history(out / "log.jsonl", "eval", STEPS)]
+    tries.expect(f"{what}: evaluations", steps == [0, 4, 8, 12], steps)
+
+
+# where a signal comes, and what is known of it
+PLACES = {
+    "at a step": ("train", "train_step"),
+    "before the first step": ("train", "open_train"),
+    "in an evaluation": ("evaluate", "extract"),
+    "while saving": ("checkpoint", "save_file"),
+}
+
+
+def test_signals(tries, pretrain, straight):
+    cases = [(place, number) for place in PLACES for number in STOPPING]
+    if tries.factor == 1:
+        # each place and each signal
+        cases = [(place, STOPPING[i % 6]) for i, place in enumerate((*PLACES, "at a step", "at a step"))]
+    for i, (place, number) in enumerate(cases):
+        module, name = PLACES[place]
+        passes = 1 if place == "before the first step" else int(tries.rng.integers(1, 4))
+        setup = f"{SENDS}\nsend({module}, {name!r}, {passes}, [{int(number)}] * 2)"
+        what = f"{signal.Signals(number).name} {place}, pass {passes}"
+        check(tries, pretrain, straight, f"signal{i}", what, *pretrain(f"signal{i}", setup=setup))
+
+
+def test_a_dead_pipe(tries, pretrain, straight):
+    dead = "import os\nr, w = os.pipe()\nos.close(r)\nos.dup2(w, {fd})"
+    codes, text, out = pretrain("pipe", setup=dead.format(fd=1))
+    check(tries, pretrain, straight, "pipe", "standard output", codes, text, out)
+    # standard error alone is not missed
+    codes, text, out = pretrain("error", setup=dead.format(fd=2))
+    tries.expect("standard error", codes == [0] and final_hash(out, STEPS) == straight, codes)
+
+
+# a thread that nothing wakes stands for a read of a dead file system
+WAITS = """
+def wait(*args, **options):
+    threading.Thread(target=twice, daemon=True).start()
+    t = threading.Thread(target=threading.Event().wait)
+    t.start()
+    while True:
+        try:
+            t.join()
+        except KeyboardInterrupt:
+            if not DEAF:
+                raise
+def twice():
+    for _ in range(2):
+        time.sleep(0.2)
+        os.kill(os.getpid(), NUMBER)
+train.train_step = wait
+"""
+
+
+def test_a_second_signal_ends_a_wait(tries, pretrain, straight):
+    cases = [(False, signal.SIGTERM), (True, signal.SIGINT)]
+    cases += [(deaf, n) for deaf in (False, True) for n in STOPPING] if tries.factor > 1 else []
+    for i, (deaf, number) in enumerate(cases):
+        setup = SENDS + WAITS.replace("NUMBER", str(int(number))).replace("DEAF", str(deaf))
+        what = f"{signal.Signals(number).name} twice, {'no handler runs' if deaf else 'waiting'}"
+        result = pretrain(f"wait{i}", setup=setup)
+        check(tries, pretrain, straight, f"wait{i}", what, *result, code=128 + number)
+
+
+def test_death(tries, pretrain, straight):
+    """Without any cleaning up, at the points of a save and at random times."""
+    points = tries.rng.permutation(POINTS)[: None if tries.factor > 1 else 1]
+    for n, point in enumerate(points):
+        at = f"{point}:{tries.rng.integers(1, 4)}"
+        result = pretrain(f"point{n}", env={"EXTREMA_FAULT": at})
+        check(tries, pretrain, straight, f"point{n}", f"killed at {at}", *result, code=-signal.SIGKILL)
+    for n in range(tries.factor - 1):
+        seconds = float(tries.rng.uniform(0.02, 0.6))
+        codes, text, out = pretrain(f"time{n}", cpu_seconds=seconds)
+        if codes != [0]:
+            codes, text, out = pretrain(f"time{n}")
+        held = codes == [0] and final_hash(out, STEPS) == straight
+        tries.expect(f"killed after {seconds:.3f} s of work", held, f"exit codes {codes}: {text[-500:]}")
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_is_signalled(tries, pretrain, straight):
+    places = list(PLACES) if tries.factor > 1 else ["in an evaluation"]
+    for n, place in enumerate(p for p in places if p != "before the first step"):
+        module, name = PLACES[place]
+        setup = f"{SENDS}\nsend({module}, {name!r}, 2, [{int(signal.SIGTERM)}])"
+        result = pretrain(f"two{n}", setup=setup, processes=2)
+        check(tries, pretrain, straight, f"two{n}", f"SIGTERM to one of two {place}", *result, processes=2)
