@@ -31,7 +31,7 @@ DEMO_READY := $(VENV)/.installed-demo
 TEST_READY := $(VENV)/.installed-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast coverage test-gpu test-nullgpu gpu-check install lint format clean clean-demo
+.PHONY: help demo test test-fast coverage test-faults test-gpu test-nullgpu gpu-check install lint format clean clean-demo
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -51,6 +51,14 @@ test-fast: $(TEST_READY)  ## the same without tests marked slow
 
 coverage: $(TEST_READY)  ## the whole suite once more, with a table of lines no test reaches
 	$(PYTEST) -n $(JOBS) --dist worksteal --cov --cov-report=term $(PYTEST_ARGS)
+
+# many times as many tries as in `make test`, of another seed, and a record of them
+TRIES ?= 10
+TRY_SEED ?= 1
+TRY_RECORD ?= faults.json
+
+test-faults: $(TEST_READY)  ## kills, signals, failing storage, forged files, links: TRIES= TRY_SEED= TRY_RECORD=
+	$(PYTEST) tests/faults --tries $(TRIES) --try-seed $(TRY_SEED) --try-record $(TRY_RECORD) $(PYTEST_ARGS)
 
 test-gpu: $(TEST_READY)  ## only the tests that need a CUDA device
 	$(PYTEST) -m gpu $(PYTEST_ARGS)

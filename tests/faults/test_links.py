@@ -82,7 +82,7 @@ def entries(folder: Path, name: str) -> list[str]:
 def test_links_are_not_followed(originals, tries, tmp_path, name):
     places = [(e, a) for e in entries(getattr(originals, name), name) for a in ACTIONS[name]]
     if tries.factor == 1:
-        places = [places[i] for i in tries.rng.permutation(len(places))[: {"run": 4}.get(name, 6)]]
+        places = [places[i] for i in tries.rng.permutation(len(places))[: {"run": 2}.get(name, 5)]]
     for entry, act in places:
         s = originals.copy(tmp_path / "s")
         foreign = tmp_path / "foreign"
@@ -160,7 +160,7 @@ def test_names_with_control_characters(originals, tries, tmp_path, capsys):
     os.link(folder / f"{evil}broken.png", os.fsencode(folder) + b"/\xff.png")
     out = tmp_path / f"out{evil}"
     new = ["--train.epochs", "1", "--data.bad-budget", "0.5", "--data.test", str(s.images)]
-    for args in (
+    table = (
         ["index", str(s.images), "--out", str(out) + ".tsv", "--threads", "1"],
         ["embed", str(s.images), str(out), "--weights", str(s.run), "--loader", "pil", "--device", "cpu"],
         ["search", str(folder / f"{evil}0.png"), str(out)],
@@ -182,7 +182,8 @@ def test_names_with_control_characters(originals, tries, tmp_path, capsys):
         ["encoders", evil],
         [evil],
         ["report", "--images", evil],
-    ):
+    )
+    for args in table if tries.factor > 1 else (table[0], *table[-4:]):
         main(args)
         shown = "".join(capsys.readouterr())
         tries.expect(args[0], not any(c in shown for c in "\x1b\x07\u202e"), repr(shown[:400]))

@@ -26,6 +26,8 @@ from tests.conftest import job_server
 CODES = (0, 2, 3, 4, 5, 75)
 CALLS = ("write", "open", "rename", "unlink", "mkdir", "fsync", "all")
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES)
+# of the commands, in `make test`
+SHORT = ("evaluate", "embed", "export")
 SOURCE = Path(__file__).with_name("shim.c")
 
 
@@ -99,19 +101,14 @@ def try_command(run, s, tries, out: Path, name: str, shim: str) -> None:
 
 
 def test_a_full_disk(run_failing, given, tries, tmp_path):
-    # what takes seconds in the full table only
-    slow = () if tries.factor > 1 else ("export a graph", "profile", "report")
     for name in commands(given, tmp_path / "names"):
-        if name not in slow:
+        if tries.factor > 1 or name in SHORT:
             try_command(run_failing, given, tries, tmp_path / "out", name, f"write:{errno.ENOSPC}:0")
 
 
 def test_failing_calls(run_failing, given, tries, tmp_path):
-    names = [
-        n for n in commands(given, tmp_path / "names") if n not in ("export a graph", "profile", "report")
-    ]
-    names = [*commands(given, tmp_path / "more")] if tries.factor > 1 else names
-    for _ in range(5 * tries.factor):
+    names = [*commands(given, tmp_path / "names")] if tries.factor > 1 else SHORT
+    for _ in range(2 if tries.factor == 1 else 8 * tries.factor):
         name, call = names[tries.rng.integers(len(names))], CALLS[tries.rng.integers(len(CALLS))]
         after = int(tries.rng.choice([0, 0, 1, 2, 3, 5, 8, 13, 30]))
         number = ERRORS[tries.rng.integers(len(ERRORS))]
@@ -142,9 +139,8 @@ def mounted(tmp_path) -> Iterator[Callable[[str], Path]]:
 
 
 def test_a_small_file_system(run_cli, given, tries, mounted):
-    slow = () if tries.factor > 1 else ("export a graph", "profile", "report", "import", "index", "search")
     for name in commands(given, mounted("size=8m")):
-        if name in slow:
+        if tries.factor == 1 and name not in SHORT[:1]:
             continue
         out = mounted("size=8m")
         args = commands(given, out)[name]
@@ -163,13 +159,12 @@ def test_a_small_file_system(run_cli, given, tries, mounted):
 
 
 def test_a_read_only_file_system(run_cli, given, tries, mounted):
-    slow = () if tries.factor > 1 else ("export a graph", "profile", "report", "import", "index", "search")
     out = mounted("size=64m")
     table = commands(given, out)
     # a finished run, its log and its checkpoints, on a file system that has become read-only
     subprocess.run(["mount", "-o", "remount,ro", str(out)], check=True)
     for name, args in table.items():
-        if name in slow:
+        if tries.factor == 1 and name not in SHORT[:1]:
             continue
         codes, text = run_cli(*args)
         held = codes[0] in (2, 5) and "Traceback" not in text and text.count("extrema-fast: error:") == 1
