@@ -92,6 +92,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         Path(file).write_text(json.dumps(record, indent=1) + "\n")
 
 
+@pytest.fixture
+def full_table(request: pytest.FixtureRequest) -> None:
+    """Skips what `make test` has elsewhere."""
+    if request.config.getoption("--tries") == 1:
+        pytest.skip("one of these is tried elsewhere in `make test`; all with --tries")
+
+
 class Set:
     """One of each folder and file that this project reads, small, under `root`."""
 

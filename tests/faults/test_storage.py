@@ -102,13 +102,13 @@ def try_command(run, s, tries, out: Path, name: str, shim: str) -> None:
 
 def test_a_full_disk(run_failing, given, tries, tmp_path):
     for name in commands(given, tmp_path / "names"):
-        if tries.factor > 1 or name in SHORT:
+        if tries.factor > 1 or name in SHORT[:1]:
             try_command(run_failing, given, tries, tmp_path / "out", name, f"write:{errno.ENOSPC}:0")
 
 
 def test_failing_calls(run_failing, given, tries, tmp_path):
     names = [*commands(given, tmp_path / "names")] if tries.factor > 1 else SHORT
-    for _ in range(2 if tries.factor == 1 else 8 * tries.factor):
+    for _ in range(2 if tries.factor == 1 else 10 * tries.factor):
         name, call = names[tries.rng.integers(len(names))], CALLS[tries.rng.integers(len(CALLS))]
         after = int(tries.rng.choice([0, 0, 1, 2, 3, 5, 8, 13, 30]))
         number = ERRORS[tries.rng.integers(len(ERRORS))]
