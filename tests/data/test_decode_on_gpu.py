@@ -1,0 +1,32 @@
+"""DALI's graph for a GPU, put together on a machine without one.
+
+Covers: files and bytes, boxes cut first or whole images; every operator takes its arguments, and what leaves it is on
+the device. Running it needs a GPU: tests/gpu/test_data.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from extrema_fast.config import DataConfig
+from extrema_fast.data.decode import DaliDecoder, Settings
+from extrema_fast.data.image_files import ImageFiles
+from extrema_fast.data.sources import open_source
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_graph_ends_on_the_device(whole, as_bytes, tmp_path, monkeypatch):
+    dali = pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    image.new("RGB", (30, 20)).save(tmp_path / "0.png")
+    # building asks for the device; before that the graph is checked
+    monkeypatch.setattr(dali.Pipeline, "build", lambda pipe: pipe._build_graph())
+    files = ImageFiles(open_source(str(tmp_path)), DataConfig())
+    files.as_bytes = as_bytes
+    settings = Settings((16, 16), 4, 1, whole, torch.device("cuda", 0), 0.65, False)
+    pipe = DaliDecoder(files, settings)._pipeline(lambda: (), 4)
+    assert [out.device for out in pipe._graph_outputs] == ["gpu"] and pipe.device_id == 0
+    names = " ".join(op.name for op in pipe._ops)
+    assert ("ImageSlice" in names) != whole and ("Read" in names) != as_bytes
