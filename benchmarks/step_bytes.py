@@ -122,7 +122,8 @@ def main(argv: list[str]) -> int:
     args.device = "cuda"
     providers, unable = chosen(args.providers, args.device)
     cfg = configuration(args.model, *args.mask, args.batch, color=not args.spatial)
-    jobs = [Job(provider.name, provider, cfg, args.device) for provider in providers]
+    # by name alone: `strong` is the name of a group too
+    jobs = [Job(p.name, p, cfg, args.device) for p in providers if p.name in args.providers]
     if args.list:
         print("\n".join(job.key for job in jobs))
         return 0

@@ -185,9 +185,9 @@ def compile_library(venv: Path) -> Path:
     ):
         return library
     stubs.write_text(written)
-    # the runtime's headers come with torch's libraries, the driver's with Triton
+    # the runtime's headers come with torch's libraries, the driver's with Triton, next to an older runtime's
     runtime = next((site / "nvidia").rglob("cuda_runtime_api.h")).parent
-    include = [f"-I{site / 'triton/backends/nvidia/include'}", f"-I{runtime}"]
+    include = [f"-I{runtime}", f"-I{site / 'triton/backends/nvidia/include'}"]
     flags = [
         "-O2",
         "-g",
