@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 log = logging.getLogger(__name__)
 
@@ -188,10 +189,14 @@ def check_keep(keep: Tensor, batch: int, num_tokens: int, like: Tensor, unique: 
 # ---- registration and launches --------------------------------------------------------------------
 
 
-def op(schema: str, launcher: str) -> Callable[[Callable], Callable]:
+def op(schema: str, launcher: str, opaque: bool = False) -> Callable[[Callable], Callable]:
     """Defines a torch op, for every device, without autograd, that calls a launcher of the package's `kernel.py`.
 
     The decorated function makes empty results, for tracing. The first call imports `kernel.py`, and so Triton.
+
+    On a GPU compiled code holds the launcher's allocations and launches themselves, as of `torch.library.triton_op`:
+    they cost the CPU a fraction of a call of the op, and what the launcher does beside them is fused. Not so with
+    `opaque`, of ops that change their arguments, and in exported programs.
     """
 
     def define(fake: Callable) -> Callable:
@@ -202,9 +207,19 @@ def op(schema: str, launcher: str) -> Callable[[Callable], Callable]:
             function = getattr(importlib.import_module(f"{package}.kernel"), launcher)
             return fitting(package.rpartition(".")[2], function, *args)
 
+        closed = opaque or "!" in arguments
+
+        def trace(mode: Any, called: Any, types: Any, args: tuple, options: Any = None) -> Any:
+            on_gpu = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in args)
+            if closed or not on_gpu or torch.compiler.is_exporting():
+                return mode.__torch_dispatch__(called, types, args, options or {})
+            with mode:
+                return run(*args)
+
         torch.library.define(f"extrema_fast::{name}", f"({arguments}")
         torch.library.impl(f"extrema_fast::{name}", "CompositeExplicitAutograd")(run)
         torch.library.register_fake(f"extrema_fast::{name}")(fake)
+        torch.library.register_torch_dispatch(f"extrema_fast::{name}", FunctionalTensorMode, trace)
         return getattr(torch.ops.extrema_fast, name).default
 
     return define
@@ -232,7 +247,8 @@ def rows_ready(x: Tensor) -> Tensor:
     """
     expanded = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
     dense = x.stride(-1) == 1 or x.shape[-1] == 1
-    ready = dense and not expanded and x.data_ptr() % 16 == 0
+    # compiled code aligns what it is given
+    ready = dense and not expanded and (isinstance(x, FunctionalTensor) or x.data_ptr() % 16 == 0)
     return x if ready else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -324,6 +340,10 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **optio
     look-up costs on the CPU, more than the launch itself.
     """
     if 0 in grid:
+        return
+    if isinstance(like, FunctionalTensor):
+        # traced (`op`)
+        torch.library.wrap_triton(kernel)[grid](*args, **options)
         return
     device, compiled = like.device, None
     if _recording is None or _recording.run:

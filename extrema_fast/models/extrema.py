@@ -76,7 +76,9 @@ def gather_targets(target: Tensor) -> tuple[Tensor, int]:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return target, 0
     out = target.new_empty(dist.get_world_size() * target.shape[0], target.shape[1])
-    dist.all_gather_into_tensor(out, target.detach().contiguous())
+    # torch 2.13 renamed it
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, target.detach().contiguous())
     return out, dist.get_rank() * target.shape[0]
 
 
