@@ -17,6 +17,8 @@ MAX_PIXELS = 1 << 22
     "color_params(Tensor index, float[] strength, float jitter_prob, float gray_prob, int seed, int epoch, "
     "int[] streams) -> Tensor",
     "draw_params",
+    # its products must not be fused, which only a launch of its own can say
+    opaque=True,
 )
 def _params(index, strength, jitter_prob, gray_prob, seed, epoch, streams):
     return index.new_empty(index.shape[0], 2, COLUMNS, dtype=torch.float32)
