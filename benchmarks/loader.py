@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 from extrema_fast.config import DataConfig
 from extrema_fast.data.augment import color_jitter, jitter_params
 from extrema_fast.data.loader import Batch, TrainLoader
+from extrema_fast.data.resident import Place
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import UsageError
 
@@ -51,6 +52,8 @@ WAYS = {
     "ours": "TrainLoader, decoded by DALI on the CPU",
     "ours-gpu": "TrainLoader, decoded by DALI on the GPU",
     "ours-pil": "TrainLoader, decoded by PIL in threads",
+    "ours-held": "TrainLoader, images held decoded by the CPU (data.resident host)",
+    "ours-held-gpu": "TrainLoader, images held decoded by the GPU (data.resident gpu)",
     "dataloader": "PIL and torch.utils.data.DataLoader, transforms by hand",
     "torchvision": "torchvision's transforms v2 on PIL images, DataLoader",
 }
@@ -60,7 +63,7 @@ PREFETCH = 2
 
 def missing(way: str) -> str:
     """Returns why a way cannot run here; empty when it can."""
-    if way == "ours-gpu" and not torch.cuda.is_available():
+    if way.endswith("-gpu") and not torch.cuda.is_available():
         return "needs a CUDA device"
     package = {"torchvision": "torchvision", "ours": "nvidia.dali", "ours-gpu": "nvidia.dali"}.get(way, "PIL")
     try:
@@ -216,11 +219,15 @@ class Loading:
     def ours(self, way: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
         """The same of `TrainLoader`."""
         s = self.setting
-        data = dataclasses.replace(s.data, loader="pil" if way == "ours-pil" else "dali", threads=s.threads)
+        decoder: Any = "dali" if way in ("ours", "ours-gpu") else "pil"
+        data = dataclasses.replace(s.data, loader=decoder, threads=s.threads)
         source = open_source(data.train, "train", limit=data.limit)
         self.images = len(source)
-        device = "cuda" if way == "ours-gpu" else "cpu"
-        loader = TrainLoader(source, data, s.size, batch_size=s.batch, seed=0, device=device)
+        device = "cuda" if way.endswith("-gpu") else "cpu"
+        place: Place = "off"
+        if way.startswith("ours-held"):
+            place = "gpu" if device == "cuda" else "host"
+        loader = TrainLoader(source, data, s.size, batch_size=s.batch, seed=0, device=device, resident=place)
         self.stack.enter_context(loader)
 
         def jitter(batch: Batch) -> None:

@@ -144,7 +144,8 @@ class DataConfig:
     max_pixels: int = MAX_PIXELS
     """Images of more pixels count as unreadable (default: Pillow's limit)."""
     bad_budget: float = 1e-4
-    """Share of the rows that may be unreadable before the run stops; at least one row, 0: none."""
+    """Share of the rows that may be unreadable before the run stops; at least one row, and one in fifty up to ten;
+    0: none."""
     limit: int = 0
     """Use only the first N images of a keyed shuffle of the training set (0: all)."""
 

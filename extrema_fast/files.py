@@ -6,7 +6,9 @@ points to stays as it is.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import io
 import json
 import logging
 import math
@@ -14,6 +16,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +28,15 @@ log = logging.getLogger(__name__)
 
 # the descriptions this program reads are a few kB
 MAX_JSON = 16 << 20
+# of a file that is read whole
+MAX_BYTES = 1 << 31
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
 _NEW, _OLD = ".tmp-", ".replaced-"
 
 
@@ -107,6 +119,43 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def check_plain(path: str | os.PathLike[str]) -> os.stat_result:
+    """What a file is, before it is opened: a named pipe would wait for ever, a device has no end.
+
+    Raises:
+        OSError: it is not there, or no plain file; `strerror` says what it is.
+    """
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(about.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"not a plain file, but {kind}", str(path))
+    return about
+
+
+def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
+    """A plain file, open for reading; OSError as of `check_plain`."""
+    check_plain(path)
+    # another thing may have taken its name since
+    f = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+        f.close()
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return f
+
+
+def check_size(size: int, path: str | os.PathLike[str]) -> None:
+    """OSError for a size in bytes that is not read whole, as of a sparse file."""
+    if size > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"{size} bytes are more than the {MAX_BYTES} that are read", str(path))
+
+
+def read_text(path: str | os.PathLike[str], encoding: str = "utf-8", errors: str = "strict") -> str:
+    """The text of a plain file; OSError as of `check_plain` and `check_size`."""
+    with open_plain(path) as f, io.TextIOWrapper(f, encoding, errors) as text:
+        check_size(os.fstat(f.fileno()).st_size, path)
+        return text.read()
+
+
 def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -120,7 +169,7 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
         size = path.stat().st_size
         if size > MAX_JSON:
             raise ValueError(f"{size} bytes, at most {MAX_JSON} are read")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
         if not isinstance(data, dict):
             raise ValueError(f"expected an object, got {type(data).__name__}")
     except (OSError, ValueError, RecursionError) as error:

@@ -20,7 +20,15 @@ from .data.loader import Batch, TrainLoader
 from .data.order import epoch_length
 from .data.sources import ImageSource
 from .distributed import start
-from .errors import OutOfMemoryError, Preempted, is_out_of_memory, one_line
+from .errors import (
+    DataError,
+    NonFiniteError,
+    OutOfMemoryError,
+    Preempted,
+    StorageError,
+    is_out_of_memory,
+    one_line,
+)
 from .evaluation.evaluate import collapse_warnings, online_eval
 from .signals import Signals, Stopped
 from .training.checkpoint import Saver, fault
@@ -117,7 +125,6 @@ def _loop(
 ) -> None:
     folder, world = train_log.folder, run.world
     saver = Saver(Path(run.cfg.out), run.cfg.ckpt, run.schedule.steps_per_epoch, run.step)
-    postponed = False
     images, classes = epoch_length(run.source), len(run.source.classes)
     train_log.start(headline(run.cfg, run.resolved, world.size, images, classes), loader.remedy())
     world.rank_zero_only(lambda: describe(run, folder) if folder else None)
@@ -127,6 +134,36 @@ def _loop(
         stop = not _evaluate(run, train_log, test, signals)
     if stop:
         raise Preempted(f"stopped by a signal at step {run.step}, before another was taken: nothing to save")
+    try:
+        _steps(run, loader, train_log, test, signals, saver)
+    except DataError as error:
+        if loader.bad.failed:
+            raise
+        # raised on all processes: what was learned is kept
+        where = world.rank_zero_only(partial(_save_first, run, saver, folder))
+        raise DataError(f"{error}{world.broadcast(where)}") from None
+
+
+def _save_first(run: Run, saver: Saver, folder: RunFolder | None) -> str:
+    """Saves before a run ends for want of images, unless its last steps were skipped; says where."""
+    if not run.step or run.counters.in_a_row():
+        return ""
+    try:
+        save(run, saver, folder.attempt if folder else 0, must=True)
+    except (StorageError, NonFiniteError) as error:
+        return f"; not saved: {error}"
+    return f"; step {run.step} is saved in {run.cfg.out}"
+
+
+def _steps(
+    run: Run,
+    loader: TrainLoader,
+    train_log: TrainLog,
+    test: ImageSource | None,
+    signals: Signals,
+    saver: Saver,
+) -> None:
+    folder, world, postponed = train_log.folder, run.world, False
     fed = batches(run, loader)
     while not run.last:
         stats = _step(run, fed)

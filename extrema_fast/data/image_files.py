@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import re
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 
+from .. import rng
 from ..config import DataConfig
 from ..errors import DataError
+from ..files import check_plain, open_plain
 from .image_source import ImageSource
 from .pixels import Range, to_8_bit
 
@@ -25,6 +33,21 @@ _READERS = 8
 # bytes at the end of a JPEG file searched for its end marker: some cameras and tools append to it
 _TAIL = 4096
 _LACKING = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+# errors of disks and networks that may have passed a moment later, and how long to wait before trying again
+_PASSING = frozenset(
+    getattr(errno, name)
+    for name in ("EIO", "EAGAIN", "EINTR", "ESTALE", "ETIMEDOUT", "ECONNRESET", "ENETDOWN", "ENETUNREACH")
+    + ("EHOSTDOWN", "EHOSTUNREACH", "EREMOTEIO", "EBUSY")
+    if hasattr(errno, name)
+)
+_WAITS_S = (0.05, 0.5)
+# rows whose bytes are hashed at a run's start; no epoch of training has this number
+_SAMPLED, _SAMPLE_EPOCH = 64, 2**32 - 2
+T = TypeVar("T")
+
+
+class ReadError(DataError):
+    """A file that cannot be opened or read, which may be no property of the file."""
 
 
 class Headers(NamedTuple):
@@ -54,6 +77,8 @@ class ImageFiles:
             if cfg.exif:
                 rotated = source.headers[:, 2] >= 5
                 self.sizes[rotated] = self.sizes[rotated, ::-1]
+        # [n] whether a row's file is known to be a plain one; DALI would wait for a named pipe
+        self._plain = np.zeros(len(source), bool)
         self._readers: ThreadPoolExecutor | None = None
 
         from PIL import Image
@@ -67,14 +92,18 @@ class ImageFiles:
         failed: dict[int, DataError] = {}
         with_bytes = with_bytes and self.as_bytes
         data: list[np.ndarray] | None = [np.empty(0, np.uint8)] * len(rows) if with_bytes else None
-        todo = range(len(rows)) if with_bytes else np.flatnonzero(self.sizes[rows, 0] == 0).tolist()
+        known = self._plain[rows] & (self.sizes[rows, 0] > 0)
+        todo = range(len(rows)) if with_bytes else np.flatnonzero(~known).tolist()
 
         def read(places: list[int]) -> None:
             for place in places:
                 row, content = int(rows[place]), b""
                 try:
-                    if self.as_bytes:
+                    if self.as_bytes and (data is not None or not self.sizes[row, 0]):
                         content = self.read(row)
+                    elif not self._plain[row]:
+                        self._try(row, partial(check_plain, self.source.paths[row]))
+                    self._plain[row] = True
                     if data is not None:
                         data[place] = np.frombuffer(content, np.uint8)
                     if not self.sizes[row, 0]:
@@ -93,22 +122,30 @@ class ImageFiles:
         return Headers(sizes, data, failed)
 
     def read(self, row: int) -> bytes:
-        """Reads the bytes of a row's image; DataError when they cannot be read."""
-        try:
-            return self.source.read(row)
-        except OSError as e:
-            _raise_if_lacking(e)
-            raise self.error(row, e.strerror or e) from e
+        """Reads the bytes of a row's image; ReadError when they cannot be read."""
+        return self._try(row, lambda: self.source.read(row))
+
+    def _try(self, row: int, function: Callable[[], T]) -> T:
+        """`function()`, again where an error of a disk or network may have passed; the last one is a DataError."""
+        for wait in (*_WAITS_S, None):
+            try:
+                return function()
+            # a broken file makes PIL raise nearly anything: OSError, SyntaxError, ValueError, struct.error
+            except Exception as e:
+                _raise_if_lacking(e)
+                if wait is None or getattr(e, "errno", None) not in _PASSING:
+                    raise self.error(row, e) from e
+            time.sleep(wait)
+        raise AssertionError
 
     def rgb(self, row: int, data: np.ndarray | None, box: tuple[int, int, int, int] | None = None) -> Any:
         """Decodes an image, or the box (left, top, right, bottom) of it, as `load_rgb` does; DataError names it."""
-        try:
+
+        def load() -> Any:
             file = self.source.paths[row] if data is None else io.BytesIO(data.data)
             return load_rgb(file, self.exif, box, self.value_range)
-        # a broken file makes PIL raise nearly anything: OSError, SyntaxError, ValueError, struct.error
-        except Exception as e:
-            _raise_if_lacking(e)
-            raise self.error(row, e) from e
+
+        return self._try(row, load)
 
     def error(self, row: int, reason: object) -> DataError:
         """The error for a row that is no image, or a damaged one."""
@@ -126,7 +163,20 @@ class ImageFiles:
             size = f"{file_size if span < 0 else span} bytes"
         except OSError:
             size = "gone"
-        return DataError(f"{name}: cannot be decoded ({text}; {size})")
+        # errors of the system have a number, those of decoders none
+        kind = ReadError if isinstance(reason, OSError) and reason.errno else DataError
+        return kind(f"{name}: cannot be decoded ({text}; {size})")
+
+    def why_unusable(self, row: int) -> DataError | None:
+        """What decoding a row's image says; its header is read first, and no file whole that has none."""
+        failed = self.read_headers(np.array([row]), with_bytes=False).failed
+        if failed:
+            return failed[0]
+        try:
+            self.rgb(row, np.frombuffer(self.read(row), np.uint8) if self.as_bytes else None)
+        except DataError as error:
+            return error
+        return None
 
     def close(self) -> None:
         """Ends the threads; the next use starts them again."""
@@ -137,9 +187,9 @@ class ImageFiles:
     def _header(self, row: int, data: bytes) -> tuple[int, int]:
         from PIL import Image
 
-        try:
+        def read() -> tuple[int, int]:
             with (
-                io.BytesIO(data) if self.as_bytes else open(self.source.paths[row], "rb") as f,
+                io.BytesIO(data) if self.as_bytes else open_plain(self.source.paths[row]) as f,
                 Image.open(f) as im,
             ):
                 w, h = im.size
@@ -148,16 +198,49 @@ class ImageFiles:
                 if w * h <= self.max_pixels and im.format in ("JPEG", "MPO") and not _has_end(f):
                     # whether DALI notices depends on the crop; found now, it is the same in every epoch
                     im.load()
-        except Image.DecompressionBombError as e:
+            return h, w
+
+        try:
+            return self._try(row, read)
+        except DataError as e:
+            if not isinstance(e.__cause__, Image.DecompressionBombError):
+                raise
             # the first number in its words
-            raise self._too_large(row, next(iter(re.findall(r"\d+", str(e))), "its")) from None
-        except Exception as e:
-            _raise_if_lacking(e)
-            raise self.error(row, e) from e
-        return h, w
+            raise self._too_large(row, next(iter(re.findall(r"\d+", str(e.__cause__))), "its")) from None
 
     def _too_large(self, row: int, size: str) -> DataError:
         return self.error(row, f"{size} pixels are more than data.max_pixels {self.max_pixels}")
+
+
+def hash_sample(files: ImageFiles) -> dict[str, str]:
+    """Row -> beginning of the sha256 of its bytes, for up to 64 rows, always the same of a set; no unreadable ones.
+
+    Names and sizes of all images do not show that some were replaced in place by others of the same size.
+    """
+    source = files.source
+    drawn = rng.words(torch.arange(_SAMPLED), 1, seed=0, epoch=_SAMPLE_EPOCH, stream=rng.SUBSTITUTE)[
+        :, 0
+    ] % len(source)
+    rows = sorted(set(drawn.tolist()))
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="hash") as pool:
+        hashes = pool.map(lambda row: _hash(files, row), rows)
+        return {str(row): value for row, value in zip(rows, hashes, strict=True) if value}
+
+
+def replaced(files: ImageFiles, before: dict[str, str]) -> list[int]:
+    """Rows whose bytes are others than those of `hash_sample` before; damaged files are not among them."""
+    rows = {
+        int(row): value for row, value in before.items() if row.isdecimal() and int(row) < len(files.source)
+    }
+    other = [row for row, value in rows.items() if _hash(files, row) not in ("", value)]
+    return [row for row in other if files.why_unusable(row) is None]
+
+
+def _hash(files: ImageFiles, row: int) -> str:
+    try:
+        return hashlib.sha256(files.read(row)).hexdigest()[:16]
+    except DataError:
+        return ""
 
 
 def _raise_if_lacking(error: Exception) -> None:
@@ -186,7 +269,10 @@ def load_rgb(
     """An image file as an 8-bit RGB PIL image, cut to (left, top, right, bottom); deep ones as of `to_8_bit`."""
     from PIL import Image, ImageOps
 
-    with Image.open(file) as opened:
+    with (
+        open_plain(file) if isinstance(file, str) else nullcontext(file) as source,
+        Image.open(source) as opened,
+    ):
         opened.load()
         # before the cut: what is black and white belongs to the image
         eight = to_8_bit(opened, value_range, file if isinstance(file, str) else "")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..config import did_you_mean
 from ..errors import DataError, UsageError
+from ..files import check_size, open_plain
 
 log = logging.getLogger(__name__)
 
@@ -72,15 +73,16 @@ class ImageSource:
     def read(self, row: int) -> bytes:
         """Reads the bytes of a row's image; OSError when the file is gone or ends too early."""
         offset, length = (0, -1) if self.spans is None else self.spans[row].tolist()
-        with open(self.paths[row], "rb", buffering=0) as f:
+        path = self.paths[row]
+        with open_plain(path) as f:
+            size = os.fstat(f.fileno()).st_size
+            check_size(size if length < 0 else length, path)
             if length < 0:
                 return f.read()
+            if offset + length > size:
+                raise OSError(f"{path} ends after {size} bytes, not {offset + length}")
             f.seek(offset)
-            data = f.read(length)
-            size = os.fstat(f.fileno()).st_size
-        if len(data) != length:
-            raise OSError(f"{self.paths[row]} ends after {size} bytes, not {offset + length}")
-        return data
+            return f.read(length)
 
 
 def number_classes(names: Sequence[str]) -> tuple[Tensor, list[str]]:

@@ -122,7 +122,7 @@ class _Loader(ABC):
         resident: Place = "off",
     ) -> None:
         self._files, self.bad, self.resident = ImageFiles(source, cfg), bad, resident
-        self.kind = loader_for(source, cfg)
+        self.kind, self._world = loader_for(source, cfg), 1
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._settings = Settings(
@@ -155,7 +155,8 @@ class _Loader(ABC):
         if self.bad is None:
             raise DataError(f"{failed[min(failed)]}; {REMEDY}")
         for place, error in sorted(failed.items()):
-            self.bad.add(int(rows[place]), str(error))
+            # of several processes none stops alone: `agree` does, after a step with images
+            self.bad.add(int(rows[place]), error, check=self._world == 1)
 
     def _open_decoder(self) -> PilDecoder | DaliDecoder | HeldDecoder:
         if self.resident == "off":
@@ -256,11 +257,15 @@ class TrainLoader(_Loader):
         self.steps_per_epoch = self._order.steps
         self._seed, self._cfg, self._first = seed, cfg, rank * size
         self._step, self._world, self._failure = start_step, world, ""
+        self._epoch = start_step // self._order.steps
         self._error: Exception | None = None
         self._batches = self._decoded(itertools.count(start_step))
 
     def _rows(self, step: int) -> np.ndarray:
-        _, batch = self._order(step)
+        epoch, batch = self._order(step)
+        if epoch != self._epoch and self.resident == "off":
+            self._epoch = epoch
+            self.bad.try_again(self._files)
         rows = batch[self._first : self._first + self._settings.batch].copy()
         for place in np.flatnonzero(self.bad.known[rows]).tolist():
             candidates = self._order.substitutes(step, self._first + place)

@@ -7,6 +7,7 @@ columns, all others one image each.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError, StorageError, UsageError
-from ..files import new_file
+from ..files import new_file, open_plain
 from .image_source import ImageSource
 from .pixels import USUAL, Range, natural_range
 
@@ -194,7 +195,7 @@ def write_lines(path: str | os.PathLike[str], head: str, lines: Iterable[str]) -
 def is_manifest(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins like a manifest; False for what cannot be read."""
     try:
-        with open(path, "rb") as f:
+        with open_plain(path) as f:
             return f.read(len(MAGIC)) == MAGIC.encode()
     except OSError:
         return False
@@ -208,7 +209,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """
     name = str(path)
     try:
-        with open(path, encoding="utf-8", newline="\n") as f:
+        with open_plain(path) as plain, io.TextIOWrapper(plain, "utf-8", newline="\n") as f:
             header = parse_header(f.readline(), f.readline(), name)
             root, classes = header.pop("root"), header.pop("classes")
             chunks = list(_read_rows(f, name, classes))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, UsageError
-from ..files import write_file
+from ..files import check_plain, open_plain, read_text, write_file
 from .image_source import ImageSource, number_classes, warn_of_empty
 from .manifest import unescape
 from .photos import cache_root
@@ -116,10 +116,10 @@ def scan(path: str) -> list[Member]:
     """
     found: list[Member] = []
     left_out: list[str] = []
-    if not os.path.getsize(path):
+    if not check_plain(path).st_size:
         raise DataError(f"{path}: an empty file (0 bytes), not a tar; write it again, or remove it")
     try:
-        with tarfile.open(path, "r:", errors="surrogateescape") as tar:
+        with open_plain(path) as f, tarfile.open(path, "r:", f, errors="surrogateescape") as tar:
             while (m := tar.next()) is not None:
                 # it keeps every member otherwise
                 tar.members.clear()  # type: ignore[attr-defined]
@@ -137,7 +137,7 @@ def scan(path: str) -> list[Member]:
     except (tarfile.TarError, ValueError, EOFError, RecursionError, ArithmeticError) as e:
         raise _damaged(path, str(e), found) from e
     # tarfile takes a damaged header for the end
-    with open(path, "rb") as f:
+    with open_plain(path) as f:
         f.seek(end)
         block = f.read(BLOCK)
     if not block:
@@ -154,7 +154,7 @@ def scan(path: str) -> list[Member]:
 
 
 def _damaged(path: str, reason: str, found: list[Member]) -> DataError:
-    with open(path, "rb") as f:
+    with open_plain(path) as f:
         head = f.read(8)
     for magic, command in _COMPRESSED.items():
         if head.startswith(magic):
@@ -203,7 +203,7 @@ def parse_index(text: str) -> list[Member]:
 
 def _is_index(place: Path) -> bool:
     try:
-        with open(place, "rb") as f:
+        with open_plain(place) as f:
             return not place.is_symlink() and f.read(len(VERSION)) == VERSION.encode()
     except OSError:
         return False
@@ -215,7 +215,7 @@ def _from_index(path: str, index: Path) -> list[Member] | None:
         if index.stat().st_mtime_ns < os.stat(path).st_mtime_ns:
             log.info("%s: older than its tar, not used", index)
             return None
-        found = parse_index(index.read_text(encoding="utf-8", errors="surrogateescape"))
+        found = parse_index(read_text(index, errors="surrogateescape"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:
@@ -231,7 +231,7 @@ def _from_index(path: str, index: Path) -> list[Member] | None:
 def _mismatch(path: str, found: list[Member]) -> str:
     """Evidence that an index is not of this tar, from a few headers; empty: none."""
     last = max(found, key=lambda m: m.offset, default=Member("", 0, 0))
-    with open(path, "rb") as f:
+    with open_plain(path) as f:
         for m in {*found[:: max(1, len(found) // _CHECKED)], *found[-1:]}:
             info = _header_at(f, m.offset - BLOCK)
             if info is None or not info.isreg() or info.size != m.size:
@@ -265,7 +265,7 @@ def is_tar(path: str | os.PathLike[str]) -> bool:
     if str(path).lower().endswith(".tar"):
         return True
     try:
-        with open(path, "rb") as f:
+        with open_plain(path) as f:
             return f.read(262)[257:] == b"ustar"
     except OSError:
         return False
@@ -354,7 +354,7 @@ def _samples(path: str, found: list[Member], extensions: tuple[str, ...]) -> lis
 def _open_shard(path: str, extensions: tuple[str, ...]) -> _Shard:
     try:
         samples = _samples(path, members(path), extensions)
-        with open(path, "rb") as f:
+        with open_plain(path) as f:
             labels = [s.label and _label(f.fileno(), s.label) for s in samples]
             return _Shard(path, os.fstat(f.fileno()).st_size, samples, labels)
     except OSError as e:
@@ -448,7 +448,7 @@ def _name_classes(path: str, labels: Tensor, classes: list[str]) -> tuple[Tensor
     if not listing.is_file() or not all(c.isdecimal() for c in classes):
         return labels, classes
     try:
-        names = [unescape(line) for line in listing.read_text(encoding="utf-8").splitlines()]
+        names = [unescape(line) for line in read_text(listing).splitlines()]
         if int(classes[-1]) >= len(names) or len(set(names)) < len(names):
             raise ValueError(f"{len(set(names))} different names do not name the classes up to {classes[-1]}")
     except (OSError, ValueError) as e:

@@ -28,6 +28,7 @@ from torch import Tensor
 from .. import rng
 from ..config import did_you_mean, parse_toml
 from ..errors import UsageError, counted
+from ..files import check_plain, read_text
 from .image_source import ImageSource, match_classes, number_classes, subset, warn_of_empty
 from .manifest import is_manifest, manifest_source
 from .photos import write_photos, write_synthetic
@@ -138,6 +139,12 @@ def _from_tars(
 
 
 def _why_not_found(path: Path) -> str:
+    try:
+        check_plain(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as e:
+        return f"cannot be read ({getattr(e, 'strerror', None) or e})"
     parent = next((p for p in path.parents if p.is_dir()), path.parent)
     if parent != path.parent:
         return f"does not exist ({path.parent} neither{'' if str(parent) == '.' else f'; {parent} does'})"
@@ -269,7 +276,7 @@ def _from_list(name: str, path: Path, check: bool) -> ImageSource:
         raise UsageError(f"{name}: is one image; expected {_EXPECTED}")
     try:
         # not splitlines(), which also splits at characters that a file name may contain
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_text(path, "utf-8-sig").split("\n")
     except UnicodeDecodeError as e:
         archive = "a compressed archive: unpack it first, or decompress it to a .tar"
         what = archive if path.suffix in _ARCHIVES else "not a text file"
@@ -438,7 +445,7 @@ def _mixture(name: str, path: Path, split: str, check: bool) -> ImageSource:
 def _read_mixture(name: str, path: Path) -> list[_Entry]:
     example = 'a mixture has an entry such as [[source]] path = "folder" passes = 1.0 for each source'
     try:
-        table = parse_toml(path.read_text(encoding="utf-8-sig"))
+        table = parse_toml(read_text(path, "utf-8-sig"))
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"{name}: cannot be read ({getattr(e, 'strerror', None) or e})") from e
     except ValueError as e:

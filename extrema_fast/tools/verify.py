@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import stat
 import tempfile
 import threading
 import warnings
@@ -25,9 +24,7 @@ from typing import NamedTuple
 
 from ..data.pixels import extremes, is_deep
 from ..errors import ExtremaError, UsageError
-
-# a file is held in memory as a whole; no image within the pixel limit comes near it
-MAX_BYTES = 1 << 31
+from ..files import check_size, open_plain
 
 READ = ("jpeg", "png", "bmp", "webp", "tiff", "pnm")
 _MAGIC = [
@@ -298,25 +295,20 @@ def _check_file(path: str, offset: int, length: int) -> Verdict:
         data, mtime_ns = _read(path, offset, length)
     # ValueError: a name with a zero byte
     except (OSError, ValueError) as e:
-        why = "gone" if isinstance(e, FileNotFoundError) else getattr(e, "strerror", None) or e
-        return Verdict(status=f"cannot be read: {why}")
+        why = "gone" if isinstance(e, FileNotFoundError) else getattr(e, "strerror", None) or str(e)
+        # of what is no file, a manifest does not say what it is
+        return Verdict(status=f"cannot be read: {why.partition(', but')[0]}")
     return check(data, _decoder.decode, _decoder.max_pixels)._replace(mtime_ns=mtime_ns)
 
 
 def _read(path: str, offset: int, length: int) -> tuple[bytes, int]:
     """The bytes of a file (or `length` of them from `offset` on, unless it is -1) and its mtime in ns."""
-    # a named pipe would wait for a writer
-    f = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(f, "rb", buffering=0) as file:
-        about = os.fstat(f)
-        if not stat.S_ISREG(about.st_mode):
-            raise OSError("not a plain file")
-        size = about.st_size if length < 0 else length
-        if size > MAX_BYTES:
-            raise OSError(f"{size} bytes are no image")
+    with open_plain(path) as file:
+        about = os.fstat(file.fileno())
+        check_size(about.st_size if length < 0 else length, path)
         if length >= 0:
             file.seek(offset)
-        data = file.read(size) if length >= 0 else file.read()
+        data = file.read(length) if length >= 0 else file.read()
     if length >= 0 and len(data) != length:
         raise OSError(f"the shard ends after {offset + len(data)} bytes, not {offset + length}")
     return data, about.st_mtime_ns

@@ -349,7 +349,7 @@ def check_same(
         old: recorded configuration.
         allow: accept differences; other shapes are never accepted.
         known: number, shards and fingerprint of the recorded images, as far as known.
-        images: the same of the images now; empty: not compared.
+        images: the same of the images now, and names of those `replaced` in place; empty: not compared.
 
     Raises:
         UsageError: names every difference and the remedies.
@@ -366,6 +366,12 @@ def check_same(
         counts = [k for k in ("images", "shards") if known.get(k, images[k]) != images[k]]
         changes += [f"{k}: {known[k]} -> {images[k]}" for k in counts]
         remedy = f"the images as they were (their names, sizes in bytes and labels count), {remedy}"
+    elif names := images.get("replaced"):
+        count = len(known.get("sample", ()))
+        changes.append(
+            f"other bytes of the same size in {len(names)} of the {count} images compared, first {names[0]}"
+        )
+        remedy = f"the images as they were, {remedy}"
     if changes and (shapes or not allow):
         raise UsageError(f"--out {cfg.out}: holds a run with {what} ({'; '.join(changes)}); use {remedy}")
     return changes

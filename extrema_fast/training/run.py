@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..config import PRESETS, Config, SystemConfig, config_hash, preset, to_dict
 from ..data.bad_images import BadRows
-from ..data.image_files import ImageFiles
+from ..data.image_files import ImageFiles, hash_sample, replaced
 from ..data.loader import TrainLoader, processes_here
 from ..data.order import epoch_length
 from ..data.resident import Place, choose_place
@@ -90,6 +90,14 @@ class Run:
     def last(self) -> bool:
         """True when all steps have been taken."""
         return self.step >= self.schedule.total_steps
+
+    @cached_property
+    def images(self) -> dict[str, Any]:
+        """What must stay the same about the images: how many, in how many shards, which; the bytes of a few."""
+        source, files = self.source, ImageFiles(self.source, self.cfg.data)
+        shards = 0 if source.shards is None else len(set(source.shards.tolist()))
+        known = {"images": len(source), "shards": shards, "fingerprint": source.fingerprint}
+        return known | {"sample": hash_sample(files)}
 
     def _ends_epochs(self, epochs: int) -> bool:
         return epochs > 0 and self.step % (epochs * self.schedule.steps_per_epoch) == 0
@@ -349,18 +357,18 @@ def _find_checkpoint(run: Run, allow: bool) -> Checkpoint | None:
     config = found.state["config"] if found else read_json(out / "config.json", {})
     known = found.state if found else read_json(out / "env.json", {})
     if config:
-        for change in check_same(run.cfg, config, allow, known, data_set(run.source)):
+        files, sample = ImageFiles(run.source, run.cfg.data), known.get("sample", {})
+        now = run.images
+        # of another set no row is the same
+        same = known.get("fingerprint") == now["fingerprint"]
+        changed = [run.source.title(row) for row in (replaced(files, sample) if same else [])]
+        for change in check_same(run.cfg, config, allow, known, now | {"replaced": changed}):
             log.warning("--allow-config-change: %s", change)
+        files.close()
     return found
 
 
 # ---- recording --------------------------------------------------------------------------------------
-
-
-def data_set(source: ImageSource) -> dict[str, Any]:
-    """What must stay the same about the images of a run: how many, in how many shards, and which."""
-    shards = 0 if source.shards is None else len(set(source.shards.tolist()))
-    return {"images": len(source), "shards": shards, "fingerprint": source.fingerprint}
 
 
 def describe(run: Run, folder: RunFolder) -> None:
@@ -384,7 +392,7 @@ def describe(run: Run, folder: RunFolder) -> None:
         "precision": run.resolved.precision,
         "resolved": asdict(run.resolved),
         "config_hash": config_hash(run.cfg),
-        **data_set(run.source),
+        **run.images,
     }
     folder.write_json("config.json", to_dict(run.cfg))
     folder.write_json("env.json", env)
@@ -404,7 +412,7 @@ def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:
         "ema_ahead": not run.last,
         "config": to_dict(run.cfg),
         "config_hash": config_hash(run.cfg),
-        **data_set(run.source),
+        **run.images,
         "optimizer": type(run.optimizer).__name__,
         "world_size": run.world.size,
         "versions": versions(),
