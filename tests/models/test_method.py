@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from extrema_fast.kernels.patch_gather import gather_patches
 
 from extrema_fast import config as c
 from extrema_fast.models.drop_path import drop_path_scale
@@ -38,6 +39,21 @@ def apart(method: ExtreMA) -> ExtreMA:
         for p in method.student_branch.parameters():
             p.add_(torch.randn_like(p) * 0.05)
     return method
+
+
+@pytest.mark.parametrize("loss", ["byol", "infonce"])
+def test_patches_in_place_of_images_give_the_same_bits(loss):
+    cfg = tiny(loss)
+    method, (a, t, keep) = apart(ExtreMA(cfg)), batch(cfg)
+    patches = gather_patches(a, keep, 8), gather_patches(t, None, 8)
+    results = []
+    for student, teacher in ((a, t), patches):
+        method.zero_grad()
+        out = method(student, teacher, keep)
+        out.loss.backward()
+        grads = [p.grad.clone() for _, p in method.student_parameters() if p.grad is not None]
+        results.append((out.loss, out.prediction, out.target, *grads))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 # ---- heads ----------------------------------------------------------------------------------------
