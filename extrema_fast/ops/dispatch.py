@@ -32,7 +32,7 @@ from ..config import did_you_mean
 from ..errors import UsageError, is_out_of_memory, one_line
 from ..kernels import can_run
 from ..kernels._launch import compiler_missing
-from ..kernels._spec import Sizes
+from ..kernels._spec import Sizes, spec
 from ..kernels.adamw_ema import AdamWEma
 from ..kernels.attention_pool import PoolWeights, attention_pool_absorbed, attention_pool_reference
 from ..kernels.attention_pool import attention_pool as attention_pool_triton
@@ -320,14 +320,16 @@ def problems(
     found = []
     for label, setting in zip(("student", "teacher"), attention, strict=True):
         if _requested("attention", setting)[0] == "auto":
-            p = measure.Problem("attention", label, "", (), sizes, dtype, compiled)
+            p = measure.Problem("attention", label, "", (), sizes, dtype)
             able = backends.candidates(device, DTYPES[dtype], *p.shape)
             found.append(replace(p, default=able[0], candidates=able))
     for op, names in GPU_RULE.items():
         able = tuple(n for n in names if not unsupported(op, n, device))
         if able and op not in unused and _requested(op)[0] == "auto" and measure.has_cases(op):
-            found.append(measure.Problem(op, "", able[0], able, sizes, dtype, compiled))
-    return found
+            in_block = compiled and spec(op).in_block
+            found.append(measure.Problem(op, "", able[0], able, sizes, dtype, in_block))
+    # what takes long to compile comes last: time may run out
+    return sorted(found, key=lambda p: p.compiled)
 
 
 def use(problems: list[measure.Problem], choices: measure.Choices) -> None:

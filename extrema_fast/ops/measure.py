@@ -65,7 +65,7 @@ class Problem:
     sizes: Sizes
     # bf16 | fp32
     dtype: str
-    # whether `train.compile` compiles what is around the op
+    # whether `train.compile` compiles the op with what is around it
     compiled: bool = False
 
     @property
@@ -419,7 +419,7 @@ def build(p: Problem, device: torch.device) -> list[Bench]:
             # the last resort of a rule has no case
             provided = {"triton" if n == "ours" else n: f for n, f in case.providers.items()}
             run_as = {n: provided[n] for n in p.candidates if n in provided}
-        if p.compiled and s.in_block:
+        if p.compiled:
             run_as = {n: torch.compile(f, fullgraph=True, dynamic=False) for n, f in run_as.items()}
         benches.append(Bench(case, dtype, run_as))
     return benches

@@ -371,6 +371,9 @@ def test_what_there_is_to_choose():
     assert not {"color_views", "adamw_ema"} & {p.op for p in problems(unused={"color_views", "adamw_ema"})}
     for p in problems():
         assert p.default == p.candidates[0] and not {"math", "xformers"} & set(p.candidates)
+    # what takes long to compile comes last
+    compiled = [p.compiled for p in ops.problems(CPU, SIZES, "fp32", compiled=True)]
+    assert compiled == sorted(compiled) and any(compiled) and not all(compiled)
     # what is asked for by name is not measured
     assert "attention student" not in {p.name for p in problems(attention=("sdpa", "auto"))}
     ops.set_backend("attention_pool=absorbed,patch_gather=fixed")
