@@ -117,6 +117,8 @@ def resize(pixels: Tensor, crops: Tensor, height: int, width: int) -> Tensor:
     options = _launch.settings(
         "crop_resize", f"h{height}|w{width}", pixels.device, {"num_warps": 4, "num_stages": 1}
     )
+    # fp64 weights rounded as on a CPU, so that the integers are the same
+    options |= {"enable_fp_fusion": False}
     options |= {
         "HEIGHT": height,
         "WIDTH": width,

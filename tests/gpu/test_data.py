@@ -3,7 +3,8 @@
 Covers: the buffers of prefetch are not read or overwritten too early, with either stream far behind; the CPU does not
 wait; the measured waiting; steps are the same with and without prefetching, plain and recorded; pinned batches; DALI
 decoding on the GPU against the CPU, every policy, hardware load 0 and default; unreadable images there: all other
-samples undisturbed, each kind of broken file, restarts; a loader whose consumer is far behind.
+samples undisturbed, each kind of broken file, restarts; a loader whose consumer is far behind; images on the GPU
+already, and images held decoded, by the GPU and by the CPU.
 """
 
 from __future__ import annotations
@@ -157,7 +158,27 @@ def test_prefetched_batches_give_the_same_steps(change):
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-# ---- DALI on the GPU ----------------------------------------------------------------------------------
+@pytest.mark.values
+def test_images_on_the_gpu_are_taken_as_they_are():
+    """Their memory is not given to a later batch while a step that is far behind still reads it."""
+    device = torch.device("cuda", 0)
+
+    def made():
+        for batch in random_batches(9):
+            images = batch.images.to(device) + 0
+            made_at.append(images.data_ptr())
+            yield batch._replace(images=images)
+
+    sums, places, made_at = [], [], []
+    for batch in prefetch(made(), lambda *args: [], device):
+        torch.cuda._sleep(LONG)
+        sums.append(batch.images.long().sum())
+        places.append(batch.images.data_ptr())
+        del batch
+    torch.cuda.synchronize()
+    assert [int(s) for s in sums] == [int(b.images.long().sum()) for b in random_batches(9)]
+    # no copy of them was made
+    assert places == made_at
 
 
 @pytest.fixture
@@ -170,6 +191,50 @@ def images(tmp_path) -> Path:
         suffix = "jpg" if i % 2 else "png"
         image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{i:02d}.{suffix}", quality=95)
     return tmp_path
+
+
+# ---- images held decoded --------------------------------------------------------------------------
+
+
+def held_batches(source, place, count=6, policy="spatial"):
+    cfg = DataConfig(loader="pil", threads=2, policy=policy)
+    device = "cpu" if place == "off" else "cuda"
+    with TrainLoader(
+        source, cfg, SIZE, batch_size=5, seed=3, device=device, pinned=place != "off", resident=place
+    ) as loader:
+        return [b._replace(images=b.images.cpu()) for b in itertools.islice(loader, count)]
+
+
+@pytest.mark.values
+@pytest.mark.parametrize("policy", ["spatial", "centercrop"])
+@pytest.mark.parametrize("place", ["gpu", "host"])
+def test_held_images_give_the_crops_of_the_pil_loader(images, place, policy):
+    source = open_source(str(images))
+    for a, b in zip(
+        held_batches(source, place, policy=policy), held_batches(source, "off", policy=policy), strict=True
+    ):
+        assert torch.equal(a.index, b.index) and a.images.shape == b.images.shape
+        # Pillow 13 resizes the height first where it is reduced more, and rounds in between
+        assert (a.images.int() - b.images.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("place", ["gpu", "host"])
+def test_held_images_are_cropped_without_a_wait(images, place):
+    cfg = DataConfig(loader="pil", threads=2)
+    source = open_source(str(images))
+    with TrainLoader(
+        source, cfg, SIZE, batch_size=5, seed=3, device="cuda", pinned=True, resident=place
+    ) as loader:
+        next(loader)
+        torch.cuda.synchronize()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            assert next(loader).images.is_cuda
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- DALI on the GPU ----------------------------------------------------------------------------------
 
 
 def batches(source, count, device="cuda", **kw):
