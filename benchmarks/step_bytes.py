@@ -19,6 +19,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from extrema_fast.config import Config
 from extrema_fast.errors import UsageError
 from extrema_fast.ops import scope
 from extrema_fast.training.draw import draw
@@ -28,6 +29,7 @@ from . import harness
 from .harness import Record, columns
 from .processes import Turns, reset_peak
 from .step import MODELS, Job, Stepping, chosen, configuration, first_row, parse_mask
+from .traffic import traffic
 
 # steps that are counted
 COUNTED = 4
@@ -142,13 +144,21 @@ def main(argv: list[str]) -> int:
         if "cpu_samples_ms" in row:
             row["cpu_ms"] = float(np.median(row["cpu_samples_ms"]))
     share = f"{100 * args.mask[0]:g} % x {args.mask[1]}"
+    passes = moved(cfg) if "ours" in args.providers else {}
     what = f"launches, memory and bytes of a step, ViT-{args.model}/16, {share}, batch {args.batch}"
     record = harness.new_record(what, "step_bytes", argv, args.note, rows=list(rows.values()), not_run=unable)
+    record["traffic"] = passes
     # what was counted is the same on every machine
     record["machine"]["short"] = ""
     record |= conclusions(record)
     harness.write_record(record, page(record), args)
     return 1 if any("error" in row for row in rows.values()) else 0
+
+
+def moved(cfg: Config) -> dict[str, Any]:
+    """Returns the bytes of our trunk, and those without its fused passes (`traffic`)."""
+    plain = {"residual_norm": "reference", "mlp": "reference"}
+    return {"ours": traffic(cfg), "without fused passes": traffic(cfg, **plain)}
 
 
 def conclusions(record: Record) -> dict[str, Any]:
@@ -159,9 +169,10 @@ def conclusions(record: Record) -> dict[str, Any]:
     ours = rows["ours"]
     found = {"launches": ours["launches"] + ours["copies"], "draw_launches": ours["draw_launches"]}
     found |= {name: ours[name] for name in ("syncs", "peak_gib", "cpu_ms") if name in ours}
-    text = "{launches:.0f} launches and copies, {draw_launches:.0f} of them before the first patch".format(
+    found |= {name: record["traffic"]["ours"][name] for name in ("student_D", "teacher_D")}
+    text = "{launches:.0f} launches and copies, {draw_launches:.0f} of them before the first patch; ".format(
         **found
-    )
+    ) + "the trunk moves {student_D:.0f} D student and {teacher_D:.0f} D teacher".format(**found)
     return found | {"headline": text}
 
 
@@ -192,4 +203,14 @@ def page(record: Record) -> list[str]:
             else []
         )
         out += [columns(kernels, "kernel=kernel", "per step=launches:.4g")] if kernels else []
+    for name, found in record["traffic"].items():
+        out += [
+            f"## Bytes of the trunk, {name}: {found['student_D']} D student, {found['teacher_D']} D teacher",
+            columns(found["passes"], "network=network", "pass=op", "D=D:.3f", "calls per block=calls:.3g"),
+        ]
+    if record["traffic"]:
+        out.append(
+            "Outside matmuls and attention, per token and block; reading or writing one 16-bit activation is 2 D. "
+            "See benchmarks/traffic.py for what counts."
+        )
     return [*out, *harness.lost(record)]
