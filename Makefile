@@ -58,7 +58,7 @@ TRY_SEED ?= 1
 TRY_RECORD ?= faults.json
 
 test-faults: $(TEST_READY)  ## kills, signals, failing storage, forged files, links: TRIES= TRY_SEED= TRY_RECORD=
-	$(PYTEST) tests/faults --tries $(TRIES) --try-seed $(TRY_SEED) --try-record $(TRY_RECORD) $(PYTEST_ARGS)
+	$(PYTEST) tests/faults --timeout 3600 --tries $(TRIES) --try-seed $(TRY_SEED) --try-record $(TRY_RECORD) $(PYTEST_ARGS)
 
 test-gpu: $(TEST_READY)  ## only the tests that need a CUDA device
 	$(PYTEST) -m gpu $(PYTEST_ARGS)

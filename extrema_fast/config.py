@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import UsageError
+from .files import read_text
 
 log = logging.getLogger(__name__)
 
@@ -608,7 +609,7 @@ def load_config(path: str | Path, base: Config | None = None) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: cannot be read ({error})") from None
     is_json = path.suffix == ".json" or text.lstrip().startswith("{")

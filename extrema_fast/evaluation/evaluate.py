@@ -24,7 +24,7 @@ from ..config import Config, DataConfig, EvalConfig, from_dict
 from ..data.augment import normalize
 from ..data.sources import BUILT_IN, ImageSource, open_source, subset
 from ..errors import StorageError, UsageError
-from ..files import fits, read_json, write_file
+from ..files import fits, no_links, read_json, write_file
 from ..models.encoder import Encoder, build_encoder
 from ..models.masking import sample_views
 from ..ops import dispatch as ops
@@ -296,6 +296,7 @@ def evaluate(
     parts = json.dumps([FORMAT, settings, weights_hash(encoder), *images], sort_keys=True)
     key = hashlib.sha256(parts.encode()).hexdigest()[:16]
     if out is None and cfg is not None and len(set(metrics)) == 2:
+        no_links(path, ["reports"], str(path))
         out = path / "reports" / ("evaluation.json" if plain else f"evaluation-{key}.json")
         if not plain:
             log.info("other images or settings than the run's: the result goes to %s", out)

@@ -17,7 +17,7 @@ from ..config import Config, flatten
 from ..data.sources import open_source
 from ..errors import UsageError, cannot_import
 from ..evaluation.evaluate import CLS, MEAN, PIXELS, PRETRAINED, RANDOM, is_result, resolve_data, run_config
-from ..files import fits, read_json, write_file
+from ..files import fits, no_links, read_json, write_file
 from ..training.logging import duration, read_log
 from ..weights import load as convert
 from . import figures
@@ -50,6 +50,7 @@ def report(run_dir: str | Path, *, images: int = 8) -> Path:
     cfg = run_config(folder) if folder.is_dir() else None
     if cfg is None:
         raise UsageError(f"{run_dir}: not a run folder (no config.json of a run in it)")
+    no_links(folder, ["reports"], str(run_dir))
     train, evals, warnings = last_attempts(read_log(folder / "log.jsonl"))
     result = _read(folder / "reports" / "evaluation.json", is_result)
     status = _read(folder / "status.json", lambda d: fits(d, _STATUS))

@@ -18,10 +18,12 @@ from tests.training.conftest import final_hash, status
 
 # sends signals to this process when a function of a module is called for the n-th time
 SENDS = """
-import os, threading, time
+import os, signal, threading, time
 from extrema_fast import signals, train
 from extrema_fast.evaluation import evaluate
 from extrema_fast.training import checkpoint, run
+# as in a terminal, whatever started the tests (nohup)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signals.TOGETHER_S, signals.GRACE_S = 0.05, 0.3
 def send(module, name, passes, numbers, gap=0.0):
     original, calls = getattr(module, name), []
