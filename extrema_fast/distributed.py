@@ -295,7 +295,8 @@ def start(device: str) -> Iterator[World]:
         torch.cuda.set_device(where)
     ours = size > 1 and not dist.is_initialized()
     if ours:
-        backend, store, options = "gloo", _join(rank, size), {}
+        backend, store = "gloo", _join(rank, size)
+        options: dict[str, Any] = {}
         if where.type == "cuda":
             _check_gpus(store, rank, size, where)
             # flags and objects are on the CPU, and go by gloo without waiting for the GPU

@@ -149,12 +149,13 @@ def run_config(path: str | Path) -> Config | None:
         return None
     cfg = from_dict(data, recorded=True)
     started = read_json(path / "env.json", {}).get("cwd")
-    folders = [*([started] if isinstance(started, str) else []), *path.resolve().parents]
-    where = {name: _found(getattr(cfg.data, name), folders) for name in ("train", "test")}
-    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **where))
+    folders = [Path(started)] if isinstance(started, str) else []
+    folders += path.resolve().parents
+    train, test = _found(cfg.data.train, folders), _found(cfg.data.test, folders)
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, train=train, test=test))
 
 
-def _found(spec: str, folders: Sequence[str | Path]) -> str:
+def _found(spec: str, folders: Sequence[Path]) -> str:
     """`spec`, or where its relative path exists below one of the folders."""
     if (
         not spec
@@ -163,7 +164,7 @@ def _found(spec: str, folders: Sequence[str | Path]) -> str:
         or Path(spec).expanduser().is_absolute()
     ):
         return spec
-    return next((str(Path(f) / spec) for f in folders if (Path(f) / spec).exists()), spec)
+    return next((str(f / spec) for f in folders if (f / spec).exists()), spec)
 
 
 def resolve_data(cfg: Config | None, train: str | None, test: str | None) -> tuple[str, str]:

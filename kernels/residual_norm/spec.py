@@ -15,7 +15,7 @@ def variants() -> dict[str, Launch]:
     """The three uses in a trunk block (norm, branch and norm, branch) and u once more; other widths; fp32."""
     from . import kernel
 
-    found = {}
+    found: dict[str, Launch] = {}
     for dtype, width in (
         (torch.bfloat16, 768),
         (torch.bfloat16, 384),
@@ -25,7 +25,7 @@ def variants() -> dict[str, Launch]:
         name = f"{DTYPE_NAMES[dtype]} D{width}"
         x = meta(dtype, 5, 39, width)
         vector, scale, stats = meta(torch.float32, width), meta(torch.float32, 5), meta(torch.float32, 5, 39)
-        uses = {"branch+norm": (x, vector)}
+        uses: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = {"branch+norm": (x, vector)}
         if not found:
             uses |= {"norm": (None, vector), "branch": (x, None)}
             (found[f"again {name}"],) = launches(kernel.again, x, stats, stats, vector, vector, dtype)

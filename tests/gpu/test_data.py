@@ -169,7 +169,8 @@ def test_images_on_the_gpu_are_taken_as_they_are():
             made_at.append(images.data_ptr())
             yield batch._replace(images=images)
 
-    sums, places, made_at = [], [], []
+    sums, places = [], []
+    made_at: list = []
     for batch in prefetch(made(), lambda *args: [], device):
         torch.cuda._sleep(LONG)
         sums.append(batch.images.long().sum())
