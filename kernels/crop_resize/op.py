@@ -9,7 +9,9 @@ from .. import _launch
 from .reference import COLUMNS, crop_resize_reference
 
 
-@_launch.op("crop_resize(Tensor pixels, Tensor crops, int height, int width) -> Tensor", "resize")
+@_launch.op(
+    "crop_resize(Tensor pixels, Tensor crops, int height, int width) -> Tensor", "resize", opaque=True
+)
 def _crops(pixels, crops, height, width):
     return pixels.new_empty(crops.shape[0], height, width, 3)
 

@@ -22,6 +22,7 @@ from extrema_fast.config import DataConfig
 from extrema_fast.data.loader import Batch, TrainLoader
 from extrema_fast.data.prefetch import prefetch
 from extrema_fast.data.sources import open_source
+from extrema_fast.ops import dispatch as ops
 from extrema_fast.train import train_step
 from extrema_fast.training import step
 from extrema_fast.training.draw import draw as draw_batch
@@ -197,6 +198,12 @@ def images(tmp_path) -> Path:
 # ---- images held decoded --------------------------------------------------------------------------
 
 
+@pytest.fixture
+def chosen_ops():
+    """The ops of a run, whatever a test before has set."""
+    ops.set_backend("auto")
+
+
 def held_batches(source, place, count=6, policy="spatial"):
     cfg = DataConfig(loader="pil", threads=2, policy=policy)
     device = "cpu" if place == "off" else "cuda"
@@ -209,7 +216,7 @@ def held_batches(source, place, count=6, policy="spatial"):
 @pytest.mark.values
 @pytest.mark.parametrize("policy", ["spatial", "centercrop"])
 @pytest.mark.parametrize("place", ["gpu", "host"])
-def test_held_images_give_the_crops_of_the_pil_loader(images, place, policy):
+def test_held_images_give_the_crops_of_the_pil_loader(images, chosen_ops, place, policy):
     source = open_source(str(images))
     for a, b in zip(
         held_batches(source, place, policy=policy), held_batches(source, "off", policy=policy), strict=True
@@ -220,7 +227,7 @@ def test_held_images_give_the_crops_of_the_pil_loader(images, place, policy):
 
 
 @pytest.mark.parametrize("place", ["gpu", "host"])
-def test_held_images_are_cropped_without_a_wait(images, place):
+def test_held_images_are_cropped_without_a_wait(images, chosen_ops, place):
     cfg = DataConfig(loader="pil", threads=2)
     source = open_source(str(images))
     with TrainLoader(
