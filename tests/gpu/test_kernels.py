@@ -1,7 +1,8 @@
 """What only a GPU shows of the kernels: `make test-gpu`.
 
 Covers, for every op and case: bf16, fp16 and fp32 against the definition in fp64; bitwise repeatability; capture
-in a CUDA graph, replayed on new values, the optimizer's included; tensors of more than 2^31 elements.
+in a CUDA graph, replayed on new values, the optimizer's included; kernels that compiled code launches itself; tensors
+of more than 2^31 elements.
 """
 
 from __future__ import annotations
@@ -50,6 +51,22 @@ def test_capture(op):
     torch.cuda.synchronize()
     expected = tune.run_case(case, args, "ours")
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_kernels_that_compiled_code_launches_itself():
+    qkv = torch.randn(8, 39, 3, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.zeros(3 * 4 * 64, device="cuda", requires_grad=True)
+
+    def run(attention) -> list[torch.Tensor]:
+        out = attention(qkv, bias)
+        return [out.detach(), *torch.autograd.grad(out, (qkv, bias), torch.ones_like(out))]
+
+    plain = run(short_attention)
+    compiled = run(torch.compile(short_attention, fullgraph=True, dynamic=False))
+    for a, b in zip(plain[:2], compiled[:2], strict=True):
+        assert torch.equal(a, b)
+    # the order of the sum is the compiler's
+    torch.testing.assert_close(plain[2], compiled[2], rtol=1e-4, atol=1e-3)
 
 
 def test_capture_of_the_optimizer():
