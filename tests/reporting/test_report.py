@@ -304,6 +304,16 @@ def test_broken_images_take_no_others_out(images, cache, tmp_path):
     assert {"test-images", "nearest-neighbors"} <= set(page.ids) and "16 training images" in page.text
 
 
+def test_nothing_is_written_through_a_link(images, cache, tmp_path):
+    folder, foreign = fabricate(tmp_path / "run", config(images)), tmp_path / "foreign"
+    foreign.mkdir()
+    (folder / "reports").symlink_to(foreign)
+    for write in (lambda: report(folder, images=0), lambda: evals.evaluate(folder, device="cpu")):
+        with pytest.raises(UsageError, match="reports is a symbolic link"):
+            write()
+    assert list(foreign.iterdir()) == []
+
+
 def test_report_refuses_what_is_no_run(tmp_path):
     with pytest.raises(UsageError, match="not a run folder"):
         report(tmp_path)
