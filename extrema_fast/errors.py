@@ -109,7 +109,9 @@ def is_storage_error(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return True
     text = str(error)
-    return any(os.strerror(n) in text for n in _STORAGE) or "PytorchStreamWriter failed writing" in text
+    # safetensors; torch
+    known = "I/O error" in text or "PytorchStreamWriter failed writing" in text
+    return known or any(os.strerror(n) in text for n in _STORAGE)
 
 
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)

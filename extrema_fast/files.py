@@ -241,7 +241,11 @@ def new_folder(out: Path, check: Callable[[Path], None] = lambda out: None) -> I
         if os.path.lexists(out):
             os.rename(out, old)
         os.rename(new, out)
-        sync(out.parent)
+        try:
+            sync(out.parent)
+        except OSError as error:
+            # it is there and whole
+            log.warning("%s: written, but may not outlast a power failure (%s)", out, one_line(error))
     except Exception as error:
         # libraries have errors of their own for a full disk
         if is_storage_error(error):

@@ -7,6 +7,7 @@ without flock; JSON that is missing, damaged, no object, too deep, too large.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
 from extrema_fast import files
 from extrema_fast.errors import StorageError, UsageError
@@ -68,6 +70,28 @@ def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match="No space left"), new_folder(out):
         pass
     assert names(tmp_path) == ["d"] and names(out) == ["a"]
+
+
+def test_a_folder_that_is_there_counts(tmp_path, monkeypatch, caplog):
+    original = files.sync
+
+    def failing(path):
+        if path == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        original(path)
+
+    monkeypatch.setattr(files, "sync", failing)
+    with new_folder(tmp_path / "out") as new:
+        (new / "x").write_text("1")
+    assert (tmp_path / "out/x").read_text() == "1" and "power failure" in caplog.text
+
+
+def test_errors_of_libraries_are_of_the_storage(tmp_path):
+    with pytest.raises(StorageError, match="Permission denied"), new_folder(tmp_path / "out"):
+        raise SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)")
+    with pytest.raises(SafetensorError), new_folder(tmp_path / "out"):
+        raise SafetensorError("Error while deserializing header: invalid")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_killed_processes_left(tmp_path, dead_pid):
