@@ -153,17 +153,23 @@ def check(
     hint: str = "",
 ) -> None:
     """Checks one tensor argument; sizes given as text (`"D"`) may have any value and are only shown."""
-    wanted = f"{' | '.join(_name(d) for d in dtypes) + ' ' if dtypes else ''}[{', '.join(map(str, shape))}]"
-    hint = f"; {hint}" if hint else ""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor {wanted}, got {describe(x)}{hint}")
-    fits = x.dim() == len(shape) and all(
-        isinstance(w, str) or w == s for w, s in zip(shape, x.shape, strict=True)
+    kind = isinstance(x, Tensor)
+    fits = (
+        kind
+        and x.dim() == len(shape)
+        and all(isinstance(w, str) or w == s for w, s in zip(shape, x.shape, strict=True))
+        and (dtypes is None or x.dtype in dtypes)
     )
-    if not fits or (dtypes is not None and x.dtype not in dtypes):
-        raise ValueError(f"{name}: expected {wanted}, got {describe(x)}{hint}")
-    if like is not None and x.device != like.device:
+    if fits and (like is None or x.device == like.device):
+        return
+    # in words only now: compiled code with sizes that vary cannot print them
+    hint = f"; {hint}" if hint else ""
+    if fits and like is not None:
         raise ValueError(f"{name}: expected on {like.device} like the other arguments, got {x.device}{hint}")
+    wanted = f"{' | '.join(_name(d) for d in dtypes) + ' ' if dtypes else ''}[{', '.join(map(str, shape))}]"
+    if not kind:
+        raise TypeError(f"{name}: expected a tensor {wanted}, got {describe(x)}{hint}")
+    raise ValueError(f"{name}: expected {wanted}, got {describe(x)}{hint}")
 
 
 def check_keep(keep: Tensor, batch: int, num_tokens: int, like: Tensor, unique: str = "") -> Tensor:

@@ -225,6 +225,13 @@ def test_one_graph(op):
     assert_one_graph(lambda *args: f(*args).square().sum(), args)
 
 
+def test_one_graph_for_batches_that_vary():
+    compiled = torch.compile(kernels.short_attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows, heads in ((2, 2), (3, 3)):
+        qkv, bias = normal(rows, 5, 3, heads, 16), normal(48 * heads)
+        torch.testing.assert_close(compiled(qkv, bias), kernels.short_attention(qkv, bias))
+
+
 @GRADIENTS
 def test_layouts(op):
     f, (x, *rest) = example(op, torch.float32)
