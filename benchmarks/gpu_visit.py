@@ -2,17 +2,22 @@
 
 python -m benchmarks gpu_visit --out FOLDER [--minutes 9] [--only PART ...] [--list]
 
-The parts run one after another, correctness first, then the step, then the rest; each is its own process with a time
-limit. A part that fails or hangs costs its limit only. After every part FOLDER/summary.json and summary.md are written
-again; FOLDER/<part>/ holds its log, records and pictures. Parts for which no time is left are named. Exit code: 0, 1
-when a part failed, 2 without a GPU (then nothing is run or written).
+The parts run in the order of their worth: what `auto` takes (used from there on), a run from images to weights, the
+ops, the step, the tests, a profile; that much in about 9 minutes, all of it in about 30. Each is its own process with
+a time limit; one that fails or hangs costs its limit only. Records are written as they come, FOLDER/summary.json and
+summary.md after every part; FOLDER/<part>/ holds its log, records and pictures. Parts that could not run say why.
+torch, triton, numpy, safetensors and pytest are enough. Exit code: 0, 1 when a part failed, 2 without a GPU (then
+nothing is run or written).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
+import itertools
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -30,38 +35,37 @@ from typing import Any
 from extrema_fast.errors import UsageError
 from extrema_fast.files import read_json, write_file
 
+from . import harness
 from .harness import ROOT, columns, say
 
 # seconds: for the summary, for a part to end by itself, and the least to begin a part with
 RESERVE_S, GRACE_S, LEAST_S = 10.0, 20.0, 10.0
-PYTEST = "-m pytest -m gpu -v -p no:cacheprovider -o addopts=-ra\\ --import-mode=importlib --junitxml={out}/junit.xml"
+PYTEST = (
+    "-m pytest -v -p no:cacheprovider -o addopts=-ra\\ --import-mode=importlib --junitxml={out}/junit.xml -m"
+)
 STEP = "-m benchmarks step --quick --out {out} --name"
-# functions, not commands, which need more packages than torch
-ENVIRONMENT = (
-    "import json, benchmarks.harness as h; from extrema_fast.ops import dispatch;"
-    "print(json.dumps(h.machine() | {'ops': dispatch.choices('cuda')}, indent=1, default=str))"
-)
-PRETRAIN = (
-    "from extrema_fast import pretrain; from extrema_fast.config import from_dict, preset;"
-    "pretrain(from_dict({'out': '{out}/run', 'train': {'cuda_graph': %s}}, preset('smoke')), progress=False)"
-)
-PROFILE = (
-    "from extrema_fast.config import from_dict, preset; from extrema_fast.tools.profile import profile;"
-    "cfg = from_dict({'train': {'batch_size': 256}}, preset('paper_base_80x5'));"
-    "profile(cfg, '{out}', steps=3, synthetic=True)"
-)
-KERNELS = (
-    "import torch; from extrema_fast.kernels import tune; from extrema_fast.kernels._spec import OPS, spec;"
-    "cases = [(spec(op).cases(True)[0], spec(op).dtypes[0]) for op in OPS];"
-    "[tune.run_case(c, c.make('cuda', d, torch.Generator('cuda').manual_seed(0)), 'ours') for c, d in cases]"
-)
+# what a part's program prints for the summary begins with this
+MARK = "found: "
+# test processes at a time
+PROCESSES = 4
+# images of a batch, model and masks of the step that is measured, timed and profiled
+BATCH = 256
+# optional packages -> what is missing without them
+OPTIONAL = {
+    "matplotlib": "no pictures",
+    "PIL": "no loader of PIL to compare with",
+    "nvidia.dali": "no loader benchmark",
+    "xformers": "its attention is no candidate",
+    "tyro": "`extrema-fast` itself does not run",
+}
 
 
 @dataclass(frozen=True)
 class Part:
     """One process: its folder's name, what it is, its limit, its command (`{out}` stands for its folder).
 
-    An optional part runs only when asked for by name.
+    Neighbors with the same `group` run at the same time. `needs` are optional packages. An optional part runs only when
+    asked for by name.
     """
 
     name: str
@@ -69,52 +73,84 @@ class Part:
     seconds: float
     words: tuple[str, ...]
     optional: bool = False
+    group: str = ""
+    needs: tuple[str, ...] = ()
 
 
-def _python(name: str, about: str, seconds: float, command: str, *more: str, optional: bool = False) -> Part:
-    return Part(name, about, seconds, (sys.executable, *shlex.split(command), *more), optional)
+def _python(name: str, about: str, seconds: float, command: str, *more: str, **options: Any) -> Part:
+    return Part(name, about, seconds, (sys.executable, *shlex.split(command), *more), **options)
+
+
+def _call(name: str, about: str, seconds: float, call: str, **options: Any) -> Part:
+    # functions of this file, since commands need more packages than torch
+    words = (sys.executable, "-c", f"from benchmarks import gpu_visit; gpu_visit.{call}")
+    return Part(name, about, seconds, words, **options)
 
 
 def plan() -> list[Part]:
-    """Returns the parts in the order in which they run."""
+    """Returns the parts in the order in which they run: what pays most comes first."""
     tests = [f"tests/gpu/{f.name}" for f in sorted((ROOT / "tests/gpu").glob("test_*.py"))]
     ours = "--providers ours ours-cuda-graph"
-    sanitize = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
+    sanitize = ("compute-sanitizer", "--error-exitcode", "9", "--tool", "{tool}", sys.executable, "-c")
+    sanitized = "from benchmarks import gpu_visit; gpu_visit.every_kernel()"
+
+    def tested(name: str, about: str, seconds: float, which: str) -> list[Part]:
+        return [
+            _python(f"{name}-{i + 1}", about, seconds, PYTEST, which, *files, group=name)
+            for i in range(PROCESSES)
+            if (files := tests[i::PROCESSES])
+        ]
+
     return [
-        _python("environment", "GPU, driver, versions, what is chosen here", 60, "-c", ENVIRONMENT),
-        _python("kernels", "every op: correct? then times", 120, "-m benchmarks kernels --quick --out {out}"),
+        _call("environment", "GPU, driver, versions, what is missing", 60, "environment()"),
+        _call("measure", "what `auto` takes for the ViT-B step; used from here on", 180, "measure_step()"),
+        _call("pretrain", "ten steps from images to a checkpoint", 90, "short_run('{out}/run', 10)"),
+        _call(
+            "pretrain-resume",
+            "the same run to step 30",
+            60,
+            "short_run('{out}/../pretrain/run', 30, after=10)",
+        ),
+        _call("pretrain-graph", "30 steps in a CUDA graph", 90, "short_run('{out}/run', 30, graph=True)"),
+        _python(
+            "kernels",
+            "ops of the step: correct? then times",
+            120,
+            "-m benchmarks kernels --quick --out {out} --op color_views attention_pool adamw_ema short_attention "
+            "residual_norm mlp",
+        ),
+        _python(
+            "step",
+            "ViT-B, 80 % x 5: ours, with a CUDA graph, strong",
+            300,
+            f"{STEP} step --model base --batch {BATCH} {ours} strong",
+        ),
+        *tested("tests", "tests that need a GPU, but the slow ones", 180, "gpu and not slow"),
+        _call("profile", "where the time of a ViT-B step goes", 90, "profiled('{out}')"),
+        *tested("tests-slow", "the slow ones: compiled steps", 300, "gpu and slow"),
+        _python(
+            "modes", "ViT-B, compile modes, kernels", 400, f"{STEP} modes --model base --providers ours modes"
+        ),
+        _python("small", "ViT-S, 256 images", 240, f"{STEP} small --model small {ours} strong released"),
+        _python(
+            "released", "ViT-B, released", 200, f"{STEP} released --model base --providers ours released"
+        ),
+        _python("kernels-all", "every op: correct? then times", 240, "-m benchmarks kernels --out {out}"),
         _python(
             "attention",
             "attention backends: correct? then times",
             90,
             "-m benchmarks attention --models B --dtypes bf16 --quick --images 256 --out {out}",
         ),
-        _python("pretrain", "a short run from images to weights", 90, "-c", PRETRAIN % False),
-        _python("pretrain-graph", "the same with train.cuda_graph", 90, "-c", PRETRAIN % True),
-        _python(
-            "step",
-            "ViT-B, 80 % x 5, color: ours, with a CUDA graph, strong",
-            270,
-            f"{STEP} step --model base --color {ours} strong",
-        ),
-        _python("tests", "the tests that need a GPU", 240, PYTEST, *tests),
-        _python("profile", "where the time of a ViT-B step goes", 90, "-c", PROFILE),
-        _python(
-            "released", "ViT-B, released", 200, f"{STEP} released --model base --providers released ours"
-        ),
-        _python(
-            "modes", "ViT-B, compile modes, kernels", 300, f"{STEP} modes --model base --providers ours modes"
-        ),
-        _python("small", "ViT-S, 256 images", 150, f"{STEP} small --model small {ours} strong released"),
-        _python("batch64", "ViT-B, 64 images", 120, f"{STEP} batch64 --model base --batch 64 {ours}"),
+        _python("batch64", "ViT-B, 64 images", 200, f"{STEP} batch64 --model base --batch 64 {ours}"),
         _python(
             "batch1024",
             "ViT-B, 1024 images",
-            150,
+            240,
             f"{STEP} batch1024 --model base --batch 1024 --providers ours",
         ),
         _python(
-            "base90x8", "ViT-B, 90 % x 8", 200, f"{STEP} base90x8 --model base --mask 90x8 {ours} strong"
+            "base90x8", "ViT-B, 90 % x 8", 300, f"{STEP} base90x8 --model base --mask 90x8 {ours} strong"
         ),
         _python(
             "loader",
@@ -122,14 +158,20 @@ def plan() -> list[Part]:
             180,
             "-m benchmarks loader --data made "
             "--quick --batch 64 --threads 15 --ways ours ours-gpu dataloader --stages crop views --out {out}",
+            needs=("nvidia.dali", "PIL"),
         ),
         *(
-            Part(tool, f"compute-sanitizer {tool}", 90, (*sanitize, tool, sys.executable, "-c", KERNELS))
+            Part(
+                tool,
+                f"compute-sanitizer {tool}",
+                120,
+                (*(w.replace("{tool}", tool) for w in sanitize), sanitized),
+            )
             for tool in ("memcheck", "racecheck")
         ),
+        _call("tune", "launch settings of the ViT-B step", 600, "measure_step(tune=True)"),
         _python("encode", "inference", 200, "-m benchmarks encode --quick --out {out}", optional=True),
         _python("scaling", "how a step grows", 900, f"{STEP} scaling --scaling --model base", optional=True),
-        _python("tune", "launch settings", 600, "-m extrema_fast tune paper_base_80x5", optional=True),
     ]
 
 
@@ -150,13 +192,22 @@ def run(parts: Sequence[Part], out: Path, seconds: float, gpu: str) -> int:
     summary: dict[str, Any] = {"gpu": gpu, "started": started, "parts": entries}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for part, entry in zip(parts, entries, strict=True):
-            say(f"{part.name}: {part.about}")
+        pairs = list(zip(parts, entries, strict=True))
+        # neighbors of one group, or a part alone
+        for _, group in itertools.groupby(pairs, lambda pair: pair[0].group or pair[0].name):
+            together = list(group)
+            say("\n".join(f"{part.name}: {part.about}" for part, _ in together))
             left = seconds - RESERVE_S - (time.monotonic() - began)
-            entry |= run_part(part, out / part.name, min(part.seconds, left), out / "cache")
-            entry |= findings(out / part.name, entry["state"])
-            say("\n".join("    " + line for line in (entry["state"], *entry["found"])))
-            write(summary, out)
+            with contextlib.ExitStack() as running:
+                started_parts = [
+                    running.enter_context(Process(p, out / p.name, min(p.seconds, left), out / "cache"))
+                    for p, _ in together
+                ]
+                for process, (part, entry) in zip(started_parts, together, strict=True):
+                    entry |= process.finish()
+                    entry |= findings(out / part.name, entry["state"])
+                    say("\n".join("    " + line for line in (entry["state"], *entry["found"])))
+                    write(summary, out)
     except KeyboardInterrupt:
         code = 130
     finally:
@@ -167,57 +218,98 @@ def run(parts: Sequence[Part], out: Path, seconds: float, gpu: str) -> int:
     return code or int(any(e["state"].startswith("failed") for e in entries))
 
 
-def run_part(part: Part, folder: Path, limit: float, cache: Path) -> dict[str, Any]:
-    """Runs one part in its own session; returns its state, seconds and the last lines of its log.
+class Process:
+    """A part that runs in its own session, until its context ends at the latest.
 
-    One cache of compiled code serves all parts. At its limit a part gets SIGINT, on which pytest and the benchmarks
-    write what they have, and is killed after a while.
+    One cache of compiled code and of measurements serves all parts. At its limit a part gets SIGINT, on which pytest
+    and the benchmarks write what they have, and is killed after a while.
     """
-    if shutil.which(part.words[0]) is None:
-        return {"state": f"skipped: {part.words[0]} is not on PATH"}
-    if limit < min(LEAST_S, part.seconds):
-        return {"state": "skipped: no time left"}
-    folder.mkdir(parents=True)
-    caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | caches
-    log, began = folder / "log.txt", time.monotonic()
-    with open(log, "wb") as sink:
-        process = subprocess.Popen(
-            [w.replace("{out}", str(folder)) for w in part.words],
-            cwd=ROOT,
-            env=env | {"PYTHONUNBUFFERED": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
-            start_new_session=True,
-        )
+
+    def __init__(self, part: Part, folder: Path, limit: float, cache: Path) -> None:
+        self.skipped, self.limit, self.began = "", limit, time.monotonic()
+        missing = [name for name in part.needs if not _is_installed(name)]
+        if shutil.which(part.words[0]) is None:
+            self.skipped = f"skipped: {part.words[0]} is not on PATH"
+        elif missing:
+            self.skipped = f"skipped: {', '.join(missing)} not installed"
+        elif limit < min(LEAST_S, part.seconds):
+            self.skipped = "skipped: no time left"
+        if self.skipped:
+            return
+        folder.mkdir(parents=True)
+        caches = {
+            "TORCHINDUCTOR_CACHE_DIR": "inductor",
+            "TRITON_CACHE_DIR": "triton",
+            "XDG_CACHE_HOME": "home",
+        }
+        # 0: where the device has an unusual name the tests would take Triton's interpreter
+        env = os.environ | {name: str(cache / where) for name, where in caches.items()}
+        env |= {"TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
+        self.log = folder / "log.txt"
+        with open(self.log, "wb") as sink:
+            self.process = subprocess.Popen(
+                [w.replace("{out}", str(folder)) for w in part.words],
+                cwd=ROOT,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+            )
+
+    def finish(self) -> dict[str, Any]:
+        """Waits until it has ended; returns state, seconds, the last lines of its log, and what it printed as found."""
+        if self.skipped:
+            return {"state": self.skipped}
         try:
-            code = process.wait(limit)
+            code = self.process.wait(max(0.0, self.limit - (time.monotonic() - self.began)))
             state = "passed" if code == 0 else f"failed: exit code {code}"
         except subprocess.TimeoutExpired:
-            state = f"failed: not ready after {limit:.0f} s"
-            process.send_signal(signal.SIGINT)
+            state = f"failed: not ready after {self.limit:.0f} s"
+            self.process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
-        finally:
-            # also what it started and left behind, which would disturb the next part
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            # a process stuck in the driver cannot be reaped: go on without it
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-    return {"state": state, "seconds": time.monotonic() - began, "tail": tail}
+                self.process.wait(GRACE_S)
+        self._kill()
+        seconds = time.monotonic() - self.began
+        tail = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+        return {"state": state, "seconds": seconds, "tail": tail}
+
+    def _kill(self) -> None:
+        # also what it started and left behind, which would disturb the next part
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        # a process stuck in the driver cannot be reaped: go on without it
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE_S)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.skipped and self.process.returncode is None:
+            self._kill()
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def findings(folder: Path, state: str) -> dict[str, Any]:
     """Returns `found`, lines that say what a part's files hold, and its `state`, which they can change."""
     lines: list[str] = []
+    log = folder / "log.txt"
+    text = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    lines += [line.removeprefix(MARK) for line in text if line.startswith(MARK)]
     for file in sorted(folder.glob("*/record.json")):
         record = read_json(file, {})
         lines.append(f"{record.get('what')}: {record.get('headline', '')}")
+        lines += [record["unfinished"]] if record.get("unfinished") else []
         rows = [r for r in record.get("rows", []) if r.get("images_per_s")]
         lines += [f"{r['key']}: {r['images_per_s']:.0f} images/s" for r in rows]
+        lines += [f"not measured: {r['key']}: {r['error']}" for r in record.get("rows", []) if "error" in r]
         lines += [f"CHECK FAILED {c['name']}" for c in record.get("gates", []) if not c["passed"]]
     if (folder / "junit.xml").is_file():
         bad, passed, skipped = [], 0, 0
@@ -252,6 +344,93 @@ def write(summary: dict[str, Any], out: Path) -> None:
     )
     write_file(out / "summary.md", "\n\n".join(text) + "\n")
 
+
+# ---- what parts run ---------------------------------------------------------------------------------
+
+
+def environment() -> None:
+    """Prints the machine, what is chosen without measuring, and which optional packages are missing."""
+    from extrema_fast.ops import dispatch
+
+    print(json.dumps(harness.machine() | {"ops": dispatch.choices("cuda")}, indent=1, default=str))
+    for package, lost in OPTIONAL.items():
+        if not _is_installed(package):
+            print(f"{MARK}without {package}: {lost}")
+
+
+def measure_step(*, tune: bool = False) -> None:
+    """Measures what `auto` takes for the step of `benchmarks step --model base`; `tune`: launch settings first."""
+    import torch
+
+    from extrema_fast.distributed import World
+    from extrema_fast.ops import measure
+    from extrema_fast.training.resolve import resolve
+
+    from .step import configuration
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = torch.device("cuda", 0)
+
+    def choose(problems: list[measure.Problem]) -> measure.Choices:
+        if tune:
+            found = measure.tune_and_measure(problems, str(device))
+        else:
+            found = measure.choose(problems, World(device))
+        for name, choice in found.items():
+            out = "".join(f"; not {candidate}: {why}" for candidate, why in choice.out.items())
+            print(f"{MARK}{name}: {choice.implementation or 'the fixed rule'}, {choice.reason}{out}")
+        return found
+
+    resolve(configuration("base", batch=BATCH, color=True), device, choose=choose)
+
+
+def short_run(folder: str, steps: int, *, after: int = 0, graph: bool = False) -> None:
+    """Pretrains the smallest model to `steps` on made images, from a checkpoint at step `after` where that is not 0.
+
+    Raises:
+        RuntimeError: another number of steps was made.
+    """
+    from extrema_fast import pretrain
+    from extrema_fast.config import from_dict, preset
+
+    # ten batches an epoch. Without measuring, which the part `measure` does
+    change: dict[str, Any] = {
+        "out": folder,
+        "data": {"limit": 90},
+        "train": {"batch_size": 9, "epochs": steps // 10, "cuda_graph": graph, "precision": "auto"},
+        "system": {"backend": "fixed"},
+    }
+    pretrain(from_dict(change, preset("smoke")), allow_config_change=after > 0, progress=False)
+    lines = (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    trained = [entry for entry in map(json.loads, lines) if entry["kind"] == "train"]
+    made, losses = [e["step"] for e in trained], {e["step"]: e["loss"] for e in trained}
+    # each once: a run that began anew would have the first ones twice, or only its own
+    if made != list(range(1, steps + 1)):
+        raise RuntimeError(f"steps in log.jsonl: expected 1 to {steps}, got {made}")
+    print(f"{MARK}steps {after + 1} to {steps}, loss {losses[after + 1]:.4f} to {losses[steps]:.4f}")
+
+
+def profiled(folder: str) -> None:
+    """Profiles three steps of ViT-B on noise."""
+    from extrema_fast.tools.profile import profile
+
+    from .step import configuration
+
+    profile(configuration("base", batch=BATCH, color=True), folder, steps=3, synthetic=True)
+
+
+def every_kernel() -> None:
+    """Runs every op's smallest case once, forward and backward."""
+    import torch
+    from extrema_fast.kernels import tune
+    from extrema_fast.kernels._spec import OPS, spec
+
+    for op in OPS:
+        case, dtype = spec(op).cases(True)[0], spec(op).dtypes[0]
+        tune.run_case(case, case.make("cuda", dtype, torch.Generator("cuda").manual_seed(0)), "ours")
+
+
+# ---- the command ------------------------------------------------------------------------------------
 
 _PROBE = """
 import sys, torch

@@ -20,7 +20,7 @@ import torch
 
 from extrema_fast.distributed import pick_device
 from extrema_fast.errors import UsageError
-from extrema_fast.files import read_json
+from extrema_fast.files import read_json, write_file
 
 ROOT = Path(__file__).parents[1]
 RECORDS = Path(__file__).parent / "records"
@@ -232,9 +232,7 @@ def write_record(record: Record, page: list[str], args: argparse.Namespace) -> P
         args: the options (`parser`); out and name are used.
     """
     m = record["machine"]
-    folder = args.out / "_".join(filter(None, [record["date"], m["short"], args.name]))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "record.json").write_text(dumps(record) + "\n", encoding="utf-8")
+    folder = save_record(record, args)
     on = f"{m['gpu']}, CUDA {m['cuda']}" if m["gpu"] else f"{m['cpu']}, {m['threads']} threads"
     line = f"{record['date']}, {on}, torch {m['torch']}, Python {m['python']}, commit {m['commit'] or 'unknown'}."
     head = [f"# {record['what']}", line, record["note"], f"```\n{record['command']}\n```"]
@@ -243,6 +241,19 @@ def write_record(record: Record, page: list[str], args: argparse.Namespace) -> P
     (folder / "README.md").write_text(text + pictures, encoding="utf-8")
     write_index(args.out)
     print(f"{text}\nrecord: {folder}")
+    return folder
+
+
+def save_record(record: Record, args: argparse.Namespace, unfinished: str = "") -> Path:
+    """Writes record.json of `write_record` alone, also before everything is measured, and returns its folder.
+
+    Args:
+        unfinished: what is still missing, for whoever finds the record of a benchmark that was cut off.
+    """
+    folder = args.out / "_".join(filter(None, [record["date"], record["machine"]["short"], args.name]))
+    folder.mkdir(parents=True, exist_ok=True)
+    content = record | ({"unfinished": unfinished} if unfinished else {})
+    write_file(folder / "record.json", dumps(content) + "\n")
     return folder
 
 

@@ -11,6 +11,7 @@ definitions are timed there.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -80,28 +81,29 @@ def main(argv: list[str]) -> int:
         return 0
     rates = Rates(args.device, [args.dtype])
     sampled, rows, checks = [rates.sample()], [], []
-    for op, case in cases:
-        found, check = measure(op, case, args)
-        rows += found
-        checks += check
-        sampled.append(rates.sample())
-    copy = harness.medians(sampled)["copy_gb_per_s"]
-    for row in rows:
-        ours = [r for r in rows if (r["op"], r["case"], r["provider"]) == (row["op"], row["case"], "ours")]
-        row["of_copy"] = row["gb_per_s"] / copy
-        if ours and row["provider"] != "ours":
-            row["against_ours"] = harness.ratio(row["samples_ms"], ours[0]["samples_ms"])
     record = harness.new_record(
         f"ops of the project, {args.dtype} on {kind}",
         "kernels",
         argv,
         args.note,
         settings={"dtype": args.dtype, "device": args.device, "quick": args.quick, "warmup": WARMUP},
-        rates=harness.medians(sampled),
         rate_samples=sampled,
         gates=checks,
         rows=rows,
     )
+    for i, (op, case) in enumerate(cases):
+        found, check = measure(op, case, args)
+        rows += found
+        checks += check
+        sampled.append(rates.sample())
+        record["rates"] = harness.medians(sampled)
+        for row in rows:
+            row["of_copy"] = row["gb_per_s"] / record["rates"]["copy_gb_per_s"]
+        ours = [row for row in found if row["provider"] == "ours"]
+        for row in found:
+            if ours and row["provider"] != "ours":
+                row["against_ours"] = harness.ratio(row["samples_ms"], ours[0]["samples_ms"])
+        harness.save_record(record, args, f"{i + 1} of {len(cases)} cases measured")
     harness.write_record(record, page(record), args)
     return 1 if any(not c["passed"] for c in checks) else 0
 
@@ -161,17 +163,14 @@ def attention(argv: list[str]) -> int:
         print("\n".join(f"  {m}: {rows} x {n} tokens x {heads} heads" for m, rows, n, heads in shapes))
         print(f"  dtypes {', '.join(args.dtypes)}; backends {', '.join(names)}")
         return 0
-    rows = [
-        row
-        for dtype in args.dtypes
-        for train in (True, False)
-        for shape in shapes
-        for row in measure_attention(names, shape, dtype, train, args)
-    ]
+    what, rows = "self-attention backends", []
+    record = harness.new_record(what, "attention", argv, args.note, rows=rows)
+    for dtype, train, shape in itertools.product(args.dtypes, (True, False), shapes):
+        rows += measure_attention(names, shape, dtype, train, args)
+        harness.save_record(record, args, f"{dtype}, {shape[2]} tokens was the last case measured")
     unable = {r["backend"]: r["error"] for r in rows if "error" in r and not r["wrong"]}
     rows = [r for r in rows if "error" not in r or r["wrong"]]
-    what = "self-attention backends"
-    record = harness.new_record(what, "attention", argv, args.note, rows=rows, not_run=unable)
+    record |= {"rows": rows, "not_run": unable}
     timed = [r for r in rows if "p50_ms" in r]
     text = f"Milliseconds per call, head_dim {HEAD_DIM}. A result that is wrong against float64 has no time."
     harness.write_record(record, [text, columns(timed, "row=key", *TIMES), *harness.lost(record)], args)

@@ -8,7 +8,7 @@ python -m benchmarks step --scaling              how our step grows with batch, 
 
 Every provider gets the same random uint8 images, draws its own masks and drop-path, and makes whole optimizer steps
 in its own process; the processes take turns. First each one's loss and gradients are compared with ours: nothing is
-concluded about one that differs. Color jitter is left out unless --color asks for it.
+concluded about one that differs. Color jitter is part of the step; --no-color leaves it out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ MEMORY_BATCHES = {"cpu": [[2, 4], [8, 16, 32]], "cuda": [[64, 128], [64, 128, 25
 MEMORY_PROVIDERS = ["released", "strong-eager", "ours", "memory"]
 # relative errors allowed: loss and gradients in fp32; a first step's loss in 16 bits against fp32
 LOSS_FP32, GRADIENTS_FP32, LOSS_16 = 1e-4, 2e-3, 1e-2
+# what a row holds of its times
+FIGURES = ("samples_ms", "p20_ms", "p50_ms", "p80_ms", "images_per_s", "tflops", "mfu")
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 
 
@@ -105,24 +108,31 @@ class Provider:
     @property
     def environment(self) -> dict[str, str]:
         """Returns the variables of its process."""
-        if self.allocator == "ours" or (self.allocator == "auto" and self.family == "ours"):
+        if self.keeps_memory:
             return {HUGE_PAGES: "1"}
         # glibc's default, set explicitly, keeps our step from changing it
         return {HUGE_PAGES: "0", "MALLOC_TOP_PAD_": "131072"} if self.family == "ours" else {}
 
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether it has the memory settings of the command line; a strong baseline has them as well."""
+        return self.allocator == "ours" or (self.allocator == "auto" and self.family != "released")
+
     def eager(self) -> Provider:
         """Returns the same arithmetic without compilation or graph capture."""
         off = {"ours": {"train.compile": "none", "train.cuda_graph": False}, "strong": EAGER}
-        return replace(self, options=self.options | off.get(self.family, {}))
+        # nor are implementations measured for a size that is not timed
+        first = {"system.backend": "fixed"} if self.family == "ours" else {}
+        return replace(self, options=first | self.options | off.get(self.family, {}))
 
     def make(self, cfg: Config, device: torch.device, dtype: str) -> Stepper:
         """Builds it."""
-        if self.allocator == "ours" and device.type == "cpu":
+        if self.keeps_memory and device.type == "cpu":
             keep_freed_memory()
         return (self.build or CLASSES[self.family])(cfg, device, dtype, **self.options)
 
 
-MAIN, STRONG, MODES = ("main",), ("main", "strong"), ("modes",)
+MAIN, STRONG, MODES = ("main",), ("main", "baselines"), ("modes",)
 GRAPH, TRITON = {"train.cuda_graph": True}, {"system.backend": "triton"}
 PROVIDERS: tuple[Provider, ...] = (
     Provider("released", "the released formulation, eager, autocast", MAIN, "amp"),
@@ -146,11 +156,7 @@ PROVIDERS: tuple[Provider, ...] = (
     ),
     # how much of a ratio on a CPU comes from the allocator
     Provider("ours-system-allocator", "the system's memory settings", ("allocator",), allocator="system"),
-    replace(
-        Provider("strong-our-allocator", "the attention formula and our memory settings", ("allocator",)),
-        options=FORMULA,
-        allocator="ours",
-    ),
+    Provider("strong-system-allocator", "strong, the same", ("allocator",), allocator="system"),
 )
 
 
@@ -160,7 +166,7 @@ def chosen(
     """Selects providers by name or group.
 
     Args:
-        names: names or groups of `PROVIDERS`, or `all`.
+        names: names or groups of `PROVIDERS`, or `all`; the rows come in this order.
         device: where they are to run.
         released_code: path of a checkout, which takes the place of the released formulation.
         extra: more rows of ours with options, such as `train.compile=step,train.recompute=gelu`.
@@ -175,7 +181,8 @@ def chosen(
     for name in names:
         if name not in known:
             raise UsageError(f"--providers: unknown {name!r}{did_you_mean(name, known)}")
-    wanted = [p for p in PROVIDERS if {p.name, *p.groups, "all"} & set(names)]
+    wanted = [p for name in dict.fromkeys(names) for p in PROVIDERS if name in (p.name, *p.groups, "all")]
+    wanted = list({p.name: p for p in wanted}.values())
     if released_code:
         options: dict[str, Any] = {"path": released_code}
         for i, p in enumerate(wanted):
@@ -319,6 +326,18 @@ class Stepping:
         peak = memory_mb(self.device, peak=True)
         return {"peak_mb": peak, "step_adds_mb": peak - self.built["before_first_step_mb"]}
 
+    def host(self) -> dict[str, float]:
+        """Returns the CPU time of a GPU's step in milliseconds: all threads, an empty queue before it."""
+        if self.device.type != "cuda":
+            return {}
+        samples = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            began = time.process_time()
+            self.one()
+            samples.append(1000 * (time.process_time() - began))
+        return {"cpu_ms": float(np.median(samples))}
+
     def matmuls(self) -> dict[str, Any]:
         """Profiles three steps and returns the one least disturbed by other programs."""
         found = [matmul_share(self.one, self.device) for _ in range(3)]
@@ -401,7 +420,12 @@ def main(argv: list[str]) -> int:
         return 0
     if args.released_code:
         check_checkout(Path(args.released_code), groups[0][0].cfg)
-    record = harness.new_record(what, "step", argv, args.note, **measure(groups, args), not_run=unable)
+    record = harness.new_record(what, "step", argv, args.note, not_run=unable)
+
+    def save(found: dict[str, Any], unfinished: str) -> None:
+        harness.save_record(record | found, args, unfinished)
+
+    record |= measure(groups, args, save)
     record |= conclusions(record)
     harness.write_record(record, page(record), args)
     return 1 if any(not c["passed"] for c in record["gates"]) else 0
@@ -417,7 +441,8 @@ def options(argv: list[str]) -> argparse.Namespace:
     add("--providers", nargs="+", default=[], metavar="NAME", help="names or groups (default: main)")
     add("--ours", nargs="+", default=[], metavar="OPTION=VALUE,...", help="more rows of ours, with options")
     add("--released-code", default="", metavar="DIR", help="a checkout of microsoft/ExtreMA")
-    add("--color", action="store_true", help="with color jitter, computed in the step")
+    color = argparse.BooleanOptionalAction
+    add("--color", action=color, default=True, help="color jitter, computed in the step (default: on)")
     add("--drop-path", type=float, default=0.1)
     add("--memory", action="store_true", help="peak memory over batch sizes, one process after another")
     add("--scaling", action="store_true", help="our time over batch, views, masks and model size")
@@ -478,13 +503,33 @@ def plan(args: argparse.Namespace, providers: list[Provider]) -> tuple[list[list
     return [every], what
 
 
-def measure(groups: list[list[Job]], args: argparse.Namespace) -> dict[str, Any]:
-    """Checks every provider, then times each group in turns; returns settings, rates, checks and rows."""
+def measure(
+    groups: list[list[Job]], args: argparse.Namespace, save: Callable[[dict[str, Any], str], object]
+) -> dict[str, Any]:
+    """Checks every provider, then times each group in turns; returns settings, rates, checks and rows.
+
+    Args:
+        save: called with what was found so far and what is missing, after the checks, each start and each round.
+    """
     jobs = [job for group in groups for job in group]
     cfg = jobs[0].cfg
     rows = {job.key: first_row(job) for job in jobs}
     same = [job for job in jobs if job.cfg == cfg]
     sampled: list[dict[str, float]] = []
+    checks: list[dict[str, Any]] = []
+    warm = WARMUP[torch.device(args.device).type][1]
+
+    def found() -> dict[str, Any]:
+        measured = harness.medians(sampled)
+        for row in rows.values():
+            harness.speed(row)
+            large = measured.get(f"products_{row['precision']}_tflops")
+            if large and "images_per_s" in row:
+                row["tflops"] = row["images_per_s"] * row["gflops_per_image"] / 1000
+                row["mfu"] = row["tflops"] / large
+        results = {"settings": settings(groups, args), "rates": measured, "rate_samples": sampled}
+        return results | {"gates": checks, "rows": list(rows.values())}
+
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.safetensors"
         say(f"comparing loss and gradients of {', '.join(j.provider.name for j in same)}")
@@ -493,29 +538,40 @@ def measure(groups: list[list[Job]], args: argparse.Namespace) -> dict[str, Any]
                 checks, truth = worker.built["checks"], worker.built["first_loss"]
         except WorkerError as error:
             raise UsageError(f"the comparison with ours failed: {error}") from None
+        save(found(), "nothing was timed")
         with Worker(Rates, args.device, sorted({j.precision for j in jobs}), args.threads) as rates:
             for group in groups:
                 with Turns(rows) as turns:
                     for job in group:
                         start = weights if job in same else None
                         turns.start(job.key, Stepping, job, start, environment=job.provider.environment)
-                    warm = WARMUP[torch.device(args.device).type][1]
-                    turns.run(args.rounds, warm, args.steps, before=lambda: sampled.append(rates("sample")))
+                        # for a record that is cut off while the next one compiles; it is not kept
+                        rows[job.key] |= turns.ask(job.key, "turn", warm, args.steps)
+                        save(found(), f"{job.key} had one turn of its own, and no one waited for the others")
+                    for job in group:
+                        for name in FIGURES:
+                            rows[job.key].pop(name, None)
+
+                    def before_round() -> None:
+                        sampled.append(rates("sample"))
+                        save(found(), "some rounds are missing")
+
+                    turns.run(args.rounds, warm, args.steps, before=before_round)
                     turns.add("memory")
+                    turns.add("host")
                     if not (args.memory or args.scaling):
                         turns.add("matmuls")
                 if turns.interrupted:
                     break
-    measured = harness.medians(sampled)
-    for row in rows.values():
-        harness.speed(row)
-        large = measured.get(f"products_{row['precision']}_tflops")
-        if large and "images_per_s" in row:
-            row["tflops"] = row["images_per_s"] * row["gflops_per_image"] / 1000
-            row["mfu"] = row["tflops"] / large
     checks += [first_step(rows[j.key], truth) for j in same if "first_loss" in rows[j.key]]
+    return found()
+
+
+def settings(groups: list[list[Job]], args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what a record says about how it was measured."""
+    cfg = groups[0][0].cfg
     width, depth, heads = cfg.model.shape
-    settings = {
+    return {
         "model": args.model,
         "width": width,
         "depth": depth,
@@ -537,8 +593,6 @@ def measure(groups: list[list[Job]], args: argparse.Namespace) -> dict[str, Any]
         "input_sets": SETS,
         "gflops_per_image": flops_per_image(cfg) / 1e9,
     }
-    found = {"settings": settings, "rates": measured, "rate_samples": sampled}
-    return found | {"gates": checks, "rows": list(rows.values())}
 
 
 def first_row(job: Job) -> Row:
@@ -663,6 +717,7 @@ def page(record: Record) -> list[str]:
         "MFU=mfu:.1%",
         "peak MB=peak_mb:.0f",
         "steps add MB=step_adds_mb:.0f",
+        "CPU ms=cpu_ms:.1f",
         "first step s=first_step_s:.1f",
     )
     matmuls = ("matmuls=products.share:.0%", "their TFLOP/s=products.tflops:.3f")
@@ -673,9 +728,10 @@ def page(record: Record) -> list[str]:
         columns(timed, "row=key", "dtype=precision", *times, *more, *matmuls),
         "MFU: model FLOPs over the rate of large matmuls of the same dtype in this run. Peak: memory of the provider's "
         "own process after warm-up (resident on a CPU, allocated by torch on a GPU); *steps add*: minus what was there "
-        "before the first step. Matmuls: their share of one profiled step, without fused attention. On a CPU ours has "
-        "the memory settings of the command line (huge pages, freed memory is kept), the others the system's; "
-        "--providers allocator compares them.",
+        "before the first step. Matmuls: their share of one profiled step, without fused attention. CPU ms: what the "
+        "process's threads spend on one step of a GPU before they wait for it. On a CPU ours and the strong baselines "
+        "have the memory settings of the command line (huge pages, freed memory is kept), the released formulation the "
+        "system's; --providers allocator compares them.",
         "## Checks",
         columns(record["gates"], "provider=name", "passed=passed", "found=found"),
         *harness.lost(record),

@@ -1,13 +1,18 @@
 """The runner of a GPU visit, with parts made up; no GPU is used.
 
-Covers: parts that pass, fail, hang, lack a program or find no time left, and the summary; what is read from records
-and test results; a folder in use; no GPU; that every part of the plan is a command its program understands.
+Covers: parts that pass, fail, hang, lack a program or package or find no time left, and the summary; parts at the same
+time, shared caches; an interruption; what is read from records and test results; a folder in use; no GPU; a run that is
+continued; that every part of the plan is a command its program understands.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
+import os
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -30,6 +35,7 @@ def test_every_kind_of_end(tmp_path, monkeypatch):
         part("bad", "print('trouble ahead'); raise SystemExit(3)"),
         part("hangs", HANG, 0.5),
         Part("no-program", "", 60, ("a-program-nobody-has",)),
+        replace(part("no-package", "pass"), needs=("sys", "a.package_nobody_has")),
         part("after", "print('still here')"),
     ]
     out = tmp_path / "new/out"
@@ -40,6 +46,7 @@ def test_every_kind_of_end(tmp_path, monkeypatch):
         "bad": "failed: exit code 3",
         "hangs": "failed: not ready after 0 s",
         "no-program": "skipped: a-program-nobody-has is not on PATH",
+        "no-package": "skipped: a.package_nobody_has not installed",
         "after": "passed",
     }
     text = (out / "summary.md").read_text()
@@ -47,6 +54,52 @@ def test_every_kind_of_end(tmp_path, monkeypatch):
     assert "trouble ahead" in text and "so far" in text
     with pytest.raises(UsageError, match="--out"):
         run(parts, out, 300, "fake GPU")
+
+
+MEET = """
+import os, sys
+folder, mine, other = os.path.dirname(sys.argv[1]), *sys.argv[2:]
+if mine == "a":
+    os.mkfifo(folder + "/pipe")
+while not os.path.exists(folder + "/pipe"):
+    pass
+open(folder + "/pipe", "r" if mine == "a" else "w").close()
+print("found: " + mine + " met " + other, os.environ["TRITON_INTERPRET"])
+"""
+
+
+def test_a_group_runs_at_the_same_time_and_shares_caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pair = [replace(part(x, MEET), group="pair", words=(*part(x, MEET).words, x, y)) for x, y in ("ab", "ba")]
+    caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
+    show = part("after", f"import os; print('found:', [os.environ[n] for n in {caches}])")
+    assert run([*pair, show], tmp_path, 60, "fake GPU") == 0
+    found = [p["found"] for p in json.loads((tmp_path / "summary.json").read_text())["parts"]]
+    assert found == [
+        ["a met b 0"],
+        ["b met a 0"],
+        [str([f"{tmp_path}/cache/{x}" for x in ("inductor", "triton", "home")])],
+    ]
+
+
+def test_an_interrupted_visit_ends_its_parts_and_has_a_summary(tmp_path, monkeypatch):
+    pids = tmp_path / "pids"
+    os.mkfifo(pids)
+    hang = part("hang", f"import os; open({str(pids)!r}, 'w').write(str(os.getpid()));" + HANG)
+    finish = gpu_visit.Process.finish
+
+    def interrupted(process):
+        interrupted.pid = int(pids.read_text())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        gpu_visit.Process, "finish", lambda p: (interrupted if "hang" in str(p.log) else finish)(p)
+    )
+    assert run([part("good", "pass"), hang, part("never", "pass")], tmp_path / "out", 60, "fake GPU") == 130
+    states = [p["state"] for p in json.loads((tmp_path / "out/summary.json").read_text())["parts"]]
+    assert states == ["passed", "not run", "not run"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(interrupted.pid, 0)
 
 
 def test_no_time_left(tmp_path):
@@ -59,17 +112,19 @@ JUNIT = """<testsuites><testsuite><testcase classname="t.a" name="good"/><testca
 
 
 def test_findings(tmp_path):
-    rows = [{"key": "ours", "images_per_s": 4321.4}, {"key": "x"}]
+    rows = [{"key": "ours", "images_per_s": 4321.4}, {"key": "x", "error": "no room"}]
     record = {
         "what": "step",
         "headline": "1.4x",
         "rows": rows,
+        "unfinished": "some rounds are missing",
         "gates": [{"name": "strong", "passed": False}],
     }
     (tmp_path / "dated").mkdir()
     (tmp_path / "dated/record.json").write_text(json.dumps(record))
     (tmp_path / "junit.xml").write_text(JUNIT)
-    lines = ["step: 1.4x", "ours: 4321 images/s", "CHECK FAILED strong", "1 passed, 1 failed, 1 skipped"]
+    lines = ["step: 1.4x", "some rounds are missing", "ours: 4321 images/s", "not measured: x: no room"]
+    lines += ["CHECK FAILED strong", "1 passed, 1 failed, 1 skipped"]
     assert findings(tmp_path, "failed") == {"found": [*lines, "FAILED t.a::bad"], "state": "failed"}
     (tmp_path / "junit.xml").write_text('<testsuite><testcase name="a"><skipped/></testcase></testsuite>')
     assert findings(tmp_path, "passed")["state"] == "failed: no test has run"
@@ -84,15 +139,34 @@ def test_no_gpu(code, words):
         find_gpu([sys.executable, "-S", "-c", code], 0.5 if code == HANG else 60)
 
 
+@pytest.mark.slow
+def test_a_short_run_stops_and_goes_on(tmp_path, capsys):
+    """What the parts `pretrain` and `pretrain-resume` do, on whatever device is here."""
+    folder = str(tmp_path / "run")
+    gpu_visit.short_run(folder, 10)
+    gpu_visit.short_run(folder, 20, after=10)
+    assert "found: steps 11 to 20, loss" in capsys.readouterr().out
+    log = tmp_path / "run/log.jsonl"
+    log.write_text(log.read_text() * 2)
+    with pytest.raises(RuntimeError, match="expected 1 to 20"):
+        gpu_visit.short_run(folder, 20, after=10)
+
+
 def test_every_part_is_a_command_its_program_understands(capsys, repository):
+    tested = {"gpu and slow": [], "gpu and not slow": []}
     names = [p.name for p in plan()]
     assert len(set(names)) == len(names)
     for p in plan():
         words = [w.replace("{out}", "out") for w in p.words]
         if "-c" in words:
-            compile(words[words.index("-c") + 1], p.name, "exec")
+            tree = ast.parse(words[words.index("-c") + 1])
+            call = next(node for node in ast.walk(tree) if isinstance(node, ast.Call))
+            given = [None] * len(call.args), {k.arg: None for k in call.keywords}
+            inspect.signature(getattr(gpu_visit, call.func.attr)).bind(*given[0], **given[1])
         elif "benchmarks" in words:
             assert main([*words[words.index("benchmarks") + 1 :], "--device", "cpu", "--list"]) == 0, p
         elif "pytest" in words:
-            files = {w for w in words if w.startswith("tests/")}
-            assert files == {f"tests/gpu/{f.name}" for f in (repository / "tests/gpu").glob("test_*.py")}
+            (which,) = tested.keys() & set(words)
+            tested[which] += [w for w in words if w.startswith("tests/")]
+    files = sorted(f"tests/gpu/{f.name}" for f in (repository / "tests/gpu").glob("test_*.py"))
+    assert all(sorted(found) == files for found in tested.values())

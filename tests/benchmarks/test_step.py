@@ -186,10 +186,23 @@ def test_a_measurement_end_to_end(tmp_path):
     cfg = tiny(train={"precision": "fp32"})
     names = ("released-fp32", "strong-eager", "ours")
     jobs = [Job(n, replace(BY_NAME[n], precision="fp32"), cfg, "cpu", 1) for n in names]
-    record = harness.new_record("w", "step", [], **step.measure([jobs], args), not_run={"x": "why"})
+    begun = harness.new_record("w", "step", [], not_run={"x": "why"})
+    kept = []
+
+    def save(found, unfinished):
+        file = harness.save_record(begun | found, args, unfinished) / "record.json"
+        kept.append(harness.read_record(file))
+
+    record = begun | step.measure([jobs], args, save)
+    # after the checks, after each start, before each round
+    assert len(kept) == 1 + 3 + 5 and all(r["unfinished"] for r in kept)
+    assert [len([r for r in k["rows"] if "images_per_s" in r]) for k in kept[:5]] == [0, 1, 2, 3, 0]
+    assert len(kept[0]["gates"]) == 3 and len(kept[-1]["rows"][0]["samples_ms"]) == 4 * args.steps
     assert [c["passed"] for c in record["gates"]] == [True] * 6, record["gates"]
     record |= step.conclusions(record)
-    text = (harness.write_record(record, step.page(record), args) / "README.md").read_text()
+    folder = harness.write_record(record, step.page(record), args)
+    text = (folder / "README.md").read_text()
+    assert "unfinished" not in harness.read_record(folder)
     for row in record["rows"]:
         assert len(row["samples_ms"]) == 5 and row["peak_mb"] > 50 and 0 < row["products"]["share"] <= 1.5
         assert f"| {row['key']} |" in text
@@ -222,6 +235,22 @@ def test_memory_per_image_and_growth():
     assert step.per_image(rows) == {"ours": pytest.approx(30)} and step.per_image(rows[:1]) == {}
     rows = [{"axis": "batch", "batch": b, "p50_ms": 5.0 * b} for b in (2, 4, 8)]
     assert step.growth(rows) == {"batch": pytest.approx(1)}
+
+
+def test_rows_come_in_the_order_asked_for_and_names_are_not_groups():
+    able, unable = chosen(["ours", "strong", "main"], "cpu")
+    assert [p.name for p in able][:3] == ["ours", "strong", "released"] and len(able) + len(unable) == 7
+    assert not {p.name for p in PROVIDERS} & {g for p in PROVIDERS for g in p.groups}
+    assert (
+        step.options(["--device", "cpu"]).color and not step.options(["--no-color", "--device", "cpu"]).color
+    )
+
+
+def test_ours_and_the_strong_baselines_have_the_same_memory_settings():
+    keeps = {p.name: p.keeps_memory for p in PROVIDERS}
+    assert keeps["ours"] and keeps["strong"] and keeps["strong-eager"] and not keeps["released"]
+    assert not keeps["ours-system-allocator"] and not keeps["strong-system-allocator"]
+    assert BY_NAME["strong"].environment == BY_NAME["ours"].environment
 
 
 @pytest.mark.parametrize("form", ["--memory", "--scaling"])

@@ -32,7 +32,7 @@ from extrema_fast.training.draw import draw
 from extrema_fast.training.run import Run, build
 from extrema_fast.training.step import StepGraph, wrap
 
-gpu, values = pytest.mark.gpu, pytest.mark.values
+gpu, values, slow = pytest.mark.gpu, pytest.mark.values, pytest.mark.slow
 BOTH = ["cpu", pytest.param("cuda", marks=gpu)]
 
 # widths of real heads (64) at a size that compiles quickly
@@ -178,11 +178,13 @@ MODES: dict[str, list[dict]] = {
     "triton": [BF16, {"system": {"backend": "triton"}}],
     "triton graph": [BF16, GRAPH, {"system": {"backend": "triton"}}],
 }
+# a GPU compiles these
+COMPILING = ("defaults", "block", "step", "graph of blocks")
 
 
 @gpu
 @values
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=slow if m in COMPILING else ()) for m in MODES])
 def test_no_waiting_for_the_device(mode):
     run = begin("cuda", *MODES[mode])
     # compilation, kernels' own settings, a recording
@@ -271,6 +273,7 @@ def test_a_step_that_does_not_fit_the_recording_runs_as_it_is(monkeypatch):
 
 
 @gpu
+@slow
 @values
 @pytest.mark.parametrize("mode", ["block", "step"])
 def test_ten_compiled_steps_equal_ten_plain_ones(mode):
@@ -306,7 +309,8 @@ COMPILED = [{"train": {"compile": mode}} for mode in ("block", "step")]
     ("device", "change"),
     [
         *(("cpu", change) for change in (RECOMPUTED, PLAIN_ATTENTION)),
-        *(pytest.param("cuda", c, marks=gpu) for c in (RECOMPUTED, PLAIN_ATTENTION, TRITON, *COMPILED)),
+        *(pytest.param("cuda", c, marks=gpu) for c in (RECOMPUTED, PLAIN_ATTENTION, TRITON)),
+        *(pytest.param("cuda", c, marks=(gpu, slow)) for c in COMPILED),
     ],
 )
 def test_bf16_gradients(device, change):
@@ -434,7 +438,7 @@ def one_process_group(backend: str) -> Iterator[None]:
     [
         ("cpu", "gloo", "none"),
         pytest.param("cuda", "nccl", "none", marks=gpu),
-        pytest.param("cuda", "nccl", "block", marks=gpu),
+        pytest.param("cuda", "nccl", "block", marks=(gpu, slow)),
     ],
 )
 def test_data_parallel(device, backend, compiled):
