@@ -131,22 +131,36 @@ def _machine_code(cubin: bytes) -> dict[str, int]:
     }
 
 
-def compile_all(ops: list[str], architectures: list[int], jobs: int = 1) -> list[dict]:
-    """Rows of every variant of `ops` (`compile_variant`), in a fixed order."""
-    tasks = [(op, name, arch) for op in ops for name in spec(op).variants() for arch in architectures]
+def compile_all(ops: list[str], architectures: list[int], jobs: int = 1, sample: bool = False) -> list[dict]:
+    """Rows of every variant of `ops` (`compile_variant`), in a fixed order.
+
+    Args:
+        sample: each variant for the first architecture, and in turns for one of the others.
+    """
+    variants = [(op, name) for op in ops for name in spec(op).variants()]
+    first, *others = architectures
+    tasks = [
+        (*variant, arch)
+        for i, variant in enumerate(variants)
+        for arch in ([first, others[i % len(others)]] if sample else architectures)
+    ]
     if jobs == 1:
         return [compile_variant(*t) for t in tasks]
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         return pool.starmap(compile_variant, tasks, chunksize=1)
 
 
-def compile_rows(ops: list[str], jobs: int = 1) -> list[dict]:
-    """`compile_all` for all architectures in a new process, for callers whose Triton interprets kernels."""
+def compile_rows(ops: list[str], jobs: int = 1, sample: bool = False) -> list[dict]:
+    """`compile_all` for all architectures in a new process, for callers whose Triton interprets kernels.
+
+    With `sample` each variant is compiled for sm_90 and one other.
+    """
     # interpreted kernels cannot be compiled, and Triton reads the variable at its import
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, "-m", __name__, "--jobs", str(jobs), "--json", str(out), "--op", *ops]
+        command += ["--sample", "--arch", "90", *(str(a) for a in SHARED_LIMIT if a != 90)] if sample else []
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if not out.is_file():
             raise RuntimeError(done.stderr[-2000:] or done.stdout[-2000:])
@@ -162,13 +176,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--op", nargs="*", choices=OPS, default=list(OPS))
     parser.add_argument("--arch", nargs="*", type=int, choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
+    parser.add_argument(
+        "--sample", action="store_true", help="the first --arch and, in turns, one of the others"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
     if not _launch.HAS_TRITON:
         print("Triton is not installed: nothing to compile", file=sys.stderr)
         return 2
-    rows = compile_all(args.op, args.arch, args.jobs)
+    rows = compile_all(args.op, args.arch, args.jobs, args.sample)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     for r in rows:
