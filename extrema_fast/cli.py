@@ -479,6 +479,7 @@ def _report(p: _Parser, args: list[str]) -> None:
     """Write reports/report.html of a run."""
     p.add("run_dir", metavar="RUN", help="run folder")
     p.add("--images", type=int, default=8, metavar="N", help="test images shown (0: none)")
+    p.add("--data", metavar="DIR", help="folder with train/ and test/; default: the run's")
     o = p.options(args)
     from .reporting.report import report
 

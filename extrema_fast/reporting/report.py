@@ -28,12 +28,15 @@ log = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 
-def report(run_dir: str | Path, *, images: int = 8) -> Path:
+def report(run_dir: str | Path, *, images: int = 8, data: str | None = None) -> Path:
     """Writes `reports/report.html` of a run folder.
+
+    A report with pictures is not replaced by one whose pictures cannot be made: that is `report-without-pictures.html`.
 
     Args:
         run_dir: The run folder; the run may be unfinished.
         images: Test images shown; 0: no pictures.
+        data: Folder with train/ and test/ where the run's images are now; None: where they were.
 
     Returns:
         The path of the file.
@@ -60,6 +63,7 @@ def report(run_dir: str | Path, *, images: int = 8) -> Path:
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     ).get_template("report.html.j2")
+    pictures = _pictures(folder, cfg, images, data)
     html = page.render(
         name=folder.resolve().name,
         state=str(status.get("state", "unknown")),
@@ -73,9 +77,12 @@ def report(run_dir: str | Path, *, images: int = 8) -> Path:
         speed=_speed(train),
         config=flatten(cfg),
         env=flatten(env),
-        **_pictures(folder, cfg, images),
+        **pictures,
     )
     path = folder / "reports" / "report.html"
+    if pictures["samples_note"] and path.is_file() and b'<img alt="" src="data:' in path.read_bytes():
+        kept, path = path, path.with_name("report-without-pictures.html")
+        log.warning("%s: stays, since it has pictures; this report is %s", kept, path)
     # a file may hold half a surrogate pair, which is no text
     write_file(path, (html + "\n").encode("utf-8", "replace"))
     return path
@@ -193,8 +200,11 @@ def _learning(train: list[Record], evals: list[Record], result: Record) -> list[
         level(f"{PIXELS} (final evaluation)", _row(result, PIXELS, "pixels").get("knn"), 5),
     ]
     loss = [Series("training loss", _points(train, "loss"), 0)]
+    note, few, all_ = "", evals[-1].get("images") if evals else None, result.get("counts", {}).get("test")
+    if isinstance(few, int) and isinstance(all_, int) and few < all_:
+        note = f"On {few} test images, as training evaluates; the results above are of all {all_}, so numbers differ."
     return _figures(
-        ("k-NN accuracy on test images", accuracy, "", {"percent": True}),
+        ("k-NN accuracy on test images, while training", accuracy, note, {"percent": True}),
         ("Loss", loss, "A small loss alone says nothing: judge by k-NN.", {}),
     )
 
@@ -242,7 +252,7 @@ def _speed(train: list[Record]) -> list[Record]:
 # ---- pictures -------------------------------------------------------------------------------------
 
 
-def _pictures(folder: Path, cfg: Config, count: int) -> Record:
+def _pictures(folder: Path, cfg: Config, count: int, data: str | None) -> Record:
     """`samples` and `neighbors` of figures.py, each with a note in its place when it cannot be made."""
     shown: Record = {"samples": None, "samples_note": "", "neighbors": None, "neighbors_note": ""}
     if count < 1:
@@ -260,8 +270,11 @@ def _pictures(folder: Path, cfg: Config, count: int) -> Record:
             return None
 
     def open_all() -> tuple:
-        specs = resolve_data(cfg, None, None)
-        sources = [open_source(s, split) for s, split in zip(specs, ("train", "test"), strict=True)]
+        specs = resolve_data(cfg, data, None)
+        try:
+            sources = [open_source(s, split) for s, split in zip(specs, ("train", "test"), strict=True)]
+        except UsageError as error:
+            raise UsageError(f"{error}; if they are elsewhere: report {folder} --data FOLDER") from None
         return convert.load_encoder(folder), *sources
 
     if (opened := attempt("samples", open_all)) is None:

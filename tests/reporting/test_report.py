@@ -269,6 +269,20 @@ def test_report_of_a_complete_run(run):
     assert sorted(p.name for p in (run / "reports").iterdir()) == ["evaluation.json", "report.html"]
 
 
+def test_a_report_with_pictures_is_not_replaced_by_a_poorer_one(images, cache, tmp_path, caplog):
+    here = shutil.copytree(images, tmp_path / "here")
+    folder = fabricate(tmp_path / "run", config(here))
+    good = report(folder, images=2)
+    text = good.read_text()
+    here.rename(tmp_path / "there")
+    poor = report(folder, images=2)
+    assert poor.name == "report-without-pictures.html" and good.read_text() == text
+    assert f"report {folder} --data FOLDER" in caplog.text
+    assert "img" in Reader(report(folder, images=2, data=str(tmp_path / "there")).read_text()).tags
+    # asked for without pictures
+    assert report(folder, images=0) == good
+
+
 def test_report_of_a_run_that_has_only_begun_and_of_gone_images(images, cache, tmp_path):
     folder = fabricate(tmp_path / "run", config(images), status=False, weights=False)
     page = check_self_contained(report(folder).read_text(encoding="utf-8"))
