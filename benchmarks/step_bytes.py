@@ -123,7 +123,8 @@ def main(argv: list[str]) -> int:
     args = p.parse_args(argv)
     args.device = "cuda"
     providers, unable = chosen(args.providers, args.device)
-    cfg = configuration(args.model, *args.mask, args.batch, color=not args.spatial)
+    ratio, views = args.mask
+    cfg = configuration(args.model, ratio, views, args.batch, color=not args.spatial)
     # by name alone: `strong` is the name of a group too
     jobs = [Job(p.name, p, cfg, args.device) for p in providers if p.name in args.providers]
     if args.list:

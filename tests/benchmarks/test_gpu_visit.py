@@ -147,6 +147,11 @@ def test_a_short_run_stops_and_goes_on(tmp_path, capsys):
     gpu_visit.short_run(folder, 20, after=10)
     assert "found: steps 11 to 20, loss" in capsys.readouterr().out
     log = tmp_path / "run/log.jsonl"
+    good = log.read_text()
+    log.write_text(good.replace('"loss": ', '"loss": null, "was": ', 1))
+    with pytest.raises(RuntimeError, match="loss is not a number at steps"):
+        gpu_visit.short_run(folder, 20, after=10)
+    log.write_text(good)
     log.write_text(log.read_text() * 2)
     with pytest.raises(RuntimeError, match="expected 1 to 20"):
         gpu_visit.short_run(folder, 20, after=10)
