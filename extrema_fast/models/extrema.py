@@ -106,8 +106,7 @@ class _Branch(nn.Module):
             tokens = self.encoder.embed(images, keep)
         with scope(f"{self.name}/trunk"):
             tokens = self.encoder.trunk(tokens, path)
-        with scope(f"{self.name}/pooling, heads"):
-            return self.after_trunk(tokens)
+        return self.after_trunk(tokens)
 
     def after_trunk(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [V b, K, D] -> as `forward`."""
@@ -124,7 +123,9 @@ class _Branch(nn.Module):
         """Compiles each block of the trunk, and what follows the trunk, in place: weights keep their names."""
         for block in self.encoder.blocks:
             block.compile(**options)
-        self.after_trunk = torch.compile(self.after_trunk, **options)  # type: ignore[method-assign]
+        # the scopes inside are gone from compiled code
+        name = scoped(f"{self.name}/pooling, heads")
+        self.after_trunk = name(torch.compile(self.after_trunk, **options))  # type: ignore[method-assign]
 
 
 class StudentBranch(_Branch):
