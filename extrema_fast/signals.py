@@ -57,13 +57,17 @@ def watched(farewell: Callable[[], None] = lambda: None) -> Iterator[None]:
     receiving, sending = os.pipe()
     os.set_blocking(sending, False)
     previous = signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(receiving, left, farewell), name="signals", daemon=True).start()
+    watch = threading.Thread(target=_watch, args=(receiving, left, farewell), name="signals", daemon=True)
+    watch.start()
     try:
         yield
     finally:
         left.set()
         signal.set_wakeup_fd(previous)
         os.close(sending)
+        # its `farewell` may hold the last reference to a whole run, whose tensors must not be freed in a thread
+        # while Python ends: that aborts the process
+        watch.join(GRACE_S)
 
 
 def _watch(receiving: int, left: threading.Event, farewell: Callable[[], None]) -> None:

@@ -128,3 +128,16 @@ def test_a_program_that_has_ended_by_itself_is_not_ended(monkeypatch):
         if thread.name == "signals":
             thread.join(60)
     assert not ended
+
+
+def test_the_thread_that_watches_ends_with_the_context():
+    # it holds what `farewell` holds: freed in a thread while Python ends, tensors abort the process
+    interval = sys.getswitchinterval()
+    # this thread goes on until it waits for the other
+    sys.setswitchinterval(10)
+    try:
+        with Signals():
+            assert "signals" in [t.name for t in threading.enumerate()]
+        assert "signals" not in [t.name for t in threading.enumerate()]
+    finally:
+        sys.setswitchinterval(interval)
