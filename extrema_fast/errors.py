@@ -6,11 +6,19 @@ import errno
 import os
 from typing import Any
 
+# characters of a message
+LONGEST = 3000
+
 
 class ExtremaError(Exception):
     """Base of the errors below; `exit_code` is what the command line returns."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        # a damaged file may put anything into a message; what to do stands at its end
+        text = super().__str__()
+        return text if len(text) <= LONGEST else f"{text[: LONGEST - 600]} [...] {text[-500:]}"
 
 
 class UsageError(ExtremaError, ValueError):

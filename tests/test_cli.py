@@ -258,6 +258,18 @@ def test_exit_codes(capsys, monkeypatch, error, code):
     assert capsys.readouterr().err == "extrema-fast: error: so it is\n"
 
 
+def test_a_message_of_any_length_is_shown_short_with_its_remedy(capsys, monkeypatch):
+    def fail(*args, **options):
+        raise UsageError(f"file: {'a' * 100_000}; use another")
+
+    monkeypatch.setattr(train, "pretrain", fail)
+    assert main(["pretrain", "smoke"]) == 2
+    err = capsys.readouterr().err
+    assert (
+        len(err) < 4000 and err.startswith("extrema-fast: error: file: a") and err.endswith("; use another\n")
+    )
+
+
 def test_unexpected_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(train, "pretrain", lambda *args, **options: {}["missing"])
     with pytest.raises(KeyError, match="missing"):

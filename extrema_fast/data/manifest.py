@@ -256,7 +256,7 @@ def _columns(lines: list[str], where: str, first: int, number_of: dict[str, int]
     columns |= {c: list(map(intern, columns[c])) for c in ("kind", "status")}
     paths, labels = columns["path"], columns["label"]
     check([p != "" for p in paths], "the path is empty", paths)
-    unknown = f"label {{!r}} is none of the {len(number_of) - 1} classes in line 1"
+    unknown = f"label {{!r:.80}} is none of the {len(number_of) - 1} classes in line 1"
     check([v in number_of for v in labels], unknown, labels)
     columns["label"] = np.array([number_of[v] for v in labels], np.int64)
     for c, (least, most) in _RANGES.items():
