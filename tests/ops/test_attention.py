@@ -98,6 +98,34 @@ def test_torch_may_use_the_kernels_of_that_name_in_order(name, monkeypatch):
     assert allowed(with_priority=True) == before
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_order_of_kernels_is_part_of_a_compiled_graph(name):
+    """As on a GPU, where attention is compiled with the rest of its block: set, used, set back."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    orders, graphs = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        for node in graph.graph.nodes:
+            if node.target is torch.nn.attention._sdpa_kernel:
+                orders.append([backend.args[0] for backend in node.args[0]])
+            elif node.target is F.scaled_dot_product_attention:
+                orders.append("attention")
+        return aot_eager(graph, inputs)
+
+    usual = [b.name for b in torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)]
+    # a CPU has no order; on `meta` the same lines run as on a GPU
+    qkv = torch.empty(2, 5, 3, 2, 8, device="meta", requires_grad=True)
+    try:
+        out = torch.compile(attention.BACKENDS[name], backend=backend, fullgraph=True, dynamic=False)(qkv)
+        (gradient,) = torch.autograd.grad(out.square().sum(), qkv)
+    finally:
+        torch.compiler.reset()
+    assert len(graphs) == 1 and orders == [KERNELS[name], "attention", usual]
+    assert out.shape == (2, 5, 2, 8) and gradient.shape == qkv.shape
+
+
 @pytest.fixture
 def xformers(monkeypatch):
     """A module of that name which computes attention, and the calls it got."""
