@@ -7,7 +7,9 @@ a failed place of its batch; what to do about it is up to the loader.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import io
 import os
 import re
 from collections import deque
@@ -341,6 +343,29 @@ class DaliDecoder:
         if not self.settings.pinned or device.type == "cuda":
             return images
         return torch.empty(images.shape, dtype=images.dtype, pin_memory=True).copy_(images)
+
+
+@functools.cache
+def gpu_unsupported(device: torch.device) -> str:
+    """Why DALI cannot decode on a GPU, found with one small image; empty when it can."""
+    from PIL import Image
+
+    dali, fn = (importlib.import_module(f"nvidia.dali{name}") for name in ("", ".fn"))
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG")
+    encoded = [np.frombuffer(file.getvalue(), np.uint8)]
+    gpu = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        pipe = dali.Pipeline(batch_size=1, num_threads=1, device_id=gpu)
+        with pipe:
+            image = fn.decoders.image(fn.external_source(source=lambda: encoded), device="mixed")
+            pipe.set_outputs(fn.resize(image, size=(8, 8)))
+        pipe.build()
+        pipe.run()
+    except Exception as error:
+        # a driver, a GPU or a CUDA version that this DALI is not built for; no memory
+        return _reason(error)
+    return ""
 
 
 def _not_a_file(error: Exception) -> DataError:

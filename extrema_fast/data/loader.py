@@ -27,7 +27,7 @@ from ..config import DataConfig
 from ..distributed import World, cores
 from ..errors import DataError, UsageError
 from .bad_images import BadRows
-from .decode import DaliDecoder, PilDecoder, Settings, Work
+from .decode import DaliDecoder, PilDecoder, Settings, Work, gpu_unsupported
 from .image_files import REMEDY, TIFF, ImageFiles, deep_range
 from .image_source import ImageSource
 from .order import Order
@@ -123,14 +123,15 @@ class _Loader(ABC):
     ) -> None:
         self._files, self.bad, self.resident = ImageFiles(source, cfg), bad, resident
         self.kind, self._world = loader_for(source, cfg), 1
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if resident == "off":
+            device = _decoding_device(self.kind, cfg.loader, device)
         self._settings = Settings(
             img_size,
             batch,
             decoding_threads(cfg.threads),
             whole,
-            torch.device("cpu" if self.kind == "pil" and resident == "off" else device),
+            device,
             cfg.hw_decoder_load,
             pinned,
         )
@@ -400,7 +401,7 @@ def processes_here() -> int:
     return max(1, int(here) if here.isdecimal() else 1)
 
 
-_log_once = functools.cache(log.info)
+_log_once, _warn_once = functools.cache(log.info), functools.cache(log.warning)
 
 
 def loader_for(source: ImageSource, cfg: DataConfig) -> Literal["dali", "pil"]:
@@ -455,3 +456,18 @@ def choose_loader(wanted: str) -> Literal["dali", "pil"]:
                 str(e),
             )
     return "pil"
+
+
+def _decoding_device(kind: str, wanted: str, device: torch.device) -> torch.device:
+    """Where a loader decodes for `device`: there by DALI, where it can; says once why it cannot."""
+    if kind == "pil" or device.type == "cpu":
+        return torch.device("cpu")
+    if not (reason := gpu_unsupported(device)):
+        return device
+    remedy = 'install the DALI of the driver\'s CUDA (pip install "extrema-fast[dali-cuda12]" or dali-cuda13)'
+    if wanted == "dali":
+        raise UsageError(
+            f"data.loader: DALI cannot decode on this GPU ({reason}); {remedy}, or --data.loader pil"
+        )
+    _warn_once("images are decoded on the CPU: DALI cannot decode on this GPU (%s); %s", reason, remedy)
+    return torch.device("cpu")
