@@ -5,7 +5,8 @@ are right are timed in turns. This happens in a child process with a time limit,
 CUDA context, and a kernel on a GPU that nobody tried may hang: whatever goes wrong there takes that candidate out, with
 one line, and the run starts. Results are kept in the user's cache folder (`kernels/_cache.py`).
 
-The child writes a JSON list a line: `at` (what it is about to do), `out` (a candidate that is wrong), `times`, `done`.
+The child writes a JSON list a line: `at` (what it is about to do), `out` (a candidate that is wrong), `no memory` (one
+that needs more than there is), `times`, `end` (of a problem, and why it was not measured), `restart`.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ GAIN, SPREAD = 0.03, 0.10
 FALLBACKS = ("compiled", "plain")
 # names of this project's kernels
 OURS = ("triton", "short")
+NO_MEMORY = "the GPU has no memory left for it (nvidia-smi shows who uses it; a smaller batch needs less)"
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,11 @@ Choices = dict[str, Choice]
 
 @dataclass
 class Result:
-    """What the child found: case -> candidate -> microseconds; candidate -> why it is out."""
+    """What the child found: case -> candidate -> microseconds; candidate -> why it is out; those without memory."""
 
     times: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     out: dict[str, str] = field(default_factory=dict)
+    no_memory: list[str] = field(default_factory=list)
     # why nothing could be measured
     failed: str = ""
 
@@ -206,15 +209,27 @@ def measure(problems: list[Problem], device: str, builder: str = f"{__name__}:bu
     names = ", ".join(p.name for p in problems)
     log.info("measuring on this GPU, once for these versions and shapes: %s", names)
     began, choices, writable = time.monotonic(), {}, True
+    # reason -> problems: what one cause does to many ops is one line
+    by_rule: dict[str, list[str]] = {}
+    large: list[str] = []
     for p, result in zip(problems, run(problems, device, builder), strict=True):
         for name, why in result.out.items():
             ours = "; please report it with what `extrema-fast kernels` prints" * (name in OURS)
             log.warning("op %s: %s is left out: %s%s", p.name, name, why, ours)
         choice = choices[p.name] = decide(p, result)
+        # memory may be free next time
+        kept = not result.failed and p.default not in result.no_memory
         if not choice.implementation:
-            log.warning("op %s: the fixed rule holds: %s", p.name, choice.reason)
-        if not result.failed:
+            again = "; the next start measures again, with `--system.backend fixed` none does"
+            by_rule.setdefault(choice.reason + again * (not kept), []).append(p.name)
+        elif result.no_memory:
+            large.append(f"{', '.join(result.no_memory)} of {p.name}")
+        if kept:
             writable = writable and _keep(p.key(device), asdict(choice) | {"times": result.times})
+    if large:
+        log.warning("ops: left out are %s: %s", "; ".join(large), NO_MEMORY)
+    for reason, ops in by_rule.items():
+        log.warning("op %s: the fixed rule holds: %s", ", ".join(ops), reason)
     log.info("measured in %.0f s", time.monotonic() - began)
     return choices
 
@@ -267,7 +282,8 @@ def decide(p: Problem, result: Result) -> Choice:
     tables = list(result.times.values())
     right = [n for n in p.candidates if n not in result.out and tables and all(t.get(n) for t in tables)]
     if result.failed or not right:
-        return Choice("", result.failed or "no other implementation is right here", dict(result.out))
+        why = NO_MEMORY if result.no_memory else "no other implementation is right here"
+        return Choice("", result.failed or why, dict(result.out))
     us = {n: sum(statistics.median(t[n]) for t in tables) for n in right}
     best = min(right, key=us.__getitem__)
     others = sorted((u, n) for n, u in us.items() if n != best)
@@ -302,7 +318,9 @@ def run(problems: list[Problem], device: str, builder: str) -> list[Result]:
         request = {
             "builder": builder,
             "device": device,
-            "problems": [[i, asdict(problems[i]), list(results[i].out)] for i in sorted(todo)],
+            "problems": [
+                [i, asdict(problems[i]), [*results[i].out, *results[i].no_memory]] for i in sorted(todo)
+            ],
         }
         # (problem, candidate) that the child is at
         at: tuple[int, str] | None = None
@@ -317,6 +335,8 @@ def run(problems: list[Problem], device: str, builder: str) -> list[Result]:
                     at = i, what[0]
                 elif word == "out":
                     results[i].out[what[0]] = what[1]
+                elif word == "no memory":
+                    results[i].no_memory.append(what[0])
                 elif word == "times":
                     results[i].times[what[0]] = what[1]
                 elif word == "end":
@@ -472,7 +492,7 @@ def _measure(
         except Exception as error:
             result, why = None, _reason(error)
         if why:
-            say("out", i, name, why)
+            say(*(("no memory", i, name) if why == NO_MEMORY else ("out", i, name, why)))
             names.remove(name)
             _restart_if_broken(i, device, say)
         return result
@@ -518,5 +538,5 @@ def _restart_if_broken(i: int, device: torch.device, say: Callable[..., None]) -
 
 def _reason(error: Exception) -> str:
     if is_out_of_memory(error):
-        return "the GPU has no memory left for it (nvidia-smi shows who uses it; a smaller batch needs less)"
+        return NO_MEMORY
     return f"{type(error).__name__}: {one_line(error)}"

@@ -141,7 +141,6 @@ def test_whatever_goes_wrong_takes_out_that_candidate_alone(children, monkeypatc
         "crash": "exit code 7",
         "hang": "it took more than 4 s",
         "raises": "RuntimeError: no kernel image is available",
-        "no_memory": "no memory left",
         "nan": "NaN",
         "wrong_in_the_last_row": "times the allowed error",
         "varies": "two runs differ",
@@ -153,6 +152,10 @@ def test_whatever_goes_wrong_takes_out_that_candidate_alone(children, monkeypatc
         assert [text in line and "\n" not in line for line in warnings(caplog) if f": {name} is" in line] == [
             True
         ]
+    # which is not what is wrong with it
+    assert [line for line in warnings(caplog) if "memory" in line] == [
+        f"ops: left out are no_memory of {PROBLEM.name}: {measure.NO_MEMORY}"
+    ]
     # a problem that ends the child whatever runs is left to the rule, and tried again next time
     assert found["broken"].implementation == "" and "by signal 11" in found["broken"].reason
     assert "broken: the fixed rule holds" in caplog.text and not measure.cached([broken], "cpu")
@@ -167,11 +170,41 @@ def test_whatever_goes_wrong_takes_out_that_candidate_alone(children, monkeypatc
     }
 
 
-def test_a_child_that_does_not_start(monkeypatch):
+def test_a_child_that_does_not_start_is_one_line(monkeypatch, caplog):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     (result,) = measure.run([PROBLEM], "cpu", BUILDER)
     assert "exit code 1" in result.failed
     assert measure.decide(PROBLEM, result) == Choice("", result.failed, {})
+    # as where the GPU takes one process at a time
+    teacher = replace(PROBLEM, op="attention", label="teacher")
+    assert {c.implementation for c in measure.measure([PROBLEM, teacher], "cpu", BUILDER).values()} == {""}
+    (line,) = warnings(caplog)
+    assert "attention_pool, attention teacher: the fixed rule holds" in line and "exit code 1" in line
+    assert "the next start measures again" in line and not measure.cached([PROBLEM, teacher], "cpu")
+
+
+@pytest.mark.parametrize(
+    ("no_memory", "wanted", "kept"),
+    [
+        (["b"], "a", True),
+        # the rule's own choice: another takes its place, this time
+        (["a"], "b", False),
+        (["a", "b"], "", False),
+    ],
+)
+def test_no_memory_while_measuring_is_one_line(no_memory, wanted, kept, monkeypatch, caplog):
+    """Another process on the GPU: nothing is found wrong for good."""
+    p = replace(POOL, default="a", candidates=("a", "b"))
+    teacher = replace(p, op="attention", label="teacher")
+    times = {"only": {n: steady(10) for n in p.candidates if n not in no_memory}}
+    monkeypatch.setattr(
+        measure, "run", lambda problems, *_: [Result(times, {}, list(no_memory)) for _ in problems]
+    )
+    found = measure.measure([p, teacher], "cpu")
+    assert [(c.implementation, c.out) for c in found.values()] == [(wanted, {})] * 2
+    (line,) = warnings(caplog)
+    assert "no memory" in line and "nvidia-smi" in line and "report" not in line
+    assert bool(measure.cached([p, teacher], "cpu")) == kept
 
 
 def test_time_that_is_over(monkeypatch):
