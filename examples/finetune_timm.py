@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> float:
     correct = 0
     model.eval()
     with torch.no_grad():
-        for images, index in EvalLoader(test, cfg, size):
+        for images, index in EvalLoader(test, cfg, size, resizing=model.resizing()):
             correct += int((model(normalize(images, mean, std)).argmax(1) == test.labels[index]).sum())
     torch.save(model.state_dict(), out / "finetuned.pth")
     accuracy = correct / len(test)

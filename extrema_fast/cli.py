@@ -423,6 +423,9 @@ def _resolved(given: _Configured) -> dict[str, Any]:
     }
 
 
+_CROP_PCT = "the encoder's size in resized images (the weights'; 1: already cropped)"
+
+
 def _evaluation(p: _Parser, args: list[str], metrics: Sequence[str]) -> None:
     p.add("path", metavar="RUN_OR_WEIGHTS", help="run folder, weights folder or released .pth")
     p.add("--data", metavar="DIR", help="folder with train/ and test/ or val/; default: the run's")
@@ -436,6 +439,7 @@ def _evaluation(p: _Parser, args: list[str], metrics: Sequence[str]) -> None:
         p.add("--k", type=int, help="neighbors (default: the run's, 20)")
         p.add("--temperature", type=float, help="of the votes (default: the run's, 0.07)")
     p.add("--batch-size", type=int, metavar="N", help="images at a time")
+    p.add("--crop-pct", type=float, metavar="SHARE", help=_CROP_PCT)
     p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     p.add("--seed", type=int, default=0, metavar="S", help="of the random encoder and the probe")
     p.switch("--force", "measure again although nothing has changed")
@@ -547,6 +551,7 @@ def _embed(p: _Parser, args: list[str]) -> None:
     p.add("--dtype", default="fp32", metavar="TYPE", help="fp32 (default), fp16 or bf16")
     p.add("--format", default="npy", metavar="NAME", help="npy (default), parquet or safetensors")
     p.add("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width")
+    p.add("--crop-pct", type=float, metavar="SHARE", help=_CROP_PCT)
     p.add("--keep-ratio", type=float, default=1.0, metavar="R", help="encode a random share of patches")
     p.add("--batch-size", type=int, metavar="N", help="images at a time (32 on a CPU, 256 on a GPU)")
     p.add("--part-images", type=int, metavar="N", help="images per file (about 1024)")

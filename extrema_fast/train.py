@@ -46,6 +46,7 @@ from .training.run import (
     prepare_torch,
     resume,
     save,
+    take_cropped_whole,
 )
 from .training.run_folder import RunFolder
 from .training.step import StepStats, batches, memory_remedy, train_step, wrap
@@ -128,6 +129,8 @@ def _loop(
     images, classes = epoch_length(run.source), len(run.source.classes)
     train_log.start(headline(run.cfg, run.resolved, world.size, images, classes), loader.remedy())
     world.rank_zero_only(lambda: describe(run, folder) if folder else None)
+    # evaluations and weights are made there
+    world.rank_zero_only(lambda: take_cropped_whole(run))
     signals.farewell = train_log.interrupted
     stop = signals.stop_agreed(world)
     if not stop and run.evaluates():

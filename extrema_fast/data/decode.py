@@ -79,6 +79,8 @@ class Settings(NamedTuple):
     hw: float
     # CPU batches in page-locked memory, for copies that overlap with the step
     pinned: bool
+    # `bilinear` or `bicubic`
+    interpolation: str = "bilinear"
 
 
 def take_ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
@@ -145,13 +147,14 @@ class PilDecoder:
     def _crop(self, work: Work, place: int) -> np.ndarray:
         from PIL import Image
 
-        (height, width), bilinear = self.settings.img_size, Image.Resampling.BILINEAR
+        height, width = self.settings.img_size
+        kernel = Image.Resampling[self.settings.interpolation.upper()]
         row, data = int(work.rows[place]), None if work.data is None else work.data[place]
         top, left, bottom, right = work.boxes[place].tolist()
         if self.settings.whole:
             im = Image.fromarray(self.held(row)) if self.held else self.files.rgb(row, data)
             box = (left, top, min(right, im.width), min(bottom, im.height))
-            im = im.resize((width, height), bilinear, box=box)
+            im = im.resize((width, height), kernel, box=box)
         else:
             region = (int(left), int(top), int(right), int(bottom))
             if self.held:
@@ -159,7 +162,7 @@ class PilDecoder:
                 im = Image.fromarray(self.held(row)[region[1] : region[3], region[0] : region[2]])
             else:
                 im = self.files.rgb(row, data, region)
-            im = im.resize((width, height), bilinear)
+            im = im.resize((width, height), kernel)
         pixels = np.asarray(im)
         return pixels[:, ::-1] if work.flips[place] else pixels
 
@@ -312,7 +315,8 @@ class DaliDecoder:
             encoded, start, extent, *flip = fn.external_source(source=feed, num_outputs=3 if s.whole else 4)
             if not self.files.as_bytes:
                 encoded = fn.io.file.read(encoded)
-            resize = dict(size=s.img_size, interp_type=types.INTERP_LINEAR, antialias=True)
+            kernel = types.INTERP_CUBIC if s.interpolation == "bicubic" else types.INTERP_LINEAR
+            resize = dict(size=s.img_size, interp_type=kernel, antialias=True)
             if s.whole:
                 images = fn.decoders.image(encoded, **decoder)
                 images = fn.resize(images, roi_start=start, roi_end=extent, **resize)

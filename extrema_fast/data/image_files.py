@@ -217,14 +217,24 @@ def hash_sample(files: ImageFiles) -> dict[str, str]:
 
     Names and sizes of all images do not show that some were replaced in place by others of the same size.
     """
-    source = files.source
-    drawn = rng.words(torch.arange(_SAMPLED), 1, seed=0, epoch=_SAMPLE_EPOCH, stream=rng.SUBSTITUTE)[
-        :, 0
-    ] % len(source)
-    rows = sorted(set(drawn.tolist()))
+    rows = _sampled(len(files.source))
     with ThreadPoolExecutor(_READERS, thread_name_prefix="hash") as pool:
         hashes = pool.map(lambda row: _hash(files, row), rows)
         return {str(row): value for row, value in zip(rows, hashes, strict=True) if value}
+
+
+def are_cropped(files: ImageFiles, size: tuple[int, int]) -> bool:
+    """Whether the images of the same rows all have exactly (height, width) `size`; unreadable ones do not count."""
+    rows = np.array(_sampled(len(files.source)))
+    headers = files.read_headers(rows, with_bytes=False)
+    files.close()
+    sizes = np.delete(headers.sizes, list(headers.failed), axis=0)
+    return bool(len(sizes) and (sizes == size).all())
+
+
+def _sampled(images: int) -> list[int]:
+    drawn = rng.words(torch.arange(_SAMPLED), 1, seed=0, epoch=_SAMPLE_EPOCH, stream=rng.SUBSTITUTE)
+    return sorted(set((drawn[:, 0] % images).tolist()))
 
 
 def replaced(files: ImageFiles, before: dict[str, str]) -> list[int]:

@@ -31,7 +31,7 @@ from .decode import DaliDecoder, PilDecoder, Settings, Work, gpu_unsupported
 from .image_files import REMEDY, TIFF, ImageFiles, deep_range
 from .image_source import ImageSource
 from .order import Order
-from .preprocess import center_of, scaled_size
+from .preprocess import CENTER_CROP, KEEP_EXACT, Resizing, center_of, scaled_size
 from .resident import HeldDecoder, Place, hold
 
 log = logging.getLogger(__name__)
@@ -88,18 +88,18 @@ def random_boxes(
     return np.stack([top, left, top + h, left + w], 1), u[:, 2 * _TRIES + 2] < cfg.flip
 
 
-def center_boxes(sizes: np.ndarray, img_size: tuple[int, int]) -> np.ndarray:
-    """[b, 4] float64 boxes as of `random_boxes`, fractions included, that `preprocess` resizes and center-crops to.
+def center_boxes(
+    sizes: np.ndarray, img_size: tuple[int, int], resizing: Resizing = CENTER_CROP
+) -> np.ndarray:
+    """[b, 4] float64 boxes as of `random_boxes`, fractions included, that `preprocess` resizes and center-crops to."""
+    boxes = [_center_box(size, img_size, resizing) for size in sizes.tolist()]
+    return np.array(boxes, np.float64).reshape(-1, 4)
 
-    It resizes the short side to 256/224 of the crop; an image that already has `img_size` is left whole.
-    """
-    return np.array([_center_box(size, img_size) for size in sizes.tolist()], np.float64).reshape(-1, 4)
 
-
-def _center_box(size: list[int], img_size: tuple[int, int]) -> list[float]:
-    if tuple(size) == tuple(img_size):
+def _center_box(size: list[int], img_size: tuple[int, int], resizing: Resizing) -> list[float]:
+    if resizing.keep_exact and tuple(size) == tuple(img_size):
         return [0, 0, *size]
-    new = scaled_size(size, img_size)
+    new = scaled_size(size, img_size, resizing.crop_pct)
     start = center_of(new, img_size)
     end = [at + side for at, side in zip(start, img_size, strict=True)]
     return [at * old / to for at, old, to in zip((*start, *end), size * 2, new * 2, strict=True)]
@@ -120,7 +120,9 @@ class _Loader(ABC):
         whole: bool,
         pinned: bool = False,
         resident: Place = "off",
+        resizing: Resizing = KEEP_EXACT,
     ) -> None:
+        self._resizing = resizing
         self._files, self.bad, self.resident = ImageFiles(source, cfg), bad, resident
         self.kind, self._world = loader_for(source, cfg), 1
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -134,6 +136,7 @@ class _Loader(ABC):
             device,
             cfg.hw_decoder_load,
             pinned,
+            resizing.interpolation,
         )
 
     @abstractmethod
@@ -142,7 +145,8 @@ class _Loader(ABC):
 
     def _crops(self, sizes: np.ndarray, rows: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Boxes and flips of images of these sizes."""
-        return center_boxes(sizes, self._settings.img_size), np.zeros(len(rows), bool)
+        boxes = center_boxes(sizes, self._settings.img_size, self._resizing)
+        return boxes, np.zeros(len(rows), bool)
 
     def _plan(self, step: int) -> Work:
         while True:
@@ -212,8 +216,8 @@ class TrainLoader(_Loader):
     Iterating yields `Batch`. Rows of a global batch do not depend on `world`. An image that cannot be read or decoded
     is named in the log, and another replaces it (`Order.substitutes`); all others stay where they were. With several
     processes none ends by itself: one that cannot continue yields empty images until `agree`, which all call after
-    the same step, raises everywhere. With `policy="centercrop"` each image is resized and center-cropped as for
-    evaluation, never flipped.
+    the same step, raises everywhere. With `policy="centercrop"` each image is resized and center-cropped, and never
+    flipped; one of exactly `img_size` is taken whole.
 
     Args:
         img_size: (height, width) of the crops.
@@ -348,11 +352,11 @@ class TrainLoader(_Loader):
 class EvalLoader(_Loader):
     """Every image once, in row order, resized and center-cropped; iterate as often as needed.
 
-    Iterating yields (images [b, H, W, 3] uint8, index [b] int64); the last batch may be smaller. The short side is
-    resized to 256/224 of `img_size`, cut to whole pixels, as by `Encoder.preprocess`; an image of exactly `img_size`
-    stays as it is. `len()` is the number of images.
+    Iterating yields (images [b, H, W, 3] uint8, index [b] int64); the last batch may be smaller. `len()` is the number
+    of images.
 
     Args:
+        resizing: as by `Encoder.preprocess` of weights with these numbers.
         bad: unreadable images are left out and added here; None: they are errors.
 
     Raises:
@@ -368,8 +372,10 @@ class EvalLoader(_Loader):
         batch_size: int = 256,
         device: str | torch.device | None = None,
         bad: BadRows | None = None,
+        resizing: Resizing = CENTER_CROP,
     ) -> None:
-        super().__init__(source, cfg, img_size, min(batch_size, max(1, len(source))), device, bad, whole=True)
+        batch = min(batch_size, max(1, len(source)))
+        super().__init__(source, cfg, img_size, batch, device, bad, whole=True, resizing=resizing)
         self._length = len(source)
 
     def __len__(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,41 @@ CROP_PCT = 224 / 256
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 
+class Resizing(NamedTuple):
+    """How an image of any size becomes one of the encoder's: resized, then cropped at the center, as timm does.
+
+    Attributes:
+        crop_pct: size / crop_pct is what the short side is resized to; 1: images are already cropped.
+        interpolation: `bilinear` or `bicubic`, antialiased.
+        keep_exact: an image of exactly the size is taken whole, as older versions did.
+    """
+
+    crop_pct: float = CROP_PCT
+    interpolation: str = "bilinear"
+    keep_exact: bool = False
+
+    def __str__(self) -> str:
+        if self.crop_pct == 1:
+            text = "resized to the encoder's size, the longer side cut"
+        else:
+            text = f"resized to 1 / {self.crop_pct:g} of the encoder's size, center-cropped"
+        return text + (
+            ", except those of exactly that size, which are taken whole" if self.keep_exact else ""
+        )
+
+
+CENTER_CROP = Resizing()
+# of weights that say nothing of `crop_mode` (older versions), and of training without random crops
+KEEP_EXACT = Resizing(keep_exact=True)
+
+
+def check_crop_pct(crop_pct: float, name: str = "crop_pct") -> float:
+    """`crop_pct`; raises UsageError unless it is above 0 and at most 1."""
+    if not 0 < crop_pct <= 1:
+        raise UsageError(f"{name}: expected above 0, to 1 (images are already cropped), got {crop_pct}")
+    return crop_pct
+
+
 def resize_crop(
     image: Tensor, size: tuple[int, int], interpolation: str = "bilinear", crop_pct: float = CROP_PCT
 ) -> Tensor:
@@ -28,14 +63,14 @@ def resize_crop(
         size: (height, width) of the result.
 
     Returns:
-        [height, width, C] uint8; an image of exactly that size is returned as it is.
+        [height, width, C] uint8.
     """
-    if tuple(image.shape[:2]) == size:
-        return image
     new = scaled_size(image.shape[:2], size, crop_pct)
-    x = F.interpolate(image.permute(2, 0, 1)[None].float(), size=new, mode=interpolation, antialias=True)
+    x = image.permute(2, 0, 1)
+    if new != tuple(image.shape[:2]):
+        x = F.interpolate(x[None].float(), size=new, mode=interpolation, antialias=True)[0]
     top, left = center_of(new, size)
-    x = x[0, :, top : top + size[0], left : left + size[1]]
+    x = x[:, top : top + size[0], left : left + size[1]]
     return x.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
 
 
@@ -78,6 +113,7 @@ class Preprocess:
         size: (height, width) of the result.
         in_chans: 3; or 1: the gray value of RGB, or one channel as it is; another number takes uint8 tensors
             [H, W, in_chans], and `mean` and `std` need that many entries, or one for all.
+        crop_pct: as of `Resizing`.
         value_range: (black, white) of PIL images of more than 8 bits; None: 0 to 65535, and for floats 0 to 1.
     """
 
@@ -95,8 +131,7 @@ class Preprocess:
             raise UsageError(
                 f"preprocess: interpolation: expected 'bilinear' or 'bicubic', got {interpolation!r}"
             )
-        if not 0 < crop_pct <= 1:
-            raise UsageError(f"preprocess: crop_pct: expected above 0, to 1, got {crop_pct}")
+        check_crop_pct(crop_pct, "preprocess: crop_pct")
         self.size, self.in_chans = (size[0], size[1]), in_chans
         self.mean, self.std = _per_channel("mean", mean, in_chans), _per_channel("std", std, in_chans)
         self.interpolation, self.crop_pct, self.value_range = interpolation, crop_pct, value_range
@@ -113,8 +148,9 @@ class Preprocess:
         }
 
     def __call__(self, image: Any) -> Tensor:
-        if not isinstance(image, Tensor):
-            image = self._pixels(image)
+        whole = isinstance(image, Tensor)
+        if not whole:
+            image = self._cropped(image)
         channels = (1, 3) if self.in_chans == 1 else (self.in_chans,)
         if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] not in channels:
             raise UsageError(
@@ -124,10 +160,12 @@ class Preprocess:
         if self.in_chans == 1:
             # as RGB, which `normalize` makes gray
             pixels, mean, std = image.expand(-1, -1, 3), mean * 3, std * 3
-        pixels = resize_crop(pixels, self.size, self.interpolation, self.crop_pct)
+        if whole:
+            pixels = resize_crop(pixels, self.size, self.interpolation, self.crop_pct)
         return normalize(pixels[None], mean, std, self.in_chans)[0]
 
-    def _pixels(self, image: Any) -> Tensor:
+    def _cropped(self, image: Any) -> Tensor:
+        """The pixels of a PIL image after `resize_crop`, by Pillow: byte for byte those of timm's transform."""
         if not hasattr(image, "convert"):
             raise UsageError(
                 f"image: expected a PIL image or a uint8 tensor [H, W, C], got {type(image).__name__}"
@@ -138,7 +176,14 @@ class Preprocess:
                 f"give a uint8 tensor [H, W, {self.in_chans}]"
             )
         rgb = to_8_bit(image, self.value_range).convert("RGB")
-        return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
+        (height, width), new = self.size, scaled_size((rgb.height, rgb.width), self.size, self.crop_pct)
+        top, left = center_of(new, self.size)
+        if new != (rgb.height, rgb.width):
+            from PIL import Image
+
+            rgb = rgb.resize(new[::-1], Image.Resampling[self.interpolation.upper()])
+        pixels = bytearray(rgb.crop((left, top, left + width, top + height)).tobytes())
+        return torch.frombuffer(pixels, dtype=torch.uint8).view(height, width, 3)
 
     def __repr__(self) -> str:
         return f"Preprocess({self.metadata})"

@@ -106,7 +106,8 @@ def online_eval(
             projection = head(x.to(device))
             out |= {f"{name}_{key}": value for key, value in indicators(x.to(device)).items()}
             out |= {f"{name}_proj_{key}": value for key, value in indicators(projection).items()}
-        images = load_batch(test, cfg.data, size, VIEW_IMAGES, strict=False).to(device)
+        resizing = method.teacher.resizing()
+        images = load_batch(test, cfg.data, size, VIEW_IMAGES, strict=False, resizing=resizing).to(device)
         x = normalize(images, cfg.data.mean, cfg.data.std, cfg.model.in_chans)
         out["view_cosine"] = _view_cosine(method, x, cfg)
         out["attention_entropy"] = attention_entropy(method.teacher.get_attention(x))
@@ -214,6 +215,7 @@ def evaluate(
     temperature: float | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    crop_pct: float | None = None,
     device: str = "auto",
     force: bool = False,
 ) -> dict[str, Any]:
@@ -233,6 +235,7 @@ def evaluate(
         temperature: Of k-NN's votes; None: the run's.
         seed: Of the subsets and the probe's order and weights.
         batch_size: Images per forward pass; None: the run's.
+        crop_pct: As of `Encoder.preprocess`; None: that of the weights.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         force: Compute although the file holds this result.
 
@@ -256,13 +259,14 @@ def evaluate(
     cfg = run_config(path)
     rule = cfg.eval if cfg is not None else EvalConfig()
     encoder = convert.load_encoder(path, which=which)
+    resizing = encoder.resizing(crop_pct)
     released = path.is_file() and path.suffix != ".safetensors"
     meta = {} if released else convert.load_metadata(path)
     data = dataclasses.replace(
         cfg.data if cfg is not None else DataConfig(), mean=encoder.mean, std=encoder.std
     )
     # what evaluation.json of a run holds: the result of `evaluate RUN`
-    plain = train is None and test is None and k is None and temperature is None and which == "teacher"
+    plain = all(x is None for x in (train, test, k, temperature, crop_pct)) and which == "teacher"
     train, test = resolve_data(cfg, train, test)
     try:
         bank = open_source(train, "train", limit=max_train, seed=seed)
@@ -293,6 +297,9 @@ def evaluate(
         "mean": list(data.mean),
         "std": list(data.std),
     }
+    if not resizing.keep_exact:
+        # so that results of older versions keep their key
+        settings |= {"crop_pct": resizing.crop_pct, "interpolation": resizing.interpolation}
     images = [bank.fingerprint, queries.fingerprint, list(encoder.img_size)]
     parts = json.dumps([FORMAT, settings, weights_hash(encoder), *images], sort_keys=True)
     key = hashlib.sha256(parts.encode()).hexdigest()[:16]
@@ -309,6 +316,7 @@ def evaluate(
 
     started = time.monotonic()
     where = _device(device)
+    log.info("images are %s", resizing)
     # without a class head the pooled feature is the mean of the patches
     fields = {CLS: "cls", MEAN: "mean"} if encoder.num_prefix_tokens else {MEAN: "mean"}
     rows: list[dict[str, Any]] = []
@@ -319,7 +327,15 @@ def evaluate(
         # without drop-path, which would draw from a global generator
         model.eval()
         a, b = (
-            extract(model, s, data, batch_size=batch_size or rule.batch_size, device=where, strict=False)
+            extract(
+                model,
+                s,
+                data,
+                batch_size=batch_size or rule.batch_size,
+                device=where,
+                strict=False,
+                resizing=resizing,
+            )
             for s in (bank, queries)
         )
         # what cannot be read is left out once, for all rows of the table alike
@@ -329,12 +345,13 @@ def evaluate(
             rows.append({"encoder": name, "feature": feature} | _measure(a, b, field, settings, where))
         signs[name] = indicators(b.cls)
         if model.num_prefix_tokens:
-            x = load_batch(queries, data, model.img_size, VIEW_IMAGES, strict=False).to(where)
+            x = load_batch(queries, data, model.img_size, VIEW_IMAGES, strict=False, resizing=resizing)
+            x = x.to(where)
             with torch.inference_mode():
                 attention = model.get_attention(normalize(x, data.mean, data.std, model.in_chans))
             signs[name]["attention_entropy"] = attention_entropy(attention)
         log.info("%s: %s", name, ", ".join(f"{m} {rows[-len(fields)][m]:.1%}" for m in settings["metrics"]))
-    a, b = (raw_pixels(s, data, encoder.img_size) for s in (bank, queries))
+    a, b = (raw_pixels(s, data, encoder.img_size, resizing=resizing) for s in (bank, queries))
     rows.append({"encoder": PIXELS, "feature": "pixels"} | _measure(a, b, "cls", settings, where))
     result: dict[str, Any] = {
         "format": FORMAT,
@@ -343,6 +360,7 @@ def evaluate(
         "step": meta.get("step"),
         **settings,
         "img_size": list(encoder.img_size),
+        "resized": str(resizing),
         "counts": {"train": len(bank), "test": len(queries), "classes": len(bank.classes)}
         | ({"left_out": left_out} if left_out else {}),
         "rows": rows,
@@ -412,6 +430,7 @@ _RESULT = {
     "which": str,
     "step": (int, None),
     "k": int,
+    "resized?": str,
 }
 
 
@@ -446,6 +465,8 @@ def format_table(result: dict[str, Any]) -> str:
         f"{result['which']} weights{step}; {counts['train']} training and {counts['test']} "
         f"test images, {counts['classes']} classes",
     ]
+    if "resized" in result:
+        lines.append(f"images {result['resized']}")
     if counts.get("left_out"):
         lines.append(f"{counts['left_out']} more images cannot be decoded and are left out")
     return "\n".join(lines + [f"WARNING: {text}" for text in result["warnings"]])

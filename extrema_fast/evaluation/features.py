@@ -18,6 +18,7 @@ from ..config import DataConfig
 from ..data.augment import normalize
 from ..data.bad_images import BadRows
 from ..data.loader import EvalLoader
+from ..data.preprocess import CENTER_CROP, Resizing
 from ..data.sources import ImageSource, match_classes, subset
 from ..errors import UsageError
 
@@ -49,6 +50,7 @@ def extract(
     batch_size: int = 256,
     device: str | torch.device = "cpu",
     strict: bool = True,
+    resizing: Resizing | None = None,
 ) -> Features:
     """Class token and mean of the patch tokens, both after the final norm, of every image in order.
 
@@ -59,14 +61,16 @@ def extract(
         batch_size: Images per forward pass.
         device: Where to compute.
         strict: An image that cannot be decoded is a DataError; otherwise it is left out, and the log says how many.
+        resizing: of the images; None: the encoder's.
     """
+    resizing = resizing or encoder.resizing()
     bad = None if strict else BadRows(source, 1.0, warn=False)
     modes = [(m, m.training) for m in encoder.modules()]
     encoder.to(device).eval()
     cls, mean, rows = [], [], []
     try:
         for images, index in EvalLoader(
-            source, cfg, encoder.img_size, batch_size=batch_size, device=device, bad=bad
+            source, cfg, encoder.img_size, batch_size=batch_size, device=device, bad=bad, resizing=resizing
         ):
             rows.append(index)
             out = encoder.encode(normalize(images.to(device), cfg.mean, cfg.std, encoder.in_chans))
@@ -90,7 +94,13 @@ def extract(
 
 @torch.inference_mode()
 def raw_pixels(
-    source: ImageSource, cfg: DataConfig, img_size: tuple[int, int], *, side: int = 32, batch_size: int = 256
+    source: ImageSource,
+    cfg: DataConfig,
+    img_size: tuple[int, int],
+    *,
+    side: int = 32,
+    batch_size: int = 256,
+    resizing: Resizing = CENTER_CROP,
 ) -> Features:
     """Pixels in 0..1 as features, [n, P]; larger images are averaged to `side` pixels first.
 
@@ -102,7 +112,7 @@ def raw_pixels(
     height, width = (min(s, side) for s in img_size)
     pixels, rows = [], []
     bad = BadRows(source, 1.0, warn=False)
-    for images, index in EvalLoader(source, cfg, img_size, batch_size=batch_size, bad=bad):
+    for images, index in EvalLoader(source, cfg, img_size, batch_size=batch_size, bad=bad, resizing=resizing):
         x = images.permute(0, 3, 1, 2).float() / 255
         pixels.append(F.adaptive_avg_pool2d(x, (height, width)))
         rows.append(index)
@@ -174,14 +184,20 @@ def overlap(train: ImageSource, test: ImageSource, seed: int = 0) -> list[str]:
 
 
 def load_batch(
-    source: ImageSource, cfg: DataConfig, img_size: tuple[int, int], count: int, *, strict: bool = True
+    source: ImageSource,
+    cfg: DataConfig,
+    img_size: tuple[int, int],
+    count: int,
+    *,
+    strict: bool = True,
+    resizing: Resizing = CENTER_CROP,
 ) -> Tensor:
     """[min(count, n), H, W, 3] uint8: evenly spaced images of a source, the same every time.
 
-    `strict` as for `extract`.
+    `strict` and `resizing` as for `extract`.
     """
     n = len(source)
     count = min(count, n)
     few = subset(source, torch.tensor([int((j + 0.5) * n / count) for j in range(count)]))
     bad = None if strict else BadRows(few, 1.0, warn=False)
-    return torch.cat([images for images, _ in EvalLoader(few, cfg, img_size, bad=bad)])
+    return torch.cat([images for images, _ in EvalLoader(few, cfg, img_size, bad=bad, resizing=resizing)])

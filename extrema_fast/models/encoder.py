@@ -25,7 +25,7 @@ from .positions import SinCos, check_chans
 from .timm_interface import TimmInterface, check_head
 
 if TYPE_CHECKING:
-    from ..data.preprocess import Preprocess
+    from ..data.preprocess import Preprocess, Resizing
 
 
 class Encoded(NamedTuple):
@@ -85,7 +85,7 @@ class Encoder(TimmInterface):
         self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
         self.drop_path_rate, self.grad_checkpointing = config.drop_path, False
         self.mean, self.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        self.interpolation, self.crop_pct = "bilinear", 0.875
+        self.interpolation, self.crop_pct, self.keep_exact = "bilinear", 0.875, False
 
         self.patch_embed = PatchEmbed(self.in_chans, width, config.patch_size, config.img_size)
         self.sincos = SinCos(width, pos_coords, trained)
@@ -271,14 +271,18 @@ class Encoder(TimmInterface):
         """The interface of DINOv2 or DINOv3 (`version`) on the same parameters (`dino_interface.Dino`)."""
         return Dino(self, version, layer_class)
 
-    def preprocess(self, value_range: tuple[float, float] | None = None) -> Preprocess:
+    def preprocess(
+        self, value_range: tuple[float, float] | None = None, crop_pct: float | None = None
+    ) -> Preprocess:
         """The transform of these weights: PIL image or uint8 [H, W, 3] -> normalized float32 [C, H, W].
 
-        Resizes the short side to size / crop_pct (size * 256 / 224, antialiased) and crops the centre; the numbers
-        are in the transform's `metadata` (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
+        Resizes the short side to size / crop_pct (size * 256 / 224, antialiased) and crops the center, as timm's
+        transform and the exports' image processor do; the numbers are in the transform's `metadata` (`input_size`,
+        `mean`, `std`, `interpolation`, `crop_pct`).
 
         Args:
             value_range: (black, white) of PIL images of more than 8 bits, as `data.range`.
+            crop_pct: in place of that of the weights; 1 for images that are already cropped.
         """
         from ..data.preprocess import Preprocess
 
@@ -288,9 +292,20 @@ class Encoder(TimmInterface):
             self.mean,
             self.std,
             self.interpolation,
-            self.crop_pct,
+            self.crop_pct if crop_pct is None else crop_pct,
             value_range,
         )
+
+    def resizing(self, crop_pct: float | None = None) -> Resizing:
+        """How k-NN, probe, `embed` and `search` resize images: as `preprocess`, which makes single ones.
+
+        Weights of older versions (`keep_exact`) are used as they were then, unless `crop_pct` is given.
+        """
+        from ..data.preprocess import Resizing, check_crop_pct
+
+        if crop_pct is None:
+            return Resizing(self.crop_pct, self.interpolation, self.keep_exact)
+        return Resizing(check_crop_pct(crop_pct), self.interpolation)
 
 
 # ---- building -------------------------------------------------------------------------------------

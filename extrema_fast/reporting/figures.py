@@ -206,7 +206,7 @@ def samples(
         `images` (addresses), `size` (height, width), `titles` of the columns, `rows`: per image its overlays in their
         order (None: the image alone), and `top`: the attention, in even shares, that has the brightest color.
     """
-    images = load_batch(source, cfg.data, encoder.img_size, count, strict=False)
+    images = load_batch(source, cfg.data, encoder.img_size, count, strict=False, resizing=encoder.resizing())
     x = normalize(images, cfg.data.mean, cfg.data.std, encoder.in_chans)
     n, (gh, gw), views = len(images), encoder.grid, cfg.mask.views
     keep = sample_views(n, gh * gw, cfg.num_keep, views, mode=cfg.mask.mode, seed=cfg.train.seed)
@@ -268,8 +268,10 @@ def neighbors(
     asked, bank, count = subset(asked, few.rows), subset(bank, many.rows), len(few.rows)
     a, b = (F.normalize(f.cls, dim=1) for f in (few, many))
     cosine, index = (a @ b.T).topk(min(k, len(bank)), dim=1)
-    left = small(load_batch(asked, cfg.data, encoder.img_size, count))
-    found = small(load_batch(subset(bank, index.flatten()), cfg.data, encoder.img_size, index.numel()))
+    size, resizing = encoder.img_size, encoder.resizing()
+    left = small(load_batch(asked, cfg.data, size, count, resizing=resizing))
+    near = subset(bank, index.flatten())
+    found = small(load_batch(near, cfg.data, size, index.numel(), resizing=resizing))
     labelled = asked.labels is not None and bank.labels is not None
 
     def name(labels: Tensor | None, i: int) -> str:

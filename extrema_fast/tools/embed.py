@@ -30,6 +30,7 @@ from ..data.bad_images import BadRows
 from ..data.image_source import ImageSource
 from ..data.loader import EvalLoader, loader_for
 from ..data.manifest import escape, write_lines
+from ..data.preprocess import KEEP_EXACT, Resizing, check_crop_pct
 from ..data.sources import BUILT_IN, open_source, subset
 from ..distributed import World, start
 from ..errors import (
@@ -88,6 +89,7 @@ class Settings:
         keep_ratio: share of the patches the encoder sees, chosen at random by the image's row number.
         part_images: images in a part.
         loader: dali or pil: their pixels differ by rounding.
+        crop_pct: as of `data.preprocess.Resizing`; None, of older versions: images of exactly the size are taken whole.
     """
 
     tokens: str
@@ -102,6 +104,13 @@ class Settings:
     loader: str
     part_images: int
     precision: str
+    crop_pct: float | None = None
+    interpolation: str = "bilinear"
+
+    @property
+    def resizing(self) -> Resizing:
+        """How images are resized."""
+        return KEEP_EXACT if self.crop_pct is None else Resizing(self.crop_pct, self.interpolation)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Settings:
@@ -146,6 +155,7 @@ class Job:
             batch_size=self.batch_size,
             device=self.world.device,
             bad=bad,
+            resizing=self.settings.resizing,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -177,6 +187,7 @@ def embed(
     dtype: str = "fp32",
     format: str = "npy",
     img_size: int | tuple[int, int] | None = None,
+    crop_pct: float | None = None,
     keep_ratio: float = 1.0,
     batch_size: int | None = None,
     part_images: int | None = None,
@@ -197,6 +208,8 @@ def embed(
     Args:
         data: what `open_source` takes: folder, list file, shards, manifest, `photos`; `split` and `limit` too.
         weights: what `load_encoder` takes; `which`: teacher or student.
+        crop_pct: as of `Encoder.preprocess` (None: that of the weights); features begun by an older version are
+            continued as they were.
         batch_size: images at a time (None: 32 on a CPU, 256 on a GPU).
         part_images: images per part, a multiple of the batch (None: about 1,024, fewer when they are large).
         strict: an image that cannot be read ends the run; else it is left out and listed in broken.tsv.
@@ -212,6 +225,8 @@ def embed(
     out = Path(out)
     check_format(format, dtype)
     _check(tokens, keep_ratio, batch_size, part_images)
+    if crop_pct is not None:
+        check_crop_pct(crop_pct, "--crop-pct")
     with start(device) as world:
         source = world.rank_zero_first(lambda: open_source(data, split, limit=limit, check=False))
         encoder = convert.load_encoder(weights, which, img_size=img_size)
@@ -223,6 +238,8 @@ def embed(
         batch_size, part_images = world.broadcast(
             world.rank_zero_only(lambda: _sizes(out, batch_size, default, part_images, image_bytes, force))
         )
+        older = world.broadcast(world.rank_zero_only(lambda: not force and _is_of_older_version(out)))
+        resizing = None if older and crop_pct is None else encoder.resizing(crop_pct)
         settings = Settings(
             tokens=tokens,
             norm=norm,
@@ -236,6 +253,11 @@ def embed(
             loader=loader_for(source, DataConfig(loader=loader)),
             part_images=part_images,
             precision="fp32" if dtype == "fp32" else precision("auto", world.device.type),
+            **(
+                {}
+                if resizing is None
+                else {"crop_pct": resizing.crop_pct, "interpolation": resizing.interpolation}
+            ),
         )
         cfg = DataConfig(loader=loader, exif=exif, threads=threads)
         job = Job(encoder.to(world.device).eval(), source, settings, cfg, batch_size, world, strict)
@@ -298,6 +320,12 @@ def _sizes(
     return batch, part or batch * max(1, min(PART_IMAGES, PART_BYTES // image_bytes) // batch)
 
 
+def _is_of_older_version(out: Path) -> bool:
+    """Whether features in the folder were begun by a version that took images of exactly the size whole."""
+    begun = read_config(out).get("settings")
+    return begun is not None and begun.get("crop_pct") is None
+
+
 # ---- the folder -----------------------------------------------------------------------------------
 
 
@@ -349,7 +377,8 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     found = {"version": config.get("version")}
     found |= {f"weights {key}": weights.get(key) for key in ("which", "hash")}
     found |= {f"data {key}": data.get(key) for key in ("images", "fingerprint")}
-    return found | config["settings"]
+    # of older versions
+    return found | {"crop_pct": None, "interpolation": "bilinear"} | config["settings"]
 
 
 def _finish(job: Job, out: Path) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..data.manifest import escape, unescape
+from ..data.preprocess import INTERPOLATIONS
 from ..errors import StorageError, UsageError
 from ..files import fits, new_file, read_json, write_file
 from .work import Work
@@ -154,10 +155,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG, {})
     if config.get("format") != FORMAT:
         return {}
-    whole = fits(config, _CONFIG) and config["settings"].keys() == _CONFIG["settings"].keys()
+    known = {key.removesuffix("?") for key in _CONFIG["settings"]}
+    whole = fits(config, _CONFIG) and config["settings"].keys() <= known
     whole = whole and min([*config["shape"], config["part_count"]], default=0) > 0
     settings = config["settings"] if whole else {}
-    if settings.get("format") not in SUFFIX or settings.get("dtype") not in DTYPES:
+    whole = whole and 0 < (settings.get("crop_pct") or 1) <= 1
+    whole = whole and settings.get("interpolation", "bilinear") in INTERPOLATIONS
+    if not whole or settings["format"] not in SUFFIX or settings["dtype"] not in DTYPES:
         raise UsageError(f"{folder / CONFIG}: damaged; move {folder} away and embed again")
     return config
 
@@ -182,6 +186,9 @@ _CONFIG: dict[str, Any] = {
         "loader": str,
         "part_images": int,
         "precision": str,
+        # not in older versions
+        "crop_pct?": (float, None),
+        "interpolation?": str,
     },
 }
 

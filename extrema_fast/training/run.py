@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..config import PRESETS, Config, SystemConfig, config_hash, preset, to_dict
 from ..data.bad_images import BadRows
-from ..data.image_files import ImageFiles, hash_sample, replaced
+from ..data.image_files import ImageFiles, are_cropped, hash_sample, replaced
 from ..data.loader import TrainLoader, processes_here
 from ..data.order import epoch_length
 from ..data.resident import Place, choose_place
@@ -368,6 +368,20 @@ def _find_checkpoint(run: Run, allow: bool) -> Checkpoint | None:
     return found
 
 
+def take_cropped_whole(run: Run) -> None:
+    """Sets `crop_pct` 1 for images that are as large as the encoder's, as CIFAR's: nobody crops those again.
+
+    It holds for the evaluations of the run and is saved with its weights.
+    """
+    height, width = run.cfg.model.img_size
+    if are_cropped(ImageFiles(run.source, run.cfg.data), (height, width)):
+        log.info(
+            "%s: images have %d x %d pixels, as the encoder's: they are evaluated whole (crop_pct 1)",
+            *(run.source.name, height, width),
+        )
+        run.method.student.crop_pct = run.method.teacher.crop_pct = 1.0
+
+
 # ---- recording --------------------------------------------------------------------------------------
 
 
@@ -418,5 +432,5 @@ def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:
         "versions": versions(),
     }
     tensors = collect(run.method, run.optimizer, run.counters.tensor)
-    meta = weights_meta(run.cfg, run.step)
+    meta = weights_meta(run.cfg, run.step, run.method.teacher.crop_pct)
     saver.save(run.step, tensors, state, lambda folder: save_weights(folder, run.method, meta), final=must)

@@ -96,14 +96,14 @@ def save_weights(folder: str | Path, method: Any, meta: Mapping[str, Any]) -> Pa
     return write_folder(Path(folder), meta, {which: method_tensors(method, which) for which in WHICH})
 
 
-def weights_meta(cfg: Config, step: int) -> dict[str, Any]:
-    """The description of weights saved at `step` of a run with configuration `cfg`."""
+def weights_meta(cfg: Config, step: int, crop_pct: float = 0.875) -> dict[str, Any]:
+    """The description of weights saved at `step` of a run with configuration `cfg`; `crop_pct` as of `Resizing`."""
     data = to_dict(cfg)
     model, mean, std = data["model"], data["data"]["mean"], data["data"]["std"]
     return {
         "model": model,
         "data": {"mean": mean, "std": std},
-        "input": input_meta((model["in_chans"], *model["img_size"]), mean, std),
+        "input": input_meta((model["in_chans"], *model["img_size"]), mean, std, crop_pct=crop_pct),
         "head": data["head"],
         "seed": cfg.train.seed,
         "step": step,
@@ -130,6 +130,8 @@ def input_meta(
         "std": list(std),
         "interpolation": interpolation,
         "crop_pct": crop_pct,
+        # not there in older versions, whose evaluation took images of exactly this size whole
+        "crop_mode": "center",
     }
 
 
@@ -299,7 +301,11 @@ _CHECKS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "pos_grid": lambda v: v is None or (_numbers(v, 0) and list(map(type, v)) == [int, int]),
     },
     "data": {"mean": lambda v: v and _numbers(v), "std": lambda v: v and _numbers(v, 0)},
-    "input": {"interpolation": lambda v: type(v) is str, "crop_pct": lambda v: _numbers([v]) and 0 <= v <= 1},
+    "input": {
+        "interpolation": lambda v: type(v) is str,
+        "crop_pct": lambda v: _numbers([v]) and 0 <= v <= 1,
+        "crop_mode": lambda v: v == "center",
+    },
 }
 
 

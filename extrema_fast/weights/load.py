@@ -254,6 +254,8 @@ def _set_input(encoder: Encoder, meta: Mapping[str, Any]) -> None:
     for name in ("interpolation", "crop_pct"):
         if name in meta.get("input", {}):
             setattr(encoder, name, meta["input"][name])
+    # weights of older versions are evaluated as they were then
+    encoder.keep_exact = is_own(meta) and "crop_mode" not in meta.get("input", {})
 
 
 def random_encoder_like(path: str | Path) -> Encoder:

@@ -14,7 +14,7 @@ import torch
 
 from extrema_fast.data import loader as data
 from extrema_fast.data.loader import EvalLoader, TrainLoader
-from extrema_fast.data.preprocess import resize_crop
+from extrema_fast.data.preprocess import CENTER_CROP, KEEP_EXACT, Resizing, resize_crop
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import UsageError
 
@@ -137,8 +137,18 @@ def test_eval_loader_gives_each_image_once_in_order(tree, config, kind, batch_si
     assert torch.equal(whole, next(iter(EvalLoader(source, config(loader=kind), SIZE)))[0])
 
 
-@pytest.mark.parametrize("size", [(32, 32), (384, 384), (40, 96)])
-def test_eval_gives_the_pictures_of_preprocess(tmp_path, config, kind, size):
+@pytest.mark.parametrize(
+    ("size", "resizing"),
+    [
+        ((32, 32), CENTER_CROP),
+        ((384, 384), CENTER_CROP),
+        ((40, 96), CENTER_CROP),
+        ((40, 96), KEEP_EXACT),
+        ((32, 32), Resizing(1.0)),
+        ((48, 32), Resizing(0.7, "bicubic")),
+    ],
+)
+def test_eval_gives_the_pictures_of_preprocess(tmp_path, config, kind, size, resizing):
     shapes = [(90, 121), (300, 197), (33, 410), (37, 36), size]
     for number, (h, w) in enumerate(shapes):
         y, x = np.mgrid[0:h, 0:w]
@@ -146,12 +156,15 @@ def test_eval_gives_the_pictures_of_preprocess(tmp_path, config, kind, size):
         pixels = np.stack([np.sin(y / h * 40), np.sin(x / w * 40), np.cos((y / h + x / w) * 30)], -1)
         Image.fromarray((127 + 120 * pixels).astype(np.uint8)).save(tmp_path / f"{number}.png")
     source = open_source(str(tmp_path))
-    ((images, _),) = EvalLoader(source, config(loader=kind), size)
+    ((images, _),) = EvalLoader(source, config(loader=kind), size, resizing=resizing)
     for path, got in zip(source.paths, images, strict=True):
-        want = resize_crop(torch.from_numpy(np.array(Image.open(path))), size)
+        image = torch.from_numpy(np.array(Image.open(path)))
+        want = resize_crop(image, size, resizing.interpolation, resizing.crop_pct)
+        if resizing.keep_exact and image.shape[:2] == size:
+            want = image
         assert (got.int() - want.int()).abs().float().mean() < 1, path
-    # an image that already has the size is left as it is
-    assert torch.equal(got, want)
+    # the last has the size itself
+    assert torch.equal(got, image) == (resizing.keep_exact or resizing.crop_pct == 1)
 
 
 @pytest.mark.parametrize("exif", [False, True])

@@ -36,6 +36,9 @@ def picture(h: int, w: int) -> torch.Tensor:
         # the long side is cut, not rounded
         ((300, 431), (256, 367), (224, 224)),
         ((96, 96), (36, 36), (32, 32)),
+        # of exactly the size, too
+        ((32, 32), (36, 36), (32, 32)),
+        ((32, 96), (36, 109), (32, 96)),
         ((90, 90), (109, 109), (32, 96)),
     ],
 )
@@ -72,6 +75,9 @@ def test_preprocess_of_an_encoder():
         "crop_pct": 0.875,
     }
     image = picture(32, 64)
+    assert not torch.equal(f(image), encoder.preprocess(crop_pct=1)(image))
+    f = encoder.preprocess(crop_pct=1)
+    assert f.metadata["crop_pct"] == 1 == encoder.resizing(1).crop_pct
     out = f(image)
     assert out.shape == (3, 32, 64) and out.dtype == torch.float32
     wanted = (image.double() / 255 - torch.tensor(f.mean).double()) / torch.tensor(f.std).double()
@@ -108,14 +114,14 @@ def test_errors(image, words):
 
 def test_gray_is_the_gray_value_of_rgb_or_one_channel_as_it_is():
     mean, std = (0.1, 0.2, 0.6), (0.5, 0.4, 0.3)
-    f, image = Preprocess((16, 16), 1, mean, std), picture(16, 16)
+    f, image = Preprocess((16, 16), 1, mean, std, crop_pct=1), picture(16, 16)
     assert f.metadata["mean"] == (pytest.approx(0.3),) and f.metadata["std"] == (pytest.approx(0.4),)
     gray = (image.double() / 255) @ torch.tensor([0.2989, 0.587, 0.114], dtype=torch.float64)
     assert torch.allclose(f(image)[0].double(), (gray - 0.3) / 0.4, atol=1e-3)
     one = image[..., :1]
     assert torch.allclose(f(one)[0].double(), (one[..., 0].double() / 255 - 0.3) / 0.4, atol=1e-3)
     # numbers of one channel, as timm keeps them
-    assert torch.allclose(Preprocess((16, 16), 1, (0.3,), (0.4,))(image), f(image), atol=1e-6)
+    assert torch.allclose(Preprocess((16, 16), 1, (0.3,), (0.4,), crop_pct=1)(image), f(image), atol=1e-6)
 
 
 def test_more_channels_than_an_image_has():
@@ -127,7 +133,7 @@ def test_more_channels_than_an_image_has():
     with pytest.raises(UsageError, match=r"takes 5 channels, mean has 3 entries; set encoder\.mean to 5"):
         encoder.preprocess()
     encoder.mean, encoder.std = (0.1, 0.2, 0.3, 0.4, 0.5), (0.5,) * 5
-    f, pixels = encoder.preprocess(), (torch.rand(16, 16, 5) * 255).to(torch.uint8)
+    f, pixels = encoder.preprocess(crop_pct=1), (torch.rand(16, 16, 5) * 255).to(torch.uint8)
     wanted = (pixels.double() / 255 - torch.tensor(encoder.mean).double()) / 0.5
     assert torch.allclose(f(pixels).double(), wanted.permute(2, 0, 1), atol=1e-5)
     assert f((torch.rand(40, 30, 5) * 255).to(torch.uint8)).shape == (5, 16, 16)

@@ -20,13 +20,16 @@ import torch
 from extrema_fast.cli import main
 from extrema_fast.config import DataConfig, EvalConfig, smoke, to_dict
 from extrema_fast.data.sources import open_source, subset
+from extrema_fast.distributed import World
 from extrema_fast.errors import DataError, NonFiniteError, StorageError, UsageError
 from extrema_fast.evaluation import evaluate as evals
 from extrema_fast.evaluation.collapse import collapse_warnings
 from extrema_fast.evaluation.probes import attention_entropy, indicators, knn, linear_probe
 from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.training.run import build, take_cropped_whole
 from extrema_fast.weights.export import export
 from extrema_fast.weights.folder import save_weights, weights_meta
+from extrema_fast.weights.load import load_encoder
 from tests.torchvision_operators import define_torchvision_operators
 
 
@@ -497,3 +500,36 @@ def test_images_are_found_from_another_folder_and_after_moving(run, cfg, images,
     shutil.rmtree(tmp_path / "moved" / "images")
     with pytest.raises(UsageError, match=r"--data: images/train: does not exist"):
         evaluated(tmp_path / "moved" / "run")
+
+
+def test_images_of_exactly_the_size(run, images, cfg):
+    # of the photographs' size, as CIFAR's: resized and cropped as by `preprocess`, whole with crop_pct 1
+    new, whole = (evals.evaluate(run, metrics=("knn",), crop_pct=c) for c in (None, 1.0))
+    assert new["indicators"] != whole["indicators"] and "resized to 1 / 0.875" in evals.format_table(new)
+    encoder = load_encoder(run)
+    source = open_source(cfg.data.test)
+    features = evals.extract(encoder, source, cfg.data).cls
+    image = pytest.importorskip("PIL.Image")
+    with torch.no_grad():
+        wanted = torch.cat([encoder(encoder.preprocess()(image.open(p))[None]) for p in source.paths])
+    # Pillow's box of the resize may round one gray level away
+    torch.testing.assert_close(features, wanted, rtol=0, atol=0.02)
+    with pytest.raises(UsageError, match="crop_pct"):
+        evals.evaluate(run, crop_pct=1.5)
+    # weights of an older version, which took them whole: their table stays as it is
+    file = run / "weights" / "step_00000007" / "config.json"
+    meta = json.loads(file.read_text())
+    del meta["input"]["crop_mode"]
+    file.write_text(json.dumps(meta))
+    old = evals.evaluate(run, metrics=("knn",))
+    assert old["rows"] == whole["rows"] and old["indicators"] == whole["indicators"]
+    assert "crop_pct" not in old and "taken whole" in evals.format_table(old)
+    assert evals.evaluate(run, metrics=("knn",), crop_pct=0.875)["indicators"] == new["indicators"]
+
+
+@pytest.mark.parametrize(("side", "crop_pct"), [(32, 1.0), (24, 0.875)])
+def test_a_run_on_images_of_its_size_takes_them_whole(cfg, side, crop_pct):
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, img_size=(side, side)))
+    run = build(cfg, World(torch.device("cpu")), open_source(cfg.data.train))
+    take_cropped_whole(run)
+    assert run.method.teacher.crop_pct == run.method.student.crop_pct == crop_pct

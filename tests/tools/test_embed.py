@@ -53,6 +53,32 @@ def expected(weights: Path, images: Path, which="teacher", norm=True):
         return encoder.encode(normalize(pixels, encoder.mean, encoder.std), norm=norm)
 
 
+def test_images_of_exactly_the_size(tmp_path, weights):
+    """As `preprocess` makes them; whole with crop_pct 1, and where an older version began."""
+    (tmp_path / "images").mkdir()
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, 256, (24, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    images, encoder = str(tmp_path / "images"), load_encoder(weights)
+    got = {
+        c: embed(images, tmp_path / f"f{c}", weights, crop_pct=c, **SMALL).features()
+        for c in (None, 0.875, 1)
+    }
+    for crop_pct, features in got.items():
+        transform = encoder.preprocess(crop_pct=crop_pct)
+        x = torch.stack([transform(Image.open(p)) for p in open_source(images).paths])
+        with torch.no_grad():
+            torch.testing.assert_close(features, encoder(x), rtol=0, atol=0.05)
+    assert torch.equal(got[None], got[0.875]) and not torch.allclose(got[None], got[1], atol=0.05)
+    with pytest.raises(UsageError, match="crop_pct"):
+        embed(images, tmp_path / "fNone", weights, crop_pct=1, **SMALL)
+    config = json.loads((tmp_path / "f1" / "config.json").read_text())
+    del config["settings"]["crop_pct"], config["settings"]["interpolation"]
+    (tmp_path / "f1" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "f1" / "features" / "00000.npy").unlink()
+    assert torch.equal(embed(images, tmp_path / "f1", weights, **SMALL).features(), got[1])
+
+
 # ---- what is written ------------------------------------------------------------------------------
 
 
@@ -270,7 +296,8 @@ def test_damaged_config(tmp_path, weights, images):
     embed(str(images), tmp_path / "f", weights, **SMALL)
     config = json.loads((tmp_path / "f" / "config.json").read_text())
     unsafe = {"format": "../x", "dtype": "fp32"}
-    for key, value in (("settings", None), ("settings", unsafe), ("parts", [1]), ("shape", 5)):
+    settings = [None, unsafe, config["settings"] | {"crop_pct": 5}, config["settings"] | {"crop": 1}]
+    for key, value in (*(("settings", s) for s in settings), ("parts", [1]), ("shape", 5)):
         (tmp_path / "f" / "config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(UsageError, match=r"config\.json: damaged"):
             load_embeddings(tmp_path / "f")

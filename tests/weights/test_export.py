@@ -63,6 +63,7 @@ def test_metadata_and_an_exported_size(folder, tmp_path):
         "std": [0.4, 0.5, 0.6],
         "interpolation": "bilinear",
         "crop_pct": 0.875,
+        "crop_mode": "center",
         "patch_size": 8,
     }
     assert own["encoder"]["pos_coords"] == "absolute" and own["encoder"]["pos_grid"] == [2, 2]
