@@ -270,8 +270,8 @@ def neighbors(
     cosine, index = (a @ b.T).topk(min(k, len(bank)), dim=1)
     size, resizing = encoder.img_size, encoder.resizing()
     left = small(load_batch(asked, cfg.data, size, count, resizing=resizing))
-    near = subset(bank, index.flatten())
-    found = small(load_batch(near, cfg.data, size, index.numel(), resizing=resizing))
+    nearest = subset(bank, index.flatten())
+    found = small(load_batch(nearest, cfg.data, size, index.numel(), resizing=resizing))
     labelled = asked.labels is not None and bank.labels is not None
 
     def name(labels: Tensor | None, i: int) -> str:

@@ -253,11 +253,8 @@ def embed(
             loader=loader_for(source, DataConfig(loader=loader)),
             part_images=part_images,
             precision="fp32" if dtype == "fp32" else precision("auto", world.device.type),
-            **(
-                {}
-                if resizing is None
-                else {"crop_pct": resizing.crop_pct, "interpolation": resizing.interpolation}
-            ),
+            crop_pct=None if resizing is None else resizing.crop_pct,
+            interpolation="bilinear" if resizing is None else resizing.interpolation,
         )
         cfg = DataConfig(loader=loader, exif=exif, threads=threads)
         job = Job(encoder.to(world.device).eval(), source, settings, cfg, batch_size, world, strict)
