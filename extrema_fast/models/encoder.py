@@ -60,6 +60,7 @@ class Encoder(TimmInterface):
         pos_embed: str = "sincos",
         pos_coords: str = "absolute",
         pos_grid: Sequence[int] | None = None,
+        final_norm: bool = True,
         in_chans: int | None = None,
         drop_rate: float = 0.0,
     ) -> None:
@@ -103,7 +104,7 @@ class Encoder(TimmInterface):
                 PoolBlock(width, heads, config.mlp_ratio, config.layer_scale)
                 for _ in range(config.pool_depth)
             )
-        self.norm = nn.Identity() if fc_norm else nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS) if final_norm and not fc_norm else nn.Identity()
         self.fc_norm = nn.LayerNorm(width, eps=NORM_EPS) if fc_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
@@ -327,6 +328,7 @@ def create_encoder(
     pos_embed: str = "sincos",
     pos_coords: str = "absolute",
     pos_grid: Sequence[int] | None = None,
+    final_norm: bool = True,
     drop_rate: float = 0.0,
     **shape: Any,
 ) -> Encoder:
@@ -345,6 +347,7 @@ def create_encoder(
         pos_embed: 'sincos' (fixed) or 'learned' (a parameter that starts from the table).
         pos_coords: 'absolute' or 'rescaled': coordinates of grids other than `pos_grid` (`positions.SinCos`).
         pos_grid: (rows, columns) trained on; default: that of `img_size`.
+        final_norm: False: tokens are not normalized at the end (the released code's linear probe).
         drop_rate: dropout before the linear head.
         **shape: width, depth, heads, mlp_ratio, pool_depth, layer_scale in place of those of the name.
 
@@ -354,7 +357,16 @@ def create_encoder(
     if name not in list_models():
         raise UsageError(f"unknown model {name!r}{did_you_mean(str(name), list_models())}")
     if unknown := sorted(shape.keys() - set(_SHAPE)):
-        known = [*_SHAPE, "patch_size", "pos_embed", "pos_coords", "pos_grid", "drop_rate", "drop_path_rate"]
+        known = [
+            *_SHAPE,
+            "patch_size",
+            "pos_embed",
+            "pos_coords",
+            "pos_grid",
+            "final_norm",
+            "drop_rate",
+            "drop_path_rate",
+        ]
         raise UsageError(f"create_encoder: unknown option {unknown[0]!r}{did_you_mean(unknown[0], known)}")
     for option, value in shape.items():
         number = (int, float) if option in ("mlp_ratio", "layer_scale") else int
@@ -370,6 +382,7 @@ def create_encoder(
         pos_embed=pos_embed,
         pos_coords=pos_coords,
         pos_grid=pos_grid,
+        final_norm=final_norm,
         in_chans=in_chans,
         drop_rate=drop_rate,
     )
@@ -391,6 +404,8 @@ def model_args(encoder: Encoder) -> dict[str, Any]:
         "pos_coords": encoder.sincos.coords,
         "pos_grid": list(encoder.sincos.trained),
     }
+    if isinstance(encoder.norm, nn.Identity) and not args["fc_norm"]:
+        args["final_norm"] = False
     if config.shape != plain.shape:
         args |= dict(zip(("width", "depth", "heads"), config.shape, strict=True))
     for name in ("mlp_ratio", "pool_depth", "layer_scale"):

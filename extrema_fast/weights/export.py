@@ -275,6 +275,8 @@ def _write_vit(job: Job) -> dict[str, Any]:
         "global_pool": "avg",
         "fc_norm": isinstance(encoder.fc_norm, nn.LayerNorm),
     }
+    if "final_norm" in config["model_args"]:
+        args["final_norm"] = False
     return {
         **config,
         "architecture": f"vit_{encoder.config.size}_patch16_224",

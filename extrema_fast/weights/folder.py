@@ -253,6 +253,11 @@ def own_description(folder: Path, default: dict[str, Any] | None = None) -> dict
     return own if isinstance(own, dict) else data
 
 
+def is_of_another_program(folder: Path) -> bool:
+    """Whether `config.json` is timm's or Hugging Face's, with our description inside: they may have trained on."""
+    return isinstance(read_json(folder / "config.json", {}).get("extrema_fast"), dict)
+
+
 def is_own(meta: Mapping[str, Any]) -> bool:
     """Whether a description is of this project (it may still make no sense)."""
     return meta.get("format") == FORMAT
@@ -273,6 +278,7 @@ ENCODER_OPTIONS: dict[str, Any] = {
     "pos_embed": "sincos",
     "pos_coords": "absolute",
     "pos_grid": None,
+    "final_norm": True,
 }
 
 
@@ -298,6 +304,7 @@ _CHECKS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "fc_norm": lambda v: type(v) is bool,
         "pos_embed": lambda v: v in ("sincos", "learned"),
         "pos_coords": lambda v: v in COORDS,
+        "final_norm": lambda v: type(v) is bool,
         "pos_grid": lambda v: v is None or (_numbers(v, 0) and list(map(type, v)) == [int, int]),
     },
     "data": {"mean": lambda v: v and _numbers(v), "std": lambda v: v and _numbers(v, 0)},

@@ -26,6 +26,7 @@ from .folder import (
     WHICH,
     check_replaceable,
     encoder_options,
+    is_of_another_program,
     is_own,
     method_tensors,
     model_config,
@@ -101,7 +102,28 @@ def open_weights(
         meta = {**meta, "model": {**meta["model"], "heads": num_heads}}
     said = meta.get("which")
     files = {said if n not in WHICH and said in WHICH else n: folder / f"{n}.safetensors" for n in names}
+    if len(files) == 1 and is_of_another_program(folder):
+        name, file = next(iter(files.items()))
+        tensors = {k.removeprefix("timm_model."): v for k, v in read_safetensors(file).items()}
+        return Weights(path, {**meta, "encoder": as_trained_on(meta, tensors)}, {name: own_names(tensors)})
     return Weights(path, meta, files)
+
+
+def as_trained_on(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The options of an encoder that timm or Hugging Face may have trained on since it was exported.
+
+    They set another classifier; in a stock ViT the position table is a parameter.
+    """
+    options, model = encoder_options(meta), model_config(meta)
+    head, table = tensors.get("head.weight"), tensors.get("pos_embed")
+    options["num_classes"] = 0 if head is None else head.shape[0]
+    stock = meta.get("export", {}).get("format") in ("vit", "hf") and options["global_pool"] == "avg"
+    stock &= options["pos_embed"] == "sincos"
+    if stock and table is not None and table.shape == (1, model.num_patches, model.shape[0]):
+        trained = tuple(options["pos_grid"] or model.grid) if options["pos_coords"] == "rescaled" else None
+        if not is_sincos(table, model.grid, trained):
+            options["pos_embed"] = "learned"
+    return options
 
 
 def load_metadata(path: str | Path) -> dict[str, Any]:

@@ -3,10 +3,11 @@
     pretraining   {epoch, arch, state_dict: module.base_encoder.*, module.momentum_encoder.*,
                   module.predictor.*, optimizer, scaler}; projector as `head.*` of each encoder
     fine-tuning   {model: patch_embed.*, pos_embed (learned), blocks.*, fc_norm.*, head.*, args, ...}
+    linear probe  {state_dict: module.* of one encoder without norm, module.head.0.* BatchNorm, module.head.1.*}
     bare          the tensors of one encoder, from `torch.save` or safetensors, perhaps below the names of what wrapped
                   it (torch.compile, DDP, Lightning, `teacher.`, ...)
 
-The first two are what the released ExtreMA code saved. Nothing larger than the tensors themselves is allocated.
+The first three are what the released ExtreMA code saved. Nothing larger than the tensors themselves is allocated.
 """
 
 from __future__ import annotations
@@ -114,8 +115,10 @@ def _read(file: Path) -> tuple[dict[Any, Any], dict[str, Tensor]]:
         # nested ones first: next to them are epoch, optimizer, arguments
         for state in (*map(data.get, ("state_dict", "model", "teacher", "student")), data):
             if isinstance(state, dict) and state and _are_tensors(state):
+                # BatchNorm's number of batches, which nothing needs
+                state = {k: v for k, v in state.items() if not k.endswith(".num_batches_tracked")}
                 check_tensors(state, file)
-                return data, dict(state)
+                return data, state
         found = first(data, 6) or "nothing"
         nested = [str(k) for value in data.values() if isinstance(value, dict) for k in value]
     raise UsageError(
@@ -169,11 +172,19 @@ def _one_encoder(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     if not has_head and "fc_norm.weight" in state and "norm.weight" not in state:
         # the official fine-tuning keeps the parameter and never reads it
         state.pop("cls_token", None)
+    state = _fold_batch_norm(state, file)
+    known = all(_KNOWN.match(k) for k in state)
+    if known and not has_head and {"cls_token", "norm.weight", "head.weight"} <= state.keys():
+        rows = _rows(state)
+        if rows and math.isqrt(rows) ** 2 == rows:
+            raise UsageError(
+                f"{file}: looks fine-tuned by the released code with --use_cls, which classifies by the first patch "
+                "token; this encoder pools by class attention or the mean: fine-tune without --use_cls, or load the "
+                "pretrained checkpoint"
+            )
     incomplete = not any(k.startswith("blocks.0.") for k in state) or (not has_head and "cls_token" in state)
-    if incomplete or not all(_KNOWN.match(k) for k in state):
+    if incomplete or not known:
         raise _not_extrema(state, file, looks_like(state))
-    if any(k.startswith("head.0.running_") for k in state):
-        log.info("%s: the linear probe's head is left out; features are as pretrained", file.name)
     return _complete_bias(state)
 
 
@@ -193,6 +204,28 @@ def _fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
             state[f"{target}.weight"] = weight.float() * gamma.view(-1, *[1] * (weight.dim() - 1))
             state[f"{target}.bias"] = bias.float() * gamma
     return state
+
+
+def _rows(state: Mapping[str, Tensor]) -> int:
+    """N of a position table [1, N, D] without a row for the class token; else 0."""
+    table = state.get("pos_embed")
+    return table.shape[1] if table is not None and table.dim() == 3 else 0
+
+
+def _fold_batch_norm(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Puts the linear probe's BatchNorm (`main_lincls.py`; no weights, eps 1e-5) into the classifier behind it."""
+    names = ("head.0.running_mean", "head.0.running_var", "head.1.weight", "head.1.bias")
+    if not any(k.startswith("head.0.running_") for k in state):
+        return state
+    mean, var, weight, bias = (state.get(name) for name in names)
+    rest = {k: v for k, v in state.items() if not k.startswith("head.")}
+    if mean is None or var is None or weight is None or bias is None or weight.dim() != 2:
+        log.info("%s: the linear probe's head is not whole and is left out", file.name)
+        return rest
+    if not mean.shape == var.shape == weight.shape[1:] or bias.shape != weight.shape[:1]:
+        raise UsageError(f"{file}: head.0 and head.1 do not fit each other")
+    folded = weight.double() * (var.double() + 1e-5).rsqrt()
+    return rest | {"head.weight": folded.float(), "head.bias": (bias - folded @ mean.double()).float()}
 
 
 def _complete_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -354,6 +387,8 @@ def _infer_architecture(
         "global_pool": "token" if found["pool_depth"] else "avg",
         "fc_norm": "fc_norm.weight" in state,
         "pos_embed": "sincos" if fixed else "learned",
+        # what the linear probe saves; other files without a norm are incomplete
+        "final_norm": "head.weight" not in state or any(k.startswith(("norm.", "fc_norm.")) for k in state),
     }
     return to_dict(model), options
 

@@ -15,7 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from extrema_fast.models.encoder import create_encoder, timm_config
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.weights.export import export
+from extrema_fast.weights.folder import save_weights, weights_meta
+from extrema_fast.weights.load import load_encoder
 from tests.encoders import close, randomized
+from tests.weights._weights import CFG
 
 timm = pytest.importorskip("timm")
 Image = pytest.importorskip("PIL.Image")
@@ -119,6 +124,28 @@ def test_saved_by_transformers_and_read_back(hf, exported, tmp_path):
     assert close(model(x), encoder(x))
     keys = load_file(tmp_path / "again" / "model.safetensors").keys()
     assert {k.removeprefix("timm_model.") for k in keys} == encoder.state_dict().keys()
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_fine_tuned_by_transformers_and_read_back(hf, tmp_path, class_token):
+    torch.manual_seed(0)
+    weights = save_weights(tmp_path / "w", ExtreMA(CFG), weights_meta(CFG, 7))
+    export(weights, tmp_path / "out", "hf", class_token=class_token)
+    model = hf.AutoModelForImageClassification.from_pretrained(
+        tmp_path / "out", num_labels=4, ignore_mismatched_sizes=True
+    )
+    with torch.no_grad():
+        # a position table is a parameter in a stock ViT
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    model.eval().save_pretrained(tmp_path / "tuned")
+    for source in (tmp_path / "tuned", tmp_path / "tuned" / "model.safetensors"):
+        encoder = load_encoder(source)
+        x = torch.randn(2, 3, *encoder.img_size)
+        assert encoder.num_classes == 4 and close(encoder(x), model(x).logits)
+    features = load_encoder(tmp_path / "tuned", num_classes=0)
+    export(tmp_path / "tuned", tmp_path / "again", "extrema")
+    assert close(load_encoder(tmp_path / "again")(x), model(x).logits) and features(x).shape == (2, 64)
 
 
 def test_image_processor_and_pipeline(hf, exported):

@@ -36,6 +36,7 @@ ENCODERS = {
     "three pooling blocks": lambda: Encoder(replace(CFG.model, pool_depth=3)),
     "classes": lambda: Encoder(CFG.model, 5),
     "mean pool, classes": lambda: Encoder(CFG.model, 5, global_pool="avg"),
+    "no final norm": lambda: Encoder(CFG.model, 5, final_norm=False),
     "fine-tuned": lambda: Encoder(CFG.model, 5, global_pool="avg", fc_norm=True, pos_embed="learned"),
 }
 

@@ -199,6 +199,37 @@ def test_a_linear_probe_keeps_the_pretrained_features(tmp_path, method):
     assert same(load_encoder(tmp_path / "probe.pth"), method.teacher)
 
 
+def test_a_linear_probe_with_its_head(tmp_path):
+    # as main_lincls.py makes it: no norm, BatchNorm without weights and with a counter before the classifier
+    own = perturbed(Encoder(CFG.model, final_norm=False))
+    own.head = torch.nn.Sequential(torch.nn.BatchNorm1d(64, affine=False), torch.nn.Linear(64, 9))
+    with torch.no_grad():
+        own.head.train()(torch.randn(50, 64) * 3 + 1)
+        own.eval()
+        wanted, features = own(IMAGES), own.encode(IMAGES).cls
+    state = {f"module.{k}": v for k, v in own.state_dict().items()}
+    assert state["module.head.0.num_batches_tracked"].dtype == torch.int64
+    file = tmp_path / "probe.pth"
+    torch.save({"epoch": 9, "arch": "vit_base", "state_dict": state, "best_acc1": torch.tensor(7.0)}, file)
+    for source in (file, import_released(file, tmp_path / "out")):
+        encoder = load_encoder(source)
+        with torch.no_grad():
+            assert encoder.num_classes == 9 and torch.equal(encoder.encode(IMAGES).cls, features)
+            torch.testing.assert_close(encoder(IMAGES), wanted)
+            assert torch.equal(load_encoder(source, num_classes=0)(IMAGES), features)
+    state["module.head.1.weight"] = torch.zeros(9, 32)
+    torch.save({"state_dict": state}, file)
+    refused(lambda: load_encoder(file), "probe.pth", "head.0 and head.1")
+
+
+def test_fine_tuned_with_the_first_patch_token(tmp_path):
+    data, own = fine_tuned()
+    state = {k.replace("fc_norm.", "norm."): v for k, v in data["model"].items()}
+    torch.save({"model": state | {"cls_token": torch.zeros(1, 1, 64)}}, tmp_path / "use_cls.pth")
+    text = refused(lambda: load_encoder(tmp_path / "use_cls.pth"), "use_cls.pth", "--use_cls")
+    assert "timm" not in text
+
+
 # ---- what shapes do not tell ----------------------------------------------------------------------
 
 
