@@ -16,6 +16,7 @@ from .. import _launch
 # dots need at least 16 rows on every architecture: heads are padded to this
 HEADS = 16
 
+# NORM: tokens are normalized. CLS: the class row, column 0 of the scores, is a key and value like the tokens.
 # CENTRE: the tokens' mean is subtracted before the matmuls. In 16 bits that would round them a second time: there raw
 # tokens are multiplied and the sums corrected. In fp32 the correction would cost digits where the mean is large.
 
@@ -34,11 +35,11 @@ def _merge(mean, m2, x, start, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def attention_pool_fwd_kernel(
-    # [R, n, D]; [R or 1, D]; [H, R or 1, D]
+    # [R, n, D]; [R or 1, D] if CLS; [H, R or 1, D]
     x_ptr,
     xh0_ptr,
     u_ptr,
-    # [H, R, D]; [R, H, n + 1]; [R, H]; [R, n]; [R, n]
+    # [H, R, D]; [R, H, n + CLS]; [R, H]; if NORM [R, n], [R, n]
     z_ptr,
     scores_ptr,
     lse_ptr,
@@ -58,6 +59,8 @@ def attention_pool_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     HAS_STATS: tl.constexpr,
+    NORM: tl.constexpr,
+    CLS: tl.constexpr,
     CENTRE: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -87,37 +90,45 @@ def attention_pool_fwd_kernel(
     for start in range(0, D, BLOCK_D):
         x = tl.load(x_tile + start, mask=mask_n[:, None], other=0.0)
         u = tl.load(u_tile + start, mask=mask_h[:, None], other=0.0)
-        c = tl.load(c_tile + start).to(ACC)
-        if not HAS_STATS and not CENTRE:
+        if CLS:
+            c = tl.load(c_tile + start).to(ACC)
+        if NORM and not HAS_STATS and not CENTRE:
             mean, m2 = _merge(mean, m2, x.to(ACC), start, BLOCK_D, ACC)
         if CENTRE:
             x -= mean[:, None]
         raw = tl.dot(u, tl.trans(x), raw, input_precision="ieee", out_dtype=ACC)
         wide_u = u.to(ACC)
         u_sum += tl.sum(wide_u, 1)
-        raw0 += tl.sum(wide_u * c[None, :], 1)
+        if CLS:
+            raw0 += tl.sum(wide_u * c[None, :], 1)
 
+    rstd = tl.full([BLOCK_N], 1.0, ACC)
     if HAS_STATS:
         rstd = tl.load(rstd_ptr + row * n + offs_n, mask=mask_n, other=0.0)
-    else:
+    elif NORM:
         rstd = 1.0 / tl.sqrt(m2 / D + EPS)
         tl.store(mu_ptr + row * n + offs_n, mean, mask=mask_n)
         tl.store(rstd_ptr + row * n + offs_n, rstd, mask=mask_n)
 
     # scores of the normalized tokens; from raw ones r_j (u . x_j - mu_j sum(u))
     a = rstd[None, :] * raw
-    if not CENTRE:
+    if NORM and not CENTRE:
         a = rstd[None, :] * (raw - mean[None, :] * u_sum[:, None])
     a = tl.where(mask_n[None, :], a, float("-inf"))
-    top = tl.maximum(tl.max(a, 1), raw0)
+    top = tl.max(a, 1)
+    if CLS:
+        top = tl.maximum(top, raw0)
     e = tl.exp(a - top[:, None])
     e0 = tl.exp(raw0 - top)
-    norm = tl.sum(e, 1) + e0
+    norm = tl.sum(e, 1)
+    if CLS:
+        norm += e0
     p = e / norm[:, None]
     p0 = e0 / norm
-    score_tile = scores_ptr + row * (H * (n + 1)) + offs_h * (n + 1)
-    tl.store(score_tile, raw0, mask=mask_h)
-    tl.store(score_tile[:, None] + 1 + offs_n[None, :], a, mask=mask_h[:, None] & mask_n[None, :])
+    score_tile = scores_ptr + row * (H * (n + CLS)) + offs_h * (n + CLS)
+    if CLS:
+        tl.store(score_tile, raw0, mask=mask_h)
+    tl.store(score_tile[:, None] + CLS + offs_n[None, :], a, mask=mask_h[:, None] & mask_n[None, :])
     tl.store(lse_ptr + row * H + offs_h, top + tl.log(norm), mask=mask_h)
 
     # the correction uses the rounded weights, so that a mean offset costs nothing
@@ -127,12 +138,14 @@ def attention_pool_fwd_kernel(
     for back in range(BLOCK_D, D + BLOCK_D, BLOCK_D):
         start = D - back
         x = tl.load(x_tile + start, mask=mask_n[:, None], other=0.0)
-        c = tl.load(c_tile + start).to(ACC)
+        if CLS:
+            c = tl.load(c_tile + start).to(ACC)
         if CENTRE:
             x -= mean[:, None]
         z = tl.dot(g, x, input_precision="ieee", out_dtype=ACC)
-        z += p0[:, None] * c[None, :]
-        if not CENTRE:
+        if CLS:
+            z += p0[:, None] * c[None, :]
+        if NORM and not CENTRE:
             z -= shift[:, None]
         tl.store(z_tile + start, z.to(z_ptr.dtype.element_ty), mask=mask_h[:, None])
 
@@ -148,7 +161,7 @@ def attention_pool_bwd_kernel(
     lse_ptr,
     mu_ptr,
     rstd_ptr,
-    # [R, n, D]; [H, R, D]; [R, D]
+    # [R, n, D]; [H, R, D]; [R, D] if CLS
     dx_ptr,
     du_ptr,
     dxh0_ptr,
@@ -164,6 +177,8 @@ def attention_pool_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    NORM: tl.constexpr,
+    CLS: tl.constexpr,
     CENTRE: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -180,8 +195,11 @@ def attention_pool_bwd_kernel(
     by_head = row * D + offs_h[:, None].to(tl.int64) * stride_zh + offs_d[None, :]
     dx_tile = dx_ptr + row * (n * D) + offs_n[:, None] * D + offs_d[None, :]
 
-    mean = tl.load(mu_ptr + row * n + offs_n, mask=mask_n, other=0.0)
-    rstd = tl.load(rstd_ptr + row * n + offs_n, mask=mask_n, other=0.0)
+    mean = tl.zeros([BLOCK_N], ACC)
+    rstd = tl.full([BLOCK_N], 1.0, ACC)
+    if NORM:
+        mean = tl.load(mu_ptr + row * n + offs_n, mask=mask_n, other=0.0)
+        rstd = tl.load(rstd_ptr + row * n + offs_n, mask=mask_n, other=0.0)
     raw = tl.zeros([BLOCK_H, BLOCK_N], ACC)
     dp0 = tl.zeros([BLOCK_H], ACC)
     u_sum = tl.zeros([BLOCK_H], ACC)
@@ -190,25 +208,29 @@ def attention_pool_bwd_kernel(
         x = tl.load(x_tile + start, mask=mask_n[:, None], other=0.0)
         dz = tl.load(dz_ptr + by_head + start, mask=mask_h[:, None], other=0.0)
         u = tl.load(u_tile + start, mask=mask_h[:, None], other=0.0)
-        c = tl.load(c_tile + start).to(ACC)
+        if CLS:
+            c = tl.load(c_tile + start).to(ACC)
         if CENTRE:
             x -= mean[:, None]
         raw = tl.dot(dz, tl.trans(x), raw, input_precision="ieee", out_dtype=ACC)
         dz_sum += tl.sum(dz.to(ACC), 1)
-        dp0 += tl.sum(dz.to(ACC) * c[None, :], 1)
+        if CLS:
+            dp0 += tl.sum(dz.to(ACC) * c[None, :], 1)
         u_sum += tl.sum(u.to(ACC), 1)
 
-    score_tile = scores_ptr + row * (H * (n + 1)) + offs_h * (n + 1)
+    score_tile = scores_ptr + row * (H * (n + CLS)) + offs_h * (n + CLS)
     both = mask_h[:, None] & mask_n[None, :]
-    a = tl.load(score_tile[:, None] + 1 + offs_n[None, :], mask=both, other=float("-inf"))
-    a0 = tl.load(score_tile, mask=mask_h, other=float("-inf"))
+    a = tl.load(score_tile[:, None] + CLS + offs_n[None, :], mask=both, other=float("-inf"))
+    a0 = tl.full([BLOCK_H], float("-inf"), ACC)
+    if CLS:
+        a0 = tl.load(score_tile, mask=mask_h, other=float("-inf"))
     lse = tl.load(lse_ptr + row * H + offs_h, mask=mask_h, other=0.0)
     # padded heads and tokens: exp(-inf) = 0
     p = tl.exp(a - lse[:, None])
     p0 = tl.exp(a0 - lse)
     a = tl.where(both, a, 0.0)
     dp = rstd[None, :] * raw
-    if not CENTRE:
+    if NORM and not CENTRE:
         dp = rstd[None, :] * (raw - mean[None, :] * dz_sum[:, None])
     delta = tl.sum(p * dp, 1) + p0 * dp0
     da = p * (dp - delta[:, None])
@@ -228,22 +250,26 @@ def attention_pool_bwd_kernel(
         x = tl.load(x_tile + start, mask=mask_n[:, None], other=0.0)
         dz = tl.load(dz_ptr + by_head + start, mask=mask_h[:, None], other=0.0)
         u = tl.load(u_tile + start, mask=mask_h[:, None], other=0.0)
-        c = tl.load(c_tile + start).to(ACC)
+        if CLS:
+            c = tl.load(c_tile + start).to(ACC)
         if CENTRE:
             x -= mean[:, None]
         du = tl.dot(g, x, input_precision="ieee", out_dtype=ACC)
-        du += da0[:, None] * c[None, :]
-        if not CENTRE:
+        if CLS:
+            du += da0[:, None] * c[None, :]
+        if NORM and not CENTRE:
             du -= shift[:, None]
         tl.store(du_ptr + by_head + start, du.to(low), mask=mask_h[:, None])
-        dxh0 = tl.sum(p0[:, None] * dz.to(ACC) + da0[:, None] * u.to(ACC), 0)
-        tl.store(dxh0_ptr + row * D + start + offs_d, dxh0.to(low))
+        if CLS:
+            dxh0 = tl.sum(p0[:, None] * dz.to(ACC) + da0[:, None] * u.to(ACC), 0)
+            tl.store(dxh0_ptr + row * D + start + offs_d, dxh0.to(low))
         dxh = tl.dot(p_low, dz, input_precision="ieee", out_dtype=ACC)
-        dxh = tl.dot(da_low, u, dxh, input_precision="ieee", out_dtype=ACC)
-        xh = x.to(ACC) * rstd[:, None]
-        if not CENTRE:
-            xh = (x.to(ACC) - mean[:, None]) * rstd[:, None]
-        dx = rstd[:, None] * (dxh - m[:, None] - xh * k[:, None])
+        dx = tl.dot(da_low, u, dxh, input_precision="ieee", out_dtype=ACC)
+        if NORM:
+            xh = x.to(ACC) * rstd[:, None]
+            if not CENTRE:
+                xh = (x.to(ACC) - mean[:, None]) * rstd[:, None]
+            dx = rstd[:, None] * (dx - m[:, None] - xh * k[:, None])
         tl.store(dx_tile + start, dx.to(low), mask=mask_n[:, None])
 
 
@@ -267,7 +293,13 @@ def heuristic(direction: str, n: int, width: int, itemsize: int) -> dict[str, in
 
 
 def _launch_on(
-    direction: str, kernel: Any, x: Tensor, xh0: Tensor, u: Tensor, others: tuple[Tensor, ...], **options: Any
+    direction: str,
+    kernel: Any,
+    x: Tensor,
+    xh0: Tensor | None,
+    u: Tensor,
+    others: tuple[Tensor, ...],
+    **options: Any,
 ) -> None:
     rows, n, width = x.shape
     heads, tile = u.shape[0], _launch.power_of_two(n, 16)
@@ -280,48 +312,73 @@ def _launch_on(
         "H": heads,
         "BLOCK_N": tile,
         "BLOCK_H": HEADS,
-        "CENTRE": x.element_size() > 2,
+        "CLS": int(xh0 is not None),
+        "CENTRE": options["NORM"] and x.element_size() > 2,
         "ACC": _launch.accumulator(x.dtype),
     }
     # a class row and queries shared by all rows are read with a stride of 0
-    stride_cr = 0 if xh0.shape[0] == 1 else xh0.stride(0)
+    stride_cr = 0 if xh0 is None or xh0.shape[0] == 1 else xh0.stride(0)
     stride_ur = 0 if u.shape[1] == 1 else u.stride(1)
     strides = (x.stride(0), x.stride(1), stride_cr, u.stride(0), stride_ur, rows * width)
-    _launch.launch(kernel, (rows,), x, x, xh0, u, *others, *strides, **options)
+    _launch.launch(kernel, (rows,), x, x, x if xh0 is None else xh0, u, *others, *strides, **options)
+
+
+def _ready(x: Tensor, xh0: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    return _launch.rows_ready(x), None if xh0 is None else _launch.rows_ready(xh0), _launch.rows_ready(u)
 
 
 def forward(
-    x: Tensor, xh0: Tensor, u: Tensor, eps: float, stats: tuple[Tensor, Tensor] | None = None
+    x: Tensor,
+    xh0: Tensor | None,
+    u: Tensor,
+    eps: float | None,
+    stats: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(z [H, R, D], scores [R, H, n + 1], lse [R, H], mu [R, n], rstd [R, n]) of x [R, n, D], xh0 and u."""
+    """(z [H, R, D], scores [R, H, n + 1], lse [R, H], mu [R, n], rstd [R, n]) of x [R, n, D], xh0 and u.
+
+    Without xh0 scores are [R, H, n]. Without eps and stats there is no norm; then mu and rstd are empty.
+    """
     rows, n, width = x.shape
     heads, wide = u.shape[0], _launch.wide(x.dtype)
-    x, xh0, u = (_launch.rows_ready(t) for t in (x, xh0, u))
+    x, xh0, u = _ready(x, xh0, u)
     z = _launch.empty((heads, rows, width), x)
-    scores, lse = _launch.empty((rows, heads, n + 1), x, wide), _launch.empty((rows, heads), x, wide)
+    scores = _launch.empty((rows, heads, n + (xh0 is not None)), x, wide)
+    lse = _launch.empty((rows, heads), x, wide)
+    norm = eps is not None or stats is not None
     if stats is None:
-        mu, rstd = _launch.empty((rows, n), x, wide), _launch.empty((rows, n), x, wide)
+        shape = (rows, n) if norm else (0,)
+        mu, rstd = _launch.empty(shape, x, wide), _launch.empty(shape, x, wide)
     else:
         mu, rstd = stats[0].contiguous(), stats[1].contiguous()
     outs = (z, scores, lse, mu, rstd)
-    _launch_on("fwd", attention_pool_fwd_kernel, x, xh0, u, outs, EPS=eps, HAS_STATS=stats is not None)
+    options = {"EPS": eps or 0.0, "HAS_STATS": stats is not None, "NORM": norm}
+    _launch_on("fwd", attention_pool_fwd_kernel, x, xh0, u, outs, **options)
     return outs
 
 
 def forward_stats(
-    x: Tensor, xh0: Tensor, u: Tensor, mu: Tensor, rstd: Tensor
+    x: Tensor, xh0: Tensor | None, u: Tensor, mu: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z, scores, lse) as `forward`, from statistics of the tokens."""
-    return forward(x, xh0, u, 0.0, (mu, rstd))[:3]
+    return forward(x, xh0, u, None, (mu, rstd))[:3]
 
 
 def backward(
-    x: Tensor, xh0: Tensor, u: Tensor, dz: Tensor, scores: Tensor, lse: Tensor, mu: Tensor, rstd: Tensor
+    x: Tensor,
+    xh0: Tensor | None,
+    u: Tensor,
+    dz: Tensor,
+    scores: Tensor,
+    lse: Tensor,
+    mu: Tensor,
+    rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx [R, n, D], du [H, R, D], dxh0 [R, D]); the last two per row, also for shared inputs."""
-    x, xh0, u = (_launch.rows_ready(t) for t in (x, xh0, u))
+    """(dx [R, n, D], du [H, R, D], dxh0 [R, D] or empty); the last two per row, also for shared inputs."""
+    x, xh0, u = _ready(x, xh0, u)
     dx, du = _launch.empty(x.shape, x), _launch.empty(dz.shape, x)
-    dxh0 = _launch.empty((x.shape[0], x.shape[2]), x)
+    dxh0 = _launch.empty((0,) if xh0 is None else (x.shape[0], x.shape[2]), x)
     others = (dz.contiguous(), scores, lse, mu.contiguous(), rstd.contiguous(), dx, du, dxh0)
-    _launch_on("bwd", attention_pool_bwd_kernel, x, xh0, u, others)
+    # as the forward pass left them
+    norm = mu.dim() == 2
+    _launch_on("bwd", attention_pool_bwd_kernel, x, xh0, u, others, NORM=norm)
     return dx, du, dxh0

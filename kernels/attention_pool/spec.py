@@ -12,7 +12,7 @@ from .reference import PoolWeights, attention_pool_absorbed, attention_pool_refe
 
 
 def variants() -> dict[str, Launch]:
-    """Views and whole images of ViT-S, B and L; bf16 everywhere, fp16 and fp32 once."""
+    """Views and whole images of ViT-S, B and L, bf16 everywhere, fp16 and fp32 once; tokens alone, without a norm."""
     from . import kernel
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -35,6 +35,10 @@ def variants() -> dict[str, Launch]:
         (found[f"bwd {name}"],) = launches(kernel.backward, x, xh0, u, u, scores, lse, *stats)
         if name == "bf16 D768 H12 n39":
             (found[f"fwd_stats {name}"],) = launches(kernel.forward_stats, x, xh0, u, *stats)
+        if (dtype, n) == (bf16, 196) or dtype == fp32:
+            scores, none = scores[..., :n], meta(fp32, 0)
+            (found[f"fwd plain {name}"],) = launches(kernel.forward, x, None, u, None)
+            (found[f"bwd plain {name}"],) = launches(kernel.backward, x, None, u, u, scores, lse, none, none)
     return found
 
 
