@@ -135,15 +135,11 @@ def compile_all(ops: list[str], architectures: list[int], jobs: int = 1, sample:
     """Rows of every variant of `ops` (`compile_variant`), in a fixed order.
 
     Args:
-        sample: each variant for the first architecture, and in turns for one of the others.
+        sample: each variant for one of the architectures, in turns.
     """
     variants = [(op, name) for op in ops for name in spec(op).variants()]
-    first, *others = architectures
-    tasks = [
-        (*variant, arch)
-        for i, variant in enumerate(variants)
-        for arch in ([first, others[i % len(others)]] if sample else architectures)
-    ]
+    turns = [[a] for a in architectures] if sample else [architectures]
+    tasks = [(*v, arch) for i, v in enumerate(variants) for arch in turns[i % len(turns)]]
     if jobs == 1:
         return [compile_variant(*t) for t in tasks]
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
@@ -153,14 +149,14 @@ def compile_all(ops: list[str], architectures: list[int], jobs: int = 1, sample:
 def compile_rows(ops: list[str], jobs: int = 1, sample: bool = False) -> list[dict]:
     """`compile_all` for all architectures in a new process, for callers whose Triton interprets kernels.
 
-    With `sample` each variant is compiled for sm_90 and one other.
+    With `sample` each variant is compiled for one of them, in turns.
     """
     # interpreted kernels cannot be compiled, and Triton reads the variable at its import
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, "-m", __name__, "--jobs", str(jobs), "--json", str(out), "--op", *ops]
-        command += ["--sample", "--arch", "90", *(str(a) for a in SHARED_LIMIT if a != 90)] if sample else []
+        command += ["--sample"] if sample else []
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if not out.is_file():
             raise RuntimeError(done.stderr[-2000:] or done.stdout[-2000:])
@@ -176,9 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--op", nargs="*", choices=OPS, default=list(OPS))
     parser.add_argument("--arch", nargs="*", type=int, choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
-    parser.add_argument(
-        "--sample", action="store_true", help="the first --arch and, in turns, one of the others"
-    )
+    parser.add_argument("--sample", action="store_true", help="each variant for one --arch, in turns")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)

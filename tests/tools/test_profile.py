@@ -22,6 +22,7 @@ from extrema_fast.config import from_dict, preset
 from extrema_fast.data.loader import Batch
 from extrema_fast.distributed import World
 from extrema_fast.errors import UsageError
+from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.ops import dispatch as ops
 from extrema_fast.ops.scope import PREFIX, recording, scope, scoped
 from extrema_fast.tools import profile, trace
@@ -405,7 +406,13 @@ def test_ranges_are_off_outside_a_profile_and_in_compiled_code():
 
 
 @pytest.mark.slow
-def test_compiled_blocks_are_split_too(tmp_path):
+def test_compiled_blocks_are_split_too(monkeypatch, tmp_path):
+    def only_the_blocks(self, **options):
+        for branch in (self.student_branch, self.teacher_branch):
+            branch.encoder.blocks[0].compile(**options)
+
+    # pooling, heads and loss would take as long again
+    monkeypatch.setattr(ExtreMA, "compile_regions", only_the_blocks)
     cfg = from_dict({"train": {"compile": "block"}, "model": {"depth": 1}}, TINY)
     result = profile.profile(cfg, tmp_path, steps=1, warmup=1, synthetic=True)
     found = {(r["branch"], r["component"]): r for r in result["rows"]}

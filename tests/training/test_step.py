@@ -144,9 +144,9 @@ def test_blocks_of_full_width_stay_whole_under_data_parallelism(counting):
 @pytest.mark.slow
 def test_generated_code_equals_the_plain_step():
     torch._dynamo.reset()
-    change = {"model": {"depth": 1}, "head": {"hidden": 16}, "mask": {"views": 1}}
-    plain, compiled = begin(**change), begin(**change, train={"compile": "step", "precision": "bf16"})
-    assert steps(compiled, 2) == pytest.approx(steps(plain, 2), rel=2e-2)
+    change = {"model": {"depth": 1, "pool_depth": 1, "drop_path": 0.0}, "mask": {"views": 1}}
+    plain, compiled = begin(**change), begin(**change, train={"compile": "step"})
+    assert steps(compiled, 2) == pytest.approx(steps(plain, 2), rel=1e-4)
     torch._dynamo.reset()
 
 
