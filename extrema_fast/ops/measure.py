@@ -415,6 +415,8 @@ class Bench:
     dtype: torch.dtype
     candidates: Mapping[str, Callable[..., Any]]
     sampler: Callable[[Callable[[], object], torch.device], Callable[[], float]] = tune.sampler
+    # what compiled candidates were made of: checked too, since outputs start as NaN and spills are counted there alone
+    plain: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 def build(p: Problem, device: torch.device) -> list[Bench]:
@@ -439,9 +441,10 @@ def build(p: Problem, device: torch.device) -> list[Bench]:
             # the last resort of a rule has no case
             provided = {"triton" if n == "ours" else n: f for n, f in case.providers.items()}
             run_as = {n: provided[n] for n in p.candidates if n in provided}
+        plain = {n: f for n, f in run_as.items() if p.compiled and n in OURS}
         if p.compiled:
             run_as = {n: torch.compile(f, fullgraph=True, dynamic=False) for n, f in run_as.items()}
-        benches.append(Bench(case, dtype, run_as))
+        benches.append(Bench(case, dtype, run_as, plain=plain))
     return benches
 
 
@@ -502,9 +505,10 @@ def _measure(
 
     def check(some: list[str]) -> None:
         for b in benches:
-            for name in [n for n in some if n in names]:
-                fault = partial(tune.fault, b.case, partial(make, b), b.dtype, b.candidates[name])
-                attempt(name, fault, wrong=True)
+            for name, function in [*b.plain.items(), *b.candidates.items()]:
+                if name in some and name in names:
+                    fault = partial(tune.fault, b.case, partial(make, b), b.dtype, function)
+                    attempt(name, fault, wrong=True)
 
     names[:] = [n for n in names if all(n in b.candidates for b in benches)]
     last = [n for n in names if n in FALLBACKS]

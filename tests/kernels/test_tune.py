@@ -94,6 +94,17 @@ def test_an_output_that_is_not_written_is_found():
     )
 
 
+def test_code_is_compiled_as_a_step_has_it():
+    """Not with the filling of outputs, which would be timed with it."""
+    checked = []
+
+    def function(x):
+        checked.append(_launch.checking())
+        return x * 2
+
+    assert fault(function) == "" and checked == [False, True, True]
+
+
 def test_rounding_of_16_bits_is_allowed():
     assert fault(lambda x: (x.float() * 2).bfloat16(), dtype=torch.bfloat16) == ""
 
