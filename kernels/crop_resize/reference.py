@@ -54,7 +54,6 @@ def _resize(pixels: Tensor, crops: Tensor, size: tuple[int, int]) -> Tensor:
     flip = crops[:, 8] > 0
     first_x = torch.where(flip[:, None], first_x.flip(1), first_x)
     weights_x = torch.where(flip[:, None, None], weights_x.flip(1), weights_x)
-    batch, lines, device = len(crops), int(height.max()), crops.device
     # every region in a window of the largest one's size, column by column, so that a tap copies whole columns; what
     # lies beyond a region has no weight
     batch, lines, columns, device = len(crops), int(height.max()), int(width.max()), crops.device

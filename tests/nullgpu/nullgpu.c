@@ -170,8 +170,8 @@ static size_t memory_bytes(void) { return 1000000000ul * setting("NULLGPU_MEMORY
 
 static int attribute(int what) {
     switch (what) {
-    case cudaDevAttrComputeCapabilityMajor: return 9;
-    case cudaDevAttrComputeCapabilityMinor: return 0;
+    case cudaDevAttrComputeCapabilityMajor: return setting("NULLGPU_CAPABILITY", 90) / 10;
+    case cudaDevAttrComputeCapabilityMinor: return setting("NULLGPU_CAPABILITY", 90) % 10;
     case cudaDevAttrMultiProcessorCount: return 132;
     case cudaDevAttrWarpSize: return 32;
     case cudaDevAttrMaxThreadsPerBlock: return 1024;
