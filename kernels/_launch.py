@@ -28,6 +28,7 @@ except ImportError:
     # an import hook may block it
     HAS_TRITON = False
 
+NO_TRITON = "Triton is not installed (pip install triton)"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = {
     torch.float32: "fp32",
@@ -47,14 +48,16 @@ DTYPE_NAMES = {
 def _too_old(device: torch.device) -> str:
     # 8.0 is the oldest architecture that the kernels are compiled and checked for (aot.py)
     major, minor = torch.cuda.get_device_capability(device)
-    return "" if major >= 8 else f"compute capability {major}.{minor}; kernels need 8.0 or newer"
+    if major >= 8:
+        return ""
+    return f"this GPU has compute capability {major}.{minor}; the kernels need one of 8.0 (A100, RTX 30) or later"
 
 
 @functools.cache
 def compiler_missing(device: torch.device) -> str:
     """Why Triton, and so torch.compile, cannot compile and start a kernel on a GPU; empty when it can."""
     if not HAS_TRITON:
-        return "Triton is not installed"
+        return NO_TRITON
     try:
         from . import _probe
 
@@ -68,7 +71,8 @@ def compiler_missing(device: torch.device) -> str:
         # torch 2.13 has Triton kernels for some of its own operators, which would fail in the first backward pass
         importlib.import_module("torch._native.triton_utils").deregister_op_overrides()
     return (
-        f"Triton cannot compile a kernel here ({reason}); it needs a C compiler (gcc) and a driver that fits"
+        f"Triton cannot compile a kernel here ({reason}); it needs a C compiler (gcc), a driver that fits, and a cache "
+        "folder that it can write (TRITON_CACHE_DIR)"
     )
 
 
@@ -82,7 +86,7 @@ def can_run(device: torch.device | str) -> tuple[bool, str]:
         (yes or no, the reason in words).
     """
     if not HAS_TRITON:
-        return False, "Triton is not installed"
+        return False, NO_TRITON
     device = torch.device(device)
     if device.type == "cuda":
         reason = (_too_old(device) or compiler_missing(device)) if torch.cuda.is_available() else ""

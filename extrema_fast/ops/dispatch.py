@@ -20,6 +20,7 @@ import contextlib
 import logging
 import operator
 import os
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
@@ -224,13 +225,23 @@ def unsupported(op: str, name: str, device: torch.device | str) -> str:
         runs, reason = can_run(device)
         return "" if runs else reason
     if name == "compiled" and device.type == "cuda":
-        return compiler_missing(device) if torch.cuda.is_available() else ""
+        return (compiler_missing(device) or _cache_unwritable()) if torch.cuda.is_available() else ""
     if name == "apex":
         return optimizers.find_apex(APEX[op], device.type)[1]
     if op == "attention" and name not in ("auto", "fixed"):
         # whatever dtype and length will be
         return backends.missing(name, device, torch.bfloat16, 1, 64)
     return ""
+
+
+def _cache_unwritable() -> str:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    try:
+        with tempfile.TemporaryFile(dir=cache_dir()):
+            return ""
+    except OSError as error:
+        return f"torch.compile cannot write its cache ({error}); set TORCHINDUCTOR_CACHE_DIR to a folder of yours"
 
 
 def choice(op: str, device: torch.device | str = "cpu", *, say: bool = True) -> tuple[str, str]:

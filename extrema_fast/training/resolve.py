@@ -82,7 +82,9 @@ def resolve(
     mode = {"auto": "block" if kind == "cuda" else "none"}.get(train.compile, train.compile)
     if train.compile == "auto" and (reason := ops.unsupported("color_views", "compiled", device)):
         mode = "none"
-        log.warning("nothing is compiled, and plain torch runs in place of the kernels: %s", reason)
+        log.warning("nothing is compiled: %s", reason)
+    elif kind == "cuda" and (reason := ops.unsupported("attention_pool", "triton", device)):
+        log.warning("plain torch runs in place of the kernels: %s", reason)
     _check_modes(cfg, mode, kind, world_size)
     dtype_name = precision(train.precision, kind)
     dtype = torch.bfloat16 if dtype_name == "bf16" else torch.float32
@@ -161,14 +163,16 @@ def _check_modes(cfg: Config, mode: str, kind: str, world_size: int) -> None:
 
 
 def precision(setting: str, device_type: str) -> str:
-    """`fp32` or `bf16` for `train.precision`; `auto` is bf16 on CUDA and on CPUs with AVX512-BF16 or AMX."""
+    """`fp32` or `bf16` for `train.precision`; `auto` is bf16 on GPUs and CPUs (AVX512-BF16, AMX) that multiply it."""
     if setting != "auto":
         return setting
     if device_type == "cpu":
         # torch 2.10 does not tell yet
         has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
-    return "bf16"
+    # before compute capability 8.0 it is emulated
+    emulated = device_type == "cuda" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)
+    return "fp32" if emulated else "bf16"
 
 
 # ---- derived values ---------------------------------------------------------------------------------

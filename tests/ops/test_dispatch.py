@@ -135,7 +135,7 @@ def test_triton_where_it_cannot_run_is_an_error_that_says_why(monkeypatch):
         ops.choices()
 
 
-def test_the_rule_for_a_gpu(monkeypatch):
+def test_the_rule_for_a_gpu(monkeypatch, tmp_path):
     for op, names in ops.GPU_RULE.items():
         assert ops.choice(op, "cuda")[0] == names[0] and names[-1] in ops.IMPLEMENTATIONS[op]
     assert ops.choice("token_gather", "cuda")[0] == "reference"
@@ -149,9 +149,20 @@ def test_the_rule_for_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(ops.measure, "known", lambda *args: [])
-    monkeypatch.setattr(ops, "compiler_missing", lambda device: "no C compiler")
-    ops.set_backend("auto")
-    assert ops.choice("color_views", "cuda")[0] == "plain"
+    missing = []
+    monkeypatch.setattr(ops, "compiler_missing", lambda device: "".join(missing))
+    (tmp_path / "file").touch()
+    for folder, lacking, wanted in (
+        (tmp_path, "", "compiled"),
+        (tmp_path / "file", "", "plain"),
+        (tmp_path, "no C compiler", "plain"),
+    ):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        missing[:] = lacking
+        ops.set_backend("auto")
+        name, why = ops.choice("color_views", "cuda")
+        assert name == wanted and lacking in why
+        assert ("TORCHINDUCTOR_CACHE_DIR" in why) == (folder != tmp_path)
 
 
 def test_compiled_color_views_fall_back_once(monkeypatch, caplog):

@@ -1,12 +1,15 @@
 """The step and its modes on a CPU.
 
 Covers: compile block and step against the plain step (losses, weights; accumulation, InfoNCE), graphs made and none
-made again while rates move; what `auto` means on each device; modes that exclude each other; the old value `loss`;
-shadow weights synced by every step and after loading; memory of recomputation; inputs of a recorded step.
+made again while rates move; what `auto` means on each device, and on a GPU that lacks something; modes that exclude
+each other; the old value `loss`; shadow weights synced by every step and after loading; memory of recomputation;
+inputs of a recorded step.
 """
 
 from __future__ import annotations
 
+import importlib
+import logging
 from dataclasses import replace
 
 import pytest
@@ -181,6 +184,56 @@ def test_auto_is_settled_by_device(monkeypatch):
     teacher = {"attention": "short", "attention_teacher": "sdpa"}
     found = resolve(tiny(system=teacher), torch.device("cpu"))
     assert (found.attention, found.attention_teacher) == ("short", "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("lacking", "mode", "kernels", "words"),
+    [
+        ("age", "block", False, "compute capability 7.5; the kernels need one of 8.0"),
+        ("compiler", "none", False, "Failed to find C compiler); it needs a C compiler (gcc)"),
+        ("triton", "none", False, "Triton is not installed (pip install triton)"),
+        ("cache", "none", True, "set TORCHINDUCTOR_CACHE_DIR"),
+    ],
+)
+def test_a_gpu_that_cannot_run_everything(lacking, mode, kernels, words, monkeypatch, tmp_path, caplog):
+    """Training starts with what can run, and one line says why; by name it is an error."""
+    gpu = torch.device("cuda", 0)
+    old, probe = lacking == "age", importlib.import_module("extrema_fast.kernels._probe")
+
+    def run(device):
+        if lacking == "compiler":
+            raise RuntimeError("Failed to find C compiler")
+
+    for name, value in (
+        ("is_available", True),
+        ("current_device", 0),
+        ("get_device_capability", (7, 5) if old else (9, 0)),
+        ("is_bf16_supported", not old),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setattr(probe, "run", run)
+    monkeypatch.setattr(_launch, "HAS_TRITON", lacking != "triton")
+    monkeypatch.setattr(ops.measure, "known", lambda *args: [])
+    monkeypatch.setattr(ops, "check_attention", lambda backend, *args: backend)
+    monkeypatch.setattr(ops.optimizers, "find_apex", lambda *args: (None, "no apex"))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / ("file" if lacking == "cache" else "cache")))
+    for f in (_launch._too_old, _launch.compiler_missing):
+        f.cache_clear()
+    try:
+        found = resolve(tiny(train={"precision": "auto"}), gpu)
+        assert (found.compile, found.precision) == (mode, "fp32" if old else "bf16")
+        assert {op for op, name in found.ops.items() if name == "triton"} == (
+            set(ops.GPU_RULE) if kernels else set()
+        )
+        (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert words in line and "\n" not in line
+        if not kernels:
+            with pytest.raises(UsageError, match="asks for attention=triton"):
+                resolve(tiny(system={"backend": "triton"}), gpu)
+    finally:
+        for f in (_launch._too_old, _launch.compiler_missing):
+            f.cache_clear()
 
 
 def test_the_old_name_of_a_compile_mode():
