@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError, cannot_import
 from ..ops import dispatch as ops
 from ..ops.linear import affine, compute_dtype
-from .layers import check_images
+from ..ops.stock import reason
+from .layers import check_images, fit, reads
 from .masking import check_keep, image_major
 
 log = logging.getLogger(__name__)
@@ -103,8 +103,6 @@ class Accelerated:
 
     def report(self) -> Report:
         """What the next pass replaces, part by part."""
-        if torch_module._has_any_global_hook():
-            return Report(model="hooks are registered for all modules")
         report = Report(patch_embed=self.stock.patch_embed_reason(self.vit.patch_embed))
         if reason := self.stock.reason(self.vit.blocks, nn.Sequential):
             return Report(report, blocks=reason)
@@ -174,6 +172,11 @@ class Accelerated:
         if self._embeds_kept_only():
             self._stock_grid(images)
         x = embed(images)
+        if not isinstance(x, Tensor) or x.dim() not in (3, 4) or x.shape[0] != images.shape[0]:
+            shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise UsageError(
+                f"vit.patch_embed: expected [B, N, D] or [B, rows, columns, D], it returned {shape}"
+            )
         if x.dim() == 4:
             return x, (x.shape[1], x.shape[2])
         n = x.shape[1]
@@ -244,9 +247,7 @@ class Accelerated:
         )[0]
 
     def _embeds_kept_only(self) -> bool:
-        return not (
-            torch_module._has_any_global_hook() or self.stock.patch_embed_reason(self.vit.patch_embed)
-        )
+        return not self.stock.patch_embed_reason(self.vit.patch_embed)
 
     def _stock_grid(self, images: Tensor) -> tuple[int, int]:
         """The grid of a stock PatchEmbed, with its checks of the size."""
@@ -279,58 +280,73 @@ class Accelerated:
 
     def _block(self, block: Any, x: Tensor) -> Tensor:
         """`block(x)`; x [R, n, D]."""
-        if torch_module._has_any_global_hook() or self.stock.reason(block, self.stock.block):
-            return block(x)
-        x = x + block.drop_path1(block.ls1(self._attention(block.attn, x, block.norm1)))
-        return x + block.drop_path2(block.ls2(self._mlp(block.mlp, x, block.norm2)))
+        if self.stock.reason(block, self.stock.block):
+            return self._fit(block(x), x, block)
+        x = x + self._branch(self._attention(block.attn, x, block.norm1), block.ls1, block.drop_path1)
+        return x + self._branch(self._mlp(block.mlp, x, block.norm2), block.ls2, block.drop_path2)
 
-    def _linear(self, layer: Any, x: Tensor, before: Any = None) -> Tensor:
-        """`layer(before(x))`; before: a norm, "gelu" or None."""
+    def _branch(self, x: Tensor, *steps: nn.Module) -> Tensor:
+        for step in steps:
+            x = self._fit(step(x), x, step)
+        return x
+
+    def _fit(self, out: Any, x: Tensor, part: nn.Module, width: int | None = None) -> Tensor:
+        """What a part returned for x; raises UsageError naming it unless it is [..., width] (default: as wide as x)."""
+        shape = x.shape if width is None else torch.Size((*x.shape[:-1], width))
+        if isinstance(out, Tensor) and out.shape == shape:
+            return out
+        return fit(out, shape, next(f"vit.{name}" for name, m in self.vit.named_modules() if m is part))
+
+    def _linear(self, layer: Any, x: Tensor, before: Any = None, width: int | None = None) -> Tensor:
+        """`layer(before(x))`, of `width` where it is known; before: a norm, "gelu" or None."""
         if isinstance(before, nn.Module) and self.stock.norm_reason(before):
-            x, before = before(x), None
+            x, before = self._fit(before(x), x, before), None
         if self.stock.reason(layer, nn.Linear):
-            return layer(x if before is None else F.gelu(x) if before == "gelu" else before(x))
-        return affine(x, layer.weight, layer.bias, before)
+            out = layer(x if before is None else F.gelu(x) if before == "gelu" else before(x))
+        else:
+            out = affine(x, layer.weight, layer.bias, before)
+        return out if width is None else self._fit(out, x, layer, width)
 
     def _attention(self, attn: Any, x: Tensor, norm: nn.Module) -> Tensor:
         """`attn(norm(x))`; x [R, n, D]."""
         stock = self.stock
         if stock.attention_reason(attn):
-            return attn(norm(x))
-        r, n, _ = x.shape
-        qkv = self._linear(attn.qkv, x, norm).view(r, n, 3, attn.num_heads, attn.head_dim)
+            return self._fit(attn(self._fit(norm(x), x, norm)), x, attn)
+        r, n, width = x.shape
+        qkv = self._linear(attn.qkv, x, norm, 3 * attn.num_heads * attn.head_dim)
+        qkv = qkv.view(r, n, 3, attn.num_heads, attn.head_dim)
         if not (stock.is_idle(attn.q_norm) and stock.is_idle(attn.k_norm)):
             q, k, v = qkv.unbind(2)
             # under autocast the norms may return fp32
             qkv = torch.stack([attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype), v], 2)
         x = ops.attention(qkv, self.attention).flatten(2)
-        return attn.proj_drop(self._linear(attn.proj, x, getattr(attn, "norm", None)))
+        return attn.proj_drop(self._linear(attn.proj, x, getattr(attn, "norm", None), width))
 
     def _mlp(self, mlp: Any, x: Tensor, norm: nn.Module) -> Tensor:
         """`mlp(norm(x))`; x [R, n, D]."""
         stock = self.stock
         if stock.mlp_reason(mlp):
-            return mlp(norm(x))
+            return self._fit(mlp(self._fit(norm(x), x, norm)), x, mlp)
+        width, hidden = x.shape[-1], reads(mlp.fc2)
         if type(mlp) is stock.swiglu:
-            x = norm(x)
-            x = mlp.act(self._linear(mlp.fc1_g, x)) * self._linear(mlp.fc1_x, x)
+            x = self._fit(norm(x), x, norm)
+            x = mlp.act(self._linear(mlp.fc1_g, x, None, hidden)) * self._linear(mlp.fc1_x, x, None, hidden)
         elif type(mlp) is stock.glu:
-            a, b = self._linear(mlp.fc1, x, norm).chunk(2, -1)
+            a, b = self._linear(mlp.fc1, x, norm, hidden and 2 * hidden).chunk(2, -1)
             x = a * mlp.act(b) if mlp.gate_last else mlp.act(a) * b
         else:
-            x = self._linear(mlp.fc1, x, norm)
+            x = self._linear(mlp.fc1, x, norm, hidden)
             if stock.is_gelu(mlp.act) and stock.is_idle(mlp.drop1) and stock.is_idle(mlp.norm):
-                return mlp.drop2(self._linear(mlp.fc2, x, "gelu"))
+                return mlp.drop2(self._linear(mlp.fc2, x, "gelu", width))
             x = mlp.act(x)
-        return mlp.drop2(self._linear(mlp.fc2, mlp.drop1(x), mlp.norm))
+        return mlp.drop2(self._linear(mlp.fc2, mlp.drop1(x), mlp.norm, width))
 
 
 class _Stock:
     """timm's classes, and the reasons why a module cannot be replaced.
 
-    A module is replaced only where calling it could do nothing but its class's formula: its class is exactly timm's
-    or torch's, it has no hook, no replaced `forward`, no parametrisation, no parameter of a special tensor type. This
-    is checked at every pass, since hooks, adapters and quantised layers come and go.
+    A module is replaced only where calling it could do nothing but its class's formula (`ops.stock`): its class is
+    exactly timm's or torch's, and it has no submodule that the class does not know.
     """
 
     def __init__(self) -> None:
@@ -398,20 +414,10 @@ class _Stock:
 
     def reason(self, module: nn.Module, *kinds: type) -> str:
         """Why calling the module could do more than the formula of its class, one of `kinds`."""
-        cls, own = type(module), module.__dict__
-        if cls not in kinds:
-            return f"{cls.__name__} is not {kinds[0].__name__}"
-        if "forward" in own or cls.forward.__module__ != cls.__module__:
-            return f"the forward method of this {cls.__name__} is replaced"
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        if any(own[name] for name in hooks):
-            return "it has hooks"
-        if own.get("_compiled_call_impl") is not None:
-            return "it is compiled by itself"
-        for name, p in own["_parameters"].items():
-            if p is not None and type(p) is not nn.Parameter and type(p) is not Tensor:
-                return f"its {name} is a {type(p).__name__}"
-        extra = own["_modules"].keys() - self.submodules.get(cls, frozenset())
+        if found := reason(module, *kinds):
+            return found
+        cls = type(module)
+        extra = module._modules.keys() - self.submodules.get(cls, frozenset())
         if extra and cls is not nn.Sequential:
             return f"it has a submodule that stock lacks: {', '.join(sorted(extra))}"
         return ""

@@ -18,8 +18,20 @@ from ..config import MODEL_PREFIX, MODEL_SUFFIX, ModelConfig, did_you_mean, list
 from ..errors import UsageError
 from ..ops import dispatch as ops
 from ..ops.linear import RECOMPUTE
+from ..ops.stock import is_stock
 from .dino_interface import Dino
-from .layers import NORM_EPS, Block, PatchEmbed, PoolBlock, check_images, check_sides, pair, square_patch
+from .layers import (
+    NORM_EPS,
+    Block,
+    PatchEmbed,
+    PoolBlock,
+    check_images,
+    check_sides,
+    embed_patches,
+    fit,
+    pair,
+    square_patch,
+)
 from .masking import check_keep, image_major
 from .positions import SinCos, check_chans
 from .timm_interface import TimmInterface, check_head
@@ -108,6 +120,9 @@ class Encoder(TimmInterface):
         self.fc_norm = nn.LayerNorm(width, eps=NORM_EPS) if fc_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+        for name, module in self.named_modules():
+            if hasattr(module, "label"):
+                module.label = name
         self.init_weights()
 
     def extra_repr(self) -> str:
@@ -134,10 +149,9 @@ class Encoder(TimmInterface):
 
         In place of images also their kept patches [V*B, K, C P P] at the encoder's own size (`color_views`).
         """
-        proj, p = self.patch_embed.proj, self.patch_size
-        picked = images.dim() == 3
+        p, picked = self.patch_size, images.dim() == 3
         pos = self.positions(self.grid if picked else (images.shape[-2] // p, images.shape[-1] // p))
-        return ops.patch_gather(images, keep, proj.weight, proj.bias, pos)
+        return embed_patches(self.patch_embed, images, keep, pos)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position table of a grid, [N, D]: the saved one at its own grid, else computed and cached.
@@ -175,9 +189,10 @@ class Encoder(TimmInterface):
             factors = None if path is None else path[i]
             if self.grad_checkpointing and torch.is_grad_enabled():
                 # the factors are given: no block draws a random number
-                tokens = checkpoint(block, tokens, factors, use_reentrant=False, preserve_rng_state=False)
+                out = checkpoint(block, tokens, factors, use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = block(tokens, factors)
+                out = block(tokens, factors)
+            tokens = out if is_stock(block, Block) else fit(out, tokens.shape, f"blocks.{i}")
             if i in indices:
                 layers.append(tokens)
                 if stop_early and i == indices[-1]:
@@ -204,8 +219,14 @@ class Encoder(TimmInterface):
         assert self.cls_token is not None and self.blocks_token is not None
         cls = self.cls_token[:, 0].expand(tokens.shape[0], -1)
         maps, stats = [], None
-        for block in self.blocks_token:
-            cls, attention, stats = block(cls, tokens, stats, return_weights)
+        for i, block in enumerate(self.blocks_token):
+            attention = None
+            if is_stock(block, PoolBlock):
+                cls, attention, stats = block.run(cls, tokens, stats, return_weights)
+            else:
+                out = block(cls, tokens, True) if return_weights else block(cls, tokens)
+                out, attention = out if return_weights else (out, None)
+                cls = fit(out, cls.shape, f"blocks_token.{i}")
             if attention is not None:
                 maps.append(attention)
         return cls, maps
@@ -261,7 +282,10 @@ class Encoder(TimmInterface):
 
     def check_images(self, images: Tensor) -> tuple[int, int]:
         """The grid of images [B, C, H, W]; raises UsageError for another shape, dtype or size."""
-        check_images(images, self.in_chans, self.patch_embed.proj.weight.dtype)
+        # what stands in the place of the convolution may have no weight, or no plain one
+        weight = getattr(self.patch_embed.proj, "weight", None)
+        dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
+        check_images(images, self.in_chans, dtype)
         return check_sides(images.shape[-2:], self.patch_size)
 
     def forward(self, images: Tensor) -> Tensor:

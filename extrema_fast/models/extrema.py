@@ -20,6 +20,7 @@ from ..config import Config
 from ..ops.linear import Linear
 from ..ops.optimizers import ema_
 from ..ops.scope import scope, scoped
+from ..ops.stock import is_stock
 from .encoder import Encoder
 
 # ---- heads and losses -------------------------------------------------------------------------------
@@ -247,11 +248,12 @@ class ExtreMA(nn.Module):
         ema_(*self.ema_pairs(), weight)
 
     def add_shadow_weights(self, dtype: torch.dtype) -> None:
-        """Gives each linear layer of student and teacher shadows in `dtype`, which its matmul reads.
+        """Gives each stock linear layer of student and teacher shadows in `dtype`, which its matmul reads.
 
         Whoever changes weights syncs the shadows: `sync_shadow_weights`, or the fused AdamW + EMA pass.
         """
-        for layer in (m for m in self.modules() if isinstance(m, Linear)):
+        layers = [m for m in self.modules() if isinstance(m, nn.Linear)]
+        for layer in (m for m in layers if is_stock(m, nn.Linear, Linear)):
             layer.shadow = layer.weight.detach().to(dtype)
             self._shadows[layer.weight] = layer.shadow
             if layer.bias is not None:

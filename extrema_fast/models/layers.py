@@ -1,5 +1,8 @@
 """The layers of the encoder: patch embedding, trunk block, class-attention block; checks of image arguments.
 
+Fast paths read the weights of their parts. A part that is not stock (`ops.stock`) is called as a module instead, on the
+input it would have in the plain model, and what it returns is checked.
+
 Parameter names and shapes are those of the released checkpoints (`vits.py` of microsoft/ExtreMA).
 Shape letters as in `encoder.py`.
 """
@@ -7,14 +10,17 @@ Shape letters as in `encoder.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..kernels.patch_gather.reference import gather_patches
 from ..ops import dispatch as ops
 from ..ops import trunk
-from ..ops.linear import Linear, autocasts, linear
+from ..ops.linear import autocasts, linear
+from ..ops.stock import PLAIN, is_stock, reason
 from .positions import resample_patch_kernel
 
 NORM_EPS = 1e-6
@@ -68,7 +74,7 @@ def check_sides(size: Sequence[int], patch: int, name: str = "images") -> tuple[
 class PatchEmbed(nn.Module):
     """The patch convolution (stride = kernel), and the input size it is meant for, with the attributes of timm's class.
 
-    The encoder reads `proj` and applies it to kept patches only.
+    The encoder applies `proj` to kept patches only (`embed_patches`).
     """
 
     def __init__(self, in_chans: int, width: int, patch: int, img_size: tuple[int, int]) -> None:
@@ -108,6 +114,8 @@ class PatchEmbed(nn.Module):
         check_sides(size, patch[0], "img_size")
         if patch != self.patch_size:
             old = self.proj
+            if why := reason(old, nn.Conv2d):
+                raise UsageError(f"patch_size: the kernel of patch_embed.proj cannot be resampled: {why}")
             kernel = resample_patch_kernel(old.weight.detach(), patch[0])
             old.weight = nn.Parameter(kernel, requires_grad=old.weight.requires_grad)
             old.kernel_size = old.stride = patch
@@ -118,50 +126,173 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention; `backend` names its implementation (`Encoder.set_attention`)."""
+def fit(out: Any, shape: Sequence[int], name: str) -> Tensor:
+    """What a part that is not stock returned; raises UsageError naming the part for anything but this shape."""
+    if not isinstance(out, Tensor):
+        raise UsageError(f"{name}: expected a tensor {list(shape)}, it returned a {type(out).__name__}")
+    if out.shape != torch.Size(shape):
+        raise UsageError(f"{name}: expected {list(shape)}, it returned {list(out.shape)}")
+    return out
+
+
+def embed_patches(embed: Any, images: Tensor, keep: Tensor | None, pos: Tensor) -> Tensor:
+    """`ops.patch_gather` with a patch embedding's weights, or with the module itself where it is not stock.
+
+    Args:
+        embed: a `PatchEmbed`, or what stands in its place.
+        images: [B, C, H, W], or the kept patches [V*B, K, C P P].
+        keep: [V, B, K] integer, or None (all).
+        pos: [N, D].
+
+    Returns:
+        [V*B, K, D].
+
+    Raises:
+        UsageError: the module returns another shape, or does not embed patches one by one and only these are given.
+    """
+    if is_stock(embed, PatchEmbed) and is_stock(embed.proj, nn.Conv2d):
+        return ops.patch_gather(images, keep, embed.proj.weight, embed.proj.bias, pos)
+    n, width = pos.shape
+    picked = images.dim() == 3
+    if picked or keep is not None:
+        if _embeds_one_by_one(embed):
+            p = embed.patch_size[0]
+            patches = images if picked else gather_patches(images, keep, p)
+            rows, kept, _ = patches.shape
+            tokens = embed(patches.reshape(rows * kept, -1, p, p))
+            tokens = fit(tokens, (rows * kept, 1, width), "patch_embed").view(rows, kept, width)
+            pos = pos.to(tokens.dtype)
+            return tokens + (pos if keep is None else pos[keep.flatten(0, 1).long()])
+        if picked:
+            raise UsageError("patch_embed: it needs whole images, and only their kept patches are here")
+    tokens = fit(embed(images), (images.shape[0], n, width), "patch_embed")
+    pos = pos.to(tokens.dtype)
+    return tokens + pos if keep is None else ops.token_gather(tokens, keep, pos)
+
+
+def _embeds_one_by_one(embed: Any) -> bool:
+    """Whether a token depends on the pixels of its patch alone, as far as can be told."""
+    if not isinstance(embed, PatchEmbed) or type(embed).forward is not PatchEmbed.forward:
+        return False
+    # an adapter of peft holds the layer as its base
+    conv, side = getattr(embed.proj, "base_layer", embed.proj), embed.patch_size
+    return (
+        isinstance(conv, nn.Conv2d)
+        and conv.kernel_size == conv.stride == side
+        and conv.padding == (0, 0)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+    )
+
+
+def reads(layer: Any) -> int | None:
+    """The width that a linear layer, or what wraps it, takes, where it can be told: a distributed one takes a share."""
+    width = getattr(layer, "in_features", None)
+    plain = type(getattr(layer, "weight", None)) in PLAIN
+    return width if plain and isinstance(width, int) else None
+
+
+class _Part(nn.Module):
+    """A part made of linear layers.
+
+    Attributes:
+        label: its name within the encoder, for errors.
+        width: D.
+    """
+
+    label = ""
+    # the layer that reads the tokens, the one that writes them, and of how many vectors each one between is made
+    first, last, times = "fc1", "fc2", 1
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def inner(self) -> int | None:
+        """The width between the layers where the last one does not tell it."""
+        return None
+
+    def _linear(
+        self, x: Tensor, layer: nn.Module, before: nn.Module | str | None = None, recompute: bool = False
+    ) -> Tensor:
+        return linear(x, layer, before, recompute, self._check)
+
+    def _check(self, layer: nn.Module, x: Tensor, out: Tensor) -> None:
+        """Of a layer that was called."""
+        name = next(name for name, module in self._modules.items() if module is layer)
+        if name == self.last:
+            width = reads(self._modules[self.first]) or self.width
+        else:
+            width = self.times * (reads(self._modules[self.last]) or self.inner() or 0)
+        fit(out, (*x.shape[:-1], width or out.shape[-1]), f"{self.label}.{name}")
+
+
+class Attention(_Part):
+    """Multi-head self-attention; `backend` names its implementation (`Encoder.set_attention`).
+
+    `heads` may become fewer, of `head_dim` each, where `qkv` gives those of one process.
+    """
+
+    first, last, times = "qkv", "proj", 3
 
     def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
+        super().__init__(width)
+        self.heads, self.head_dim = heads, width // heads
         self.backend = "auto"
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def inner(self) -> int:
+        """Of all heads."""
+        return self.heads * self.head_dim
 
     def forward(self, x: Tensor, norm: nn.LayerNorm | None = None, recompute_norm: bool = False) -> Tensor:
         """Attention of `norm(x)`: [R, n, D] -> [R, n, D]; the backward pass may recompute `norm(x)`."""
-        return self.proj(self.core(linear(x, self.qkv, norm, recompute_norm)))
+        return self._linear(self.core(self._linear(x, self.qkv, norm, recompute_norm)), self.proj)
 
     def core(self, qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention between the projections: [R, n, 3 D] -> [R, n, D]; `bias` as of `ops.attention`."""
         r, n, width = qkv.shape
+        if width % (3 * self.heads):
+            raise UsageError(f"{self.label}.qkv: {self.heads} heads do not divide its output of {width}")
         qkv = qkv.view(r, n, 3, self.heads, width // (3 * self.heads))
         return ops.attention(qkv, self.backend, bias).reshape(r, n, width // 3)
 
 
-class Mlp(nn.Module):
+class Mlp(_Part):
     """D -> hidden -> D with exact GELU."""
 
     def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
+        super().__init__(width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(
         self, x: Tensor, norm: nn.LayerNorm | None = None, recompute: frozenset[str] = frozenset()
     ) -> Tensor:
         """MLP of `norm(x)`: [..., D] -> [..., D]; `recompute` as of `Block`."""
-        hidden = linear(x, self.fc1, norm, "norm" in recompute)
-        return linear(hidden, self.fc2, "gelu", "gelu" in recompute)
+        hidden = self._linear(x, self.fc1, norm, "norm" in recompute)
+        return self._linear(hidden, self.fc2, "gelu", "gelu" in recompute)
+
+
+def _branch(block: Any, x: Tensor, norm: str, part: str, *recompute: Any) -> Tensor:
+    """`part(norm(x))` of a block, the norm inside the part's first layer where both are stock."""
+    f, g = getattr(block, norm), getattr(block, part)
+    if is_stock(f, nn.LayerNorm) and is_stock(g, Attention, Mlp):
+        return g(x, f, *recompute)
+    u = fit(f(x), x.shape, f"{block.label}.{norm}")
+    return fit(g(u), x.shape, f"{block.label}.{part}")
 
 
 class Block(nn.Module):
     """Pre-norm trunk block: `x += s0 SA(LN x)`, `x += s1 MLP(LN x)`, no layer scale.
 
-    `recompute` names what the backward pass recomputes, of "norm" and "gelu" (`Encoder.set_recompute`).
+    `recompute` names what the backward pass recomputes, of "norm" and "gelu" (`Encoder.set_recompute`); `label` is the
+    block's name within the encoder.
     """
 
     recompute: frozenset[str] = frozenset()
+    label = ""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -175,8 +306,8 @@ class Block(nn.Module):
         if trunk.fuses(x) and self._is_stock():
             return self._fused(x, path)
         s0, s1 = (None, None) if path is None else path.to(x.dtype)[:, :, None, None]
-        x = x + _scaled(self.attn(x, self.norm1, "norm" in self.recompute), s0)
-        return x + _scaled(self.mlp(x, self.norm2, self.recompute), s1)
+        x = x + _scaled(_branch(self, x, "norm1", "attn", "norm" in self.recompute), s0)
+        return x + _scaled(_branch(self, x, "norm2", "mlp", self.recompute), s1)
 
     def _fused(self, x: Tensor, path: Tensor | None) -> Tensor:
         """The same with each residual and the norm behind it in one pass (`ops.trunk`)."""
@@ -192,78 +323,109 @@ class Block(nn.Module):
         return trunk.residual(x, branch, fc2.bias, s1)
 
     def _is_stock(self) -> bool:
-        """Whether calling each part would do no more than the formula of its class, with all of its parameters."""
+        """Whether every part may be replaced, and has all of its parameters."""
         attn, mlp = self.attn, self.mlp
-        if not (type(attn) is Attention and type(mlp) is Mlp):
-            return False
-        norms, layers = (self.norm1, self.norm2), (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         return (
-            all(type(m) is nn.LayerNorm and m.weight is not None and m.bias is not None for m in norms)
-            and all(type(m) is Linear and m.bias is not None for m in layers)
-            and not any(_is_changed(m) for m in (attn, mlp, *norms, *layers))
+            is_stock(attn, Attention)
+            and is_stock(mlp, Mlp)
+            and _are_whole((self.norm1, self.norm2), (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
         )
 
 
-def _is_changed(module: nn.Module) -> bool:
-    own = module.__dict__
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in own or any(own[name] for name in hooks)
+def _are_whole(norms: Sequence[nn.Module], layers: Sequence[nn.Module]) -> bool:
+    """Whether these are stock, with weights and biases."""
+    return all(
+        is_stock(m, nn.LayerNorm) and m.weight is not None and m.bias is not None for m in norms
+    ) and all(is_stock(m, nn.Linear) and m.bias is not None for m in layers)
 
 
 def _scaled(branch: Tensor, factor: Tensor | None) -> Tensor:
     return branch if factor is None else factor * branch
 
 
-class PoolAttention(nn.Module):
-    """The projections of a class-attention block."""
+class PoolAttention(_Part):
+    """Attention of the first token to all, as `PoolBlock` computes it where a layer is not stock."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.q = Linear(width, width)
-        self.k = Linear(width, width)
-        self.v = Linear(width, width)
-        self.proj = Linear(width, width)
+    first, last = "q", "proj"
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width)
+        self.heads, self.head_dim = heads, width // heads
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def inner(self) -> int:
+        """Of all heads."""
+        return self.heads * self.head_dim
+
+    def forward(self, u: Tensor, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """u [R, 1 + n, D], normalized, class token first -> [R, D], and if asked for its attention [R, H, 1 + n]."""
+        q, k, v = self._linear(u[:, :1], self.q), self._linear(u, self.k), self._linear(u, self.v)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        p = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
+        out = self._linear((p @ v).transpose(1, 2).flatten(1), self.proj)
+        return (out, p.squeeze(2)) if return_weights else out
 
 
 class PoolBlock(nn.Module):
-    """Class-attention block: `c += g1 Wo att([c; x])`, `c += g2 MLP(LN c)`; the tokens stay as they are."""
+    """Class-attention block: `c += g1 Wo att([c; x])`, `c += g2 MLP(LN c)`; the tokens stay as they are.
+
+    `label` is its name within the encoder.
+    """
+
+    label = ""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, layer_scale: float) -> None:
         super().__init__()
-        self.heads = heads
         self.gamma_1 = nn.Parameter(torch.full((width,), layer_scale))
         self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale))
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = PoolAttention(width)
+        self.attn = PoolAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(
+        self, cls: Tensor, tokens: Tensor, return_weights: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """cls [R, D], tokens [R, n, D] -> class token [R, D], and if asked for its attention [R, H, 1 + n]."""
+        cls, attention, _ = self.run(cls, tokens, return_weights=return_weights)
+        return cls if attention is None else (cls, attention)
+
+    def run(
         self,
         cls: Tensor,
         tokens: Tensor,
         stats: tuple[Tensor, Tensor] | None = None,
         return_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-        """cls [R, D], tokens [R, n, D] -> (class token [R, D], attention [R, H, 1 + n] or None, `stats`).
+        """`forward` with LayerNorm statistics of the tokens, `stats`, which are the same for every block.
 
-        `stats`: LayerNorm statistics of the tokens, which are the same for every block.
+        Returns:
+            (class token [R, D], attention [R, H, 1 + n] or None, `stats`).
         """
-        a = self.attn
-        weights = ops.PoolWeights(
-            self.norm1.weight,
-            self.norm1.bias,
-            a.q.weight,
-            a.q.bias,
-            a.k.weight,
-            a.k.bias,
-            a.v.weight,
-            a.v.bias,
-            a.proj.weight,
-            a.proj.bias,
-        )
-        out, attention, stats = ops.attention_pool(
-            tokens, cls, weights, self.heads, NORM_EPS, stats=stats, return_weights=return_weights
-        )
+        norm, a = self.norm1, self.attn
+        if is_stock(a, PoolAttention) and _are_whole((norm,), (a.q, a.k, a.v, a.proj)):
+            weights = ops.PoolWeights(
+                norm.weight,
+                norm.bias,
+                a.q.weight,
+                a.q.bias,
+                a.k.weight,
+                a.k.bias,
+                a.v.weight,
+                a.v.bias,
+                a.proj.weight,
+                a.proj.bias,
+            )
+            out, attention, stats = ops.attention_pool(
+                tokens, cls, weights, a.heads, norm.eps, stats=stats, return_weights=return_weights
+            )
+        else:
+            x = torch.cat([cls[:, None], tokens], 1)
+            u = fit(norm(x), x.shape, f"{self.label}.norm1")
+            out, attention = a(u, True) if return_weights else (a(u), None)
+            fit(out, cls.shape, f"{self.label}.attn")
         cls = cls + self.gamma_1 * out
-        return cls + self.gamma_2 * self.mlp(cls, self.norm2), attention, stats
+        return cls + self.gamma_2 * _branch(self, cls, "norm2", "mlp"), attention, stats

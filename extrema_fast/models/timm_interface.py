@@ -252,10 +252,10 @@ class TimmInterface(nn.Module):
         if global_pool == "token" and not self.num_prefix_tokens:
             raise UsageError("global_pool: 'token' needs the class head, which this encoder lacks; use 'avg'")
         self.num_classes, self.global_pool = num_classes, global_pool
-        like = self.patch_embed.proj.weight
+        like = next(p for p in self.parameters() if p.is_floating_point())
         self.head = nn.Identity()
         if num_classes:
-            head = nn.Linear(like.shape[0], num_classes, device=like.device, dtype=like.dtype)
+            head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
             nn.init.trunc_normal_(head.weight, std=2e-5)
             nn.init.zeros_(head.bias)
             self.head = head

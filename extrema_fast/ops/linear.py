@@ -9,6 +9,7 @@ caller choose what the backward pass recomputes (`train.recompute`). In fp32 and
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.mlp.op import weight_gradient
+from .stock import is_stock
 
 # what the backward pass recomputes instead of keeping it, by `train.recompute`
 RECOMPUTE = {"none": frozenset(), "gelu": frozenset({"gelu"}), "norm": frozenset({"gelu", "norm"})}
@@ -34,39 +36,52 @@ def autocasts(kind: str) -> bool:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose low-precision matmuls follow this module.
+    """`nn.Linear` whose own call has the low-precision matmuls of this module, for layers in a `Sequential`.
 
-    Attributes:
-        shadow: bf16 copy of the weight, synced after every optimizer step (`ExtreMA.sync_shadow_weights`), or None.
-        bias_shadow: the same of the bias.
+    The encoder's layers are plain `nn.Linear`, which other tools know, and their parts call `linear`. Both may hold
+    copies in low precision of their weight, `shadow`, and of their bias, `bias_shadow`, synced after every optimizer
+    step (`ExtreMA.sync_shadow_weights`).
     """
-
-    shadow: Tensor | None = None
-    bias_shadow: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the dtype computed in."""
-        return linear(x, self)
+        return affine(x, self.weight, self.bias, shadows=shadows(self))
+
+
+def shadows(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """The copies in low precision of a layer's weight and bias, where it has them."""
+    own = layer.__dict__
+    return own.get("shadow"), own.get("bias_shadow")
 
 
 def linear(
-    x: Tensor, layer: nn.Module, before: nn.Module | str | None = None, recompute: bool = False
+    x: Tensor,
+    layer: Any,
+    before: nn.Module | str | None = None,
+    recompute: bool = False,
+    check: Callable[[nn.Module, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """`layer(f(x))`.
 
     Args:
         x: [..., in].
-        layer: a `Linear`; any other module (an FP8 layer, a plain `nn.Linear`) is called on f(x).
-        before: f: a LayerNorm over the last axis, "gelu" (exact), or None; another module is called.
+        layer: a stock `nn.Linear`, of which the weights are read; any other module (an adapter, an FP8 layer, a layer
+            with hooks) is called.
+        before: f: a LayerNorm over the last axis, "gelu" (exact), or None; one that is not stock is called.
         recompute: the backward pass recomputes f(x) from x; otherwise it is kept.
+        check: called with a layer that was called, x, and its result.
 
     Returns:
         [..., out] in autocast's dtype, else that of x.
     """
-    if isinstance(layer, Linear):
-        shadows = layer.shadow, layer.bias_shadow
-        return affine(x, layer.weight, layer.bias, before, recompute, shadows)
-    return layer(_prologue(x, before))
+    if isinstance(before, nn.Module) and not is_stock(before, nn.LayerNorm):
+        x, before = before(x), None
+    if is_stock(layer, nn.Linear, Linear):
+        return affine(x, layer.weight, layer.bias, before, recompute, shadows(layer))
+    out = layer(_prologue(x, before))
+    if check is not None:
+        check(layer, x, out)
+    return out
 
 
 def affine(
@@ -77,11 +92,18 @@ def affine(
     recompute: bool = False,
     shadows: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """As `linear`, of parameters that may be any module's; `shadows`: both in low precision, or None."""
+    """As `linear`, of parameters that may be any module's; `shadows`: both in low precision, or None.
+
+    A weight that is no plain parameter (computed from others, quantized, distributed, of torch.func) is left to torch.
+    """
     dtype = compute_dtype(x)
     norm = before if isinstance(before, nn.LayerNorm) and before.weight is not None else None
     # another module: an Identity stands where a norm has been taken out
-    if dtype not in (torch.bfloat16, torch.float16) or (isinstance(before, nn.Module) and norm is None):
+    if (
+        dtype not in (torch.bfloat16, torch.float16)
+        or (isinstance(before, nn.Module) and norm is None)
+        or type(weight) is not nn.Parameter
+    ):
         return F.linear(_prologue(x, before), weight, bias)
     kind = before if norm is None else "norm"
     gain, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)

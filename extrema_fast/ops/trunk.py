@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..kernels.mlp.op import Mlp, fits, weight_gradient
 from ..kernels.residual_norm.op import norm_again
 from . import dispatch as ops
-from .linear import Linear, affine, compute_dtype
+from .linear import affine, compute_dtype, shadows
 
 # what a normalized tensor is recomputed from: tokens, their mean and 1 / standard deviation, gain, shift
 Source = tuple[Tensor | None, ...]
@@ -53,23 +53,23 @@ def residual(x: Tensor, branch: Tensor, bias: Tensor | None, scale: Tensor | Non
     return ops.residual_norm(x, branch=branch, bias=bias, scale=scale)[0]
 
 
-def project(u: Tensor, layer: Linear, source: Source, bias: Tensor | None) -> Tensor:
+def project(u: Tensor, layer: nn.Linear, source: Source, bias: Tensor | None) -> Tensor:
     """`layer(u)` with another bias (or none)."""
     if source:
-        return _Projection.apply(u, layer.weight, bias, layer.shadow, layer.bias_shadow, *source)
-    return affine(u, layer.weight, bias, shadows=(layer.shadow, layer.bias_shadow))
+        return _Projection.apply(u, layer.weight, bias, *shadows(layer), *source)
+    return affine(u, layer.weight, bias, shadows=shadows(layer))
 
 
-def mlp(u: Tensor, fc1: Linear, fc2: Linear, source: Source, recompute_gelu: bool) -> Tensor:
+def mlp(u: Tensor, fc1: nn.Linear, fc2: nn.Linear, source: Source, recompute_gelu: bool) -> Tensor:
     """fc2(GELU(fc1(u))) without the bias of fc2."""
     name = ops.implementation("mlp", u)
     if name == "reference" or not (u.device.type == "cpu" or fits(u.dtype)):
         hidden = project(u, fc1, source, fc1.bias)
-        return affine(hidden, fc2.weight, None, "gelu", recompute_gelu, (fc2.shadow, None))
+        return affine(hidden, fc2.weight, None, "gelu", recompute_gelu, (shadows(fc2)[0], None))
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (u, *fc1.parameters(), fc2.weight))
-    shadows = (fc1.shadow, fc1.bias_shadow, fc2.shadow)
+    low = (*shadows(fc1), shadows(fc2)[0])
     return Mlp.apply(
-        u, fc1.weight, fc1.bias, fc2.weight, *shadows, train, name == "triton", not recompute_gelu, *source
+        u, fc1.weight, fc1.bias, fc2.weight, *low, train, name == "triton", not recompute_gelu, *source
     )
 
 

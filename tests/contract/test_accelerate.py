@@ -368,7 +368,7 @@ def test_hooks_for_all_modules_of_the_process():
     handle = nn.modules.module.register_module_forward_hook(lambda m, x, y: seen.append(type(m).__name__))
     try:
         fast.encode(images, draw(2, 5))
-        assert fast.report().called == {"model": "hooks are registered for all modules"}
+        assert not fast.report().replaced and "for all modules" in str(fast.report())
     finally:
         handle.remove()
     assert seen.count("Linear") == 8 and seen.count("Block") == 2 and "PatchEmbed" in seen

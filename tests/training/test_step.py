@@ -22,7 +22,6 @@ from extrema_fast.data.loader import Batch
 from extrema_fast.distributed import World
 from extrema_fast.errors import UsageError
 from extrema_fast.ops import dispatch as ops
-from extrema_fast.ops.linear import Linear
 from extrema_fast.train import train_step
 from extrema_fast.training import step
 from extrema_fast.training.resolve import resolve
@@ -255,6 +254,10 @@ def with_shadows(monkeypatch):
     return monkeypatch
 
 
+def linear_layers(run):
+    return [m for m in run.method.modules() if isinstance(m, torch.nn.Linear)]
+
+
 @pytest.mark.parametrize("backend", ["auto", "adamw_ema=triton"])
 def test_shadow_weights_follow_every_step(with_shadows, backend):
     change = {"system": {"backend": backend}, "train": {"precision": "bf16"}}
@@ -265,7 +268,7 @@ def test_shadow_weights_follow_every_step(with_shadows, backend):
     # Triton's interpreter rounds bf16 wrongly: the same op in plain torch
     with_shadows.setattr(_launch, "INTERPRET", False)
     assert isinstance(run.optimizer, ops.AdamWEma) == (backend != "auto")
-    layers = [m for m in run.method.modules() if isinstance(m, Linear)]
+    layers = linear_layers(run)
     shadows = [s for m in layers for s in (m.shadow, m.bias_shadow)]
     assert layers and all(s is not None and s.dtype == torch.bfloat16 for s in shadows)
     assert not any("shadow" in name for name in run.method.state_dict())
@@ -283,7 +286,7 @@ def test_shadow_weights_are_synced_after_loading(with_shadows):
     run = build(tiny(), World(torch.device("cpu")), range(100))
     run.method.load_state_dict({k: v + 1 for k, v in run.method.state_dict().items()})
     wrap(run)
-    for m in (m for m in run.method.modules() if isinstance(m, Linear)):
+    for m in linear_layers(run):
         assert torch.equal(m.shadow, m.weight.to(torch.bfloat16))
 
 
