@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..kernels.patch_gather.reference import gather_patches
 from ..ops import dispatch as ops
 from ..ops import trunk
 from ..ops.linear import autocasts, linear
@@ -157,7 +156,7 @@ def embed_patches(embed: Any, images: Tensor, keep: Tensor | None, pos: Tensor) 
     if picked or keep is not None:
         if _embeds_one_by_one(embed):
             p = embed.patch_size[0]
-            patches = images if picked else gather_patches(images, keep, p)
+            patches = images if picked else ops.gather_patches(images, keep, p)
             rows, kept, _ = patches.shape
             tokens = embed(patches.reshape(rows * kept, -1, p, p))
             tokens = fit(tokens, (rows * kept, 1, width), "patch_embed").view(rows, kept, width)

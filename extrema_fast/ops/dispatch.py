@@ -45,6 +45,7 @@ from ..kernels.crop_resize import crop_resize_reference
 from ..kernels.mlp import mlp, mlp_reference
 from ..kernels.patch_gather import patch_gather as patch_gather_triton
 from ..kernels.patch_gather import patch_gather_reference
+from ..kernels.patch_gather.reference import gather_patches as gather_patches
 from ..kernels.residual_norm import residual_norm_reference
 from ..kernels.residual_norm.op import residual_norm_stats
 from ..kernels.sample_views import drop_path_factors as drop_path_triton

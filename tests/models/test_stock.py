@@ -282,11 +282,11 @@ class Transposed(nn.Module):
 
 def test_patches_are_embedded_one_by_one_where_they_can_be():
     encoder, x = make(), images()
-    wanted, rows = encoder.embed(x, KEEP[None]), layers.gather_patches(x, KEEP[None], 4)
+    wanted, rows = encoder.embed(x, KEEP[None]), layers.ops.gather_patches(x, KEEP[None], 4)
     seen = []
     encoder.patch_embed.proj.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
     assert close(encoder.embed(x, KEEP[None]), wanted) and close(encoder.embed(rows, KEEP[None]), wanted)
-    assert close(encoder.embed(layers.gather_patches(x, None, 4)), encoder.embed(x))
+    assert close(encoder.embed(layers.ops.gather_patches(x, None, 4)), encoder.embed(x))
     assert seen == [(6, 16, 1, 1), (6, 16, 1, 1), (12, 16, 1, 1), (2, 16, 2, 3)]
 
 
