@@ -45,7 +45,7 @@ def _entry(name):
         weights: what `extrema_fast.load_encoder` reads (run folder, weights file, released .pth); None: random.
         flavour: 'native' or 'timm' (one class has both interfaces), or 'dino'.
         which: 'teacher' or 'student', of files that hold both (default: the teacher).
-        version: of DINO's interface, 2 or 3.
+        version: of DINO's interface, 1, 2 or 3.
         **options: of `extrema_fast.load_encoder`, or without weights of `extrema_fast.create_encoder`.
 
     Raises:

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .config import Config, list_models, preset
+    from .errors import UsageError
     from .evaluation.evaluate import evaluate
     from .models.accelerate import accelerate
     from .models.encoder import Encoded, Encoder, create_encoder
@@ -31,6 +32,7 @@ _HOME = {
     "Encoded": "models.encoder",
     "Encoder": "models.encoder",
     "ExtreMA": "models.extrema",
+    "UsageError": "errors",
     "accelerate": "models.accelerate",
     "create_encoder": "models.encoder",
     "embed": "tools.embed",

@@ -1,12 +1,17 @@
 """Registers the encoders with timm: `import extrema_fast.timm`, then `timm.create_model("extrema_vit_...")`.
 
+    python -m extrema_fast.timm SCRIPT ...      runs a script of timm's that has never heard of these models
+
 Hugging Face's `AutoModel` and `AutoBackbone` build timm models through the same registry, so that they know these
 after this import as well. `import extrema_fast` alone never imports timm.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import runpy
+import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -18,6 +23,7 @@ from torch import Tensor, nn
 from .config import list_models
 from .errors import UsageError, cannot_import
 from .models.encoder import Encoder, create_encoder
+from .models.layers import Block, PatchEmbed, PoolBlock
 from .models.positions import resample_patch_kernel, resample_table
 
 # keys of saved weights next to the encoder's own: projector, predictor
@@ -104,8 +110,12 @@ def _build(name: str, device: Any = None, dtype: Any = None, **options: Any) -> 
 
 
 def _default_cfgs() -> Any:
+    from timm.layers import register_notrace_module
     from timm.models import generate_default_cfgs
 
+    # what torch.fx calls as a whole
+    for part in (PatchEmbed, Block, PoolBlock):
+        register_notrace_module(part)
     # the numbers of the released weights; features, no classifier
     cfg = {
         "num_classes": 0,
@@ -143,10 +153,26 @@ def _register(name: str) -> None:
     globals()[name] = register_model(entry)
 
 
-try:
-    # under this name timm's registry looks for them
-    default_cfgs = _default_cfgs()
-except (ImportError, RuntimeError) as error:
-    raise ImportError(f"extrema_fast.timm: {cannot_import('timm', error, 'timm')}") from error
-for _name in list_models():
-    _register(_name)
+def _run(arguments: list[str]) -> None:
+    """Runs a Python script, as `python` does, in this process."""
+    if not arguments:
+        sys.exit("usage: python -m extrema_fast.timm SCRIPT [ARGUMENTS]")
+    if not os.path.isfile(arguments[0]):
+        sys.exit(f"{arguments[0]}: no such script")
+    sys.argv, sys.path[0] = arguments, os.path.dirname(os.path.abspath(arguments[0]))
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    # under its own name, so that a script that imports it does not register twice
+    import extrema_fast.timm  # noqa: F401
+
+    _run(sys.argv[1:])
+else:
+    try:
+        # under this name timm's registry looks for them
+        default_cfgs = _default_cfgs()
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(f"extrema_fast.timm: {cannot_import('timm', error, 'timm')}") from error
+    for _name in list_models():
+        _register(_name)

@@ -1,4 +1,4 @@
-"""An encoder under the interface of DINOv2 or DINOv3, for code written for those.
+"""An encoder under the interface of DINO, DINOv2 or DINOv3, for code written for those.
 
     backbone = encoder.as_dino()
     layers = backbone.get_intermediate_layers(images, n=4, reshape=True, return_class_token=True)
@@ -34,7 +34,8 @@ class Dino(nn.Module):
 
     Args:
         encoder: an encoder with class head.
-        version: 2 or 3: names of the dictionary's keys.
+        version: 1: layers are tokens with the class token first, in a list. 2 or 3: names of the dictionary's keys;
+            3 also takes images of any size, cut at the right and the bottom to whole patches, as DINOv3 does.
         layer_class: 'head' or 'last'.
 
     Raises:
@@ -45,8 +46,8 @@ class Dino(nn.Module):
 
     def __init__(self, encoder: Encoder, version: int = 2, layer_class: str = "head") -> None:
         super().__init__()
-        if version not in (2, 3):
-            raise UsageError(f"as_dino: version: expected 2 or 3, got {version!r}")
+        if version not in (1, 2, 3):
+            raise UsageError(f"as_dino: version: expected 1, 2 or 3, got {version!r}")
         if layer_class not in ("head", "last"):
             raise UsageError(f"as_dino: layer_class: expected 'head' or 'last', got {layer_class!r}")
         if not encoder.num_prefix_tokens:
@@ -64,8 +65,8 @@ class Dino(nn.Module):
         """Class token and patch tokens of [B, C, H, W], or of a list of such batches, as a list.
 
         Returns:
-            A dictionary: x_norm_clstoken [B, D], x_norm_patchtokens [B, N, D], x_norm_regtokens (version 3:
-            x_storage_tokens) [B, 0, D], x_prenorm [B, 1 + N, D], masks (None).
+            Version 1: the class token [B, D]. Else a dictionary: x_norm_clstoken [B, D], x_norm_patchtokens
+            [B, N, D], x_norm_regtokens (version 3: x_storage_tokens) [B, 0, D], x_prenorm [B, 1 + N, D], masks (None).
 
         Raises:
             UsageError: `masks` is given.
@@ -77,11 +78,13 @@ class Dino(nn.Module):
             raise UsageError(
                 "masks: this encoder has no mask token; encoder.encode(images, keep) computes kept patches only"
             )
-        out = self.encoder.encode(x, norm=False)
+        out = self.encoder.encode(self._whole_patches(x), norm=False)
         cls, patches = self.norm(out.cls), self.norm(out.patches)
+        if self.version == 1:
+            return cls
         return {
             "x_norm_clstoken": cls,
-            "x_norm_regtokens" if self.version == 2 else "x_storage_tokens": patches[:, :0],
+            "x_storage_tokens" if self.version == 3 else "x_norm_regtokens": patches[:, :0],
             "x_norm_patchtokens": patches,
             "x_prenorm": torch.cat([out.cls[:, None], out.patches], 1),
             "masks": None,
@@ -90,11 +93,28 @@ class Dino(nn.Module):
     def forward(self, x: Tensor | list[Tensor], masks: Any = None, is_training: bool = False) -> Any:
         """Class token after the norm, [B, D]; with `is_training` the result of `forward_features`."""
         out = self.forward_features(x, masks)
-        if is_training:
+        if is_training or self.version == 1:
             return out
         if isinstance(out, list):
             return [self.head(o["x_norm_clstoken"]) for o in out]
         return self.head(out["x_norm_clstoken"])
+
+    def _whole_patches(self, x: Tensor) -> Tensor:
+        patch = self.encoder.patch_size
+        if self.version != 3 or x.dim() != 4 or min(x.shape[-2:]) < patch:
+            return x
+        return x[..., : x.shape[-2] // patch * patch, : x.shape[-1] // patch * patch]
+
+    def get_last_selfattention(self, x: Tensor) -> Tensor:
+        """Attention of the class token in the last block, [B, H, 1, 1 + N]; column 0 is the class token itself.
+
+        DINO's has a row per token; here patches do not attend to the class token.
+        """
+        return self.encoder.get_attention(self._whole_patches(x))[:, -1, :, None]
+
+    def init_weights(self) -> None:
+        """Draws all parameters anew, also of a model made by `to_empty`."""
+        self.encoder.reset_parameters()
 
     def get_intermediate_layers(
         self,
@@ -105,7 +125,7 @@ class Dino(nn.Module):
         norm: bool = True,
         *,
         return_extra_tokens: bool = False,
-    ) -> tuple:
+    ) -> tuple | list:
         """Tokens of some layers, ascending.
 
         Args:
@@ -115,8 +135,11 @@ class Dino(nn.Module):
             return_class_token: pairs (patch tokens, class token [B, D]).
             norm: apply the final norm.
             return_extra_tokens: extra tokens [B, 0, D] come last.
+
+        Version 1 takes `x` and `n`, and returns a list of [B, 1 + N, D] with the norm, class token first.
         """
-        encoder = self.encoder
+        encoder, x = self.encoder, self._whole_patches(x)
+        return_class_token |= self.version == 1
         indices = resolve_layers(encoder.depth, n, "n")
         repeat_last = return_class_token and self.layer_class == "last"
         grid = encoder.check_images(x)
@@ -128,4 +151,6 @@ class Dino(nn.Module):
             columns.append([normed(encoder.pool(t)[0]) for t in sources])
         if return_extra_tokens:
             columns.append([t[:, :0] for t in layers])
+        if self.version == 1:
+            return [torch.cat([cls[:, None], patches], 1) for patches, cls in zip(*columns[:2], strict=True)]
         return tuple(columns[0]) if len(columns) == 1 else tuple(zip(*columns, strict=True))

@@ -142,6 +142,19 @@ class Encoder(TimmInterface):
         if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
+    def reset_parameters(self) -> None:
+        """All parameters and tables as in a new encoder, with new random numbers; also of a model from `to_empty`."""
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.reset_parameters()
+                if isinstance(module, PoolBlock):
+                    for gamma in (module.gamma_1, module.gamma_2):
+                        gamma.fill_(self.config.layer_scale)
+            self.patch_embed.proj.reset_parameters()
+            self.pos_embed.copy_(self.sincos.compute(self.grid))
+            self.init_weights()
+
     # ---- the pieces, in the order they run -------------------------------------------------------
 
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -288,12 +301,12 @@ class Encoder(TimmInterface):
         check_images(images, self.in_chans, dtype)
         return check_sides(images.shape[-2:], self.patch_size)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> pooled feature [B, D], or logits [B, num_classes]."""
-        return self.forward_head(self.forward_features(images))
+    def forward(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """[B, C, H, W] -> pooled feature [B, D], or logits [B, num_classes]; other arguments as `forward_features`."""
+        return self.forward_head(self.forward_features(images, attn_mask, is_causal))
 
     def as_dino(self, version: int = 2, layer_class: str = "head") -> Dino:
-        """The interface of DINOv2 or DINOv3 (`version`) on the same parameters (`dino_interface.Dino`)."""
+        """The interface of DINO 1, 2 or 3 (`version`) on the same parameters (`dino_interface.Dino`)."""
         return Dino(self, version, layer_class)
 
     def preprocess(
@@ -339,6 +352,43 @@ class Encoder(TimmInterface):
 _SHAPE = ("width", "depth", "heads", "mlp_ratio", "pool_depth", "layer_scale")
 
 
+# arguments of timm's VisionTransformer: those of other names here, and those with the values that hold here
+_TIMM_NAMES = {"embed_dim": "width", "num_heads": "heads"}
+_TIMM_VALUES: dict[str, tuple[Any, ...]] = {
+    "dynamic_img_size": (True, False),
+    "dynamic_img_pad": (False,),
+    "class_token": (True,),
+    "reg_tokens": (0,),
+    "qkv_bias": (True,),
+    "proj_bias": (True,),
+    "qk_norm": (False,),
+    "pre_norm": (False,),
+    "init_values": (None,),
+    "no_embed_class": (True, False),
+    "pos_drop_rate": (0,),
+    "patch_drop_rate": (0,),
+    "proj_drop_rate": (0,),
+    "attn_drop_rate": (0,),
+    "weight_init": ("",),
+}
+
+
+def _without_timms(options: dict[str, Any]) -> dict[str, Any]:
+    """Options under the names used here, without those of timm's that change nothing."""
+    ours = {}
+    for name, value in options.items():
+        if name in _TIMM_VALUES:
+            if value not in _TIMM_VALUES[name]:
+                only = " or ".join(map(repr, _TIMM_VALUES[name]))
+                raise UsageError(f"{name}: this encoder has only {only}, got {value!r}")
+            continue
+        known = _TIMM_NAMES.get(name, name)
+        if known in ours or (known != name and known in options):
+            raise UsageError(f"{name}: names the same as {known}; give one")
+        ours[known] = value
+    return ours
+
+
 def create_encoder(
     name: str,
     num_classes: int = 0,
@@ -373,13 +423,16 @@ def create_encoder(
         pos_grid: (rows, columns) trained on; default: that of `img_size`.
         final_norm: False: tokens are not normalized at the end (the released code's linear probe).
         drop_rate: dropout before the linear head.
-        **shape: width, depth, heads, mlp_ratio, pool_depth, layer_scale in place of those of the name.
+        **shape: width, depth, heads, mlp_ratio, pool_depth, layer_scale in place of those of the name. Of timm's
+            VisionTransformer: `embed_dim`, `num_heads`; `dynamic_img_size` (any size works); others at the value that
+            holds here.
 
     Raises:
         UsageError: an unknown name or keyword (with the nearest), or a size that does not divide.
     """
     if name not in list_models():
         raise UsageError(f"unknown model {name!r}{did_you_mean(str(name), list_models())}")
+    shape = _without_timms(shape)
     if unknown := sorted(shape.keys() - set(_SHAPE)):
         known = [
             *_SHAPE,

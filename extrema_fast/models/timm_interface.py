@@ -1,7 +1,7 @@
 """The interface of timm's vision transformers, for timm and code written for it; timm itself is not needed.
 
-Patch tokens come without a class token from every layer but the last: the trunk has none, the class head makes it
-from the tokens of the last layer (as in timm's `Cait`). `Encoder.as_dino` gives one per layer.
+The trunk has no class token: the class head makes it from the tokens of the last layer (as in timm's `Cait`). Where one
+is asked for per layer, the class head runs on that layer's tokens, which it was not trained for.
 """
 
 from __future__ import annotations
@@ -40,12 +40,32 @@ def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, grid).contiguous()
 
 
+def check_no_mask(attn_mask: Any, is_causal: bool = False) -> None:
+    """Raises UsageError for timm's two arguments that mask the attention."""
+    if attn_mask is not None or is_causal:
+        raise UsageError(
+            f"{'is_causal' if attn_mask is None else 'attn_mask'}: attention here is not masked; "
+            "encoder.encode(images, keep) computes kept patches only"
+        )
+
+
 def check_head(num_classes: int, global_pool: str) -> None:
     """Raises UsageError for a number of classes below 0 or an unknown pool."""
     if not isinstance(num_classes, int) or num_classes < 0:
         raise UsageError(f"num_classes: expected 0 (features) or more, got {num_classes!r}")
     if global_pool not in POOLS:
         raise UsageError(f"global_pool: expected 'token', 'avg' or '' (no pooling), got {global_pool!r}")
+
+
+def _as_dict(
+    layers: list[Tensor], prefix: list[Tensor] | None, features: Tensor | None = None
+) -> dict[str, Any]:
+    parts = {
+        "image_intermediates": layers,
+        "image_intermediates_prefix": prefix,
+        "image_features": features,
+    }
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 class TimmInterface(nn.Module):
@@ -145,10 +165,38 @@ class TimmInterface(nn.Module):
 
     # ---- features --------------------------------------------------------------------------------
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> tokens after the final norm: [B, 1 + N, D], class token first; [B, N, D] without one."""
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """[B, C, H, W] -> tokens after the final norm: [B, 1 + N, D], class token first; [B, N, D] without one.
+
+        `attn_mask` and `is_causal` are timm's; other values than these are refused.
+        """
+        if isinstance(x, torch.fx.Proxy):
+            return self._fx_features(x)
+        check_no_mask(attn_mask, is_causal)
         out = self.encode(x)
         return torch.cat([out.cls[:, None], out.patches], 1) if self.num_prefix_tokens else out.patches
+
+    def _fx_features(self, x: Any) -> Any:
+        """`forward_features` at the encoder's own size for torch.fx, whose graph calls blocks as modules."""
+        if not x.tracer.is_leaf_module(self.blocks[0], "blocks.0"):
+            raise UsageError(
+                "torch.fx: cannot trace into this encoder's blocks; `import extrema_fast.timm`, then timm.models."
+                "create_feature_extractor, or a tracer whose leaf modules are timm.layers.get_notrace_modules()"
+            )
+        tokens = self.patch_embed(x) + self.pos_embed
+        for block in self.blocks:
+            tokens = block(tokens)
+        patches = self.norm(tokens)
+        if not self.num_prefix_tokens:
+            return patches
+        return torch.cat([self.norm(self.pool(tokens)[0])[:, None], patches], 1)
+
+    def __prepare_scriptable__(self) -> Any:
+        # torch.jit.script calls it, and would stop at the first line that it does not know
+        raise UsageError(
+            "torch.jit.script: this encoder is not scripted; use torch.jit.trace, torch.export or "
+            "`extrema-fast export --format torch-export`"
+        )
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens of `forward_features` -> logits; with `pre_logits` the pooled feature before the classifier."""
@@ -168,36 +216,46 @@ class TimmInterface(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
         """(Features as of `forward_features`, list of patch tokens after some trunk blocks, ascending), or the list.
 
         Args:
             x: [B, C, H, W].
             indices: None: all blocks; n: the last n; a sequence: these, negative ones counted from the end.
-            return_prefix_tokens: must be False: there is no class token before the last block.
+            return_prefix_tokens: pairs (patch tokens, class token [B, 1, D]): the class head on that layer's tokens.
+                Without class head the patch tokens alone, as in timm.
             norm: apply the final norm to each.
             stop_early: run nothing after the last of them; the features are then made from its tokens.
             output_fmt: 'NCHW': [B, D, rows, columns]; 'NLC': [B, N, D].
             intermediates_only: return the list alone.
+            output_dict: a dictionary of image_intermediates, image_intermediates_prefix (if asked for) and
+                image_features instead.
+            attn_mask, is_causal: timm's; other values than these are refused.
         """
-        if return_prefix_tokens:
-            raise UsageError(
-                "return_prefix_tokens: the trunk has no class token; encoder.as_dino() makes one per layer"
-            )
+        check_no_mask(attn_mask, is_causal)
         # timm passes an enumeration of strings
         if not any(output_fmt == f for f in ("NCHW", "NLC")):
             raise UsageError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
         indices = resolve_layers(len(self.blocks), indices)
         grid = self.check_images(x)
         tokens, layers = self.trunk_layers(self.embed(x), indices, stop_early=stop_early)
-        layers = [self.norm(t) if norm else t for t in layers]
+        normed = self.norm if norm else nn.Identity()
+        prefix = None
+        if return_prefix_tokens and self.num_prefix_tokens:
+            prefix = [normed(self.pool(t)[0])[:, None] for t in layers]
+        layers = [normed(t) for t in layers]
         if output_fmt == "NCHW":
             layers = [to_map(t, grid) for t in layers]
+        pairs = layers if prefix is None else list(zip(layers, prefix, strict=True))
         if intermediates_only:
-            return layers
+            return _as_dict(layers, prefix) if output_dict else pairs
         if self.num_prefix_tokens:
             tokens = torch.cat([self.pool(tokens)[0][:, None], tokens], 1)
-        return self.norm(tokens), layers
+        tokens = self.norm(tokens)
+        return _as_dict(layers, prefix, tokens) if output_dict else (tokens, pairs)
 
     def get_intermediate_layers(
         self,
@@ -206,13 +264,16 @@ class TimmInterface(nn.Module):
         reshape: bool = False,
         return_prefix_tokens: bool = False,
         norm: bool = False,
-    ) -> list[Tensor]:
-        """Patch tokens of the last n blocks, or of those named: [B, N, D], reshaped [B, D, rows, columns]."""
+        attn_mask: Tensor | None = None,
+    ) -> list[Any]:
+        """Patch tokens of the last n blocks, or of those named: [B, N, D], reshaped [B, D, rows, columns].
+
+        `return_prefix_tokens` and `attn_mask` as of `forward_intermediates`.
+        """
         fmt = "NCHW" if reshape else "NLC"
-        layers: Any = self.forward_intermediates(
-            x, n, return_prefix_tokens, norm, output_fmt=fmt, intermediates_only=True
+        return self.forward_intermediates(
+            x, n, return_prefix_tokens, norm, output_fmt=fmt, intermediates_only=True, attn_mask=attn_mask
         )
-        return layers
 
     # ---- changes in place ------------------------------------------------------------------------
 
@@ -309,13 +370,14 @@ class TimmInterface(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for timm's layer-wise learning rates: stem, blocks, (head).
 
-        Class token, class blocks and norms belong to the last block: they read its tokens.
+        Class token, class blocks and final norm belong to the last block: they read its tokens. A norm after pooling
+        is new in fine-tuning and learns at the full rate with the head, as in the released code.
         """
         return {
             "stem": r"^(?:patch_embed|pos_embed)",
             # 99999 is timm's "with the group before"; a number captured here would sort among the blocks
             "blocks": [
                 (r"^blocks\.(\d+)", None),
-                (r"^(?:cls_token|blocks_token\.|norm\.|fc_norm\.)", (99999,)),
+                (r"^(?:cls_token|blocks_token\.|norm\.)", (99999,)),
             ],
         }

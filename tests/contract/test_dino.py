@@ -1,4 +1,4 @@
-"""An encoder under the interfaces of DINOv2 and DINOv3.
+"""An encoder under the interfaces of DINO, DINOv2 and DINOv3.
 
 Covers: types, shapes, keys and defaults of both; the class token of the last layer and of earlier ones; layers
 against `forward_intermediates`; lists of images; shared parameters, gradients, modes; attributes; errors; one
@@ -84,6 +84,54 @@ def test_layers_of_version_3(encoder):
     assert [t.shape for t in out[0]] == [(2, N, 48), (2, 0, 48)]
 
 
+def test_version_1(encoder):
+    model, x = encoder.as_dino(1), images()
+    assert close(model(x), encoder(x)) and close(model([x, x])[1], encoder(x))
+    # the features of its linear probe and of its video segmentation
+    layers = model.get_intermediate_layers(x, 2)
+    assert isinstance(layers, list) and [t.shape for t in layers] == [(2, 1 + N, 48)] * 2
+    assert close(layers[1], encoder.forward_features(x))
+    (pair,) = encoder.as_dino().get_intermediate_layers(x, [2], return_class_token=True)
+    assert close(layers[0], torch.cat([pair[1][:, None], pair[0]], 1))
+    # its attention maps: heads of the first row, without the class token
+    attention = model.get_last_selfattention(x)
+    assert attention.shape == (2, 3, 1, 1 + N)
+    assert close(attention.sum(-1), torch.ones(2, 3, 1, dtype=attention.dtype))
+    assert close(attention[:, :, 0], encoder.get_attention(x)[:, -1])
+    assert attention[0, :, 0, 1:].reshape(3, -1).shape == (3, N)
+
+
+def test_version_3_cuts_any_size(encoder):
+    model, x = encoder.as_dino(3), images(2, 15, 21)
+    assert close(model(x), encoder(x[..., :12, :20]))
+    (layer,) = model.get_intermediate_layers(x, reshape=True)
+    assert layer.shape == (2, 48, 3, 5) and model.get_last_selfattention(x).shape == (2, 3, 1, 1 + N)
+    for other in (encoder.as_dino(), encoder.as_dino(1)):
+        with pytest.raises(UsageError, match="multiple of the patch size 4"):
+            other(x)
+    with pytest.raises(UsageError, match="multiple of the patch size 4"):
+        model(images(1, 3, 20))
+
+
+def test_weights_of_a_model_made_on_no_device():
+    with torch.device("meta"):
+        model = Encoder(CONFIG).as_dino(3)
+    model = model.to_empty(device="cpu")
+    for p in (*model.parameters(), *model.buffers()):
+        p.data.fill_(float("nan"))
+    torch.manual_seed(5)
+    model.init_weights()
+    torch.manual_seed(5)
+    fresh = Encoder(CONFIG)
+    torch.manual_seed(5)
+    fresh.reset_parameters()
+    ours, wanted = model.encoder.state_dict(), Encoder(CONFIG).state_dict()
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(ours[name], value), name
+        # of the same distribution: the same constants, spreads alike
+        assert close(value.std(), wanted[name].std(), 0.3 * float(wanted[name].std()) + 1e-12), name
+
+
 @pytest.mark.parametrize("norm", [False, True])
 def test_class_token_of_a_layer(encoder, norm):
     x = images()
@@ -138,7 +186,7 @@ def test_errors(encoder):
         model.get_intermediate_layers(images(1, 13, 20))
     with pytest.raises(UsageError, match="no class head"):
         Encoder(CONFIG, global_pool="avg").as_dino()
-    for options in ({"version": 1}, {"layer_class": "first"}):
+    for options in ({"version": 4}, {"layer_class": "first"}):
         with pytest.raises(UsageError, match=next(iter(options))):
             encoder.as_dino(**options)
 

@@ -249,7 +249,8 @@ def test_get_intermediate_layers():
         ({"indices": [4]}, r"-4 to 3, got \[4\]"),
         ({"indices": []}, r"got \[\]"),
         ({"output_fmt": "NHWC"}, "'NCHW' or 'NLC', got 'NHWC'"),
-        ({"return_prefix_tokens": True}, "as_dino"),
+        ({"attn_mask": torch.ones(2, 2)}, r"attn_mask: .*encode\(images, keep\)"),
+        ({"is_causal": True}, "is_causal"),
     ],
 )
 def test_layers_refuse(options, words):
@@ -257,6 +258,50 @@ def test_layers_refuse(options, words):
         make().forward_intermediates(images(), **options)
     with pytest.raises(UsageError, match="multiple of the patch size 4"):
         make().forward_intermediates(torch.zeros(1, 3, 10, 20, dtype=torch.float64))
+    for call in (make(), make().forward_features, make().get_intermediate_layers):
+        with pytest.raises(UsageError, match="attn_mask"):
+            call(images(), attn_mask=torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_class_token_with_each_layer(norm):
+    # pairs as of timm, whose class token at the last layer is that of the features
+    encoder, x = make(), images()
+    plain = encoder.forward_intermediates(x, [1, 3], norm=norm, intermediates_only=True)
+    pairs = encoder.forward_intermediates(
+        x, [1, 3], return_prefix_tokens=True, norm=norm, intermediates_only=True
+    )
+    dino = encoder.as_dino().get_intermediate_layers(x, [1, 3], return_class_token=True, norm=norm)
+    for patches, (ours, prefix), (_, cls) in zip(plain, pairs, dino, strict=True):
+        assert close(ours, patches) and prefix.shape == (2, 1, 48) and close(prefix[:, 0], cls)
+    assert close(pairs[1][1][:, 0], encoder.encode(x, norm=norm).cls)
+    _, again = encoder.forward_intermediates(x, [1, 3], return_prefix_tokens=True, norm=norm)
+    assert close(again[0][1], pairs[0][1])
+    layers = encoder.get_intermediate_layers(x, 1, return_prefix_tokens=True, norm=norm)
+    assert layers[0][0].shape == (2, N, 48) and close(layers[0][1], pairs[1][1])
+    # without class head there is none, as in timm
+    headless = make(global_pool="avg").forward_intermediates(
+        x, [1], return_prefix_tokens=True, intermediates_only=True
+    )
+    assert isinstance(headless[0], torch.Tensor)
+
+
+def test_layers_in_a_dictionary():
+    encoder, x = make(), images()
+    features, layers = encoder.forward_intermediates(x, 2)
+    out = encoder.forward_intermediates(x, 2, output_dict=True)
+    assert set(out) == {"image_features", "image_intermediates"} and close(out["image_features"], features)
+    assert all(close(a, b) for a, b in zip(out["image_intermediates"], layers, strict=True))
+    out = encoder.forward_intermediates(
+        x, 2, output_dict=True, return_prefix_tokens=True, intermediates_only=True
+    )
+    assert set(out) == {"image_intermediates", "image_intermediates_prefix"}
+
+
+def test_scripting_is_refused_in_words():
+    for model in (make(), torch.nn.Sequential(make())):
+        with pytest.raises(UsageError, match=r"torch\.jit\.script: .*torch\.export"):
+            torch.jit.script(model)
 
 
 @pytest.mark.parametrize("prune_norm", [False, True])
@@ -338,7 +383,8 @@ def test_layer_groups(options):
     for name, layer in groups.items():
         first, second = (name.split(".") + [""])[:2]
         wanted = {"patch_embed": 0, "pos_embed": 0, "cls_token": 4, "blocks_token": 4, "norm": 4}
-        wanted |= {"fc_norm": 4, "head": 5}
+        # as the released fine-tuning: at the full rate
+        wanted |= {"fc_norm": 5, "head": 5}
         assert layer == (1 + int(second) if first == "blocks" else wanted[first]), name
 
 

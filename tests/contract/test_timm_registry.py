@@ -155,6 +155,55 @@ def test_features_only(out_indices, layers):
 # ---- loading --------------------------------------------------------------------------------------
 
 
+def test_features_by_fx():
+    from timm.models import create_feature_extractor
+
+    torch.manual_seed(0)
+    model = timm.create_model(
+        TINY, img_size=SIZE, features_only=True, feature_cls="fx", out_indices=(0, 2), **SMALL
+    )
+    torch.manual_seed(0)
+    encoder = timm.create_model(TINY, img_size=SIZE, **SMALL).eval()
+    x = torch.randn(3, 3, *SIZE)
+    wanted = encoder.forward_intermediates(x, [0, 2], output_fmt="NLC", intermediates_only=True)
+    assert all(close(a, b) for a, b in zip(model.eval()(x), wanted, strict=True))
+    out = create_feature_extractor(encoder, {"blocks.1": "tokens", "head": "pooled"})(x)
+    assert close(out["pooled"], encoder(x)) and out["tokens"].shape == (
+        3,
+        encoder.num_patches,
+        encoder.embed_dim,
+    )
+    with pytest.raises(UsageError, match=r"torch\.fx: .*get_notrace_modules"):
+        torch.fx.symbolic_trace(encoder)
+
+
+def test_a_script_that_has_never_heard_of_these_models(tmp_path, run_cli):
+    (tmp_path / "helper.py").write_text("WIDTH = 192\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, timm, helper\n"
+        "if __name__ == '__main__':\n"
+        "    import extrema_fast.timm\n"
+        "    model = timm.create_model(sys.argv[1], img_size=32)\n"
+        "    print(len(timm.list_models('extrema*')), model.num_features == helper.WIDTH)\n"
+    )
+
+    def run(script):
+        return run_cli(
+            "encoders",
+            setup="from tests.torchvision_operators import define_torchvision_operators\n"
+            "define_torchvision_operators()\n"
+            "import runpy, sys\n"
+            f"sys.argv[1:] = [{str(script)!r}, {TINY!r}]\n"
+            "runpy.run_module('extrema_fast.timm', run_name='__main__', alter_sys=True)\n",
+        )
+
+    codes, out = run(script)
+    assert codes == [0] and out.splitlines()[0] == "4 True" and "Overwriting" not in out, out
+    codes, out = run(tmp_path / "none.py")
+    assert codes == [1] and "none.py: no such script" in out
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     with torch.random.fork_rng(devices=[]):
@@ -313,6 +362,21 @@ def test_what_timm_saves_it_builds_again_after_changes(tmp_path):
 
 
 # ---- optimizers -----------------------------------------------------------------------------------
+
+
+def test_arguments_of_timms_vision_transformer():
+    model = timm.create_model(
+        TINY, img_size=32, dynamic_img_size=True, embed_dim=64, num_heads=2, depth=1, qkv_bias=True
+    )
+    assert model.config.shape == (64, 1, 2) and model(torch.zeros(1, 3, 48, 32)).shape == (1, 64)
+    for options, named in (
+        ({"dynamic_img_pad": True}, "dynamic_img_pad"),
+        ({"init_values": 1e-5}, "init_values"),
+        ({"patch_drop_rate": 0.5}, "patch_drop_rate"),
+        ({"width": 64, "embed_dim": 64}, "embed_dim"),
+    ):
+        with pytest.raises(UsageError, match=f"^{named}: "):
+            timm.create_model(TINY, **options)
 
 
 @pytest.mark.parametrize("pos_embed", ["sincos", "learned"])
