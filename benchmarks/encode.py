@@ -2,10 +2,12 @@
 
 python -m benchmarks encode --quick
 python -m benchmarks encode --model base --batch 256 --dtypes bf16 --masks 0 75 90
+python -m benchmarks encode --batch 1 --providers ours ours-unchecked
 
 Forward passes without gradients on random images that are on the device already. Each provider runs in its own
 process; they take turns. Masked, timm and Hugging Face run as MAE-style projects have it: all patches embedded,
-positions added, the kept tokens gathered, blocks.
+positions added, the kept tokens gathered, blocks. `ours-unchecked` is ours without its look at every part for hooks,
+adapters and the like (`extrema_fast.ops.stock`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from extrema_fast.config import SIZES, did_you_mean, keep_count
 from extrema_fast.errors import UsageError
 from extrema_fast.models.accelerate import accelerate
 from extrema_fast.models.encoder import create_encoder
+from extrema_fast.ops import stock
 
 from . import harness
 from .harness import RATIO, TIMES, Record, Row, columns
@@ -93,7 +96,8 @@ def hf(size: Any, img_size: int) -> tuple[torch.nn.Module, Encode]:
 
 
 LIBRARIES = {"ours": ours, "accelerated": accelerated, "timm": timm, "hf": hf}
-PROVIDERS = [f"{library}{how}" for library in LIBRARIES for how in ("", "-compiled")]
+DEFAULT = [f"{library}{how}" for library in LIBRARIES for how in ("", "-compiled")]
+PROVIDERS = [*DEFAULT, "ours-unchecked"]
 
 
 class Encoding:
@@ -104,10 +108,12 @@ class Encoding:
     ) -> None:
         self.device = prepare(args.device, args.threads, dtype)
         torch.manual_seed(0)
-        library, _, compiled = name.partition("-")
+        library, _, how = name.partition("-")
         model, self.encode = LIBRARIES[library](args.model, args.img_size)
         model.to(self.device, DTYPES[dtype]).eval().requires_grad_(False)
-        if compiled:
+        if how == "unchecked":
+            stock.reason = lambda *_: ""
+        if how == "compiled":
             # a graph per shape
             torch._dynamo.config.recompile_limit = 64
             self.encode = torch.compile(self.encode, dynamic=False)
@@ -153,7 +159,9 @@ def main(argv: list[str]) -> int:
     record = harness.new_record(what, "encode", argv, args.note, settings=settings, rows=rows)
     record["ratios"] = found = ratios(rows)
     texts = [
-        f"{r['row']} {r['ratio']:.2f}x {r['other']}" for r in found if r["row"].startswith("accelerated |")
+        f"{r['row']} {r['ratio']:.2f}x {r['other']}"
+        for r in found
+        if r["row"].startswith("accelerated |") or r["other"] == "ours-unchecked"
     ]
     record["headline"] = "; ".join(texts)
     harness.write_record(record, page(record), args)
@@ -186,7 +194,7 @@ def options(argv: list[str]) -> argparse.Namespace:
     for name in args.providers:
         if name not in PROVIDERS:
             raise UsageError(f"--providers: unknown {name!r}{did_you_mean(name, PROVIDERS)}")
-    args.providers = args.providers or [p for p in PROVIDERS if not (args.quick and p.endswith("-compiled"))]
+    args.providers = args.providers or [p for p in DEFAULT if not (args.quick and p.endswith("-compiled"))]
     return args
 
 
@@ -218,6 +226,8 @@ def ratios(rows: list[Row]) -> list[dict[str, Any]]:
         for rival in ("timm", "hf") if row["provider"].startswith(("ours", "accelerated")) else ():
             same = [r for r in case if r["provider"].startswith(rival) and r["mask"] == row["mask"]]
             others += sorted(same, key=lambda r: r["p50_ms"])[:1]
+        if row["provider"] == "ours":
+            others += [r for r in case if r["provider"] == "ours-unchecked" and r["mask"] == row["mask"]]
         for other in others:
             name = other["provider"] if other["mask"] == row["mask"] else "dense"
             result = harness.ratio(other["samples_ms"], row["samples_ms"])

@@ -230,7 +230,9 @@ class Encoder(TimmInterface):
     def pool(self, tokens: Tensor, return_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
         """tokens [R, n, D] -> (class token before the final norm [R, D], [R, H, 1 + n] per block if asked for)."""
         assert self.cls_token is not None and self.blocks_token is not None
-        cls = self.cls_token[:, 0].expand(tokens.shape[0], -1)
+        # without gradients a view of a parameter still says that it has one, which counters of FLOPs believe
+        token = self.cls_token if torch.is_grad_enabled() else self.cls_token.detach()
+        cls = token[:, 0].expand(tokens.shape[0], -1)
         maps, stats = [], None
         for i, block in enumerate(self.blocks_token):
             attention = None
@@ -262,12 +264,16 @@ class Encoder(TimmInterface):
             UsageError: names the argument, what it got and what it needs.
         """
         tokens, keep, grid = self._tokens(images, keep)
-        patches = self.norm(tokens) if norm else tokens
-        if self.num_prefix_tokens:
-            cls, _ = self.pool(tokens)
-            cls = self.norm(cls) if norm else cls
-        else:
+        if not self.num_prefix_tokens:
+            patches = self.norm(tokens) if norm else tokens
             cls = patches.mean(1)
+        elif norm and not is_stock(self.norm, nn.LayerNorm):
+            # called once, on both
+            both = self.norm(torch.cat([self.pool(tokens)[0][:, None], tokens], 1))
+            cls, patches = both[:, 0], both[:, 1:]
+        else:
+            cls, patches = self.pool(tokens)[0], tokens
+            cls, patches = (self.norm(cls), self.norm(patches)) if norm else (cls, patches)
         return Encoded(image_major(cls, keep), image_major(patches, keep), keep, grid)
 
     def get_attention(self, images: Tensor, keep: Tensor | None = None) -> Tensor:

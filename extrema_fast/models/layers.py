@@ -149,9 +149,15 @@ def embed_patches(embed: Any, images: Tensor, keep: Tensor | None, pos: Tensor) 
     Raises:
         UsageError: the module returns another shape, or does not embed patches one by one and only these are given.
     """
-    if is_stock(embed, PatchEmbed) and is_stock(embed.proj, nn.Conv2d):
-        return ops.patch_gather(images, keep, embed.proj.weight, embed.proj.bias, pos)
     n, width = pos.shape
+    if is_stock(embed, PatchEmbed) and is_stock(embed.proj, nn.Conv2d):
+        weight = embed.proj.weight
+        if weight.shape[0] != width:
+            raise UsageError(
+                f"patch_embed.proj: its tokens have {weight.shape[0]} channels, the positions {width}; to prune the "
+                "width, build the encoder with pos_embed='learned'"
+            )
+        return ops.patch_gather(images, keep, weight, embed.proj.bias, pos)
     picked = images.dim() == 3
     if picked or keep is not None:
         if _embeds_one_by_one(embed):
@@ -212,9 +218,9 @@ class _Part(nn.Module):
         return None
 
     def _linear(
-        self, x: Tensor, layer: nn.Module, before: nn.Module | str | None = None, recompute: bool = False
+        self, name: str, x: Tensor, before: nn.Module | str | None = None, recompute: bool = False
     ) -> Tensor:
-        return linear(x, layer, before, recompute, self._check)
+        return linear(x, self._modules[name], before, recompute, self._check)
 
     def _check(self, layer: nn.Module, x: Tensor, out: Tensor) -> None:
         """Of a layer that was called."""
@@ -247,7 +253,7 @@ class Attention(_Part):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm | None = None, recompute_norm: bool = False) -> Tensor:
         """Attention of `norm(x)`: [R, n, D] -> [R, n, D]; the backward pass may recompute `norm(x)`."""
-        return self._linear(self.core(self._linear(x, self.qkv, norm, recompute_norm)), self.proj)
+        return self._linear("proj", self.core(self._linear("qkv", x, norm, recompute_norm)))
 
     def core(self, qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention between the projections: [R, n, 3 D] -> [R, n, D]; `bias` as of `ops.attention`."""
@@ -270,13 +276,13 @@ class Mlp(_Part):
         self, x: Tensor, norm: nn.LayerNorm | None = None, recompute: frozenset[str] = frozenset()
     ) -> Tensor:
         """MLP of `norm(x)`: [..., D] -> [..., D]; `recompute` as of `Block`."""
-        hidden = self._linear(x, self.fc1, norm, "norm" in recompute)
-        return self._linear(hidden, self.fc2, "gelu", "gelu" in recompute)
+        hidden = self._linear("fc1", x, norm, "norm" in recompute)
+        return self._linear("fc2", hidden, "gelu", "gelu" in recompute)
 
 
 def _branch(block: Any, x: Tensor, norm: str, part: str, *recompute: Any) -> Tensor:
     """`part(norm(x))` of a block, the norm inside the part's first layer where both are stock."""
-    f, g = getattr(block, norm), getattr(block, part)
+    f, g = block._modules[norm], block._modules[part]
     if is_stock(f, nn.LayerNorm) and is_stock(g, Attention, Mlp):
         return g(x, f, *recompute)
     u = fit(f(x), x.shape, f"{block.label}.{norm}")
@@ -343,7 +349,7 @@ def _scaled(branch: Tensor, factor: Tensor | None) -> Tensor:
 
 
 class PoolAttention(_Part):
-    """Attention of the first token to all, as `PoolBlock` computes it where a layer is not stock."""
+    """Attention of the first token to all, as `PoolBlock` computes it where a layer is not stock or is pruned."""
 
     first, last = "q", "proj"
 
@@ -361,10 +367,12 @@ class PoolAttention(_Part):
 
     def forward(self, u: Tensor, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """u [R, 1 + n, D], normalized, class token first -> [R, D], and if asked for its attention [R, H, 1 + n]."""
-        q, k, v = self._linear(u[:, :1], self.q), self._linear(u, self.k), self._linear(u, self.v)
+        q, k, v = self._linear("q", u[:, :1]), self._linear("k", u), self._linear("v", u)
+        if q.shape[-1] % self.heads:
+            raise UsageError(f"{self.label}.q: {self.heads} heads do not divide its output of {q.shape[-1]}")
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         p = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
-        out = self._linear((p @ v).transpose(1, 2).flatten(1), self.proj)
+        out = self._linear("proj", (p @ v).transpose(1, 2).flatten(1))
         return (out, p.squeeze(2)) if return_weights else out
 
 
@@ -405,7 +413,9 @@ class PoolBlock(nn.Module):
             (class token [R, D], attention [R, H, 1 + n] or None, `stats`).
         """
         norm, a = self.norm1, self.attn
-        if is_stock(a, PoolAttention) and _are_whole((norm,), (a.q, a.k, a.v, a.proj)):
+        # the op takes square projections: channels of single heads may have been pruned
+        whole = is_stock(a, PoolAttention) and _are_whole((norm,), (a.q, a.k, a.v, a.proj))
+        if whole and a.proj.in_features == cls.shape[-1]:
             weights = ops.PoolWeights(
                 norm.weight,
                 norm.bias,

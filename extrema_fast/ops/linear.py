@@ -67,17 +67,17 @@ def linear(
         x: [..., in].
         layer: a stock `nn.Linear`, of which the weights are read; any other module (an adapter, an FP8 layer, a layer
             with hooks) is called.
-        before: f: a LayerNorm over the last axis, "gelu" (exact), or None; one that is not stock is called.
+        before: f: a stock LayerNorm over the last axis, "gelu" (exact), or None; a module of another class is called.
         recompute: the backward pass recomputes f(x) from x; otherwise it is kept.
         check: called with a layer that was called, x, and its result.
 
     Returns:
         [..., out] in autocast's dtype, else that of x.
     """
-    if isinstance(before, nn.Module) and not is_stock(before, nn.LayerNorm):
-        x, before = before(x), None
     if is_stock(layer, nn.Linear, Linear):
-        return affine(x, layer.weight, layer.bias, before, recompute, shadows(layer))
+        # `layer.weight` takes as long as the check
+        own = layer._parameters
+        return affine(x, own["weight"], own["bias"], before, recompute, shadows(layer))
     out = layer(_prologue(x, before))
     if check is not None:
         check(layer, x, out)

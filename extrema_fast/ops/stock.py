@@ -16,7 +16,7 @@ from torch.nn.modules.module import (
 )
 
 # types of parameters without a meaning of their own; the last one while a graph is exported
-PLAIN = (nn.Parameter, Tensor, type(None), FakeTensor)
+PLAIN = frozenset({nn.Parameter, Tensor, type(None), FakeTensor})
 
 
 def reason(module: nn.Module, *kinds: type) -> str:
@@ -42,9 +42,12 @@ def reason(module: nn.Module, *kinds: type) -> str:
         return "hooks are registered for all modules"
     if own.get("_compiled_call_impl") is not None:
         return "it is compiled by itself"
-    for name, p in own["_parameters"].items():
+    for p in own["_parameters"].values():
         if type(p) not in PLAIN:
-            return f"its {name} is a {type(p).__name__}"
+            return f"it has a {type(p).__name__} for a parameter"
+    if "weight" in own or "bias" in own or own["_buffers"]:
+        # flattened, or computed by a hook that is gone
+        return "its weight or bias is no parameter"
     return ""
 
 
