@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .models.accelerate import accelerate
     from .models.encoder import Encoded, Encoder, create_encoder
     from .models.extrema import ExtreMA
-    from .models.masking import keep_from_mask, sample_views
+    from .models.masking import keep_from_mask, mae_mask, sample_views
     from .reporting.report import report
     from .tools.embed import embed
     from .tools.embeddings import Embeddings, load_embeddings
@@ -43,6 +43,7 @@ _HOME = {
     "list_models": "config",
     "load_embeddings": "tools.embeddings",
     "load_encoder": "weights.load",
+    "mae_mask": "models.masking",
     "preset": "config",
     "pretrain": "train",
     "report": "reporting.report",

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
+from ._autograd import transforming
+
 log = logging.getLogger(__name__)
 
 # Triton decides at its import whether kernels are interpreted, so later changes of the variable are ignored
@@ -102,7 +104,7 @@ can_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def use_triton(x: Tensor) -> bool:
     """Whether an op launches its kernel for `x`; else it runs its plain PyTorch definition."""
-    return can_run(x.device)[0]
+    return can_run(x.device)[0] and not transforming()
 
 
 def checking() -> bool:
@@ -182,7 +184,7 @@ def check_keep(keep: Tensor, batch: int, num_tokens: int, like: Tensor, unique: 
     That variable also has checked that no index is twice within a `view`, or within all views of an `image`.
     """
     check("keep", keep, ("V", batch, "K"), (torch.int32, torch.int64), like, "integer indices, view-major")
-    if torch.compiler.is_compiling() or keep.numel() == 0:
+    if torch.compiler.is_compiling() or transforming() or keep.numel() == 0:
         return keep.int()
     if checking() or keep.device.type == "cpu":
         low, high = int(keep.min()), int(keep.max())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..kernels._autograd import transforming
 from ..ops import dispatch as ops
 from ..ops.scope import scoped
 
@@ -90,9 +91,9 @@ def check_keep(keep: Tensor, batch: int, num_patches: int) -> Tensor:
         raise UsageError(
             f"keep: expected [{batch}, K] or [{batch}, V, K] with V and K >= 1, got {list(keep.shape)}"
         )
-    # on a GPU the check would wait for the device (there the gather itself asserts); torch.compile cannot
-    # branch on values
-    if keep.device.type == "cpu" and keep.numel() and not torch.compiler.is_compiling():
+    # on a GPU the check would wait for the device (there the gather itself asserts); torch.compile and torch.func
+    # cannot branch on values
+    if keep.device.type == "cpu" and keep.numel() and not (torch.compiler.is_compiling() or transforming()):
         least, most = int(keep.min()), int(keep.max())
         if least < 0 or most >= num_patches:
             raise UsageError(
@@ -128,3 +129,30 @@ def keep_from_mask(mask: Tensor) -> Tensor:
         )
     order = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)
     return order[..., :least].to(torch.int32)
+
+
+def mae_mask(keep: Tensor, num_patches: int) -> tuple[Tensor, Tensor]:
+    """Mask and order of keep indices as a masked autoencoder's decoder and loss take them (arXiv 2111.06377).
+
+    The decoder's input is `cat([kept, mask tokens], 1)` gathered by `ids_restore`. Given as `noise` to transformers'
+    ViTMAE, `ids_restore` makes it keep these patches, in this order.
+
+    Args:
+        keep: [..., K] integer indices in 0..N-1, none twice in a row.
+        num_patches: N.
+
+    Returns:
+        (mask [..., N] fp32, 0 = kept and 1 = dropped; ids_restore [..., N] int64: where patch j is in kept and dropped
+        patches one after the other, these ascending).
+
+    Raises:
+        UsageError: on a CPU an index that is out of range or twice in a row.
+    """
+    rows = check_keep(keep.reshape(-1, keep.shape[-1]), keep[..., 0].numel(), num_patches)[0].long()
+    mask = torch.ones(len(rows), num_patches, device=keep.device).scatter(-1, rows, 0.0)
+    if mask.device.type == "cpu" and int((mask == 0).sum()) != rows.numel():
+        raise UsageError("keep: an index is twice in a row, which a mask cannot say")
+    dropped = torch.argsort(mask, dim=-1, descending=True, stable=True)[:, : num_patches - rows.shape[1]]
+    ids_restore = torch.argsort(torch.cat([rows, dropped], -1), dim=-1)
+    shape = (*keep.shape[:-1], num_patches)
+    return mask.view(shape), ids_restore.view(shape)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels import can_run, tune
+from ..kernels._autograd import first_order, transforming
 from ..kernels._spec import Case
 from ..kernels.short_attention import short_attention, short_attention_reference
 from ..kernels.short_attention.op import HEAD_DIMS, MAX_TOKENS, fits
@@ -95,7 +96,7 @@ class _Matmul(torch.autograd.Function):
         return torch.bmm(p, v).view(rows, heads, n, d).transpose(1, 2).contiguous()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("attention=matmul", "EXTREMA_FAST_BACKEND=attention=math")
     def backward(ctx, dout: Tensor) -> Tensor:
         q, k, v, p = ctx.saved_tensors
         rows, n, _, heads, d = ctx.shape
@@ -115,7 +116,7 @@ def matmul_attention(qkv: Tensor) -> Tensor:
     torch's fused CPU kernel is slower than this in bf16, and the plain formula under autograd copies q, k and v
     more often. Here they are made contiguous once, and so are their gradients.
     """
-    return _Matmul.apply(qkv)
+    return short_attention_reference(qkv) if transforming() else _Matmul.apply(qkv)
 
 
 BACKENDS: dict[str, Callable[[Tensor], Tensor]] = {

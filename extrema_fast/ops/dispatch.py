@@ -52,7 +52,7 @@ from ..kernels.sample_views import drop_path_factors as drop_path_triton
 from ..kernels.sample_views import drop_path_from_uniform as drop_path_from_uniform
 from ..kernels.sample_views import drop_path_reference, sample_views_reference
 from ..kernels.sample_views import sample_views as sample_views_triton
-from ..kernels.short_attention.op import ContainsBias, short_attention
+from ..kernels.short_attention.op import contains_bias, short_attention
 from ..kernels.token_gather import token_gather as token_gather_triton
 from ..kernels.token_gather import token_gather_reference
 from ..kernels.tune import DTYPES
@@ -532,7 +532,7 @@ def attention(qkv: Tensor, backend: str = "auto", bias: Tensor | None = None) ->
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         if name == "short":
             return short_attention(qkv, bias)
-        qkv = ContainsBias.apply(qkv, bias)
+        qkv = contains_bias(qkv, bias)
     return backends.run(name, IMPLEMENTATIONS["attention"][name], qkv, train)
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels._autograd import first_order, transforming
 from ..kernels.mlp.op import weight_gradient
 from .stock import is_stock
 
@@ -107,7 +108,7 @@ def affine(
         return F.linear(_prologue(x, before), weight, bias)
     kind = before if norm is None else "norm"
     gain, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-    if not torch.is_grad_enabled():
+    if transforming() or not torch.is_grad_enabled():
         return _forward(x, weight, bias, gain, shift, eps, *shadows, kind, dtype)[0]
     return _Linear.apply(x, weight, bias, gain, shift, eps, *shadows, kind, recompute, dtype)
 
@@ -127,7 +128,8 @@ def _without_autocast(x: Tensor) -> Any:
 
 
 def _eager_bf16_on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or transforming()
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not traced
 
 
 def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -198,7 +200,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("linear layer in 16 bits", "fp32")
     def backward(ctx, dy):
         x, u, w, gain, shift, mean, rstd = ctx.saved_tensors
         needs, dtype = ctx.needs_input_grad, ctx.dtype

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels._autograd import first_order, transforming
 from ..kernels.mlp.op import Mlp, fits, weight_gradient
 from ..kernels.residual_norm.op import norm_again
 from . import dispatch as ops
@@ -24,7 +25,9 @@ def fuses(x: Tensor) -> bool:
     if x.device.type != "cpu" and compute_dtype(x).itemsize != 2:
         # matmuls in fp32 and fp64 keep their second derivatives there
         return False
-    return any(ops.implementation(op, x) != "reference" for op in ("residual_norm", "mlp"))
+    return not transforming() and any(
+        ops.implementation(op, x) != "reference" for op in ("residual_norm", "mlp")
+    )
 
 
 def residual_norm(
@@ -86,7 +89,7 @@ class _Projection(torch.autograd.Function):
         return F.linear(u, low, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("linear layer with recomputed input", "EXTREMA_FAST_BACKEND=reference")
     def backward(ctx, dy):
         weight, *source = ctx.saved_tensors
         needs, dy = ctx.needs_input_grad, dy.to(ctx.low)

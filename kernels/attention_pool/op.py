@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _launch
+from .._autograd import first_order
 from .._launch import FLOATS, autocast_dtype, check
 from .reference import PoolWeights, attention_pool_absorbed, attention_pool_reference, project
 
@@ -74,7 +75,7 @@ class _Core(torch.autograd.Function):
         return z, scores, lse, *made
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("attention_pool")
     def backward(ctx, dz, *_):
         if dz is None:
             return (None,) * 6

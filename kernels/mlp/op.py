@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _launch
+from .._autograd import first_order
 from .._launch import FLOATS, autocast_dtype, check
 from ..residual_norm.op import norm_again
 from .reference import mlp_reference
@@ -84,7 +85,7 @@ class Mlp(torch.autograd.Function):
         return F.linear(g, low2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("mlp")
     def backward(ctx, df):
         x, h, g, low1, low2, *source = ctx.saved_tensors
         needs, (d1, db, d2) = ctx.needs_input_grad, ctx.dtypes

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _launch
+from .._autograd import first_order
 from .._launch import FLOATS, autocast_dtype, check, check_keep, describe
 from .reference import patch_gather_reference
 
@@ -39,10 +40,13 @@ class _Embed(torch.autograd.Function):
     def forward(ctx, patches, keep, weight, bias, pos):
         ctx.save_for_backward(*([patches] if ctx.needs_input_grad[2] else []))
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        return _add_positions(F.linear(patches, weight.to(patches.dtype)), keep, bias, pos)
+        low = weight.to(patches.dtype)
+        if pos is None:
+            return F.linear(patches, low, None if bias is None else bias.to(patches.dtype))
+        return _add_positions(F.linear(patches, low), keep, bias, pos)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("patch_gather")
     def backward(ctx, dout):
         weight, bias = ctx.dtypes
         dweight = dbias = None
@@ -61,12 +65,12 @@ def patch_gather(
     keep: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    pos: Tensor,
+    pos: Tensor | None,
     *,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Tensor:
-    """Embedded tokens of the kept patches of all views, plus bias and positions; dropped patches are not read.
+    """Embedded tokens of the kept patches of all views, plus bias and positions, if any; dropped patches are not read.
 
     Maths: README.md in this folder. Runs the plain PyTorch definition where Triton cannot run and when float images
     or `pos` need a gradient.
@@ -78,7 +82,7 @@ def patch_gather(
             CPU, elsewhere with EXTREMA_FAST_CHECK=1.
         weight: [D, C, P, P], of the patch convolution.
         bias: [D] or None.
-        pos: [N, D], fixed.
+        pos: [N, D], fixed; None: none are added.
         mean: C numbers, for uint8 images only.
         std: C numbers, for uint8 images only.
 
@@ -93,8 +97,8 @@ def patch_gather(
     width, channels, patch = weight.shape[0], weight.shape[1], weight.shape[-1]
     if weight.shape[2] != patch:
         raise ValueError(f"weight: expected square patches, got {describe(weight)}")
-    check("pos", pos, ("N", width), FLOATS, weight)
-    n = pos.shape[0]
+    if pos is not None:
+        check("pos", pos, ("N", width), FLOATS, weight)
     if bias is not None:
         check("bias", bias, (width,), FLOATS, weight)
     pixels = isinstance(images, Tensor) and images.dtype == torch.uint8
@@ -111,20 +115,26 @@ def patch_gather(
         check(
             "keep", keep, ("V", "B", "K"), (torch.int32, torch.int64), weight, "integer indices, view-major"
         )
+    n: int | None = None if pos is None else pos.shape[0]
     if picked:
-        batch, kept = (len(images), n) if keep is None else keep.shape[1:]
+        batch, kept = (len(images), "K" if n is None else n) if keep is None else keep.shape[1:]
         rows = "B" if keep is None else len(keep) * batch
         check("images", images, (rows, kept, channels * patch**2), FLOATS, weight, "kept patches")
+        kept = images.shape[1]
     else:
         batch, _, *sides = image_size(images)
         if sides[0] % patch or sides[1] % patch:
             raise ValueError(f"images: sides {tuple(sides)} are no multiples of the patch size {patch}")
-        check("pos", pos, ((sides[0] // patch) * (sides[1] // patch), width), FLOATS, weight)
-    if keep is not None:
+        n = (sides[0] // patch) * (sides[1] // patch)
+        if pos is not None:
+            check("pos", pos, (n, width), FLOATS, weight)
+        kept = n if keep is None else keep.shape[2]
+    # of patches alone without positions nothing is looked up
+    if keep is not None and n is not None:
         keep = check_keep(keep, batch, n, weight)
 
     dtype = autocast_dtype(weight if pixels else images)
-    needed = torch.is_grad_enabled() and (images.requires_grad or pos.requires_grad)
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (images, pos))
     if needed or not _launch.use_triton(images):
         low = None if bias is None else bias.to(dtype)
         images = images if pixels else images.to(dtype)
@@ -138,8 +148,7 @@ def patch_gather(
         else:
             patches = _pack(images, keep, patch, dtype)
         out = _Embed.apply(patches, keep, weight.reshape(width, -1), bias, pos)
-    views, kept = (1, n) if keep is None else (keep.shape[0], keep.shape[2])
-    return out.view(views * batch, kept, width)
+    return out.view((1 if keep is None else keep.shape[0]) * batch, kept, width)
 
 
 def _fold(

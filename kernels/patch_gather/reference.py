@@ -32,7 +32,7 @@ def patch_gather_reference(
     keep: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    pos: Tensor,
+    pos: Tensor | None,
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -46,6 +46,7 @@ def patch_gather_reference(
         images = ((images.to(dtype) / 255 - m) / s).to(weight.dtype).permute(0, 3, 1, 2)
     patches = images if images.dim() == 3 else gather_patches(images, keep, weight.shape[-1])
     tokens = F.linear(patches, weight.flatten(1), bias)
-    if keep is None:
-        return tokens + pos.to(tokens.dtype)
-    return tokens + pos.to(tokens.dtype)[keep.flatten(0, 1).long()]
+    if pos is None:
+        return tokens
+    pos = pos.to(tokens.dtype)
+    return tokens + (pos if keep is None else pos[keep.flatten(0, 1).long()])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _launch
+from .._autograd import first_order
 from .._launch import FLOATS, check
 from .reference import residual_norm_reference
 
@@ -61,7 +62,7 @@ class _ResidualNorm(torch.autograd.Function):
         return out, u, mean, rstd
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("residual_norm")
     def backward(ctx, dout, du, *_):
         out, mean, rstd, gain, scale = ctx.saved_tensors
         x_dtype, branch_dtype, bias_dtype, gain_dtype, shift_dtype = ctx.dtypes
@@ -98,7 +99,7 @@ class _Residual(torch.autograd.Function):
         return _fwd(x, branch, bias, scale, None, None, 0.0, x.dtype)[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("residual_norm")
     def backward(ctx, dout):
         (scale,) = ctx.saved_tensors
         return *_branch_gradients(dout, scale, *ctx.dtypes), None

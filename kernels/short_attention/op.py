@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _launch
+from .._autograd import first_order, transforming
 from .._launch import FLOATS, autocast_dtype, check, describe, power_of_two
 from .reference import short_attention_reference
 
@@ -61,7 +62,7 @@ class _ShortAttention(torch.autograd.Function):
         return _fwd(qkv)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("short_attention")
     def backward(ctx, dout):
         (qkv,) = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
@@ -70,18 +71,23 @@ class _ShortAttention(torch.autograd.Function):
         return dqkv, dbias.to(ctx.bias_dtype)
 
 
-class ContainsBias(torch.autograd.Function):
-    """qkv, which contains `bias` already; the bias gets the column sums of its gradient."""
-
+class _ContainsBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, bias):
         ctx.bias_dtype = bias.dtype
         return qkv.view_as(qkv)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("short_attention")
     def backward(ctx, dqkv):
         return dqkv, dqkv.sum((0, 1), dtype=_launch.wide(dqkv.dtype)).flatten().to(ctx.bias_dtype)
+
+
+def contains_bias(qkv: Tensor, bias: Tensor) -> Tensor:
+    """qkv, which contains `bias` already; the bias gets the column sums of its gradient."""
+    if transforming():
+        return qkv + (bias - bias.detach()).view(qkv.shape[2:]).to(qkv.dtype)
+    return _ContainsBias.apply(qkv, bias)
 
 
 def short_attention(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -128,5 +134,5 @@ def short_attention(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
     if _launch.use_triton(qkv) and (qkv.device.type == "cpu" or fits(qkv.dtype, n, d)):
         return _ShortAttention.apply(qkv, bias)
     if bias is not None:
-        qkv = ContainsBias.apply(qkv, bias)
+        qkv = contains_bias(qkv, bias)
     return short_attention_reference(qkv).contiguous()

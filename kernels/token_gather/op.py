@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _launch
+from .._autograd import first_order
 from .._launch import FLOATS, check, check_keep
 from .reference import token_gather_reference
 
@@ -30,7 +31,7 @@ class _TokenGather(torch.autograd.Function):
         return _fwd(tokens, keep, pos)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("token_gather")
     def backward(ctx, dout):
         (keep,) = ctx.saved_tensors
         grad = _bwd(dout.contiguous(), keep, ctx.num_tokens, ctx.disjoint)

@@ -130,6 +130,7 @@ def latent(**options):
 
 
 def siglip():
+    define_torchvision_operators()
     modeling = pytest.importorskip("transformers.models.siglip.modeling_siglip")
     config = modeling.SiglipVisionConfig(hidden_size=64, num_attention_heads=4, intermediate_size=96)
     return modeling.SiglipMultiheadAttentionPoolingHead(config)

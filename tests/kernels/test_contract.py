@@ -2,8 +2,9 @@
 
 Covers: the registry against the folders; public names exported and documented; README sections and examples; every
 kernel in a compiled variant; source rules; the quick cases through the interpreter; the registered ops' schemas and
-fakes; gradcheck, one graph, layouts, poisoned outputs and repeatability, empty batches of the ops with gradients; the
-listing; tuning with an injected timer; a GPU on which Triton fails.
+fakes; of the ops with gradients gradcheck, one graph, layouts, poisoned outputs and repeatability, empty batches,
+torch.func's transforms, refused second derivatives; the listing; tuning with an injected timer; a GPU on which Triton
+fails.
 """
 
 from __future__ import annotations
@@ -230,6 +231,42 @@ def test_one_graph_for_batches_that_vary():
     for rows, heads in ((2, 2), (3, 3)):
         qkv, bias = normal(rows, 5, 3, heads, 16), normal(48 * heads)
         torch.testing.assert_close(compiled(qkv, bias), kernels.short_attention(qkv, bias))
+
+
+@GRADIENTS
+def test_transforms_of_torch_func_run_the_plain_definition(op):
+    f, args = example(op)
+    stack = torch.stack([args[0], 2 * args[0]]).detach()
+    together = torch.func.vmap(lambda x: f(x, *args[1:]))(stack)
+    torch.testing.assert_close(together, torch.stack([f(x, *args[1:]) for x in stack]))
+    at = [i for i, a in enumerate(args) if a.requires_grad]
+    scalar = lambda *leaves: f(*(leaves[at.index(i)] if i in at else a for i, a in enumerate(args))).sum()  # noqa: E731
+    leaves = [args[i] for i in at]
+    got = torch.func.jacrev(scalar, tuple(range(len(at))))(*(x.detach() for x in leaves))
+    torch.testing.assert_close(list(got), list(torch.autograd.grad(scalar(*leaves), leaves)))
+
+
+def test_keep_indices_under_vmap():
+    tokens, keep = normal(3, 6, 16), draw_keep(3, 6, 2, 4)
+    each = torch.func.vmap(lambda t, k: kernels.token_gather(t[None], k[:, None]), in_dims=(0, 1))(
+        tokens, keep
+    )
+    torch.testing.assert_close(each.transpose(0, 1).flatten(0, 1), kernels.token_gather(tokens, keep))
+
+
+@GRADIENTS
+def test_second_derivatives_are_refused_in_words(op):
+    f, args = example(op)
+    leaves = [x for x in args if x.requires_grad]
+    for power in (1, 2):
+        out = f(*args)
+        if power == 1 and op in ("patch_gather", "token_gather"):
+            # linear, as the sum: there is none
+            continue
+        first = torch.autograd.grad((out**power).sum(), leaves, create_graph=True)
+        # as a gradient penalty adds them to a loss
+        with pytest.raises(RuntimeError, match=rf"^{op.split()[0]}: .*_reference"):
+            (leaves[0].sum() + sum(g.square().sum() for g in first)).backward()
 
 
 @GRADIENTS

@@ -1,9 +1,9 @@
 """patch_gather against its plain definition (what holds for every op: test_contract.py).
 
-Covers: uint8 and float images, all patches and kept ones, patch sizes 4, 14, 16, gray and RGB, from 1 to 197 patches,
-fp64, fp32, fp16; weight and bias gradients; normalization of uint8, loss-scaled fp16 gradients; images and positions
-that need a gradient; a frozen weight; autocast; patches in place of images; one graph of uint8 images; layouts of
-these; nothing kept; errors.
+Covers: uint8 and float images, all patches and kept ones, no positions, patch sizes 4, 14, 16, gray and RGB, from 1
+to 197 patches, fp64, fp32, fp16; weight and bias gradients; normalization of uint8, loss-scaled fp16 gradients;
+images and positions that need a gradient; a frozen weight; autocast; patches in place of images; one graph of uint8
+images; layouts of these; nothing kept; errors.
 """
 
 from __future__ import annotations
@@ -59,6 +59,23 @@ def test_all_patches_without_bias(path):
     out = patch_gather(images, None, weight, None, pos)
     exact = patch_gather_reference(images, None, weight, None, pos)
     torch.testing.assert_close(out, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("kind", ["float", "uint8", "patches"])
+def test_without_positions(kind, kept, path):
+    images, keep, weight, bias, _ = make()
+    keep = keep if kept else None
+    options = {"mean": MEAN, "std": STD} if kind == "uint8" else {}
+    if kind != "float":
+        images = pixels() if kind == "uint8" else gather_patches(images, keep, 4)
+    compare(
+        lambda w, b: patch_gather(images, keep, w, b, None, **options),
+        lambda w, b: patch_gather_reference(images, keep, w, b, None, **options),
+        [weight, bias],
+        48,
+        ["weight", "bias"],
+    )
 
 
 @pytest.mark.parametrize(("patch", "dtype"), [(4, torch.float64), (4, torch.float32), (16, torch.float16)])

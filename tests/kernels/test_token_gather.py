@@ -46,8 +46,11 @@ def test_output_and_gradients(batch, n, views, kept, width, disjoint, dtype, poi
 def test_without_positions_and_nothing_kept(path):
     tokens, keep, _ = make(2, 19, 2, 7, 96)
     for indices in (keep.long(), torch.stack([keep, keep], -1)[..., 0]):
-        out = token_gather(tokens, indices)
-        assert torch.equal(out, token_gather_reference(tokens, keep)) and out.is_contiguous()
+        out, exact = token_gather(tokens, indices), token_gather_reference(tokens, keep)
+        assert torch.equal(out, exact) and out.is_contiguous()
+        upstream = torch.randn_like(out)
+        a, b = (torch.autograd.grad(y, tokens, upstream)[0] for y in (out, exact))
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
     out = token_gather(tokens, keep[..., :0])
     out.sum().backward()
     assert out.shape == (4, 0, 96) and not tokens.grad.any()

@@ -2,7 +2,8 @@
 
 Covers: names and suggestions; released state-dict names; deterministic building, initialization; `encode` for every
 shape of `keep` against embed-all-then-gather, views, permuted and repeated indices; 1 to 5 channels; the position
-table against an independent formula; attention maps; mean pooling; gradcheck; the drop-path law; errors; torch.compile.
+table against an independent formula; attention maps; mean pooling; gradcheck; the drop-path law; errors; torch.compile;
+torch.func.
 """
 
 from __future__ import annotations
@@ -472,3 +473,25 @@ def test_compiles_into_one_graph():
         assert torch.allclose(some(x, keep).cls, encoder.encode(x, keep).cls, atol=1e-6)
     finally:
         torch.compiler.reset()
+
+
+def test_gradients_per_image_by_torch_func():
+    class ClassToken(torch.nn.Module):
+        def __init__(self, encoder):
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, image, keep):
+            return self.encoder.encode(image[None], keep[None]).cls
+
+    model = ClassToken(randomized(create_encoder("extrema_vit_tiny_patch16_224", img_size=32)).double())
+    images, keep = torch.randn(3, 3, 32, 32).double(), torch.tensor([[0, 2], [3, 1], [1, 2]])
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, image, keep):
+        return torch.func.functional_call(model, parameters, (image, keep)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, images, keep)
+    wanted = torch.autograd.grad(loss(parameters, images[1], keep[1]), list(parameters.values()))
+    for name, gradient in zip(parameters, wanted, strict=True):
+        torch.testing.assert_close(each[name][1], gradient, msg=lambda m, n=name: f"{n}: {m}")

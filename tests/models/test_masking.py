@@ -1,17 +1,21 @@
 """Keep indices of random views and from masks.
 
 Covers: the released count; disjoint and independent views without repeats, uniform over patches, places and pairs;
-keyed by sample, seed and epoch whatever the batch; the view-major layout of training; errors; `keep_from_mask`.
+keyed by sample, seed and epoch whatever the batch; the view-major layout of training; errors; `keep_from_mask`;
+`mae_mask` against the masking of MAE.
 """
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from extrema_fast.config import keep_count
 from extrema_fast.errors import UsageError
-from extrema_fast.models.masking import draw_views, keep_from_mask, sample_views
+from extrema_fast.models.masking import draw_views, keep_from_mask, mae_mask, sample_views
+from tests.torchvision_operators import define_torchvision_operators
 
 # the last three: a truncated float64 product, not the exact floor; nothing masked; nothing kept
 COUNTS = [(196, 0.75, 49), (196, 0.8, 39), (196, 0.9, 19), (100, 0.8, 19), (196, 0.0, 196), (4, 0.9, 0)]
@@ -119,3 +123,41 @@ def test_keep_from_mask():
 def test_errors_of_keep_from_mask(mask, words):
     with pytest.raises(UsageError, match=f"mask: .*{words}"):
         keep_from_mask(mask)
+
+
+@pytest.mark.parametrize(("n", "kept"), [(1, 1), (7, 7), (49, 12), (196, 49)])
+def test_mae_mask_is_that_of_mae(n, kept):
+    x, noise = torch.randn(3, n, 5), torch.rand(3, n)
+    # random_masking of models_mae.py
+    ids_shuffle = noise.argsort(1)
+    restore, keep = ids_shuffle.argsort(1), ids_shuffle[:, :kept]
+    mask = torch.ones(3, n)
+    mask[:, :kept] = 0
+    mask = mask.gather(1, restore)
+    ours, ids_restore = mae_mask(keep.int(), n)
+    assert torch.equal(ours, mask)
+    # its order of what is dropped is random, of equal mask tokens
+    assert torch.equal(torch.where(mask == 0, ids_restore, -1), torch.where(mask == 0, restore, -1))
+    assert torch.equal(ids_restore.sort(1).values, torch.arange(n).expand(3, -1))
+    tokens = torch.cat([x.gather(1, keep[..., None].expand(-1, -1, 5)), torch.zeros(3, n - kept, 5)], 1)
+    restored = tokens.gather(1, ids_restore[..., None].expand(-1, -1, 5))
+    assert torch.equal(restored, x * (1 - mask)[..., None])
+
+
+def test_mae_mask_of_views_and_as_noise_of_another_mae():
+    views = sample_views(2, 20, 5, 3, seed=2)
+    mask, restore = mae_mask(views, 20)
+    assert mask.shape == restore.shape == (2, 3, 20)
+    assert all(torch.equal(mask[:, v], mae_mask(views[:, v], 20)[0]) for v in range(3))
+    define_torchvision_operators()
+    modeling = pytest.importorskip("transformers.models.vit_mae.modeling_vit_mae")
+    other, x = SimpleNamespace(config=SimpleNamespace(mask_ratio=0.75)), torch.randn(2, 20, 4)
+    kept, its_mask, its_restore = modeling.ViTMAEEmbeddings.random_masking(other, x, restore[:, 1])
+    assert torch.equal(kept, x.gather(1, views[:, 1, :, None].long().expand(-1, -1, 4)))
+    assert torch.equal(its_mask, mask[:, 1]) and torch.equal(its_restore, restore[:, 1])
+
+
+@pytest.mark.parametrize(("keep", "words"), [([[0, 4]], "0 to 4"), ([[1, 1]], "twice")])
+def test_errors_of_mae_mask(keep, words):
+    with pytest.raises(UsageError, match=f"keep: .*{words}"):
+        mae_mask(torch.tensor(keep), 4)

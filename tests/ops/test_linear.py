@@ -1,8 +1,8 @@
 """Linear layers in low precision.
 
 Covers: each prologue (nothing, GELU, LayerNorm), kept or recomputed, against fp64, outputs and all gradients, by the
-rule of the kernels; one graph under torch.compile; fp32 and fp64 run the plain formula with second derivatives; layers
-that are not `Linear`.
+rule of the kernels; one graph under torch.compile; fp32 and fp64 run the plain formula with second derivatives, 16 bits
+refuse them and run it under torch.func; layers that are not `Linear`.
 """
 
 from __future__ import annotations
@@ -85,6 +85,21 @@ def test_full_precision_is_the_plain_formula():
             linear(x, layer, before), by_definition(x, *layer.parameters(), *gain, before=before)
         )
         assert torch.autograd.gradgradcheck(lambda x, before=before: linear(x, layer, before), (x,))
+
+
+@pytest.mark.parametrize("before", ["", "gelu", "norm"])
+def test_second_derivatives_in_16_bits_are_refused_and_torch_func_runs_the_formula(before):
+    layer, f, x = Linear(64, 48), prologue(before, 64), normal(3, 5, 64, dtype=torch.float32)
+
+    def run(x):
+        with torch.autocast("cpu", LOW):
+            return linear(x, layer, f).float().square().sum()
+
+    (first,) = torch.autograd.grad(run(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"linear layer in 16 bits: second derivatives .* fp32"):
+        first.square().sum().backward()
+    each = torch.func.vmap(torch.func.grad(run))(x.detach())
+    torch.testing.assert_close(each, first.detach(), rtol=0.05, atol=0.05)
 
 
 def test_other_layers_are_called():
