@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..kernels._autograd import transforming
 from ..ops import dispatch as ops
 from ..ops.scope import scoped
 
@@ -93,7 +92,11 @@ def check_keep(keep: Tensor, batch: int, num_patches: int) -> Tensor:
         )
     # on a GPU the check would wait for the device (there the gather itself asserts); torch.compile and torch.func
     # cannot branch on values
-    if keep.device.type == "cpu" and keep.numel() and not (torch.compiler.is_compiling() or transforming()):
+    if (
+        keep.device.type == "cpu"
+        and keep.numel()
+        and not (torch.compiler.is_compiling() or ops.transforming())
+    ):
         least, most = int(keep.min()), int(keep.max())
         if least < 0 or most >= num_patches:
             raise UsageError(

@@ -32,6 +32,7 @@ from torch import Tensor
 from ..config import did_you_mean
 from ..errors import UsageError, is_out_of_memory, one_line
 from ..kernels import can_run
+from ..kernels._autograd import transforming as transforming
 from ..kernels._launch import compiler_missing
 from ..kernels._spec import Sizes, spec
 from ..kernels.adamw_ema import AdamWEma
