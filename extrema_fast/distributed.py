@@ -6,18 +6,21 @@ One code path for plain `python`, torchrun and SLURM; with one process every col
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import re
 import resource
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,16 +29,25 @@ from torch import Tensor, nn
 
 from . import errors
 from .errors import ExtremaError, LostProcessError, UsageError, of_storage, one_line
+from .files import fits
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # rank 0 evaluates and saves alone while the others wait in their next collective
-TIMEOUT = timedelta(minutes=60)
+WAIT_S = 3600.0
+# torch's own limit, behind ours
+TIMEOUT = timedelta(seconds=WAIT_S + 600)
 # until all processes have started; they may import from a slow file system
 JOIN_S = 600.0
-# a wait is told after this time, and again as often
+# a wait is told after this time
 TELL_S = 30.0
+# a process that has not answered for so long, while another waited for it, is lost
+LOST_S = 180.0
+# how often one that waits asks the others
+ASK_S = 5.0
+# what is left to save before a process that waits for a lost one is ended
+SAVE_S = 120.0
 
 
 def cores() -> int:
@@ -51,6 +63,7 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
+    watch: Watch | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_rank_zero(self) -> bool:
@@ -64,10 +77,15 @@ class World:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
+    def waiting(self) -> AbstractContextManager[None]:
+        """Context of work that waits for the other processes and changes nothing that is saved."""
+        return nullcontext() if self.watch is None else self.watch.waiting()
+
     def sum(self, x: Tensor) -> Tensor:
         """Sum of `x` over all processes, in place."""
         if self.size > 1:
-            dist.all_reduce(x)
+            with self.waiting():
+                dist.all_reduce(x)
         return x
 
     def any(self, flag: bool) -> bool:
@@ -79,14 +97,16 @@ class World:
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        with self.waiting():
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
     def all_gather(self, value: Any) -> list[Any]:
         """The value (plain data) of each process on every process, in rank order."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            with self.waiting():
+                dist.all_gather_object(values, value)
         return values
 
     def rank_zero_only(self, function: Callable[[], T]) -> T | None:
@@ -123,7 +143,8 @@ class World:
         # the only buffer is the constant position table: no need to send it at every step. torch 2.13 renamed this
         new = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters
         options["forward_sync_buffers" if new else "broadcast_buffers"] = False
-        wrapped = ddp(student, gradient_as_bucket_view=True, **options)
+        with self.waiting():
+            wrapped = ddp(student, gradient_as_bucket_view=True, **options)
         # gloo's destructor waits for its threads, and they for the GIL when they release a tensor; only the group's
         # Python object lets go of the GIL for it, so it must be what is released last: attributes go in order
         wrapped._group = dist.group.WORLD  # type: ignore[assignment]
@@ -132,6 +153,168 @@ class World:
     def no_sync_unless(self, last: bool, model: nn.Module) -> AbstractContextManager[None]:
         """Context of a micro-batch: gradients are all-reduced with the last one only."""
         return nullcontext() if last or self.size == 1 else model.no_sync()  # type: ignore[operator]
+
+
+class Watch:
+    """Tells whom a process waits for, and ends it when one of them does not answer any more.
+
+    A collective waits in C, where no handler of a signal runs and nothing can be raised. So a thread of each process
+    answers (UDP) whoever has waited for a while: how far its process has come, and where it is. One whose machine is
+    gone, or that is stopped, does not answer. A suspended process counts no time; one that has never been heard, behind
+    a firewall, is not taken for lost.
+
+    Attributes:
+        farewell: called before the process is ended for want of another, with the reason; returns what it has saved.
+            Nothing that is saved changes meanwhile.
+    """
+
+    def __init__(self, rank: int, size: int, store: dist.Store, device: torch.device) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        self.farewell: Callable[[str], str] = lambda reason: ""
+        self._count, self._inside, self._lock = 0, False, threading.Lock()
+        self._main = threading.get_ident()
+        # waits come from the thread that made this; None: not heard yet
+        self._others: dict[int, dict[str, Any] | None] = dict.fromkeys(n for n in range(size) if n != rank)
+        self._silent = dict.fromkeys(self._others, 0.0)
+        # as in `_join`: all reach process 0 there
+        family, _, _, _, there = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
+        self._socket = socket.socket(family, socket.SOCK_DGRAM)
+        self._socket.bind(("", 0))
+        with socket.socket(family, socket.SOCK_DGRAM) as s:
+            # sends nothing: it asks which of our addresses leads there
+            s.connect(there)
+            mine = s.getsockname()[0], self._socket.getsockname()[1]
+        if rank == 0:
+            # strangers are not answered
+            store.set("watch/key", uuid.uuid4().hex)
+        store.set(f"watch/{rank}", json.dumps(mine))
+        self._key = store.get("watch/key").decode()
+        found = [json.loads(text) for text in store.multi_get([f"watch/{n}" for n in range(size)])]
+        self._addresses = {n: (host if n else there[0], port) for n, (host, port) in enumerate(found)}
+        self._left = False
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Context of what `World.waiting` says."""
+        with self._lock:
+            self._count, self._inside = self._count + 1, True
+        try:
+            yield
+        finally:
+            # held while the process is being ended
+            with self._lock:
+                self._inside = False
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._left = True
+        with suppress(OSError):
+            self._socket.sendto(b"", self._socket.getsockname())
+        self._thread.join(2 * ASK_S)
+        self._socket.close()
+
+    def _run(self) -> None:
+        waited, told, seen, before = 0.0, TELL_S / 2, -1, time.monotonic()
+        while True:
+            self._hear(ASK_S)
+            if self._left:
+                return
+            # a process that was stopped for a while has not waited for that time
+            now = time.monotonic()
+            passed, before = min(now - before, 2 * ASK_S), now
+            count, inside = self._count, self._inside
+            # on a GPU the program waits for the device, in which the others are waited for
+            waits = (inside or self.device.type == "cuda") and count == seen
+            waited, seen = waited + passed if waits else 0.0, count
+            if not waited:
+                told, self._silent = TELL_S / 2, dict.fromkeys(self._others, 0.0)
+            for n, known in self._others.items():
+                if waited >= ASK_S or known is None:
+                    self._send(n, "?")
+                    self._silent[n] += passed
+            lost = [n for n, known in self._others.items() if known and self._silent[n] >= LOST_S]
+            if waited and (lost or (inside and waited >= WAIT_S)):
+                self._end(count, waited)
+            elif inside and waited >= 2 * told:
+                told = waited
+                # of those that wait the first speaks
+                if all(n > self.rank for n, known in self._others.items() if self._here(n, known, count)):
+                    log.warning("%s", self._describe(count, waited))
+
+    def _here(self, n: int, known: dict[str, Any] | None, count: int) -> bool:
+        """Whether a process has come to where this one waits."""
+        return known is not None and self._silent[n] < 2.5 * ASK_S and known["count"] >= count
+
+    def _describe(self, count: int, waited: float) -> str:
+        missing = [n for n, known in self._others.items() if not self._here(n, known, count)]
+        about = []
+        for n in missing or list(self._others):
+            known = self._others[n]
+            if known and self._silent[n] < 2.5 * ASK_S:
+                about.append(f"process {n}, which is in {known['where']}")
+            else:
+                about.append(f"process {n}, which {'does not answer' if known else 'has never been heard'}")
+        more = f", and {len(about) - 4} more" if len(about) > 4 else ""
+        return (
+            f"process {self.rank} of {self.size} has waited {waited:.0f} s in {self._where()} for "
+            f"{'; '.join(about[:4])}{more}"
+        )
+
+    def _end(self, count: int, waited: float) -> None:
+        """Ends this process, unless what it waited for has come."""
+        with self._lock:
+            if self._count != count:
+                return
+            reason, saved = self._describe(count, waited), [""]
+            if self._inside:
+
+                def save() -> None:
+                    saved[0] = self.farewell(reason)
+
+                last = threading.Thread(target=save, daemon=True)
+                last.start()
+                last.join(SAVE_S)
+            log.error("extrema-fast: error: %s%s; the same command continues", reason, saved[0])
+            os._exit(LostProcessError.exit_code)
+
+    def _where(self) -> str:
+        """The innermost function of this package that the program is in, without this file."""
+        here = str(Path(__file__).parent)
+        frame = sys._current_frames().get(self._main)
+        while frame is not None:
+            file = frame.f_code.co_filename
+            if file.startswith(here) and file != __file__:
+                name = Path(file).relative_to(here).as_posix()
+                return f"{frame.f_code.co_name} ({name}:{frame.f_lineno})"
+            frame = frame.f_back
+        return "the program"
+
+    def _hear(self, seconds: float) -> None:
+        """Answers questions and takes answers for a time."""
+        end = time.monotonic() + seconds
+        while not self._left and (left := end - time.monotonic()) > 0:
+            self._socket.settimeout(left)
+            try:
+                text, sender = self._socket.recvfrom(4096)
+                message = json.loads(text)
+            except (OSError, ValueError, RecursionError):
+                continue
+            if not fits(message, [str, int, str, {"count": int, "where": str}]):
+                continue
+            key, n, kind, known = message
+            if key != self._key or n not in self._others:
+                continue
+            self._others[n], self._silent[n], self._addresses[n] = known, 0.0, sender
+            if kind == "?":
+                self._send(n, "!")
+
+    def _send(self, n: int, kind: str) -> None:
+        known = {"count": self._count, "where": self._where()}
+        # a network that is away for a moment, or a name that cannot be found
+        with suppress(OSError):
+            self._socket.sendto(json.dumps([self._key, self.rank, kind, known]).encode(), self._addresses[n])
 
 
 def detect(env: Mapping[str, str]) -> tuple[int, int, int]:
@@ -281,6 +464,19 @@ _LOST = re.compile(
 )
 
 
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error of a collective says that another process has ended or does not answer."""
+    return dist.is_initialized() and bool(_LOST.search(str(error)))
+
+
+def lost(world: World, error: RuntimeError, saved: str = "") -> LostProcessError:
+    """The error for that, with what could still be saved."""
+    return LostProcessError(
+        f"process {world.rank} of {world.size}: another process of the run has ended or does not answer, see its "
+        f"message{saved}; the same command continues ({one_line(error)})"
+    )
+
+
 @contextmanager
 def start(device: str) -> Iterator[World]:
     """Context of a run: joins the process group, if there is one, and leaves it (gloo, and NCCL for GPUs).
@@ -293,7 +489,7 @@ def start(device: str) -> Iterator[World]:
     where = pick_device(device, local_rank, size)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    ours = size > 1 and not dist.is_initialized()
+    ours, watch = size > 1 and not dist.is_initialized(), None
     if ours:
         backend, store = "gloo", _join(rank, size)
         options: dict[str, Any] = {}
@@ -301,21 +497,28 @@ def start(device: str) -> Iterator[World]:
             _check_gpus(store, rank, size, where)
             # flags and objects are on the CPU, and go by gloo without waiting for the GPU
             backend, options = "cpu:gloo,cuda:nccl", {"device_id": where}
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, **options)
+        watch = Watch(rank, size, store, where)
+        with watch.waiting():
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, **options
+            )
         log.info("process %d of %d on %s (%s)", rank, size, where, backend)
+    world = World(where, rank, size, watch)
     try:
-        yield World(where, rank, size)
+        yield world
+    except LostProcessError:
+        raise
     except ExtremaError:
         # raised on all ranks; after any other error the others may be in a collective: let the process end
         if ours:
             dist.destroy_process_group()
         raise
     except RuntimeError as error:
-        if size == 1 or not _LOST.search(str(error)):
+        if not is_lost(error):
             raise
-        raise LostProcessError(
-            f"process {rank} of {size}: another process of the run has ended or does not answer, see its message; the "
-            f"same command continues ({one_line(error)})"
-        ) from None
+        raise lost(world, error) from None
+    finally:
+        if watch is not None:
+            watch.close()
     if ours:
         dist.destroy_process_group()

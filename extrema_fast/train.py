@@ -19,7 +19,7 @@ from .data.bad_images import BAD_ROWS
 from .data.loader import Batch, TrainLoader
 from .data.order import epoch_length
 from .data.sources import ImageSource
-from .distributed import start
+from .distributed import is_lost, lost, start
 from .errors import (
     DataError,
     NonFiniteError,
@@ -132,6 +132,8 @@ def _loop(
     # evaluations and weights are made there
     world.rank_zero_only(lambda: take_cropped_whole(run))
     signals.farewell = train_log.interrupted
+    if folder is not None and world.watch is not None:
+        world.watch.farewell = partial(_farewell, run, saver, train_log)
     stop = signals.stop_agreed(world)
     if not stop and run.evaluates():
         stop = not _evaluate(run, train_log, test, signals)
@@ -145,16 +147,28 @@ def _loop(
         # raised on all processes: what was learned is kept
         where = world.rank_zero_only(partial(_save_first, run, saver, folder))
         raise DataError(f"{error}{world.broadcast(where)}") from None
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise lost(world, error, _save_first(run, saver, folder) if folder else "") from None
+
+
+def _farewell(run: Run, saver: Saver, train_log: TrainLog, reason: str) -> str:
+    """Saves before a run ends for want of a process."""
+    saved = _save_first(run, saver, train_log.folder)
+    train_log.interrupted(f"{reason}{saved}")
+    return saved
 
 
 def _save_first(run: Run, saver: Saver, folder: RunFolder | None) -> str:
-    """Saves before a run ends for want of images, unless its last steps were skipped; says where."""
-    if not run.step or run.counters.in_a_row():
-        return ""
+    """Saves before a run ends for want of images or of a process, unless its last steps were skipped; says where."""
     try:
+        if not run.step or run.counters.in_a_row():
+            return ""
         save(run, saver, folder.attempt if folder else 0, must=True)
-    except (StorageError, NonFiniteError) as error:
-        return f"; not saved: {error}"
+    # a GPU may be lost with the other process
+    except (StorageError, NonFiniteError, RuntimeError) as error:
+        return f"; not saved: {one_line(error)}"
     return f"; step {run.step} is saved in {run.cfg.out}"
 
 

@@ -85,9 +85,9 @@ class TrainLog:
         """Whether the log of the run has an evaluation of the current step."""
         return bool(self.evals) and self.evals[-1]["step"] == self.run.step
 
-    def interrupted(self) -> None:
+    def interrupted(self, reason: str = "ended by a second signal while it was waiting") -> None:
         """Records in status.json that the process is being ended while it hangs."""
-        self._status("failed", "ended by a second signal while it was waiting")
+        self._status("failed", reason)
 
     def step(self, stats: StepStats) -> None:
         """Counts a step; writes a line when it is due and its values have arrived from the device.

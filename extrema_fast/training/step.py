@@ -61,7 +61,8 @@ def compute(run: Run, micro_batches: list[MicroBatch]) -> None:
     """Gradients of all micro-batches, then the update; all of it on the device, so that it can be recorded."""
     for p in run.trained:
         p.grad = None
-    loss = gradients(run, micro_batches)
+    with run.world.waiting():
+        loss = gradients(run, micro_batches)
     with scope("gradient norm, accumulation"):
         norms = torch._foreach_norm([p.grad for p in run.trained if p.grad is not None])
         norm = torch.linalg.vector_norm(torch.stack(norms))

@@ -2,7 +2,8 @@
 
 Covers: equal losses and weights to fp32 rounding, BYOL and InfoNCE (gathered targets), with accumulation;
 saved by two, continued by one and the other way round; a non-finite loss on one rank skips the step on both;
-a signal to one rank stops both at the same step; an error on rank 0 ends both with its exit code; leaving.
+a signal to one rank stops both at the same step; an error on rank 0 ends both with its exit code; leaving; a partner
+that never comes, dies, is stopped or hangs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from extrema_fast.training.logging import history
-from tests.training.conftest import command, status, tiny
+from tests.training.conftest import command, final_hash, status, tiny
 
 __all__ = ["command"]
 
@@ -181,21 +182,36 @@ def test_a_partner_that_never_comes(run_cli, tmp_path, rank, words):
     assert f"process {rank} has waited" in text and text.count(words) >= 2 and "socket.cpp" not in text and "Traceback" not in text
 
 
-DIES = """
-import os
-import socket
-from extrema_fast import train
+# process 1 at step 3; a child ends it when the run has ended, since it could not be waited for
+LOSES = """
+import os, signal, subprocess, threading
+from extrema_fast import distributed, train
+distributed.ASK_S, distributed.TELL_S, distributed.LOST_S, distributed.WAIT_S = 0.3, 0.6, 3.0, 6.0
 original = train.train_step
 def step(run, batch):
     if run.step == 3 and run.world.rank == 1:
-        os._exit(9)
+        runs = f"grep -q running '{run.cfg.out}/status.json'"
+        subprocess.Popen(["sh", "-c", f"while {runs}; do sleep 0.05; done; kill -9 {os.getpid()}"])
+        HAPPENS
     return original(run, batch)
 train.train_step = step
 """
+LOST = {
+    "dies": ("os.kill(os.getpid(), signal.SIGKILL)", "another process of the run has ended"),
+    "is stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", "for process 1, which does not answer"),
+    "hangs": ("threading.Event().wait()", "for process 1, which is in _step (train.py:"),
+}
 
 
-def test_a_partner_that_dies(pretrain):
-    codes, text, out = pretrain("run", processes=2, setup=DIES)
-    assert codes == [6, 9], text
-    assert "process 0 of 2: another process of the run has ended" in text and "Traceback" not in text
-    assert status(out)["state"] == "failed" and (out / "latest").read_text() == "step_00000002\n"
+@pytest.mark.parametrize("how", LOST)
+def test_a_partner_that(pretrain, how):
+    happens, words = LOST[how]
+    codes, text, out = pretrain("run", processes=2, setup=LOSES.replace("HAPPENS", happens))
+    assert codes == [6, -9], text
+    assert words in text and text.count("error:") == 1 and "Traceback" not in text
+    # saved with what was done
+    assert status(out)["state"] == "failed" and (out / "latest").read_text() == "step_00000003\n"
+    assert "step 3 is saved in" in text and "step 3 is saved in" in status(out)["reason"]
+    if how == "is stopped":
+        assert pretrain("run", processes=2)[0] == pretrain("straight", processes=2)[0] == [0, 0]
+        assert final_hash(out, STEPS) == final_hash(out.with_name("straight"), STEPS)
