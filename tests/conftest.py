@@ -6,12 +6,12 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,26 +146,35 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="session")
-def run_cli(tmp_path_factory: pytest.TempPathFactory, _cache_folder: None) -> Iterator[Callable[..., Any]]:
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """The library that makes system calls of a job fail where its variable SHIM says so (tests/faults/shim.c)."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        return None
+    library = tmp_path_factory.mktemp("shim") / "shim.so"
+    source = REPOSITORY / "tests" / "faults" / "shim.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+@pytest.fixture(scope="session")
+def run_cli(
+    tmp_path_factory: pytest.TempPathFactory, _cache_folder: None, shim: Path | None
+) -> Iterator[Callable[..., Any]]:
     """`run_cli(*args, processes=1, env={}, setup="", cpu_seconds=0) -> (exit codes, output)`.
 
     Runs `extrema-fast ARGS` in processes of their own (under a process group when more than one).
     setup        Python run before the command in each of them
     cpu_seconds  the process dies without any cleaning up once it has used that much processor time
     """
-    with job_server(tmp_path_factory.mktemp("jobs")) as run:
-        yield run
-
-
-@contextmanager
-def job_server(folder: Path, variables: dict[str, str] | None = None) -> Iterator[Callable[..., Any]]:
-    """What `run_cli` gives, with more variables in the environment of all jobs."""
+    folder = tmp_path_factory.mktemp("jobs")
+    preloaded = ":".join(filter(None, [os.environ.get("LD_PRELOAD"), shim and str(shim)]))
     server = subprocess.Popen(
         [sys.executable, "-c", _SERVER],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | (variables or {}),
+        env=os.environ | ({"LD_PRELOAD": preloaded} if preloaded else {}),
     )
 
     def run(*args: Any, processes: int = 1, env: dict | None = None, setup: str = "", cpu_seconds: float = 0):

@@ -240,7 +240,9 @@ def _sampled(images: int) -> list[int]:
 def replaced(files: ImageFiles, before: dict[str, str]) -> list[int]:
     """Rows whose bytes are others than those of `hash_sample` before; damaged files are not among them."""
     rows = {
-        int(row): value for row, value in before.items() if row.isdecimal() and int(row) < len(files.source)
+        int(row): value
+        for row, value in before.items()
+        if row.isdecimal() and len(row) < 12 and int(row) < len(files.source)
     }
     other = [row for row, value in rows.items() if _hash(files, row) not in ("", value)]
     return [row for row in other if files.why_unusable(row) is None]

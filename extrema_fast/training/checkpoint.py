@@ -33,7 +33,8 @@ from ..config import CheckpointConfig, Config, changed_maths, to_dict
 from ..errors import NonFiniteError, StorageError, UsageError, one_line
 from ..files import fits, new_folder, read_json, remove, sync, write_file
 from ..models.extrema import ExtreMA
-from .optim import check_family
+from .counters import GOOD, SKIPPED, Counters
+from .optim import FAMILIES, KEPT, check_family
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +63,10 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.state["step"])
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything in state.safetensors, copied to CPU memory."""
-        return {name: t.clone() for name, t in load_file(self.path / TENSORS).items()}
+    def tensors(self, copy: bool = True) -> dict[str, Tensor]:
+        """Everything in state.safetensors, copied to CPU memory, or as it is in the file."""
+        found = load_file(self.path / TENSORS)
+        return {name: t.clone() for name, t in found.items()} if copy else found
 
 
 # ---- what is saved ---------------------------------------------------------------------------------
@@ -119,12 +121,51 @@ def restore(
     counters.copy_(tensors["counters"])
 
 
+def unfit(tensors: Mapping[str, Tensor], step: int, method: ExtreMA, optimizer: torch.optim.Optimizer) -> str:
+    """What these tensors lack, have too much or otherwise for `restore` at a step; empty: nothing."""
+    kept = {
+        f"optimizer.{name}.{key}": torch.zeros(()) if key == "step" else p.detach()
+        for name, p in method.student_parameters()
+        for key in KEPT[FAMILIES[type(optimizer).__name__]]
+    }
+    wanted = {f"method.{name}": t for name, t in method.state_dict().items()}
+    counts, like = tensors.get("counters", torch.zeros(0)), Counters().tensor
+    if counts.shape != like.shape or counts.dtype != like.dtype:
+        return f"counters are {describe(counts)}, expected {describe(like)}"
+    if not ((counts[GOOD:] >= 0) & (counts[GOOD:] <= step)).all():
+        return f"counters are {counts.tolist()} at step {step}"
+    # an optimizer that was never called, since all steps were skipped, keeps nothing
+    if counts[SKIPPED] < step or any(name in tensors for name in kept):
+        wanted |= kept
+    for name in dict.fromkeys([*wanted, *tensors]):
+        if name == "counters":
+            continue
+        if name not in tensors:
+            return f"{name} is missing"
+        if name not in wanted:
+            return f"{name} is unknown"
+        t, like = tensors[name], wanted[name]
+        same = t.is_floating_point() if name in kept else t.dtype == like.dtype
+        if t.shape != like.shape or not same:
+            return f"{name} is {describe(t)}, expected {describe(like)}"
+        if name.endswith(".step") and not 0 <= t.item() <= step:
+            return f"{name} is {t.item():g} at step {step}"
+        if name.endswith(".exp_avg_sq") and t.numel() and t.min() < 0:
+            return f"{name} is negative"
+    return ""
+
+
+def describe(t: Tensor) -> str:
+    """`float32 [16, 3]`."""
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+
+
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """The first weight with a value that is not finite, or moment that is NaN; empty when there is none."""
+    """The first weight or moment with a value that is not finite; empty when there is none."""
     for name, t in tensors.items():
         # an infinite second moment only stops its weight
-        moment = name.startswith("optimizer.")
-        if t.is_floating_point() and not (~t.isnan() if moment else t.isfinite()).all():
+        square = name.endswith(".exp_avg_sq")
+        if t.is_floating_point() and not (~t.isnan() if square else t.isfinite()).all():
             return name.removeprefix("method.")
     return ""
 
@@ -277,7 +318,9 @@ def damage(folder: Path) -> str:
         return one_line(error)
 
 
-_STATE = {"step": int, "total_steps": int, "ema_ahead": bool, "config": dict, "optimizer?": str}
+# of the images, in env.json too
+IMAGES = {"images?": int, "shards?": int, "fingerprint?": str, "sample?": dict}
+_STATE = {"step": int, "total_steps": int, "ema_ahead": bool, "config": dict, "optimizer?": str} | IMAGES
 
 
 def _damage(folder: Path) -> str:
@@ -295,7 +338,9 @@ def _damage(folder: Path) -> str:
             return f"{name} has changed since it was written"
     if other_format(folder):
         return ""
-    if not fits(read_json(folder / STATE, {}), _STATE):
+    state = read_json(folder / STATE, {})
+    step = int(folder.name.removeprefix("step_"))
+    if not fits(state, _STATE) or state["step"] != step or not 0 < step <= state["total_steps"]:
         return f"{STATE} makes no sense"
     name = not_finite(load_file(folder / TENSORS))
     return f"{name} is not finite" if name else ""
@@ -307,8 +352,11 @@ def other_format(folder: Path) -> str:
     return "" if found == FORMAT else f"checkpoint format {found}, this version reads {FORMAT}"
 
 
-def newest(run: Path) -> Checkpoint | None:
+def newest(run: Path, check: Callable[[Checkpoint], str] = lambda found: "") -> Checkpoint | None:
     """The newest checkpoint that is undamaged and finite; newer ones are named in the log. None: there are none.
+
+    Args:
+        check: why an undamaged one cannot be continued from all the same; empty when it can.
 
     Raises:
         StorageError: none can be read, or the newest undamaged one is of another format.
@@ -318,9 +366,12 @@ def newest(run: Path) -> Checkpoint | None:
         reason = damage(path)
         stop = "" if reason else other_format(path)
         if not (reason or stop):
-            if reasons:
-                log.warning("falling back to checkpoint %s", path)
-            return Checkpoint(path, read_json(path / STATE, {}))
+            found = Checkpoint(path, read_json(path / STATE, {}))
+            reason = check(found)
+            if not reason:
+                if reasons:
+                    log.warning("falling back to checkpoint %s", path)
+                return found
         reasons.append(f"{path}: {reason or stop}")
         if stop:
             break
@@ -340,6 +391,11 @@ _SHAPES = ("model.", "head.hidden", "head.out", "head.predictor_hidden")
 _NOT_SHAPES = ("model.drop_path", "model.layer_scale")
 
 
+def other_shapes(changes: list[str]) -> list[str]:
+    """Of changed settings (`changed_maths`) those with which tensors have other shapes."""
+    return [c for c in changes if c.startswith(_SHAPES) and not c.startswith(_NOT_SHAPES)]
+
+
 def check_same(
     cfg: Config, old: dict[str, Any], allow: bool, known: dict[str, Any], images: dict[str, Any]
 ) -> list[str]:
@@ -355,7 +411,7 @@ def check_same(
         UsageError: names every difference and the remedies.
     """
     changes = changed_maths(old, to_dict(cfg))
-    shapes = [c for c in changes if c.startswith(_SHAPES) and not c.startswith(_NOT_SHAPES)]
+    shapes = other_shapes(changes)
     what = "another architecture" if shapes else "other settings" if changes else "other images"
     remedy = "--overwrite (moves the old run aside) or another --out"
     if not shapes:

@@ -63,6 +63,12 @@ FAMILIES = {
     "FusedLAMB": "lamb",
     "Lars": "lars",
 }
+# family -> what is kept for each parameter: tensors of its shape, and `step`, one number
+KEPT = {
+    "adamw": ("step", "exp_avg", "exp_avg_sq"),
+    "lamb": ("step", "exp_avg", "exp_avg_sq"),
+    "lars": ("momentum_buffer",),
+}
 
 
 def build_optimizer(method: ExtreMA, cfg: Config, *, tensor_lr: bool = False) -> torch.optim.Optimizer:

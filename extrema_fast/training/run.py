@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PRESETS, Config, SystemConfig, config_hash, preset, to_dict
+from ..config import PRESETS, Config, SystemConfig, changed_maths, config_hash, preset, to_dict
 from ..data.bad_images import BadRows
 from ..data.image_files import ImageFiles, are_cropped, hash_sample, replaced
 from ..data.loader import TrainLoader, processes_here
@@ -26,7 +26,7 @@ from ..data.resident import Place, choose_place
 from ..data.sources import BUILT_IN, ImageSource, open_source
 from ..distributed import World
 from ..errors import NonFiniteError, UsageError
-from ..files import read_json
+from ..files import fits, read_json
 from ..models.extrema import ExtreMA
 from ..ops import dispatch as ops
 from ..ops.fp8 import apply_fp8
@@ -34,19 +34,22 @@ from ..ops.measure import choose
 from ..weights.folder import save_weights, weights_meta
 from ..weights.load import load_method_weights
 from .checkpoint import (
+    IMAGES,
     Checkpoint,
     Saver,
     check_same,
     collect,
     newest,
     not_finite,
+    other_shapes,
     remove_temporaries,
     restore,
     step_folders,
+    unfit,
 )
 from .counters import Counters
 from .draw import MicroBatch
-from .optim import Schedule, build_optimizer
+from .optim import FAMILIES, Schedule, build_optimizer
 from .resolve import Resolved, flops_per_image, resolve
 from .run_folder import RunFolder, check, versions
 
@@ -352,10 +355,11 @@ def resume(run: Run, allow: bool) -> None:
 def _find_checkpoint(run: Run, allow: bool) -> Checkpoint | None:
     out = Path(run.cfg.out)
     remove_temporaries(out)
-    found = newest(out)
+    found = newest(out, partial(_unfit, run))
     # before the first checkpoint, config.json and env.json say what was begun here
     config = found.state["config"] if found else read_json(out / "config.json", {})
     known = found.state if found else read_json(out / "env.json", {})
+    known = known if fits(known, IMAGES) else {}
     if config:
         files, sample = ImageFiles(run.source, run.cfg.data), known.get("sample", {})
         now = run.images
@@ -380,6 +384,19 @@ def take_cropped_whole(run: Run) -> None:
             *(run.source.name, height, width),
         )
         run.method.student.crop_pct = run.method.teacher.crop_pct = 1.0
+
+
+def _unfit(run: Run, found: Checkpoint) -> str:
+    """Why a checkpoint of this architecture and optimizer does not fit the run; others are told by their names."""
+    saved_by = found.state.get("optimizer", "")
+    if saved_by and FAMILIES.get(saved_by) != FAMILIES[type(run.optimizer).__name__]:
+        return ""
+    changes, steps = changed_maths(found.state["config"], to_dict(run.cfg)), run.schedule.total_steps
+    if other_shapes(changes):
+        return ""
+    if not changes and found.step > steps:
+        return f"is of step {found.step}, the run has {steps}"
+    return unfit(found.tensors(copy=False), found.step, run.method, run.optimizer)
 
 
 # ---- recording --------------------------------------------------------------------------------------

@@ -82,7 +82,9 @@ def entries(folder: Path, name: str) -> list[str]:
 def test_links_are_not_followed(originals, tries, tmp_path, name):
     places = [(e, a) for e in entries(getattr(originals, name), name) for a in ACTIONS[name]]
     if tries.factor == 1:
-        places = [places[i] for i in tries.rng.permutation(len(places))[: {"run": 2}.get(name, 5)]]
+        # an evaluation takes as long as all others
+        places = [(e, a) for e, a in places if a is not write_run]
+        places = [places[i] for i in tries.rng.permutation(len(places))[: {"run": 1}.get(name, 3)]]
     for entry, act in places:
         s = originals.copy(tmp_path / "s")
         foreign = tmp_path / "foreign"
@@ -118,7 +120,8 @@ def test_links_in_the_record_of_an_index(things, tries, tmp_path):
     (foreign / "mine.txt").write_text("mine")
     before = snapshot(foreign)
     part = things.root / "new.tsv.part"
-    for place in (part, part / "lock", part / ".tmp-000000.json-1", part / "000000.json"):
+    places = (part, part / "lock", part / ".tmp-000000.json-1", part / "000000.json")
+    for place in places if tries.factor > 1 else places[1:3]:
         shutil.rmtree(part, ignore_errors=True)
         part.unlink() if part.is_symlink() else None
         place.parent.mkdir(exist_ok=True)

@@ -36,15 +36,15 @@ def send(module, name, passes, numbers, gap=0.0):
         return original(*args, **options)
     setattr(module, name, sending)
 """
-STEPS = 12
+STEPS = 8
 POINTS = ("begin", "weights", "tensors", "state", "complete", "renamed", "latest", "pruned", "evaluated")
 
 
 @pytest.fixture(scope="module")
 def pretrain(originals, run_cli, tmp_path_factory):
-    """`pretrain(name, ...)` -> (exit codes, output, run folder) of a run of 12 steps, each time in the same folder."""
+    """`pretrain(name, ...)` -> (exit codes, output, run folder) of a run of 8 steps, each time in the same folder."""
     root = tmp_path_factory.mktemp("stopping")
-    cfg = originals.config(train={"epochs": 3}, ckpt={"every_steps": 3})
+    cfg = originals.config(train={"epochs": 2}, ckpt={"every_steps": 3})
     (root / "c.json").write_text(json.dumps(to_dict(cfg)))
 
     def run(name: str, **options):
@@ -74,7 +74,7 @@ def check(tries, pretrain, straight, name, what, codes, text, out, code=75, proc
     same = codes[0] == 0 and final_hash(out, STEPS) == straight if processes == 1 else codes == [0, 0]
     tries.expect(f"{what}: continued to the same bits", same, f"exit codes {codes}: {text[-500:]}")
     steps = [r["step"] for r in history(out / "log.jsonl", "eval", STEPS)]
-    tries.expect(f"{what}: evaluations", steps == [0, 4, 8, 12], steps)
+    tries.expect(f"{what}: evaluations", steps == [0, 4, 8], steps)
 
 
 # where a signal comes, and what is known of it
@@ -89,8 +89,8 @@ PLACES = {
 def test_signals(tries, pretrain, straight):
     cases = [(place, number) for place in PLACES for number in STOPPING]
     if tries.factor == 1:
-        # each place, and a signal of six
-        cases = [(place, STOPPING[tries.rng.integers(6)]) for place in PLACES]
+        # two places, and a signal of six
+        cases = [(place, STOPPING[tries.rng.integers(6)]) for place in tries.rng.permutation([*PLACES])[:2]]
     for i, (place, number) in enumerate(cases):
         module, name = PLACES[place]
         passes = 1 if place == "before the first step" else int(tries.rng.integers(1, 4))
