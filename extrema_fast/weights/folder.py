@@ -405,7 +405,7 @@ _OTHERS = {
     "embeddings.": "a Hugging Face ViT",
     "encoder.layers.": "a torchvision ViT",
     "layer1.": "a ResNet",
-    "blocks.": "a ViT of timm or DINO; timm loads it, and extrema_fast.accelerate encodes masked images with it",
+    "blocks.": "a ViT of timm or DINO",
 }
 
 

@@ -37,6 +37,7 @@ from .folder import (
     weights_folder,
     write_folder,
 )
+from .foreign import read_folder
 from .released import check_architecture, first, is_projector, is_sincos, own_names, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,10 @@ def open_weights(
         else:
             folder = weights_folder(path)
             names = networks_in(folder)
+            if names == [SINGLE] and not is_own(own_description(folder, {})):
+                if (theirs := read_folder(folder)) is not None:
+                    file = folder / f"{SINGLE}.safetensors"
+                    return Weights(path, *read_checkpoint(file, grid, num_heads, theirs))
         meta = read_description(folder)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error})") from None
@@ -154,7 +159,8 @@ def load_encoder(
 
     Args:
         path: A run folder (its newest weights), a weights folder or one file of it, an exported folder, bare encoder
-            weights, or a released ExtreMA `.pth` (pretraining or fine-tuning); or what `open_weights` gave.
+            weights, or a released ExtreMA `.pth` (pretraining or fine-tuning); a file or folder of another project's
+            ViT (`foreign`), of which the trunk is read; or what `open_weights` gave.
         which: 'teacher' (frozen features) or 'student' (start of the paper's fine-tuning); default: the teacher, or
             the one that was kept.
         num_classes: Classes of a new linear head; default: the file's head, where pooling stays as it is there.

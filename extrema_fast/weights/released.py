@@ -7,6 +7,8 @@
     bare          the tensors of one encoder, from `torch.save` or safetensors, perhaps below the names of what wrapped
                   it (torch.compile, DDP, Lightning, `teacher.`, ...)
 
+    others        ViTs of timm, MAE, DINO, DINOv2, MoCo v3, torchvision, Hugging Face: their trunk alone (`foreign`)
+
 The first three are what the released ExtreMA code saved. Nothing larger than the tensors themselves is allocated.
 """
 
@@ -35,6 +37,7 @@ from .folder import (
     read_safetensors,
     read_torch,
 )
+from .foreign import HEADS, Described, below_root, convert, prefix_rows
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +47,8 @@ HEAD_DIM = 64
 SINCOS_TOLERANCE = 1e-5
 
 _BRANCHES = {"base_encoder": "student", "momentum_encoder": "teacher"}
-# names of what holds an encoder in other people's files; the first of several that do is taken
-_WRAPPERS = ("module", "teacher", "student", "model", "backbone", "encoder")
 # what an encoder has at least, and all it can have
-_NEEDED = (
-    "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks_token.0.attn.q.weight",
-    "blocks_token.0.gamma_1", "cls_token", "blocks.0.mlp.fc1.weight", "norm.weight", "norm.bias",
-    "patch_embed.proj.bias",
-)  # fmt: skip
+_NEEDED = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
 _KNOWN = re.compile(
     r"(patch_embed\.proj|norm|fc_norm|head|predictor)\.|(pos_embed|cls_token)$"
     r"|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\."
@@ -63,7 +60,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def read_checkpoint(
-    file: Path, grid: tuple[int, int] | None = None, num_heads: int | None = None
+    file: Path,
+    grid: tuple[int, int] | None = None,
+    num_heads: int | None = None,
+    described: Described | None = None,
 ) -> tuple[dict[str, Any], Networks]:
     """The description and the networks (student and teacher, or one `model`) of a file without a description.
 
@@ -71,29 +71,39 @@ def read_checkpoint(
         file: From `torch.save` or safetensors.
         grid: Rows and columns of a learned position table that is not square.
         num_heads: Heads of the trunk, where that is not width / 64.
+        described: What the folder of another project says of it.
 
     Raises:
         UsageError: The file cannot be read safely, is incomplete, or is another project's.
     """
+    described = described or Described()
     data, state = _read(file)
-    networks = _networks(state, file)
+    networks, left_out = _networks(state, file, grid or described.grid)
     main = networks.get("teacher", networks.get(SINGLE, {}))
-    model, options = _infer_architecture(main, str(file), grid, num_heads)
+    epoch, arch = data.get("epoch"), data.get("arch")
+    num_heads = num_heads or described.heads
+    if num_heads is None and left_out:
+        width = main["patch_embed.proj.weight"].shape[0] if "patch_embed.proj.weight" in main else 0
+        # the small model of MoCo v3 has 12
+        num_heads = (
+            12 if SINGLE not in networks and arch == "vit_small" and width == 384 else HEADS.get(width)
+        )
+    model, options = _infer_architecture(main, str(file), grid or described.grid, num_heads)
     if options["fc_norm"] and "norm.weight" in main:
         raise UsageError(f"{file}: has both a final norm and a norm after pooling; an encoder has one")
     # the resizing of the official recipes
-    interpolation = "bicubic" if options["fc_norm"] else "bilinear"
-    size = (options["in_chans"], *model["img_size"])
-    epoch, arch = data.get("epoch"), data.get("arch")
+    interpolation = described.interpolation or ("bicubic" if options["fc_norm"] else "bilinear")
+    size, stats = (options["in_chans"], *model["img_size"]), described.data or IMAGENET
     meta = {
         "model": model,
         "encoder": options,
-        "data": IMAGENET,
-        "input": input_meta(size, IMAGENET["mean"], IMAGENET["std"], interpolation),
+        "data": stats,
+        "input": input_meta(size, stats["mean"], stats["std"], interpolation, described.crop_pct),
         "source": {
             "file": file.name,
             "arch": arch[:80] if isinstance(arch, str) else "",
             "epoch": epoch if isinstance(epoch, int) else None,
+            **({"left_out": [*left_out, *described.notes]} if left_out else {}),
         },
     }
     return meta, networks
@@ -130,10 +140,16 @@ def _are_tensors(state: Mapping[Any, Any]) -> bool:
     return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
 
 
-def _networks(state: Mapping[str, Tensor], file: Path) -> Networks:
-    state = _unwrapped(state, file)
+def _networks(
+    state: Mapping[str, Tensor], file: Path, grid: tuple[int, int] | None
+) -> tuple[Networks, list[str]]:
+    """The networks, and what of another project's is left out."""
+    state, root = below_root(state, _BRANCHES)
+    if root.strip("."):
+        log.info("%s: takes %s*", file.name, root)
     if not any(k.partition(".")[0] in _BRANCHES for k in state):
-        return {SINGLE: _one_encoder(state, file)}
+        encoder, left_out = _one_encoder(state, file, grid)
+        return {SINGLE: encoder}, left_out
     networks: Networks = {"student": {}, "teacher": {}}
     for key, value in state.items():
         branch, _, name = key.partition(".")
@@ -143,49 +159,48 @@ def _networks(state: Mapping[str, Tensor], file: Path) -> Networks:
             networks["student"][key] = value
         else:
             raise UsageError(f"{file}: unknown key: {key}{looks_like(state)}")
-    if not any("blocks_token." in k for k in state):
-        raise _not_extrema(networks["student"] or networks["teacher"], file, looks_like(state))
     if not networks["teacher"] or not networks["student"]:
         raise UsageError(f"{file}: needs `module.base_encoder.*` and `module.momentum_encoder.*` keys")
-    return {name: _complete_bias(tensors) for name, tensors in networks.items()}
+    if any("blocks_token." in k for k in state):
+        return {name: _complete_bias(tensors) for name, tensors in networks.items()}, []
+    # MoCo v3
+    found = {
+        name: _one_encoder({k: v for k, v in tensors.items() if not is_projector(k)}, file, grid)
+        for name, tensors in networks.items()
+    }
+    return {name: encoder for name, (encoder, _) in found.items()}, [*found["teacher"][1], "heads"]
 
 
-def _unwrapped(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The tensors by the names they have inside what wraps them: torch.compile, DDP, Lightning, a larger model."""
-    names = {re.sub(r"(^|\.)_orig_mod\.", r"\1", k): v for k, v in state.items()}
-    while not any(k.startswith(("patch_embed.", *(f"{b}." for b in _BRANCHES))) for k in names):
-        inside = [w for w in _WRAPPERS if any(k.startswith(f"{w}.") and "blocks.0." in k for k in names)]
-        if not inside:
-            break
-        prefix = f"{inside[0]}."
-        left_out = [k for k in names if not k.startswith(prefix)]
-        if left_out:
-            log.info("%s: takes %s*, leaves out %s", file.name, prefix, first(left_out))
-        names = {k.removeprefix(prefix): v for k, v in names.items() if k.startswith(prefix)}
-    return names
+def _one_encoder(
+    given: Mapping[str, Tensor], file: Path, grid: tuple[int, int] | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of one encoder, and what of another project's is left out.
 
-
-def _one_encoder(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The tensors of one encoder; without class head its class token is not used."""
-    state = _fold_layer_scale(own_names(state))
+    Without class head its class token is not used.
+    """
+    state = _fold_layer_scale(own_names(given))
     has_head = any(k.startswith("blocks_token.") for k in state)
-    if not has_head and "fc_norm.weight" in state and "norm.weight" not in state:
+    has_class_row = prefix_rows(state, grid)
+    if not has_head and "fc_norm.weight" in state and "norm.weight" not in state and not has_class_row:
         # the official fine-tuning keeps the parameter and never reads it
         state.pop("cls_token", None)
     state = _fold_batch_norm(state, file)
     known = all(_KNOWN.match(k) for k in state)
     if known and not has_head and {"cls_token", "norm.weight", "head.weight"} <= state.keys():
-        rows = _rows(state)
-        if rows and math.isqrt(rows) ** 2 == rows:
+        if has_class_row == 0:
             raise UsageError(
                 f"{file}: looks fine-tuned by the released code with --use_cls, which classifies by the first patch "
                 "token; this encoder pools by class attention or the mean: fine-tune without --use_cls, or load the "
                 "pretrained checkpoint"
             )
-    incomplete = not any(k.startswith("blocks.0.") for k in state) or (not has_head and "cls_token" in state)
-    if incomplete or not known:
-        raise _not_extrema(state, file, looks_like(state))
-    return _complete_bias(state)
+    if not has_head and ("cls_token" in state or not known):
+        state, left_out = convert(given, str(file), grid, _fold_layer_scale)
+        known = all(_KNOWN.match(k) for k in state)
+    else:
+        left_out = []
+    if not known or not any(k.startswith("blocks.0.") for k in state):
+        raise _not_extrema(state, file, looks_like(given))
+    return _complete_bias(state), left_out
 
 
 def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -204,12 +219,6 @@ def _fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
             state[f"{target}.weight"] = weight.float() * gamma.view(-1, *[1] * (weight.dim() - 1))
             state[f"{target}.bias"] = bias.float() * gamma
     return state
-
-
-def _rows(state: Mapping[str, Tensor]) -> int:
-    """N of a position table [1, N, D] without a row for the class token; else 0."""
-    table = state.get("pos_embed")
-    return table.shape[1] if table is not None and table.dim() == 3 else 0
 
 
 def _fold_batch_norm(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -240,7 +249,9 @@ def _not_extrema(state: Mapping[str, Tensor], file: Path, whose: str) -> UsageEr
     missing, extra = [k for k in _NEEDED if k not in state], [k for k in state if not _KNOWN.match(k)]
     found = {"missing": missing, "extra": extra}
     parts = "; ".join(f"{what}: {first(keys)}" for what, keys in found.items() if keys)
-    return UsageError(f"{file}: not ExtreMA weights ({parts or 'no encoder in it'}){whose}")
+    return UsageError(
+        f"{file}: no ExtreMA weights and no trunk of a ViT ({parts or 'no encoder in it'}){whose}"
+    )
 
 
 # ---- the architecture -----------------------------------------------------------------------------

@@ -1,0 +1,260 @@
+"""The trunk of other projects' vision transformers, by our names.
+
+Read are the state dicts of timm's VisionTransformer, MAE, DINO, DINOv2, MoCo v3, torchvision and Hugging Face (ViT,
+DeiT, MAE, MSN, DINOv2). The trunk that is trained here has no class token: theirs is left out, with its row of the
+position table, and so are their heads. What this trunk cannot compute is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..files import fits, read_json
+from ..models.layers import NORM_EPS
+
+# the patch kernel, which every layout has: what is before its name is what wraps the network
+_KERNELS = r"patch_embed\.proj|embeddings\.patch_embeddings(\.projection)?|conv_proj"
+_ROOT = re.compile(rf"^(?P<root>(.*\.)?)(?P<name>{_KERNELS})\.weight$")
+# wrappers that stand anywhere in a name
+_INSIDE = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# which network of several
+_FIRST = ("teacher", "ema", "momentum", "student")
+
+_LAYER = r"^(?:encoder\.)?layers?\.(\d+)\."
+_TV_LAYER = r"^encoder\.layers\.encoder_layer_(\d+)\."
+# (theirs, ours), applied in turn to the names below the root
+_RENAMES = (
+    # DINOv2 saved in chunks: blocks.<chunk>.<block>
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),
+    (r"\.ls([12])\.gamma$", r".gamma_\1"),
+    # Hugging Face
+    (r"^embeddings\.patch_embeddings\.(?:projection\.)?", "patch_embed.proj."),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.(\w+)$", r"\1"),
+    (rf"{_LAYER}attention\.(?:attention\.)?(q|k|v)(?:uery|ey|alue|_proj)\.", r"blocks.\1.attn.\2."),
+    (rf"{_LAYER}attention\.(?:output\.dense|o_proj)\.", r"blocks.\1.attn.proj."),
+    (rf"{_LAYER}layernorm_before\.", r"blocks.\1.norm1."),
+    (rf"{_LAYER}layernorm_after\.", r"blocks.\1.norm2."),
+    (rf"{_LAYER}intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
+    (rf"{_LAYER}output\.dense\.", r"blocks.\1.mlp.fc2."),
+    (rf"{_LAYER}layer_scale([12])\.lambda1$", r"blocks.\1.gamma_\2"),
+    (_LAYER, r"blocks.\1."),
+    (r"^layernorm\.", "norm."),
+    # torchvision
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^class_token$", "cls_token"),
+    (r"^encoder\.pos_embedding$", "pos_embed"),
+    (rf"{_TV_LAYER}ln_([12])\.", r"blocks.\1.norm\2."),
+    (rf"{_TV_LAYER}self_attention\.in_proj_", r"blocks.\1.attn.qkv."),
+    (rf"{_TV_LAYER}self_attention\.out_proj\.", r"blocks.\1.attn.proj."),
+    (rf"{_TV_LAYER}mlp\.(?:linear_1|0)\.", r"blocks.\1.mlp.fc1."),
+    (rf"{_TV_LAYER}mlp\.(?:linear_2|3)\.", r"blocks.\1.mlp.fc2."),
+    (r"^encoder\.ln\.", "norm."),
+)
+
+# what a trunk may have that this one cannot compute, by our names
+_REFUSED = {
+    "register tokens": r"^(reg_token|register_tokens|storage_tokens)$",
+    "SwiGLU": r"\.mlp\.(w12|w[123]|weights_in|weights_out|fc1_[gx]|gate_proj)\.",
+    "rotary positions (RoPE)": r"(^|\.)(rope|rope_embed|rope_embeddings|rotary)(\.|$)",
+    "relative positions": r"relative_position|rel_pos",
+    "norms of queries and keys": r"\.attn\.[qk]_(norm|layernorm)\.",
+    "a norm before the trunk": r"^(norm_pre|ln_pre|pre_layrnorm|patch_embed\.norm)\.",
+    "norms after attention or MLP": r"^blocks\.\d+\.(attn|mlp)\.norm\.",
+    "separate biases of queries and values": r"\.attn\.[qv]_bias$",
+}
+# left out of the trunk, and what it is called
+_LEFT_OUT = {
+    "class token": r"^cls_token$",
+    "distillation token": r"^dist_token$",
+    "mask token": r"^mask_token$",
+    "decoder": r"^decoder",
+    "pooling": r"^(pooler|attn_pool)\.",
+    "classifier or projector": r"^(head|head_dist|heads|classifier|cls_classifier|distillation_classifier|fc)\.",
+}
+
+
+# heads of other projects' widths that are not of 64
+HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+
+
+class Described(NamedTuple):
+    """What the folder of another project says about its weights."""
+
+    heads: int | None = None
+    grid: tuple[int, int] | None = None
+    data: dict[str, list[float]] | None = None
+    """mean and standard deviation of the images"""
+    interpolation: str | None = None
+    crop_pct: float = 0.875
+    notes: tuple[str, ...] = ()
+
+
+def read_folder(folder: Path) -> Described | None:
+    """What `config.json` and `preprocessor_config.json` of transformers or timm say; None for another folder.
+
+    Raises:
+        UsageError: the MLP is not one that this trunk can compute.
+    """
+    config = read_json(folder / "config.json", {})
+    timm = config.get("pretrained_cfg")
+    if not (fits(config, {"model_type": str, "hidden_size": int}) or isinstance(timm, dict)):
+        return None
+    if (act := config.get("hidden_act", "gelu")) != "gelu":
+        raise UsageError(
+            f"{folder}: its MLP has the activation {str(act)[:40]!r}, which this encoder's trunk cannot represent"
+        )
+    image, patch = (_pair(config.get(name)) for name in ("image_size", "patch_size"))
+    heads, eps = config.get("num_attention_heads"), config.get("layer_norm_eps", NORM_EPS)
+    prep = read_json(folder / "preprocessor_config.json", {})
+    # checked below
+    mean: Any = prep.get("image_mean")
+    std: Any = prep.get("image_std")
+    crop: Any = None
+    interpolation = {2: "bilinear", 3: "bicubic"}.get(
+        prep["resample"] if fits(prep, {"resample": int}) else 0
+    )
+    if prep:
+        cropped = fits(prep, {"size": {"shortest_edge": int}, "crop_size": {"height": int}})
+        cropped = cropped and prep.get("do_center_crop", True)
+        crop = prep["crop_size"]["height"] / max(prep["size"]["shortest_edge"], 1) if cropped else 1.0
+    if isinstance(timm, dict):
+        mean, std, interpolation, crop = (timm.get(k) for k in ("mean", "std", "interpolation", "crop_pct"))
+    known = all(fits(v, [float]) and v for v in (mean, std)) and min(std) > 0
+    return Described(
+        heads if fits(heads, int) else None,
+        (image[0] // patch[0], image[1] // patch[1]) if image and patch else None,
+        {"mean": mean, "std": std} if known else None,
+        interpolation if fits(interpolation, str) else None,
+        crop if fits(crop, float) and 0 < crop <= 1 else 0.875,
+        () if eps == NORM_EPS or not fits(eps, float) else (f"LayerNorm eps {eps:g} (here {NORM_EPS:g})",),
+    )
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    """(height, width) of a positive side or pair in a description."""
+    sides = [value, value] if fits(value, int) else value
+    return (sides[0], sides[1]) if fits(sides, [int, int]) and min(sides) > 0 else None
+
+
+class Trunk(NamedTuple):
+    """A trunk by our names, and what of the file it is without."""
+
+    tensors: dict[str, Tensor]
+    left_out: list[str]
+
+
+def below_root(state: Mapping[str, Tensor], branches: Mapping[str, str]) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a network by the names they have inside what wraps it, and those wrappers.
+
+    Args:
+        branches: names of the two networks of a method, which stay in the names.
+    """
+    names = {_INSIDE.sub("", k): v for k, v in state.items()}
+    roots = {m["root"] for k in names if (m := _ROOT.match(k))}
+    if not roots:
+        return names, ""
+    both = re.compile(rf"(^|(?<=\.))({'|'.join(branches)})\.$")
+    outer = {both.sub("", root) for root in roots}
+    # without a network's own name the innermost networks are parts of others
+    rank = {
+        r: next((i for i, w in enumerate(_FIRST) if w in r.split(".")), 0 if r == "" else len(_FIRST))
+        for r in outer
+    }
+    root = min(sorted(outer), key=lambda r: (rank[r], r.count(".")))
+    return {k.removeprefix(root): v for k, v in names.items() if k.startswith(root)}, root
+
+
+def convert(
+    state: Mapping[str, Tensor],
+    source: str,
+    grid: tuple[int, int] | None,
+    fold: Callable[[dict[str, Tensor]], Any],
+) -> Trunk:
+    """The trunk of a vision transformer of another project, by our names.
+
+    Args:
+        state: its tensors, below the root.
+        source: the file, for messages.
+        grid: (rows, columns) of the position table, where it is not square.
+        fold: puts layer scale into the weights before it.
+
+    Raises:
+        UsageError: the trunk has parts that ours cannot compute, or none by which it could be one.
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        for theirs, ours in _RENAMES:
+            key = re.sub(theirs, ours, key)
+        renamed[key] = value
+    found = {what: [k for k in renamed if re.search(keys, k)] for what, keys in _REFUSED.items()}
+    if "pos_embed" not in renamed and any(k.startswith("blocks.0.") for k in renamed):
+        found["no table of absolute positions"] = ["pos_embed is missing"]
+    if named := [f"{what} ({keys[0]})" for what, keys in found.items() if keys]:
+        raise UsageError(
+            f"{source}: this ViT has {', '.join(named)}, which this encoder's trunk cannot represent"
+        )
+    trunk = _without_prefix(renamed, grid)
+    left_out = {what: [k for k in trunk if re.search(keys, k)] for what, keys in _LEFT_OUT.items()}
+    if not left_out["class token"] and {k for k in trunk if k.startswith("head.")} == {
+        "head.weight",
+        "head.bias",
+    }:
+        # a classifier of the mean of the patches
+        left_out["classifier or projector"] = []
+    dropped = {k for keys in left_out.values() for k in keys}
+    trunk = _join_qkv({k: v for k, v in trunk.items() if k not in dropped})
+    scaled = any(re.search(r"\.gamma_[12]$", k) for k in trunk)
+    fold(trunk)
+    said = [what for what, keys in left_out.items() if keys]
+    return Trunk(trunk, said + ["layer scale (folded into the weights)"] * scaled)
+
+
+def prefix_rows(state: Mapping[str, Tensor], grid: tuple[int, int] | None) -> int | None:
+    """Rows of class and distillation token in the position table [1, rows, D]; None where nothing shows it.
+
+    0 as in timm's no_embed_class, where they have no position.
+    """
+    table = state.get("pos_embed")
+    rows = table.shape[1] if table is not None and table.dim() == 3 else 0
+    tokens = sum(k in state for k in ("cls_token", "dist_token"))
+    fits = [n for n in (0, tokens) if rows - n == grid[0] * grid[1]] if grid else []
+    fits = fits or [n for n in (0, tokens) if rows > n and math.isqrt(rows - n) ** 2 == rows - n]
+    return fits[0] if fits else None
+
+
+def _without_prefix(state: dict[str, Tensor], grid: tuple[int, int] | None) -> dict[str, Tensor]:
+    """The tensors, the position table without the rows of class and distillation token."""
+    table = state.get("pos_embed")
+    if table is None or table.dim() != 3:
+        return state
+    prefix = prefix_rows(state, grid)
+    # the usual, where the grid is not square
+    prefix = sum(k in state for k in ("cls_token", "dist_token")) if prefix is None else prefix
+    return {**state, "pos_embed": table[:, prefix:]}
+
+
+def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Query, key and value as one matrix; a bias that one of them lacks is 0. What is not whole stays as it is."""
+    parts = ("q", "k", "v")
+    for block in {m[1] for k in state if (m := re.match(r"(blocks\.\d+\.attn)\.q\.weight$", k))}:
+        weights = [state[k] for p in parts if (k := f"{block}.{p}.weight") in state]
+        if len(weights) < 3 or len({w.shape for w in weights}) > 1:
+            continue
+        state[f"{block}.qkv.weight"] = torch.cat(weights)
+        if any(f"{block}.{p}.bias" in state for p in parts):
+            zeros = weights[0].new_zeros(len(weights[0]))
+            state[f"{block}.qkv.bias"] = torch.cat([state.get(f"{block}.{p}.bias", zeros) for p in parts])
+        for p in parts:
+            for name in ("weight", "bias"):
+                state.pop(f"{block}.{p}.{name}", None)
+    return state

@@ -1,0 +1,272 @@
+"""Trunks of other projects' vision transformers, in files of their layouts with random weights.
+
+Covers: timm, MAE, DINO, DINOv2, MoCo v3, torchvision, Hugging Face; the reference is their own modules, run without
+class token; what wraps them; folders of transformers and timm; what is refused by name; damaged files; tables without a
+class row, not square.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from extrema_fast.weights.load import import_released, load_encoder, load_metadata
+from tests.encoders import close
+from tests.torchvision_operators import define_torchvision_operators
+from tests.weights._weights import perturbed, refused
+
+define_torchvision_operators()
+pytest.importorskip("timm")
+SHAPE = {"img_size": 24, "patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
+IMAGES = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+
+
+def timm_vit(**options):
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    return perturbed(VisionTransformer(**{**SHAPE, "num_classes": 5} | options))
+
+
+def trunk_of(vit, prefix: int = 1):
+    """Patch tokens of timm's own modules, run without class token."""
+    pos = vit.pos_embed[:, prefix:]
+    return vit.norm(vit.blocks(vit.patch_embed(IMAGES) + pos))
+
+
+def mae():
+    """`mae_pretrain_*.pth` with its decoder; the table is fixed, its class row 0."""
+    from extrema_fast.models.positions import sincos_table
+
+    vit = timm_vit(num_classes=0)
+    vit.pos_embed.data = torch.cat([torch.zeros(1, 1, 128), sincos_table(128, (3, 3))[None]], 1)
+    extra = ("mask_token", "decoder_pos_embed", "decoder_embed.weight", "decoder_blocks.0.attn.qkv.weight")
+    return vit, {"model": vit.state_dict() | {k: torch.ones(1, 1, 4) for k in extra}, "epoch": 1}
+
+
+def dino():
+    """A full checkpoint of DINO: both networks wrapped, each with its head."""
+    vit, head = timm_vit(num_classes=0), {"head.mlp.0.weight": torch.ones(4, 4)}
+    teacher = {f"backbone.{k}": v for k, v in vit.state_dict().items()} | head
+    student = {f"module.{k}": v + 1 for k, v in teacher.items()}
+    return vit, {"student": student, "teacher": teacher, "epoch": 1, "dino_loss": {"center": torch.ones(1)}}
+
+
+def dinov2():
+    """Blocks in chunks, layer scale, a mask token."""
+    vit = timm_vit(num_classes=0, init_values=0.3)
+    state = {f"backbone.{k.replace('blocks.', 'blocks.0.')}": v for k, v in vit.state_dict().items()}
+    return vit, {"teacher": state | {"backbone.mask_token": torch.ones(1, 128)}}
+
+
+def moco():
+    """Both networks and the predictor below `module`, a projector of linear layers and BatchNorm."""
+    vit = timm_vit(num_classes=0)
+    own = vit.state_dict() | {
+        "head.0.weight": torch.ones(8, 8),
+        "head.1.num_batches_tracked": torch.tensor(3),
+    }
+    state = {f"module.momentum_encoder.{k}": v for k, v in own.items()}
+    state |= {f"module.base_encoder.{k}": v + 1 for k, v in own.items()}
+    return vit, {"arch": "vit_base", "state_dict": state | {"module.predictor.0.weight": torch.ones(8, 8)}}
+
+
+def timm_file(wrapper: str = "", **options):
+    vit = timm_vit(**options)
+    return vit, {"state_dict": {f"{wrapper}{k}": v for k, v in vit.state_dict().items()}}
+
+
+LAYOUTS = {
+    "timm": timm_file,
+    "timm, layer scale": lambda: timm_file(init_values=0.3),
+    "timm, no qkv bias": lambda: timm_file(qkv_bias=False),
+    "Lightning": lambda: timm_file("net.vit._orig_mod."),
+    "MAE": mae,
+    "DINO": dino,
+    "DINOv2": dinov2,
+    "MoCo v3": moco,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_the_trunk_of_a_file(tmp_path, layout):
+    vit, data = LAYOUTS[layout]()
+    torch.save(data, tmp_path / "vit.pth")
+    encoder = load_encoder(tmp_path / "vit.pth")
+    assert encoder.global_pool == "avg" and encoder.num_classes == 0
+    assert isinstance(encoder.pos_embed, torch.nn.Parameter) == (layout != "MAE")
+    assert close(encoder.encode(IMAGES).patches, trunk_of(vit), 1e-5)
+    assert "class token" in load_metadata(tmp_path / "vit.pth")["source"]["left_out"]
+    # imported, it reads as any other weights folder
+    again = load_encoder(import_released(tmp_path / "vit.pth", tmp_path / "out"))
+    assert torch.equal(again.encode(IMAGES).patches, encoder.encode(IMAGES).patches)
+
+
+@torch.no_grad()
+def test_the_student_of_two_networks(tmp_path):
+    for data in (moco()[1], dino()[1]):
+        torch.save(data, tmp_path / "vit.pth")
+        teacher, student = (load_encoder(tmp_path / "vit.pth", which) for which in ("teacher", "student"))
+        # DINO's files are read as one network, the teacher
+        assert torch.equal(teacher.norm.bias + (data.get("arch") is not None), student.norm.bias)
+
+
+@torch.no_grad()
+def test_torchvision(tmp_path):
+    tv = pytest.importorskip("torchvision.models.vision_transformer")
+    torch.manual_seed(0)
+    vit = perturbed(tv.VisionTransformer(24, 8, 2, 2, 128, 256, num_classes=5))
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    tokens = vit.conv_proj(IMAGES).flatten(2).transpose(1, 2) + vit.encoder.pos_embedding[:, 1:]
+    expected = vit.encoder.ln(vit.encoder.layers(tokens))
+    assert close(load_encoder(tmp_path / "vit.pth").encode(IMAGES).patches, expected, 1e-5)
+
+
+HF = {
+    "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256, "image_size": 24,
+    "patch_size": 8, "layer_norm_eps": 1e-6,
+}  # fmt: skip
+
+
+def hf_model(name: str, **options):
+    transformers = pytest.importorskip("transformers")
+    config = name.removesuffix("Model").removesuffix("ForImageClassification").removesuffix("ForPreTraining")
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, f"{config}Config")(**HF, **options))
+    return perturbed(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["ViTModel", "ViTForImageClassification", "DeiTModel", "ViTMSNModel", "Dinov2Model"]
+)
+@torch.no_grad()
+def test_hugging_face(tmp_path, name):
+    model = hf_model(name)
+    model.save_pretrained(tmp_path)
+    prep = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3], "resample": 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(prep))
+    encoder = load_encoder(tmp_path)
+    assert encoder.heads == 4 and encoder.mean == (0.5, 0.4, 0.3) and encoder.std == (0.1, 0.2, 0.3)
+    assert encoder.interpolation == "bicubic"
+    body = getattr(model, "vit", model)
+    prefix = 2 if name == "DeiTModel" else 1
+    tokens = body.embeddings.patch_embeddings(IMAGES) + body.embeddings.position_embeddings[:, prefix:]
+    for layer in body.encoder.layer if name == "Dinov2Model" else body.layers:
+        tokens = layer(tokens)
+    assert close(encoder.encode(IMAGES).patches, body.layernorm(tokens), 1e-5)
+    # files alone do not say how many heads there are; those of torch.save have newer names
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    for file in ("model.safetensors", "model.pth"):
+        alone = load_encoder(tmp_path / file, num_heads=4)
+        assert torch.equal(alone.encode(IMAGES).patches, encoder.encode(IMAGES).patches)
+
+
+@torch.no_grad()
+def test_a_folder_of_timm(tmp_path):
+    from timm.models import save_for_hf
+
+    vit = timm_vit()
+    vit.pretrained_cfg = {
+        "architecture": "vit_tiny_patch16_224",
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "crop_pct": 0.9,
+    }
+    vit.pretrained_cfg["input_size"] = (3, 24, 24)
+    save_for_hf(vit, tmp_path, safe_serialization=True)
+    encoder = load_encoder(tmp_path)
+    assert encoder.mean == (0.5,) * 3 and encoder.crop_pct == 0.9
+    assert close(encoder.encode(IMAGES).patches, trunk_of(vit), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"reg_tokens": 4}, "register tokens (reg_token)"),
+        ({"qk_norm": True}, "norms of queries and keys"),
+        ({"pre_norm": True}, "a norm before the trunk"),
+        ({"pos_embed": "none"}, "no table of absolute positions"),
+        ({"scale_attn_norm": True}, "norms after attention or MLP"),
+    ],
+)
+def test_what_the_trunk_cannot_compute(tmp_path, options, word):
+    torch.save(timm_vit(**options).state_dict(), tmp_path / "vit.pth")
+    refused(lambda: load_encoder(tmp_path / "vit.pth"), "vit.pth", word)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("Dinov2WithRegistersModel", {}, ["register tokens"]),
+        ("Dinov2Model", {"use_swiglu_ffn": True}, ["SwiGLU"]),
+        ("DINOv3ViTModel", {}, ["register tokens", "no table of absolute positions"]),
+        ("ViTModel", {"hidden_act": "quick_gelu"}, ["quick_gelu"]),
+        ("BeitModel", {"use_relative_position_bias": True}, ["relative positions"]),
+    ],
+)
+def test_what_the_trunk_cannot_compute_of_hugging_face(tmp_path, name, options, words):
+    hf_model(name, **options).save_pretrained(tmp_path)
+    refused(lambda: load_encoder(tmp_path), str(tmp_path), *words)
+
+
+@torch.no_grad()
+def test_tables_without_class_row_and_not_square(tmp_path):
+    for options, images, grid in (
+        ({"no_embed_class": True, "init_values": 0.1}, (24, 24), None),
+        ({"img_size": (16, 24)}, (16, 24), (2, 3)),
+        ({"img_size": (16, 24), "no_embed_class": True, "init_values": 0.1}, (16, 24), (2, 3)),
+    ):
+        vit = timm_vit(**options)
+        torch.save(vit.state_dict(), tmp_path / "vit.pth")
+        encoder = load_encoder(tmp_path / "vit.pth", grid=grid)
+        x = IMAGES[..., : images[0], : images[1]]
+        pos = vit.pos_embed[:, -vit.patch_embed.num_patches :]
+        assert close(encoder.encode(x).patches, vit.norm(vit.blocks(vit.patch_embed(x) + pos)), 1e-5)
+    refused(lambda: load_encoder(tmp_path / "vit.pth"), "grid=")
+
+
+def test_heads_by_width_and_by_name(tmp_path):
+    from extrema_fast.weights.foreign import HEADS
+
+    assert HEADS[1280] == 16
+    vit = timm_vit(embed_dim=384, num_heads=12, depth=1, num_classes=0)
+    state = {f"module.{e}_encoder.{k}": v for e in ("base", "momentum") for k, v in vit.state_dict().items()}
+    torch.save({"arch": "vit_small", "state_dict": state}, tmp_path / "moco.pth")
+    assert load_encoder(tmp_path / "moco.pth").heads == 12
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    assert load_encoder(tmp_path / "vit.pth").heads == 6
+
+
+def cut(file) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def changed(**tensors):
+    def change(file) -> None:
+        state = torch.load(file, weights_only=True)
+        torch.save({k: v for k, v in (state | tensors).items() if v is not None}, file)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (cut, ["read safely"]),
+        (changed(**{"blocks.1.attn.qkv.weight": None}), ["missing: blocks.1.attn.qkv.weight"]),
+        (changed(**{"blocks.1.attn.qkv.weight": torch.ones(3, 128)}), ["blocks.1.attn.qkv.weight [3, 128]"]),
+        (changed(**{"blocks.0.ls1.gamma": torch.ones(3)}), ["extra: blocks.0.gamma_1"]),
+        (changed(pos_embed=torch.ones(1, 7, 128)), ["6 rows", "grid="]),
+        (changed(pos_embed=torch.ones(10, 128)), ["pos_embed [10, 128]"]),
+        (changed(**{"blocks.9000.norm1.weight": torch.ones(128)}), ["9003 blocks"]),
+        (changed(**{"patch_embed.proj.weight": torch.ones(1).expand(128, 3, 800, 800)}), ["claim"]),
+        (changed(surprise=torch.ones(3)), ["extra: surprise"]),
+    ],
+)
+def test_damaged_files(tmp_path, damage, words):
+    torch.save(timm_vit().state_dict(), tmp_path / "vit.pth")
+    damage(tmp_path / "vit.pth")
+    refused(lambda: load_encoder(tmp_path / "vit.pth"), "vit.pth", *words)
