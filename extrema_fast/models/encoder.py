@@ -33,7 +33,7 @@ from .layers import (
     square_patch,
 )
 from .masking import check_keep, image_major
-from .positions import SinCos, check_chans
+from .positions import SinCos, are_equal, check_chans
 from .timm_interface import TimmInterface, check_head
 
 if TYPE_CHECKING:
@@ -169,12 +169,15 @@ class Encoder(TimmInterface):
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position table of a grid, [N, D]: the saved one at its own grid, else computed and cached.
 
-        A compiled graph computes it at every call; `set_input_size` makes the grid its own.
+        A compiled graph computes it at every call, as one for images of any size does; `set_input_size` makes the grid
+        its own.
         """
+        learned = isinstance(self.pos_embed, nn.Parameter)
         # a patch size set on `patch_embed` alone shows in the number of rows
-        if grid == self.grid and self.pos_embed.shape[1] == grid[0] * grid[1]:
+        own = (*self.grid, self.pos_embed.shape[1])
+        if are_equal((*grid, grid[0] * grid[1]), own, guess=not learned):
             return self.pos_embed[0]
-        if isinstance(self.pos_embed, nn.Parameter):
+        if learned:
             size = tuple(g * self.patch_size for g in grid)
             raise UsageError(
                 f"images: {size} is not the size {self.img_size} of the learned position table; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,16 @@ def sincos_table(
     return torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], 1).to(dtype)
 
 
+def are_equal(sizes: Sequence[int], own: Sequence[int], guess: bool = True) -> bool:
+    """Whether sizes are equal; with `guess`, sizes that a graph leaves open are not, so that the graph serves any."""
+    if not (guess and torch.compiler.is_compiling()):
+        return tuple(sizes) == tuple(own)
+    # its import takes a while
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return all(statically_known_true(a == b) for a, b in zip(sizes, own, strict=True))
+
+
 class SinCos:
     """Position tables of one encoder, cached by grid, device and dtype.
 
@@ -68,8 +79,8 @@ class SinCos:
 
     def table(self, grid: tuple[int, int], like: Tensor) -> Tensor:
         """[rows * columns, D] of a grid, on the device and in the dtype of `like`."""
-        # a compiled graph computes the table itself: the cache may not change under it
-        if torch.compiler.is_compiling():
+        # a compiled or traced graph computes the table itself: the cache may not change under it
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.compute(grid).to(like)
         key = (grid, like.device, like.dtype)
         if key not in self._cache:

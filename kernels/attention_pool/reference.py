@@ -39,7 +39,9 @@ def _inputs(
     """(projected queries [R Q, D], normalized keys and values [R, n (+ 1), D])."""
 
     def norm(x: Tensor) -> Tensor:
-        return x if eps is None else F.layer_norm(x, x.shape[-1:], w.norm_weight, w.norm_bias, eps)
+        # a plain number, which the older ONNX exporter asks for
+        size = [int(x.shape[-1])]
+        return x if eps is None else F.layer_norm(x, size, w.norm_weight, w.norm_bias, eps)
 
     if include_cls:
         keys = norm(torch.cat([cls[:, None], tokens], 1))
@@ -62,7 +64,8 @@ def attention_pool_reference(
     computed in.
     """
     r, n, width = tokens.shape
-    d, n, queries = width // heads, n + include_cls, cls.shape[1:-1].numel()
+    # a plain number where sizes are traced
+    d, n, queries = int(width) // heads, n + include_cls, cls.shape[1:-1].numel()
     q, u = _inputs(tokens, cls, w, eps, include_cls)
     # [R, H, Q, d]
     q = q.view(r, queries, heads, d).transpose(1, 2)
@@ -88,7 +91,7 @@ def attention_pool_absorbed(
 
     Arguments and result as `attention_pool_reference`; equal to it in real arithmetic.
     """
-    r, _, width = tokens.shape
+    r, width = tokens.shape[0], int(tokens.shape[-1])
     d, queries = width // heads, cls.shape[1:-1].numel()
     q, u = _inputs(tokens, cls, w, eps, include_cls)
     # [R Q, H, d]

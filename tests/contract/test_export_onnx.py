@@ -7,10 +7,13 @@ standard operators only; the description inside the model; operator sets; weight
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
+from extrema_fast.models.encoder import Encoder
 from extrema_fast.weights import export as export_module
 from extrema_fast.weights.export import export
 from extrema_fast.weights.folder import save_weights, weights_meta
@@ -82,3 +85,28 @@ def test_a_classifier_a_newer_operator_set_and_a_separate_file(tmp_path, monkeyp
     # --force replaces this kind of folder, too
     export(tmp_path / "bare.pth", tmp_path / "out", force=True)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_by_torchs_own_exporters(tmp_path, dynamo):
+    """Any batch, also by the older exporter; any image size."""
+    config = replace(CFG.model, width=16, depth=1, heads=1, pool_depth=1)
+    encoder, x = perturbed(Encoder(config, 5)), torch.randn(2, 3, 16, 16)
+    if dynamo:
+        height, width = (torch.export.Dim(name, min=1, max=64) for name in ("rows", "columns"))
+        shapes = {"images": {0: torch.export.Dim("batch", max=1024), 2: 8 * height, 3: 8 * width}}
+        options = {"dynamic_shapes": shapes, "verbose": False}
+    else:
+        options = {"dynamic_axes": {"images": dict(enumerate("bchw"))}}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            encoder, (x,), tmp_path / "model.onnx", dynamo=dynamo, input_names=["images"], **options
+        )
+    run = session(tmp_path)
+    # that of the weights, which would be a constant of the graph, among them
+    for size in ((1, 3, 16, 16), (3, 3, 24, 40), (2, 3, 56, 8)):
+        y = torch.randn(*size)
+        with torch.no_grad():
+            logits = torch.from_numpy(run.run(None, {"images": y.numpy()})[0])
+            assert torch.allclose(logits, encoder(y), atol=1e-4)

@@ -204,6 +204,20 @@ def test_compiles_at_another_size():
         torch.compiler.reset()
 
 
+def test_exports_for_any_size():
+    config = ModelConfig(img_size=(8, 8), patch_size=4, width=16, depth=1, heads=1, pool_depth=1)
+    encoder = make(config)
+    rows, columns = (torch.export.Dim(name, min=1, max=64) for name in ("rows", "columns"))
+    shapes = {"images": {0: torch.export.Dim("batch", max=1024), 2: 4 * rows, 3: 4 * columns}}
+    # traced at its own size, whose table is saved with the weights
+    with torch.no_grad():
+        program = torch.export.export(encoder, (images((2, 2), 4),), dynamic_shapes=shapes, strict=False)
+        run = program.module()
+        for grid in ((2, 2), (2, 9), (7, 3)):
+            x = images(grid, 4, b=3)
+            assert torch.allclose(run(x), encoder(x), atol=1e-6)
+
+
 # ---- patch kernels --------------------------------------------------------------------------------
 
 
