@@ -47,7 +47,8 @@ def check_images(images: Tensor, chans: int | None = None, dtype: torch.dtype | 
         raise UsageError(
             f"images: expected a tensor [B, C, H, W], got {type(images).__name__}; use torch.as_tensor(images)"
         )
-    if images.dim() != 4 or chans not in (None, images.shape[1]):
+    # compiled code cannot tell whether a tuple holds a size that varies
+    if images.dim() != 4 or (chans is not None and images.shape[1] != chans):
         raise UsageError(
             f"images: expected [B, {chans or 'C'}, H, W], got {list(images.shape)}"
             + ("; a single image needs images[None]" if images.dim() == 3 else "")

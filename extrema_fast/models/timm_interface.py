@@ -189,7 +189,10 @@ class TimmInterface(nn.Module):
         patches = self.norm(tokens)
         if not self.num_prefix_tokens:
             return patches
-        return torch.cat([self.norm(self.pool(tokens)[0])[:, None], patches], 1)
+        cls = self.cls_token[:, 0].expand(tokens.shape[0], -1)
+        for block in self.blocks_token:
+            cls = block(cls, tokens)
+        return torch.cat([self.norm(cls)[:, None], patches], 1)
 
     def __prepare_scriptable__(self) -> Any:
         # torch.jit.script calls it, and would stop at the first line that it does not know

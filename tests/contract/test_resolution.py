@@ -200,6 +200,14 @@ def test_compiles_at_another_size():
     try:
         compiled = torch.compile(encoder.forward_features, backend="eager", fullgraph=True)
         assert torch.allclose(compiled(x), wanted, atol=1e-6)
+        # one graph for images of any size, that of the weights among them
+        graphs = []
+        whole = torch.compile(
+            encoder, dynamic=True, fullgraph=True, backend=lambda g, _: graphs.append(g) or g
+        )
+        for grid in (encoder.grid, (4, 6), (7, 2)):
+            assert torch.allclose(whole(x := images(grid)), encoder(x), atol=1e-6)
+        assert len(graphs) == 1
     finally:
         torch.compiler.reset()
 
