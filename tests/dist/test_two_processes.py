@@ -182,33 +182,38 @@ def test_a_partner_that_never_comes(run_cli, tmp_path, rank, words):
     assert f"process {rank} has waited" in text and text.count(words) >= 2 and "socket.cpp" not in text and "Traceback" not in text
 
 
-# process 1 at step 3; a child ends it when the run has ended, since it could not be waited for
+# what happens to process LOST at step 3; a child ends it when the other has ended, since it could not be waited for
 LOSES = """
 import os, signal, subprocess, threading
 from extrema_fast import distributed, train
 distributed.ASK_S, distributed.TELL_S, distributed.LOST_S, distributed.WAIT_S = 0.3, 0.6, 3.0, 6.0
 original = train.train_step
 def step(run, batch):
-    if run.step == 3 and run.world.rank == 1:
-        runs = f"grep -q running '{run.cfg.out}/status.json'"
-        subprocess.Popen(["sh", "-c", f"while {runs}; do sleep 0.05; done; kill -9 {os.getpid()}"])
+    if run.step == 3 and run.world.rank == LOST:
+        pid, parent = os.getpid(), os.getppid()
+        both = open(f"/proc/{parent}/task/{parent}/children").read().split()
+        other = next(p for p in both if p != str(pid))
+        runs = f"grep -q State:.[^Z] /proc/{other}/status"
+        subprocess.Popen(["sh", "-c", f"while {runs}; do sleep 0.05; done; kill -9 {pid}"])
         HAPPENS
     return original(run, batch)
 train.train_step = step
 """
 LOST = {
     "dies": ("os.kill(os.getpid(), signal.SIGKILL)", "another process of the run has ended"),
-    "is stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", "for process 1, which does not answer"),
-    "hangs": ("threading.Event().wait()", "for process 1, which is in _step (train.py:"),
+    "is stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", "for process LOST, which does not answer"),
+    "hangs": ("threading.Event().wait()", "for process LOST, which is in _step (train.py:"),
 }
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="/proc tells the other process")
 @pytest.mark.parametrize("how", LOST)
 def test_a_partner_that(pretrain, how):
     happens, words = LOST[how]
-    codes, text, out = pretrain("run", processes=2, setup=LOSES.replace("HAPPENS", happens))
+    setup = LOSES.replace("HAPPENS", happens).replace("LOST:", "1:")
+    codes, text, out = pretrain("run", processes=2, setup=setup)
     assert codes == [6, -9], text
-    assert words in text and text.count("error:") == 1 and "Traceback" not in text
+    assert words.replace("LOST", "1") in text and text.count("error:") == 1 and "Traceback" not in text
     # saved with what was done
     assert status(out)["state"] == "failed" and (out / "latest").read_text() == "step_00000003\n"
     assert "step 3 is saved in" in text and "step 3 is saved in" in status(out)["reason"]

@@ -1,7 +1,8 @@
 """Runs that are killed, signalled, or lose the reader of their output: saved, said, and continued to the same bits.
 
 Covers: every signal of `STOPPING` at a step, before the first, in an evaluation and while saving; a dead pipe; a second
-signal in a wait; death at every named point of a save and after a random time; two processes of which one is signalled.
+signal in a wait; death at every named point of a save and after a random time; two processes of which one is signalled,
+dies, is stopped or hangs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pytest
 from extrema_fast.config import to_dict
 from extrema_fast.signals import STOPPING
 from extrema_fast.training.logging import history
+from tests.dist.test_two_processes import LOSES, LOST
 from tests.training.conftest import final_hash, status
 
 # sends signals to this process when a function of a module is called for the n-th time
@@ -161,3 +163,20 @@ def test_one_of_two_processes_is_signalled(full_table, tries, pretrain, straight
         setup = f"{SENDS}\nsend({module}, {name!r}, 2, [{int(signal.SIGTERM)}])"
         result = pretrain(f"two{n}", setup=setup, processes=2)
         check(tries, pretrain, straight, f"two{n}", f"SIGTERM to one of two {place}", *result, processes=2)
+
+
+def test_one_of_two_processes_is_lost(full_table, tries, pretrain):
+    codes, text, out = pretrain("two", processes=2)
+    assert codes == [0, 0], text
+    wanted = final_hash(out, STEPS)
+    for lost in (0, 1):
+        for how, (happens, words) in LOST.items():
+            what, name = f"process {lost} of two {how}", f"lost{lost}{how[:3]}"
+            setup = LOSES.replace("HAPPENS", happens).replace("LOST:", f"{lost}:")
+            codes, text, out = pretrain(name, processes=2, setup=setup)
+            held = codes[1 - lost] == 6 and words.replace("LOST", str(lost)) in text
+            held = held and "Traceback" not in text and ("is saved in" in text) == (lost == 1)
+            tries.expect(what, held, f"exit codes {codes}: {text[-500:]}")
+            codes, text, out = pretrain(name, processes=2)
+            same = codes == [0, 0] and final_hash(out, STEPS) == wanted
+            tries.expect(f"{what}: continued to the same bits", same, f"exit codes {codes}: {text[-500:]}")
