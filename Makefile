@@ -5,8 +5,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# another package index for PyTorch, e.g. its CPU-only wheels (CONTRIBUTING.md); empty: pip's own configuration
-TORCH_INDEX ?=
+# another package index for PyTorch, e.g. its CPU-only wheels (CONTRIBUTING.md), kept for later targets; empty: pip's own
+# configuration
+TORCH_INDEX ?= $(shell cat $(VENV)/.torch-index 2>/dev/null)
 # more arguments for pip install and for pytest
 PIP_ARGS ?=
 PYTEST_ARGS ?=
@@ -104,12 +105,15 @@ $(DEMO_READY): $(INPUTS)
 	$(make_venv)
 	@echo "installing what the demo needs into $(VENV) (first time: minutes)"
 	@$(PIP_INSTALL) -e ".[train,$(DALI)]"
+	@echo "$(TORCH_INDEX)" > $(VENV)/.torch-index
 	@touch $@
 
 $(TEST_READY): $(INPUTS)
 	$(make_venv)
 	@echo "installing what the tests need into $(VENV) (first time: minutes)"
 	@$(PIP_INSTALL) -e ".[train,$(DALI),hf,onnx,parquet,dev]"
+	@echo "$(TORCH_INDEX)" > $(VENV)/.torch-index
+	$(match_torchvision)
 	@touch $@ $(DEMO_READY)
 
 # a venv whose creation was interrupted, or whose Python is gone, has no working pip: it is created again
@@ -124,4 +128,19 @@ define make_venv
 	echo "creating $(VENV) with `$(PYTHON) -V`"; \
 	$(PYTHON) -m venv --clear $(VENV) || exit 1; \
 fi
+endef
+
+# pip may take torch from one index and torchvision from another, built for a GPU and not: timm can import neither then
+define match_torchvision
+@$(BIN)/python -c 'import torchvision' 2>/dev/null || { \
+	torch=`$(BIN)/python -c 'import torch; print(torch.__version__)'`; \
+	vision=`$(BIN)/python -c 'from importlib.metadata import version; print(version("torchvision").partition("+")[0])'`; \
+	build=$${torch##*+}; index="$(TORCH_INDEX)"; index=$${index:-https://download.pytorch.org/whl/$$build}; \
+	echo "torchvision was not built for torch $$torch: taking the build $$build from $$index"; \
+	$(BIN)/python -m pip install -q --no-deps --retries 0 --timeout 15 --index-url "$$index" "torchvision==$$vision+$$build" 2>/dev/null \
+		&& $(BIN)/python -c 'import torchvision' 2>/dev/null || \
+		echo "torch $$torch and torchvision $$vision do not fit, and $$index has no torchvision $$vision+$$build: timm cannot" \
+			"be imported, and what needs it says so. Name an index that has both (rm -r $(VENV); make" \
+			"TORCH_INDEX=...), or take torch as it is on PyPI, in gigabytes: pip install torch===$${torch%%+*}" >&2; \
+}
 endef
