@@ -269,17 +269,27 @@ def power_of_two(size: int, least: int = 1) -> int:
     return 1 << (max(size, least) - 1).bit_length()
 
 
+class KernelError(RuntimeError):
+    """A kernel cannot be compiled here, or no settings of it fit this GPU; nothing was computed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; EXTREMA_FAST_BACKEND=reference runs the plain definition of every op")
+        self.reason = reason
+
+
 # op (folder) -> 1: its tuned settings did not fit this GPU; 2: nor did the default ones with several stages
 _leaner: dict[str, int] = {}
+# ops (folders) that took tuned settings
+_takes_tuned: set[str] = set()
 
 
 def fitting(op: str, launcher: Callable[..., Any], *args: Any) -> Any:
     """`launcher(*args)`; where its kernel takes more than the GPU has, again with the default settings, then one stage.
 
-    Each step is said once and kept for the process.
+    Each step is said once and kept for the process. Tracing does the same before anything is compiled (`launch`).
 
     Raises:
-        RuntimeError: with one stage it does not fit either.
+        KernelError: with one stage it does not fit either.
     """
     while True:
         try:
@@ -288,14 +298,14 @@ def fitting(op: str, launcher: Callable[..., Any], *args: Any) -> Any:
             # `forced` settings are being tried: whoever tries them wants to know
             if type(error).__name__ != "OutOfResources" or _forced:
                 raise
-            level = _leaner.get(op, 0) + 1
-            what = f"{op}: the kernel does not fit this GPU ({' '.join(str(error).split())})"
+            level = max(_leaner.get(op, 0) + 1, 1 if op in _takes_tuned else 2)
+            what = f"the kernel does not fit this GPU ({' '.join(str(error).split())})"
             if level > 2:
-                raise RuntimeError(
-                    f"{what}; EXTREMA_FAST_BACKEND=reference runs the plain definition of every op"
-                ) from error
+                raise KernelError(f"{op}: {what}") from error
             _leaner[op] = level
-            log.warning("%s; it runs with %s", what, "the default settings" if level == 1 else "one stage")
+            log.warning(
+                "op %s: %s; it runs with %s", op, what, "the default settings" if level == 1 else "one stage"
+            )
 
 
 @dataclass
@@ -344,6 +354,41 @@ def _specialized(x: Any) -> Any:
     return x if x is None or isinstance(x, bool) else type(x)
 
 
+def _load(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], options: dict[str, Any]) -> Any:
+    """What Triton compiles for the current GPU, loaded there.
+
+    Raises:
+        OutOfResources: Triton's; the GPU lacks the shared memory or the registers for these settings.
+        KernelError: it cannot be compiled or loaded.
+    """
+    try:
+        compiled = kernel.warmup(*args, grid=grid, **options)
+        # loads it; the limits of the GPU are checked there
+        compiled[(*grid, 1, 1)[:3]]
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in text
+        if no_memory or type(error).__name__ == "OutOfResources":
+            raise
+        name = kernel.fn.__name__
+        raise KernelError(f"{name} cannot be compiled or loaded here ({text[:160]})") from error
+    return compiled
+
+
+def _load_traced(kernel: Any, device: torch.device, args: tuple, options: dict[str, Any]) -> None:
+    """`_load` for a launch that is traced: compiled code would end at its first call where a kernel does not fit."""
+    if INTERPRET or not torch.cuda.is_available():
+        return
+
+    def plain(x: Any) -> Any:
+        # the size of a dimension that varies
+        return (x.node.hint or 64) if isinstance(x, torch.SymInt) else x
+
+    values = [x.dtype if isinstance(x, Tensor) else plain(x) for x in args]
+    with torch.cuda.device(device):
+        _load(kernel, (1,), values, {k: plain(v) for k, v in options.items()})
+
+
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
     """Runs `kernel[grid]` on the device of `like`; an empty grid is no launch.
 
@@ -353,27 +398,27 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **optio
     """
     if 0 in grid:
         return
+    # a default that Triton is about to change
+    fused = {"enable_fp_fusion": True, **options}
     if isinstance(like, FunctionalTensor):
         # traced (`op`)
+        _load_traced(kernel, like.device, args, fused)
         torch.library.wrap_triton(kernel)[grid](*args, **options)
         return
     device, compiled = like.device, None
     if _recording is None or _recording.run:
-        # a default that Triton is about to change
-        options = {"enable_fp_fusion": True, **options}
+        options = fused
         if device.type != "cuda":
             compiled = kernel[grid](*args, **options)
         else:
             key = kernel.fn, device.index, *options.items(), *map(_specialized, args)
             other = device.index != torch.cuda.current_device()
             with torch.cuda.device(device) if other else contextlib.nullcontext():
-                if found := _compiled.get(key):
-                    compiled, constants = found
-                    compiled[(*grid, 1, 1)[:3]](*args, *constants)
-                else:
-                    compiled = kernel[grid](*args, **options)
+                if not (found := _compiled.get(key)):
                     constants = tuple(options.get(p.name, p.default) for p in kernel.params[len(args) :])
-                    _compiled[key] = compiled, constants
+                    found = _compiled[key] = _load(kernel, grid, args, options), constants
+                compiled, constants = found
+                compiled[(*grid, 1, 1)[:3]](*args, *constants)
     if _recording is not None:
         _recording.launches.append(Launch(kernel, args, options, compiled))
 
@@ -406,10 +451,12 @@ def forced(op: str, config: dict[str, int], key: str = "") -> Iterator[None]:
 
 def settings(op: str, key: str, device: torch.device, default: dict[str, int]) -> dict[str, int]:
     """Blocks, warps and stages of one shape (`config_key`): on a GPU what tuning found there, else the default."""
-    leaner = _leaner.get(op, 0)
-    chosen = default | (tuned(op, str(device)).get(key, {}) if device.type == "cuda" and not leaner else {})
+    leaner, chosen = _leaner.get(op, 0), default
+    if device.type == "cuda" and not leaner and key in (found := tuned(op, str(device))):
+        _takes_tuned.add(op)
+        chosen = default | found[key]
     if leaner > 1:
-        chosen["num_stages"] = 1
+        chosen = chosen | {"num_stages": 1}
     for name, wanted, config in _forced:
         if name == op and wanted in ("", key):
             chosen = chosen | config

@@ -323,12 +323,17 @@ def auto_plan(device: torch.device, dtype: torch.dtype, d: int, train: bool) -> 
         most = min(most, longest(name, device, dtype, d))
         if most <= reached:
             continue
-        if reason := unsupported(name, device, dtype, min(16, most), d, train):
+        if reason := unsupported(name, device, dtype, _tried(most), d, train):
             skipped.append(f"{name}: {reason}")
             continue
         steps.append((most, name))
         reached = most
     return tuple(steps), "the fixed rule for a GPU" + (f"; left out: {'; '.join(skipped)}" if skipped else "")
+
+
+def _tried(most: int) -> int:
+    """Tokens with which a backend for up to `most` is tried: as many as its kernel's tile holds, if it has one."""
+    return max(1, most) if most < ANY else 16
 
 
 def candidates(device: torch.device, dtype: torch.dtype, n: int, d: int) -> tuple[str, ...]:
@@ -356,7 +361,7 @@ def named_plan(
     """
     backend = "short" if name == "triton" else name
     most = longest(backend, device, dtype, d)
-    reason = unsupported(backend, device, dtype, max(1, min(16, most)), d, train)
+    reason = unsupported(backend, device, dtype, _tried(most), d, train)
     plan: Plan = () if reason else ((most, backend),)
     if not allow_fallback and name != "triton":
         return plan, ""

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from ..config import did_you_mean
 from ..errors import UsageError, is_out_of_memory, one_line
 from ..kernels import can_run
 from ..kernels._autograd import transforming as transforming
-from ..kernels._launch import compiler_missing
+from ..kernels._launch import KernelError, compiler_missing
 from ..kernels._spec import Sizes, spec
 from ..kernels.adamw_ema import AdamWEma
 from ..kernels.attention_pool import PoolWeights, attention_pool_absorbed, attention_pool_reference
@@ -150,12 +150,16 @@ MEASURED_ON = ("cuda",)
 # apex's class for an op
 APEX = {"adamw_ema": "FusedAdam", "lamb": "FusedLAMB"}
 
+T = TypeVar("T")
+
 _setting = "auto"
 _fallback_allowed = False
 # (op, device type) -> (implementation, reason); ("attention", setting, ...) -> (plan, reason)
 _chosen: dict[tuple, tuple] = {}
 # what has been logged of these
 _logged: dict[tuple, tuple] = {}
+# (op, implementation, device type) -> why its kernels cannot run there, found by running them
+_broken: dict[tuple[str, str, str], str] = {}
 # what was measured for this run: op -> choice; (dtype, head_dim, with a backward pass, tokens) -> attention's
 _measured: dict[Any, measure.Choice] = {}
 
@@ -223,6 +227,8 @@ def allow_fallback() -> Iterator[None]:
 def unsupported(op: str, name: str, device: torch.device | str) -> str:
     """Why an implementation of an op cannot run on a device; empty when it can."""
     device = torch.device(device)
+    if (op, name, device.type) in _broken:
+        return _broken[op, name, device.type]
     if name == "triton":
         runs, reason = can_run(device)
         return "" if runs else reason
@@ -390,6 +396,47 @@ def _error(op: str, name: str, requested_by: str, kind: str, reason: str) -> Usa
     return UsageError(f"backend: {requested_by} asks for {op}={name}, but {reason}; {remedy}")
 
 
+def give_up(op: str, name: str, device: torch.device, reason: str) -> None:
+    """Leaves an implementation whose kernels fail on a device out of `auto`'s choice in this process, with one line.
+
+    Raises:
+        UsageError: it was asked for by name.
+    """
+    _broken[op, name, device.type] = reason
+    _chosen.pop((op, device.type), None)
+    log.warning(
+        "op %s: %s is left out: %s; %s runs in its place; please report it with what `extrema-fast kernels` prints",
+        op,
+        name,
+        reason,
+        choice(op, device, say=False)[0],
+    )
+
+
+def probe(device: torch.device, sizes: Sizes, dtype: str, unused: Collection[str] = ()) -> None:
+    """Runs the kernels that nothing was measured of, at one image of a training step, before anything is compiled.
+
+    Where one needs more than the GPU has, its launch settings are leaner from then on; an op whose kernels fail all the
+    same runs what the rule takes next. Attention is tried when its plan is made. Arguments as of `problems`.
+
+    Raises:
+        UsageError: kernels asked for by name fail.
+    """
+    if device.type not in MEASURED_ON:
+        return
+    # what a kernel needs does not depend on the number of images or blocks
+    small = replace(sizes, images=1, depth=1)
+    for op in GPU_RULE:
+        measured = op in _measured and _measured[op].implementation
+        if op in unused or measured or not measure.has_cases(op):
+            continue
+        while (name := choice(op, device, say=False)[0]) in measure.OURS:
+            why = measure.failure(measure.Problem(op, "", name, (name,), small, dtype), device)
+            if not why:
+                break
+            give_up(op, name, device, why)
+
+
 def choices(device: torch.device | str = "cpu") -> dict[str, dict[str, Any]]:
     """Decides every op on a device now.
 
@@ -419,8 +466,24 @@ def _name(op: str, kind: str, setting: str) -> str:
 _name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _chosen_for(op: str, x: Tensor) -> Callable:
-    return IMPLEMENTATIONS[op][implementation(op, x)]
+def run(op: str, x: Tensor, call: Callable[[str], T]) -> T:
+    """`call(name)` with the name of what runs an op on `x`; where its kernel fails, with what the rule takes next.
+
+    Raises:
+        UsageError: a kernel asked for by name fails.
+    """
+    name = implementation(op, x)
+    if torch.compiler.is_compiling():
+        return call(name)
+    try:
+        return call(name)
+    except KernelError as error:
+        give_up(op, name, x.device, error.reason)
+    return run(op, x, call)
+
+
+def _run(op: str, x: Tensor, *args: Any, **options: Any) -> Any:
+    return run(op, x, lambda name: IMPLEMENTATIONS[op][name](x, *args, **options))
 
 
 # ---- attention ------------------------------------------------------------------------------------
@@ -564,21 +627,21 @@ def attention_pool(
     Returns:
         ([R, D], probabilities [R, H, 1 + n] or None, statistics or None).
     """
-    return _chosen_for("attention_pool", tokens)(
-        tokens, cls, weights, heads, eps, stats=stats, return_weights=return_weights
+    return _run(
+        "attention_pool", tokens, cls, weights, heads, eps, stats=stats, return_weights=return_weights
     )
 
 
 def residual_norm(x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Any, Tensor | None, Tensor | None]:
     """Residual connection and LayerNorm of [R, n, D]; arguments and results as `kernels.residual_norm_stats`."""
-    return _chosen_for("residual_norm", x)(x, *args, **options)
+    return _run("residual_norm", x, *args, **options)
 
 
 def patch_gather(
     images: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor | None, pos: Tensor
 ) -> Tensor:
     """Embedded kept patches plus positions; images [B, C, H, W], keep [V, B, K] or None -> [V*B, K, D]."""
-    return _chosen_for("patch_gather", images)(images, keep, weight, bias, pos)
+    return _run("patch_gather", images, keep, weight, bias, pos)
 
 
 def token_gather(tokens: Tensor, keep: Tensor, pos: Tensor | None = None) -> Tensor:
@@ -586,32 +649,32 @@ def token_gather(tokens: Tensor, keep: Tensor, pos: Tensor | None = None) -> Ten
 
     With `triton`, an index that is twice within a view gets one of its gradients only.
     """
-    return _chosen_for("token_gather", tokens)(tokens, keep, pos)
+    return _run("token_gather", tokens, keep, pos)
 
 
 def color_params(index: Tensor, *args: Any, **options: Any) -> Tensor:
     """Random parameters of the color jitter [B, 2, 10]; arguments as `kernels.color_views.color_params`."""
-    return _chosen_for("color_params", index)(index, *args, **options)
+    return _run("color_params", index, *args, **options)
 
 
 def color_views(images: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """Two color-jittered versions of uint8 crops [B, H, W, 3]; arguments as `kernels.color_views`."""
-    return _chosen_for("color_views", images)(images, *args, **options)
+    return _run("color_views", images, *args, **options)
 
 
 def sample_views(index: Tensor, *args: Any, **options: Any) -> Tensor:
     """Kept tokens of every view [V, B, K] int32; arguments as `kernels.sample_views`."""
-    return _chosen_for("sample_views", index)(index, *args, **options)
+    return _run("sample_views", index, *args, **options)
 
 
 def drop_path(index: Tensor, *args: Any, **options: Any) -> Tensor:
     """Drop-path factors [L, 2, V B] fp32; arguments as `kernels.sample_views.drop_path_factors`."""
-    return _chosen_for("drop_path", index)(index, *args, **options)
+    return _run("drop_path", index, *args, **options)
 
 
 def crop_resize(pixels: Tensor, crops: Tensor, size: tuple[int, int]) -> Tensor:
     """Crops [B, height, width, 3] uint8 of images held decoded; arguments as `kernels.crop_resize`."""
-    return _chosen_for("crop_resize", pixels)(pixels, crops, size)
+    return _run("crop_resize", pixels, crops, size)
 
 
 def adamw(
@@ -628,7 +691,7 @@ def adamw(
         copies: student parameter -> bf16 shadow weight of its own, and of its teacher's; `triton` also syncs these.
         options: `lr`, `betas`, `eps`.
     """
-    build = _chosen_for("adamw_ema", groups[0]["params"][0])
+    build = IMPLEMENTATIONS["adamw_ema"][implementation("adamw_ema", groups[0]["params"][0])]
     if build is AdamWEma:
         options |= {"teacher": teacher, "shadow": copies[0], "teacher_shadow": copies[1]}
     return build(groups, **options)

@@ -36,6 +36,7 @@ from ..distributed import World
 from ..errors import is_out_of_memory, one_line
 from ..files import write_file
 from ..kernels import _cache, tune
+from ..kernels._launch import KernelError
 from ..kernels._spec import OPS, Case, Sizes, spec
 from . import attention
 
@@ -50,7 +51,7 @@ GAIN, SPREAD = 0.03, 0.10
 # slow by counting and slow to compile: tried where no other implementation is right
 FALLBACKS = ("compiled", "plain")
 # names of this project's kernels
-OURS = ("triton", "short")
+OURS = ("triton", "split", "short")
 NO_MEMORY = "the GPU has no memory left for it (nvidia-smi shows who uses it; a smaller batch needs less)"
 
 
@@ -446,6 +447,21 @@ def build(p: Problem, device: torch.device) -> list[Bench]:
             run_as = {n: torch.compile(f, fullgraph=True, dynamic=False) for n, f in run_as.items()}
         benches.append(Bench(case, dtype, run_as, plain=plain))
     return benches
+
+
+def failure(p: Problem, device: torch.device) -> str:
+    """Runs a problem's only candidate once, uncompiled; why that fails, empty when it does not."""
+    (name,) = p.candidates
+    try:
+        for b in build(p, device):
+            args = b.case.make(device, b.dtype, torch.Generator(device).manual_seed(0))
+            tune.run_case(b.case, args, b.candidates[name])
+    except KernelError as error:
+        return error.reason
+    except Exception as error:
+        # memory may be there when the run needs it
+        return "" if is_out_of_memory(error) else _reason(error)
+    return ""
 
 
 def child() -> None:

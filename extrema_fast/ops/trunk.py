@@ -65,15 +65,17 @@ def project(u: Tensor, layer: nn.Linear, source: Source, bias: Tensor | None) ->
 
 def mlp(u: Tensor, fc1: nn.Linear, fc2: nn.Linear, source: Source, recompute_gelu: bool) -> Tensor:
     """fc2(GELU(fc1(u))) without the bias of fc2."""
-    name = ops.implementation("mlp", u)
-    if name == "reference" or not (u.device.type == "cpu" or fits(u.dtype)):
-        hidden = project(u, fc1, source, fc1.bias)
-        return affine(hidden, fc2.weight, None, "gelu", recompute_gelu, (shadows(fc2)[0], None))
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (u, *fc1.parameters(), fc2.weight))
     low = (*shadows(fc1), shadows(fc2)[0])
-    return Mlp.apply(
-        u, fc1.weight, fc1.bias, fc2.weight, *low, train, name == "triton", not recompute_gelu, *source
-    )
+
+    def run(name: str) -> Tensor:
+        if name == "reference" or not (u.device.type == "cpu" or fits(u.dtype)):
+            hidden = project(u, fc1, source, fc1.bias)
+            return affine(hidden, fc2.weight, None, "gelu", recompute_gelu, (low[2], None))
+        weights, kept = (fc1.weight, fc1.bias, fc2.weight), not recompute_gelu
+        return Mlp.apply(u, *weights, *low, train, name == "triton", kept, *source)
+
+    return ops.run("mlp", u, run)
 
 
 class _Projection(torch.autograd.Function):

@@ -94,15 +94,17 @@ def resolve(
     if choose is not None:
         unused = {"color_views"} if cfg.data.policy != "spatial+color" else set()
         unused |= {"adamw_ema"} if cfg.optim.name != "adamw" else set()
+        sizes = step_sizes(cfg, world_size)
         problems = ops.problems(
             device,
-            step_sizes(cfg, world_size),
+            sizes,
             dtype_name,
             compiled=mode != "none",
             attention=(system.attention, teacher),
             unused=unused,
         )
         ops.use(problems, choose(problems) if problems else {})
+        ops.probe(device, sizes, dtype_name, unused)
     return Resolved(
         device=kind,
         precision=dtype_name,

@@ -3,13 +3,14 @@
 Covers: the registry against the folders; public names exported and documented; README sections and examples; every
 kernel in a compiled variant; source rules; the quick cases through the interpreter; the registered ops' schemas and
 fakes; of the ops with gradients gradcheck, one graph, layouts, poisoned outputs and repeatability, empty batches,
-torch.func's transforms, refused second derivatives; the listing; tuning with an injected timer; a GPU on which Triton
-fails.
+torch.func's transforms, refused second derivatives; kernels that do not fit or compile; the listing; tuning with an
+injected timer; a GPU on which Triton fails.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 from types import SimpleNamespace
 
@@ -18,6 +19,8 @@ import torch
 from extrema_fast.kernels import _launch, tune
 from extrema_fast.kernels._spec import OPS, Case, Spec, grid, spec
 from extrema_fast.kernels.color_views import color_params
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from extrema_fast import kernels
 from tests.kernels._compare import assert_one_graph, assert_repeats, draw_keep, normal
@@ -315,17 +318,78 @@ def test_a_kernel_that_does_not_fit_runs_with_leaner_settings_and_says_so(monkey
         return chosen["B"]
 
     monkeypatch.setattr(_launch, "_leaner", {})
+    monkeypatch.setattr(_launch, "_takes_tuned", set())
     monkeypatch.setattr(_launch, "tuned", lambda op, device: {"key": {"B": 9}})
     assert _launch.fitting("some_op", launcher, lambda c: c["B"] == 1) == 1
     assert [c["B"] for c in seen] == [9, 1] and "default settings" in caplog.text
     assert _launch.fitting("some_op", launcher, lambda c: c["num_stages"] == 1) == 1
     seen.clear()
     # it stays so, and whoever tries settings sees the error itself
-    with pytest.raises(RuntimeError, match=r"some_op: the kernel does not fit .*300000"):
+    with pytest.raises(_launch.KernelError, match=r"some_op: the kernel does not fit .*300000.*=reference"):
         _launch.fitting("some_op", launcher, lambda c: False)
     assert len(seen) == 1
     with _launch.forced("some_op", {"B": 2}), pytest.raises(OutOfResources):
         _launch.fitting("some_op", launcher, lambda c: False)
+
+
+def test_what_does_not_fit_is_found_while_tracing_for_a_gpu(monkeypatch, caplog):
+    from triton.runtime.errors import OutOfResources
+
+    compiled, traced = [], []
+
+    def load(kernel, grid, args, options):
+        compiled.append((kernel.fn.__name__, args[-1], options["num_stages"]))
+        if options["num_stages"] > 1:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+
+    class Wrapped(dict):
+        def __missing__(self, grid):
+            return lambda *args, **options: traced.append(options["num_stages"])
+
+    kernel = importlib.import_module("extrema_fast.kernels.mlp.kernel")
+    for where, name, value in (
+        (kernel, "_properties", lambda device: SimpleNamespace(major=9)),
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "device", contextlib.nullcontext),
+        (torch.library, "wrap_triton", lambda kernel: Wrapped()),
+        (_launch, "INTERPRET", False),
+        (_launch, "tuned", lambda op, device: {}),
+        (_launch, "_leaner", {}),
+        (_launch, "_takes_tuned", set()),
+        (_launch, "_load", load),
+    ):
+        monkeypatch.setattr(where, name, value)
+    with FakeTensorMode(), FunctionalTensorMode():
+        x, weight = (
+            FunctionalTensor.to_functional(torch.empty(*shape, device="cuda", dtype=torch.bfloat16))
+            for shape in ((2, 5, 16), (32, 16))
+        )
+        g, h = torch.ops.extrema_fast.linear_gelu(x, weight, None, True)
+    assert g.shape == h.shape == (2, 5, 32)
+    assert compiled == [("linear_gelu_kernel", 10, stages) for stages in (3, 1)] and traced == [1]
+    assert "one stage" in caplog.text
+
+
+def test_errors_of_the_compiler_name_the_kernel_and_memory_is_no_such_error():
+    def failing(error):
+        def warmup(*args, grid, **options):
+            raise error
+
+        return SimpleNamespace(fn=SimpleNamespace(__name__="a_kernel"), warmup=warmup)
+
+    with pytest.raises(
+        _launch.KernelError, match=r"a_kernel cannot .*PassManager::run failed.*=reference"
+    ) as e:
+        _launch._load(failing(ValueError("PassManager::run\nfailed")), (1,), (), {})
+    assert "\n" not in str(e.value) and "=reference" not in e.value.reason
+    for error in (
+        MemoryError(),
+        torch.OutOfMemoryError("x"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ):
+        with pytest.raises(type(error)) as e:
+            _launch._load(failing(error), (1,), (), {})
+        assert e.value is error
 
 
 # ---- commands -------------------------------------------------------------------------------------

@@ -1,16 +1,20 @@
 """The switch between implementations.
 
 Covers: what `auto` takes; the configuration's and the environment's setting and which wins; one name for all ops;
-lists; the log line, once; every error; that the public functions run what was chosen; the rule for a GPU.
+lists; the log line, once; every error; that the public functions run what was chosen; the rule for a GPU; kernels that
+fail there.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 
 import pytest
 import torch
-from extrema_fast.kernels import _launch
+from extrema_fast.kernels import _launch, can_run
+from extrema_fast.kernels._launch import KernelError
+from extrema_fast.kernels._spec import Sizes
 
 from extrema_fast.errors import UsageError
 from extrema_fast.ops import dispatch as ops
@@ -187,3 +191,52 @@ def test_no_memory_is_no_reason_to_fall_back(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: fails)
     with pytest.raises(torch.OutOfMemoryError):
         ops._compiled(torch.add, torch.mul)(torch.tensor(2), torch.tensor(3))
+
+
+# ---- kernels that fail on a GPU ----------------------------------------------------------------------
+
+interpreted = pytest.mark.skipif(not can_run("cpu")[0], reason="kernels cannot run here")
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """The rule for a GPU on the CPU, whose kernels run in the interpreter."""
+    monkeypatch.setattr(ops, "MEASURED_ON", ("cpu",))
+    monkeypatch.setattr(ops, "_broken", {})
+    monkeypatch.setattr(ops, "_measured", {})
+    monkeypatch.setattr(ops, "_known", lambda op, kind: None)
+
+
+def failing(*args, **options):
+    raise KernelError("a_kernel cannot be compiled")
+
+
+@interpreted
+def test_an_op_whose_kernel_fails_runs_the_next_implementation_and_says_so_once(
+    like_a_gpu, monkeypatch, caplog
+):
+    monkeypatch.setitem(ops.IMPLEMENTATIONS["patch_gather"], "triton", failing)
+    args = torch.rand(2, 3, 8, 8), None, torch.rand(16, 3, 4, 4), None, torch.rand(4, 16)
+    wanted = ops.IMPLEMENTATIONS["patch_gather"]["reference"](*args)
+    for _ in range(2):
+        assert torch.equal(ops.patch_gather(*args), wanted)
+    name, why = ops.choice("patch_gather")
+    assert name == "reference" and "not triton: a_kernel" in why
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(said) == 1 and "patch_gather: triton is left out: a_kernel" in said[0]
+    ops.set_backend("patch_gather=triton")
+    with pytest.raises(UsageError, match=r"patch_gather=triton, but a_kernel"):
+        ops.patch_gather(*args)
+
+
+@interpreted
+def test_kernels_of_a_backward_pass_that_fail_are_found_before_a_run(like_a_gpu, monkeypatch, caplog):
+    monkeypatch.setattr(ops, "GPU_RULE", {op: ops.GPU_RULE[op] for op in ("residual_norm", "mlp")})
+    monkeypatch.setattr(importlib.import_module("extrema_fast.kernels.mlp.kernel"), "linear_dgelu", failing)
+    sizes = Sizes(8, 2, 3, 4, width=16, heads=2, depth=12, hidden=32, patch=4, height=8, width_px=8, chans=3)
+    ops.probe(torch.device("cpu"), sizes, "fp32")
+    assert names()["mlp"] == "split" and names()["residual_norm"] == "triton"
+    assert "mlp: triton is left out: a_kernel" in caplog.text and "split runs in its place" in caplog.text
+    ops.set_backend("triton")
+    with pytest.raises(UsageError, match=r"mlp=triton, but a_kernel"):
+        ops.probe(torch.device("cpu"), sizes, "fp32")
