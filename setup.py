@@ -41,6 +41,7 @@ EXTRAS = {
     "dali-cuda13": [f"nvidia-dali-cuda130>=2.0; {LINUX}"],
     "dali-cuda12": [f"nvidia-dali-cuda120>=2.0; {LINUX}"],
     "xformers": ["xformers>=0.0.35"],
+    "quack": [f"quack-kernels>=0.6; {LINUX}"],
     "timm": ["timm>=1.0.20", "torchvision>=0.25"],
     "hf": ["transformers>=5", "timm>=1.0.20", "torchvision>=0.25"],
     "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],

@@ -204,7 +204,8 @@ def check_keep(keep: Tensor, batch: int, num_tokens: int, like: Tensor, unique: 
 def op(schema: str, launcher: str, opaque: bool = False) -> Callable[[Callable], Callable]:
     """Defines a torch op, for every device, without autograd, that calls a launcher of the package's `kernel.py`.
 
-    The decorated function makes empty results, for tracing. The first call imports `kernel.py`, and so Triton.
+    The decorated function makes empty results, for tracing. The first call imports `kernel.py`, and so Triton; a
+    launcher named `module.function` is in another module of the package.
 
     On a GPU compiled code holds the launcher's allocations and launches themselves, as of `torch.library.triton_op`:
     they cost the CPU a fraction of a call of the op, and what the launcher does beside them is fused. Not so with
@@ -214,9 +215,10 @@ def op(schema: str, launcher: str, opaque: bool = False) -> Callable[[Callable],
     def define(fake: Callable) -> Callable:
         name, _, arguments = schema.partition("(")
         package = fake.__module__.rpartition(".")[0]
+        module, _, function_name = launcher.rpartition(".")
 
         def run(*args: Any) -> Any:
-            function = getattr(importlib.import_module(f"{package}.kernel"), launcher)
+            function = getattr(importlib.import_module(f"{package}.{module or 'kernel'}"), function_name)
             return fitting(package.rpartition(".")[2], function, *args)
 
         closed = opaque or "!" in arguments

@@ -43,7 +43,7 @@ from ..kernels.color_views import color_params_reference, color_views_plain, col
 from ..kernels.color_views import color_views as color_views_triton
 from ..kernels.crop_resize import crop_resize as crop_resize_triton
 from ..kernels.crop_resize import crop_resize_reference
-from ..kernels.mlp import mlp, mlp_reference
+from ..kernels.mlp import mlp, mlp_reference, quack
 from ..kernels.patch_gather import patch_gather as patch_gather_triton
 from ..kernels.patch_gather import patch_gather_reference
 from ..kernels.patch_gather.reference import gather_patches as gather_patches
@@ -115,7 +115,12 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     },
     "residual_norm": {"reference": _residual_norm_plain, "triton": residual_norm_stats},
     # `split`: the library's matmuls, GELU in passes of its own
-    "mlp": {"reference": mlp_reference, "split": partial(mlp, epilogue=False), "triton": mlp},
+    "mlp": {
+        "reference": mlp_reference,
+        "split": partial(mlp, by="split"),
+        "triton": mlp,
+        "quack": partial(mlp, by="quack"),
+    },
     "patch_gather": {"reference": patch_gather_reference, "triton": patch_gather_triton},
     "token_gather": {"reference": token_gather_reference, "triton": token_gather_triton},
     "color_views": {
@@ -145,6 +150,8 @@ GPU_RULE: dict[str, tuple[str, ...]] = {
     "drop_path": ("triton", "reference"),
     "adamw_ema": ("triton", "fused"),
 }
+# measured there as well, never taken by the rule: optional packages
+ALSO_MEASURED: dict[str, tuple[str, ...]] = {"mlp": ("quack",)}
 # types of devices whose cache and rule these are
 MEASURED_ON = ("cuda",)
 # apex's class for an op
@@ -236,6 +243,8 @@ def unsupported(op: str, name: str, device: torch.device | str) -> str:
         return (compiler_missing(device) or _cache_unwritable()) if torch.cuda.is_available() else ""
     if name == "apex":
         return optimizers.find_apex(APEX[op], device.type)[1]
+    if name == "quack":
+        return quack.missing(device)
     if op == "attention" and name not in ("auto", "fixed"):
         # whatever dtype and length will be
         return backends.missing(name, device, torch.bfloat16, 1, 64)
@@ -343,7 +352,7 @@ def problems(
             able = backends.candidates(device, DTYPES[dtype], *p.shape)
             found.append(replace(p, default=able[0], candidates=able))
     for op, names in GPU_RULE.items():
-        able = tuple(n for n in names if not unsupported(op, n, device))
+        able = tuple(n for n in (*names, *ALSO_MEASURED.get(op, ())) if not unsupported(op, n, device))
         if able and op not in unused and _requested(op)[0] == "auto" and measure.has_cases(op):
             in_block = compiled and spec(op).in_block
             found.append(measure.Problem(op, "", able[0], able, sizes, dtype, in_block))
@@ -390,6 +399,8 @@ def _error(op: str, name: str, requested_by: str, kind: str, reason: str) -> Usa
         )
     elif name == "apex":
         remedy = f"use `auto`. {optimizers.BUILD_APEX}"
+    elif op != "attention":
+        remedy = "use `auto`"
     else:
         can = [n for n in backends.BACKENDS if not unsupported(op, n, kind)]
         remedy = f"available on {kind}: auto, {', '.join(can)}"

@@ -90,6 +90,8 @@ class Problem:
     def key(self, device: str) -> dict[str, Any]:
         """Its key in the cache."""
         what = {"label": self.label, "dtype": self.dtype, "compiled": self.compiled, **asdict(self.sizes)}
+        # a package that was installed since is measured
+        what["candidates"] = list(self.candidates)
         return _cache.key(device, folder_of(self.op), choice=self.op, **what)
 
 

@@ -73,7 +73,7 @@ def mlp(u: Tensor, fc1: nn.Linear, fc2: nn.Linear, source: Source, recompute_gel
             hidden = project(u, fc1, source, fc1.bias)
             return affine(hidden, fc2.weight, None, "gelu", recompute_gelu, (low[2], None))
         weights, kept = (fc1.weight, fc1.bias, fc2.weight), not recompute_gelu
-        return Mlp.apply(u, *weights, *low, train, name == "triton", kept, *source)
+        return Mlp.apply(u, *weights, *low, train, name, kept, *source)
 
     return ops.run("mlp", u, run)
 

@@ -11,6 +11,7 @@ from .. import _launch
 from .._autograd import first_order
 from .._launch import FLOATS, autocast_dtype, check
 from ..residual_norm.op import norm_again
+from . import quack
 from .reference import mlp_reference
 
 
@@ -32,6 +33,29 @@ def linear_dgelu(dy, weight, h):
     return _fake(h)
 
 
+@_launch.op(
+    "quack_linear_gelu(Tensor x, Tensor weight, Tensor? bias, bool keep) -> (Tensor, Tensor)",
+    "quack.linear_gelu",
+    opaque=True,
+)
+def quack_linear_gelu(x, weight, bias, keep):
+    shape = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if keep else 0)
+
+
+@_launch.op(
+    "quack_linear_dgelu(Tensor dy, Tensor weight, Tensor h) -> (Tensor, Tensor)",
+    "quack.linear_dgelu",
+    opaque=True,
+)
+def quack_linear_dgelu(dy, weight, h):
+    return _fake(h)
+
+
+# who makes GELU inside the matmuls -> the forward and the backward one
+EPILOGUES = {"triton": (linear_gelu, linear_dgelu), "quack": (quack_linear_gelu, quack_linear_dgelu)}
+
+
 @_launch.op("gelu_fwd(Tensor h) -> Tensor", "gelu")
 def gelu(h):
     return h.new_empty(h.shape)
@@ -46,12 +70,12 @@ def _fake(h: Tensor) -> tuple[Tensor, Tensor]:
     return h.new_empty(h.shape), h.new_empty(h.shape[-1], dtype=_launch.wide(h.dtype))
 
 
-@register_flop_formula(torch.ops.extrema_fast.linear_gelu)
+@register_flop_formula([torch.ops.extrema_fast.linear_gelu, torch.ops.extrema_fast.quack_linear_gelu])
 def _flops_forward(x_shape, weight_shape, *_, **__) -> int:
     return 2 * weight_shape[0] * torch.Size(x_shape).numel()
 
 
-@register_flop_formula(torch.ops.extrema_fast.linear_dgelu)
+@register_flop_formula([torch.ops.extrema_fast.linear_dgelu, torch.ops.extrema_fast.quack_linear_dgelu])
 def _flops_backward(dy_shape, weight_shape, *_, **__) -> int:
     return 2 * weight_shape[1] * torch.Size(dy_shape).numel()
 
@@ -71,17 +95,17 @@ class Mlp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, low1, low_b1, low2, train, epilogue, keep_gelu, *source):
+    def forward(ctx, x, w1, b1, w2, low1, low_b1, low2, train, by, keep_gelu, *source):
         low1, low2 = (w.to(x.dtype) if low is None else low for w, low in ((w1, low1), (w2, low2)))
-        if epilogue:
-            g, h = linear_gelu(x, low1, b1, train)
+        if by in EPILOGUES:
+            g, h = EPILOGUES[by][0](x, low1, b1, train)
         else:
             bias = b1.to(x.dtype) if b1 is not None and low_b1 is None else low_b1
             h = F.linear(x, low1, bias)
             g = gelu(h)
         if train:
             ctx.save_for_backward(None if source else x, h, g if keep_gelu else None, low1, low2, *source)
-        ctx.epilogue, ctx.dtypes = epilogue, (w1.dtype, None if b1 is None else b1.dtype, w2.dtype)
+        ctx.by, ctx.dtypes = by, (w1.dtype, None if b1 is None else b1.dtype, w2.dtype)
         return F.linear(g, low2)
 
     @staticmethod
@@ -91,7 +115,7 @@ class Mlp(torch.autograd.Function):
         needs, (d1, db, d2) = ctx.needs_input_grad, ctx.dtypes
         df = df.to(h.dtype)
         dw2 = weight_gradient(df, gelu(h) if g is None else g, d2) if needs[3] else None
-        dh, dbias = linear_dgelu(df, low2, h) if ctx.epilogue else dgelu(df @ low2, h)
+        dh, dbias = EPILOGUES[ctx.by][1](df, low2, h) if ctx.by in EPILOGUES else dgelu(df @ low2, h)
         dw1 = None
         if needs[1]:
             dw1 = weight_gradient(dh, norm_again(*source, h.dtype) if source else x, d1)
@@ -106,7 +130,7 @@ def mlp(
     w2: Tensor,
     b2: Tensor | None = None,
     *,
-    epilogue: bool = True,
+    by: str = "triton",
 ) -> Tensor:
     """`GELU(x w1^T + b1) w2^T + b2` with exact GELU (maths: README.md in this folder).
 
@@ -118,7 +142,8 @@ def mlp(
         b1: [N] or None.
         w2: [E, N].
         b2: [E] or None.
-        epilogue: GELU and its derivative inside this folder's matmuls; False: the library's matmuls, and one pass each.
+        by: `triton`: GELU and its derivative inside this folder's matmuls; `split`: the library's matmuls, and one pass
+            each; `quack`: inside QuACK's matmuls.
 
     Returns:
         [..., E] in the dtype computed in.
@@ -135,9 +160,13 @@ def mlp(
     for name, bias, size in (("b1", b1, inner), ("b2", b2, w2.shape[0])):
         if bias is not None:
             check(name, bias, (size,), FLOATS, x)
+    if by not in ("split", *EPILOGUES):
+        raise ValueError(f"by: expected triton, split or quack, got {by!r}")
+    if by == "quack" and (reason := quack.missing(x.device)):
+        raise ValueError(f"by: {reason}; use triton or split")
     x = x.to(autocast_dtype(x))
     if not (_launch.use_triton(x) and (x.device.type == "cpu" or fits(x.dtype))):
         return mlp_reference(x, w1, b1, w2, b2)
     train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2))
-    y = Mlp.apply(x, w1, b1, w2, None, None, None, train, epilogue, True)
+    y = Mlp.apply(x, w1, b1, w2, None, None, None, train, by, True)
     return y if b2 is None else y + b2.to(y.dtype)

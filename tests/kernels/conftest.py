@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from extrema_fast.kernels import _launch
+from extrema_fast.kernels.mlp import quack
+
+from tests.kernels import _quack
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +35,13 @@ def path(request: pytest.FixtureRequest) -> str:
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs start as NaN, so that an element no program writes is found."""
     monkeypatch.setenv("EXTREMA_FAST_CHECK", "1")
+
+
+@pytest.fixture
+def fake_quack(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A stand-in for QuACK that computes on a CPU."""
+    _quack.install(monkeypatch)
+    monkeypatch.setattr(quack, "missing", lambda device: "")
+    quack.functions.cache_clear()
+    yield
+    quack.functions.cache_clear()

@@ -129,6 +129,8 @@ def calls(rows):
     for keep_h in (True, False):
         yield "linear_gelu", (tokens, torch.randn(32, 16), torch.randn(32) if keep_h else None, keep_h)
     yield "linear_dgelu", (tokens, torch.randn(16, 32), hidden)
+    yield "quack_linear_gelu", (tokens, torch.randn(32, 16), torch.randn(32), True)
+    yield "quack_linear_dgelu", (tokens, torch.randn(16, 32), hidden)
     yield "gelu_fwd", (hidden,)
     yield "gelu_bwd", (hidden, hidden)
     index = torch.arange(rows)
@@ -145,7 +147,7 @@ def calls(rows):
 
 
 @pytest.mark.parametrize("rows", [3, 0])
-def test_schemas_and_fakes_of_registered_ops(rows):
+def test_schemas_and_fakes_of_registered_ops(rows, fake_quack):
     found = set()
     for name, args in calls(rows):
         op = getattr(torch.ops.extrema_fast, name).default

@@ -198,6 +198,9 @@ def test_no_memory_is_no_reason_to_fall_back(monkeypatch):
 interpreted = pytest.mark.skipif(not can_run("cpu")[0], reason="kernels cannot run here")
 
 
+SIZES = Sizes(8, 2, 3, 4, width=16, heads=2, depth=12, hidden=32, patch=4, height=8, width_px=8, chans=3)
+
+
 @pytest.fixture
 def like_a_gpu(monkeypatch):
     """The rule for a GPU on the CPU, whose kernels run in the interpreter."""
@@ -209,6 +212,20 @@ def like_a_gpu(monkeypatch):
 
 def failing(*args, **options):
     raise KernelError("a_kernel cannot be compiled")
+
+
+@pytest.mark.parametrize("reason", ["", "QuACK is not installed (pip install quack-kernels)"])
+def test_an_optional_package_is_measured_where_it_runs_and_no_rule_takes_it(like_a_gpu, monkeypatch, reason):
+    monkeypatch.setattr(ops.quack, "missing", lambda device: reason)
+    (mlp,) = (p for p in ops.problems(torch.device("cpu"), SIZES, "bf16", compiled=True) if p.op == "mlp")
+    assert mlp.default != "quack" and ("quack" in mlp.candidates) == (not reason)
+    assert ops.choice("mlp")[0] == mlp.default
+    ops.set_backend("mlp=quack")
+    if reason:
+        with pytest.raises(UsageError, match=r"mlp=quack, but QuACK is .*pip install .*; use `auto`$"):
+            ops.choice("mlp")
+    else:
+        assert ops.choice("mlp")[0] == "quack"
 
 
 @interpreted
@@ -233,10 +250,9 @@ def test_an_op_whose_kernel_fails_runs_the_next_implementation_and_says_so_once(
 def test_kernels_of_a_backward_pass_that_fail_are_found_before_a_run(like_a_gpu, monkeypatch, caplog):
     monkeypatch.setattr(ops, "GPU_RULE", {op: ops.GPU_RULE[op] for op in ("residual_norm", "mlp")})
     monkeypatch.setattr(importlib.import_module("extrema_fast.kernels.mlp.kernel"), "linear_dgelu", failing)
-    sizes = Sizes(8, 2, 3, 4, width=16, heads=2, depth=12, hidden=32, patch=4, height=8, width_px=8, chans=3)
-    ops.probe(torch.device("cpu"), sizes, "fp32")
+    ops.probe(torch.device("cpu"), SIZES, "fp32")
     assert names()["mlp"] == "split" and names()["residual_norm"] == "triton"
     assert "mlp: triton is left out: a_kernel" in caplog.text and "split runs in its place" in caplog.text
     ops.set_backend("triton")
     with pytest.raises(UsageError, match=r"mlp=triton, but a_kernel"):
-        ops.probe(torch.device("cpu"), sizes, "fp32")
+        ops.probe(torch.device("cpu"), SIZES, "fp32")
