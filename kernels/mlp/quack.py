@@ -18,9 +18,17 @@ from .. import _launch
 ACTIVATION = "gelu_erf"
 
 
-@functools.cache
 def missing(device: torch.device) -> str:
     """Why it cannot be used on a device; empty when it can."""
+    return _missing(device)
+
+
+# a traced graph holds the answer (as `can_run` of _launch.py)
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _missing(device: torch.device) -> str:
     if importlib.util.find_spec("quack") is None:
         return "QuACK is not installed (pip install quack-kernels)"
     if device.type != "cuda" or not torch.cuda.is_available():

@@ -41,7 +41,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def fake_quack(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A stand-in for QuACK that computes on a CPU."""
     _quack.install(monkeypatch)
-    monkeypatch.setattr(quack, "missing", lambda device: "")
+    monkeypatch.setattr(quack, "_missing", lambda device: "")
     quack.functions.cache_clear()
     yield
     quack.functions.cache_clear()

@@ -16,7 +16,8 @@ from extrema_fast.kernels._spec import Sizes
 from extrema_fast.ops import dispatch as ops
 
 compiler = pytest.importorskip("triton.compiler.compiler")
-WIDTH = 64
+# several steps through K, so that stages count
+WIDTH = 256
 
 
 @pytest.fixture
