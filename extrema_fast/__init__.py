@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .tools.search import search
     from .train import pretrain
     from .weights.export import export
+    from .weights.initial import load_trunk
     from .weights.load import import_released, load_encoder
 
 _HOME = {
@@ -43,6 +44,7 @@ _HOME = {
     "list_models": "config",
     "load_embeddings": "tools.embeddings",
     "load_encoder": "weights.load",
+    "load_trunk": "weights.initial",
     "mae_mask": "models.masking",
     "preset": "config",
     "pretrain": "train",

@@ -375,7 +375,11 @@ def _configure(p: _Parser, args: list[str]) -> _Configured:
 @_command("pretrain photos --train.epochs 80 --out runs/longer")
 def _pretrain(p: _Parser, args: list[str]) -> None:
     """Pretrain on images, or continue the run in --out."""
-    p.add("--init-from", metavar="PATH", help="weights to start from at step 0 (run, weights, .pth)")
+    p.add(
+        "--init-from",
+        metavar="PATH",
+        help="weights to start from at step 0 (run, weights, anybody's ViT)",
+    )
     p.switch("--overwrite", "move the run in --out aside and start a new one")
     p.switch("--allow-config-change", "continue a run with changed settings")
     p.switch("--print-config", "print every setting, as --config reads it, and stop")

@@ -43,6 +43,7 @@ from .training.run import (
     open_loader,
     open_test,
     open_train,
+    origin,
     prepare_torch,
     resume,
     save,
@@ -127,7 +128,8 @@ def _loop(
     folder, world = train_log.folder, run.world
     saver = Saver(Path(run.cfg.out), run.cfg.ckpt, run.schedule.steps_per_epoch, run.step)
     images, classes = epoch_length(run.source), len(run.source.classes)
-    train_log.start(headline(run.cfg, run.resolved, world.size, images, classes), loader.remedy())
+    text = headline(run.cfg, run.resolved, world.size, images, classes) + origin(run)
+    train_log.start(text, loader.remedy())
     world.rank_zero_only(lambda: describe(run, folder) if folder else None)
     # evaluations and weights are made there
     world.rank_zero_only(lambda: take_cropped_whole(run))

@@ -320,7 +320,14 @@ def damage(folder: Path) -> str:
 
 # of the images, in env.json too
 IMAGES = {"images?": int, "shards?": int, "fingerprint?": str, "sample?": dict}
-_STATE = {"step": int, "total_steps": int, "ema_ahead": bool, "config": dict, "optimizer?": str} | IMAGES
+_STATE: dict[str, Any] = IMAGES | {
+    "step": int,
+    "total_steps": int,
+    "ema_ahead": bool,
+    "config": dict,
+    "optimizer?": str,
+    "init_from?": (dict, None),
+}
 
 
 def _damage(folder: Path) -> str:

@@ -38,6 +38,13 @@ class Schedule:
         x = (step - warmup) / max(1, self.total_steps - warmup)
         return minimum + (peak - minimum) * (1 + math.cos(math.pi * min(x, 1.0))) / 2
 
+    def trunk_share(self, step: int) -> float:
+        """Share of `lr` for a trained trunk beside fresh pooling and heads.
+
+        0 in the first half of the warm-up, in which those alone are trained, then linear to 1 at its end.
+        """
+        return min(max(2 * step / self.warmup_steps - 1, 0.0), 1.0) if self.warmup_steps else 1.0
+
     def momentum(self, step: int) -> float:
         """`1 - (1 - m) (1 + cos(pi t / T)) / 2` at step t of T, from m = `optim.momentum` to 1."""
         base = self.cfg.optim.momentum
@@ -114,13 +121,29 @@ def gates_on_device(optimizer: torch.optim.Optimizer) -> bool:
     return all(g.get("fused") for g in optimizer.param_groups) if own is None else own
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
-    """Sets the learning rate of every group; a rate that is a tensor is written in place, without waiting."""
+def separate_trunk(optimizer: torch.optim.Optimizer, trunk: list[torch.nn.Parameter]) -> None:
+    """Moves parameters to groups with a learning rate of their own, the second of `set_lr`."""
+    moved = set(trunk)
+    for group in list(optimizer.param_groups):
+        mine = [p for p in group["params"] if p in moved]
+        group["params"] = [p for p in group["params"] if p not in moved]
+        lr = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+        optimizer.add_param_group({**group, "params": mine, "lr": lr, "trunk": True})
+
+
+def set_lr(
+    optimizer: torch.optim.Optimizer, lr: float | Tensor, trunk_lr: float | Tensor | None = None
+) -> None:
+    """Sets the learning rate of every group, and another one (if given) of those of `separate_trunk`.
+
+    A rate that is a tensor is written in place, without waiting.
+    """
     for group in optimizer.param_groups:
+        rate = trunk_lr if group.get("trunk") and trunk_lr is not None else lr
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = float(lr)
+            group["lr"] = float(rate)
 
 
 def check_family(saved: str, optimizer: torch.optim.Optimizer) -> None:

@@ -32,7 +32,8 @@ from ..ops import dispatch as ops
 from ..ops.fp8 import apply_fp8
 from ..ops.measure import choose
 from ..weights.folder import save_weights, weights_meta
-from ..weights.load import load_method_weights
+from ..weights.initial import FRESH, load_method_weights
+from ..weights.released import is_sincos
 from .checkpoint import (
     IMAGES,
     Checkpoint,
@@ -83,11 +84,18 @@ class Run:
     """`step.compute` of this run as a CUDA graph; None: as it is"""
     step: int = 0
     """steps taken"""
+    began_from: dict[str, str] | None = None
+    """weights given by `--init-from`, and what was done with each part; None: random ones"""
 
     @property
     def flops_per_image(self) -> float:
         """FLOPs of a step per image."""
         return flops_per_image(self.cfg)
+
+    @property
+    def has_fresh_pooling(self) -> bool:
+        """Whether the run began with a trained trunk and fresh pooling and heads."""
+        return self.began_from is not None and self.began_from.get("pooling") == FRESH
 
     @property
     def last(self) -> bool:
@@ -322,10 +330,9 @@ def init_weights(run: Run, path: str | Path, overwrite: bool) -> None:
     if not overwrite and step_folders(Path(run.cfg.out) / "checkpoints"):
         log.info("--init-from %s is ignored: the run has a checkpoint", path)
         return
-    load_method_weights(run.method, path)
+    run.began_from = {"weights": str(path), **load_method_weights(run.method, path)}
     if name := not_finite(run.method.state_dict()):
         raise NonFiniteError(f"--init-from {path}: {name} is not finite; use weights of an earlier step")
-    log.info("initial weights from %s", path)
 
 
 def resume(run: Run, allow: bool) -> None:
@@ -345,7 +352,7 @@ def resume(run: Run, allow: bool) -> None:
     path = Path(where)
     found = found or Checkpoint(path, read_json(path / "state.json"))
     restore(found.tensors(), run.method, run.optimizer, run.counters.tensor, found.state.get("optimizer", ""))
-    run.step = found.step
+    run.step, run.began_from = found.step, found.state.get("init_from")
     if not found.state["ema_ahead"] and not run.last:
         # a run that has been made longer: what was its last step left the EMA update out
         run.method.ema_update(1 - run.schedule.momentum(run.step))
@@ -399,6 +406,16 @@ def _unfit(run: Run, found: Checkpoint) -> str:
     return unfit(found.tensors(copy=False), found.step, run.method, run.optimizer)
 
 
+def origin(run: Run) -> str:
+    """What the run begins with, part by part, where that is not random."""
+    if run.began_from is None or run.step:
+        return ""
+    parts = "".join(f"\n  {part:<16} {what}" for part, what in run.began_from.items() if part != "weights")
+    rests = run.schedule.warmup_steps // 2 if run.has_fresh_pooling else 0
+    rest = f"\n  the trunk rests for {rests} steps, while pooling and heads are trained" if rests else ""
+    return f"\nbegins from {run.began_from['weights']}:{parts}{rest}"
+
+
 # ---- recording --------------------------------------------------------------------------------------
 
 
@@ -423,6 +440,7 @@ def describe(run: Run, folder: RunFolder) -> None:
         "precision": run.resolved.precision,
         "resolved": asdict(run.resolved),
         "config_hash": config_hash(run.cfg),
+        "init_from": run.began_from,
         **run.images,
     }
     folder.write_json("config.json", to_dict(run.cfg))
@@ -447,7 +465,11 @@ def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:
         "optimizer": type(run.optimizer).__name__,
         "world_size": run.world.size,
         "versions": versions(),
+        "init_from": run.began_from,
     }
     tensors = collect(run.method, run.optimizer, run.counters.tensor)
     meta = weights_meta(run.cfg, run.step, run.method.teacher.crop_pct)
+    if not is_sincos(run.method.teacher.pos_embed.cpu(), run.cfg.model.grid):
+        # another project's, kept by `--init-from`
+        meta["encoder"] = {"pos_embed": "learned"}
     saver.save(run.step, tensors, state, lambda folder: save_weights(folder, run.method, meta), final=must)

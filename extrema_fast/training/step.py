@@ -23,7 +23,7 @@ from ..ops.dispatch import AdamWEma
 from ..ops.optimizers import ema_
 from ..ops.scope import scope, scoped
 from .draw import MicroBatch, draw
-from .optim import gates_on_device, set_lr
+from .optim import gates_on_device, separate_trunk, set_lr
 from .run import Run
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def batches(run: Run, loader: Iterable[Batch]) -> Iterator[Batch]:
 def train_step(run: Run, batch: Batch) -> StepStats:
     """Takes one optimizer step on this process's part of a batch, which comes from `batches`."""
     lr, last = run.schedule.lr(run.step), run.step + 1 == run.schedule.total_steps
-    set_lr(run.optimizer, lr)
+    set_lr(run.optimizer, lr, lr * run.schedule.trunk_share(run.step))
     # the released code updates the teacher at the start of the next step, so the last step has no update
     run.teacher_weight.fill_(0.0 if last else 1 - run.schedule.momentum(run.step + 1))
     (run.recorded or partial(compute, run))(batch.micro_batches)
@@ -169,6 +169,9 @@ def wrap(run: Run) -> None:
     Nothing is compiled or recorded before the first steps.
     """
     run.method.sync_shadow_weights()
+    if run.has_fresh_pooling:
+        encoder = run.method.student
+        separate_trunk(run.optimizer, [*encoder.patch_embed.parameters(), *encoder.blocks.parameters()])
     mode = run.resolved.compile
     options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": BACKEND}
     if mode != "none":

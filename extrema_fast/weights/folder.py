@@ -241,7 +241,7 @@ _ORIGIN = {
     "step?": (int, None),
     "images?": (int, None),
     "config_hash?": str,
-    "source?": {"file?": str},
+    "source?": {"file?": str, "left_out?": [str]},
     "software?": str,
 }
 

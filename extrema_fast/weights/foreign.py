@@ -40,7 +40,9 @@ _RENAMES = (
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.distillation_token$", "dist_token"),
     (r"^embeddings\.(\w+)$", r"\1"),
-    (rf"{_LAYER}attention\.(?:attention\.)?(q|k|v)(?:uery|ey|alue|_proj)\.", r"blocks.\1.attn.\2."),
+    (rf"{_LAYER}attention\.(?:attention\.query|q_proj)\.", r"blocks.\1.attn.q."),
+    (rf"{_LAYER}attention\.(?:attention\.key|k_proj)\.", r"blocks.\1.attn.k."),
+    (rf"{_LAYER}attention\.(?:attention\.value|v_proj)\.", r"blocks.\1.attn.v."),
     (rf"{_LAYER}attention\.(?:output\.dense|o_proj)\.", r"blocks.\1.attn.proj."),
     (rf"{_LAYER}layernorm_before\.", r"blocks.\1.norm1."),
     (rf"{_LAYER}layernorm_after\.", r"blocks.\1.norm2."),
@@ -205,10 +207,8 @@ def convert(
         )
     trunk = _without_prefix(renamed, grid)
     left_out = {what: [k for k in trunk if re.search(keys, k)] for what, keys in _LEFT_OUT.items()}
-    if not left_out["class token"] and {k for k in trunk if k.startswith("head.")} == {
-        "head.weight",
-        "head.bias",
-    }:
+    heads = {k for k in trunk if k.startswith("head.")}
+    if not left_out["class token"] and heads == {"head.weight", "head.bias"}:
         # a classifier of the mean of the patches
         left_out["classifier or projector"] = []
     dropped = {k for keys in left_out.values() for k in keys}

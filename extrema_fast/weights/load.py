@@ -28,7 +28,6 @@ from .folder import (
     encoder_options,
     is_of_another_program,
     is_own,
-    method_tensors,
     model_config,
     networks_in,
     own_description,
@@ -298,35 +297,7 @@ def random_encoder_like(path: str | Path) -> Encoder:
     return encoder.eval()
 
 
-# ---- whole methods, and folders -------------------------------------------------------------------
-
-
-def load_method_weights(method: Any, path: str | Path) -> None:
-    """Copies both networks and their heads from `path` into an `ExtreMA`; strict.
-
-    Raises:
-        UsageError: The architecture or the heads differ, or a network is missing; nothing is copied then.
-    """
-    weights = open_weights(path)
-    if missing := [w for w in WHICH if w not in weights.networks]:
-        raise UsageError(
-            f"--init-from {path}: holds {' and '.join(weights.networks)}, no {' and no '.join(missing)}; "
-            "training starts from both with their heads"
-        )
-    pairs = [(weights.read(which), method_tensors(method, which)) for which in WHICH]
-    for tensors, wanted in pairs:
-        found, expected = ({k: list(v.shape) for k, v in d.items()} for d in (tensors, wanted))
-        if bad := sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k)):
-            k = bad[0]
-            raise UsageError(
-                f"--init-from {path}: another architecture: {k} is {found.get(k, 'nothing')} there, "
-                f"{expected.get(k, 'nothing')} in this configuration"
-                + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "")
-            )
-    with torch.no_grad():
-        for tensors, wanted in pairs:
-            for k, v in wanted.items():
-                v.copy_(tensors[k])
+# ---- folders ----------------------------------------------------------------------------------------
 
 
 def import_released(

@@ -14,7 +14,7 @@ import torch
 import extrema_fast
 from extrema_fast.weights.export import export
 
-pytest.importorskip("timm")
+timm = pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
 
@@ -36,7 +36,15 @@ def test_the_encoders_page(repository, tmp_path):
     weights = tmp_path / "weights.pth"
     torch.save(extrema_fast.create_encoder("extrema_vit_small_patch16_224").state_dict(), weights)
     exported = export(weights, tmp_path / "exported").folder
-    places = {"runs/demo": weights, "runs/mine": weights, "EXPORTED": exported, "PATH": repository}
+    theirs = tmp_path / "vit_small.pth"
+    torch.save(timm.create_model("vit_small_patch16_224").state_dict(), theirs)
+    places = {
+        "vit_small.pth": theirs,
+        "runs/demo": weights,
+        "runs/mine": weights,
+        "EXPORTED": exported,
+        "PATH": repository,
+    }
     names: dict = {}
     for code in blocks(repository / "docs/encoder.md"):
         for name, path in places.items():

@@ -104,3 +104,13 @@ class Malicious:
 
     def __reduce__(self):
         return os.mkdir, (str(self.target),)
+
+
+def foreign_vit(model) -> dict:
+    """The state dict of a timm ViT of that shape, with class token and classifier; the same at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = perturbed(Encoder(model, 5, global_pool="avg", pos_embed="learned"))
+        first = torch.randn(1, 1, model.shape[0])
+    state = {k: v.detach().clone() for k, v in encoder.state_dict().items()}
+    return state | {"cls_token": first, "pos_embed": torch.cat([first, state["pos_embed"]], 1)}

@@ -16,7 +16,8 @@ from extrema_fast import config as c
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.models.positions import adapt_in_chans, resample_patch_kernel, sincos_table
 from extrema_fast.weights.folder import save_weights, weights_meta
-from extrema_fast.weights.load import load_encoder, load_metadata, load_method_weights, random_encoder_like
+from extrema_fast.weights.initial import load_method_weights
+from extrema_fast.weights.load import load_encoder, load_metadata, random_encoder_like
 from tests.weights._weights import CFG, IMAGES, refused, same, trained
 
 
@@ -196,5 +197,8 @@ def test_filling_a_method(folder, file, method):
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
     deeper = ExtreMA(c.from_dict({"model": {"depth": 3}}, CFG))
     refused(lambda: load_method_weights(deeper, folder), "blocks.2", "nothing")
+    # of one network alone both begin
     (folder / "teacher.safetensors").unlink()
-    refused(lambda: load_method_weights(fresh, folder), "holds student, no teacher")
+    parts = load_method_weights(fresh, folder)
+    assert parts["pooling"] == parts["projector"] == parts["predictor"] == "kept"
+    assert same(fresh.student_branch, method.student_branch) and same(fresh.teacher, method.student)

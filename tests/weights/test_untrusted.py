@@ -20,6 +20,7 @@ from extrema_fast.__main__ import main
 from extrema_fast.errors import StorageError, UsageError
 from extrema_fast.weights import load
 from extrema_fast.weights.export import export
+from extrema_fast.weights.initial import load_method_weights
 from extrema_fast.weights.load import import_released, load_encoder, random_encoder_like
 from tests.weights._weights import Malicious, refused, released, same, trained
 
@@ -136,7 +137,7 @@ def test_pickled_code_does_not_run(tmp_path, method, capsys, name, place, zipped
     word = "damaged" if zipped and name.endswith(".safetensors") else "mkdir"
     all_refuse(file, tmp_path, name, "read safely", word)
     # torch's own text advises to load it anyway
-    assert "weights_only" not in refused(lambda: load.load_method_weights(method, file), name)
+    assert "weights_only" not in refused(lambda: load_method_weights(method, file), name)
     for command in ("import", "export"):
         assert main([command, str(file), str(tmp_path / "out")]) == 2
         assert word in capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""Starting from the trunk of another project's vision transformer, or from parts of our own weights.
+
+Covers: what is kept, resampled, adapted and fresh, and what is said of it; the same tokens of an image normalized in
+another way; trunks that do not fit. (In a run: tests/training/test_init_from.py.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from extrema_fast import config as c
+from extrema_fast.models.encoder import Encoder
+from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.models.positions import resample_table
+from extrema_fast.weights.initial import load_method_weights, load_trunk
+from extrema_fast.weights.load import import_released
+from tests.encoders import close
+from tests.weights._weights import CFG, IMAGES, foreign_vit, refused, same
+
+PARTS = [
+    "patch embedding",
+    "positions",
+    "trunk",
+    "final norm",
+    "pooling",
+    "projector",
+    "predictor",
+    "left out",
+]
+
+
+def saved(tmp_path, state):
+    torch.save(state, tmp_path / "vit.pth")
+    return tmp_path / "vit.pth"
+
+
+@torch.no_grad()
+def test_a_method_from_a_trunk(tmp_path):
+    file = saved(tmp_path, foreign_vit(CFG.model))
+    method, random = ExtreMA(CFG), ExtreMA(CFG)
+    parts = load_method_weights(method, file)
+    assert list(parts) == PARTS
+    assert parts["patch embedding"] == "kept, for this mean and std" and parts["positions"] == "kept"
+    assert parts["final norm"] == "kept" and parts["left out"] == "class token, classifier or projector"
+    assert parts["pooling"] == parts["projector"] == parts["predictor"] == "fresh"
+    state = foreign_vit(CFG.model)
+    for encoder in (method.student, method.teacher):
+        assert all(torch.equal(v, state[f"blocks.{k}"]) for k, v in encoder.blocks.state_dict().items())
+        assert torch.equal(encoder.pos_embed, state["pos_embed"][:, 1:])
+        assert not isinstance(encoder.pos_embed, torch.nn.Parameter)
+        assert same(encoder.blocks_token, random.student.blocks_token)
+    assert same(method.projector, random.projector) and same(method.predictor, random.predictor)
+
+
+@torch.no_grad()
+def test_tokens_of_images_normalized_in_another_way(tmp_path):
+    file = saved(tmp_path, foreign_vit(CFG.model))
+    pixels = IMAGES.sigmoid()
+    mine, theirs = Encoder(CFG.model).eval(), Encoder(CFG.model).eval()
+    mine.mean, mine.std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    for encoder in (mine, theirs):
+        load_trunk(encoder, file)
+    tokens = [
+        e.encode((pixels - torch.tensor(e.mean).view(3, 1, 1)) / torch.tensor(e.std).view(3, 1, 1)).patches
+        for e in (mine, theirs)
+    ]
+    assert close(*tokens, 1e-5)
+
+
+@torch.no_grad()
+def test_another_patch_grid_and_channels(tmp_path):
+    model = replace(CFG.model, img_size=(24, 24))
+    state = foreign_vit(model)
+    file = saved(tmp_path, state)
+    encoder = Encoder(replace(CFG.model, img_size=(32, 16), patch_size=4, in_chans=1))
+    parts = load_trunk(encoder, file)
+    assert parts["patch embedding"] == "kept, resampled from 8 to 4 pixels, adapted from 3 to 1 channels"
+    assert parts["positions"] == "kept, resampled from 3 x 3 to 8 x 4 patches"
+    assert torch.equal(encoder.pos_embed, resample_table(state["pos_embed"][:, 1:], (3, 3), (8, 4)))
+    # a fixed table is made for the grid
+    fixed = Encoder(model).state_dict()["pos_embed"]
+    file = saved(tmp_path, {**state, "pos_embed": torch.cat([torch.zeros(1, 1, 64), fixed], 1)})
+    before = encoder.state_dict()["pos_embed"].clone()
+    encoder = Encoder(encoder.config)
+    assert load_trunk(encoder, file)["positions"] == "fixed table of 8 x 4 patches"
+    assert torch.equal(encoder.pos_embed, Encoder(encoder.config).pos_embed)
+    assert not torch.equal(encoder.pos_embed, before)
+
+
+def test_pooling_of_our_own_without_heads(tmp_path, method):
+    file = saved(tmp_path, method.teacher.state_dict())
+    fresh = ExtreMA(CFG)
+    parts = load_method_weights(fresh, file)
+    assert parts["pooling"] == "kept" and parts["projector"] == "fresh" and "left out" not in parts
+    assert torch.equal(fresh.student.cls_token, method.teacher.cls_token)
+    assert same(fresh.student.blocks_token, method.teacher.blocks_token)
+    # other pooling blocks than here
+    other = ExtreMA(c.from_dict({"model": {"pool_depth": 1}}, CFG))
+    assert load_method_weights(other, file)["pooling"] == "fresh"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"depth": 3}, ["depth 2 (here 3)", "use --model.depth 2"]),
+        ({"width": 128}, ["width 64 (here 128)", "--model.width 64"]),
+        ({"heads": 2}, ["heads 1 (here 2)", "--model.heads 1"]),
+        ({"mlp_ratio": 3.0}, ["MLP 128 (here 192)", "--model.mlp_ratio 2"]),
+        ({"size": "small", "width": 0, "depth": 0, "heads": 0}, ["width 64 (here 384)", "depth 2 (here 12)"]),
+    ],
+)
+def test_trunks_that_do_not_fit(tmp_path, change, words):
+    file = saved(tmp_path, foreign_vit(CFG.model))
+    encoder = Encoder(c.from_dict({"model": change}, CFG).model)
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    text = refused(lambda: load_trunk(encoder, file), "vit.pth", *words)
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+    # the advice helps
+    flags = text.rpartition("use ")[2].split()
+    advice = {k.removeprefix("--model."): float(v) for k, v in zip(flags[::2], flags[1::2], strict=True)}
+    advice = {k: v if k == "mlp_ratio" else int(v) for k, v in advice.items()}
+    load_trunk(Encoder(c.from_dict({"model": change | advice}, CFG).model), file)
+
+
+def test_an_imported_trunk_says_the_same(tmp_path):
+    file = saved(tmp_path, foreign_vit(CFG.model))
+    out = import_released(file, tmp_path / "out")
+    a, b = ExtreMA(CFG), ExtreMA(CFG)
+    assert load_method_weights(a, file) == load_method_weights(b, out)
+    assert same(a, b)
