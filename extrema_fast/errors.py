@@ -27,6 +27,10 @@ class UsageError(ExtremaError, ValueError):
     exit_code = 2
 
 
+class UnknownArgumentError(UsageError, TypeError):
+    """A keyword that a function does not have (exit code 2); timm's callers expect Python's own error."""
+
+
 class OutOfMemoryError(UsageError):
     """A step needs more memory than there is (exit code 2); the message has the sizes and the remedies."""
 

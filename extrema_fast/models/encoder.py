@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import MODEL_PREFIX, MODEL_SUFFIX, ModelConfig, did_you_mean, list_models
-from ..errors import UsageError
+from ..errors import UnknownArgumentError, UsageError
 from ..ops import dispatch as ops
 from ..ops.linear import RECOMPUTE
 from ..ops.stock import is_stock
@@ -453,7 +453,9 @@ def create_encoder(
             "drop_rate",
             "drop_path_rate",
         ]
-        raise UsageError(f"create_encoder: unknown option {unknown[0]!r}{did_you_mean(unknown[0], known)}")
+        raise UnknownArgumentError(
+            f"create_encoder: unknown option {unknown[0]!r}{did_you_mean(unknown[0], known)}"
+        )
     for option, value in shape.items():
         number = (int, float) if option in ("mlp_ratio", "layer_scale") else int
         if isinstance(value, bool) or not isinstance(value, number):

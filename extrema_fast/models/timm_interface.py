@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .positions import resample_table
+from .positions import SinCos, resample_table
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,19 @@ def _as_dict(
         "image_features": features,
     }
     return {name: part for name, part in parts.items() if part is not None}
+
+
+def traced_positions(
+    images: Tensor, saved: Tensor, patch: int, own: tuple[int, int], coords: str, trained: tuple[int, int]
+) -> Tensor:
+    """The table for `images`, one node of a graph of torch.fx: `saved` [1, N, D] on the grid `own`, else computed."""
+    grid = images.shape[-2] // patch, images.shape[-1] // patch
+    if grid == own or isinstance(saved, nn.Parameter):
+        return saved[0]
+    return SinCos(saved.shape[-1], coords, trained).table(grid, saved)
+
+
+torch.fx.wrap("traced_positions")
 
 
 class TimmInterface(nn.Module):
@@ -177,22 +190,23 @@ class TimmInterface(nn.Module):
         return torch.cat([out.cls[:, None], out.patches], 1) if self.num_prefix_tokens else out.patches
 
     def _fx_features(self, x: Any) -> Any:
-        """`forward_features` at the encoder's own size for torch.fx, whose graph calls blocks as modules."""
+        """`forward_features` for torch.fx, whose graph calls blocks as modules."""
         if not x.tracer.is_leaf_module(self.blocks[0], "blocks.0"):
             raise UsageError(
                 "torch.fx: cannot trace into this encoder's blocks; `import extrema_fast.timm`, then timm.models."
                 "create_feature_extractor, or a tracer whose leaf modules are timm.layers.get_notrace_modules()"
             )
-        tokens = self.patch_embed(x) + self.pos_embed
+        sincos = self.sincos
+        pos = traced_positions(x, self.pos_embed, self.patch_size, self.grid, sincos.coords, sincos.trained)
+        tokens = self.patch_embed(x) + pos
         for block in self.blocks:
             tokens = block(tokens)
-        patches = self.norm(tokens)
-        if not self.num_prefix_tokens:
-            return patches
-        cls = self.cls_token[:, 0].expand(tokens.shape[0], -1)
-        for block in self.blocks_token:
-            cls = block(cls, tokens)
-        return torch.cat([self.norm(cls)[:, None], patches], 1)
+        if self.num_prefix_tokens:
+            cls = self.cls_token[:, 0].expand(tokens.shape[0], -1)
+            for block in self.blocks_token:
+                cls = block(cls, tokens)
+            tokens = torch.cat([cls[:, None], tokens], 1)
+        return self.norm(tokens)
 
     def __prepare_scriptable__(self) -> Any:
         # torch.jit.script calls it, and would stop at the first line that it does not know
@@ -368,7 +382,7 @@ class TimmInterface(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay (timm leaves out one-dimensional ones itself)."""
-        return {"pos_embed", "cls_token"}
+        return {"cls_token", *(["pos_embed"] if isinstance(self.pos_embed, nn.Parameter) else [])}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for timm's layer-wise learning rates: stem, blocks, (head).

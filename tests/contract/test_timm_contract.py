@@ -83,6 +83,11 @@ def test_attributes():
     assert Encoder(CONFIG, global_pool="").num_prefix_tokens == 1
 
 
+def test_no_weight_decay_names_parameters():
+    assert Encoder(CONFIG).no_weight_decay() == {"cls_token"}
+    assert Encoder(CONFIG, pos_embed="learned").no_weight_decay() == {"cls_token", "pos_embed"}
+
+
 def test_patch_embedding():
     encoder, x = make(), images()
     embed = encoder.patch_embed

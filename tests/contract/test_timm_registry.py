@@ -116,6 +116,9 @@ def test_create_model_in_another_dtype_and_on_the_meta_device():
 
 
 def test_unknown_option_is_named():
+    # timm's callers expect a TypeError
+    with pytest.raises(TypeError):
+        timm.create_model(TINY, not_an_argument=1)
     with pytest.raises(UsageError, match=r"unknown option 'pos_embd'.*did you mean 'pos_embed'"):
         timm.create_model(TINY, pos_embd="learned")
     with pytest.raises(RuntimeError, match="No pretrained weights"):
@@ -173,6 +176,9 @@ def test_features_by_fx():
         encoder.num_patches,
         encoder.embed_dim,
     )
+    larger = torch.randn(2, 3, SIZE[0] * 2, SIZE[1])
+    graph = create_feature_extractor(encoder, ["head"])
+    assert close(graph(larger)["head"], encoder(larger)) and close(graph(x)["head"], encoder(x))
     with pytest.raises(UsageError, match=r"torch\.fx: .*get_notrace_modules"):
         torch.fx.symbolic_trace(encoder)
 

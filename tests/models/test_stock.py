@@ -23,7 +23,7 @@ from extrema_fast.models.encoder import Encoder
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.ops import linear as linears
 from extrema_fast.ops import stock
-from tests.encoders import close, randomized
+from tests.encoders import assert_same, close, encoded, randomized
 
 CONFIG = ModelConfig(img_size=(8, 12), patch_size=4, width=16, depth=1, heads=2, mlp_ratio=2.0, pool_depth=1)
 N = 6
@@ -50,51 +50,6 @@ def make(**options) -> Encoder:
 
 def images() -> Tensor:
     return torch.randn(2, 3, 8, 12, dtype=torch.float64)
-
-
-def by_modules(encoder: Encoder, x: Tensor, keep: Tensor | None) -> Tensor:
-    """[cls; patches] after the norm: all patches embedded, the kept ones gathered, every part called."""
-
-    def attend(q, k, v, heads):
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-    def mlp(part, x):
-        return part.fc2(F.gelu(part.fc1(x)))
-
-    x = encoder.patch_embed(x) + encoder.pos_embed
-    x = x if keep is None else x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
-    for block in encoder.blocks:
-        a = block.attn
-        x = x + a.proj(attend(*a.qkv(block.norm1(x)).chunk(3, -1), a.heads))
-        x = x + mlp(block.mlp, block.norm2(x))
-    cls = encoder.cls_token.expand(len(x), -1, -1)
-    for block in encoder.blocks_token:
-        a, u = block.attn, block.norm1(torch.cat([cls, x], 1))
-        cls = cls + block.gamma_1 * a.proj(attend(a.q(u[:, :1]), a.k(u), a.v(u), a.heads))
-        cls = cls + block.gamma_2 * mlp(block.mlp, block.norm2(cls))
-    return encoder.norm(torch.cat([cls, x], 1))
-
-
-def encoded(encoder: Encoder, x: Tensor, keep: Tensor | None) -> Tensor:
-    out = encoder.encode(x, keep)
-    return torch.cat([out.cls[:, None], out.patches], 1)
-
-
-def assert_same(encoder: Encoder, keep: Tensor | None, wanted: Tensor | None = None) -> None:
-    """Outputs and all gradients equal those of module calls."""
-    x = images().requires_grad_()
-    named = {"images": x} | {n: p for n, p in encoder.named_parameters() if p.requires_grad}
-    found = []
-    for run in (encoded, by_modules):
-        out = run(encoder, x, keep)
-        # keys' biases move every score of a row alike: no gradient but rounding
-        grads = torch.autograd.grad(out.sin().sum(), list(named.values()), allow_unused=True)
-        found.append((out, grads))
-    assert close(found[0][0], found[1][0], 1e-10)
-    for name, a, b in zip(named, found[0][1], found[1][1], strict=True):
-        assert (a is None) == (b is None), name
-        assert a is None or close(a, b, 1e-9), name
 
 
 # ---- hooks ----------------------------------------------------------------------------------------
@@ -344,6 +299,20 @@ def test_dynamic_quantization_sees_every_linear_layer():
     out = few(x)
     assert not torch.equal(out, encoder(x)) and close(out, encoder(x), 0.2)
     assert few.encode(x, KEEP).patches.shape == (2, 3, 16)
+
+
+def test_flops_are_counted_without_gradients():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    encoder = make(num_classes=3)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(images())
+    counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    rows = 2 * N
+    assert counts["Encoder.patch_embed.proj"] == rows * 3 * 4 * 4 * 16
+    assert counts["Encoder.blocks.0.attn.qkv"] == rows * 16 * 48
+    assert counts["Encoder.blocks.0.mlp"] == rows * 2 * 16 * 32
+    assert counts["Encoder.blocks_token.0.attn.k"] == (rows + 2) * 16 * 16
 
 
 # ---- errors ---------------------------------------------------------------------------------------
