@@ -28,11 +28,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from extrema_fast import kernels
 from extrema_fast.config import Config, did_you_mean, from_dict
 from extrema_fast.errors import UsageError
 from extrema_fast.models.drop_path import drop_path_scale
 from extrema_fast.models.masking import draw_views
+from extrema_fast.ops import dispatch
 from extrema_fast.training.resolve import flops_per_image, precision
 from extrema_fast.training.run import keep_freed_memory
 
@@ -73,7 +73,7 @@ class Provider:
         groups: names under which it can be asked for together with others.
         precision: auto (the configuration's), amp (fp16 with a loss scaler on a GPU, else auto), or fp32.
         options: keyword arguments of its class; for ours dotted options of the configuration.
-        needs: cuda, or triton (that can run).
+        needs: cuda, or an implementation of `mlp` that can run: triton, quack.
         allocator: `ours` (huge pages, freed memory is kept, as the command line sets it), `system`, or auto.
         build: its class; by default that of the family.
     """
@@ -103,7 +103,7 @@ class Provider:
         """Returns why it cannot run there; empty when it can."""
         if self.needs and not device.startswith("cuda"):
             return "needs a CUDA device"
-        return kernels.can_run(device)[1] if self.needs == "triton" else ""
+        return "" if self.needs in ("", "cuda") else dispatch.unsupported("mlp", self.needs, device)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -134,6 +134,7 @@ class Provider:
 
 MAIN, STRONG, MODES = ("main",), ("main", "baselines"), ("modes",)
 GRAPH, TRITON = {"train.cuda_graph": True}, {"system.backend": "triton"}
+QUACK = {"system.backend": "mlp=quack"}
 PROVIDERS: tuple[Provider, ...] = (
     Provider("released", "the released formulation, eager, autocast", MAIN, "amp"),
     Provider("released-fp32", "the released formulation, eager, fp32", MAIN, "fp32"),
@@ -150,6 +151,7 @@ PROVIDERS: tuple[Provider, ...] = (
     ),
     Provider("ours-cuda-graph", "the whole step recorded", MODES, options=GRAPH, needs="cuda"),
     Provider("ours-triton", "every Triton kernel", MODES, options=TRITON, needs="triton"),
+    Provider("ours-quack", "QuACK's GELU matmuls in the trunk", MODES, options=QUACK, needs="quack"),
     *(
         Provider(f"ours-recompute-{x}", f"train.recompute {x}", ("memory",), options={"train.recompute": x})
         for x in ("none", "gelu", "norm")

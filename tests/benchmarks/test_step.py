@@ -219,6 +219,15 @@ def rows_of():
     ]
 
 
+def test_what_a_provider_needs(monkeypatch):
+    for name in ("ours-triton", "ours-quack"):
+        assert "CUDA" in BY_NAME[name].missing("cpu")
+        for reason in ("", "not here"):
+            monkeypatch.setattr(step.dispatch, "unsupported", lambda *asked, why=reason: why)
+            assert BY_NAME[name].missing("cuda") == reason
+    assert BY_NAME["ours-cuda-graph"].missing("cuda") == "" == BY_NAME["ours"].missing("cpu")
+
+
 @pytest.mark.parametrize("bad", ["", "ours", "strong-plain-attention"])
 def test_nothing_is_concluded_about_a_provider_whose_check_failed(bad):
     gates = [{"name": r["provider"], "passed": r["provider"] != bad} for r in rows_of()]
