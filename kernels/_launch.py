@@ -369,7 +369,7 @@ def _load(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], options: dict
         compiled[(*grid, 1, 1)[:3]]
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in text
+        no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in text
         if no_memory or type(error).__name__ == "OutOfResources":
             raise
         name = kernel.fn.__name__
@@ -458,7 +458,8 @@ def settings(op: str, key: str, device: torch.device, default: dict[str, int]) -
         _takes_tuned.add(op)
         chosen = default | found[key]
     if leaner > 1:
-        chosen = chosen | {"num_stages": 1}
+        # of the launch, and those of a loop
+        chosen = chosen | {name: 1 for name in ("num_stages", *({"STAGES"} & chosen.keys()))}
     for name, wanted, config in _forced:
         if name == op and wanted in ("", key):
             chosen = chosen | config
