@@ -1,8 +1,8 @@
 """What only a GPU shows of the kernels: `make test-gpu`.
 
 Covers, for every op and case: bf16, fp16 and fp32 against the definition in fp64; bitwise repeatability; capture
-in a CUDA graph, replayed on new values, the optimizer's included; kernels that compiled code launches itself; tensors
-of more than 2^31 elements.
+in a CUDA graph, replayed on new values, the optimizer's included; QuACK's matmuls; kernels that compiled code launches
+itself; tensors of more than 2^31 elements.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import pytest
 import torch
 from extrema_fast.kernels import AdamWEma, sample_views, short_attention, token_gather, tune
 from extrema_fast.kernels._spec import OPS, spec
+from extrema_fast.kernels.mlp import quack
 
 pytestmark = pytest.mark.gpu
 # the plain form of crop_resize reads the sizes of its regions
@@ -56,6 +57,18 @@ def test_capture(op):
     torch.cuda.synchronize()
     expected = tune.run_case(case, args, "ours")
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.parametrize("label", [case.label for case in spec("mlp").cases(False)])
+def test_quack(label):
+    if reason := quack.missing(torch.device("cuda:0")):
+        pytest.skip(reason)
+    case = find("mlp", label)
+
+    def make() -> tuple:
+        return case.make("cuda", torch.bfloat16, torch.Generator("cuda").manual_seed(0))
+
+    assert tune.fault(case, make, torch.bfloat16, "quack") == ""
 
 
 def test_kernels_that_compiled_code_launches_itself():
