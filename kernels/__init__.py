@@ -4,7 +4,8 @@ This folder is installed as `extrema_fast.kernels` and imports nothing of the re
 neither Triton nor a GPU: where a kernel cannot run, the public functions compute the same in plain PyTorch.
 """
 
-if __name__ == "extrema_fast.kernels":
+# a build for the Hub has a name of its own (package.py)
+if __name__ != "kernels":
     from ._launch import can_run
     from .adamw_ema import AdamWEma
     from .attention_pool import PoolWeights, attention_pool

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from ._autograd import transforming
+from ._ops import NAMESPACE
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ def check(
     fits = (
         kind
         and x.dim() == len(shape)
-        and all(isinstance(w, str) or w == s for w, s in zip(shape, x.shape, strict=True))
+        and all(isinstance(w, str) or w == s for w, s in zip(shape, x.shape))
         and (dtypes is None or x.dtype in dtypes)
     )
     if fits and (like is None or x.device == like.device):
@@ -201,7 +202,7 @@ def check_keep(keep: Tensor, batch: int, num_tokens: int, like: Tensor, unique: 
 # ---- registration and launches --------------------------------------------------------------------
 
 
-def op(schema: str, launcher: str, opaque: bool = False) -> Callable[[Callable], Callable]:
+def op(schema: str, launcher: str, opaque: bool = False) -> Callable[[Callable], Any]:
     """Defines a torch op, for every device, without autograd, that calls a launcher of the package's `kernel.py`.
 
     The decorated function makes empty results, for tracing. The first call imports `kernel.py`, and so Triton; a
@@ -230,11 +231,12 @@ def op(schema: str, launcher: str, opaque: bool = False) -> Callable[[Callable],
             with mode:
                 return run(*args)
 
-        torch.library.define(f"extrema_fast::{name}", f"({arguments}")
-        torch.library.impl(f"extrema_fast::{name}", "CompositeExplicitAutograd")(run)
-        torch.library.register_fake(f"extrema_fast::{name}")(fake)
-        torch.library.register_torch_dispatch(f"extrema_fast::{name}", FunctionalTensorMode, trace)
-        return getattr(torch.ops.extrema_fast, name).default
+        full = f"{NAMESPACE}::{name}"
+        torch.library.define(full, f"({arguments}")
+        torch.library.impl(full, "CompositeExplicitAutograd")(run)
+        torch.library.register_fake(full)(fake)
+        torch.library.register_torch_dispatch(full, FunctionalTensorMode, trace)
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return define
 
@@ -259,7 +261,7 @@ def rows_ready(x: Tensor) -> Tensor:
 
     Gradients of sums arrive with stride 0, slices with odd addresses; kernels see neither.
     """
-    expanded = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape))
     dense = x.stride(-1) == 1 or x.shape[-1] == 1
     # compiled code aligns what it is given
     ready = dense and not expanded and (isinstance(x, FunctionalTensor) or x.data_ptr() % 16 == 0)

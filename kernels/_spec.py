@@ -115,7 +115,7 @@ class Spec:
 
 def grid(**choices: Any) -> list[dict[str, int]]:
     """Every combination of these settings: `grid(num_warps=(4, 8), num_stages=(1, 2))`."""
-    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
 
 
 def spec(name: str) -> Spec:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _launch
+from ._ops import NAMESPACE
 from ._spec import OPS, Case, Spec, spec
 
 # rows compared at the beginning, in the middle and at the end
@@ -41,7 +42,7 @@ def describe(device: str) -> list[dict]:
             "op": s.name,
             "version": s.version,
             "summary": s.summary,
-            "torch_ops": [f"extrema_fast::{op}" for op in s.torch_ops],
+            "torch_ops": [f"{NAMESPACE}::{op}" for op in s.torch_ops],
             "public": list(s.public),
             "runs": runs,
             "reason": why,

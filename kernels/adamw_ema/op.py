@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Union
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from .._launch import check, describe
 from .reference import adamw_ema_reference
 
 LOW = (torch.bfloat16, torch.float16)
-Pairs = Mapping[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
+# not with `|`: Python 3.9 computes it
+Pairs = Union[Mapping[Tensor, Tensor], Iterable[tuple[Tensor, Tensor]]]
 
 
 # ---- tables on the device -------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def adamw_ema_reference(
 
     def put(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
         # a NaN gradient cannot be multiplied away, so the old value is chosen, on the device
-        for x, y in zip(old, new, strict=True):
+        for x, y in zip(old, new):
             x.copy_(torch.where(bad, x, y.to(x.dtype)))
 
     for k in sorted(set(group)):

@@ -37,10 +37,10 @@ def _case(label: str, shapes: list[tuple[int, ...]]) -> Case:
         """(parameters, teacher, optimizer), which later calls with the same tensors continue."""
         params = [torch.nn.Parameter(v.clone()) for v in values]
         teacher = [v.clone() for v in values]
-        for p, v in zip(params, values, strict=True):
+        for p, v in zip(params, values):
             p.grad = v * 0.1
         if name == "ours":
-            return params, teacher, AdamWEma(params, teacher=zip(params, teacher, strict=True))
+            return params, teacher, AdamWEma(params, teacher=zip(params, teacher))
         # capturable: a step can be recorded in a CUDA graph
         options = {"capturable": values[0].device.type == "cuda", name: True}
         return params, teacher, torch.optim.AdamW(params, **options)

@@ -353,7 +353,7 @@ def render(
     if channels == 1:
         mean, std = [sum(mean) / 3] * 3, [sum(std) / 3] * 3
     # numbers, not a tensor: copying one to a GPU waits, and cannot be captured in a graph
-    norm = (*(1 / s for s in std), *(-m / s for m, s in zip(mean, std, strict=True)))
+    norm = (*(1 / s for s in std), *(-m / s for m, s in zip(mean, std)))
     images = _launch.rows_ready(images.contiguous())
     batch, height, width, _ = images.shape
     # an image is a patch of its size

@@ -205,17 +205,17 @@ class _Piece:
         return out.add_(self.now[1], alpha=GRAY[1]).add_(self.now[2], alpha=GRAY[2])
 
     def gray_sum(self) -> float:
-        return sum(w * float(plane.sum()) for w, plane in zip(GRAY, self.now, strict=True))
+        return sum(w * float(plane.sum()) for w, plane in zip(GRAY, self.now))
 
     def clamp(self, low: float, high: float) -> None:
         new = self.own()
-        for plane, out in zip(self.now, new, strict=True):
+        for plane, out in zip(self.now, new):
             torch.clamp(plane, low, high, out=out)
         self.now = new
 
     def saturate(self, factor: float) -> None:
         gray, new = self.gray().mul_(1 - factor), self.own()
-        for plane, out in zip(self.now, new, strict=True):
+        for plane, out in zip(self.now, new):
             torch.add(gray, plane, alpha=factor, out=out)
         self.now = new
 
@@ -270,11 +270,11 @@ def color_views_by_image(
     scratch = torch.empty(5, size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     out = torch.empty(2, batch, channels, pixels, dtype=dtype)
     pieces = [_Piece(min(size, pixels - i), scratch) for i in range(0, pixels, size)]
-    for image, rows, targets in zip(images, params.tolist(), out.unbind(1), strict=True):
-        for piece, part in zip(pieces, image.reshape(pixels, 3).split(size), strict=True):
+    for image, rows, targets in zip(images, params.tolist(), out.unbind(1)):
+        for piece, part in zip(pieces, image.reshape(pixels, 3).split(size)):
             for k, plane in enumerate(piece.crop):
                 plane.copy_(part[:, k])
-        for row, target in zip(rows, targets, strict=True):
+        for row, target in zip(rows, targets):
             _view(pieces, row, target.split(size, 1), mean, std)
     return _in_patches(out.view(2, batch, channels, height, width).unbind(0), patch, keep)
 
@@ -292,13 +292,13 @@ def _view(
     scale, offset = _jitter(pieces, row[FACTORS], row[ORDER]) if row[ON] > 0 else (1.0, 0.0)
     # level = scale * plane + offset, and the view is (level / 255 - mean) / std
     scales = [scale / 255 / s for s in std]
-    shifts = [(offset / 255 - m) / s for m, s in zip(mean, std, strict=True)]
+    shifts = [(offset / 255 - m) / s for m, s in zip(mean, std)]
     # tensors without dimensions, as torch.add scales its second argument only
     added = torch.tensor(shifts, dtype=pieces[0].crop[0].dtype).unbind(0)
-    for piece, target in zip(pieces, targets, strict=True):
+    for piece, target in zip(pieces, targets):
         gray = row[GRAY_ON] > 0 or len(std) == 1
         planes = [piece.gray()] * len(std) if gray else piece.now
-        for plane, shift, by, out in zip(planes, added, scales, target.unbind(0), strict=True):
+        for plane, shift, by, out in zip(planes, added, scales, target.unbind(0)):
             torch.add(shift, plane, alpha=by, out=out)
 
 

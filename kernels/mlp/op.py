@@ -70,12 +70,12 @@ def _fake(h: Tensor) -> tuple[Tensor, Tensor]:
     return h.new_empty(h.shape), h.new_empty(h.shape[-1], dtype=_launch.wide(h.dtype))
 
 
-@register_flop_formula([torch.ops.extrema_fast.linear_gelu, torch.ops.extrema_fast.quack_linear_gelu])
+@register_flop_formula([linear_gelu.overloadpacket, quack_linear_gelu.overloadpacket])
 def _flops_forward(x_shape, weight_shape, *_, **__) -> int:
     return 2 * weight_shape[0] * torch.Size(x_shape).numel()
 
 
-@register_flop_formula([torch.ops.extrema_fast.linear_dgelu, torch.ops.extrema_fast.quack_linear_dgelu])
+@register_flop_formula([linear_dgelu.overloadpacket, quack_linear_dgelu.overloadpacket])
 def _flops_backward(dy_shape, weight_shape, *_, **__) -> int:
     return 2 * weight_shape[1] * torch.Size(dy_shape).numel()
 

@@ -159,7 +159,7 @@ def _fold(
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(dtype)
     columns = []
     # numbers, not a tensor: copying one to a GPU waits, and cannot be captured in a graph
-    for c, (m, s) in enumerate(zip(mean, std, strict=True)):
+    for c, (m, s) in enumerate(zip(mean, std)):
         bias = bias + weight[:, c].sum((1, 2)) * ((128 / 255 - m) / s)
         columns.append(weight[:, c] * (128 / (255 * s)))
     return torch.stack(columns, -1), bias

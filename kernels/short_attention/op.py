@@ -40,15 +40,13 @@ def _bwd_bias(qkv, dout):
     return qkv.new_empty(qkv.shape), qkv.new_empty(3 * heads * d, dtype=_launch.wide(qkv.dtype))
 
 
-@register_flop_formula(torch.ops.extrema_fast.short_attention_fwd)
+@register_flop_formula(_fwd.overloadpacket)
 def _flops_fwd(shape, *_, **__) -> int:
     rows, n, _, heads, d = shape
     return 4 * rows * heads * n * n * d
 
 
-@register_flop_formula(
-    [torch.ops.extrema_fast.short_attention_bwd, torch.ops.extrema_fast.short_attention_bwd_bias]
-)
+@register_flop_formula([_bwd.overloadpacket, _bwd_bias.overloadpacket])
 def _flops_bwd(shape, *_, **__) -> int:
     rows, n, _, heads, d = shape
     return 10 * rows * heads * n * n * d
