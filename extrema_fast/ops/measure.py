@@ -43,7 +43,7 @@ from . import attention
 log = logging.getLogger(__name__)
 
 # seconds until a child begins, without a sign of life (compiling one candidate), and of all measurements of a run
-START_S, SILENT_S, TOTAL_S = 60.0, 45.0, 120.0
+START_S, SILENT_S, TOTAL_S = 60.0, 90.0, 120.0
 # samples of each candidate; one that takes longer than SLOW times the fastest gets one
 ROUNDS, SLOW = 25, 2.0
 # the rule's choice stays unless another is faster by this share, and where times vary by more than that

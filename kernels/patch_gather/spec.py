@@ -77,8 +77,10 @@ def _case(
         return torch.cat(parts)
 
     tokens = batch * views * kept
-    compiled = torch.compile(convolution, dynamic=False)
-    baselines = {} if picked else {"convolution": convolution, "convolution compiled": compiled}
+    baselines = {}
+    if not picked:
+        compiled = torch.compile(convolution, dynamic=False)
+        baselines = {"convolution": convolution, "convolution compiled": compiled}
     return Case(
         label,
         make,

@@ -14,6 +14,8 @@ import torch
 from benchmarks.step import Job, chosen, configuration
 from benchmarks.step_bytes import Counting
 
+pytestmark = pytest.mark.timeout(1800)
+
 # launches and copies: of a step (strong: 1,134), of random parameters and color views; share of strong's peak memory
 LAUNCHES, DRAW_LAUNCHES, PEAK = 800, 10, 1.0
 
