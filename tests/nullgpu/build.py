@@ -106,7 +106,7 @@ LIBRARIES = (
 )
 NAMES = re.compile(r"(__)?cuda[A-Z]|cu[A-Z]|cublas|cudnn|cusparse|cusolver|cufft|nccl[A-Z]")
 LAUNCHES = re.compile(
-    r"[Gg]emm|Matmul$|[Gg]emv|dot|axpy|[Tt]rsm|geqrf|getrf|nccl(All|Reduce|Broadcast|Send|Recv)"
+    r"[Gg]emm|Matmul$|[Gg]emv|dot|axpy|[Tt]rsm|geqrf|getrf|nccl(All|Reduce|Bcast|Broadcast|Send|Recv)"
 )
 # functions whose result is more than "success", by name or pattern
 ANSWERS = {

@@ -676,7 +676,7 @@ static int copy(void *to, const void *from, size_t bytes) {
     // device memory stays untouched where nobody will read it
     if (bytes <= (here == DEVICE && there == DEVICE ? SMALL_COPY : LARGE_COPY)) memmove(to, from, bytes);
     // a scalar that the host reads is what no kernel has computed, unless it has come from the other processes
-    int sent = last_kernel && (!strcmp(last_kernel->name, "ncclAllGather") || !strcmp(last_kernel->name, "ncclBroadcast"));
+    int sent = last_kernel && (!strcmp(last_kernel->name, "ncclAllGather") || !strcmp(last_kernel->name, "ncclBcast"));
     if (here == DEVICE && there != DEVICE && bytes <= 8 && !sent) memset(to, bytes == 1 && condition_holds(), bytes);
     return there == PAGEABLE || here == PAGEABLE;
 }

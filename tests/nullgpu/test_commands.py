@@ -1,7 +1,8 @@
 """The command line on the null GPU, in a process of its own, from images to files.
 
 Covers: pretrain plain, compiled by blocks and recorded in a CUDA graph; stopped by a signal, saved, continued to the
-end; what the run's files say of the device.
+end; what the run's files say of the device; machines without a C compiler, with caches that cannot be written, with a
+GPU that is too old for the kernels.
 """
 
 from __future__ import annotations
@@ -54,3 +55,33 @@ def test_a_run_that_is_stopped_and_continued(mode, run_cli, tmp_path):
     assert environment["gpu"] == "Null GPU (H100)" and environment["resolved"]["cuda_graph"] == (
         mode == "graph"
     )
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"CC": "/nowhere/cc"}, "nothing is compiled: Triton cannot compile a kernel here"),
+        ({"TRITON_CACHE_DIR": "/proc/nowhere"}, "a cache folder that it can write (TRITON_CACHE_DIR)"),
+        (
+            {"TORCHINDUCTOR_CACHE_DIR": "/proc/nowhere"},
+            "nothing is compiled: torch.compile cannot write its cache",
+        ),
+        (
+            {"NULLGPU_CAPABILITY": "75"},
+            "plain torch runs in place of the kernels: this GPU has compute capability 7.5",
+        ),
+    ],
+    ids=["compiler", "triton", "inductor", "age"],
+)
+def test_a_machine_that_lacks_something(env, words, run_cli, tmp_path):
+    out = tmp_path / "run"
+    # only the last would compile
+    mode = ["--train.compile", "none"] if "NULLGPU_CAPABILITY" in env else []
+    args = ["pretrain", "smoke", "--out", out, "--train.precision", "auto", *COMMON, *mode]
+    (code,), text = run_cli(*args, env={"TRITON_CACHE_DIR": str(tmp_path / "triton")} | env)
+    assert code == 0 and state(out) == ("complete", 8), text
+    said = [line for line in text.splitlines() if words in line and not line.startswith("op ")]
+    assert len(said) == 1, text
+    resolved = json.loads((out / "env.json").read_text())["resolved"]
+    assert resolved["compile"] == "none"
+    assert (resolved["ops"]["attention_pool"] == "triton") == ("TORCHINDUCTOR_CACHE_DIR" in env)
