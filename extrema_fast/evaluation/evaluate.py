@@ -316,7 +316,7 @@ def evaluate(
 
     started = time.monotonic()
     where = _device(device)
-    log.info("images are %s", resizing)
+    log.info("images are %s; --crop-pct sets it", resizing)
     # without a class head the pooled feature is the mean of the patches
     fields = {CLS: "cls", MEAN: "mean"} if encoder.num_prefix_tokens else {MEAN: "mean"}
     rows: list[dict[str, Any]] = []

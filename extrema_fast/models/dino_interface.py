@@ -9,6 +9,7 @@ DINO differs from timm in defaults (norm), types (tuple, dict, int `patch_size`)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,11 @@ class Dino(nn.Module):
         self.train(encoder.training)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "patch_embed" and self.version == 1:
+            # whose patch size is a number
+            embed = self.encoder.patch_embed
+            numbers = {k: getattr(embed, k) for k in ("img_size", "num_patches", "proj")}
+            return SimpleNamespace(patch_size=self.encoder.patch_size, **numbers)
         if name in _SHARED or name in _RENAMED:
             return getattr(self.encoder, _RENAMED.get(name, name))
         return super().__getattr__(name)

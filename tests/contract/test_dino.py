@@ -93,6 +93,7 @@ def test_version_1(encoder):
     assert close(layers[1], encoder.forward_features(x))
     (pair,) = encoder.as_dino().get_intermediate_layers(x, [2], return_class_token=True)
     assert close(layers[0], torch.cat([pair[1][:, None], pair[0]], 1))
+    assert x.shape[-1] // model.patch_embed.patch_size == 5 and model.patch_embed.num_patches == N
     # its attention maps: heads of the first row, without the class token
     attention = model.get_last_selfattention(x)
     assert attention.shape == (2, 3, 1, 1 + N)
