@@ -210,7 +210,7 @@ def op(schema: str, launcher: str, opaque: bool = False) -> Callable[[Callable],
 
     On a GPU compiled code holds the launcher's allocations and launches themselves, as of `torch.library.triton_op`:
     they cost the CPU a fraction of a call of the op, and what the launcher does beside them is fused. Not so with
-    `opaque`, of ops that change their arguments, and in exported programs.
+    `opaque`, of ops that change their arguments, where sizes vary, and in exported programs.
     """
 
     def define(fake: Callable) -> Callable:
@@ -225,8 +225,7 @@ def op(schema: str, launcher: str, opaque: bool = False) -> Callable[[Callable],
         closed = opaque or "!" in arguments
 
         def trace(mode: Any, called: Any, types: Any, args: tuple, options: Any = None) -> Any:
-            on_gpu = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in args)
-            if closed or not on_gpu or torch.compiler.is_exporting():
+            if closed or not holds_launches(args) or torch.compiler.is_exporting():
                 return mode.__torch_dispatch__(called, types, args, options or {})
             with mode:
                 return run(*args)
@@ -239,6 +238,16 @@ def op(schema: str, launcher: str, opaque: bool = False) -> Callable[[Callable],
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return define
+
+
+def holds_launches(args: Sequence[Any]) -> bool:
+    """Whether compiled code can hold the launches of an op: on a GPU, at sizes that do not vary."""
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    sizes = [*args, *(n for x in tensors for n in x.shape)]
+    # a kernel is compiled for most of its sizes
+    return any(x.device.type == "cuda" for x in tensors) and not any(
+        isinstance(n, torch.SymInt) for n in sizes
+    )
 
 
 def empty(shape: tuple[int, ...] | torch.Size, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -384,13 +393,9 @@ def _load_traced(kernel: Any, device: torch.device, args: tuple, options: dict[s
     if INTERPRET or not torch.cuda.is_available():
         return
 
-    def plain(x: Any) -> Any:
-        # the size of a dimension that varies
-        return (x.node.hint or 64) if isinstance(x, torch.SymInt) else x
-
-    values = [x.dtype if isinstance(x, Tensor) else plain(x) for x in args]
+    values = [x.dtype if isinstance(x, Tensor) else x for x in args]
     with torch.cuda.device(device):
-        _load(kernel, (1,), values, {k: plain(v) for k, v in options.items()})
+        _load(kernel, (1,), values, options)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:

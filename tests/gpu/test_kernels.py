@@ -2,7 +2,7 @@
 
 Covers, for every op and case: bf16, fp16 and fp32 against the definition in fp64; bitwise repeatability; capture
 in a CUDA graph, replayed on new values, the optimizer's included; QuACK's matmuls; kernels that compiled code launches
-itself; tensors of more than 2^31 elements.
+itself, at sizes that vary; tensors of more than 2^31 elements.
 """
 
 from __future__ import annotations
@@ -85,6 +85,15 @@ def test_kernels_that_compiled_code_launches_itself():
         assert torch.equal(a, b)
     # the order of the sum is the compiler's
     torch.testing.assert_close(plain[2], compiled[2], rtol=1e-4, atol=1e-3)
+
+
+def test_compiled_code_takes_sizes_that_vary():
+    compiled = torch.compile(short_attention, fullgraph=True, dynamic=True)
+    for rows, n, heads in ((4, 39, 3), (6, 20, 2)):
+        qkv = torch.randn(rows, n, 3, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        torch.testing.assert_close(compiled(qkv), short_attention(qkv))
+        (gradient,) = torch.autograd.grad(compiled(qkv).sum(), qkv)
+        assert gradient.shape == qkv.shape
 
 
 def test_capture_of_the_optimizer():

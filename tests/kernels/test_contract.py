@@ -21,6 +21,7 @@ from extrema_fast.kernels._spec import OPS, Case, Spec, grid, spec
 from extrema_fast.kernels.color_views import color_params
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from extrema_fast import kernels
 from tests.kernels._compare import assert_one_graph, assert_repeats, draw_keep, normal
@@ -370,6 +371,16 @@ def test_what_does_not_fit_is_found_while_tracing_for_a_gpu(monkeypatch, caplog)
     assert g.shape == h.shape == (2, 5, 32)
     assert compiled == [("linear_gelu_kernel", 10, stages) for stages in (3, 1)] and traced == [1]
     assert "one stage" in caplog.text
+
+
+def test_compiled_code_holds_launches_on_a_gpu_at_sizes_that_do_not_vary():
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
+    sizes = mode.from_tensor(torch.empty(4, 5)).shape
+    with mode:
+        x = torch.empty(4, 5, device="cuda")
+        assert _launch.holds_launches((x, 3, None)) and not _launch.holds_launches((torch.empty(4, 5), 3))
+        assert not _launch.holds_launches((torch.empty(sizes, device="cuda"), x))
+        assert not _launch.holds_launches((x, sizes[1]))
 
 
 def test_errors_of_the_compiler_name_the_kernel_and_memory_is_no_such_error():
