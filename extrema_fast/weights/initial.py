@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..models.encoder import Encoder
 from ..models.positions import sincos_table
 from .folder import WHICH, method_tensors, model_config
+from .foreign import Described
 from .load import Weights, load_encoder, open_weights
 from .released import SINCOS_TOLERANCE, is_projector
 
@@ -36,7 +37,7 @@ def load_method_weights(method: Any, path: str | Path) -> Parts:
     Raises:
         UsageError: the architecture of the trunk, or of a whole run, differs.
     """
-    weights, option = open_weights(path), f"--init-from {path}"
+    weights, option = open_weights(path, assumed=_assumed(method.student)), f"--init-from {path}"
     networks = {which: weights.read(which) for which in WHICH if which in weights.networks}
     if len(networks) == 2 and all(any(map(is_projector, tensors)) for tensors in networks.values()):
         _copy_whole(method, networks, option)
@@ -82,9 +83,10 @@ def load_trunk(
 ) -> Parts:
     """Fills an encoder's trunk in place from `path`: of a run, or of another project's vision transformer.
 
-    Patch kernel and position table are resampled to this encoder's patch, grid and channels; the kernel also takes
-    images as they are normalized here (`encoder.mean`, `encoder.std`) where both are RGB. A table that is not the fixed
-    one is kept. Pooling is kept where the file has one of this shape, else it stays as it is.
+    Patch kernel and position table are resampled to this encoder's patch, grid and channels. Where the file says which
+    mean and standard deviation its RGB images had, the kernel is adapted to those here; else they are taken to be the
+    same, as are the heads. A table that is not the fixed one is kept. Pooling is kept where the file has one of this
+    shape, else it stays as it is.
 
     Args:
         encoder: as of `create_encoder`.
@@ -98,7 +100,7 @@ def load_trunk(
     Raises:
         UsageError: the trunk has another shape; nothing is changed then.
     """
-    weights = path if isinstance(path, Weights) else open_weights(path)
+    weights = path if isinstance(path, Weights) else open_weights(path, assumed=_assumed(encoder))
     where = option or str(weights.path)
     theirs_config = model_config(weights.meta)
     _check_trunk(encoder, theirs_config, where)
@@ -124,6 +126,10 @@ def load_trunk(
     if left_out := weights.meta.get("source", {}).get("left_out"):
         parts["left out"] = ", ".join(left_out)
     return parts
+
+
+def _assumed(encoder: Encoder) -> Described:
+    return Described(heads=encoder.heads, data={"mean": list(encoder.mean), "std": list(encoder.std)})
 
 
 def _check_trunk(encoder: Encoder, theirs: Any, where: str) -> None:

@@ -36,7 +36,7 @@ from .folder import (
     weights_folder,
     write_folder,
 )
-from .foreign import read_folder
+from .foreign import Described, read_folder
 from .released import check_architecture, first, is_projector, is_sincos, own_names, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -70,9 +70,12 @@ class Weights(NamedTuple):
 
 
 def open_weights(
-    path: str | Path, grid: Sequence[int] | None = None, num_heads: int | None = None
+    path: str | Path,
+    grid: Sequence[int] | None = None,
+    num_heads: int | None = None,
+    assumed: Described | None = None,
 ) -> Weights:
-    """Finds out what `path` holds; arguments and errors as in `load_encoder`."""
+    """Finds out what `path` holds; arguments and errors as in `load_encoder`, `assumed` as in `read_checkpoint`."""
     path = Path(path)
     if grid is not None:
         if len(grid) != 2 or not all(isinstance(g, int) and g > 0 for g in grid):
@@ -83,14 +86,14 @@ def open_weights(
             folder, names = path.parent, [path.stem]
             described = path.suffix == ".safetensors" and path.stem in networks_in(folder)
             if not described or not is_own(own_description(folder, {})):
-                return Weights(path, *read_checkpoint(path, grid, num_heads))
+                return Weights(path, *read_checkpoint(path, grid, num_heads, None, assumed))
         else:
             folder = weights_folder(path)
             names = networks_in(folder)
             if names == [SINGLE] and not is_own(own_description(folder, {})):
                 if (theirs := read_folder(folder)) is not None:
                     file = folder / f"{SINGLE}.safetensors"
-                    return Weights(path, *read_checkpoint(file, grid, num_heads, theirs))
+                    return Weights(path, *read_checkpoint(file, grid, num_heads, theirs, assumed))
         meta = read_description(folder)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error})") from None

@@ -64,6 +64,7 @@ def read_checkpoint(
     grid: tuple[int, int] | None = None,
     num_heads: int | None = None,
     described: Described | None = None,
+    assumed: Described | None = None,
 ) -> tuple[dict[str, Any], Networks]:
     """The description and the networks (student and teacher, or one `model`) of a file without a description.
 
@@ -72,28 +73,29 @@ def read_checkpoint(
         grid: Rows and columns of a learned position table that is not square.
         num_heads: Heads of the trunk, where that is not width / 64.
         described: What the folder of another project says of it.
+        assumed: What is taken for heads and, of another project, for mean and standard deviation where nothing says.
 
     Raises:
         UsageError: The file cannot be read safely, is incomplete, or is another project's.
     """
-    described = described or Described()
+    described, assumed = described or Described(), assumed or Described()
     data, state = _read(file)
     networks, left_out = _networks(state, file, grid or described.grid)
     main = networks.get("teacher", networks.get(SINGLE, {}))
     epoch, arch = data.get("epoch"), data.get("arch")
-    num_heads = num_heads or described.heads
-    if num_heads is None and left_out:
-        width = main["patch_embed.proj.weight"].shape[0] if "patch_embed.proj.weight" in main else 0
+    width, known, stats = len(main.get("patch_embed.proj.weight", ())), None, described.data or IMAGENET
+    if left_out:
+        stats = described.data or assumed.data or IMAGENET
         # the small model of MoCo v3 has 12
-        num_heads = (
-            12 if SINGLE not in networks and arch == "vit_small" and width == 384 else HEADS.get(width)
-        )
+        known = 12 if SINGLE not in networks and (arch, width) == ("vit_small", 384) else HEADS.get(width)
+    taken = assumed.heads if assumed.heads and width % assumed.heads == 0 else None
+    num_heads = next((n for n in (num_heads, described.heads, known, taken) if n is not None), None)
     model, options = _infer_architecture(main, str(file), grid or described.grid, num_heads)
     if options["fc_norm"] and "norm.weight" in main:
         raise UsageError(f"{file}: has both a final norm and a norm after pooling; an encoder has one")
     # the resizing of the official recipes
     interpolation = described.interpolation or ("bicubic" if options["fc_norm"] else "bilinear")
-    size, stats = (options["in_chans"], *model["img_size"]), described.data or IMAGENET
+    size = (options["in_chans"], *model["img_size"])
     meta = {
         "model": model,
         "encoder": options,

@@ -6,17 +6,20 @@ another way; trunks that do not fit. (In a run: tests/training/test_init_from.py
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from extrema_fast import config as c
 from extrema_fast.models.encoder import Encoder
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.models.positions import resample_table
 from extrema_fast.weights.initial import load_method_weights, load_trunk
-from extrema_fast.weights.load import import_released
+from extrema_fast.weights.load import import_released, load_encoder
+from extrema_fast.weights.released import IMAGENET
 from tests.encoders import close
 from tests.weights._weights import CFG, IMAGES, foreign_vit, refused, same
 
@@ -43,7 +46,7 @@ def test_a_method_from_a_trunk(tmp_path):
     method, random = ExtreMA(CFG), ExtreMA(CFG)
     parts = load_method_weights(method, file)
     assert list(parts) == PARTS
-    assert parts["patch embedding"] == "kept, for this mean and std" and parts["positions"] == "kept"
+    assert parts["patch embedding"] == parts["positions"] == "kept"
     assert parts["final norm"] == "kept" and parts["left out"] == "class token, classifier or projector"
     assert parts["pooling"] == parts["projector"] == parts["predictor"] == "fresh"
     state = foreign_vit(CFG.model)
@@ -56,18 +59,22 @@ def test_a_method_from_a_trunk(tmp_path):
 
 
 @torch.no_grad()
-def test_tokens_of_images_normalized_in_another_way(tmp_path):
-    file = saved(tmp_path, foreign_vit(CFG.model))
+def test_images_normalized_in_another_way(tmp_path):
+    save_file(foreign_vit(CFG.model), tmp_path / "model.safetensors")
+    stats = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.1]}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit", "pretrained_cfg": stats}))
     pixels = IMAGES.sigmoid()
-    mine, theirs = Encoder(CFG.model).eval(), Encoder(CFG.model).eval()
+
+    def tokens(encoder):
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.mean, encoder.std))
+        return encoder.encode((pixels - mean) / std).patches
+
+    mine, theirs = Encoder(CFG.model).eval(), load_encoder(tmp_path)
     mine.mean, mine.std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    for encoder in (mine, theirs):
-        load_trunk(encoder, file)
-    tokens = [
-        e.encode((pixels - torch.tensor(e.mean).view(3, 1, 1)) / torch.tensor(e.std).view(3, 1, 1)).patches
-        for e in (mine, theirs)
-    ]
-    assert close(*tokens, 1e-5)
+    assert load_trunk(mine, tmp_path)["patch embedding"] == "kept, for this mean and std"
+    assert theirs.mean == (0.5, 0.4, 0.3) and close(tokens(mine), tokens(theirs), 1e-5)
+    # a file alone does not say
+    assert load_trunk(mine, tmp_path / "model.safetensors")["patch embedding"] == "kept"
 
 
 @torch.no_grad()
@@ -107,7 +114,6 @@ def test_pooling_of_our_own_without_heads(tmp_path, method):
     [
         ({"depth": 3}, ["depth 2 (here 3)", "use --model.depth 2"]),
         ({"width": 128}, ["width 64 (here 128)", "--model.width 64"]),
-        ({"heads": 2}, ["heads 1 (here 2)", "--model.heads 1"]),
         ({"mlp_ratio": 3.0}, ["MLP 128 (here 192)", "--model.mlp_ratio 2"]),
         ({"size": "small", "width": 0, "depth": 0, "heads": 0}, ["width 64 (here 384)", "depth 2 (here 12)"]),
     ],
@@ -125,9 +131,24 @@ def test_trunks_that_do_not_fit(tmp_path, change, words):
     load_trunk(Encoder(c.from_dict({"model": change | advice}, CFG).model), file)
 
 
+@torch.no_grad()
+def test_heads_that_the_file_does_not_tell(tmp_path):
+    file = saved(tmp_path, foreign_vit(CFG.model))
+    for heads in (1, 2):
+        encoder = Encoder(replace(CFG.model, heads=heads)).eval()
+        load_trunk(encoder, file)
+        expected = load_encoder(file, num_heads=heads).encode(IMAGES).patches
+        assert torch.equal(encoder.encode(IMAGES).patches, expected)
+    # an imported one does
+    out = import_released(file, tmp_path / "out")
+    refused(lambda: load_trunk(encoder, out), "heads 1 (here 2)", "--model.heads 1")
+
+
 def test_an_imported_trunk_says_the_same(tmp_path):
     file = saved(tmp_path, foreign_vit(CFG.model))
     out = import_released(file, tmp_path / "out")
-    a, b = ExtreMA(CFG), ExtreMA(CFG)
+    # what an import takes them to be
+    cfg = c.from_dict({"data": IMAGENET}, CFG)
+    a, b = ExtreMA(cfg), ExtreMA(cfg)
     assert load_method_weights(a, file) == load_method_weights(b, out)
     assert same(a, b)
