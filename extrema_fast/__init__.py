@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from .config import Config, list_models, preset
     from .errors import UsageError
     from .evaluation.evaluate import evaluate
-    from .models.accelerate import accelerate
     from .models.encoder import Encoded, Encoder, create_encoder
     from .models.extrema import ExtreMA
     from .models.masking import keep_from_mask, mae_mask, sample_views
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from .weights.export import export
     from .weights.initial import load_trunk
     from .weights.load import import_released, load_encoder
+    from .weights.vit import accelerate, load_vit
 
 _HOME = {
     "Config": "config",
@@ -34,7 +34,7 @@ _HOME = {
     "Encoder": "models.encoder",
     "ExtreMA": "models.extrema",
     "UsageError": "errors",
-    "accelerate": "models.accelerate",
+    "accelerate": "weights.vit",
     "create_encoder": "models.encoder",
     "embed": "tools.embed",
     "evaluate": "evaluation.evaluate",
@@ -45,6 +45,7 @@ _HOME = {
     "load_embeddings": "tools.embeddings",
     "load_encoder": "weights.load",
     "load_trunk": "weights.initial",
+    "load_vit": "weights.vit",
     "mae_mask": "models.masking",
     "preset": "config",
     "pretrain": "train",

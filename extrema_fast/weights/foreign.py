@@ -149,10 +149,17 @@ def _pair(value: Any) -> tuple[int, int] | None:
 
 
 class Trunk(NamedTuple):
-    """A trunk by our names, and what of the file it is without."""
+    """A trunk by our names, and what of the file it is without.
+
+    Attributes:
+        tensors: of the trunk.
+        left_out: what is not among them, in words.
+        prefix: class token and distillation token by timm's names, and their rows of the position table.
+    """
 
     tensors: dict[str, Tensor]
     left_out: list[str]
+    prefix: dict[str, Tensor]
 
 
 def below_root(state: Mapping[str, Tensor], branches: Mapping[str, str]) -> tuple[dict[str, Tensor], str]:
@@ -205,18 +212,24 @@ def convert(
         raise UsageError(
             f"{source}: this ViT has {', '.join(named)}, which this encoder's trunk cannot represent"
         )
-    trunk = _without_prefix(renamed, grid)
-    left_out = {what: [k for k in trunk if re.search(keys, k)] for what, keys in _LEFT_OUT.items()}
-    heads = {k for k in trunk if k.startswith("head.")}
+    prefix: dict[str, Tensor] = {k: renamed[k] for k in ("cls_token", "dist_token") if k in renamed}
+    table = renamed.get("pos_embed")
+    if table is not None and table.dim() == 3:
+        rows = prefix_rows(renamed, grid)
+        # the usual, where the grid is not square
+        rows = len(prefix) if rows is None else rows
+        prefix["pos_embed"], renamed["pos_embed"] = table[:, :rows], table[:, rows:]
+    left_out = {what: [k for k in renamed if re.search(keys, k)] for what, keys in _LEFT_OUT.items()}
+    heads = {k for k in renamed if k.startswith("head.")}
     if not left_out["class token"] and heads == {"head.weight", "head.bias"}:
         # a classifier of the mean of the patches
         left_out["classifier or projector"] = []
     dropped = {k for keys in left_out.values() for k in keys}
-    trunk = _join_qkv({k: v for k, v in trunk.items() if k not in dropped})
+    trunk = _join_qkv({k: v for k, v in renamed.items() if k not in dropped})
     scaled = any(re.search(r"\.gamma_[12]$", k) for k in trunk)
     fold(trunk)
     said = [what for what, keys in left_out.items() if keys]
-    return Trunk(trunk, said + ["layer scale (folded into the weights)"] * scaled)
+    return Trunk(trunk, said + ["layer scale (folded into the weights)"] * scaled, prefix)
 
 
 def prefix_rows(state: Mapping[str, Tensor], grid: tuple[int, int] | None) -> int | None:
@@ -230,17 +243,6 @@ def prefix_rows(state: Mapping[str, Tensor], grid: tuple[int, int] | None) -> in
     fits = [n for n in (0, tokens) if rows - n == grid[0] * grid[1]] if grid else []
     fits = fits or [n for n in (0, tokens) if rows > n and math.isqrt(rows - n) ** 2 == rows - n]
     return fits[0] if fits else None
-
-
-def _without_prefix(state: dict[str, Tensor], grid: tuple[int, int] | None) -> dict[str, Tensor]:
-    """The tensors, the position table without the rows of class and distillation token."""
-    table = state.get("pos_embed")
-    if table is None or table.dim() != 3:
-        return state
-    prefix = prefix_rows(state, grid)
-    # the usual, where the grid is not square
-    prefix = sum(k in state for k in ("cls_token", "dist_token")) if prefix is None else prefix
-    return {**state, "pos_embed": table[:, prefix:]}
 
 
 def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,8 @@ class Weights(NamedTuple):
     path: Path
     meta: dict[str, Any]
     networks: Mapping[str, Path | dict[str, Tensor]]
+    prefixes: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
+    """class token and the like of another project's networks, which are left out (`foreign.Trunk`)"""
 
     def read(self, name: str) -> dict[str, Tensor]:
         """The tensors of a network, by our names."""

@@ -37,7 +37,7 @@ from .folder import (
     read_safetensors,
     read_torch,
 )
-from .foreign import HEADS, Described, below_root, convert, prefix_rows
+from .foreign import HEADS, Described, Trunk, below_root, convert, prefix_rows
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +65,10 @@ def read_checkpoint(
     num_heads: int | None = None,
     described: Described | None = None,
     assumed: Described | None = None,
-) -> tuple[dict[str, Any], Networks]:
+) -> tuple[dict[str, Any], Networks, Networks]:
     """The description and the networks (student and teacher, or one `model`) of a file without a description.
+
+    With them class tokens and the like that were left out (`foreign.Trunk.prefix`), by network.
 
     Args:
         file: From `torch.save` or safetensors.
@@ -80,7 +82,10 @@ def read_checkpoint(
     """
     described, assumed = described or Described(), assumed or Described()
     data, state = _read(file)
-    networks, left_out = _networks(state, file, grid or described.grid)
+    found = _networks(state, file, grid or described.grid)
+    networks = {name: trunk.tensors for name, trunk in found.items()}
+    prefixes = {name: trunk.prefix for name, trunk in found.items() if trunk.prefix}
+    left_out = next(reversed(found.values())).left_out
     main = networks.get("teacher", networks.get(SINGLE, {}))
     epoch, arch = data.get("epoch"), data.get("arch")
     width, known, stats = len(main.get("patch_embed.proj.weight", ())), None, described.data or IMAGENET
@@ -108,7 +113,7 @@ def read_checkpoint(
             **({"left_out": [*left_out, *described.notes]} if left_out else {}),
         },
     }
-    return meta, networks
+    return meta, networks, prefixes
 
 
 # ---- the state dict -------------------------------------------------------------------------------
@@ -142,16 +147,12 @@ def _are_tensors(state: Mapping[Any, Any]) -> bool:
     return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
 
 
-def _networks(
-    state: Mapping[str, Tensor], file: Path, grid: tuple[int, int] | None
-) -> tuple[Networks, list[str]]:
-    """The networks, and what of another project's is left out."""
+def _networks(state: Mapping[str, Tensor], file: Path, grid: tuple[int, int] | None) -> dict[str, Trunk]:
     state, root = below_root(state, _BRANCHES)
     if root.strip("."):
         log.info("%s: takes %s*", file.name, root)
     if not any(k.partition(".")[0] in _BRANCHES for k in state):
-        encoder, left_out = _one_encoder(state, file, grid)
-        return {SINGLE: encoder}, left_out
+        return {SINGLE: _one_encoder(state, file, grid)}
     networks: Networks = {"student": {}, "teacher": {}}
     for key, value in state.items():
         branch, _, name = key.partition(".")
@@ -164,22 +165,17 @@ def _networks(
     if not networks["teacher"] or not networks["student"]:
         raise UsageError(f"{file}: needs `module.base_encoder.*` and `module.momentum_encoder.*` keys")
     if any("blocks_token." in k for k in state):
-        return {name: _complete_bias(tensors) for name, tensors in networks.items()}, []
+        return {name: Trunk(_complete_bias(tensors), [], {}) for name, tensors in networks.items()}
     # MoCo v3
-    found = {
-        name: _one_encoder({k: v for k, v in tensors.items() if not is_projector(k)}, file, grid)
-        for name, tensors in networks.items()
-    }
-    return {name: encoder for name, (encoder, _) in found.items()}, [*found["teacher"][1], "heads"]
+    for tensors in networks.values():
+        for key in [k for k in tensors if is_projector(k)]:
+            del tensors[key]
+    found = {name: _one_encoder(tensors, file, grid) for name, tensors in networks.items()}
+    return {name: trunk._replace(left_out=[*trunk.left_out, "heads"]) for name, trunk in found.items()}
 
 
-def _one_encoder(
-    given: Mapping[str, Tensor], file: Path, grid: tuple[int, int] | None
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of one encoder, and what of another project's is left out.
-
-    Without class head its class token is not used.
-    """
+def _one_encoder(given: Mapping[str, Tensor], file: Path, grid: tuple[int, int] | None) -> Trunk:
+    """The tensors of one encoder; without class head its class token is not used."""
     state = _fold_layer_scale(own_names(given))
     has_head = any(k.startswith("blocks_token.") for k in state)
     has_class_row = prefix_rows(state, grid)
@@ -196,13 +192,14 @@ def _one_encoder(
                 "pretrained checkpoint"
             )
     if not has_head and ("cls_token" in state or not known):
-        state, left_out = convert(given, str(file), grid, _fold_layer_scale)
-        known = all(_KNOWN.match(k) for k in state)
+        trunk = convert(given, str(file), grid, _fold_layer_scale)
+        known = all(_KNOWN.match(k) for k in trunk.tensors)
     else:
-        left_out = []
+        trunk = Trunk(state, [], {})
+    state = trunk.tensors
     if not known or not any(k.startswith("blocks.0.") for k in state):
         raise _not_extrema(state, file, looks_like(given))
-    return _complete_bias(state), left_out
+    return trunk._replace(tensors=_complete_bias(state))
 
 
 def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

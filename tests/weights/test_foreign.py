@@ -1,8 +1,8 @@
 """Trunks of other projects' vision transformers, in files of their layouts with random weights.
 
 Covers: timm, MAE, DINO, DINOv2, MoCo v3, torchvision, Hugging Face; the reference is their own modules, run without
-class token; what wraps them; folders of transformers and timm; what is refused by name; damaged files; tables without a
-class row, not square.
+class token; what wraps them; folders of transformers and timm; the whole ViT as timm's; what is refused by name;
+damaged files; tables without a class row, not square.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import json
 import pytest
 import torch
 
+import extrema_fast
+from extrema_fast.models.encoder import Encoder
 from extrema_fast.weights.load import import_released, load_encoder, load_metadata
 from tests.encoders import close
 from tests.torchvision_operators import define_torchvision_operators
-from tests.weights._weights import perturbed, refused
+from tests.weights._weights import CFG, perturbed, refused
 
 define_torchvision_operators()
 pytest.importorskip("timm")
@@ -103,6 +105,34 @@ def test_the_trunk_of_a_file(tmp_path, layout):
     # imported, it reads as any other weights folder
     again = load_encoder(import_released(tmp_path / "vit.pth", tmp_path / "out"))
     assert torch.equal(again.encode(IMAGES).patches, encoder.encode(IMAGES).patches)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_the_whole_of_it_accelerated(tmp_path, layout):
+    vit, data = LAYOUTS[layout]()
+    torch.save(data, tmp_path / "vit.pth")
+    out = extrema_fast.accelerate(tmp_path / "vit.pth").encode(IMAGES)
+    assert close(out.tokens, vit.forward_features(IMAGES), 1e-5)
+
+
+@torch.no_grad()
+def test_a_whole_vit_of_other_kinds(tmp_path):
+    for options in (
+        {"no_embed_class": True, "init_values": 0.1},
+        {"class_token": False, "global_pool": "avg", "fc_norm": False},
+        {"global_pool": "avg"},
+    ):
+        vit = timm_vit(**options)
+        torch.save(vit.state_dict(), tmp_path / "vit.pth")
+        loaded = extrema_fast.load_vit(tmp_path / "vit.pth")
+        assert close(loaded.forward_features(IMAGES), vit.forward_features(IMAGES), 1e-5)
+        assert close(loaded.fc_norm(IMAGES.new_ones(2, 128)), vit.fc_norm(IMAGES.new_ones(2, 128)), 1e-5)
+    own = tmp_path / "own.pth"
+    torch.save(Encoder(CFG.model).state_dict(), own)
+    refused(lambda: extrema_fast.accelerate(own), "own.pth", "load_encoder")
+    hf_model("DeiTModel").save_pretrained(tmp_path / "deit")
+    refused(lambda: extrema_fast.load_vit(tmp_path / "deit"), "distillation token")
 
 
 @torch.no_grad()

@@ -1,0 +1,86 @@
+"""A timm VisionTransformer, class token included, from weights of any project that `load_encoder` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UsageError, cannot_import
+from ..models.accelerate import Accelerated
+from ..models.layers import NORM_EPS
+from .folder import encoder_options, model_config
+from .load import load_encoder, open_weights
+
+
+def accelerate(vit: nn.Module | str | Path, *, attention: str = "auto", strict: bool = False) -> Accelerated:
+    """`models.accelerate.accelerate` of a VisionTransformer, or of the one that `load_vit` makes of a path."""
+    return Accelerated(load_vit(vit) if isinstance(vit, (str, Path)) else vit, attention, strict)
+
+
+def load_vit(
+    path: str | Path,
+    which: str | None = None,
+    *,
+    grid: Sequence[int] | None = None,
+    num_heads: int | None = None,
+) -> Any:
+    """A timm VisionTransformer in eval mode with the trunk and the class token of a file or folder.
+
+    Its tokens equal those of the model that the file is of; heads are left out, layer scale is folded in.
+
+    Args:
+        path: a ViT of timm, MAE, DINO, DINOv2, MoCo v3, torchvision or Hugging Face.
+        which: 'teacher' or 'student', where there are both.
+        grid, num_heads: as in `load_encoder`.
+
+    Raises:
+        UsageError: as `load_encoder`; ExtreMA weights; a distillation token; timm is missing.
+    """
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(f"load_vit: {cannot_import('timm', error, 'timm')}") from error
+    weights = open_weights(path, grid, num_heads)
+    name = weights.choose(which)
+    # checked, and with the options that the tensors show
+    encoder = load_encoder(weights, which, num_classes=0)
+    prefix = weights.prefixes.get(name, {})
+    if encoder.blocks_token is not None:
+        raise UsageError(
+            f"{path}: ExtreMA weights, whose class token is not in the trunk; load_encoder(path).encode(images, keep) "
+            "encodes kept patches"
+        )
+    if "dist_token" in prefix:
+        raise UsageError(f"{path}: has a distillation token, which timm's VisionTransformer has no place for")
+    config, options = model_config(weights.meta), encoder_options(weights.meta)
+    width, depth, heads = config.shape
+    state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("head.")}
+    row = prefix.get("pos_embed", encoder.pos_embed[:, :0]).float()
+    state["pos_embed"] = torch.cat([row, encoder.pos_embed.detach()], 1)
+    if "cls_token" in prefix:
+        state["cls_token"] = prefix["cls_token"].float()
+    vit = VisionTransformer(
+        img_size=encoder.img_size,
+        patch_size=encoder.patch_size,
+        in_chans=encoder.in_chans,
+        num_classes=0,
+        global_pool="avg" if options["fc_norm"] or "cls_token" not in prefix else "token",
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=config.mlp_ratio,
+        class_token="cls_token" in prefix,
+        no_embed_class=row.shape[1] == 0,
+        fc_norm=options["fc_norm"],
+        norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
+    )
+    try:
+        vit.load_state_dict(state)
+    except RuntimeError as error:
+        raise UsageError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+    return vit.eval()
