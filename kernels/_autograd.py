@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def transforming() -> bool:
-    """Whether a transform of torch.func (vmap, grad, jacrev, ...) is running: every op then is its plain definition."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether torch.func (vmap, grad, jacrev, ...) or forward-mode AD is running: every op then is its definition."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 # a traced graph holds the answer (as `can_run` of _launch.py)

@@ -249,7 +249,19 @@ def test_transforms_of_torch_func_run_the_plain_definition(op):
     scalar = lambda *leaves: f(*(leaves[at.index(i)] if i in at else a for i, a in enumerate(args))).sum()  # noqa: E731
     leaves = [args[i] for i in at]
     got = torch.func.jacrev(scalar, tuple(range(len(at))))(*(x.detach() for x in leaves))
-    torch.testing.assert_close(list(got), list(torch.autograd.grad(scalar(*leaves), leaves)))
+    wanted = torch.autograd.grad(scalar(*leaves), leaves)
+    torch.testing.assert_close(list(got), list(wanted))
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)) for x in leaves]
+        tangent = torch.autograd.forward_ad.unpack_dual(scalar(*duals)).tangent
+    torch.testing.assert_close(tangent, sum(g.sum() for g in wanted))
+    # jacobian(vectorize=True): the backward pass alone is mapped
+    out = f(*args)
+    upstream = torch.stack([torch.ones_like(out), torch.linspace(0, 1, out.numel()).view_as(out)]).to(out)
+    mapped = torch.autograd.grad(out, leaves, upstream, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(upstream):
+        each = torch.autograd.grad(out, leaves, one, retain_graph=True)
+        torch.testing.assert_close([g[i] for g in mapped], list(each))
 
 
 def test_keep_indices_under_vmap():
