@@ -31,7 +31,7 @@ from .decode import DaliDecoder, PilDecoder, Settings, Work, gpu_unsupported
 from .image_files import REMEDY, TIFF, ImageFiles, deep_range
 from .image_source import ImageSource
 from .order import Order
-from .preprocess import CENTER_CROP, KEEP_EXACT, Resizing, center_of, scaled_size
+from .preprocess import KEEP_EXACT, Resizing, center_of, scaled_size
 from .resident import HeldDecoder, Place, hold
 
 log = logging.getLogger(__name__)
@@ -88,10 +88,8 @@ def random_boxes(
     return np.stack([top, left, top + h, left + w], 1), u[:, 2 * _TRIES + 2] < cfg.flip
 
 
-def center_boxes(
-    sizes: np.ndarray, img_size: tuple[int, int], resizing: Resizing = CENTER_CROP
-) -> np.ndarray:
-    """[b, 4] float64 boxes as of `random_boxes`, fractions included, that `preprocess` resizes and center-crops to."""
+def center_boxes(sizes: np.ndarray, img_size: tuple[int, int], resizing: Resizing = KEEP_EXACT) -> np.ndarray:
+    """[b, 4] float64 boxes as of `random_boxes`, fractions included, that images are resized and center-cropped to."""
     boxes = [_center_box(size, img_size, resizing) for size in sizes.tolist()]
     return np.array(boxes, np.float64).reshape(-1, 4)
 
@@ -356,7 +354,8 @@ class EvalLoader(_Loader):
     of images.
 
     Args:
-        resizing: as by `Encoder.preprocess` of weights with these numbers.
+        resizing: that of an encoder (`Encoder.resizing`) gives the pictures of its `preprocess`; by default images of
+            exactly `img_size` are taken whole.
         bad: unreadable images are left out and added here; None: they are errors.
 
     Raises:
@@ -372,7 +371,7 @@ class EvalLoader(_Loader):
         batch_size: int = 256,
         device: str | torch.device | None = None,
         bad: BadRows | None = None,
-        resizing: Resizing = CENTER_CROP,
+        resizing: Resizing = KEEP_EXACT,
     ) -> None:
         batch = min(batch_size, max(1, len(source)))
         super().__init__(source, cfg, img_size, batch, device, bad, whole=True, resizing=resizing)

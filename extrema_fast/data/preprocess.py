@@ -41,7 +41,6 @@ class Resizing(NamedTuple):
         )
 
 
-CENTER_CROP = Resizing()
 # of weights that say nothing of `crop_mode` (older versions), and of training without random crops
 KEEP_EXACT = Resizing(keep_exact=True)
 

@@ -18,7 +18,7 @@ from ..config import DataConfig
 from ..data.augment import normalize
 from ..data.bad_images import BadRows
 from ..data.loader import EvalLoader
-from ..data.preprocess import CENTER_CROP, Resizing
+from ..data.preprocess import KEEP_EXACT, Resizing
 from ..data.sources import ImageSource, match_classes, subset
 from ..errors import UsageError
 
@@ -100,7 +100,7 @@ def raw_pixels(
     *,
     side: int = 32,
     batch_size: int = 256,
-    resizing: Resizing = CENTER_CROP,
+    resizing: Resizing = KEEP_EXACT,
 ) -> Features:
     """Pixels in 0..1 as features, [n, P]; larger images are averaged to `side` pixels first.
 
@@ -190,7 +190,7 @@ def load_batch(
     count: int,
     *,
     strict: bool = True,
-    resizing: Resizing = CENTER_CROP,
+    resizing: Resizing = KEEP_EXACT,
 ) -> Tensor:
     """[min(count, n), H, W, 3] uint8: evenly spaced images of a source, the same every time.
 

@@ -14,7 +14,7 @@ import torch
 
 from extrema_fast.data import loader as data
 from extrema_fast.data.loader import EvalLoader, TrainLoader
-from extrema_fast.data.preprocess import CENTER_CROP, KEEP_EXACT, Resizing, resize_crop
+from extrema_fast.data.preprocess import KEEP_EXACT, Resizing, resize_crop
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import UsageError
 
@@ -140,9 +140,9 @@ def test_eval_loader_gives_each_image_once_in_order(tree, config, kind, batch_si
 @pytest.mark.parametrize(
     ("size", "resizing"),
     [
-        ((32, 32), CENTER_CROP),
-        ((384, 384), CENTER_CROP),
-        ((40, 96), CENTER_CROP),
+        ((32, 32), Resizing()),
+        ((384, 384), Resizing()),
+        ((40, 96), Resizing()),
         ((40, 96), KEEP_EXACT),
         ((32, 32), Resizing(1.0)),
         ((48, 32), Resizing(0.7, "bicubic")),

@@ -9,7 +9,6 @@ import torch
 
 from extrema_fast.data.image_files import load_rgb
 from extrema_fast.data.loader import EvalLoader, TrainLoader, center_boxes
-from extrema_fast.data.preprocess import Resizing
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import DataError
 
@@ -42,8 +41,7 @@ def test_odd_images_load(odd_images, tmp_path, config, kind, exif):
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path, config, kind):
     ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "a.png")
-    source = open_source(str(tmp_path))
-    ((images, _),) = EvalLoader(source, config(loader=kind), (32, 32), resizing=Resizing(crop_pct=1.0))
+    ((images, _),) = EvalLoader(open_source(str(tmp_path)), config(loader=kind), (32, 32))
     want = np.rint(ramp / 257).astype(int)[..., None]
     assert np.abs(images[0].numpy() - want).max() <= 1
 
