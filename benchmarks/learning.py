@@ -3,6 +3,8 @@
 Each seed is its own process running the product's own commands, so a record shows what a user would get:
 
 python -m benchmarks learning photos --seeds 0 1 2 --name photos_infonce -- --system.threads 1
+
+With `--init-from` each seed is trained twice in turn, from random weights and from those, as long.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ def main(argv: list[str]) -> int:
     p.add_argument("preset", nargs="?", default="photos")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--runs", type=Path, default=Path("runs/learning"), help="where the run folders go")
+    p.add_argument("--init-from", type=Path, help="weights that every seed also begins from")
     p.add_argument("--max-train", type=int, default=0, help="training images of the evaluation (0: all)")
     p.add_argument("--max-test", type=int, default=0)
     args = p.parse_args(argv[:split])
@@ -35,10 +38,20 @@ def main(argv: list[str]) -> int:
         print(f"  {preset}, seeds {seeds}, {' '.join(overrides) or 'no overrides'}")
         return 0
     limits = [f"--max-{name}={n}" for name, n in (("train", args.max_train), ("test", args.max_test)) if n]
-    runs = [run(preset, s, args.runs / f"{args.name}-seed{s}", overrides, limits) for s in seeds]
+    runs, begun = [], []
+    for s in seeds:
+        out = args.runs / f"{args.name}-seed{s}"
+        runs.append(run(preset, s, out, overrides, limits))
+        if args.init_from:
+            begin = [*overrides, "--init-from", str(args.init_from)]
+            begun.append(run(preset, s, out.with_name(f"{out.name}-begun"), begin, limits))
     found = summary(runs)
+    if begun:
+        found |= gains(
+            found, {k: v for k, v in summary(begun).items() if "random init" not in k and "raw" not in k}
+        )
     record = harness.new_record(f"learning: {preset}", "learning", argv, args.note, overrides=overrides)
-    record |= {"summary": found, "runs": runs}
+    record |= {"summary": found, "runs": runs, **({"begun": begun} if begun else {})}
     text = f"Mean and standard deviation over seeds {seeds}; accuracies are shares of the test images."
     lines = [
         {"key": k} | s | {"values": ", ".join(f"{v:.3f}" for v in s["values"])} for k, s in found.items()
@@ -82,7 +95,19 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
                     values.setdefault(f"{metric} | gain over random init | {feature}", []).append(gain)
         for part in ("pretrain", "evaluate"):
             values.setdefault(f"seconds | {part}", []).append(run[f"{part}_s"])
-    return {
-        key: {"mean": statistics.mean(v), "stdev": statistics.stdev(v) if len(v) > 1 else 0.0, "values": v}
-        for key, v in values.items()
-    }
+    return {key: spread(v) for key, v in values.items()}
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean, standard deviation and the values."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.mean(values), "stdev": deviation, "values": values}
+
+
+def gains(scratch: dict[str, dict[str, Any]], begun: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The summary of runs that begin from given weights, and their gain over those that do not, seed by seed."""
+    found = {f"begun | {key}": value for key, value in begun.items()}
+    for key, value in begun.items():
+        pairs = zip(value["values"], scratch[key]["values"], strict=True)
+        found[f"begun, gain | {key}"] = spread([a - b for a, b in pairs])
+    return found

@@ -4,7 +4,8 @@
 
 Such a project changes two lines, marked below: `accelerate` once, and `encode(images, keep)` in place of "embed all,
 add positions, gather, run the blocks". The weights stay timm's: optimizer, checkpoints and `state_dict` do not
-notice. Prints the loss on unseen images and draws what was filled in.
+notice. Prints the loss on unseen images and draws what was filled in. The encoder is saved as timm's, and
+`extrema-fast pretrain --init-from` continues from it.
 """
 
 import argparse
@@ -122,8 +123,15 @@ def main(argv: list[str] | None = None) -> float:
     after = test_loss()
     rows = torch.arange(0, len(test_images), max(1, len(test_images) // 8))[:8]
     draw(mae, test_images[rows], test_keep[rows], args.out)
+    weights = Path(args.out).with_suffix(".pth")
+    torch.save(mae.vit.state_dict(), weights)
     print(f"loss on unseen images {before:.4f} before, {after:.4f} after {steps} steps")
     print(f"{args.out}: image, kept patches, filled in")
+    # the images of this project are scaled to -1 .. 1
+    print(
+        f"extrema-fast pretrain photos --init-from {weights} --model.width 96 --model.heads 3 "
+        "--data.mean 0.5 0.5 0.5 --data.std 0.5 0.5 0.5"
+    )
     return after / before
 
 
