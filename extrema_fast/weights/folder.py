@@ -413,7 +413,7 @@ def looks_like(keys: Collection[str]) -> str:
     """The end of an error message: whose checkpoint has such keys, or nothing."""
     if not any("blocks_token." in k for k in keys):
         for prefix, name in _OTHERS.items():
-            if any(k.removeprefix("module.").startswith(prefix) for k in keys):
+            if any(re.match(rf"((module|teacher|student)\.)*{re.escape(prefix)}", k) for k in keys):
                 return f"; this looks like {name}"
     return ""
 

@@ -174,13 +174,22 @@ def below_root(state: Mapping[str, Tensor], branches: Mapping[str, str]) -> tupl
         return names, ""
     both = re.compile(rf"(^|(?<=\.))({'|'.join(branches)})\.$")
     outer = {both.sub("", root) for root in roots}
-    # without a network's own name the innermost networks are parts of others
-    rank = {
-        r: next((i for i, w in enumerate(_FIRST) if w in r.split(".")), 0 if r == "" else len(_FIRST))
-        for r in outer
-    }
-    root = min(sorted(outer), key=lambda r: (rank[r], r.count(".")))
+    # where no part has a network's name, the innermost is a part of others
+    order = {r: (_rank(r) if r else 0, r.count("."), r) for r in outer}
+    root = min(outer, key=order.__getitem__)
     return {k.removeprefix(root): v for k, v in names.items() if k.startswith(root)}, root
+
+
+def _rank(root: str) -> int:
+    """Which of several networks to take: the smallest."""
+    parts = root.split(".")
+    return next((i for i, w in enumerate(_FIRST) if any(p.startswith(w) for p in parts)), len(_FIRST))
+
+
+def network_name(root: str) -> str:
+    """`teacher` or `student` where what wraps a network says so; else empty."""
+    rank = _rank(root)
+    return "" if rank == len(_FIRST) else "student" if _FIRST[rank] == "student" else "teacher"
 
 
 def convert(

@@ -31,13 +31,14 @@ from .folder import (
     GRAPHS,
     NOT_WEIGHTS,
     SINGLE,
+    WHICH,
     check_tensors,
     input_meta,
     looks_like,
     read_safetensors,
     read_torch,
 )
-from .foreign import HEADS, Described, Trunk, below_root, convert, prefix_rows
+from .foreign import HEADS, Described, Trunk, below_root, convert, network_name, prefix_rows
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def read_checkpoint(
     networks = {name: trunk.tensors for name, trunk in found.items()}
     prefixes = {name: trunk.prefix for name, trunk in found.items() if trunk.prefix}
     left_out = next(reversed(found.values())).left_out
-    main = networks.get("teacher", networks.get(SINGLE, {}))
+    main = networks.get("teacher", next(iter(networks.values())))
     epoch, arch = data.get("epoch"), data.get("arch")
     width, known, stats = len(main.get("patch_embed.proj.weight", ())), None, described.data or IMAGENET
     if left_out:
@@ -101,7 +102,7 @@ def read_checkpoint(
     # the resizing of the official recipes
     interpolation = described.interpolation or ("bicubic" if options["fc_norm"] else "bilinear")
     size = (options["in_chans"], *model["img_size"])
-    meta = {
+    meta: dict[str, Any] = {
         "model": model,
         "encoder": options,
         "data": stats,
@@ -113,6 +114,8 @@ def read_checkpoint(
             **({"left_out": [*left_out, *described.notes]} if left_out else {}),
         },
     }
+    if len(networks) == 1 and SINGLE not in networks:
+        meta["which"] = next(iter(networks))
     return meta, networks, prefixes
 
 
@@ -130,12 +133,13 @@ def _read(file: Path) -> tuple[dict[Any, Any], dict[str, Tensor]]:
     found, nested = type(data).__name__, []
     if isinstance(data, dict):
         # nested ones first: next to them are epoch, optimizer, arguments
-        for state in (*map(data.get, ("state_dict", "model", "teacher", "student")), data):
+        for key in ("state_dict", "model", "teacher", "student", None):
+            state = data if key is None else data.get(key)
             if isinstance(state, dict) and state and _are_tensors(state):
                 # BatchNorm's number of batches, which nothing needs
                 state = {k: v for k, v in state.items() if not k.endswith(".num_batches_tracked")}
                 check_tensors(state, file)
-                return data, state
+                return data, {f"{key}.{k}": v for k, v in state.items()} if key in WHICH else state
         found = first(data, 6) or "nothing"
         nested = [str(k) for value in data.values() if isinstance(value, dict) for k in value]
     raise UsageError(
@@ -152,7 +156,7 @@ def _networks(state: Mapping[str, Tensor], file: Path, grid: tuple[int, int] | N
     if root.strip("."):
         log.info("%s: takes %s*", file.name, root)
     if not any(k.partition(".")[0] in _BRANCHES for k in state):
-        return {SINGLE: _one_encoder(state, file, grid)}
+        return {network_name(root) or SINGLE: _one_encoder(state, file, grid)}
     networks: Networks = {"student": {}, "teacher": {}}
     for key, value in state.items():
         branch, _, name = key.partition(".")

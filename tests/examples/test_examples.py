@@ -110,6 +110,7 @@ def test_segmentation(run, weights):
 def test_masked_mae(run):
     pytest.importorskip("timm", reason="timm is not installed (extra: timm)")
     assert run("masked_mae", "--out", "m.png") < 0.3
+    assert extrema_fast.load_encoder("m.pth", num_heads=3).grid == (8, 8)
     sheet = picture("m.png").reshape(8, 128, 3, 128, 3)
     image, seen, filled = (sheet[:, :, i] for i in range(3))
     hidden = (seen == 128).all(-1)

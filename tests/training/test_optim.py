@@ -1,7 +1,7 @@
 """Schedules and parameter groups.
 
 Covers: learning rate at 0, inside and at the end of the warm-up, in the middle and at the end; the momentum's
-course; the paper's run in steps; which parameters are decayed.
+course; the paper's run in steps; which parameters are decayed; a trunk's rate of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from extrema_fast import config as c
 from extrema_fast.models.encoder import create_encoder
 from extrema_fast.models.extrema import ExtreMA
-from extrema_fast.training.optim import Schedule, build_optimizer, param_groups
+from extrema_fast.training.optim import Schedule, build_optimizer, param_groups, separate_trunk, set_lr
 
 
 def schedule(base: c.Config | None = None, steps_per_epoch: int = 10, **change) -> Schedule:
@@ -96,3 +96,31 @@ def test_the_optimizer_trains_the_student_alone():
     assert held == {id(p) for p in method.student_branch.parameters()}
     for group, decay in zip(optimizer.param_groups, (0.3, 0.0), strict=True):
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.9), 1e-7, decay)
+
+
+def test_a_trunk_that_rests():
+    s = course(0.0)
+    assert [s.trunk_share(t) for t in (0, 5, 6, 8, 10, 11, 110)] == pytest.approx([0, 0, 0.2, 0.6, 1, 1, 1])
+    assert schedule(optim={"warmup_epochs": 0}).trunk_share(0) == 1
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lars"])
+def test_a_trunk_with_a_rate_of_its_own(name, tensor_lr):
+    cfg = c.from_dict({"optim": {"name": name}}, c.smoke())
+    method = ExtreMA(cfg)
+    optimizer = build_optimizer(method, cfg, tensor_lr=tensor_lr)
+    decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    trunk = list(method.student.blocks.parameters())
+    separate_trunk(optimizer, trunk)
+    assert {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]} == decay
+    before = {n: p.detach().clone() for n, p in method.student_parameters()}
+    set_lr(optimizer, 0.1, 0.0)
+    for p in decay:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for n, p in method.student_parameters():
+        assert torch.equal(p, before[n]) == ("encoder.blocks." in n), n
+    set_lr(optimizer, 0.1, 0.1)
+    optimizer.step()
+    assert not any(torch.equal(p, before[n]) for n, p in method.student_parameters())

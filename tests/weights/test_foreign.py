@@ -136,12 +136,22 @@ def test_a_whole_vit_of_other_kinds(tmp_path):
 
 
 @torch.no_grad()
-def test_the_student_of_two_networks(tmp_path):
-    for data in (moco()[1], dino()[1]):
-        torch.save(data, tmp_path / "vit.pth")
-        teacher, student = (load_encoder(tmp_path / "vit.pth", which) for which in ("teacher", "student"))
-        # DINO's files are read as one network, the teacher
-        assert torch.equal(teacher.norm.bias + (data.get("arch") is not None), student.norm.bias)
+def test_which_network(tmp_path):
+    file = tmp_path / "vit.pth"
+    torch.save(moco()[1], file)
+    teacher, student = (load_encoder(file, which) for which in ("teacher", "student"))
+    assert torch.equal(teacher.norm.bias + 1, student.norm.bias)
+    # of DINO's two the teacher is read, and the student not taken for it
+    vit, data = dino()
+    torch.save(data, file)
+    assert torch.equal(load_encoder(file).norm.bias, vit.norm.bias)
+    refused(lambda: load_encoder(file, "student"), "no student weights", "teacher")
+    state = {f"student_net.{k}": v + 1 for k, v in vit.state_dict().items()}
+    torch.save({"state_dict": state}, file)
+    assert torch.equal(load_encoder(file).norm.bias, vit.norm.bias + 1)
+    refused(lambda: load_encoder(file, "teacher"), "no teacher weights")
+    torch.save({"state_dict": state | {f"ema.{k}": v for k, v in vit.state_dict().items()}}, file)
+    assert torch.equal(load_encoder(file).norm.bias, vit.norm.bias)
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def model(*keys: str) -> dict:
         (model("embeddings.cls_token"), ["missing: patch_embed", "Hugging Face"]),
         (model("encoder.weight"), ["missing: patch_embed", "extra: encoder.weight)"]),
         # networks nested as DINO saves them
-        ({"teacher": model("backbone.cls_token")["model"]}, ["extra: backbone", "a DINO checkpoint"]),
+        ({"teacher": model("backbone.cls_token")["model"]}, ["extra: teacher.backbone", "a DINO checkpoint"]),
         (torch.ones(3), ["found: Tensor"]),
         # counters among the weights do not hide whose they are
         ({"layer1.0.conv1.weight": torch.ones(2), "bn1.count": torch.tensor(3)}, ["torch.int64", "a ResNet"]),
