@@ -40,6 +40,18 @@ def meta(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function under torch.compile, which is asked for at the first call: its import takes seconds and may fail."""
+    made: list[Callable[..., Any]] = []
+
+    def run(*args: Any) -> Any:
+        if not made:
+            made.append(torch.compile(function, dynamic=False))
+        return made[0](*args)
+
+    return run
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What one process computes in one forward and backward pass of a training step."""

@@ -236,7 +236,8 @@ def unsupported(op: str, name: str, device: torch.device | str) -> str:
     device = torch.device(device)
     if (op, name, device.type) in _broken:
         return _broken[op, name, device.type]
-    if name == "triton":
+    # `split` is of kernels too
+    if name in ("triton", "split"):
         runs, reason = can_run(device)
         return "" if runs else reason
     if name == "compiled" and device.type == "cuda":

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .._launch import DTYPE_NAMES, Launch
-from .._spec import Case, Sizes, Spec, grid, launches, meta
+from .._spec import Case, Sizes, Spec, compiled, grid, launches, meta
 from .op import attention_pool
 from .reference import PoolWeights, attention_pool_absorbed, attention_pool_reference
 
@@ -76,8 +76,8 @@ def _case(label: str, rows: int, n: int, width: int, heads: int, backward: bool 
             "reference": plain(attention_pool_reference),
             "sdpa": sdpa,
             "absorbed": plain(attention_pool_absorbed),
-            "sdpa compiled": torch.compile(sdpa, dynamic=False),
-            "absorbed compiled": torch.compile(plain(attention_pool_absorbed), dynamic=False),
+            "sdpa compiled": compiled(sdpa),
+            "absorbed compiled": compiled(plain(attention_pool_absorbed)),
         },
         bytes_fwd=2 * tiles,
         bytes_bwd=2 * (2 * rows * n * width + 3 * rows * heads * width),

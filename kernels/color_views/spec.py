@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._launch import Launch
-from .._spec import Case, Sizes, Spec, launches, meta
+from .._spec import Case, Sizes, Spec, compiled, launches, meta
 from .op import color_params, color_views
 from .reference import STREAMS, color_params_reference, color_views_reference
 
@@ -69,7 +69,7 @@ def _case(
         {
             "ours": run(color_views),
             "reference": run(color_views_reference),
-            "compiled": torch.compile(run(color_views_reference), dynamic=False),
+            "compiled": compiled(run(color_views_reference)),
         },
         bytes_fwd=batch
         * (2 * 3 * sides[0] * sides[1] + 2 * chans * (sides[0] * sides[1] + views * kept * patch**2)),

@@ -8,7 +8,7 @@ import torch
 
 from .. import _launch
 from .._launch import DTYPE_NAMES, Launch
-from .._spec import Case, Sizes, Spec, grid, launches, meta
+from .._spec import Case, Sizes, Spec, compiled, grid, launches, meta
 from .op import mlp
 from .reference import mlp_reference
 
@@ -53,7 +53,7 @@ def _case(label: str, rows: int, n: int, width: int, inner: int, backward: bool 
             "split": partial(mlp, by="split"),
             "quack": partial(mlp, by="quack"),
             "reference": mlp_reference,
-            "compiled": torch.compile(mlp_reference, dynamic=False),
+            "compiled": compiled(mlp_reference),
         },
         # x, h, g, g, y; dy, h, dh, dh, dx and both weight gradients' inputs
         bytes_fwd=2 * rows * n * (2 * width + 3 * inner),

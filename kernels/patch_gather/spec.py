@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .._launch import DTYPE_NAMES, Launch
-from .._spec import Case, Sizes, Spec, grid, launches, meta
+from .._spec import Case, Sizes, Spec, compiled, grid, launches, meta
 from .op import patch_gather
 from .reference import gather_patches, patch_gather_reference
 
@@ -77,10 +77,7 @@ def _case(
         return torch.cat(parts)
 
     tokens = batch * views * kept
-    baselines = {}
-    if not picked:
-        compiled = torch.compile(convolution, dynamic=False)
-        baselines = {"convolution": convolution, "convolution compiled": compiled}
+    baselines = {} if picked else {"convolution": convolution, "convolution compiled": compiled(convolution)}
     return Case(
         label,
         make,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .._launch import DTYPE_NAMES, Launch
-from .._spec import Case, Sizes, Spec, grid, launches, meta
+from .._spec import Case, Sizes, Spec, compiled, grid, launches, meta
 from .op import residual_norm
 from .reference import residual_norm_reference
 
@@ -73,7 +73,7 @@ def _case(label: str, rows: int, n: int, width: int, backward: bool = True) -> C
         {
             "ours": second(fused),
             "reference": second(reference),
-            "compiled": torch.compile(second(plain), dynamic=False),
+            "compiled": compiled(second(plain)),
         },
         bytes_fwd=2 * 4 * rows * n * width,
         bytes_bwd=2 * 5 * rows * n * width,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._launch import DTYPE_NAMES, Launch
-from .._spec import Case, Spec, grid, launches, meta
+from .._spec import Case, Spec, compiled, grid, launches, meta
 from .op import token_gather
 from .reference import token_gather_reference
 
@@ -47,7 +47,7 @@ def _case(label: str, batch: int, n: int, views: int, kept: int, width: int) -> 
             "ours": lambda t, k, p: token_gather(t, k, p, disjoint=True),
             "reference": token_gather_reference,
             "index_select": flat,
-            "index_select compiled": torch.compile(flat, dynamic=False),
+            "index_select compiled": compiled(flat),
         },
         bytes_fwd=batch * views * kept * (4 * width + 4),
         bytes_bwd=2 * width * batch * (views * kept + n),
