@@ -31,6 +31,7 @@ from .errors import (
     Preempted,
     StorageError,
     UsageError,
+    is_out_of_memory,
     is_storage_error,
     of_storage,
     one_line,
@@ -80,12 +81,13 @@ def _run(args: list[str]) -> int:
     except BrokenPipeError:
         # the reader (head, less) has left
         return 0
-    except MemoryError:
-        return _fail(OutOfMemoryError("not enough memory for this; use less at a time, or a larger machine"))
+    # what no caller knows better
     except OSError as error:
-        # what no caller knows better
         return _fail(of_storage(error))
     except Exception as error:
+        if is_out_of_memory(error):
+            what = "not enough memory for this; use less at a time, or a larger machine"
+            return _fail(OutOfMemoryError(f"{what} ({one_line(error) or 'MemoryError'})"))
         if not is_storage_error(error):
             raise
         return _fail(StorageError(one_line(error)))

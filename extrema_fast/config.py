@@ -46,6 +46,9 @@ MODEL_PREFIX, MODEL_SUFFIX = "extrema_vit_", "_patch16_224"
 # far above any vision transformer
 MAX_PARAMETERS = 100_000_000_000
 MAX_PATCHES = 1 << 20
+# of a layer of the heads
+MAX_UNITS = 1 << 20
+MAX_THREADS = 1024
 # Pillow's own limit: what it calls a decompression bomb
 MAX_PIXELS = 178_956_970
 
@@ -84,6 +87,12 @@ def _at_least(section: str, cfg: Any, **limits: float) -> None:
     for name, low in limits.items():
         value = getattr(cfg, name)
         _require(value >= low, f"{section}.{name}: expected at least {low}, got {value}")
+
+
+def _at_most(section: str, cfg: Any, **limits: int) -> None:
+    for name, high in limits.items():
+        value = getattr(cfg, name)
+        _require(value <= high, f"{section}.{name}: expected at most {high}, got {value}")
 
 
 def _positive(section: str, cfg: Any, *names: str) -> None:
@@ -166,6 +175,7 @@ class DataConfig:
             f"data.range: expected black below white, or 0 0, got {self.range[0]:g} {self.range[1]:g}",
         )
         _at_least("data", self, threads=0, window=1, max_pixels=1, limit=0)
+        _at_most("data", self, threads=MAX_THREADS)
 
 
 @dataclass(frozen=True)
@@ -292,6 +302,7 @@ class HeadConfig:
     def __post_init__(self) -> None:
         _positive("head", self, "temperature")
         _at_least("head", self, hidden=1, out=1, predictor_hidden=1)
+        _at_most("head", self, hidden=MAX_UNITS, out=MAX_UNITS, predictor_hidden=MAX_UNITS)
 
 
 @dataclass(frozen=True)
@@ -425,6 +436,10 @@ class SystemConfig:
     """The teacher's, whose sequences are longer; `same`: as `attention`."""
     deterministic: bool = False
     """Use torch's deterministic algorithms."""
+
+    def __post_init__(self) -> None:
+        _at_least("system", self, threads=0)
+        _at_most("system", self, threads=MAX_THREADS)
 
 
 @dataclass(frozen=True)

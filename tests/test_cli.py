@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import extrema_fast
 from extrema_fast import cli, train
@@ -268,6 +269,14 @@ def test_a_message_of_any_length_is_shown_short_with_its_remedy(capsys, monkeypa
     assert (
         len(err) < 4000 and err.startswith("extrema-fast: error: file: a") and err.endswith("; use another\n")
     )
+
+
+def test_memory_that_nobody_expected_to_lack(capsys, monkeypatch):
+    # of this size none is allocated
+    monkeypatch.setattr(train, "pretrain", lambda *args, **options: torch.empty(2**60, dtype=torch.uint8))
+    assert main(["pretrain", "smoke"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("extrema-fast: error: not enough memory") and err.count("\n") == 1
 
 
 def test_unexpected_errors_keep_their_traceback(monkeypatch):

@@ -180,7 +180,7 @@ BAD: dict[str, list] = {
     "data.gray_prob": [2],
     "data.jitter": [[-0.1, 0, 0, 0], [0, 0, 0, 0.6]],
     "data.std": [[0.2, 0.0, 0.2]],
-    "data.threads": [-1],
+    "data.threads": [-1, 2**31],
     "data.hw_decoder_load": [1.5],
     "data.order": ["reader"],
     "data.window": [0],
@@ -200,9 +200,9 @@ BAD: dict[str, list] = {
     "model.layer_scale": [0.0],
     "model.mlp_ratio": [0.0],
     "head.temperature": [0.0],
-    "head.hidden": [0],
-    "head.out": [0],
-    "head.predictor_hidden": [0],
+    "head.hidden": [0, 2**31],
+    "head.out": [0, 2**62],
+    "head.predictor_hidden": [0, 2**31],
     "optim.base_lr": [0.0],
     "optim.min_lr": [-0.001],
     "optim.warmup_epochs": [-1],
@@ -225,6 +225,7 @@ BAD: dict[str, list] = {
     "eval.batch_size": [0],
     "eval.temperature": [0.0],
     "log.every_steps": [0],
+    "system.threads": [-3, 2**31],
 }
 
 

@@ -274,6 +274,10 @@ def _no_images(name: str, folders: int, found: Counter[str]) -> str:
 def _from_list(name: str, path: Path, check: bool) -> ImageSource:
     if path.name.lower().endswith(EXTENSIONS):
         raise UsageError(f"{name}: is one image; expected {_EXPECTED}")
+    if path.name.lower().endswith(UNREAD):
+        raise UsageError(
+            f"{name}: is an image of a kind that is not read; read are {', '.join(EXTENSIONS)}: convert it, e.g. to PNG"
+        )
     try:
         # not splitlines(), which also splits at characters that a file name may contain
         lines = read_text(path, "utf-8-sig").split("\n")

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..config import Config, DataConfig, EvalConfig, from_dict
 from ..data.augment import normalize
 from ..data.sources import BUILT_IN, ImageSource, open_source, subset
+from ..distributed import pick_device
 from ..errors import StorageError, UsageError
 from ..files import fits, no_links, read_json, write_file
 from ..models.encoder import Encoder, build_encoder
@@ -87,6 +88,11 @@ def online_eval(
         # a file that breaks while training does not end the run
         args: dict[str, Any] = {"batch_size": cfg.eval.batch_size, "device": device, "strict": False}
         features = extract(method.teacher, test, cfg.data, **args)
+        if len(features.rows) < 2:
+            raise UsageError(
+                f"eval.max_test: an evaluation needs at least 2 images, {held.name} gives {len(features.rows)}; take "
+                "more, or leave evaluations out with --eval.every-epochs 0"
+            )
         out: dict[str, float | int] = {}
         both = [s for s in (train_source, test_source) if s is not None and s.labels is not None]
         if len(both) == 2:
@@ -255,6 +261,17 @@ def evaluate(
     wrong = [m for m in metrics if m not in ("knn", "probe")]
     if wrong or not metrics:
         raise UsageError(f"metrics: expected some of knn, probe, got {list(metrics)}")
+    for name, value, low in (
+        ("k", k, 1),
+        ("batch_size", batch_size, 1),
+        ("max_train", max_train, 0),
+        ("max_test", max_test, 0),
+    ):
+        if value is not None and value < low:
+            raise UsageError(f"{name}: expected at least {low}, got {value}")
+    if temperature is not None and not temperature > 0:
+        raise UsageError(f"temperature: expected a number above 0, got {temperature}")
+    where = pick_device(device)
     path = Path(path)
     cfg = run_config(path)
     rule = cfg.eval if cfg is not None else EvalConfig()
@@ -315,7 +332,6 @@ def evaluate(
             return known
 
     started = time.monotonic()
-    where = _device(device)
     log.info("images are %s; --crop-pct sets it", resizing)
     # without a class head the pooled feature is the mean of the patches
     fields = {CLS: "cls", MEAN: "mean"} if encoder.num_prefix_tokens else {MEAN: "mean"}
@@ -382,15 +398,6 @@ def evaluate(
             failed.result = result
             raise failed from None
     return result
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
 
 
 def _measure(

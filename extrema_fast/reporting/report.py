@@ -49,6 +49,8 @@ def report(run_dir: str | Path, *, images: int = 8, data: str | None = None) -> 
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UsageError(f"report: {cannot_import('jinja2 or matplotlib', error, 'train')}") from error
+    if images < 0:
+        raise UsageError(f"images: expected at least 0, got {images}")
     folder = Path(run_dir)
     cfg = run_config(folder) if folder.is_dir() else None
     if cfg is None:

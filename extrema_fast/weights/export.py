@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import did_you_mean, to_dict
-from ..errors import ExtremaError, UsageError, cannot_import, printable
+from ..errors import ExtremaError, NonFiniteError, UsageError, cannot_import, printable
 from ..files import new_folder
 from ..models.encoder import Encoder, model_args, timm_config
 from ..ops import dispatch as ops
@@ -208,6 +208,13 @@ def _compare(name: str, job: Job) -> dict[str, float]:
     for what, difference in differences.items():
         # not `>`, which nan would pass
         if not difference <= form.limit:
+            with torch.no_grad():
+                finite = job.encoder(job.images[0]).isfinite().all()
+            if not finite:
+                raise NonFiniteError(
+                    f"--format {name}: the encoder's features are not finite; the weights have diverged: take those of "
+                    "an earlier step; nothing was kept"
+                )
             raise ExtremaError(
                 f"--format {name}: {what} differs by {difference:.2e} from the encoder (at most "
                 f"{form.limit:.0e}); nothing was kept"

@@ -212,6 +212,8 @@ def test_bad_lists(tmp_path):
     archive.write_bytes(b"PK\x03\x04\xff\xfe\x00")
     fails(archive, r"set\.zip: a compressed archive: unpack it first, or decompress it to a \.tar; expected")
     fails(tmp_path / "a.png", "is one image; expected")
+    (tmp_path / "a.gif").write_bytes(b"GIF89a\xff")
+    fails(tmp_path / "a.gif", "a kind that is not read; read are .bmp, .* convert it")
 
 
 def test_broken_links_and_empty_files(tmp_path, caplog):

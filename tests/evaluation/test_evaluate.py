@@ -348,6 +348,8 @@ def test_online_eval_without_labels_or_test_images(cfg):
         assert "knn_cls" not in out and out["teacher_rank"] >= 1
     with pytest.raises(UsageError, match="neither"):
         evals.online_eval(ExtreMA(cfg), None, None, cfg)
+    with pytest.raises(UsageError, match=r"eval\.max_test: .* at least 2 images"):
+        evals.online_eval(ExtreMA(cfg), None, subset(train, torch.arange(1)), cfg)
 
 
 def test_evaluate_writes_a_result_and_reuses_it(run, monkeypatch):
@@ -440,6 +442,10 @@ def test_what_cannot_be_evaluated_is_named(run, images, tmp_path):
         ((run, f"{train}/a", str(images / "test")), {}, "images without labels"),
         ((run, train, str(other)), {}, "zebra"),
         ((run, str(other), str(other)), {}, r"one class \(zebra\)"),
+        ((run,), {"k": 0}, "k: expected at least 1, got 0"),
+        ((run,), {"batch_size": 0}, "batch_size: expected at least 1"),
+        ((run,), {"max_test": -1}, "max_test: expected at least 0"),
+        ((run,), {"temperature": 0.0}, "temperature: "),
         ((run,), {"k": 31}, "30 training images; use at most 30"),
     ):
         with pytest.raises(UsageError, match=words):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from extrema_fast.__main__ import main
 from extrema_fast.config import config_hash
-from extrema_fast.errors import ExtremaError, StorageError, cannot_import
+from extrema_fast.errors import ExtremaError, NonFiniteError, StorageError, cannot_import
 from extrema_fast.weights import export as export_module
 from extrema_fast.weights.export import FORMATS, export
 from extrema_fast.weights.load import load_encoder
@@ -212,6 +212,15 @@ def test_a_comparison_that_fails_keeps_nothing(folder, tmp_path, monkeypatch):
         export(folder, tmp_path / "new", "torch-export")
     assert names(tmp_path) == ["earlier", "w"]
     assert (tmp_path / "earlier" / "model.safetensors").read_bytes() == before
+
+
+def test_weights_that_have_diverged_are_no_export(folder, tmp_path):
+    file = folder / "teacher.safetensors"
+    tensors = load_file(file)
+    save_file({k: v * float("nan") if k == "norm.weight" else v for k, v in tensors.items()}, file)
+    with pytest.raises(NonFiniteError, match="features are not finite"):
+        export(folder, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
