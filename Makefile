@@ -32,7 +32,7 @@ DEMO_READY := $(VENV)/.installed-demo
 TEST_READY := $(VENV)/.installed-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast coverage test-faults test-gpu test-nullgpu gpu-check install lint format clean clean-demo
+.PHONY: help demo test test-fast coverage test-faults test-tools test-gpu test-nullgpu gpu-check install lint format clean clean-demo
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -60,6 +60,14 @@ TRY_RECORD ?= faults.json
 
 test-faults: $(TEST_READY)  ## kills, signals, failing storage, forged files, links: TRIES= TRY_SEED= TRY_RECORD=
 	$(PYTEST) tests/faults --timeout 3600 --tries $(TRIES) --try-seed $(TRY_SEED) --try-record $(TRY_RECORD) $(PYTEST_ARGS)
+
+# timm's own tests come with its source, which is kept here
+TIMM_TESTS ?= .cache/timm-tests
+
+test-tools: $(TEST_READY)  ## the encoder in other people's libraries, which it installs, and timm's own tests
+	@$(PIP_INSTALL) -e ".[tools]"
+	@mkdir -p $(TIMM_TESTS)
+	$(PYTEST) tests/contract/test_tools.py -s --timm-tests $(TIMM_TESTS) $(PYTEST_ARGS)
 
 test-gpu: $(TEST_READY)  ## only the tests that need a CUDA device
 	$(PYTEST) -m gpu $(PYTEST_ARGS)

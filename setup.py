@@ -48,6 +48,20 @@ EXTRAS = {
     "parquet": ["pyarrow>=17"],
     "fp8": [f"torchao>=0.18; {LINUX}"],
     "bench": ["matplotlib>=3.8"],
+    # other people's libraries that the encoder is tried in (tests/contract/test_tools.py)
+    "tools": [
+        "accelerate>=1.10",
+        "captum>=0.8",
+        "fvcore>=0.1.5",
+        "grad-cam>=1.5.5",
+        "lightning>=2.5",
+        "peft>=0.17",
+        "ptflops>=0.7.5",
+        "segmentation-models-pytorch>=0.5",
+        "torch-pruning>=1.6",
+        f"torchao>=0.18; {LINUX}",
+        "torchinfo>=1.8",
+    ],
     "dev": [
         "codespell>=2.4",
         "import-linter>=2.1",

@@ -44,6 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults", "tries of tests/faults")
     group.addoption("--tries", type=int, default=1, help="how many times as many as in `make test`")
     group.addoption("--try-seed", type=int, default=0, help="of what is random about them")
+    parser.addoption(
+        "--timm-tests", default="", metavar="FOLDER", help="runs timm's own tests; its source goes there"
+    )
     group.addoption("--try-record", default="", metavar="FILE.json", help="what was tried, and what held")
 
 
