@@ -456,6 +456,48 @@ def test_what_is_not_stock_is_called(how):
         accelerate(vit, strict=True)
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        *(
+            "patch_embed",
+            "blocks.1",
+            "blocks.0.norm1",
+            "blocks.0.attn",
+            "blocks.0.attn.qkv",
+            "blocks.0.attn.proj",
+        ),
+        *("blocks.0.ls1", "blocks.0.drop_path1", "blocks.0.mlp", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"),
+    ],
+)
+def test_another_output_is_an_error_that_names_the_part(place):
+    vit = build(init_values=0.3)
+    fast, images = accelerate(vit), images_for(vit)
+    whole = place == "patch_embed"
+    vit.get_submodule(place).register_forward_hook(lambda m, args, out: (out,) if whole else out[..., :-1])
+    for keep in (None, draw(2, 4)):
+        with pytest.raises(UsageError, match=rf"^vit\.{place}: "):
+            fast.encode(images, keep)
+
+
+def test_pruned_layers():
+    vit = build()
+    fast, images, keep = accelerate(vit), images_for(vit), draw(2, 4)
+    attn, mlp = vit.blocks[0].attn, vit.blocks[1].mlp
+    # one channel of each head is left out: as after structured pruning, the sizes are set with it
+    rows = torch.arange(72).view(3, 3, 8)[:, :, :7].flatten()
+    attn.qkv.weight, attn.qkv.bias = (nn.Parameter(p[rows].clone()) for p in (attn.qkv.weight, attn.qkv.bias))
+    attn.proj.weight = nn.Parameter(attn.proj.weight[:, rows[:21]].clone())
+    attn.qkv.out_features, attn.proj.in_features = 63, 21
+    with pytest.raises(UsageError, match=r"^vit\.blocks\.0\.attn\.qkv: expected .*72.*63"):
+        fast.encode(images, keep)
+    attn.head_dim, attn.attn_dim, attn.scale = 7, 21, 7**-0.5
+    assert gap(fast, images, keep) <= 1e-10
+    mlp.fc1 = nn.Linear(24, 90).double()
+    with pytest.raises(UsageError, match=r"^vit\.blocks\.1\.mlp\.fc1: "):
+        fast.encode(images, keep)
+
+
 def test_a_class_whose_forward_was_exchanged(monkeypatch):
     vit = build()
     images, keep, fast = images_for(vit), draw(2, 5), accelerate(vit)
