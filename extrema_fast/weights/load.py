@@ -178,10 +178,13 @@ def load_encoder(
         num_heads: Heads of the trunk, in files that do not say, where they are not width / 64.
 
     Raises:
-        UsageError: The file is missing, damaged or of another project (the message names what was found), or the
-            options do not fit it.
+        UsageError: The file is missing, damaged or no ViT whose trunk this is (the message names what was found), or
+            the options do not fit it.
     """
     weights = path if isinstance(path, Weights) else open_weights(path, grid, num_heads)
+    if weights is not path and (left_out := weights.meta.get("source", {}).get("left_out")):
+        # its features are not those of the model that the file is of
+        log.warning("%s: the trunk of another project's ViT, without: %s", path, ", ".join(left_out))
     tensors, source = weights.read(weights.choose(which)), str(weights.path)
     config, saved = model_config(weights.meta), encoder_options(weights.meta)
     if drop_path_rate is not None:
@@ -315,10 +318,10 @@ def import_released(
     num_heads: int | None = None,
     force: bool = False,
 ) -> Path:
-    """Converts a released ExtreMA checkpoint, or bare encoder weights, into a weights folder.
+    """Converts a released ExtreMA checkpoint, bare encoder weights, or another project's trunk, into a weights folder.
 
     Args:
-        file: Pretraining or fine-tuning checkpoint, read with `weights_only=True`; the architecture is inferred from
+        file: As of `load_encoder`, such as a pretraining or fine-tuning checkpoint; the architecture is inferred from
             the tensors, optimizer and scaler are dropped.
         out: The new folder.
         which: Keep `teacher` or `student` only; default: all there are, with their training heads.

@@ -94,10 +94,11 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_the_trunk_of_a_file(tmp_path, layout):
+def test_the_trunk_of_a_file(tmp_path, caplog, layout):
     vit, data = LAYOUTS[layout]()
     torch.save(data, tmp_path / "vit.pth")
     encoder = load_encoder(tmp_path / "vit.pth")
+    assert "without: class token" in caplog.text
     assert encoder.global_pool == "avg" and encoder.num_classes == 0
     assert isinstance(encoder.pos_embed, torch.nn.Parameter) == (layout != "MAE")
     assert close(encoder.encode(IMAGES).patches, trunk_of(vit), 1e-5)
