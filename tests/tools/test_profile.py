@@ -16,6 +16,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from extrema_fast import cli, train
 from extrema_fast.config import from_dict, preset
@@ -361,7 +362,10 @@ def test_every_component_is_found_and_they_add_up(profiled):
     assert found["student", trace.REST]["matmul_ms"] == 0
 
 
-def test_matmuls_are_those_torch_counts(profiled):
+def test_matmuls_are_those_torch_counts(profiled, monkeypatch):
+    # its hooks for all modules would have each part called, pooling in more matmuls
+    monkeypatch.setattr(ModuleTracker, "__enter__", lambda self: self)
+    monkeypatch.setattr(ModuleTracker, "__exit__", lambda *_: None)
     result, _ = profiled
     run = build(TINY, World(torch.device("cpu")), range(1000))
     step.wrap(run)
