@@ -140,7 +140,7 @@ class Accelerated:
         else:
             x, grid = self._embed_kept(images, keep)
         x = self._trunk(vit.norm_pre(x))
-        x = image_major(vit.norm(x) if norm else x, keep)
+        x = image_major(self._fit(vit.norm(x), x, vit.norm) if norm else x, keep)
         p = vit.num_prefix_tokens
         cls = None if vit.cls_token is None else x[..., 0, :]
         return EncodedViT(cls, x[..., p:, :], keep, grid, x[..., :p, :] if p else None, x)

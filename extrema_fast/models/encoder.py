@@ -268,11 +268,12 @@ class Encoder(TimmInterface):
         """
         tokens, keep, grid = self._tokens(images, keep)
         if not self.num_prefix_tokens:
-            patches = self.norm(tokens) if norm else tokens
+            patches = fit(self.norm(tokens), tokens.shape, "norm") if norm else tokens
             cls = patches.mean(1)
         elif norm and not is_stock(self.norm, nn.LayerNorm):
             # called once, on both
-            both = self.norm(torch.cat([self.pool(tokens)[0][:, None], tokens], 1))
+            both = torch.cat([self.pool(tokens)[0][:, None], tokens], 1)
+            both = fit(self.norm(both), both.shape, "norm")
             cls, patches = both[:, 0], both[:, 1:]
         else:
             cls, patches = self.pool(tokens)[0], tokens
