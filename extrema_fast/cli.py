@@ -175,6 +175,14 @@ class _Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **options,
         )
+        shown = self.add_argument_group("what is shown").add_mutually_exclusive_group()
+        for option, level, text in (
+            ("--quiet", logging.WARNING, "warnings, errors and the result only; no progress"),
+            ("--verbose", logging.DEBUG, "also what was chosen where nothing was asked for, and why"),
+        ):
+            shown.add_argument(
+                option, dest="level", action="store_const", const=level, default=logging.INFO, help=text
+            )
 
     def error(self, message: str) -> NoReturn:
         for word, kind in (("int", "a whole number"), ("float", "a number")):
@@ -188,25 +196,23 @@ class _Parser(argparse.ArgumentParser):
         """An option without a value."""
         self.add(name, action="store_true", help=text, **options)
 
-    def quiet(self, text: str = "warnings and errors only") -> None:
-        """`--quiet`, whose absence is `progress`."""
-        self.add("--quiet", dest="progress", action="store_false", help=text)
-
     def parse_all(self, args: list[str]) -> argparse.Namespace:
-        """As parse_args; an unknown option is an error that names the nearest."""
+        """As parse_args; an unknown option is an error that names the nearest. Logging is set up."""
         parsed, rest = self.parse_known_args(_dashed(args))
         for word in rest:
             if word.startswith("-"):
                 raise self._unknown(word)
         if rest:
             self.error(f"unexpected argument {rest[0]!r}{', a preset comes first' * (rest[0] in PRESETS)}")
+        _set_up_logging(parsed.level)
+        parsed.progress = parsed.level < logging.WARNING
+        del parsed.level
         return parsed
 
-    def options(self, args: list[str], progress: bool = True) -> dict[str, Any]:
-        """The arguments by name; logging is set up."""
+    def options(self, args: list[str], *, progress: bool = False) -> dict[str, Any]:
+        """The arguments by name; with `progress` for a function that shows it."""
         found = vars(self.parse_all(args))
-        _set_up_logging(found.get("progress", progress))
-        return found
+        return found if progress else {k: v for k, v in found.items() if k != "progress"}
 
     def _unknown(self, word: str) -> UsageError:
         known = [s for a in self._actions for s in a.option_strings if s.startswith("--") and s != "--help"]
@@ -232,7 +238,6 @@ class _Parser(argparse.ArgumentParser):
 # options of other tools -> (command or any, what there is here)
 USED_ELSEWHERE = {
     "resume": ("pretrain", "the same command continues the run in --out"),
-    "verbose": ("", "progress is shown unless --quiet"),
     "gpus": (
         "pretrain",
         "start one process per GPU: torchrun --nproc-per-node 8 -m extrema_fast pretrain ...",
@@ -267,10 +272,10 @@ class _Stderr(logging.StreamHandler):
 _STDERR = _Stderr()
 
 
-def _set_up_logging(progress: bool) -> None:
+def _set_up_logging(level: int) -> None:
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     logger = logging.getLogger("extrema_fast")
-    logger.setLevel(logging.INFO if progress and first else logging.WARNING)
+    logger.setLevel(level if first else logging.WARNING)
     logger.addHandler(_STDERR)
 
 
@@ -386,10 +391,8 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
     p.switch("--allow-config-change", "continue a run with changed settings")
     p.switch("--print-config", "print every setting, as --config reads it, and stop")
     p.switch("--dry-run", "three real steps, nothing written")
-    p.quiet()
     given = _configure(p, args)
     ours, cfg = given.ours, given.cfg
-    _set_up_logging(ours.progress)
     if ours.print_config:
         _print(json.dumps(_resolved(given), indent=1))
     elif ours.dry_run:
@@ -512,8 +515,7 @@ def _index(p: _Parser, args: list[str]) -> None:
     )
     p.switch("--force", "replace another file in --out, check all images again")
     p.switch("--json", "print the result as JSON")
-    p.quiet("warnings, errors and the result only")
-    o = p.options(args)
+    o = p.options(args, progress=True)
     as_json = o.pop("json")
     from .tools.index import describe, index
 
@@ -537,8 +539,7 @@ def _pack(p: _Parser, args: list[str]) -> None:
     p.switch("--force", "move what is in OUT aside and start again")
     p.add("--no-measure", dest="measure", action="store_false", help="do not measure the loader's rate")
     p.switch("--json", "print the result as JSON")
-    p.quiet()
-    o = p.options(args)
+    o = p.options(args, progress=True)
     as_json = o.pop("json")
     from .tools.pack import describe, pack
 
@@ -569,8 +570,7 @@ def _embed(p: _Parser, args: list[str]) -> None:
     p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     p.switch("--strict", "stop at an image that cannot be read")
     p.switch("--force", "replace features of other settings in OUT")
-    p.quiet()
-    o = p.options(args)
+    o = p.options(args, progress=True)
     o["img_size"] = _side(o["img_size"])
     from .tools.embed import describe, embed
 
@@ -590,7 +590,7 @@ def _search(p: _Parser, args: list[str]) -> None:
     p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     p.switch("--force", "replace a file in --out that search did not write")
     p.switch("--json", "print the result as JSON")
-    o = p.options(args, progress=False)
+    o = p.options(args)
     as_json = o.pop("json")
     from .tools.search import format_table, search
 
@@ -650,7 +650,7 @@ def _kernels(p: _Parser, args: list[str]) -> None:
     """List the ops, what runs on this machine and why."""
     p.add("--device", metavar="DEVICE", help="cuda or cpu (default: cuda where there is one)")
     p.switch("--json", "as JSON")
-    o = p.options(args, progress=False)
+    o = p.options(args)
     import torch
 
     from .kernels import _cache, tune
@@ -695,10 +695,8 @@ def _profile(p: _Parser, args: list[str]) -> None:
     p.add("--warmup", type=int, default=5, metavar="N", help="steps before (default 5)")
     p.switch("--synthetic", "random images from memory, no data set")
     p.switch("--json", "print the whole result as JSON")
-    p.quiet()
     given = _configure(p, args)
     ours, cfg, synthetic = given.ours, given.cfg, given.ours.synthetic
-    _set_up_logging(ours.progress)
     from .data.sources import BUILT_IN
     from .tools import profile
 
@@ -718,9 +716,7 @@ def _profile(p: _Parser, args: list[str]) -> None:
 def _tune(p: _Parser, args: list[str]) -> None:
     """Measure a run's ops on this GPU now, and launch settings of the kernels; results go to the cache."""
     p.add("--op", nargs="*", default=[], metavar="OP", help="folders of kernels (default: all)")
-    p.quiet()
     given = _configure(p, args)
-    _set_up_logging(given.ours.progress)
     from .distributed import pick_device
     from .kernels._spec import OPS
     from .ops import measure

@@ -71,7 +71,8 @@ def fails(capsys, *args: str) -> str:
         ("pretrain --zzz", "unknown option --zzz; see extrema-fast pretrain --help"),
         # abbreviations are not options
         ("pretrain --over", "unknown option --over"),
-        ("pretrain --verbose", "progress is shown unless --quiet"),
+        ("pretrain --verbos", "did you mean --verbose?"),
+        ("pretrain --quiet --verbose", "--verbose: not allowed with argument --quiet"),
         ("pretrain --resume", "the same command continues the run"),
         ("pretrain --knn 5", "evaluate RUN"),
         ("pretrain --data x", "it is a group: --data.train, "),
@@ -210,6 +211,7 @@ def test_help_has_an_example(capsys, name):
             assert not end.code
     text = capsys.readouterr().out
     assert "example" in text and "extrema-fast" in text
+    assert name is None or ("--quiet" in text and "--verbose" in text)
     if name == "pretrain":
         assert "--overwrite" in text and "--mask.ratio" in text and "paper_base_80x5" in text
 
@@ -240,6 +242,21 @@ def test_help_of_every_option_needs_no_torch_and_shows_the_presets_values():
 def test_version():
     done = subprocess.run([sys.executable, "-m", "extrema_fast", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, f"extrema-fast {extrema_fast.__version__}")
+
+
+@pytest.mark.parametrize(
+    ("option", "rank", "level"),
+    [
+        (None, "0", logging.INFO),
+        ("--quiet", "0", logging.WARNING),
+        ("--verbose", "0", logging.DEBUG),
+        ("--verbose", "1", logging.WARNING),
+    ],
+)
+def test_quiet_and_verbose_set_the_level_of_the_packages_logger(monkeypatch, capsys, option, rank, level):
+    monkeypatch.setenv("RANK", rank)
+    assert main(["encoders", *([option] if option else [])]) == 0
+    assert logging.getLogger("extrema_fast").level == level and "extrema_vit_base" in capsys.readouterr().out
 
 
 def test_encoders(capsys):

@@ -281,7 +281,7 @@ def choice(op: str, device: torch.device | str = "cpu", *, say: bool = True) -> 
     # a logger call inside torch.compile would break the graph
     if say and not torch.compiler.is_compiling() and _logged.get((op, kind)) != _chosen[op, kind]:
         _logged[op, kind] = _chosen[op, kind]
-        log.info("op %s: %s (%s)", op, *_chosen[op, kind])
+        log.debug("op %s: %s (%s)", op, *_chosen[op, kind])
     return _chosen[op, kind]
 
 
@@ -539,7 +539,7 @@ def _attention_plan(
         why = f"{backends.in_words(plan)} ({backends.describe(device, dtype, d, train)}: {why})"
         _chosen[key] = plan, why
         if plan:
-            log.info("op attention: %s", why)
+            log.debug("op attention: %s", why)
     return _chosen[key][0]
 
 
@@ -716,5 +716,5 @@ def lamb(groups: list[dict], **options: Any) -> torch.optim.Optimizer:
     if name == "apex" and isinstance(options["lr"], Tensor) and _requested("lamb")[0] == "auto":
         # apex cannot read a rate from the device, and nobody asked for apex
         _chosen["lamb", kind] = "foreach", "apex's takes no rate on the device"
-        log.info("op lamb: %s (%s)", *_chosen["lamb", kind])
+        log.debug("op lamb: %s (%s)", *_chosen["lamb", kind])
     return IMPLEMENTATIONS["lamb"][choice("lamb", kind)[0]](groups, **options)

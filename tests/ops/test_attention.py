@@ -230,7 +230,7 @@ def test_the_rule_on_a_gpu(dtype, lacking, words, monkeypatch):
 
 
 def test_a_plan_is_logged_once_with_its_reason(caplog):
-    caplog.set_level(logging.INFO, "extrema_fast.ops.dispatch")
+    caplog.set_level(logging.DEBUG, "extrema_fast.ops.dispatch")
     for n in (39, 39, 200):
         ops.attention(torch.zeros(1, n, 3, 1, 64, dtype=BF16))
     (line,) = [r.getMessage() for r in caplog.records]
@@ -373,7 +373,7 @@ def test_unknown_names():
 
 
 def test_evaluation_may_fall_back(caplog):
-    caplog.set_level(logging.INFO, "extrema_fast.ops.dispatch")
+    caplog.set_level(logging.DEBUG, "extrema_fast.ops.dispatch")
 
     @ops.allow_fallback()
     def evaluate(name, n):

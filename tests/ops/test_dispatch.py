@@ -71,7 +71,7 @@ def test_the_environment_wins(monkeypatch):
 
 
 def test_each_choice_is_logged_once(caplog):
-    caplog.set_level(logging.INFO, "extrema_fast.ops.dispatch")
+    caplog.set_level(logging.DEBUG, "extrema_fast.ops.dispatch")
     ops.set_backend("attention_pool=reference")
     weight = torch.nn.Parameter(torch.zeros(3))
     for _ in range(3):
