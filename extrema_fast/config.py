@@ -115,7 +115,9 @@ class DataConfig:
     """`photos` or `synthetic` (built in), a folder of classes, a flat folder, a list file, a manifest, tar
     shards (file, folder or pattern), or a mixture (TOML)."""
     test: str = ""
-    """Labelled images for k-NN and probe; empty: the built-in test half, or no evaluation."""
+    """Labelled images for k-NN and probe; empty: the built-in test half, those of `holdout`, or no evaluation."""
+    holdout: float = 0.0
+    """Share of the training images that are kept as test images instead, chosen by their names; 0: none."""
     policy: Literal["spatial", "spatial+color", "centercrop"] = "spatial+color"
     """Random crop and flip, the same for student and teacher; `+color` jitters each separately."""
     area: tuple[float, float] = (0.2, 1.0)
@@ -170,6 +172,14 @@ class DataConfig:
         )
         _require(min(self.std) > 0, f"data.std: expected numbers above 0, got {self.std}")
         _share("data", self, "flip", "jitter_prob", "gray_prob", "hw_decoder_load", "bad_budget")
+        _require(
+            0 <= self.holdout < 1, f"data.holdout: expected a share from 0 to below 1, got {self.holdout}"
+        )
+        _require(
+            not (self.holdout and self.test),
+            f"data.holdout: {self.holdout:g} keeps test images back, and data.test (given, or the preset's) names "
+            f"others, {self.test}; give one of them: --data.test '' or --data.holdout 0",
+        )
         _require(
             self.range == (0, 0) or self.range[0] < self.range[1],
             f"data.range: expected black below white, or 0 0, got {self.range[0]:g} {self.range[1]:g}",

@@ -335,6 +335,7 @@ def test_every_other_field_is_reported_with_both_values():
         "data.area": [0.5, 1.0],
         "data.ratio": [1.0, 1.0],
         "data.range": [0.0, 4095.0],
+        "data.holdout": 0.1,
         "data.flip": 0.1,
         "data.jitter": [0.1] * 4,
         "data.jitter_prob": 0.1,

@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..config import did_you_mean
-from ..errors import DataError, UsageError
+from ..errors import DataError, UsageError, counted
 from ..files import check_size, open_plain
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class ImageSource:
         shards: [n] int32 number of the shard each row lies in, non-decreasing; None: no shards.
         value_range: (black, white) of images of more than 8 bits, as a manifest records it; None: not known.
         parts: (first row, end row, passes per epoch) of each source of a mixture; empty: each row once per epoch.
+        root: folder below which whole files have the names that `hold_out` goes by.
     """
 
     name: str
@@ -53,6 +55,7 @@ class ImageSource:
     shards: np.ndarray | None = None
     parts: tuple[tuple[int, int, float], ...] = ()
     value_range: tuple[float, float] | None = None
+    root: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -108,6 +111,62 @@ def subset(source: ImageSource, rows: Tensor) -> ImageSource:
         parts=(),
         **arrays,
     )
+
+
+def hold_out(source: ImageSource, share: float) -> tuple[ImageSource, ImageSource]:
+    """Splits off a share of a source's images: (the others, the ones held out), each in row order.
+
+    An image is held out by a hash of its name below the root of the set (of its shard and its name there), so it stays
+    where it is when images are added or removed, or the set is moved. Every class (all images, where there are no
+    labels) of at least two names has images on both sides: where the hash alone leaves none on one, the name with the
+    smallest or the largest hash changes sides. A class of one name stays with the others.
+
+    Args:
+        share: probability of each image, between 0 and 1.
+
+    Raises:
+        UsageError: no image can be held out.
+    """
+    keys = np.fromiter((_key(name) for name in _names(source)), np.uint64, len(source))
+    labels = np.zeros(len(source), np.int64) if source.labels is None else source.labels.numpy()
+    low = np.full(labels.max(initial=0) + 1, np.iinfo(np.uint64).max)
+    high = np.zeros_like(low)
+    np.minimum.at(low, labels, keys)
+    np.maximum.at(high, labels, keys)
+    held = ((keys < np.uint64(share * 2**64)) | (keys == low[labels])) & (keys != high[labels])
+    single = np.flatnonzero((low == high) & (np.bincount(labels, minlength=len(low)) > 0)).tolist()
+    if not held.any():
+        which = "every class has one image" if source.classes else "it has one image"
+        raise UsageError(f"data.holdout: nothing of {source.name} can be held out: {which}; use data.test")
+    if single and source.classes:
+        log.warning(
+            "%s: %s with one image, which is not held out, first: %s",
+            source.name,
+            counted(len(single), "class"),
+            source.classes[single[0]],
+        )
+    rows = torch.arange(len(source))
+    mask = torch.from_numpy(held)
+    return subset(source, rows[~mask]), subset(source, rows[mask])
+
+
+def _names(source: ImageSource) -> Iterator[str]:
+    """The name of each row that stays when the set is moved."""
+    # a list may hold absolute paths, and be named by a relative one
+    roots = [os.path.join(r, "") for r in (source.root, os.path.abspath(source.root)) if source.root]
+    for row, path in enumerate(source.paths):
+        name = source.title(row)
+        if name != path:
+            # in a shard
+            yield name.removeprefix(os.path.join(os.path.dirname(path), ""))
+            continue
+        yield next((name[len(r) :] for r in roots if name.startswith(r)), name)
+
+
+def _key(name: str) -> int:
+    # in one Unicode form: file systems differ in which they keep
+    text = unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
 
 def match_classes(test: ImageSource, train: ImageSource) -> ImageSource:

@@ -349,6 +349,7 @@ def manifest_source(path: str | os.PathLike[str], *, check: bool = True) -> Imag
         headers=np.stack([manifest.height, manifest.width, manifest.orientation], 1)[good],
         shards=_shards(paths) if in_shard.all() else None,
         value_range=value_range([manifest.kind[r] for r in rows]),
+        root=root,
     )
 
 

@@ -29,7 +29,7 @@ from .. import rng
 from ..config import did_you_mean, parse_toml
 from ..errors import UsageError, counted
 from ..files import check_plain, read_text
-from .image_source import ImageSource, match_classes, number_classes, subset, warn_of_empty
+from .image_source import ImageSource, hold_out, match_classes, number_classes, subset, warn_of_empty
 from .manifest import is_manifest, manifest_source
 from .photos import write_photos, write_synthetic
 from .shards import expand, is_pattern, is_tar, shard_source
@@ -58,7 +58,13 @@ _LIMIT_EPOCH = 2**32 - 1
 
 
 def open_source(
-    spec: str, split: str = "train", *, limit: int = 0, seed: int = 0, check: bool = True
+    spec: str,
+    split: str = "train",
+    *,
+    limit: int = 0,
+    seed: int = 0,
+    holdout: float = 0.0,
+    check: bool = True,
 ) -> ImageSource:
     """Opens the images that `spec` names.
 
@@ -74,8 +80,10 @@ def open_source(
             a manifest, as `extrema-fast index` writes it;
             a .tar, a folder of them (without images), or a pattern: `set/{0000..0009}.tar`, `set/*.tar`;
             a mixture of these (.toml, see the top of this file).
-        split: `train` or `test`: which part of a built-in set; no effect on any other.
+        split: `train` or `test`: which part of a built-in set, or of one that is split by `holdout`.
         limit: only the first `limit` images of a shuffle keyed by `seed`, in row order; 0: all.
+        holdout: share of the images that are the split `test`, by their names (`hold_out`), and not in `train`; 0: no
+            split. `limit` counts what is left. In a mixture each source is split, and `test` has each of them once.
         check: False keeps rows that are gone or of a kind that no loader reads, for `index` to report.
 
     Raises:
@@ -88,7 +96,9 @@ def open_source(
         raise UsageError(f"data.limit: expected 0 (all) or more, got {limit}")
     if not spec:
         raise UsageError(f"no {split} images given; expected {_EXPECTED}")
-    source = _open(spec, split, check)
+    if holdout and spec in BUILT_IN:
+        raise UsageError(f"data.holdout: {spec} has test images of its own; leave data.holdout at 0")
+    source = _open(spec, split, check, holdout)
     if 0 < limit < len(source):
         if source.parts:
             raise UsageError(
@@ -100,7 +110,15 @@ def open_source(
     return source
 
 
-def _open(spec: str, split: str, check: bool) -> ImageSource:
+def _open(spec: str, split: str, check: bool, holdout: float) -> ImageSource:
+    path = Path(spec).expanduser()
+    if path.suffix.lower() == ".toml" and os.path.isfile(path):
+        return _mixture(spec, path, split, check, holdout)
+    source = _open_one(spec, split, check)
+    return hold_out(source, holdout)[split == "test"] if holdout else source
+
+
+def _open_one(spec: str, split: str, check: bool) -> ImageSource:
     extensions = EXTENSIONS if check else EXTENSIONS + UNREAD
     if spec in BUILT_IN and os.path.exists(spec):
         log.warning(
@@ -117,8 +135,6 @@ def _open(spec: str, split: str, check: bool) -> ImageSource:
         return manifest_source(path, check=check)
     if is_file and is_tar(path):
         return shard_source(spec, [str(path)], extensions, check=check)
-    if is_file and path.suffix.lower() == ".toml":
-        return _mixture(spec, path, split, check)
     if is_file:
         return _from_list(spec, path, check)
     if is_pattern(spec):
@@ -395,7 +411,7 @@ def _from_paths(
             )
         warn_of_empty(name, len(empty), len(paths), empty[0] if empty else "")
     tensor = None if labels is None else torch.tensor(labels, dtype=torch.int64)
-    return ImageSource(name, paths, tensor, classes, digest.hexdigest())
+    return ImageSource(name, paths, tensor, classes, digest.hexdigest(), root=str(root))
 
 
 # ---- mixtures -------------------------------------------------------------------------------------
@@ -407,14 +423,18 @@ class _Entry(NamedTuple):
     label: str | None
 
 
-def _mixture(name: str, path: Path, split: str, check: bool) -> ImageSource:
+def _mixture(name: str, path: Path, split: str, check: bool, holdout: float) -> ImageSource:
     """The sources of a mixture file as one.
 
     Labels are kept where every source has them: the classes are the union of their names. `shards` is kept where
     every source has shards.
     """
     entries = _read_mixture(name, path)
-    sources = [_open_entry(f"{name}: source {n}", path, e, split, check) for n, e in enumerate(entries, 1)]
+    if holdout and split == "test":
+        entries = [e._replace(passes=1.0) for e in entries]
+    sources = [
+        _open_entry(f"{name}: source {n}", path, e, split, check, holdout) for n, e in enumerate(entries, 1)
+    ]
     # one block of rows per whole pass, and one for the remaining fraction
     blocks = [
         (source, share)
@@ -477,14 +497,17 @@ def _entry(where: str, fields: dict[str, Any]) -> _Entry:
     return _Entry(path, float(passes), label)
 
 
-def _open_entry(where: str, mixture: Path, entry: _Entry, split: str, check: bool) -> ImageSource:
+def _open_entry(
+    where: str, mixture: Path, entry: _Entry, split: str, check: bool, holdout: float
+) -> ImageSource:
     spec = entry.path
     if spec not in BUILT_IN:
         spec = os.path.join(mixture.parent, os.path.expanduser(spec))
     if spec.lower().endswith(".toml"):
         raise UsageError(f"{where}: {entry.path} is a mixture itself; name its sources here")
     try:
-        source = _open(spec, split, check)
+        # the test images of a built-in source are its own
+        source = _open(spec, split, check, 0.0 if spec in BUILT_IN else holdout)
     except UsageError as e:
         raise UsageError(f"{where}: {e}") from e
     if entry.label is None:

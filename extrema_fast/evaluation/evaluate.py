@@ -174,14 +174,17 @@ def _found(spec: str, folders: Sequence[Path]) -> str:
     return next((str(f / spec) for f in folders if (f / spec).exists()), spec)
 
 
-def resolve_data(cfg: Config | None, train: str | None, test: str | None) -> tuple[str, str]:
-    """(training images, test images) to evaluate on: what was given, else the run's own.
+def resolve_data(
+    cfg: Config | None, train: str | None, test: str | None
+) -> tuple[tuple[str, float], tuple[str, float]]:
+    """(training images, share held out), (test images, the same) to evaluate on: what was given, else the run's own.
 
-    A folder given as `train` alone may hold both (`train` and `test` or `val`).
+    A folder given as `train` alone may hold both (`train` and `test` or `val`); else the run's share of it is held out.
 
     Raises:
         UsageError: Says what to add.
     """
+    holdout = 0.0 if cfg is None or (train and test) else cfg.data.holdout
     if train is None and cfg is not None:
         train, test = cfg.data.train, test or cfg.data.test or None
     if train is None:
@@ -190,12 +193,13 @@ def resolve_data(cfg: Config | None, train: str | None, test: str | None) -> tup
         root = Path(train).expanduser()
         parts = [root / p for p in ("test", "val", "valid", "validation") if (root / p).is_dir()]
         if (root / "train").is_dir() and parts:
-            return str(root / "train"), str(parts[0])
-        raise UsageError(
-            f"{train}: no test images; give a folder that holds train/ and test/ (or val/), or both: "
-            "--train FOLDER --test FOLDER"
-        )
-    return train, test or train
+            return (str(root / "train"), 0.0), (str(parts[0]), 0.0)
+        if not holdout:
+            raise UsageError(
+                f"{train}: no test images; give a folder that holds train/ and test/ (or val/), or both: "
+                "--train FOLDER --test FOLDER"
+            )
+    return (train, holdout), (test or train, 0.0 if test else holdout)
 
 
 def weights_hash(encoder: Encoder) -> str:
@@ -284,10 +288,10 @@ def evaluate(
     )
     # what evaluation.json of a run holds: the result of `evaluate RUN`
     plain = all(x is None for x in (train, test, k, temperature, crop_pct)) and which == "teacher"
-    train, test = resolve_data(cfg, train, test)
+    (train, rest), (test, held) = resolve_data(cfg, train, test)
     try:
-        bank = open_source(train, "train", limit=max_train, seed=seed)
-        queries = labelled(bank, open_source(test, "test", limit=max_test, seed=seed))
+        bank = open_source(train, "train", limit=max_train, seed=seed, holdout=rest)
+        queries = labelled(bank, open_source(test, "test", limit=max_test, seed=seed, holdout=held))
     except UsageError as error:
         if plain and "does not exist" in str(error):
             error = UsageError(f"{path} was trained on images that are gone; name them with --data: {error}")
@@ -314,6 +318,8 @@ def evaluate(
         "mean": list(data.mean),
         "std": list(data.std),
     }
+    if rest or held:
+        settings["holdout"] = rest or held
     if not resizing.keep_exact:
         # so that results of older versions keep their key
         settings |= {"crop_pct": resizing.crop_pct, "interpolation": resizing.interpolation}

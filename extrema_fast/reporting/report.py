@@ -272,9 +272,12 @@ def _pictures(folder: Path, cfg: Config, count: int, data: str | None) -> Record
             return None
 
     def open_all() -> tuple:
-        specs = resolve_data(cfg, data, None)
+        given = resolve_data(cfg, data, None)
         try:
-            sources = [open_source(s, split) for s, split in zip(specs, ("train", "test"), strict=True)]
+            sources = [
+                open_source(s, split, holdout=share)
+                for (s, share), split in zip(given, ("train", "test"), strict=True)
+            ]
         except UsageError as error:
             raise UsageError(f"{error}; if they are elsewhere: report {folder} --data FOLDER") from None
         return convert.load_encoder(folder), *sources

@@ -25,7 +25,7 @@ from ..data.order import epoch_length
 from ..data.resident import Place, choose_place
 from ..data.sources import BUILT_IN, ImageSource, open_source
 from ..distributed import World
-from ..errors import NonFiniteError, UsageError
+from ..errors import NonFiniteError, UsageError, counted
 from ..files import fits, read_json
 from ..models.extrema import ExtreMA
 from ..ops import dispatch as ops
@@ -160,7 +160,8 @@ def keep_freed_memory() -> bool:
 
 def open_train(cfg: Config) -> ImageSource:
     """The training images; UsageError when they do not fill one batch."""
-    source = open_source(cfg.data.train, "train", limit=cfg.data.limit, seed=cfg.train.seed)
+    data = cfg.data
+    source = open_source(data.train, "train", limit=data.limit, seed=cfg.train.seed, holdout=data.holdout)
     if epoch_length(source) < cfg.train.batch_size:
         raise UsageError(
             f"train.batch_size: {cfg.train.batch_size} is more than the {epoch_length(source)} images of "
@@ -171,18 +172,24 @@ def open_train(cfg: Config) -> ImageSource:
 
 def open_test(cfg: Config) -> ImageSource | None:
     """Images for the evaluations while training; None when there are none or they are switched off."""
-    if not cfg.eval.every_epochs or not (cfg.data.test or cfg.data.train in BUILT_IN):
+    data = cfg.data
+    if not cfg.eval.every_epochs or not (data.test or data.holdout or data.train in BUILT_IN):
         return None
     try:
-        source = open_source(cfg.data.test or cfg.data.train, "test")
+        source = open_source(data.test or data.train, "test", holdout=data.holdout)
     except UsageError as error:
-        usual = [name for name in PRESETS if cfg.data.test and preset(name).data.test == cfg.data.test]
+        usual = [name for name in PRESETS if data.test and preset(name).data.test == data.test]
         whose = f" (the value of preset {usual[0]})" if usual else ""
         raise UsageError(
             f"data.test{whose}: {error}; for no evaluation of k-NN while training: --data.test ''"
         ) from None
     if source.labels is None:
-        log.warning("data.test %s: images without labels: evaluations leave out k-NN", source.name)
+        log.warning(
+            "data.%s %s: images without labels: evaluations leave out k-NN",
+            *("holdout" if data.holdout else "test", source.name),
+        )
+    if data.holdout:
+        log.info("%s: %s held out for evaluations (data.holdout)", source.name, counted(len(source), "image"))
     return source
 
 

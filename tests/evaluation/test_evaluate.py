@@ -26,7 +26,7 @@ from extrema_fast.evaluation import evaluate as evals
 from extrema_fast.evaluation.collapse import collapse_warnings
 from extrema_fast.evaluation.probes import attention_entropy, indicators, knn, linear_probe
 from extrema_fast.models.extrema import ExtreMA
-from extrema_fast.training.run import build, take_cropped_whole
+from extrema_fast.training.run import build, open_test, open_train, take_cropped_whole
 from extrema_fast.weights.export import export
 from extrema_fast.weights.folder import save_weights, weights_meta
 from extrema_fast.weights.load import load_encoder
@@ -506,6 +506,30 @@ def test_images_are_found_from_another_folder_and_after_moving(run, cfg, images,
     shutil.rmtree(tmp_path / "moved" / "images")
     with pytest.raises(UsageError, match=r"--data: images/train: does not exist"):
         evaluated(tmp_path / "moved" / "run")
+
+
+def test_the_images_held_out_of_training_are_the_test_images(run, cfg, images, tmp_path, caplog):
+    data = dataclasses.replace(cfg.data, test="", holdout=0.3)
+    changed = dataclasses.replace(cfg, data=data, train=dataclasses.replace(cfg.train, batch_size=4))
+    (run / "config.json").write_text(json.dumps(to_dict(changed)))
+    trained_on, held = open_train(changed), open_test(changed)
+    assert not set(trained_on.paths) & set(held.paths) and len(trained_on) + len(held) == 30
+    result = evals.evaluate(run, metrics=("knn",), device="cpu")
+    assert (result["counts"]["train"], result["counts"]["test"]) == (len(trained_on), len(held))
+    assert result["holdout"] == 0.3 and not result["warnings"]
+
+    def opened(train=None, test=None):
+        given = zip(evals.resolve_data(changed, train, test), ("train", "test"), strict=True)
+        return [set(open_source(s, split, holdout=share).paths) for (s, share), split in given]
+
+    assert opened() == [set(trained_on.paths), set(held.paths)]
+    # other test images: the same training images; other images of both kinds: all of them
+    assert [len(s) for s in opened(test=str(images / "test"))] == [len(trained_on), 15]
+    assert [len(s) for s in opened(str(images / "train"), str(images / "test"))] == [30, 15]
+    assert [len(s) for s in opened(str(images))] == [30, 15]
+    # moved
+    shutil.copytree(images / "train", tmp_path / "moved")
+    assert [len(s) for s in opened(str(tmp_path / "moved"))] == [len(trained_on), len(held)]
 
 
 def test_images_of_exactly_the_size(run, images, cfg):

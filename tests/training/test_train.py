@@ -248,14 +248,21 @@ def test_log_and_evaluations(tmp_path, capsys):
     assert json.loads((out / "weights" / "step_00000009" / "config.json").read_text())["step"] == 9
 
 
-def test_unlabelled_images_have_indicators_only(tmp_path):
+@pytest.mark.parametrize("holdout", [0.0, 0.3])
+def test_unlabelled_images_have_indicators_only(tmp_path, holdout, caplog):
     flat = tmp_path / "flat"
     flat.mkdir()
     for i, path in enumerate(open_source("synthetic").paths[:16]):
         shutil.copy(path, flat / f"{i}{Path(path).suffix}")
-    cfg = tiny(tmp_path / "run", data={"train": str(flat), "limit": 0}, eval={"every_epochs": 5})
-    evals = logged(train.pretrain(cfg, progress=False), "eval")
-    assert [r["step"] for r in evals] == [0, 4]
+    change = {"train": str(flat), "limit": 0, "holdout": holdout}
+    cfg = tiny(tmp_path / "run", data=change, eval={"every_epochs": 5})
+    out = train.pretrain(cfg, progress=False)
+    evals = logged(out, "eval")
+    held = len(open_source(str(flat), "test", holdout=0.3))
+    assert [r["step"] for r in evals] == [0, 2 if holdout else 4]
+    assert [r["images"] for r in evals] == 2 * [held if holdout else 16] and 2 <= held < 8
+    assert json.loads((out / "env.json").read_text())["images"] == 16 - bool(holdout) * held
+    assert ("data.holdout" in caplog.text) == bool(holdout)
     assert all("teacher_rank" in r and "knn_cls" not in r for r in evals)
 
 
