@@ -499,6 +499,18 @@ def _report(p: _Parser, args: list[str]) -> None:
     _print(report(**o))
 
 
+@_command("runs runs")
+def _runs(p: _Parser, args: list[str]) -> None:
+    """List runs: what each is doing, how far it is, and how good."""
+    p.add("folder", nargs="?", default="runs", metavar="DIR", help="folder of runs (default: runs)")
+    p.switch("--json", "print the result as JSON")
+    o = p.options(args)
+    from .tools.runs import as_json, format_table, runs
+
+    found = runs(o["folder"])
+    _print(json.dumps(as_json(found), indent=1) if o["json"] else format_table(found, o["folder"]))
+
+
 @_command("index imagenet/train --out imagenet.tsv")
 def _index(p: _Parser, args: list[str]) -> None:
     """Decode every image once and list the good and the bad ones in a manifest, which training reads."""

@@ -19,6 +19,7 @@ from ..errors import UsageError, cannot_import
 from ..evaluation.evaluate import CLS, MEAN, PIXELS, PRETRAINED, RANDOM, is_result, resolve_data, run_config
 from ..files import fits, no_links, read_json, write_file
 from ..training.logging import duration, read_log
+from ..training.run_folder import STATUS
 from ..weights import load as convert
 from . import figures
 from .figures import Series, line_chart
@@ -58,7 +59,7 @@ def report(run_dir: str | Path, *, images: int = 8, data: str | None = None) -> 
     no_links(folder, ["reports"], str(run_dir))
     train, evals, warnings = last_attempts(read_log(folder / "log.jsonl"))
     result = _read(folder / "reports" / "evaluation.json", is_result)
-    status = _read(folder / "status.json", lambda d: fits(d, _STATUS))
+    status = _read(folder / "status.json", lambda d: fits(d, STATUS))
     env = _read(folder / "env.json", lambda d: fits(d, _ENV))
     page = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -90,7 +91,6 @@ def report(run_dir: str | Path, *, images: int = 8, data: str | None = None) -> 
     return path
 
 
-_STATUS = {"state?": str, "step?": int, "total_steps?": int, "reason?": (str, None)}
 _ENV = {"gpu?": (str, None), "device?": (str, None), "world_size?": int}
 
 

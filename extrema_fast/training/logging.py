@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -267,16 +267,20 @@ _RECORD = {"kind": str, "step": int, "attempt?": int, "text?": str}
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a log.jsonl, oldest first; lines cut off by a crash are left out."""
-    records = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if fits(record, _RECORD):
-                records.append({k: v for k, v in record.items() if k in _NAMED or fits(v, (float, None))})
-    return records
+    if not path.is_file():
+        return []
+    return list(parse_records(path.read_text(encoding="utf-8", errors="replace").splitlines()))
+
+
+def parse_records(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The records that lines of a log.jsonl hold; other lines are left out."""
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if fits(record, _RECORD):
+            yield {k: v for k, v in record.items() if k in _NAMED or fits(v, (float, None))}
 
 
 def history(path: Path, kind: str, up_to: int) -> list[dict[str, Any]]:

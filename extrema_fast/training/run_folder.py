@@ -21,8 +21,11 @@ from ..files import lock, no_links, read_json, write_file
 log = logging.getLogger(__name__)
 
 MARKER = ".extrema-fast-run"
+LOCK = "run.lock"
+# status.json; more may stand in it
+STATUS = {"state?": str, "step?": int, "total_steps?": int, "reason?": (str, None)}
 # what is appended to, or holds what is replaced and removed; any other file is replaced as a whole
-_NOT_LINKS = (MARKER, "run.lock", "log.jsonl", "checkpoints", "weights", "reports", "tensorboard")
+_NOT_LINKS = (MARKER, LOCK, "log.jsonl", "checkpoints", "weights", "reports", "tensorboard")
 
 
 def check(path: Path) -> bool:
@@ -71,7 +74,7 @@ class RunFolder:
         self._held.close()
 
     def _lock(self) -> AbstractContextManager[None]:
-        return lock(self.path / "run.lock", f"--out {self.path}")
+        return lock(self.path / LOCK, f"--out {self.path}")
 
     def _move_aside(self) -> None:
         number = 1
