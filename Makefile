@@ -1,6 +1,7 @@
-# Two commands, each complete on a machine with Python 3.10 to 3.13 and make:
-#   make demo    pretrain on real photographs, evaluate, report
-#   make test    the test suite
+# Each is complete on a machine with Python 3.10 to 3.13 and make:
+#   make install    what a user needs: then .venv/bin/extrema-fast pretrain FOLDER
+#   make demo       pretrain on real photographs, evaluate, report
+#   make test       the test suite
 # They create .venv, install what they need into it, and run; repeated, they are quick.
 
 PYTHON ?= python3
@@ -28,18 +29,24 @@ PIP_INSTALL = $(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # an installation is repeated when one of these changes
 INPUTS := setup.py pyproject.toml constraints.txt
-DEMO_READY := $(VENV)/.installed-demo
+READY := $(VENV)/.installed
 TEST_READY := $(VENV)/.installed-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast coverage test-faults test-tools test-gpu test-nullgpu gpu-check install lint format clean clean-demo
+.PHONY: help demo test test-fast coverage test-faults test-tools test-gpu test-nullgpu gpu-check install install-dev shell lint format clean clean-demo
 .DELETE_ON_ERROR:
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' Makefile | awk -F ':.*  ## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS) DALI=$(DALI) TORCH_INDEX= PIP_ARGS= PYTEST_ARGS="
 
-demo: $(DEMO_READY)  ## pretrain on photographs, evaluate, write a report (CPU: minutes)
+install: $(READY)  ## what a user needs, into .venv
+	@echo "ready: $(BIN)/extrema-fast pretrain FOLDER (with the environment active, '. $(BIN)/activate': extrema-fast ...)"
+
+shell: $(READY)  ## a shell with the environment active
+	@. $(BIN)/activate && exec $${SHELL:-sh}
+
+demo: $(READY)  ## pretrain on photographs, evaluate, write a report (CPU: minutes)
 	@$(BIN)/python -m extrema_fast pretrain photos --out $(DEMO_OUT)
 	@$(BIN)/python -m extrema_fast evaluate $(DEMO_OUT)
 	@$(BIN)/python -m extrema_fast report $(DEMO_OUT)
@@ -66,6 +73,7 @@ TIMM_TESTS ?= .cache/timm-tests
 
 test-tools: $(TEST_READY)  ## the encoder in other people's libraries, which it installs, and timm's own tests
 	@$(PIP_INSTALL) -e ".[tools]"
+	$(match_torchvision)
 	@mkdir -p $(TIMM_TESTS)
 	$(PYTEST) tests/contract/test_tools.py -s --timm-tests $(TIMM_TESTS) $(PYTEST_ARGS)
 
@@ -87,9 +95,9 @@ gpu-check:  ## what only a GPU shows, in 9 minutes: tests, benchmarks, records (
 		if $$python -c '$(GPU_NEEDS)' 2>/dev/null; then exec $$python -m benchmarks gpu_visit $(GPU_ARGS); fi; \
 	done; \
 	echo "none of $(GPU_PYTHONS) can '$(GPU_NEEDS)': installing (offline: see CONTRIBUTING.md)"; \
-	$(MAKE) --no-print-directory install && exec $(BIN)/python -m benchmarks gpu_visit $(GPU_ARGS)
+	$(MAKE) --no-print-directory install-dev && exec $(BIN)/python -m benchmarks gpu_visit $(GPU_ARGS)
 
-install: $(TEST_READY)  ## everything for development, into .venv
+install-dev: $(TEST_READY)  ## everything for development, into .venv
 
 lint: $(TEST_READY)  ## ruff, types (mypy), spelling, and the direction of imports
 	@$(BIN)/ruff check .
@@ -109,11 +117,12 @@ clean:  ## remove build outputs and caches (.venv and runs stay)
 clean-demo:  ## remove the demo's run, so that `make demo` trains again
 	@rm -rf $(DEMO_OUT)
 
-$(DEMO_READY): $(INPUTS)
+$(READY): $(INPUTS)
 	$(make_venv)
-	@echo "installing what the demo needs into $(VENV) (first time: minutes)"
+	@echo "installing extrema_fast into $(VENV) (first time: minutes)"
 	@$(PIP_INSTALL) -e ".[train,$(DALI)]"
 	@echo "$(TORCH_INDEX)" > $(VENV)/.torch-index
+	$(match_torchvision)
 	@touch $@
 
 $(TEST_READY): $(INPUTS)
@@ -122,7 +131,7 @@ $(TEST_READY): $(INPUTS)
 	@$(PIP_INSTALL) -e ".[train,$(DALI),hf,onnx,parquet,dev]"
 	@echo "$(TORCH_INDEX)" > $(VENV)/.torch-index
 	$(match_torchvision)
-	@touch $@ $(DEMO_READY)
+	@touch $@ $(READY)
 
 # a venv whose creation was interrupted, or whose Python is gone, has no working pip: it is created again
 define make_venv
@@ -138,17 +147,20 @@ define make_venv
 fi
 endef
 
-# pip may take torch from one index and torchvision from another, built for a GPU and not: timm can import neither then
+# pip may take torch from one index and torchvision from another, built for a GPU and not, or leave an older torchvision
+# beside a new torch: timm can import neither then. The pinned torchvision is tried from the index given, from PyTorch's
+# index of torch's build, and from pip's own.
 define match_torchvision
-@$(BIN)/python -c 'import torchvision' 2>/dev/null || { \
+@if $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torchvision"))' \
+		&& ! $(BIN)/python -c 'import torchvision' 2>/dev/null; then \
 	torch=`$(BIN)/python -c 'import torch; print(torch.__version__)'`; \
-	vision=`$(BIN)/python -c 'from importlib.metadata import version; print(version("torchvision").partition("+")[0])'`; \
-	build=$${torch##*+}; index="$(TORCH_INDEX)"; index=$${index:-https://download.pytorch.org/whl/$$build}; \
-	echo "torchvision was not built for torch $$torch: taking the build $$build from $$index"; \
-	$(BIN)/python -m pip install -q --no-deps --retries 0 --timeout 15 --index-url "$$index" "torchvision==$$vision+$$build" 2>/dev/null \
-		&& $(BIN)/python -c 'import torchvision' 2>/dev/null || \
-		echo "torch $$torch and torchvision $$vision do not fit, and $$index has no torchvision $$vision+$$build: timm cannot" \
-			"be imported, and what needs it says so. Name an index that has both (rm -r $(VENV); make" \
-			"TORCH_INDEX=...), or take torch as it is on PyPI, in gigabytes: pip install torch===$${torch%%+*}" >&2; \
-}
+	echo "torchvision was not built for torch $$torch: looking for one that is"; \
+	for index in $(if $(TORCH_INDEX),"$(TORCH_INDEX)") "https://download.pytorch.org/whl/$${torch##*+}" ""; do \
+		$(BIN)/python -m pip install -q --no-deps --force-reinstall --retries 0 --timeout 15 \
+			$${index:+--index-url "$$index"} $(PIP_ARGS) -c constraints.txt torchvision 2>/dev/null || continue; \
+		$(BIN)/python -c 'import torchvision' 2>/dev/null && exit 0; \
+	done; \
+	echo "no torchvision for torch $$torch was found: timm cannot be imported, and what needs it says so. Name an index that" \
+		"has both (rm -r $(VENV); make TORCH_INDEX=...), or take torch as it is on PyPI: pip install torch===$${torch%%+*}" >&2; \
+fi
 endef

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shlex
+from importlib import metadata
 from typing import Any
 
 # characters of a message
@@ -93,9 +96,26 @@ def _escaped(c: str) -> str:
     return ascii(c)[1:-1]
 
 
+def install(extra: str) -> str:
+    """The command that installs what an extra of this project brings: the packages by their own names.
+
+    It is right for a checkout and for an installation from git alike, wherever it is run.
+    """
+    try:
+        lines = metadata.requires("extrema-fast") or []
+    except metadata.PackageNotFoundError:
+        # run from its folder without being installed
+        lines = []
+    mark = re.compile(rf"extra == ['\"]{re.escape(extra)}['\"]")
+    packages = [line.partition(";")[0].strip() for line in lines if mark.search(line)]
+    return (
+        f"pip install {shlex.join(packages)}" if packages else f'pip install -e ".[{extra}]" in the checkout'
+    )
+
+
 def cannot_import(package: str, error: Exception, extra: str) -> str:
     """Why an optional package cannot be imported, and what helps; `extra` of this project brings it."""
-    remedy = f'pip install "extrema-fast[{extra}]"'
+    remedy = install(extra)
     if "torchvision::" in str(error):
         remedy = "torchvision was built for another torch; install both from the same index"
     return f"{package} cannot be imported ({one_line(error)}); {remedy}"

@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     except ModuleNotFoundError:
         found = None
     if found is None:
-        raise pytest.UsageError("extrema_fast is not installed for this Python; run `make install`")
+        raise pytest.UsageError("extrema_fast is not installed for this Python; run `make install-dev`")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

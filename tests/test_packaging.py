@@ -9,7 +9,9 @@ checkout; `kernels` by its bare name is empty; one ruff; the Makefile installs e
 from __future__ import annotations
 
 import email
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import extrema_fast
+from extrema_fast.errors import install
 
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 ADDED = ("extrema_fast", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -193,6 +196,79 @@ def test_makefile_installs_extras_that_exist(repository, wheel_metadata):
     assert len(named) > 3
     extras = set(wheel_metadata.get_all("Provides-Extra"))
     assert {default if n == "$(DALI)" else n for n in named} <= extras
+
+
+# stands for the environment's Python: a torchvision that does not load until one comes from the index $FITS
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+    *__version__*) echo 2.13.0+cpu ;;
+    *"import torchvision"*) test -f "$VENV/fits" ;;
+    *"-m pip install"*torchvision)
+        found=pip
+        case "$*" in *"--index-url"*) found=$(echo "$*" | sed 's/.*--index-url \\([^ ]*\\).*/\\1/') ;; esac
+        echo "$found" >> "$VENV/tried"
+        case "$found" in "$FITS") touch "$VENV/fits" ;; none*) exit 1 ;; esac ;;
+esac
+"""
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize("target", ["install", "install-dev"])
+@pytest.mark.parametrize(
+    ("given", "fits", "tried"),
+    [
+        ("https://mine/whl", "https://mine/whl", 1),
+        ("none", "https://download.pytorch.org/whl/cpu", 2),
+        ("", "pip", 2),
+        ("https://mine/whl", "nowhere", 3),
+    ],
+)
+def test_make_finds_the_torchvision_that_fits(repository, tmp_path, target, given, fits, tried):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    environment = {**os.environ, "FITS": fits, "VENV": str(tmp_path), "MAKEFLAGS": ""}
+    done = subprocess.run(
+        ["make", target, f"VENV={tmp_path}", f"TORCH_INDEX={given}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=repository,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    indexes = [given] * bool(given) + ["https://download.pytorch.org/whl/cpu", "pip"]
+    assert (tmp_path / "tried").read_text().split() == indexes[:tried]
+    assert ("no torchvision for torch 2.13.0+cpu was found" in done.stderr) == (fits == "nowhere")
+
+
+def test_what_is_missing_is_named_by_its_packages(wheel_metadata):
+    for extra in wheel_metadata.get_all("Provides-Extra"):
+        program, how, *packages = shlex.split(install(extra))
+        assert (program, how) == ("pip", "install") and packages
+        found = {str(Requirement(p)) for p in packages}
+        marked = [
+            r for r in requirements(wheel_metadata) if r.marker and f'extra == "{extra}"' in str(r.marker)
+        ]
+        assert found == {f"{r.name}{r.specifier}" for r in marked}
+    assert install("nothing") == 'pip install -e ".[nothing]" in the checkout'
+
+
+def test_nobody_is_told_to_take_our_name_from_pypi(repository):
+    listed = subprocess.run(["git", "ls-files"], cwd=repository, capture_output=True, text=True, check=False)
+    names = [n for n in listed.stdout.splitlines() if not n.startswith("benchmarks/records/")]
+    if not names:
+        pytest.skip("not a git checkout")
+    told = []
+    for name in names:
+        path = repository / name
+        if path.suffix in (".py", ".md", ".yml", ".toml", ".j2", ".txt", "") and path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                # with an address it is not PyPI's
+                if re.search(r"pip install(?!.* @ git).*extrema.fast", line):
+                    told.append(f"{name}: {line.strip()}")
+    assert len(names) > 100 and not told
 
 
 def test_licence_is_complete(repository):

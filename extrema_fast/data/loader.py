@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import rng
 from ..config import DataConfig
 from ..distributed import World, cores
-from ..errors import DataError, UsageError
+from ..errors import DataError, UsageError, install
 from .bad_images import BadRows
 from .decode import DaliDecoder, PilDecoder, Settings, Work, gpu_unsupported
 from .image_files import REMEDY, TIFF, ImageFiles, deep_range
@@ -328,7 +328,7 @@ class TrainLoader(_Loader):
         if self._settings.threads < cores:
             ways.append(f"raise data.threads from {self._settings.threads} to {cores}")
         if self.kind == "pil":
-            ways.append('install DALI (pip install "extrema-fast[dali-cuda13]")')
+            ways.append(f"install DALI ({install('dali-cuda13')})")
         if self._files.as_bytes:
             ways.append("put the shards on a faster disk")
         else:
@@ -445,7 +445,7 @@ def choose_loader(wanted: str) -> Literal["dali", "pil"]:
     try:
         importlib.import_module("PIL.Image")
     except ImportError as e:
-        raise UsageError('reading images needs Pillow: pip install "extrema-fast[train]"') from e
+        raise UsageError(f"reading images needs Pillow: {install('train')}") from e
     if wanted != "pil":
         try:
             importlib.import_module("nvidia.dali.fn")
@@ -453,12 +453,12 @@ def choose_loader(wanted: str) -> Literal["dali", "pil"]:
         except (ImportError, OSError) as e:
             if wanted == "dali":
                 raise UsageError(
-                    f'data.loader: DALI cannot be loaded ({e}); pip install "extrema-fast[dali-cuda13]", '
-                    "or --data.loader pil"
+                    f"data.loader: DALI cannot be loaded ({e}); {install('dali-cuda13')}, or --data.loader pil"
                 ) from e
             _log_once(
-                "images are decoded by PIL: DALI cannot be loaded (%s); DALI: pip install extrema-fast[dali-cuda13]",
+                "images are decoded by PIL: DALI cannot be loaded (%s); DALI: %s",
                 str(e),
+                install("dali-cuda13"),
             )
     return "pil"
 
@@ -469,7 +469,7 @@ def _decoding_device(kind: str, wanted: str, device: torch.device) -> torch.devi
         return torch.device("cpu")
     if not (reason := gpu_unsupported(device)):
         return device
-    remedy = 'install the DALI of the driver\'s CUDA (pip install "extrema-fast[dali-cuda12]" or dali-cuda13)'
+    remedy = f"install the DALI of the driver's CUDA ({install('dali-cuda12')}, or ...-cuda130)"
     if wanted == "dali":
         raise UsageError(
             f"data.loader: DALI cannot decode on this GPU ({reason}); {remedy}, or --data.loader pil"

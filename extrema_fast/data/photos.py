@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .. import rng
-from ..errors import StorageError, UsageError
+from ..errors import StorageError, UsageError, install
 from ..files import new_folder, read_json
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def _photo_files(names: list[str]) -> list[Path]:
     if spec is None or spec.origin is None:
         raise UsageError(
             "photos: the built-in images come with scikit-image, which is not installed; "
-            'pip install "extrema-fast[train]", or give --data.train a folder of images'
+            f"{install('train')}, or give --data.train a folder of images"
         )
     data = Path(spec.origin).parent / "data"
     missing = [name for name in names if not (data / name).is_file()]
@@ -142,7 +142,7 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as e:
-        raise UsageError('the built-in images need Pillow: pip install "extrema-fast[train]"') from e
+        raise UsageError(f"the built-in images need Pillow: {install('train')}") from e
     return Image
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..errors import install
 from ..kernels import can_run, tune
 from ..kernels._autograd import first_order, transforming
 from ..kernels._spec import Case
@@ -250,7 +251,7 @@ def missing(name: str, device: torch.device, dtype: torch.dtype, n: int, d: int)
 def _xformers_missing() -> str:
     """Imports xformers; why its attention cannot be used, empty when trying it decides."""
     if importlib.util.find_spec("xformers") is None:
-        return "xformers is not installed (pip install 'extrema-fast[xformers]')"
+        return f"xformers is not installed ({install('xformers')})"
     try:
         lib = importlib.import_module("xformers._cpp_lib")
     except Exception:

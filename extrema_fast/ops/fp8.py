@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import UsageError, install
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def apply_fp8(
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise UsageError(
-            f"train.fp8={mode}: needs torchao ({error}); pip install 'extrema-fast[fp8]', or use train.fp8=off"
+            f"train.fp8={mode}: needs torchao ({error}); {install('fp8')}, or use train.fp8=off"
         ) from None
     # padded, because the backward pass sums over rows, which are any number
     config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..data.manifest import escape, unescape
 from ..data.preprocess import INTERPOLATIONS
-from ..errors import StorageError, UsageError
+from ..errors import StorageError, UsageError, install
 from ..files import fits, new_file, read_json, write_file
 from .work import Work
 
@@ -33,7 +33,6 @@ FORMAT, VERSION = "extrema-fast-embeddings", 1
 CONFIG, ROWS, BROKEN, FEATURES, RECORDS = "config.json", "rows.tsv", "broken.tsv", "features", ".parts"
 SUFFIX = {"npy": ".npy", "parquet": ".parquet", "safetensors": ".safetensors"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-INSTALL = 'pip install "extrema-fast[parquet]"'
 
 
 class Row(NamedTuple):
@@ -74,7 +73,9 @@ def _parquet() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UsageError(f"parquet files need pyarrow, which is not installed; {INSTALL}") from None
+        raise UsageError(
+            f"parquet files need pyarrow, which is not installed; {install('parquet')}"
+        ) from None
     return pyarrow, pyarrow.parquet
 
 

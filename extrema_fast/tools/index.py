@@ -38,7 +38,7 @@ from ..data.manifest import (
 )
 from ..data.sources import BUILT_IN, EXTENSIONS, open_source
 from ..distributed import cores
-from ..errors import DataError, Preempted, StorageError, UsageError
+from ..errors import DataError, Preempted, StorageError, UsageError, install
 from .verify import BATCH, OK, Pool, Verdict
 from .work import ImageProgress, Work
 
@@ -218,7 +218,7 @@ def describe(result: Result) -> str:
         if "nvImageCodec" not in result.decoder:
             lines.append(
                 "not checked without DALI: JPEG data that decoders repair silently (zeros, flipped bits, another "
-                'image\'s data); pip install "extrema-fast[dali-cuda13]"'
+                f"image's data); {install('dali-cuda13')}"
             )
     return "\n".join([*lines, f"train on the good ones: extrema-fast pretrain --data.train {result.out}"])
 

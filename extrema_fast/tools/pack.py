@@ -40,7 +40,7 @@ from ..data.manifest import Row, escape, header_lines, is_manifest, row_line
 from ..data.shards import CLASSES
 from ..data.sources import BUILT_IN, MANIFEST, open_source
 from ..distributed import cores
-from ..errors import DataError, ExtremaError, StorageError, UsageError
+from ..errors import DataError, ExtremaError, StorageError, UsageError, install
 from ..files import read_json, write_file
 from .shard_writer import END, EXTENSIONS, Done, Packed, ShardWriter, pack_image, space
 from .work import ImageProgress, Work, changes
@@ -225,9 +225,7 @@ def _pillow() -> str:
         import PIL
         from PIL import features
     except ImportError:
-        raise UsageError(
-            'pack needs Pillow, which is not installed; pip install "extrema-fast[train]"'
-        ) from None
+        raise UsageError(f"pack needs Pillow, which is not installed; {install('train')}") from None
     return f"{PIL.__version__}, libjpeg {features.version('libjpeg_turbo') or features.version('jpg')}"
 
 

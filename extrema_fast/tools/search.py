@@ -21,7 +21,7 @@ from ..data.loader import choose_loader
 from ..data.pixels import extremes, is_deep, natural_range, to_8_bit
 from ..data.sources import EXTENSIONS, ImageSource, open_source
 from ..distributed import World, pick_device
-from ..errors import ExtremaError, StorageError, UsageError
+from ..errors import ExtremaError, StorageError, UsageError, install
 from ..evaluation.evaluate import weights_hash
 from ..files import new_file
 from ..weights import load as convert
@@ -307,9 +307,7 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise UsageError(
-            'pictures need Pillow, which is not installed; pip install "extrema-fast[train]"'
-        ) from None
+        raise UsageError(f"pictures need Pillow, which is not installed; {install('train')}") from None
     return Image
 
 

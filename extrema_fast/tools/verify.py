@@ -23,7 +23,7 @@ from multiprocessing.connection import wait
 from typing import NamedTuple
 
 from ..data.pixels import extremes, is_deep
-from ..errors import ExtremaError, UsageError
+from ..errors import ExtremaError, UsageError, install
 from ..files import check_size, open_plain
 
 READ = ("jpeg", "png", "bmp", "webp", "tiff", "pnm")
@@ -334,7 +334,7 @@ class Pool:
         try:
             import PIL  # noqa: F401
         except ImportError:
-            raise UsageError('reading images needs Pillow: pip install "extrema-fast[train]"') from None
+            raise UsageError(f"reading images needs Pillow: {install('train')}") from None
         self._arguments = strict, max_pixels
         self._executors = [self._start() for _ in range(processes)]
         names = [executor.submit(_name) for executor in self._executors]

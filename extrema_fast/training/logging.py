@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from ..errors import ExtremaError, NonFiniteError, Preempted, UsageError, one_line, printable
+from ..errors import ExtremaError, NonFiniteError, Preempted, UsageError, install, one_line, printable
 from ..files import fits, open_to_append
 from ..signals import Stopped
 from .run_folder import RunFolder
@@ -330,7 +330,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UsageError(
-                'log.tensorboard: TensorBoard is not installed; pip install "extrema-fast[tensorboard]"'
+                f"log.tensorboard: TensorBoard is not installed; {install('tensorboard')}"
             ) from None
         self.writer: Any = SummaryWriter(str(folder))
         self.failed = False

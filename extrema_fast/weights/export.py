@@ -332,11 +332,11 @@ def _compare_hf(job: Job) -> dict[str, float]:
 
 _WITHOUT_HEAD = """This is the trunk with mean-pooled patch tokens, as a stock timm ViT without class token.
 It loads with `transformers` and `timm` alone; this project's class-attention head is left out (an export with the class
-token needs `pip install extrema-fast`)."""
+token needs the package extrema_fast, from its repository)."""
 
 _WITH_HEAD = """This is the whole encoder with its class-attention head, a model that timm does not know by itself:
-`pip install "extrema-fast[hf]"`, and `import extrema_fast.timm` before loading. (An export without
-`--class-token` loads with `transformers` and `timm` alone.)"""
+install the package extrema_fast from its repository, with the extra `hf`, and `import extrema_fast.timm` before
+loading. (An export without `--class-token` loads with `transformers` and `timm` alone.)"""
 
 _CARD = """---
 library_name: transformers

@@ -213,11 +213,11 @@ def test_auto_falls_back_to_pil_and_says_so_once(monkeypatch, caplog):
         assert data.choose_loader("auto") == "pil"
         assert data.choose_loader("auto") == "pil"
     assert len(caplog.records) == 1 and "decoded by PIL: DALI cannot be loaded" in caplog.text
-    with pytest.raises(UsageError, match=r"data\.loader: DALI cannot be loaded .*dali-cuda13.*loader pil"):
+    with pytest.raises(UsageError, match=r"data\.loader: DALI cannot be loaded .*dali-cuda130.*loader pil"):
         data.choose_loader("dali")
 
 
 def test_no_pillow(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(UsageError, match=r"needs Pillow: pip install \"extrema-fast\[train\]\""):
+    with pytest.raises(UsageError, match=r"needs Pillow: pip install .pillow"):
         data.choose_loader("pil")

@@ -21,6 +21,7 @@ from extrema_fast.config import from_dict, smoke
 from extrema_fast.data import loader as data
 from extrema_fast.data.prefetch import _on_gpu, prefetch
 from extrema_fast.distributed import World
+from extrema_fast.errors import install
 from extrema_fast.training import run as run_module
 from extrema_fast.training.draw import draw
 from extrema_fast.training.logging import DataWaitWarning
@@ -142,7 +143,7 @@ def test_the_remedy_fits(monkeypatch):
     monkeypatch.setattr(data, "decoding_threads", lambda wanted: wanted or 7)
     with run_module.open_loader(run) as loader:
         assert loader.remedy() == (
-            'raise data.threads from 1 to 7; install DALI (pip install "extrema-fast[dali-cuda13]"); '
+            f"raise data.threads from 1 to 7; install DALI ({install('dali-cuda13')}); "
             "pack the images (extrema-fast pack), or put them on a faster disk"
         )
     monkeypatch.setattr(data, "decoding_threads", lambda wanted: 1)

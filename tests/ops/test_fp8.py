@@ -28,7 +28,7 @@ from tests.kernels._compare import draw_keep
 
 CFG = from_dict({"model": {"drop_path": 0.0}, "optim": {"warmup_epochs": 0.0}}, smoke())
 needs_torchao = pytest.mark.skipif(
-    importlib.util.find_spec("torchao") is None, reason="needs torchao (pip install 'extrema-fast[fp8]')"
+    importlib.util.find_spec("torchao") is None, reason="needs torchao (pip install torchao)"
 )
 
 
@@ -41,7 +41,7 @@ def kinds(method: ExtreMA) -> dict[str, str]:
     [
         ("teacher", "cpu", False, 64, "train.fp8=teacher: needs an NVIDIA GPU, the device is cpu"),
         ("trunk", "cuda:0", False, 64, r"A100 \(sm_80\) has no FP8 matmuls, they begin with sm_89"),
-        ("teacher", "cpu", True, 64, r"needs torchao \(.*pip install 'extrema-fast\[fp8\]'"),
+        ("teacher", "cpu", True, 64, r"needs torchao \(.*pip install 'torchao"),
         ("trunk", "cpu", True, 40, "blocks.0.attn.qkv is 40 x 120, FP8 matmuls need multiples of 16"),
     ],
 )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from extrema_fast.__main__ import main
 from extrema_fast.config import config_hash
-from extrema_fast.errors import ExtremaError, NonFiniteError, StorageError, cannot_import
+from extrema_fast.errors import ExtremaError, NonFiniteError, StorageError, cannot_import, install
 from extrema_fast.weights import export as export_module
 from extrema_fast.weights.export import FORMATS, export
 from extrema_fast.weights.load import load_encoder
@@ -155,8 +155,7 @@ def test_a_missing_package_names_the_extra(folder, tmp_path, monkeypatch, format
     monkeypatch.setitem(sys.modules, package, None)
     # what comes before it may be broken here; only the last one is looked for
     monkeypatch.setitem(FORMATS, format, FORMATS[format]._replace(packages=(package,)))
-    extra = f"extrema-fast[{FORMATS[format].extra}]"
-    refused(lambda: export(folder, tmp_path / "out", format), package, extra)
+    refused(lambda: export(folder, tmp_path / "out", format), package, install(FORMATS[format].extra))
     broken = cannot_import(package, RuntimeError("operator torchvision::nms does not exist"), "hf")
     assert broken.endswith("torchvision was built for another torch; install both from the same index")
     assert names(tmp_path) == ["w"]
