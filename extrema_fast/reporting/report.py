@@ -18,7 +18,8 @@ from ..data.sources import open_source
 from ..errors import UsageError, cannot_import
 from ..evaluation.evaluate import CLS, MEAN, PIXELS, PRETRAINED, RANDOM, is_result, resolve_data, run_config
 from ..files import fits, no_links, read_json, write_file
-from ..training.logging import duration, read_log
+from ..progress import duration
+from ..training.logging import read_log
 from ..training.run_folder import STATUS
 from ..weights import load as convert
 from . import figures

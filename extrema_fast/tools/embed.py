@@ -46,6 +46,7 @@ from ..evaluation.evaluate import weights_hash
 from ..files import no_links
 from ..models.encoder import Encoder
 from ..models.masking import sample_views
+from ..progress import ImageProgress
 from ..training.resolve import precision
 from ..weights import load as convert
 from .embeddings import (
@@ -66,7 +67,7 @@ from .embeddings import (
     write_config,
     write_part,
 )
-from .work import ImageProgress, Work, changes
+from .work import Work, changes
 
 log = logging.getLogger(__name__)
 

@@ -39,8 +39,9 @@ from ..data.manifest import (
 from ..data.sources import BUILT_IN, EXTENSIONS, open_source
 from ..distributed import cores
 from ..errors import DataError, Preempted, StorageError, UsageError, install
+from ..progress import ImageProgress
 from .verify import BATCH, OK, Pool, Verdict
-from .work import ImageProgress, Work
+from .work import Work
 
 log = logging.getLogger(__name__)
 

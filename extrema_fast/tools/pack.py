@@ -42,8 +42,9 @@ from ..data.sources import BUILT_IN, MANIFEST, open_source
 from ..distributed import cores
 from ..errors import DataError, ExtremaError, StorageError, UsageError, install
 from ..files import read_json, write_file
+from ..progress import ImageProgress
 from .shard_writer import END, EXTENSIONS, Done, Packed, ShardWriter, pack_image, space
-from .work import ImageProgress, Work, changes
+from .work import Work, changes
 
 log = logging.getLogger(__name__)
 

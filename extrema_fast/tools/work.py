@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +15,6 @@ from typing import Any
 
 from ..errors import UsageError
 from ..files import lock, no_links, remove, write_file
-from ..training.logging import Progress
 
 
 class Work:
@@ -90,18 +87,3 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _short(value: Any) -> str:
     # of a hash the beginning is enough
     return value[:12] if isinstance(value, str) and len(value) >= 32 else str(value)
-
-
-class ImageProgress(Progress):
-    """Images done of a total, with their rate; `enabled` False shows nothing."""
-
-    def __init__(self, what: str, total: int, enabled: bool = True) -> None:
-        super().__init__(what, total, enabled=enabled, lines=20, stream=sys.stderr)
-
-    def __enter__(self) -> ImageProgress:
-        return self
-
-    def reached(self, images: int, note: str = "") -> None:
-        """So many images are done; `note` is shown after the rate."""
-        rate = images / max(time.monotonic() - self.began, 1e-9)
-        self.update(images, f"{rate:.0f} images/s" + (f", {note}" if note else ""))

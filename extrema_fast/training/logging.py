@@ -6,16 +6,16 @@ import json
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import ExtremaError, NonFiniteError, Preempted, UsageError, install, one_line, printable
+from ..errors import ExtremaError, NonFiniteError, Preempted, UsageError, install, one_line
 from ..files import fits, open_to_append
+from ..progress import Progress
 from ..signals import Stopped
 from .run_folder import RunFolder
 
@@ -363,107 +363,3 @@ def describe_eval(record: dict[str, Any], first: dict[str, Any]) -> str:
         if record.get(key) is not None:
             parts.append(f"{name} {record[key]:.3g}")
     return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """`1:02:03`, or `2:03` below an hour."""
-    minutes, s = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
-
-
-class Progress:
-    """Progress of a long task: a bar on a terminal, elsewhere a line of text now and then.
-
-    Args:
-        what: what is counted; the first word of bar and lines.
-        total: how many there are.
-        start: how many were done before.
-        enabled: False shows nothing.
-        lines: about how many lines are printed without a terminal; at least one a minute.
-        stream: standard output by default.
-
-    Attributes:
-        broken: whether the reader of a pipe has left (`| head`).
-    """
-
-    def __init__(
-        self,
-        what: str,
-        total: int,
-        start: int = 0,
-        *,
-        enabled: bool = True,
-        lines: int = 40,
-        stream: TextIO | None = None,
-    ) -> None:
-        self.what, self.total, self.start, self.enabled, self.lines = what, total, start, enabled, lines
-        # a program without standard output has None
-        self.stream: TextIO | None = stream or sys.stdout
-        self.broken = False
-        self.began, self.shown, self.shown_at = time.monotonic(), -total, -math.inf
-        self.bar: Any = self._bar() if enabled and self.stream and self.stream.isatty() else None
-
-    def _bar(self) -> Any:
-        try:
-            from rich import progress
-            from rich.console import Console
-        except ImportError:
-            return None
-        columns = (
-            progress.TextColumn(self.what),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[text]}"),
-            progress.TextColumn("left"),
-            progress.TimeRemainingColumn(),
-        )
-        bar = progress.Progress(*columns, console=Console(file=self.stream))
-        self.task = bar.add_task("", total=self.total, completed=self.start, text="")
-        bar.start()
-        return bar
-
-    def update(self, done: int, text: str = "") -> None:
-        """Moves the bar to `done`; with `text` (rates, losses) also shows it, on a line when one is due."""
-        if self.bar is not None:
-            with self._showing():
-                self.bar.update(self.task, completed=done, **({"text": text} if text else {}))
-            return
-        late = time.monotonic() - self.shown_at > 60
-        if not text or not (late or done - self.shown >= self.total / self.lines or done == self.total):
-            return
-        self.shown, self.shown_at = done, time.monotonic()
-        left = (time.monotonic() - self.began) / max(done - self.start, 1) * (self.total - done)
-        self.say(f"{self.what} {done:>{len(str(self.total))}}/{self.total}  {text}  left {duration(left)}")
-
-    def say(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
-        text = printable(text)
-        with self._showing():
-            if self.bar is not None:
-                self.bar.console.print(text, highlight=False, markup=False)
-            elif self.enabled and self.stream is not None:
-                self.stream.write(text + "\n")
-                self.stream.flush()
-
-    def close(self) -> None:
-        """Ends the bar."""
-        if self.bar is not None:
-            with self._showing():
-                self.bar.stop()
-
-    @contextmanager
-    def _showing(self) -> Iterator[None]:
-        """Context of writing: what is shown ends with its terminal or pipe, the work does not."""
-        try:
-            yield
-        except OSError as error:
-            self.enabled, self.bar = False, None
-            self.broken = isinstance(error, BrokenPipeError)
-            log.warning("%s: progress is no longer shown (%s)", self.what, error.strerror or error)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -8,7 +8,6 @@ FLOPs; processes and devices.
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
@@ -388,34 +387,6 @@ def test_a_torn_log_line(tmp_path):
     log.close()
     assert [r["step"] for r in train_logging.read_log(path)] == [1, 1, 2]
     assert train_logging.history(path, "train", 1) == [{"kind": "train", "step": 1, "loss": None}]
-
-
-def test_progress_is_about_forty_lines():
-    stream = io.StringIO()
-    off = train_logging.Progress("step", 10, enabled=False, stream=stream)
-    off.update(1, "loss")
-    off.say("x")
-    assert stream.getvalue() == ""
-    screen = train_logging.Progress("step", 1000, stream=stream)
-    for at in range(1, 1001):
-        screen.update(at)
-        screen.update(at, f"loss {at}")
-    lines = stream.getvalue().splitlines()
-    assert 38 <= len(lines) <= 43 and lines[-1].startswith("step 1000/1000  loss 1000  left 0:00")
-
-
-def test_progress_bar_on_a_terminal():
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    stream = Terminal()
-    with train_logging.Progress("step", 10, stream=stream) as screen:
-        assert screen.bar is not None
-        screen.update(4, "loss 0.5000")
-        screen.say("hello [1/2]")
-        screen.update(10)
-    assert "hello [1/2]" in stream.getvalue() and "loss 0.5000" in stream.getvalue()
 
 
 def test_flops_of_the_paper_recipe():

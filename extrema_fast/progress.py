@@ -1,0 +1,176 @@
+"""Progress of long tasks: a bar on a terminal, elsewhere a line of text now and then.
+
+The level of the logger `extrema_fast` decides what is said: WARNING (`--quiet`): warnings and errors; INFO (a command's
+default): also what a user needs, and the progress of whatever takes long; DEBUG (`--verbose`): also what was chosen and
+why. In Python the level is the caller's to set: `logging.basicConfig(level="INFO")` shows what a command shows.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, ClassVar, TextIO
+
+from .errors import printable
+
+log = logging.getLogger(__name__)
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, or `2:03` below an hour."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
+
+
+class Progress:
+    """Progress of a long task; a task within another one has its bar below that one's.
+
+    Args:
+        what: what is counted; the first word of bar and lines.
+        total: how many there are.
+        start: how many were done before.
+        enabled: False shows nothing; None: as the level of the logger says.
+        lines: about how many lines are printed without a terminal; at least one a minute.
+        pause_s: seconds before the first of these lines, and at least between two.
+        stays: whether a finished bar stays on the screen.
+        stream: standard output by default.
+
+    Attributes:
+        broken: whether the reader of a pipe has left (`| head`).
+    """
+
+    # a terminal has room for one display, which holds the bars of all tasks
+    _display: ClassVar[Any] = None
+
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        start: int = 0,
+        *,
+        enabled: bool | None = True,
+        lines: int = 40,
+        pause_s: float = 0,
+        stays: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.what, self.total, self.start, self.lines, self.pause_s = what, total, start, lines, pause_s
+        self.enabled = log.isEnabledFor(logging.INFO) if enabled is None else enabled
+        # a program without standard output has None
+        self.stream: TextIO | None = stream or sys.stdout
+        self.broken = self._owns = False
+        self.began, self.shown, self.shown_at = time.monotonic(), -total, -math.inf
+        self.bar: Any = None
+        if self.enabled and (Progress._display or (self.stream and self.stream.isatty())):
+            self.bar = Progress._display or self._open(stays)
+        if self.bar is not None:
+            self.task = self.bar.add_task(what, total=total, completed=start, text="")
+
+    def _open(self, stays: bool) -> Any:
+        try:
+            from rich import progress
+            from rich.console import Console
+        except ImportError:
+            return None
+        columns = (
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[text]}", markup=False),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+        )
+        display = progress.Progress(*columns, console=Console(file=self.stream), transient=not stays)
+        display.start()
+        Progress._display, self._owns = display, True
+        return display
+
+    def update(self, done: int, text: str = "") -> None:
+        """Moves the bar to `done`; with `text` (rates, losses) also shows it, on a line when one is due."""
+        if self.bar is not None:
+            with self._showing():
+                self.bar.update(self.task, completed=done, **({"text": text} if text else {}))
+            return
+        now = time.monotonic()
+        late = now - self.shown_at > 60
+        if not text or not (late or done - self.shown >= self.total / self.lines or done == self.total):
+            return
+        if now - max(self.began, self.shown_at) < self.pause_s:
+            return
+        self.shown, self.shown_at = done, now
+        left = (now - self.began) / max(done - self.start, 1) * (self.total - done)
+        self.say(f"{self.what} {done:>{len(str(self.total))}}/{self.total}  {text}  left {duration(left)}")
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        text = printable(text)
+        with self._showing():
+            if self.bar is not None:
+                self.bar.console.print(text, highlight=False, markup=False)
+            elif self.enabled and self.stream is not None:
+                self.stream.write(text + "\n")
+                self.stream.flush()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        bar, self.bar = self.bar, None
+        if bar is None:
+            return
+        with self._showing():
+            if self._owns:
+                Progress._display = None
+                bar.stop()
+            else:
+                bar.remove_task(self.task)
+
+    @contextmanager
+    def _showing(self) -> Iterator[None]:
+        """Context of writing: what is shown ends with its terminal or pipe, the work does not."""
+        try:
+            yield
+        except OSError as error:
+            self.enabled, self.bar = False, None
+            display, Progress._display = Progress._display, None
+            if display is not None:
+                with suppress(OSError):
+                    display.stop()
+            self.broken = isinstance(error, BrokenPipeError)
+            log.warning("%s: progress is no longer shown (%s)", self.what, error.strerror or error)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ImageProgress(Progress):
+    """Images done of a total, with their rate, on standard error; a quick task prints no lines.
+
+    Args:
+        what: what is done to them.
+        total: how many there are.
+        enabled: False shows nothing; None: as the level of the logger says.
+    """
+
+    def __init__(self, what: str, total: int, enabled: bool | None = None) -> None:
+        super().__init__(what, total, enabled=enabled, lines=20, pause_s=5, stays=False, stream=sys.stderr)
+        self.done = 0
+
+    def __enter__(self) -> ImageProgress:
+        return self
+
+    def advance(self, images: int) -> None:
+        """So many more images are done."""
+        self.reached(self.done + images)
+
+    def reached(self, images: int, note: str = "") -> None:
+        """So many images are done; `note` is shown after the rate."""
+        self.done = images
+        rate = images / max(time.monotonic() - self.began, 1e-9)
+        self.update(images, f"{rate:.0f} images/s" + (f", {note}" if note else ""))
