@@ -399,7 +399,7 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
         from .tools.dry_run import dry_run
         from .training.resolve import describe
 
-        _print(describe(dry_run(cfg)))
+        _print(describe(dry_run(cfg, init_from=ours.init_from, overwrite=ours.overwrite)))
     else:
         from .train import pretrain
 

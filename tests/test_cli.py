@@ -342,6 +342,9 @@ def test_dry_run(capsys, tmp_path):
     for word in ("step_ms", "tokens_per_image", "gflops_per_image", "checkpoint_mb", "memory_gb", "lr"):
         assert word in out
     assert not (tmp_path / "run").exists()
+    missing = tmp_path / "no.pth"
+    args = ["pretrain", "smoke", *SMALL, "--dry-run", "--quiet", "--init-from", str(missing)]
+    assert str(missing) in fails(capsys, *args)
 
 
 def test_evaluate_passes_options_on(capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from ..config import Config, local_batch
@@ -10,16 +11,30 @@ from ..data.order import epoch_length
 from ..distributed import start
 from ..train import train_step
 from ..training.resolve import checkpoint_bytes, derived
-from ..training.run import build, open_loader, open_train, prepare_torch
+from ..training.run import build, init_weights, open_loader, open_train, prepare_torch
 from ..training.step import batches, wrap
 
 
-def dry_run(cfg: Config, steps: int = 3) -> dict[str, Any]:
-    """What `steps` real steps say about the run to come; nothing is written."""
+def dry_run(
+    cfg: Config, steps: int = 3, *, init_from: str | Path | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """What `steps` real steps say about the run to come; nothing is written.
+
+    Args:
+        cfg: the run.
+        steps: how many of its first ones.
+        init_from: weights to start from, as in `pretrain`.
+        overwrite: a run in `cfg.out` is going to be moved aside.
+
+    Raises:
+        UsageError: the run cannot start here, or not from those weights.
+    """
     with start(cfg.system.device) as world:
         prepare_torch(cfg.system)
         local_batch(cfg, world.size)
         run = build(cfg, world, world.rank_zero_first(lambda: open_train(cfg)))
+        if init_from is not None:
+            init_weights(run, init_from, overwrite)
         wrap(run)
         times = []
         with open_loader(run) as loader:
@@ -31,6 +46,7 @@ def dry_run(cfg: Config, steps: int = 3) -> dict[str, Any]:
                 values = run.counters.read().values()
                 times.append(time.perf_counter() - began)
         tokens = cfg.mask.views * cfg.num_keep
+        begun = {f"init_from: {part}": what for part, what in (run.began_from or {}).items()}
         return derived(cfg, world.size, epoch_length(run.source)) | {
             "device": str(world.device),
             "loader": loader.kind,
@@ -47,4 +63,5 @@ def dry_run(cfg: Config, steps: int = 3) -> dict[str, Any]:
             "lr": [run.schedule.lr(i) for i in range(run.step)],
             "memory_gb": world.memory_gb(),
             "checkpoint_mb": checkpoint_bytes(run.method) / 1e6,
+            **begun,
         }

@@ -419,7 +419,11 @@ def origin(run: Run) -> str:
         return ""
     parts = "".join(f"\n  {part:<16} {what}" for part, what in run.began_from.items() if part != "weights")
     rests = run.schedule.warmup_steps // 2 if run.has_fresh_pooling else 0
-    rest = f"\n  the trunk rests for {rests} steps, while pooling and heads are trained" if rests else ""
+    rest = (
+        f"\n  the trunk rests for {counted(rests, 'step')}, while pooling and heads are trained"
+        if rests
+        else ""
+    )
     return f"\nbegins from {run.began_from['weights']}:{parts}{rest}"
 
 

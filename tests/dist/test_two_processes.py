@@ -1,6 +1,6 @@
 """Two processes over gloo against one.
 
-Covers: equal losses and weights to fp32 rounding, BYOL and InfoNCE (gathered targets), with accumulation;
+Covers: equal losses and weights to fp32 rounding, BYOL and InfoNCE (gathered targets), with accumulation, from a trunk;
 saved by two, continued by one and the other way round; a non-finite loss on one rank skips the step on both;
 a signal to one rank stops both at the same step; an error on rank 0 ends both with its exit code; leaving; a partner
 that never comes, dies, is stopped or hangs.
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from extrema_fast.training.logging import history
 from tests.training.conftest import command, final_hash, status, tiny
+from tests.weights._weights import foreign_vit
 
 __all__ = ["command"]
 
@@ -57,9 +58,15 @@ def assert_close(a: Path, b: Path) -> None:
     assert moved > 10
 
 
-@pytest.mark.parametrize(("loss", "accumulation"), [("byol", 2), ("infonce", 1), ("infonce", 2)])
-def test_two_equal_one(pretrain, loss, accumulation):
+@pytest.mark.parametrize(
+    ("loss", "accumulation", "begun"), [("byol", 2, False), ("infonce", 1, True), ("infonce", 2, False)]
+)
+def test_two_equal_one(pretrain, tmp_path, loss, accumulation, begun):
     flags = ["--head.loss", loss]
+    if begun:
+        # the trunk rests for one of six steps
+        torch.save(foreign_vit(tiny(tmp_path, RUN).model), tmp_path / "vit.pth")
+        flags += ["--init-from", str(tmp_path / "vit.pth"), "--optim.warmup-epochs", "1"]
     codes, text, one = pretrain("one", *flags)
     assert codes == [0], text
     more = ["--train.accumulation", str(accumulation)]
@@ -70,6 +77,7 @@ def test_two_equal_one(pretrain, loss, accumulation):
     # one process writes and prints
     assert len(history(two / "log.jsonl", "train", STEPS)) == STEPS and text.count("complete: 6 steps") == 1
     assert (two / "log.jsonl").read_text().count('"kind": "train"') == STEPS
+    assert text.count("the trunk rests for 1 step,") == text.count("left out         class token") == begun
 
 
 # graphs without code generation

@@ -1,8 +1,8 @@
 """The command line on the null GPU, in a process of its own, from images to files.
 
-Covers: pretrain plain, compiled by blocks and recorded in a CUDA graph; stopped by a signal, saved, continued to the
-end; what the run's files say of the device; machines without a C compiler, with caches that cannot be written, with a
-GPU that is too old for the kernels.
+Covers: pretrain plain, compiled by blocks and recorded in a CUDA graph, the last two from another project's trunk;
+stopped by a signal, saved, continued to the end; what the run's files say of the device; machines without a C compiler,
+with caches that cannot be written, with a GPU that is too old for the kernels.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+
+from extrema_fast.config import smoke
+from tests.weights._weights import foreign_vit
 
 MODES = {
     "plain": ["--train.compile", "none"],
@@ -41,7 +45,12 @@ def state(out: Path) -> tuple[str, int]:
 def test_a_run_that_is_stopped_and_continued(mode, run_cli, tmp_path):
     out = tmp_path / "run"
     args = ["pretrain", "smoke", "--out", out, "--train.precision", "bf16", *COMMON, *MODES[mode]]
+    if begun := mode != "plain":
+        # of another project, in fp32 on the CPU; one of the eight steps leaves the trunk as it is
+        torch.save(foreign_vit(smoke().model), tmp_path / "vit.pth")
+        args += ["--init-from", tmp_path / "vit.pth"]
     (code,), text = run_cli(*args, setup=STOP)
+    assert ("the trunk rests for 1 step," in text) == begun, text
     assert code > 0 and state(out)[1] == 6, text
     # after three plain steps
     assert ("step recorded" in text) == (mode == "graph"), text

@@ -1,7 +1,8 @@
 """A run that begins from the trunk of another project's vision transformer.
 
 Covers: what is printed and recorded; the trunk rests while pooling and heads warm up; stopped and continued is
-bit-equal; the weights it saves keep a learned table.
+bit-equal; the weights it saves keep a learned table; a dry run begins as the run does. (Two processes:
+tests/dist/test_two_processes.py.)
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 from extrema_fast import train
 from extrema_fast.errors import Preempted
+from extrema_fast.tools.dry_run import dry_run
+from extrema_fast.training.logging import history
 from extrema_fast.weights.load import load_encoder
 from tests.training.conftest import final_hash, tiny
 from tests.training.test_resume import stop_at
@@ -73,3 +76,15 @@ def test_a_run_from_a_trunk(tmp_path, monkeypatch, capsys, file, stop):
         encoder = load_encoder(run, which)
         assert isinstance(encoder.pos_embed, torch.nn.Parameter)
         assert torch.equal(encoder.pos_embed, state["pos_embed"][:, 1:])
+
+
+def test_a_dry_run_begins_as_the_run_does(tmp_path, file):
+    values = dry_run(tiny(tmp_path / "run", RUN), 1, init_from=file)
+    assert values["init_from: trunk"].startswith("kept: 2 blocks") and values["init_from: pooling"] == "fresh"
+    assert not list(tmp_path.iterdir())
+    change = {"train": {"epochs": 1}, "optim": {"warmup_epochs": 0.5}, "log": {"every_steps": 1}}
+    run = train.pretrain(tiny(tmp_path / "run", RUN, change), init_from=file)
+    assert values["loss"] == history(run / "log.jsonl", "train", 9)[0]["loss"]
+    # a checkpoint is there: a run would begin from that
+    assert "init_from: trunk" not in dry_run(tiny(run, RUN), 1, init_from=file)
+    assert "init_from: trunk" in dry_run(tiny(run, RUN), 1, init_from=file, overwrite=True)
