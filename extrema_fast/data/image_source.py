@@ -179,14 +179,16 @@ def match_classes(test: ImageSource, train: ImageSource) -> ImageSource:
     """
     if test.labels is None or train.labels is None or test.classes == train.classes:
         return test
-    unknown = sorted(set(test.classes) - set(train.classes))
+    # the same name in another Unicode form is the same class
+    number_of = {unicodedata.normalize("NFC", c): i for i, c in enumerate(train.classes)}
+    numbers = [number_of.get(unicodedata.normalize("NFC", c), -1) for c in test.classes]
+    unknown = sorted(c for c, number in zip(test.classes, numbers, strict=True) if number < 0)
     if unknown:
         raise UsageError(
             f"{test.name}: {len(unknown)} of {len(test.classes)} classes are not in {train.name}, "
             f"first: {unknown[0]!r}{did_you_mean(unknown[0], train.classes[:20])}"
         )
-    new = torch.tensor([train.classes.index(c) for c in test.classes])
-    return dataclasses.replace(test, labels=new[test.labels], classes=train.classes)
+    return dataclasses.replace(test, labels=torch.tensor(numbers)[test.labels], classes=train.classes)
 
 
 def warn_of_empty(name: str, empty: int, images: int, first: str) -> None:

@@ -7,17 +7,15 @@ row, f) of `ImageSource.parts`: an epoch takes that share of them, so that each 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import errno
 import hashlib
 import logging
 import math
 import os
-import unicodedata
+import re
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +28,7 @@ from ..config import did_you_mean, parse_toml
 from ..errors import UsageError, counted
 from ..files import check_plain, read_text
 from .image_source import ImageSource, hold_out, match_classes, number_classes, subset, warn_of_empty
+from .lists import Disk, read_list
 from .manifest import is_manifest, manifest_source
 from .photos import write_photos, write_synthetic
 from .shards import expand, is_pattern, is_tar, shard_source
@@ -96,6 +95,7 @@ def open_source(
         raise UsageError(f"data.limit: expected 0 (all) or more, got {limit}")
     if not spec:
         raise UsageError(f"no {split} images given; expected {_EXPECTED}")
+    refuse_url(spec)
     if holdout and spec in BUILT_IN:
         raise UsageError(f"data.holdout: {spec} has test images of its own; leave data.holdout at 0")
     source = _open(spec, split, check, holdout)
@@ -108,6 +108,32 @@ def open_source(
         rows = rng.permutation(len(source), seed=seed, epoch=_LIMIT_EPOCH)[:limit].sort().values
         source = subset(source, rows)
     return source
+
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+
+
+def refuse_url(spec: str, where: str = "") -> None:
+    """UsageError for a URL, which says how its images get on a disk."""
+    scheme = _SCHEME.match(spec)
+    if not scheme:
+        return
+    kind, rest = scheme[1].lower(), spec[scheme.end() :]
+    # owner and name of a data set
+    hub = re.match(r"(?:huggingface\.co/)?datasets/([^/@]+/[^/@]+)", rest)
+    first = {
+        "s3": f"aws s3 sync {spec} DIR, or mount-s3, then DIR",
+        "gs": f"gcloud storage rsync -r {spec} DIR, or gcsfuse, then DIR",
+        "http": f"wget {spec}, then the file (unpacked, where it is an archive other than .zip or .tar)",
+        "file": f"{rest}",
+    }
+    first["https"] = first["http"]
+    if hub:
+        first[kind] = f"hf download --repo-type dataset {hub[1]} --local-dir DIR, then DIR"
+    raise UsageError(
+        f"{where}{spec}: images are read from a disk, not from {kind}://; give "
+        + first.get(kind, "a path, after downloading or mounting them")
+    )
 
 
 def _open(spec: str, split: str, check: bool, holdout: float) -> ImageSource:
@@ -295,105 +321,34 @@ def _from_list(name: str, path: Path, check: bool) -> ImageSource:
             f"{name}: is an image of a kind that is not read; read are {', '.join(EXTENSIONS)}: convert it, e.g. to PNG"
         )
     try:
-        # not splitlines(), which also splits at characters that a file name may contain
-        lines = read_text(path, "utf-8-sig").split("\n")
+        text = read_text(path, "utf-8-sig")
     except UnicodeDecodeError as e:
         archive = "a compressed archive: unpack it first, or decompress it to a .tar"
         what = archive if path.suffix in _ARCHIVES else "not a text file"
         raise UsageError(f"{name}: {what}; expected {_EXPECTED}") from e
     except OSError as e:
         raise UsageError(f"{name}: cannot be read ({e.strerror})") from e
-    written = [(n, line.rstrip("\r")) for n, line in enumerate(lines, 1) if line.strip()]
+    for line in text.split("\n", 2)[:2]:
+        # the first may be a header
+        refuse_url(re.split(r"[\s,;\"']", line.lstrip("\"' "))[0], f"{name}: ")
+    paths, written = read_list(name, path.parent, text, EXTENSIONS + UNREAD)
     if not written:
-        raise UsageError(f"{name}: the list is empty; expected {_LIST_FORMATS}")
-    rows = _rows_of_list(name, path.parent, written)
-    fields = len(rows[0][1])
-    for number, row in rows:
-        if len(row) != fields or len(row) > 2 or not all(text.strip() for text in row):
-            raise UsageError(
-                f"{name}: line {number}: expected a path{' and a label' if fields == 2 else ''} as in "
-                f"line {rows[0][0]}, got {len(row)} fields: {' | '.join(row)[:80]!r}; a list has {_LIST_FORMATS}"
-            )
-    paths = [str(path.parent / row[0]) for _, row in rows]
-    if fields == 1:
         return _from_paths(name, path.parent, paths, None, [], check)
-    labels, classes = number_classes([row[1].strip() for _, row in rows])
+    labels, classes = number_classes(written)
     return _from_paths(name, path.parent, paths, labels.tolist(), classes, check)
-
-
-_LIST_FORMATS = (
-    "one path per line, or path and label: a tab, a comma or a semicolon between (quotes and a header are read), "
-    "or the label as the last word"
-)
-
-
-def _rows_of_list(name: str, folder: Path, lines: list[tuple[int, str]]) -> list[tuple[int, list[str]]]:
-    """(line number, fields) of each row, in the format by which most of the first files are found.
-
-    Raises:
-        UsageError: no file is found by any format, and the lines have no tab.
-    """
-
-    def delimited(mark: str) -> Callable[[str], list[str]]:
-        return lambda line: next(csv.reader([line], delimiter=mark, skipinitialspace=True), [])
-
-    formats: dict[str, Callable[[str], list[str]]] = {
-        "path": lambda line: [line],
-        "comma": delimited(","),
-        "semicolon": delimited(";"),
-        "last word": lambda line: line.strip().rsplit(maxsplit=1),
-    }
-    if any("\t" in line for _, line in lines[:2]):
-        formats = {"tab": lambda line: line.split("\t")}
-    first = lines[:20]
-    found: dict[str, int] = {}
-    for key, split in formats.items():
-        with suppress(csv.Error):
-            found[key] = sum(_exists(folder, split(line)) for _, line in first)
-    best = max(found, key=lambda key: found[key])
-    if not found[best] and best != "tab":
-        raise UsageError(
-            f"{name}: no file that it lists exists below {folder}; its first line is {lines[0][1][:80]!r}; a list "
-            f"has {_LIST_FORMATS}"
-        )
-    split = formats[best]
-    rows = [(number, split(line)) for number, line in lines]
-    if (
-        found[best]
-        and not _exists(folder, rows[0][1])
-        and not rows[0][1][0].lower().endswith(EXTENSIONS + UNREAD)
-    ):
-        log.info("%s: line %d is taken for a header: %s", name, rows[0][0], lines[0][1][:80])
-        rows = rows[1:]
-    return rows
-
-
-def _exists(folder: Path, fields: list[str]) -> bool:
-    return bool(fields) and bool(fields[0].strip()) and _on_disk(str(folder / fields[0])) is not None
-
-
-def _on_disk(path: str) -> str | None:
-    """`path` as it is on the disk, where names may be in another Unicode form; None when it is not there."""
-    for name in dict.fromkeys((path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))):
-        try:
-            os.stat(name)
-        except (OSError, ValueError):
-            continue
-        return name
-    return None
 
 
 def _from_paths(
     name: str, root: Path, paths: list[str], labels: list[int] | None, classes: list[str], check: bool
 ) -> ImageSource:
     digest, prefix = hashlib.sha256(), str(root) + os.sep
-    missing, empty = [], []
+    missing, empty, disk = [], [], Disk()
     for row, path in enumerate(paths):
         try:
             size = os.stat(path).st_size
             empty += [] if size else [path]
         except (OSError, ValueError):
-            if other := _on_disk(path):
+            if other := disk.find(path):
                 paths[row] = path = other
                 size = os.stat(path).st_size
             else:
@@ -501,6 +456,7 @@ def _open_entry(
     where: str, mixture: Path, entry: _Entry, split: str, check: bool, holdout: float
 ) -> ImageSource:
     spec = entry.path
+    refuse_url(spec, f"{where}: ")
     if spec not in BUILT_IN:
         spec = os.path.join(mixture.parent, os.path.expanduser(spec))
     if spec.lower().endswith(".toml"):

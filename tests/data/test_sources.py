@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import unicodedata
+from functools import partial
 
 import pytest
 import torch
@@ -245,28 +246,87 @@ def test_bad_arguments(tree):
         ("path,label\na b.png,dog\nc.png,cat\n", ["cat", "dog"]),
         ("filename;class\r\na b.png;1\r\nc.png;0\r\n", ["0", "1"]),
         ("path\tlabel\na b.png\tdog\nc.png\tcat\n", ["cat", "dog"]),
+        ('"a b.png"\n"c.png"\n', []),
+        ("label,path\ndog,a b.png\ncat,c.png\n", ["cat", "dog"]),
+        (
+            "\ufefffile_name; Class ;width\r\n'a b.png';dog;8\r\nc.png;cat;8\r\n".replace("'", '"'),
+            ["cat", "dog"],
+        ),
+        ('image,mask,target\n"a b.png",c.png,1\nc.png,c.png,0\n', ["0", "1"]),
+        # most files are gone
+        ("a b.png 1\n" + "gone.png 2\n" * 60 + "c.png 0\n", None),
     ],
 )
 def test_common_list_formats(tmp_path, text, classes):
     for name in ("a b.png", "c.png"):
         image(tmp_path / name)
-    (tmp_path / "list.txt").write_text(text)
+    (tmp_path / "list.txt").write_text(text, encoding="utf-8")
+    if classes is None:
+        fails(tmp_path / "list.txt", r"60 of 62 files do not exist, first: .*gone\.png$")
+        return
     source = open_source(str(tmp_path / "list.txt"))
     assert [os.path.basename(p) for p in source.paths] == ["a b.png", "c.png"] and source.classes == classes
     assert source.labels is None or source.labels.tolist() == [1, 0]
 
 
-def test_a_list_of_an_unknown_format_shows_its_first_line(tmp_path):
-    (tmp_path / "list.txt").write_text("a.png|dog\nb.png|cat\n")
-    with pytest.raises(UsageError, match=r"a\.png\|dog.*one path per line"):
-        open_source(str(tmp_path / "list.txt"))
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a.png|dog\nb.png|cat\n", r"'a\.png\|dog'.*one path per line"),
+        # whole lines and first words are files
+        ("a b\n", r"more than one way .*'a b'.*one path per line"),
+        ("a.png,c.png\n", "more than one way"),
+        ("a.png,8,8\n", r"line 1: 3 fields, and no header that names one of them label: 'a\.png,8,8'"),
+        ("image,w,h\na.png,8,8\n", r"line 1: 3 fields, .*'image,w,h'"),
+        ("list\ndog,a.png\ncat,c.png\n", "line 1: expected a path as in line 1, got 1 fields: 'list'"),
+        ("a.png,dog\nc.png,cat,8\n", "line 2: expected a path and a label as in line 1, got 3 fields"),
+        ("a.png,dog\nc.png," + "x" * 200_000, "line 2: field larger than"),
+        ("https://x.org/1.jpg 1\n", r"list\.txt: https://x\.org/1\.jpg: images are read from a disk.*wget"),
+        ("url,label\ns3://b/1.jpg,dog\n", "s3://b/1.jpg: .*aws s3 sync"),
+    ],
+)
+def test_a_list_that_cannot_be_read_shows_the_line_and_the_formats(tmp_path, text, words):
+    for name in ("a.png", "c.png", "a", "a b"):
+        image(tmp_path / "x.png")
+        shutil.copy(tmp_path / "x.png", tmp_path / name)
+    (tmp_path / "list.txt").write_text(text)
+    fails(tmp_path / "list.txt", words)
 
 
-def test_names_in_another_unicode_form(tmp_path):
-    image(tmp_path / unicodedata.normalize("NFD", "café.png"))
-    (tmp_path / "list.txt").write_text(unicodedata.normalize("NFC", "café.png\t0\n"), encoding="utf-8")
-    source = open_source(str(tmp_path / "list.txt"))
-    assert len(source.read(0)) > 0
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_another_unicode_form(tmp_path, forms):
+    written, kept = (partial(unicodedata.normalize, form) for form in forms)
+    root = tmp_path / "Köln"
+    image(root / kept("é") / kept("café.png"))
+    image(root / "ü.png")
+    (root / "list.txt").write_text(f"ü.png\t0\n{written('é')}/{written('café.png')}\t1\n", encoding="utf-8")
+    source = open_source(str(root / "list.txt"))
+    assert len(source.read(1)) > 0 and source.labels.tolist() == [0, 1]
+    # neither gone, nor in another form
+    (root / "list.txt").write_text("ü.png\ncafé.png\n", encoding="utf-8")
+    fails(root / "list.txt", r"1 of 2 files do not exist, first: .*café\.png$")
+    # and so are the names of classes
+    image(tmp_path / "train" / kept("café") / "1.png")
+    image(tmp_path / "test" / written("café") / "1.png")
+    train, test = open_source(str(tmp_path / "train")), open_source(str(tmp_path / "test"))
+    assert train.classes != test.classes and match_classes(test, train).classes == train.classes
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://x.org/set.zip", r"wget http://x\.org/set\.zip"),
+        ("S3://bucket/train", "not from s3://; give aws s3 sync S3://bucket/train DIR"),
+        ("gs://bucket/train", "gcloud storage rsync -r gs://bucket/train DIR"),
+        ("hf://datasets/ylecun/mnist@main/x.parquet", "hf download --repo-type dataset ylecun/mnist --local"),
+        ("https://huggingface.co/datasets/a/b/tree/main", "hf download --repo-type dataset a/b --local-dir"),
+        ("abfs://x/y", "downloading or mounting"),
+    ],
+)
+def test_addresses_are_refused_with_what_to_do(tmp_path, url, words):
+    fails(url, words)
+    (tmp_path / "m.toml").write_text(f'[[source]]\npath = "{url}"\n')
+    fails(tmp_path / "m.toml", f"source 1: .*{words}")
 
 
 def test_a_folder_around_the_class_folders_and_kinds_left_out_are_named(tmp_path, caplog):
