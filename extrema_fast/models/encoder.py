@@ -7,6 +7,7 @@ d head_dim, L trunk blocks, P pooling blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,6 +74,7 @@ class Encoder(TimmInterface):
         pos_coords: str = "absolute",
         pos_grid: Sequence[int] | None = None,
         final_norm: bool = True,
+        norm_eps: float = NORM_EPS,
         in_chans: int | None = None,
         drop_rate: float = 0.0,
     ) -> None:
@@ -86,6 +88,8 @@ class Encoder(TimmInterface):
         check_chans(in_chans)
         if not 0 <= drop_rate < 1:
             raise UsageError(f"drop_rate: expected from 0 to below 1, got {drop_rate}")
+        if not 0 < norm_eps < math.inf:
+            raise UsageError(f"norm_eps: expected more than 0, got {norm_eps}")
         trained = pair(config.grid if pos_grid is None else pos_grid, "pos_grid")
         if min(trained) < 1:
             raise UsageError(f"pos_grid: expected rows and columns, got {pos_grid}")
@@ -116,13 +120,16 @@ class Encoder(TimmInterface):
                 PoolBlock(width, heads, config.mlp_ratio, config.layer_scale)
                 for _ in range(config.pool_depth)
             )
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS) if final_norm and not fc_norm else nn.Identity()
-        self.fc_norm = nn.LayerNorm(width, eps=NORM_EPS) if fc_norm else nn.Identity()
+        self.norm = nn.LayerNorm(width) if final_norm and not fc_norm else nn.Identity()
+        self.fc_norm = nn.LayerNorm(width) if fc_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+        self.norm_eps = norm_eps
         for name, module in self.named_modules():
             if hasattr(module, "label"):
                 module.label = name
+            if isinstance(module, nn.LayerNorm):
+                module.eps = norm_eps
         self.init_weights()
 
     def extra_repr(self) -> str:
@@ -413,6 +420,7 @@ def create_encoder(
     pos_coords: str = "absolute",
     pos_grid: Sequence[int] | None = None,
     final_norm: bool = True,
+    norm_eps: float = NORM_EPS,
     drop_rate: float = 0.0,
     **shape: Any,
 ) -> Encoder:
@@ -432,6 +440,7 @@ def create_encoder(
         pos_coords: 'absolute' or 'rescaled': coordinates of grids other than `pos_grid` (`positions.SinCos`).
         pos_grid: (rows, columns) trained on; default: that of `img_size`.
         final_norm: False: tokens are not normalized at the end (the released code's linear probe).
+        norm_eps: added to the variance by every LayerNorm (Hugging Face's ViT: 1e-12).
         drop_rate: dropout before the linear head.
         **shape: width, depth, heads, mlp_ratio, pool_depth, layer_scale in place of those of the name. Of timm's
             VisionTransformer: `embed_dim`, `num_heads`; `dynamic_img_size` (any size works); others at the value that
@@ -451,6 +460,7 @@ def create_encoder(
             "pos_coords",
             "pos_grid",
             "final_norm",
+            "norm_eps",
             "drop_rate",
             "drop_path_rate",
         ]
@@ -472,6 +482,7 @@ def create_encoder(
         pos_coords=pos_coords,
         pos_grid=pos_grid,
         final_norm=final_norm,
+        norm_eps=norm_eps,
         in_chans=in_chans,
         drop_rate=drop_rate,
     )
@@ -495,6 +506,8 @@ def model_args(encoder: Encoder) -> dict[str, Any]:
     }
     if isinstance(encoder.norm, nn.Identity) and not args["fc_norm"]:
         args["final_norm"] = False
+    if encoder.norm_eps != NORM_EPS:
+        args["norm_eps"] = encoder.norm_eps
     if config.shape != plain.shape:
         args |= dict(zip(("width", "depth", "heads"), config.shape, strict=True))
     for name in ("mlp_ratio", "pool_depth", "layer_scale"):

@@ -32,6 +32,7 @@ from .. import __version__
 from ..config import Config, ModelConfig, config_hash, did_you_mean, from_dict, to_dict
 from ..errors import StorageError, UsageError
 from ..files import fits, read_json
+from ..models.layers import NORM_EPS
 from ..models.positions import COORDS
 from ..models.timm_interface import POOLS
 
@@ -279,6 +280,7 @@ ENCODER_OPTIONS: dict[str, Any] = {
     "pos_coords": "absolute",
     "pos_grid": None,
     "final_norm": True,
+    "norm_eps": NORM_EPS,
 }
 
 
@@ -305,6 +307,7 @@ _CHECKS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "pos_embed": lambda v: v in ("sincos", "learned"),
         "pos_coords": lambda v: v in COORDS,
         "final_norm": lambda v: type(v) is bool,
+        "norm_eps": lambda v: _numbers([v], 0),
         "pos_grid": lambda v: v is None or (_numbers(v, 0) and list(map(type, v)) == [int, int]),
     },
     "data": {"mean": lambda v: v and _numbers(v), "std": lambda v: v and _numbers(v, 0)},

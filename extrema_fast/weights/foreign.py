@@ -98,7 +98,7 @@ class Described(NamedTuple):
     """mean and standard deviation of the images"""
     interpolation: str | None = None
     crop_pct: float = 0.875
-    notes: tuple[str, ...] = ()
+    norm_eps: float = NORM_EPS
 
 
 def read_folder(folder: Path) -> Described | None:
@@ -138,7 +138,7 @@ def read_folder(folder: Path) -> Described | None:
         {"mean": mean, "std": std} if known else None,
         interpolation if fits(interpolation, str) else None,
         crop if fits(crop, float) and 0 < crop <= 1 else 0.875,
-        () if eps == NORM_EPS or not fits(eps, float) else (f"LayerNorm eps {eps:g} (here {NORM_EPS:g})",),
+        eps if fits(eps, float) and 0 < eps < 1 else NORM_EPS,
     )
 
 

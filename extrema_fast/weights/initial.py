@@ -117,6 +117,8 @@ def load_trunk(
     encoder.blocks.load_state_dict(theirs.blocks.state_dict())
     width, depth, heads = theirs_config.shape
     parts["trunk"] = f"{KEPT}: {depth} blocks, width {width}, heads {heads}"
+    if theirs.norm_eps != encoder.norm_eps:
+        parts["trunk"] += f"; eps of its norms {encoder.norm_eps:g} in place of {theirs.norm_eps:g}"
     parts["final norm"] = _fill_whole(encoder.norm, theirs.norm.state_dict())
     parts["pooling"] = FRESH
     if encoder.blocks_token is not None and theirs.blocks_token is not None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..config import SIZES, ModelConfig, to_dict
 from ..errors import UsageError
+from ..models.layers import NORM_EPS
 from ..models.positions import sincos_table
 from .folder import (
     GRAPHS,
@@ -97,6 +98,8 @@ def read_checkpoint(
     taken = assumed.heads if assumed.heads and width % assumed.heads == 0 else None
     num_heads = next((n for n in (num_heads, described.heads, known, taken) if n is not None), None)
     model, options = _infer_architecture(main, str(file), grid or described.grid, num_heads)
+    if described.norm_eps != NORM_EPS:
+        options["norm_eps"] = described.norm_eps
     if options["fc_norm"] and "norm.weight" in main:
         raise UsageError(f"{file}: has both a final norm and a norm after pooling; an encoder has one")
     # the resizing of the official recipes
@@ -111,7 +114,7 @@ def read_checkpoint(
             "file": file.name,
             "arch": arch[:80] if isinstance(arch, str) else "",
             "epoch": epoch if isinstance(epoch, int) else None,
-            **({"left_out": [*left_out, *described.notes]} if left_out else {}),
+            **({"left_out": left_out} if left_out else {}),
         },
     }
     if len(networks) == 1 and SINGLE not in networks:

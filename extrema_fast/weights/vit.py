@@ -12,7 +12,6 @@ from torch import nn
 
 from ..errors import UsageError, cannot_import
 from ..models.accelerate import Accelerated
-from ..models.layers import NORM_EPS
 from .folder import encoder_options, model_config
 from .load import load_encoder, open_weights
 
@@ -77,7 +76,7 @@ def load_vit(
         class_token="cls_token" in prefix,
         no_embed_class=row.shape[1] == 0,
         fc_norm=options["fc_norm"],
-        norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
+        norm_layer=partial(nn.LayerNorm, eps=encoder.norm_eps),
     )
     try:
         vit.load_state_dict(state)

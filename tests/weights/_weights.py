@@ -72,7 +72,7 @@ def refused(call, *words: str) -> str:
 
 def released(method: ExtreMA, **extra) -> dict:
     """What the release's pretraining saved: wrapped modules, projector as `head`, optimizer, scaler."""
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for old, encoder, projector in (
         ("base_encoder", method.student, method.projector),
         ("momentum_encoder", method.teacher, method.teacher_projector),

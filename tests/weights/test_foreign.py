@@ -14,6 +14,7 @@ import torch
 
 import extrema_fast
 from extrema_fast.models.encoder import Encoder
+from extrema_fast.weights.export import export
 from extrema_fast.weights.load import import_released, load_encoder, load_metadata
 from tests.encoders import close
 from tests.torchvision_operators import define_torchvision_operators
@@ -64,8 +65,15 @@ def dinov2():
 
 
 def moco():
-    """Both networks and the predictor below `module`, a projector of linear layers and BatchNorm."""
+    """Both networks and the predictor below `module`, a projector of linear layers and BatchNorm.
+
+    The table is fixed, its class row 0, and numbers rows where ours numbers columns: `torch.meshgrid`'s own order.
+    """
     vit = timm_vit(num_classes=0)
+    w = 10000 ** (-torch.arange(32) / 32)
+    row, column = (x.reshape(-1, 1) * w for x in torch.meshgrid(*[torch.arange(3.0)] * 2, indexing="ij"))
+    table = torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], 1)
+    vit.pos_embed.data = torch.cat([torch.zeros(1, 1, 128), table[None]], 1)
     own = vit.state_dict() | {
         "head.0.weight": torch.ones(8, 8),
         "head.1.num_batches_tracked": torch.tensor(3),
@@ -168,7 +176,7 @@ def test_torchvision(tmp_path):
 
 HF = {
     "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256, "image_size": 24,
-    "patch_size": 8, "layer_norm_eps": 1e-6,
+    "patch_size": 8,
 }  # fmt: skip
 
 
@@ -176,16 +184,23 @@ def hf_model(name: str, **options):
     transformers = pytest.importorskip("transformers")
     config = name.removesuffix("Model").removesuffix("ForImageClassification").removesuffix("ForPreTraining")
     torch.manual_seed(0)
-    model = getattr(transformers, name)(getattr(transformers, f"{config}Config")(**HF, **options))
+    model = getattr(transformers, name)(getattr(transformers, f"{config}Config")(**{**HF, **options}))
     return perturbed(model)
 
 
 @pytest.mark.parametrize(
-    "name", ["ViTModel", "ViTForImageClassification", "DeiTModel", "ViTMSNModel", "Dinov2Model"]
+    ("name", "eps"),
+    [
+        ("ViTModel", 1e-12),
+        ("ViTForImageClassification", 1e-6),
+        ("DeiTModel", 1e-2),
+        ("ViTMSNModel", 1e-6),
+        ("Dinov2Model", 1e-6),
+    ],
 )
 @torch.no_grad()
-def test_hugging_face(tmp_path, name):
-    model = hf_model(name)
+def test_hugging_face(tmp_path, name, eps):
+    model = hf_model(name, layer_norm_eps=eps)
     model.save_pretrained(tmp_path)
     prep = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3], "resample": 3}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(prep))
@@ -198,11 +213,16 @@ def test_hugging_face(tmp_path, name):
     for layer in body.encoder.layer if name == "Dinov2Model" else body.layers:
         tokens = layer(tokens)
     assert close(encoder.encode(IMAGES).patches, body.layernorm(tokens), 1e-5)
-    # files alone do not say how many heads there are; those of torch.save have newer names
+    # nor is the eps lost where it is exported
+    export(tmp_path, tmp_path / "out", "extrema")
+    again = load_encoder(tmp_path / "out")
+    assert torch.equal(again.encode(IMAGES).patches, encoder.encode(IMAGES).patches)
+    # files alone do not say how many heads there are, nor the eps; those of torch.save have newer names
     torch.save(model.state_dict(), tmp_path / "model.pth")
     for file in ("model.safetensors", "model.pth"):
         alone = load_encoder(tmp_path / file, num_heads=4)
-        assert torch.equal(alone.encode(IMAGES).patches, encoder.encode(IMAGES).patches)
+        assert torch.equal(alone.encode(IMAGES).patches, encoder.encode(IMAGES).patches) == (eps == 1e-6)
+        assert close(alone.encode(IMAGES).patches, encoder.encode(IMAGES).patches, 1e-5) == (eps < 1e-2)
 
 
 @torch.no_grad()
