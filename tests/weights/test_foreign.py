@@ -15,6 +15,7 @@ import torch
 import extrema_fast
 from extrema_fast.models.encoder import Encoder
 from extrema_fast.weights.export import export
+from extrema_fast.weights.initial import load_trunk
 from extrema_fast.weights.load import import_released, load_encoder, load_metadata
 from tests.encoders import close
 from tests.torchvision_operators import define_torchvision_operators
@@ -213,6 +214,9 @@ def test_hugging_face(tmp_path, name, eps):
     for layer in body.encoder.layer if name == "Dinov2Model" else body.layers:
         tokens = layer(tokens)
     assert close(encoder.encode(IMAGES).patches, body.layernorm(tokens), 1e-5)
+    # a run has its own eps, and says so
+    said = load_trunk(Encoder(encoder.config), tmp_path)["trunk"]
+    assert ("eps of its norms 1e-06 in place of" in said) == (eps != 1e-6)
     # nor is the eps lost where it is exported
     export(tmp_path, tmp_path / "out", "extrema")
     again = load_encoder(tmp_path / "out")
