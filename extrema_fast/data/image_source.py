@@ -1,4 +1,4 @@
-"""`ImageSource`: images in a fixed order, each a whole file or a byte range of a tar shard.
+"""`ImageSource`: images in a fixed order, each a whole file or a byte range of a larger one.
 
 The row number is what travels through training: it keys all random parameters, and labels are looked up by it.
 """
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..config import did_you_mean
 from ..errors import DataError, UsageError, counted
-from ..files import check_size, open_plain
+from ..files import open_plain
+from .zips import read_range
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +32,11 @@ class ImageSource:
 
     Attributes:
         name: what the user asked for.
-        paths: the file of each row; for an image in a tar shard, the shard.
+        paths: the file of each row; for an image in a shard (tar, zip, table), the shard.
         labels: [n] int64 index into `classes`; None when the images have no labels.
         fingerprint: sha256 over the names (below the root), sizes in bytes and labels of all rows.
-        spans: [n, 2] int64 offset and length in bytes within the file; length -1: the whole file. None: whole
-            files only.
+        spans: [n, 2] int64 offset and length in bytes within the file; length -1: the whole file; of a zip archive
+            the offset of the member's header and its length when unpacked (`read_range`). None: whole files only.
         names: the name of each row in messages; None: its path.
         headers: [n, 3] int32 height and width as stored, EXIF orientation; 0: not known. None: none known.
         shards: [n] int32 number of the shard each row lies in, non-decreasing; None: no shards.
@@ -78,14 +79,49 @@ class ImageSource:
         offset, length = (0, -1) if self.spans is None else self.spans[row].tolist()
         path = self.paths[row]
         with open_plain(path) as f:
-            size = os.fstat(f.fileno()).st_size
-            check_size(size if length < 0 else length, path)
-            if length < 0:
-                return f.read()
-            if offset + length > size:
-                raise OSError(f"{path} ends after {size} bytes, not {offset + length}")
-            f.seek(offset)
-            return f.read(length)
+            return read_range(f, offset, length, path)
+
+
+def in_shards(
+    name: str,
+    paths: list[str],
+    rows: list[tuple[int, str, int, int, str]],
+    labels: Tensor | None,
+    classes: list[str],
+    *,
+    check: bool,
+) -> ImageSource:
+    """A source of images that are parts of larger files.
+
+    Args:
+        name: of the set in messages.
+        paths: the files.
+        rows: of each image number of its file (non-decreasing), name in it, offset and bytes as of `spans`, and what
+            else tells it from others.
+        labels: [n] int64 index into `classes`; None: no labels.
+        check: False: no warning about images of 0 bytes.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{os.path.basename(path)}\n".encode("utf-8", "surrogateescape"))
+    numbers = [-1] * len(rows) if labels is None else labels.tolist()
+    for (number, member, _, size, mark), label in zip(rows, numbers, strict=True):
+        line = f"{number}\t{member}\t{size}\t{mark}\t{classes[label] if label >= 0 else ''}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    names = [f"{paths[row[0]]}:{row[1]}" for row in rows]
+    if check:
+        empty = [title for title, row in zip(names, rows, strict=True) if not row[3]]
+        warn_of_empty(name, len(empty), len(rows), empty[0] if empty else "")
+    return ImageSource(
+        name,
+        [paths[row[0]] for row in rows],
+        labels,
+        classes,
+        digest.hexdigest(),
+        spans=np.array([row[2:4] for row in rows], np.int64),
+        names=names,
+        shards=np.array([row[0] for row in rows], np.int32),
+    )
 
 
 def number_classes(names: Sequence[str]) -> tuple[Tensor, list[str]]:

@@ -286,13 +286,7 @@ def expand(pattern: str) -> list[str]:
         )
     if not found:
         raise UsageError(
-            f"{pattern}: matches no file; expected tar files, as in shards/train-{{0000..0009}}.tar"
-        )
-    other = [p for p in found if not is_tar(p)]
-    if other:
-        raise UsageError(
-            f"{pattern}: {len(other)} of {len(found)} files are not named .tar, first: {other[0]}; a pattern "
-            "names tar shards; give a folder or a list file for image files"
+            f"{pattern}: matches no file; expected shards, as in shards/train-{{0000..0009}}.tar"
         )
     return found
 
@@ -416,9 +410,6 @@ def shard_source(
 
 
 def _open_shards(name: str, paths: list[str], extensions: tuple[str, ...]) -> Iterator[_Shard]:
-    twice = sorted(p for p in paths if paths.count(p) > 1) if len(set(paths)) < len(paths) else []
-    if twice:
-        raise UsageError(f"{name}: names the shard {twice[0]} more than once")
     reported = time.monotonic()
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="shards")
     try:

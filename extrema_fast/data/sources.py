@@ -1,4 +1,4 @@
-"""Opens what the user names as images: built-in sets, folders, list files, manifests, tar shards and mixtures.
+"""Opens what the user names as images: built-in sets, folders, list files, manifests, shards and mixtures.
 
 A mixture is a TOML file that joins several sources (format: docs/data.md). Whole passes repeat the rows of a source,
 with random parameters of their own; a remaining fraction f is one more copy of the rows, as an entry (first row, end
@@ -16,6 +16,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +28,20 @@ from .. import rng
 from ..config import did_you_mean, parse_toml
 from ..errors import UsageError, counted
 from ..files import check_plain, read_text
-from .image_source import ImageSource, hold_out, match_classes, number_classes, subset, warn_of_empty
+from .image_source import (
+    ImageSource,
+    hold_out,
+    in_shards,
+    match_classes,
+    number_classes,
+    subset,
+    warn_of_empty,
+)
 from .lists import Disk, read_list
 from .manifest import is_manifest, manifest_source
 from .photos import write_photos, write_synthetic
 from .shards import expand, is_pattern, is_tar, shard_source
+from .zips import Member, is_hidden, is_zip, members
 
 __all__ = ["BUILT_IN", "EXTENSIONS", "UNREAD", "ImageSource", "match_classes", "open_source", "subset"]
 
@@ -42,14 +52,16 @@ BUILT_IN: dict[str, Callable[[], Path]] = {"photos": write_photos, "synthetic": 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 # images that no loader reads; `index` reports them
 UNREAD = (".avif", ".gif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".psd", ".svg")
+# what holds many images, by its ending
+SHARDS = (".tar", ".zip")
 # the manifest of a packed set, next to its shards
 MANIFEST = "manifest.tsv"
 MAX_PASSES = 1000
 
-_ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar")
+_ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 _EXPECTED = (
     "photos, synthetic, a folder of class folders, a folder of images, a list file (one path per line, with or "
-    "without a label), a manifest, tar shards, or a mixture (.toml)"
+    "without a label), a manifest, tar shards, zip archives, or a mixture (.toml)"
 )
 _SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 # no epoch of training has this number, so `limit` does not repeat the order of one
@@ -77,7 +89,8 @@ def open_source(
             a text file with one path per line, or path and label (tab, comma, semicolon, or the last word); relative
             paths start at its folder;
             a manifest, as `extrema-fast index` writes it;
-            a .tar, a folder of them (without images), or a pattern: `set/{0000..0009}.tar`, `set/*.tar`;
+            a .tar or .zip, a folder of them (without images), or a pattern: `set/{0000..0009}.tar`, `set/*.zip`;
+            a folder in a .zip: `set.zip/train`;
             a mixture of these (.toml, see the top of this file).
         split: `train` or `test`: which part of a built-in set, or of one that is split by `holdout`.
         limit: only the first `limit` images of a shuffle keyed by `seed`, in row order; 0: all.
@@ -159,25 +172,18 @@ def _open_one(spec: str, split: str, check: bool) -> ImageSource:
         return _from_folder(spec, path, split, extensions, check)
     if is_file and is_manifest(path):
         return manifest_source(path, check=check)
-    if is_file and is_tar(path):
-        return shard_source(spec, [str(path)], extensions, check=check)
+    if is_file and _kind_of_shard(str(path)):
+        return _from_shards(spec, [str(path)], split, extensions, check)
     if is_file:
         return _from_list(spec, path, check)
     if is_pattern(spec):
-        return shard_source(spec, expand(spec), extensions, check=check)
+        return _from_shards(spec, expand(spec), split, extensions, check)
+    archive = next((p for p in path.parents if p.is_file() and is_zip(p)), None)
+    if archive is not None:
+        return _from_zips(
+            spec, [str(archive)], split, extensions, check, path.relative_to(archive).as_posix()
+        )
     raise UsageError(f"{spec}: {_why_not_found(path)}; expected {_EXPECTED}")
-
-
-def _from_tars(
-    spec: str, folder: Path, tars: list[str], extensions: tuple[str, ...], check: bool
-) -> ImageSource:
-    table = folder / MANIFEST
-    if check and is_manifest(table):
-        source = manifest_source(table)
-        if set(map(os.path.realpath, source.paths)) == set(map(os.path.realpath, tars)):
-            return source
-        log.warning("%s: is not used, since it names other shards than those in %s", table, folder)
-    return shard_source(spec, tars, extensions, check=check)
 
 
 def _why_not_found(path: Path) -> str:
@@ -211,20 +217,15 @@ def _from_folder(name: str, root: Path, split: str, extensions: tuple[str, ...],
     inside = {folder: _walk(root / folder, above, found, extensions) for folder in folders}
     nested = [path for paths in inside.values() for path in paths]
     if not images and not nested:
-        tars = [str(root / f) for f in files if f.lower().endswith(".tar")]
-        if tars:
-            return _from_tars(name, root, tars, extensions, check)
+        shards = [str(root / f) for f in files if f.lower().endswith(SHARDS)]
+        if shards:
+            return _from_shards(name, shards, split, extensions, check, root / MANIFEST)
         raise UsageError(_no_images(name, len(folders), found))
     if images:
         if check:
             _warn_of_unread(name, found)
         if nested:
-            log.warning(
-                "%s: %d images next to folders with %d more; all are used, without labels",
-                name,
-                len(images),
-                len(nested),
-            )
+            _warn_of_loose(name, len(images), len(nested))
         return _from_paths(name, root, sorted(images) + nested, None, [], check)
     if check:
         _warn_of_unread(name, found)
@@ -243,7 +244,7 @@ def _from_folder(name: str, root: Path, split: str, extensions: tuple[str, ...],
 def _list(folder: Path) -> tuple[list[str], list[str]]:
     """Sorted names of the folders and of the files in a folder, hidden ones left out."""
     try:
-        entries = sorted((e.name, _is_dir(e)) for e in os.scandir(folder) if not e.name.startswith("."))
+        entries = sorted((e.name, _is_dir(e)) for e in os.scandir(folder) if not is_hidden(e.name))
     except OSError as e:
         raise UsageError(f"{folder}: cannot be read ({e.strerror}); check its permissions") from e
     return [name for name, is_dir in entries if is_dir], [name for name, is_dir in entries if not is_dir]
@@ -285,6 +286,12 @@ def _warn_of_unread(name: str, found: Counter[str]) -> None:
         )
 
 
+def _warn_of_loose(name: str, loose: int, nested: int) -> None:
+    log.warning(
+        "%s: %d images next to folders with %d more; all are used, without labels", name, loose, nested
+    )
+
+
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "no extension"
 
@@ -308,6 +315,85 @@ def _no_images(name: str, folders: int, found: Counter[str]) -> str:
         kinds = ", ".join(f"{kind} {n}" for kind, n in found.most_common(5))
         what = f"found {total} files, of: {kinds}" + (", ..." if len(found) > 5 else "")
     return f"{name}: no images; looked for {', '.join(EXTENSIONS)} (also in folders below); {what}"
+
+
+# ---- shards ---------------------------------------------------------------------------------------
+
+
+def _kind_of_shard(path: str) -> str:
+    return "tar" if is_tar(path) else "zip" if is_zip(path) else ""
+
+
+def _from_shards(
+    name: str,
+    paths: list[str],
+    split: str,
+    extensions: tuple[str, ...],
+    check: bool,
+    manifest: Path | None = None,
+) -> ImageSource:
+    """The images in shards of one kind, by the manifest of exactly these where there is one."""
+    if check and manifest is not None and is_manifest(manifest):
+        source = manifest_source(manifest)
+        if set(map(os.path.realpath, source.paths)) == set(map(os.path.realpath, paths)):
+            return source
+        log.warning("%s: is not used, since it names other shards than those in %s", manifest, name)
+    if twice := next((p for p, n in Counter(paths).items() if n > 1), None):
+        raise UsageError(f"{name}: names the shard {twice} more than once")
+    kinds = Counter(map(_kind_of_shard, paths))
+    if kinds[""]:
+        first = next(p for p in paths if not _kind_of_shard(p))
+        raise UsageError(
+            f"{name}: {kinds['']} of {len(paths)} files are no shards, first: {first}; a pattern names "
+            f"{', '.join(SHARDS)}; give a folder or a list file for image files"
+        )
+    if len(kinds) > 1:
+        found = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        raise UsageError(
+            f"{name}: shards of {len(kinds)} kinds: {found}; give those of one kind, as {paths[0]}"
+        )
+    if "zip" in kinds:
+        return _from_zips(name, paths, split, extensions, check)
+    return shard_source(name, paths, extensions, check=check)
+
+
+def _from_zips(
+    name: str, paths: list[str], split: str, extensions: tuple[str, ...], check: bool, inside: str = ""
+) -> ImageSource:
+    """The images in zip archives, in the order of their names, as if unpacked.
+
+    The classes are the folders below `inside`, or below the one that holds all images.
+    """
+    found: Counter[str] = Counter()
+    rows: list[tuple[int, list[str], Member]] = []
+    for number, path in enumerate(paths):
+        images, other = members(path, extensions)
+        found.update(_suffix(n) for n in other if n.startswith(inside))
+        rows += [(number, m.name.split("/"), m) for m in images]
+    above = inside.split("/") if inside else []
+    rows = [row for row in rows if row[1][: len(above)] == above]
+    if not rows:
+        raise UsageError(_no_images(name, 0, found))
+    if check:
+        _warn_of_unread(name, found)
+    ends = [min(parts[:-1] for _, parts, _ in rows), max(parts[:-1] for _, parts, _ in rows)]
+    shared = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False))]
+    rows = sorted((number, parts[len(shared) :], member) for number, parts, member in rows)
+    folders = sorted({below[0] for _, below, _ in rows if len(below) > 1})
+    _reject_splits(name, Path(paths[0], *shared), folders, split)
+    loose = sum(len(below) == 1 for _, below, _ in rows)
+    if loose and folders:
+        _warn_of_loose(name, loose, len(rows) - loose)
+    number_of = {folder: label for label, folder in enumerate(folders)}
+    labels = None if loose else torch.tensor([number_of[below[0]] for _, below, _ in rows])
+    return in_shards(
+        name,
+        paths,
+        [(number, m.name, m.offset, m.size, f"{m.crc32:08x}") for number, _, m in rows],
+        labels,
+        [] if loose else folders,
+        check=check,
+    )
 
 
 # ---- list files -----------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from multiprocessing.connection import wait
 from typing import NamedTuple
 
 from ..data.pixels import extremes, is_deep
+from ..data.zips import read_range
 from ..errors import ExtremaError, UsageError, install
-from ..files import check_size, open_plain
+from ..files import open_plain
 
 READ = ("jpeg", "png", "bmp", "webp", "tiff", "pnm")
 _MAGIC = [
@@ -302,16 +303,9 @@ def _check_file(path: str, offset: int, length: int) -> Verdict:
 
 
 def _read(path: str, offset: int, length: int) -> tuple[bytes, int]:
-    """The bytes of a file (or `length` of them from `offset` on, unless it is -1) and its mtime in ns."""
+    """The bytes of a file, or of a part of it as of `read_range`, and its mtime in ns."""
     with open_plain(path) as file:
-        about = os.fstat(file.fileno())
-        check_size(about.st_size if length < 0 else length, path)
-        if length >= 0:
-            file.seek(offset)
-        data = file.read(length) if length >= 0 else file.read()
-    if length >= 0 and len(data) != length:
-        raise OSError(f"the shard ends after {offset + len(data)} bytes, not {offset + length}")
-    return data, about.st_mtime_ns
+        return read_range(file, offset, length, path), os.fstat(file.fileno()).st_mtime_ns
 
 
 # ---- many of them ---------------------------------------------------------------------------------

@@ -294,8 +294,10 @@ def test_bad_patterns(tmp_path):
     write_tar(tmp_path / "a0.tar", samples(1))
     (tmp_path / "a0.jpg").write_bytes(b"x")
     fails(tmp_path / "a{0..3}.tar", r"3 of 4 do not exist as files, first: .*a1\.tar")
-    fails(tmp_path / "b*.tar", r"b\*\.tar: matches no file; expected tar files")
-    fails(tmp_path / "a*.jpg", r"1 of 1 files are not named \.tar, first: .*a0\.jpg")
+    fails(tmp_path / "b*.tar", r"b\*\.tar: matches no file; expected shards")
+    fails(tmp_path / "a*.jpg", r"1 of 1 files are no shards, first: .*a0\.jpg")
+    (tmp_path / "a1.zip").write_bytes(b"PK\x03\x04")
+    fails(tmp_path / "a{0.tar,1.zip}", "shards of 2 kinds: 1 tar, 1 zip")
     fails(tmp_path / "a{0..9999999}.tar", "names more than 1000000 files")
     fails(tmp_path / "a{0,0}.tar", r"names the shard .*a0\.tar more than once")
 

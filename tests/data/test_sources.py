@@ -209,9 +209,9 @@ def test_bad_lists(tmp_path):
     fails(listing, "the list is empty")
     listing.write_bytes(b"\xff\xfe\x00")
     fails(listing, "list.txt: not a text file; expected")
-    archive = tmp_path / "set.zip"
-    archive.write_bytes(b"PK\x03\x04\xff\xfe\x00")
-    fails(archive, r"set\.zip: a compressed archive: unpack it first, or decompress it to a \.tar; expected")
+    archive = tmp_path / "set.7z"
+    archive.write_bytes(b"7z\xbc\xaf\xff\xfe\x00")
+    fails(archive, r"set\.7z: a compressed archive: unpack it first, or decompress it to a \.tar; expected")
     fails(tmp_path / "a.png", "is one image; expected")
     (tmp_path / "a.gif").write_bytes(b"GIF89a\xff")
     fails(tmp_path / "a.gif", "a kind that is not read; read are .bmp, .* convert it")
