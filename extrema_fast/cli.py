@@ -405,6 +405,8 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
 
         pretrain(
             cfg,
+            # a file may have begun from another one
+            preset=None if ours.config else (given.name, given.base),
             init_from=ours.init_from,
             overwrite=ours.overwrite,
             allow_config_change=ours.allow_config_change,

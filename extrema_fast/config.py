@@ -707,6 +707,13 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def differing(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
+    """`{"mask.ratio": (0.8, 0.9), ...}`: the options whose values differ, `out` left out; None where one is missing."""
+    left, right = flatten(a), flatten(b)
+    names = sorted((left.keys() | right.keys()) - {"out"})
+    return {k: (left.get(k), right.get(k)) for k in names if left.get(k) != right.get(k)}
+
+
 def changed_maths(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`["mask.ratio: 0.8 -> 0.9", ...]` for fields that change what is learned.
 
@@ -824,3 +831,8 @@ def preset(name: str) -> Config:
     if key not in PRESETS:
         raise UsageError(f"unknown preset {name!r}{did_you_mean(key, list(PRESETS))}")
     return PRESETS[key]()
+
+
+def nearest_preset(cfg: Config) -> tuple[str, Config]:
+    """The preset that `cfg` has the most values of, by name and itself."""
+    return min(((n, make()) for n, make in PRESETS.items()), key=lambda p: len(differing(cfg, p[1])))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .config import Config, local_batch
+from .config import Config, differing, local_batch
 from .data.bad_images import BAD_ROWS
 from .data.loader import Batch, TrainLoader
 from .data.order import epoch_length
@@ -60,6 +60,7 @@ log = logging.getLogger(__name__)
 def pretrain(
     cfg: Config,
     *,
+    preset: tuple[str, Config] | None = None,
     init_from: str | Path | None = None,
     overwrite: bool = False,
     allow_config_change: bool = False,
@@ -69,6 +70,7 @@ def pretrain(
 
     Args:
         cfg: the run.
+        preset: name and configuration of the preset that `cfg` was made from, for the record; None: not known.
         init_from: weights to start from at step 0; ignored once the run has a checkpoint.
         overwrite: moves a run in `cfg.out` aside and starts again.
         allow_config_change: continues although settings that change the mathematics differ.
@@ -99,6 +101,9 @@ def pretrain(
         source = world.rank_zero_first(lambda: open_train(cfg))
         test = world.rank_zero_first(lambda: open_test(cfg))
         run = build(cfg, world, source, continued=not overwrite)
+        if preset is not None:
+            changes = {option: old for option, (_, old) in differing(cfg, preset[1]).items()}
+            run.made_from = {"name": preset[0], "changes": changes}
         if init_from is not None:
             init_weights(run, init_from, overwrite)
         with world.rank_zero_only(lambda: RunFolder(out, overwrite=overwrite)) or nullcontext() as folder:
@@ -130,7 +135,7 @@ def _loop(
     images, classes = epoch_length(run.source), len(run.source.classes)
     text = headline(run.cfg, run.resolved, world.size, images, classes) + origin(run)
     train_log.start(text, loader.remedy())
-    world.rank_zero_only(lambda: describe(run, folder) if folder else None)
+    world.rank_zero_only(lambda: describe(run, folder, test) if folder else None)
     # evaluations and weights are made there
     world.rank_zero_only(lambda: take_cropped_whole(run))
     signals.farewell = train_log.interrupted

@@ -32,7 +32,7 @@ from ..ops import dispatch as ops
 from ..weights import load as convert
 from .collapse import collapse_warnings
 from .features import Features, cap, extract, labelled, load_batch, overlap, raw_pixels
-from .probes import attention_entropy, indicators, knn, linear_probe
+from .probes import accuracy, attention_entropy, indicators, knn, knn_predictions, probe_predictions
 
 if TYPE_CHECKING:
     from ..models.extrema import ExtreMA
@@ -45,6 +45,8 @@ STUDENT_IMAGES = 512
 VIEW_IMAGES = 256
 PRETRAINED, RANDOM, PIXELS = "pretrained", "random init", "raw pixels"
 CLS, MEAN = "class token", "mean of patches"
+# pairs of classes that are taken for each other most often, in a result
+CONFUSIONS = 10
 
 
 # ---- while training -------------------------------------------------------------------------------
@@ -252,9 +254,9 @@ def evaluate(
     Images that cannot be decoded are left out; `counts` and the log say how many.
 
     Returns:
-        Plain data: rows (encoder, feature, knn and probe as shares), gain over random init, indicators, warnings,
-        counts, and the settings. The file also holds a key over weights, images and settings: an unchanged second
-        call returns what it holds.
+        Plain data: rows (encoder, feature, knn and probe as shares), gain over random init, `per_class` of the first
+        row, indicators, warnings, counts, and the settings. The file also holds a key over weights, images and
+        settings: an unchanged second call returns what it holds.
 
     Raises:
         UsageError: Missing labels, a single class, classes that do not match, unusable paths.
@@ -333,7 +335,8 @@ def evaluate(
             log.info("other images or settings than the run's: the result goes to %s", out)
     if out is not None and not force:
         known = read_json(Path(out), {})
-        if known.get("key") == key and is_result(known):
+        # results of older versions have no classes
+        if known.get("key") == key and is_result(known) and "per_class" in known:
             log.info("%s: weights, images and settings are unchanged, nothing to compute", out)
             return known
 
@@ -344,6 +347,7 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     signs: dict[str, dict[str, float]] = {}
     left_out = 0
+    classes: dict[str, Any] = {}
     for name in (PRETRAINED, RANDOM):
         model = encoder if name == PRETRAINED else build_encoder(encoder.config, int(meta.get("seed", 0)))
         # without drop-path, which would draw from a global generator
@@ -363,8 +367,12 @@ def evaluate(
         # what cannot be read is left out once, for all rows of the table alike
         left_out += len(bank) + len(queries) - len(a.rows) - len(b.rows)
         bank, queries = subset(bank, a.rows), subset(queries, b.rows)
+        assert b.labels is not None
         for feature, field in fields.items():
-            rows.append({"encoder": name, "feature": feature} | _measure(a, b, field, settings, where))
+            found = _predict(a, b, field, settings, where)
+            rows.append({"encoder": name, "feature": feature} | _accuracies(found, b))
+            if not classes:
+                classes = {"feature": feature} | per_class(found, b.labels, bank.classes)
         signs[name] = indicators(b.cls)
         if model.num_prefix_tokens:
             x = load_batch(queries, data, model.img_size, VIEW_IMAGES, strict=False, resizing=resizing)
@@ -374,7 +382,8 @@ def evaluate(
             signs[name]["attention_entropy"] = attention_entropy(attention)
         log.info("%s: %s", name, ", ".join(f"{m} {rows[-len(fields)][m]:.1%}" for m in settings["metrics"]))
     a, b = (raw_pixels(s, data, encoder.img_size, resizing=resizing) for s in (bank, queries))
-    rows.append({"encoder": PIXELS, "feature": "pixels"} | _measure(a, b, "cls", settings, where))
+    found = _predict(a, b, "cls", settings, where)
+    rows.append({"encoder": PIXELS, "feature": "pixels"} | _accuracies(found, b))
     result: dict[str, Any] = {
         "format": FORMAT,
         "key": key,
@@ -390,6 +399,7 @@ def evaluate(
             feature: {m: rows[i][m] - rows[i + len(fields)][m] for m in settings["metrics"]}
             for i, feature in enumerate(fields)
         },
+        "per_class": classes,
         "indicators": signs,
         "warnings": same + _result_warnings(rows, signs, len(queries), encoder.embed_dim),
         "seconds": round(time.monotonic() - started, 1),
@@ -406,16 +416,47 @@ def evaluate(
     return result
 
 
-def _measure(
+def _predict(
     train: Features, test: Features, field: str, settings: dict[str, Any], device: torch.device
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
+    """The class that each metric gives each test image."""
     assert train.labels is not None and test.labels is not None
     a, b = getattr(train, field).to(device), getattr(test, field).to(device)
-    out: dict[str, float] = {}
+    out: dict[str, Tensor] = {}
     if "knn" in settings["metrics"]:
-        out["knn"] = knn(a, train.labels, b, test.labels, settings["k"], settings["temperature"])
+        out["knn"] = knn_predictions(a, train.labels, b, test.labels, settings["k"], settings["temperature"])
     if "probe" in settings["metrics"]:
-        out["probe"] = linear_probe(a, train.labels, b, test.labels, seed=settings["seed"])
+        out["probe"] = probe_predictions(a, train.labels, b, test.labels, seed=settings["seed"])
+    return out
+
+
+def _accuracies(predicted: dict[str, Tensor], test: Features) -> dict[str, float]:
+    assert test.labels is not None
+    return {metric: accuracy(p, test.labels) for metric, p in predicted.items()}
+
+
+def per_class(predicted: dict[str, Tensor], labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    """Accuracy of each class, and which classes are taken for which most often.
+
+    Args:
+        predicted: By metric, [m] int64.
+        labels: [m] int64, the true classes.
+        classes: Their names.
+
+    Returns:
+        `names`; `images`: test images of each class; by metric the share that is right (None: no test images) and in
+        `confusions` at most 10 [true class, predicted class, images], the most frequent first.
+    """
+    n = len(classes)
+    images = torch.bincount(labels, minlength=n).tolist()
+    out: dict[str, Any] = {"names": list(classes), "images": images, "confusions": {}}
+    for metric, p in predicted.items():
+        right = torch.bincount(labels[p == labels], minlength=n).tolist()
+        out[metric] = [r / m if m else None for r, m in zip(right, images, strict=True)]
+        pairs, counts = torch.unique(n * labels[p != labels] + p[p != labels], return_counts=True)
+        first = counts.argsort(descending=True, stable=True)[:CONFUSIONS]
+        found = zip(pairs[first].tolist(), counts[first].tolist(), strict=True)
+        out["confusions"][metric] = [[pair // n, pair % n, count] for pair, count in found]
     return out
 
 
@@ -444,6 +485,14 @@ _RESULT = {
     "step": (int, None),
     "k": int,
     "resized?": str,
+    "per_class?": {
+        "feature": str,
+        "names": [str],
+        "images": [int],
+        "knn?": [(float, None)],
+        "probe?": [(float, None)],
+        "confusions": {"knn?": [[int, int, int]], "probe?": [[int, int, int]]},
+    },
 }
 
 
@@ -453,6 +502,20 @@ def is_result(data: Any) -> bool:
         fits(data, _RESULT)
         and data["gain"].keys() <= {CLS, MEAN}
         and all(m in row for row in (*data["rows"], *data["gain"].values()) for m in data["metrics"])
+        and ("per_class" not in data or _fits_classes(data["per_class"], data["metrics"]))
+    )
+
+
+def _fits_classes(data: dict[str, Any], metrics: list[str]) -> bool:
+    n = len(data["names"])
+    return all(
+        m in data
+        and m in data["confusions"]
+        and len(data[m]) == n == len(data["images"])
+        # the third is a count
+        and all(0 <= c < n for pair in data["confusions"][m] for c in pair[:2])
+        for m in ("knn", "probe")
+        if m in metrics
     )
 
 

@@ -39,13 +39,29 @@ def knn(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Weighted k-nearest-neighbor accuracy in 0..1: cosine similarity s, vote exp(s / temperature).
+    """Accuracy in 0..1 of `knn_predictions`, whose arguments and errors these are."""
+    return accuracy(knn_predictions(train_x, train_y, test_x, test_y, k, temperature), test_y)
+
+
+@torch.no_grad()
+def knn_predictions(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> Tensor:
+    """Weighted k-nearest-neighbor classification: cosine similarity s, vote exp(s / temperature).
 
     Args:
         train_x, train_y: [n, d] any float dtype, [n] int64.
         test_x, test_y: [m, d] and [m], on the device of `train_x`.
         k: Lowered to the size of the training set when that is smaller.
         temperature: Of the votes.
+
+    Returns:
+        [m] int64, the class of each test image, on the CPU.
 
     Raises:
         NonFiniteError: NaN or infinite features.
@@ -57,22 +73,34 @@ def knn(
         raise UsageError(f"k-NN: expected k >= 1 and temperature > 0, got k={k}, temperature={temperature}")
     bank = F.normalize(train_x.float(), dim=1)
     queries = F.normalize(test_x.float(), dim=1)
-    labels, truth = train_y.to(bank.device), test_y.to(bank.device)
-    classes = int(max(labels.max(), truth.max())) + 1
+    labels = train_y.to(bank.device)
+    classes = int(max(train_y.max(), test_y.max())) + 1
     # 16 M similarities at a time: 64 MB
     chunk = max(1, (1 << 24) // len(bank))
-    right = 0
-    for q, t in zip(queries.split(chunk), truth.split(chunk), strict=True):
+    predicted = []
+    for q in queries.split(chunk):
         top, index = (q @ bank.T).topk(min(k, len(bank)), dim=1)
         # the shift keeps exp finite at any temperature and cancels in the comparison
         weight = ((top - top[:, :1]) / temperature).exp()
         votes = torch.zeros(len(q), classes, device=q.device).scatter_add_(1, labels[index], weight)
-        right += int((votes.argmax(1) == t).sum())
-    return right / len(queries)
+        predicted.append(votes.argmax(1).cpu())
+    return torch.cat(predicted)
+
+
+def accuracy(predicted: Tensor, truth: Tensor) -> float:
+    """Share of equal entries of two [m] int64."""
+    return int((predicted.cpu() == truth.cpu()).sum()) / len(truth)
 
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> float:
-    """Test accuracy (0..1) of a linear classifier on frozen features, trained by the paper's rule.
+    """Accuracy in 0..1 of `probe_predictions`, whose arguments and errors these are."""
+    return accuracy(probe_predictions(train_x, train_y, test_x, test_y, seed), test_y)
+
+
+def probe_predictions(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0
+) -> Tensor:
+    """What a linear classifier on frozen features says, trained by the paper's rule.
 
     Features are standardized with the training set's statistics (a BatchNorm without affine part); weights start at
     N(0, 0.01); SGD with momentum 0.9 and no decay, rate 0.1 * batch / 256, 10 epochs of warm-up, cosine to 0 over 90
@@ -83,6 +111,9 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
         train_x, train_y: [n, d] float, [n] int64.
         test_x, test_y: [m, d] float, [m] int64.
         seed: Decides order and first weights.
+
+    Returns:
+        [m] int64, the class of each test image, on the CPU.
 
     Raises:
         NonFiniteError: NaN or infinite features.
@@ -117,7 +148,7 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
             weights -= _probe_rate(rate, epoch + i / per_epoch) * velocity
     test = (test_x.float() - mean) * inv_std
     logits = torch.addmm(weights[-1], test, weights[:-1])
-    return float((logits.argmax(1) == test_y.to(x.device)).double().mean())
+    return logits.argmax(1).cpu()
 
 
 def _probe_rate(peak: float, epoch: float) -> float:

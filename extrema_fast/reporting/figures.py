@@ -62,14 +62,17 @@ def thin(x: np.ndarray, y: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.ndar
     return np.append(np.add.reduceat(x, at) / counts, x[-1]), np.append(means, y[-1])
 
 
-def line_chart(title: str, series: Sequence[Series], *, percent: bool = False, zero: bool = False) -> str:
+def line_chart(
+    title: str, series: Sequence[Series], *, percent: bool = False, zero: bool = False, xlabel: str = "step"
+) -> str:
     """An `<svg>` with axes and legend; "" when no series holds a finite point.
 
     Args:
         title: The chart's accessible name; the page prints it above.
-        series: Curves over the step.
+        series: Curves over `xlabel`.
         percent: y values are shares, shown as percentages.
         zero: The y axis starts at 0.
+        xlabel: What the x axis counts.
     """
     from matplotlib import rc_context, ticker
     from matplotlib.figure import Figure
@@ -101,8 +104,8 @@ def line_chart(title: str, series: Sequence[Series], *, percent: bool = False, z
             axes.set_ylim(bottom=min(0.0, *(np.nanmin(y) for _, _, y in curves)))
         if percent:
             axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol="%", decimals=None))
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
-        axes.set_xlabel("step", color=_TEXT)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=xlabel == "step"))
+        axes.set_xlabel(xlabel, color=_TEXT)
         axes.tick_params(colors=_TEXT)
         axes.grid(axis="y", color=_GRID)
         axes.set_axisbelow(True)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import platform
+import re
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +29,7 @@ from ..data.loader import TrainLoader, processes_here
 from ..data.order import epoch_length
 from ..data.resident import Place, choose_place
 from ..data.sources import BUILT_IN, ImageSource, open_source
-from ..distributed import World
+from ..distributed import World, cores
 from ..errors import NonFiniteError, UsageError, counted
 from ..files import fits, read_json
 from ..models.extrema import ExtreMA
@@ -52,7 +57,7 @@ from .counters import Counters
 from .draw import MicroBatch
 from .optim import FAMILIES, Schedule, build_optimizer
 from .resolve import Resolved, flops_per_image, resolve
-from .run_folder import RunFolder, check, versions
+from .run_folder import RunFolder, check, utc_now, versions
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +89,8 @@ class Run:
     """`step.compute` of this run as a CUDA graph; None: as it is"""
     step: int = 0
     """steps taken"""
+    made_from: dict[str, Any] | None = None
+    """name of the preset that the configuration was made from, and the preset's values where it differs"""
     began_from: dict[str, str] | None = None
     """weights given by `--init-from`, and what was done with each part; None: random ones"""
 
@@ -430,17 +437,23 @@ def origin(run: Run) -> str:
 # ---- recording --------------------------------------------------------------------------------------
 
 
-def describe(run: Run, folder: RunFolder) -> None:
+def describe(run: Run, folder: RunFolder, test: ImageSource | None) -> None:
     """Writes config.json and env.json: what runs, where, with which versions, and how it was chosen."""
-    device = run.world.device
+    device, now = run.world.device, utc_now()
+    before = read_json(folder.path / "env.json", {}) if run.step else {}
     env = {
         "attempt": folder.attempt,
+        "started": before.get("started") if run.step else now,
+        "attempt_started": now,
+        "preset": run.made_from or before.get("preset"),
         "argv": sys.argv,
         # where relative paths of the configuration start
         "cwd": os.getcwd(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
+        "machine": machine(),
+        "code": code(),
         "versions": versions(),
         "device": str(device),
         "gpu": _gpu(device),
@@ -452,10 +465,55 @@ def describe(run: Run, folder: RunFolder) -> None:
         "resolved": asdict(run.resolved),
         "config_hash": config_hash(run.cfg),
         "init_from": run.began_from,
+        "data": {"train": _count(run.source), "test": None if test is None else _count(test)},
         **run.images,
     }
     folder.write_json("config.json", to_dict(run.cfg))
     folder.write_json("env.json", env)
+
+
+def _count(source: ImageSource) -> dict[str, Any]:
+    """How many images and classes there are, and the images of the smallest and the largest class."""
+    found: dict[str, Any] = {"name": source.name, "images": len(source)}
+    if source.labels is not None:
+        sizes = torch.bincount(source.labels, minlength=len(source.classes)).tolist()
+        found |= {"classes": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that this process may use, and memory in GB."""
+    found: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "cores": cores()}
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if model := re.search(r"^model name\s*: (.*)$", text, re.M):
+            found["cpu"] = model[1]
+    with suppress(OSError, ValueError):
+        found["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+    return found
+
+
+def code() -> dict[str, Any] | None:
+    """The commit of this package's code, and whether files of it were changed since; None where neither is known.
+
+    Of a checkout by git, of an installation from git by what pip has recorded.
+    """
+    package = Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(package), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    with suppress(OSError, subprocess.SubprocessError, UnicodeError):
+        # a folder of installed packages may lie in somebody else's checkout
+        git("ls-files", "--error-unmatch", "__init__.py")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../kernels")
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(changed)}
+    with suppress(metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
+        about = json.loads(metadata.distribution("extrema-fast").read_text("direct_url.json") or "{}")
+        return {"commit": str(about["vcs_info"]["commit_id"]), "changed": False}
+    return None
 
 
 def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:

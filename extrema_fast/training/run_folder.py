@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import time
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ log = logging.getLogger(__name__)
 MARKER = ".extrema-fast-run"
 LOCK = "run.lock"
 # status.json; more may stand in it
-STATUS = {"state?": str, "step?": int, "total_steps?": int, "reason?": (str, None)}
+STATUS = {"state?": str, "step?": int, "total_steps?": int, "reason?": (str, None), "time?": str}
 # what is appended to, or holds what is replaced and removed; any other file is replaced as a whole
 _NOT_LINKS = (MARKER, LOCK, "log.jsonl", "checkpoints", "weights", "reports", "tensorboard")
 
@@ -95,22 +97,22 @@ class RunFolder:
             return
         self._status_time = now
         try:
-            self.write_json(
-                "status.json", {"state": state, "step": step, "total_steps": total, "reason": reason}
-            )
+            values = {"state": state, "step": step, "total_steps": total, "reason": reason, "time": utc_now()}
+            self.write_json("status.json", values)
         except OSError as error:
             log.warning("status.json could not be written (%s)", error)
 
 
+def utc_now() -> str:
+    """`2026-01-31T12:00:00+00:00`."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def versions() -> dict[str, str]:
     """Installed versions of what a result can depend on."""
-    from importlib import metadata
-
     names = "extrema-fast torch numpy safetensors triton pillow scikit-image"
     found = {}
     for name in (*names.split(), "nvidia-dali-cuda130", "nvidia-dali-cuda120", "xformers"):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found

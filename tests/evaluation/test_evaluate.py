@@ -134,6 +134,16 @@ def test_bad_features_are_named(measure):
         linear_probe(x, y * 0, x, y)
 
 
+def test_accuracy_of_each_class_and_confusions():
+    truth = torch.tensor([0, 0, 0, 1, 1, 3, 3, 3])
+    found = {"knn": torch.tensor([0, 1, 1, 1, 0, 3, 1, 1]), "probe": truth}
+    out = evals.per_class(found, truth, ["a", "b", "no test images", "d"])
+    assert out["images"] == [3, 2, 0, 3] and out["probe"] == [1, 1, None, 1]
+    assert out["knn"] == pytest.approx([1 / 3, 1 / 2, None, 1 / 3])
+    # the more frequent first, then by class
+    assert out["confusions"] == {"knn": [[0, 1, 2], [3, 1, 2], [1, 0, 1]], "probe": []}
+
+
 # ---- collapse -------------------------------------------------------------------------------------
 
 
@@ -385,6 +395,19 @@ def test_evaluate_writes_a_result_and_reuses_it(run, monkeypatch):
         for change in ({"force": True}, {"k": 3}, {"which": "student"}, {"max_train": 20}):
             with pytest.raises(AssertionError, match="computed again"):
                 evals.evaluate(run, device="cpu", **change)
+        # of the class token, whose mean over equally many images is the row's accuracy
+        of_classes = result["per_class"]
+        assert of_classes["feature"] == "class token" and of_classes["images"] == [5, 5, 5]
+        for metric in ("knn", "probe"):
+            assert sum(of_classes[metric]) / 3 == pytest.approx(rows[0][metric])
+        assert evals.is_result(result) and evals.is_result({k: result[k] for k in result if k != "per_class"})
+        assert not evals.is_result(result | {"per_class": of_classes | {"images": [5]}})
+        assert not evals.is_result(result | {"per_class": of_classes | {"confusions": {"knn": [[0, 3, 1]]}}})
+        # a result of an older version is measured again
+        path.write_text(json.dumps({k: result[k] for k in result if k != "per_class"}))
+        with pytest.raises(AssertionError, match="computed again"):
+            evals.evaluate(run, device="cpu")
+        path.write_text(json.dumps(result))
 
 
 def test_broken_images_are_left_out_of_every_row(run, images, cfg, tmp_path):

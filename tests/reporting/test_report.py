@@ -32,7 +32,8 @@ from extrema_fast.reporting.figures import (
     thin,
     token_colors,
 )
-from extrema_fast.reporting.report import last_attempts, report
+from extrema_fast.reporting.record import curve, identity, last_attempts, read_run, settings
+from extrema_fast.reporting.report import report
 from extrema_fast.weights.folder import save_weights, weights_meta
 
 VOID = {"meta", "img", "br"}
@@ -227,6 +228,52 @@ def run(images, cache, tmp_path_factory):
     return fabricate(tmp_path_factory.mktemp("runs") / "a & b", config(images), records=log_records())
 
 
+def test_identity_of_a_recorded_run(run, images):
+    env = {
+        "argv": ["/usr/bin/extrema-fast", "pretrain", "smoke", "--out", "a & b"],
+        "started": "2026-01-31T12:00:00+00:00",
+        "attempt": 2,
+        "preset": {"name": "own", "changes": {"train.epochs": 7, "eval.k": 5, "gone": 1}},
+        "init_from": {"weights": "mae.pth", "trunk": "kept"},
+        "data": {
+            "train": {"name": "x", "images": 24, "classes": 2, "smallest": 12, "largest": 12},
+            "test": None,
+        },
+        "machine": {"cpu": "Fast CPU", "cores": 2, "memory_gb": 8.0},
+        "code": {"commit": "0123456789abcdef", "changed": True},
+        "host": 7,
+    }
+    folder = shutil.copytree(run, run.parent / "recorded")
+    (folder / "env.json").write_text(json.dumps(env))
+    status = {"state": "complete", "step": 40, "total_steps": 40, "time": "2026-01-31T12:10:00+00:00"}
+    (folder / "status.json").write_text(json.dumps(status))
+    told = dict(identity(read_run(folder)))
+    assert settings(read_run(folder)) == ("own", {"train.epochs": (1, 7)})
+    assert told["preset"] == ["own, 1 setting changed", "begun from mae.pth", "trunk: kept"]
+    assert told["encoder"][0].startswith("ViT: width 64, 2 blocks, 1 head, pooling of 2 blocks; 0.2 M")
+    assert told["data"] == [
+        f"training: {images / 'train'}: 24 images in 2 classes of 12",
+        f"test: {images / 'test'}",
+    ]
+    assert told["command"] == ["extrema-fast pretrain smoke --out 'a & b'"]
+    assert told["time"][0] == "started 2026-01-31 12:00 UTC, 2 starts, last written after 10:00"
+    assert told["machine"] == ["Fast CPU, 2 cores, 8 GB"]
+    assert told["code"] == ["extrema-fast, commit 0123456789ab with changed files"]
+
+
+def test_a_run_without_a_record_is_compared_with_the_nearest_preset(run):
+    name, changes = settings(read_run(run))
+    assert name == "smoke (the nearest)" and changes["eval.k"] == (5, 20) and "out" not in changes
+    assert dict(identity(read_run(run)))["time"] == ["0:03 of training, without evaluations"]
+
+
+def test_curves_over_steps_and_minutes(run):
+    read = read_run(run)
+    assert curve(read, "eval", "knn_cls") == [(0, 0.2), (20, 0.4), (40, 0.6000000000000001)]
+    assert curve(read, "eval", "knn_cls", "minutes")[2][0] == pytest.approx(40 * 0.08 / 60)
+    assert curve(read, "train", "loss", "minutes")[0] == (pytest.approx(10 * 0.08 / 60), 1.75)
+
+
 def check_self_contained(text: str) -> Reader:
     page = Reader(text)
     assert "http" not in text and "<script" not in text and "@import" not in text
@@ -251,8 +298,7 @@ def test_report_of_a_complete_run(run):
         "speed-and-optimization",
         "test-images",
         "nearest-neighbors",
-        "configuration",
-        "environment",
+        "settings",
     ]
     assert "a & b" in page.text and "complete" in page.text and "0:03" in page.text
     assert "k-NN <b>fell</b>" in page.text
