@@ -513,6 +513,29 @@ def _runs(p: _Parser, args: list[str]) -> None:
     _print(json.dumps(as_json(found), indent=1) if o["json"] else format_table(found, o["folder"]))
 
 
+@_command("doctor")
+def _doctor(p: _Parser, args: list[str]) -> None:
+    """Look at this machine: what is installed, what of it works, how to fix the rest; with a small run."""
+    p.add("out", nargs="?", default="runs", metavar="DIR", help="where runs will be written (default: runs)")
+    p.switch("--json", "print the result as JSON")
+    o = p.options(args)
+    from .tools import doctor
+
+    findings = []
+    for finding in doctor.doctor(o["out"]):
+        findings.append(finding)
+        if not o["json"]:
+            _print(doctor.describe(finding))
+            _flush()
+    error = doctor.problem(findings)
+    if o["json"]:
+        _print(json.dumps({"ok": error is None, "checks": [f._asdict() for f in findings]}, indent=1))
+    if error is not None:
+        raise error
+    if not o["json"]:
+        _print("\na run can start here")
+
+
 @_command("index imagenet/train --out imagenet.tsv")
 def _index(p: _Parser, args: list[str]) -> None:
     """Decode every image once and list the good and the bad ones in a manifest, which training reads."""
