@@ -181,6 +181,7 @@ def test_flags_reach_the_function(given):
     want = {"train": {"batch_size": 8}, "mask": {"ratio": 0.5}, "system": {"deterministic": True}}
     want["data"] = {"area": [0.5, 1.0]}
     assert given.pop("cfg") == from_dict(want, preset("smoke"))
+    assert given.pop("preset") == ("smoke", preset("smoke"))
     assert given == {"init_from": "w", "overwrite": True, "allow_config_change": True, "progress": False}
 
 

@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..errors import ExtremaError, StorageError, UsageError, cannot_import, one_line
+from ..errors import ExtremaError, StorageError, UsageError, cannot_import, install, one_line
 
 # of a check in a child; a compiler, or a library on a network disk, takes its time
 LIMIT_S = 90.0
@@ -103,7 +103,7 @@ def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
 FIXES = {
     "torch": "install PyTorch again: pytorch.org, 'Get started'",
     "device": "--system.device cpu, or another GPU: --system.device cuda:N",
-    "pillow": 'pip install "extrema-fast[train]"',
+    "pillow": "pip install --force-reinstall pillow",
     "decoding": "--data.loader pil",
     "compiler": "--train.compile none",
     "torchvision": "install it again with torch, from one index; no run needs it",
@@ -193,7 +193,7 @@ def _packages(out: Path) -> Finding:
         rest = (f"{name} ({extra})" if extra else name for name, extra in missing.items())
         text += f"; not installed: {', '.join(rest)}"
     if needed := {"", "train"} & set(missing.values()):
-        fix = 'pip install "extrema-fast[train]"' if "train" in needed else "pip install extrema-fast"
+        fix = install("train") if "train" in needed else "install this package again, see the README"
         return Finding("packages", "warning", text, fix)
     return Finding("packages", "ok", text)
 
@@ -462,7 +462,7 @@ def _decoding() -> Finding:
             importlib.import_module("nvidia.dali.fn")
         except Exception as error:
             text = f"DALI {version or 'is not installed'}{f' cannot be loaded ({one_line(error)})' * bool(version)}"
-        fix = 'pip install "extrema-fast[dali-cuda13]" (dali-cuda12 for a driver of CUDA 12)'
+        fix = f"{install('dali-cuda13')}, or for a driver of CUDA 12: {install('dali-cuda12')}"
         return Finding("decoding", "warning" if version else "missing", f"Pillow decodes; {text}", fix)
     with tempfile.TemporaryDirectory() as folder:
         y, x = np.mgrid[0:48, 0:64]
