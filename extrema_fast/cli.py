@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 from . import __version__, config
-from .config import PRESETS, Config, did_you_mean, flatten, from_dict, load_config, preset, to_dict
+from .config import PRESETS, Config, did_you_mean, flatten, from_dict, nested, preset, read_config, to_dict
 from .errors import (
     ExtremaError,
     OutOfMemoryError,
@@ -299,13 +299,12 @@ class _Configured(NamedTuple):
 
     ours: argparse.Namespace
     cfg: Config
-    # of the preset
+    # of the preset; that of `own` is what it has chosen
     name: str
     base: Config
-    # with the --config file, without flags
-    before: Config
-    # dotted options given
+    # dotted options given on the command line, and in the --config file
     flags: dict[str, Any]
+    of_file: dict[str, Any]
 
 
 def _add_dotted(p: _Parser) -> dict[str, argparse.Action]:
@@ -348,35 +347,57 @@ def _add_dotted(p: _Parser) -> dict[str, argparse.Action]:
 
 
 def _configure(p: _Parser, args: list[str]) -> _Configured:
-    """Preset, file and dotted options next to the options of `p`."""
+    """Preset (or images, for the preset `own`), file and dotted options next to the options of `p`."""
     dotted = _add_dotted(p)
-    p.usage = f"{p.prog} [PRESET] [options] [--dotted.option VALUE ...]"
-    p.add("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}; default photos")
+    p.usage = f"{p.prog} [PRESET or IMAGES] [options] [--dotted.option VALUE ...]"
+    p.add("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}; default own for IMAGES, else photos")
     p.add("--config", metavar="FILE", help="TOML or JSON file that changes the preset")
     args = _dashed(args)
-    # a preset by position comes first: later words may be values
+    # a preset or images by position come first: later words may be values
     by_position = args.pop(0) if args and not args[0].startswith("-") else None
+    images = by_position if by_position and _names_images(by_position) else None
+    by_position = None if images else by_position
     wanted = [a for a in args if a not in ("-h", "--help")]
     ours = p.parse_all(wanted)
     if by_position and ours.preset and by_position != ours.preset:
         raise UsageError(f"two presets, {by_position!r} and {ours.preset!r}; give one")
-    name = by_position or ours.preset
-    chosen = preset(name) if name else None
-    before = load_config(ours.config, chosen) if ours.config else chosen or preset("photos")
+    of_preset, in_file = read_config(ours.config) if ours.config else (None, {})
+    name = str(by_position or ours.preset or ("own" if images else of_preset or "photos"))
+    base = preset(name)
     if len(wanted) < len(args):
-        values = flatten(before)
+        values = flatten(from_dict(in_file, base))
         for option, action in dotted.items():
             shown = " ".join(map(str, v)) if isinstance(v := values[option], list) else str(v)
             action.help = f"{action.help} (now: {shown.replace('%', '%%')})".strip()
         p.print_help()
         p.exit()
     flags = {option: getattr(ours, option) for option in dotted if hasattr(ours, option)}
-    nested: dict[str, Any] = {}
-    for option, value in flags.items():
-        group, _, leaf = option.rpartition(".")
-        (nested.setdefault(group, {}) if group else nested)[leaf] = value
-    cfg = from_dict(nested, before)
-    return _Configured(ours, cfg, name or "photos", chosen or preset("photos"), before, flags)
+    if images and flags.setdefault("data.train", images) != images:
+        raise UsageError(f"images are named twice, {images!r} and {flags['data.train']!r}; give one")
+    options = flatten(in_file)
+    if name.replace("-", "_") == "own":
+        from .training.own import choose
+
+        base = cfg = choose(options | flags, overwrite=getattr(ours, "overwrite", False))
+    else:
+        cfg = from_dict(nested(flags), from_dict(in_file, base))
+    return _Configured(ours, cfg, name, base, flags, options)
+
+
+def _names_images(word: str) -> bool:
+    """Whether a word in the place of a preset names images; UsageError when it names nothing."""
+    if word.replace("-", "_") in PRESETS:
+        return False
+    path = Path(word).expanduser()
+    # also a folder within an archive
+    there = path.exists() or any(p.is_file() for p in path.parents)
+    if there or "://" in word or any(c in word for c in "*?[{"):
+        return True
+    if os.sep in word or word.startswith(("~", ".")) or os.path.splitext(word)[1]:
+        raise UsageError(f"{word}: no such file or folder, and no preset{did_you_mean(word, list(PRESETS))}")
+    raise UsageError(
+        f"unknown preset {word!r}{did_you_mean(word, list(PRESETS))} (nor is there a file or folder {word} of images)"
+    )
 
 
 @_command("pretrain photos --train.epochs 80 --out runs/longer")
@@ -406,7 +427,7 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
         pretrain(
             cfg,
             # a file may have begun from another one
-            preset=None if ours.config else (given.name, given.base),
+            preset=None if ours.config else (given.name, preset(given.name)),
             init_from=ours.init_from,
             overwrite=ours.overwrite,
             allow_config_change=ours.allow_config_change,
@@ -417,12 +438,13 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
 def _resolved(given: _Configured) -> dict[str, Any]:
     """What --print-config shows; the whole of it, or its `config` alone, reloads through --config."""
     cfg = given.cfg
-    defaults, of_preset, of_file = (flatten(c) for c in (Config(), given.base, given.before))
+    defaults, of_preset = flatten(Config()), flatten(given.base)
+    in_file = flatten(from_dict(nested(given.of_file), given.base))
     sources = {}
     for option, value in flatten(cfg).items():
         if option in given.flags:
             sources[option] = "flag"
-        elif of_file[option] != of_preset[option]:
+        elif option in given.of_file and (given.name == "own" or in_file[option] != of_preset[option]):
             sources[option] = "file"
         elif value != defaults[option]:
             sources[option] = f"preset {given.name}"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .config import Config, differing, local_batch
+from .config import PRESETS, Config, differing, from_dict, local_batch, nested
 from .data.bad_images import BAD_ROWS
 from .data.loader import Batch, TrainLoader
 from .data.order import epoch_length
@@ -33,6 +33,7 @@ from .evaluation.evaluate import collapse_warnings, online_eval
 from .signals import Signals, Stopped
 from .training.checkpoint import Saver, fault
 from .training.logging import TrainLog
+from .training.own import choose
 from .training.resolve import headline
 from .training.run import (
     Run,
@@ -58,8 +59,11 @@ log = logging.getLogger(__name__)
 
 
 def pretrain(
-    cfg: Config,
+    cfg: Config | None = None,
     *,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    epochs: int | None = None,
     preset: tuple[str, Config] | None = None,
     init_from: str | Path | None = None,
     overwrite: bool = False,
@@ -68,8 +72,13 @@ def pretrain(
 ) -> Path:
     """Pretrains, or continues the run in `cfg.out`.
 
+    `pretrain(data="imgs")` chooses settings for those images and this machine, as `extrema-fast pretrain imgs` does.
+
     Args:
-        cfg: the run.
+        cfg: the run; None: chosen for `data` (`training.own.choose`).
+        data: training images, in the place of `cfg.data.train`.
+        out: run folder, in the place of `cfg.out`; without `cfg` it is `runs/<name of data>` by default.
+        epochs: in the place of `cfg.train.epochs`.
         preset: name and configuration of the preset that `cfg` was made from, for the record; None: not known.
         init_from: weights to start from at step 0; ignored once the run has a checkpoint.
         overwrite: moves a run in `cfg.out` aside and starts again.
@@ -88,6 +97,12 @@ def pretrain(
             checkpoint is written; the same call continues.
         Stopped: after a second signal, at once.
     """
+    named = {"data.train": data and str(data), "out": out and str(out), "train.epochs": epochs}
+    options = {name: value for name, value in named.items() if value is not None}
+    if cfg is None:
+        cfg, preset = choose(options, overwrite=overwrite), ("own", PRESETS["own"]())
+    else:
+        cfg = from_dict(nested(options), cfg)
     out = Path(cfg.out)
     with Signals() as signals, _nothing_to_save(signals), start(cfg.system.device) as world:
         # several processes agree: one that left alone would keep the others waiting

@@ -47,7 +47,7 @@ def test_every_preset_is_valid_named_and_survives_plain_data(name):
 
 def test_presets_that_the_readme_names():
     names = {f"paper_{size}_{m}" for size in ("small", "base", "large") for m in ("80x5", "90x8")}
-    assert set(c.PRESETS) == names | {"photos", "cifar10", "smoke"}
+    assert set(c.PRESETS) == names | {"own", "photos", "cifar10", "smoke"}
 
 
 def test_the_papers_recipe():

@@ -225,11 +225,22 @@ def hash_sample(files: ImageFiles) -> dict[str, str]:
 
 def are_cropped(files: ImageFiles, size: tuple[int, int]) -> bool:
     """Whether the images of the same rows all have exactly (height, width) `size`; unreadable ones do not count."""
-    rows = np.array(_sampled(len(files.source)))
-    headers = files.read_headers(rows, with_bytes=False)
-    files.close()
-    sizes = np.delete(headers.sizes, list(headers.failed), axis=0)
+    sizes = _sampled_headers(files)[0]
     return bool(len(sizes) and (sizes == size).all())
+
+
+def sampled_sizes(files: ImageFiles) -> np.ndarray:
+    """[k, 2] height and width of the images of the same rows that can be read; DataError where none can."""
+    sizes, failed = _sampled_headers(files)
+    if not len(sizes):
+        raise DataError(f"{next(iter(failed.values()))}; nor can any other of {len(failed)} that were tried")
+    return sizes
+
+
+def _sampled_headers(files: ImageFiles) -> tuple[np.ndarray, dict[int, DataError]]:
+    headers = files.read_headers(np.array(_sampled(len(files.source))), with_bytes=False)
+    files.close()
+    return np.delete(headers.sizes, list(headers.failed), axis=0), headers.failed
 
 
 def _sampled(images: int) -> list[int]:

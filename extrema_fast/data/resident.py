@@ -81,7 +81,7 @@ def choose_place(
         return "off"
     if setting == "gpu" and device.type != "cuda":
         raise UsageError(f"data.resident: gpu needs a CUDA device, this run is on {device.type}; use host")
-    free: dict[Place, int] = {"host": _free_on_host() // local}
+    free: dict[Place, int] = {"host": free_on_host() // local}
     if device.type == "cuda":
         free = {"gpu": torch.cuda.mem_get_info(device)[0], **free}
     wanted = estimate_bytes(files)
@@ -123,7 +123,7 @@ def estimate_bytes(files: ImageFiles) -> int:
     return 0 if not len(known) else int(3 * known.astype(np.int64).prod(1).mean() * len(own))
 
 
-def _free_on_host() -> int:
+def free_on_host() -> int:
     """Bytes of the CPU's memory that this process may still take."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

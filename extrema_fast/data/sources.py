@@ -63,7 +63,8 @@ _EXPECTED = (
     "photos, synthetic, a folder of class folders, a folder of images, a list file (one path per line, with or "
     "without a label), a manifest, tar shards, zip archives, or a mixture (.toml)"
 )
-_SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+# folder names of each part of a data set
+SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 # no epoch of training has this number, so `limit` does not repeat the order of one
 _LIMIT_EPOCH = 2**32 - 1
 
@@ -102,7 +103,7 @@ def open_source(
         UsageError: nothing there, or not what is expected.
         DataError: no image with bytes, or a broken shard.
     """
-    if split not in _SPLITS:
+    if split not in SPLITS:
         raise UsageError(f"split: expected 'train' or 'test', got {split!r}")
     if limit < 0:
         raise UsageError(f"data.limit: expected 0 (all) or more, got {limit}")
@@ -184,6 +185,20 @@ def _open_one(spec: str, split: str, check: bool) -> ImageSource:
             spec, [str(archive)], split, extensions, check, path.relative_to(archive).as_posix()
         )
     raise UsageError(f"{spec}: {_why_not_found(path)}; expected {_EXPECTED}")
+
+
+def split_folders(spec: str) -> tuple[str, str]:
+    """(training images, test images) of a folder that holds `train`, and `test` or `val`; else (spec, "").
+
+    Without either of these the test images are "".
+    """
+    root = Path(spec).expanduser()
+
+    def first(split: str) -> str:
+        return next((str(Path(spec) / name) for name in SPLITS[split] if (root / name).is_dir()), "")
+
+    train = "" if spec in BUILT_IN else first("train")
+    return (train, first("test")) if train else (spec, "")
 
 
 def _why_not_found(path: Path) -> str:
@@ -298,9 +313,9 @@ def _suffix(name: str) -> str:
 
 def _reject_splits(name: str, root: Path, folders: list[str], split: str) -> None:
     # the root of a data set instead of one of its splits: `train` and `test` would become the classes
-    splits = [f for f in folders if any(f.lower() in names for names in _SPLITS.values())]
+    splits = [f for f in folders if any(f.lower() in names for names in SPLITS.values())]
     if splits and (len(splits) == len(folders) or len(splits) > 1):
-        match = next((f for f in splits if f.lower() in _SPLITS[split]), splits[0])
+        match = next((f for f in splits if f.lower() in SPLITS[split]), splits[0])
         raise UsageError(
             f"{name}: holds {', '.join(p + '/' for p in splits)}, which look like the parts of a data set, "
             f"not like classes; did you mean {root / match}?"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..config import Config, DataConfig, EvalConfig, from_dict
 from ..data.augment import normalize
-from ..data.sources import BUILT_IN, ImageSource, open_source, subset
+from ..data.sources import BUILT_IN, ImageSource, open_source, split_folders, subset
 from ..distributed import pick_device
 from ..errors import StorageError, UsageError
 from ..files import fits, no_links, read_json, write_file
@@ -192,10 +192,9 @@ def resolve_data(
     if train is None:
         raise UsageError("no images to evaluate on: these weights are not a run folder; add --data FOLDER")
     if test is None and train not in BUILT_IN:
-        root = Path(train).expanduser()
-        parts = [root / p for p in ("test", "val", "valid", "validation") if (root / p).is_dir()]
-        if (root / "train").is_dir() and parts:
-            return (str(root / "train"), 0.0), (str(parts[0]), 0.0)
+        below, found = split_folders(train)
+        if found:
+            return (below, 0.0), (found, 0.0)
         if not holdout:
             raise UsageError(
                 f"{train}: no test images; give a folder that holds train/ and test/ (or val/), or both: "

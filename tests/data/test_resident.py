@@ -177,7 +177,7 @@ NEEDED = 16 * 20 * 24 * 3
 )
 def test_where_images_are_held(small, monkeypatch, caplog, setting, device, free, reads, place):
     gpu, host = free
-    monkeypatch.setattr(resident, "_free_on_host", lambda: int(2 * host))
+    monkeypatch.setattr(resident, "free_on_host", lambda: int(2 * host))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gpu), 0))
     files = ImageFiles(open_source(str(small)), DataConfig())
     with caplog.at_level(logging.INFO, "extrema_fast"):
@@ -188,7 +188,7 @@ def test_where_images_are_held(small, monkeypatch, caplog, setting, device, free
 
 @pytest.mark.parametrize(("setting", "device"), [("gpu", "cpu"), ("host", "cpu"), ("gpu", "cuda")])
 def test_a_place_asked_for_by_name_that_cannot_be_is_an_error(small, monkeypatch, setting, device):
-    monkeypatch.setattr(resident, "_free_on_host", lambda: NEEDED)
+    monkeypatch.setattr(resident, "free_on_host", lambda: NEEDED)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (NEEDED, 0))
     files = ImageFiles(open_source(str(small)), DataConfig())
     with pytest.raises(UsageError, match=rf"data\.resident: {setting}.* use (host|off)"):
