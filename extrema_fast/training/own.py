@@ -285,8 +285,11 @@ class Settings:
 
     @property
     def _so_far(self) -> Config:
-        """What is settled, with a length of one epoch."""
-        return self._config({"train.epochs": 1, "optim.warmup_epochs": 0.0})
+        """What is settled, with a length of one epoch, and any batch until that is settled."""
+        rest: dict[str, Any] = {"train.epochs": 1, "optim.warmup_epochs": 0.0}
+        if "train.batch_size" not in {**self.chosen, **self.given}:
+            rest["train.batch_size"] = 2 * max(1, self.given.get("train.accumulation", 1))
+        return self._config(rest)
 
     def _test(self) -> None:
         images = self.images
@@ -370,7 +373,7 @@ class Settings:
             most = min(2048, images.total / 64, machine.processes * STEP_SHARE * machine.bytes / per_step)
             why = "as many as fit in memory, at most the paper's 2048"
         else:
-            most = min(32 if images.total < 10_000 else 64, images.total / 2)
+            most = min(32 if images.total < 10_000 else 64, max(2, images.total / 2))
             why = "small batches learn most per image in short runs"
         # a power of two for each process and micro-batch
         parts = machine.processes * cfg.train.accumulation
@@ -393,13 +396,13 @@ class Settings:
                 decoded = 0.0
             seconds = (flops / machine.flops + decoded) / machine.processes
         wanted = SECONDS / seconds if seconds else GPU_SEEN
-        fitting = round(max(wanted, LEAST_SEEN) / images.total)
+        fitting = math.ceil(max(wanted, LEAST_SEEN) / images.total)
         epochs = self._pick(
             "train.epochs", 300 if self.long else min(MOST_EPOCHS, max(LEAST_EPOCHS, fitting))
         )
         share = 40 / 300 if self.long else 2 / 34
         self._pick("optim.warmup_epochs", float(f"{share * epochs:.3g}"))
-        steps = epochs * max(1, images.total // max(batch, 1))
+        steps = max(1, epochs * (images.total // max(batch, 1)))
         self._pick("optim.momentum", 0.996 if self.long else round(min(0.996, max(0.98, 1 - 100 / steps)), 4))
         seen = epochs * images.total
         if seconds:
