@@ -1,7 +1,8 @@
 """The preset `own`: what is chosen for which images and machine, what is given and follows, and that it stays chosen.
 
 Covers: the rules, over sets and machines of every size; options that are given, and those that follow; folders with and
-without test images; the run folder, which keeps the choice; the command, with folders, wrong words and several processes.
+without test images; the run folder, which keeps the choice; the command, with folders, wrong words, several
+processes.
 """
 
 from __future__ import annotations
@@ -106,10 +107,16 @@ def test_every_choice_can_run():
 @pytest.mark.parametrize(
     ("given", "follows"),
     [
-        ({"train__epochs": 5}, {"optim.warmup_epochs": 0.294, "eval.every_epochs": 1, "ckpt.every_epochs": 1}),
+        (
+            {"train__epochs": 5},
+            {"optim.warmup_epochs": 0.294, "eval.every_epochs": 1, "ckpt.every_epochs": 1},
+        ),
         ({"train__batch_size": 16}, {"optim.base_lr": 7.92e-3}),
         ({"train__batch_size": 16, "optim__base_lr": 1e-3}, {"optim.base_lr": 1e-3}),
-        ({"model__size": "small"}, {"model.width": 0, "model.depth": 0, "model.heads": 0, "head.hidden": 1024}),
+        (
+            {"model__size": "small"},
+            {"model.width": 0, "model.depth": 0, "model.heads": 0, "head.hidden": 1024},
+        ),
         ({"model__width": 96}, {"model.heads": 0, "model.depth": 4, "head.hidden": 512}),
         ({"model__img_size": (96, 128)}, {"model.patch_size": 16}),
         ({"model__img_size": (30, 40)}, {"model.patch_size": 5}),
@@ -123,7 +130,9 @@ def test_every_choice_can_run():
 def test_what_is_given_stands_and_the_rest_follows(given, follows):
     found = settle(2000, **given)
     assert {k: found[k] for k in follows} == follows
-    assert all(found[k.replace("__", ".")] == (list(v) if isinstance(v, tuple) else v) for k, v in given.items())
+    assert all(
+        found[k.replace("__", ".")] == (list(v) if isinstance(v, tuple) else v) for k, v in given.items()
+    )
 
 
 def test_a_warm_up_follows_the_epochs_of_the_papers_recipe_too():
