@@ -37,6 +37,7 @@ EXTRAS = {
         "jinja2>=3.1",
         "matplotlib>=3.8",
     ],
+    "completion": ["shtab>=1.13"],
     "tensorboard": ["tensorboard>=2.15"],
     "dali-cuda13": [f"nvidia-dali-cuda130>=2.0; {LINUX}"],
     "dali-cuda12": [f"nvidia-dali-cuda120>=2.0; {LINUX}"],
@@ -74,6 +75,7 @@ EXTRAS = {
         "ruff>=0.9",
         "scipy>=1.11",
         "setuptools>=77",
+        "shtab>=1.13",
         "tensorboard>=2.15",
     ],
 }

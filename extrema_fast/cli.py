@@ -235,6 +235,23 @@ class _Parser(argparse.ArgumentParser):
         return UsageError(f"unknown option {name}{hint}")
 
 
+class _Added(Exception):
+    """All options have been added."""
+
+
+class _Unused(_Parser):
+    def parse_all(self, args: list[str]) -> NoReturn:
+        raise _Added
+
+
+def _parser_of(name: str) -> _Parser:
+    """A command's parser with its options."""
+    parser = _Unused(name)
+    with suppress(_Added):
+        COMMANDS[name][0](parser, [])
+    return parser
+
+
 # options of other tools -> (command or any, what there is here)
 USED_ELSEWHERE = {
     "resume": ("pretrain", "the same command continues the run in --out"),
@@ -691,6 +708,16 @@ def _export(p: _Parser, args: list[str]) -> None:
     _print(f"{result.folder}: {', '.join(result.files)}")
     for check, difference in result.differences.items():
         _print(f"  {check}: largest difference {difference:.1e}")
+
+
+@_command("completion bash")
+def _completion(p: _Parser, args: list[str]) -> None:
+    """Print a script that completes commands, presets and options in bash, zsh or fish."""
+    from .tools.completion import SHELLS, script
+
+    p.add("shell", choices=SHELLS, help='eval "$(extrema-fast completion bash)" in ~/.bashrc')
+    shell = p.options(args)["shell"]
+    _print(script(PROG, {name: _parser_of(name) for name in COMMANDS}, list(PRESETS), shell))
 
 
 @_command("encoders '*base*'")

@@ -385,9 +385,7 @@ def _optional(name: str, module: str, extra: str, use: Callable[[Any], str]) -> 
     """An optional package that is imported and used; `use` returns why it cannot be used here, or nothing."""
     version = _version(name)
     if importlib.util.find_spec(module.partition(".")[0]) is None:
-        return Finding(
-            name, "missing", "not installed", f'pip install "extrema-fast[{extra}]"' if extra else ""
-        )
+        return Finding(name, "missing", "not installed", install(extra))
     try:
         reason = use(importlib.import_module(module))
     except Exception as error:
