@@ -13,9 +13,11 @@ from ..errors import UsageError, cannot_import
 SHELLS = ("bash", "zsh", "fish")
 # values that are files or folders, by their name in the help
 _FOLDERS = ("DIR", "FOLDER")
-_FILES = (
+_FILES = [
     "PATH",
     "FILE",
+    "FILE.png",
+    "M.tsv",
     "DATA",
     "OUT",
     "RUN",
@@ -25,8 +27,7 @@ _FILES = (
     "QUERY",
     "MANIFEST",
     "STR",
-)
-_FILES += ("FILE.png", "M.tsv")
+]
 
 
 def script(
@@ -49,7 +50,9 @@ def script(
         raise UsageError(f"completion: {cannot_import('shtab', error, 'completion')}") from error
     main = argparse.ArgumentParser(prog)
     # what is added is the parser that the command has
-    commands = main.add_subparsers(parser_class=lambda prog, **_: parsers[prog.split()[-1]], prog=prog)
+    commands = main.add_subparsers(  # type: ignore[call-overload]
+        parser_class=lambda prog, **_: parsers[prog.split()[-1]], prog=prog
+    )
     for name, parser in parsers.items():
         if "--preset" in parser._option_string_actions:
             parser.add_argument("first", nargs="?", choices=presets, help="preset")
