@@ -224,7 +224,10 @@ class _Parser(argparse.ArgumentParser):
         near = near or ["--" + n for n in difflib.get_close_matches(bare, [k[2:] for k in known], 1, 0.8)]
         # `--lr` is far from `--optim.base-lr` by letters, but is a word of it
         near = near or [k for k in known if bare in k.rpartition(".")[2].split("-")]
-        if members:
+        removed = config.REMOVED.get(bare.replace("-", "_"))
+        if removed:
+            hint = f"; this option was removed: {removed[1]}"
+        elif members:
             hint = f"; it is a group: {', '.join(members[:3])}, ..."
         elif near:
             hint = f"; did you mean {' or '.join(near)}?"

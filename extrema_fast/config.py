@@ -40,6 +40,8 @@ SIZES: dict[Size, tuple[int, int, int]] = {
     "large": (1024, 24, 16),
 }
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+
 # names of the encoders: prefix, size, suffix
 MODEL_PREFIX, MODEL_SUFFIX = "extrema_vit_", "_patch16_224"
 
@@ -423,11 +425,22 @@ class LogConfig:
 
     every_steps: int = 10
     """A line of metrics every N steps."""
-    tensorboard: bool = False
-    """Write TensorBoard files, too."""
+    tracker: str = ""
+    """Where metrics, settings and report go, too: `tensorboard`, `wandb`, `trackio`, `mlflow`, or several with commas
+    between them."""
+    project: str = "extrema-fast"
+    """Of the trackers (an experiment of MLflow); the run is called like its folder."""
 
     def __post_init__(self) -> None:
         _at_least("log", self, every_steps=1)
+        for name in self.trackers:
+            _require(name in TRACKERS, f"log.tracker: got {name!r}{did_you_mean(name, list(TRACKERS))}")
+        _require(bool(self.project.strip()), "log.project: expected a name, got an empty one")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in `tracker`, each once."""
+        return tuple(dict.fromkeys(name for part in self.tracker.split(",") if (name := part.strip())))
 
 
 @dataclass(frozen=True)
@@ -714,6 +727,7 @@ def typed(options: Mapping[str, Any]) -> dict[str, Any]:
 # value is an error, except in the recorded configuration of an old run.
 REMOVED: dict[str, tuple[Any, str]] = {
     "train.compact": (False, "leave it out: the result is the same without it"),
+    "log.tensorboard": (False, "use log.tracker tensorboard"),
 }
 
 # option -> its values of older versions -> what they are called now

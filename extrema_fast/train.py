@@ -52,6 +52,7 @@ from .training.run import (
 )
 from .training.run_folder import RunFolder
 from .training.step import StepStats, batches, memory_remedy, train_step, wrap
+from .training.trackers import Trackers, check_installed
 
 __all__ = ["pretrain", "train_step"]
 
@@ -109,6 +110,7 @@ def pretrain(
         signals.raises = world.size == 1
         prepare_torch(cfg.system)
         local_batch(cfg, world.size)
+        world.rank_zero_only(lambda: check_installed(cfg.log.trackers))
         finished = world.rank_zero_only(lambda: not overwrite and is_finished(cfg, allow_config_change))
         if world.broadcast(finished):
             log.info("%s: the run is complete, nothing to do", out)
@@ -121,11 +123,17 @@ def pretrain(
             run.made_from = {"name": preset[0], "changes": changes}
         if init_from is not None:
             init_weights(run, init_from, overwrite)
-        with world.rank_zero_only(lambda: RunFolder(out, overwrite=overwrite)) or nullcontext() as folder:
+        with (
+            world.rank_zero_only(lambda: RunFolder(out, overwrite=overwrite)) or nullcontext() as folder,
+            Trackers(folder, cfg.log) as trackers,
+        ):
             resume(run, allow_config_change)
             wrap(run)
             signals.raises = False
-            with TrainLog(run, folder, progress) as train_log, open_loader(run, out / BAD_ROWS) as loader:
+            with (
+                TrainLog(run, folder, progress, trackers.wake) as train_log,
+                open_loader(run, out / BAD_ROWS) as loader,
+            ):
                 _loop(run, loader, train_log, test, signals)
     return out
 

@@ -83,7 +83,8 @@ def fails(capsys, *args: str) -> str:
         ("pretrain --train.compile loss", "train.compile: 'loss' is called 'step' now; use step"),
         ("pretrain --data.area 0.5", "--data.area: expected 2 arguments"),
         ("pretrain --optim.base-lr nan", "optim.base_lr: expected float, got nan"),
-        ("pretrain --log.tensorboard yes", "unexpected argument 'yes'"),
+        ("pretrain --data.exif yes", "unexpected argument 'yes'"),
+        ("pretrain --log.tensorboard", "this option was removed: use log.tracker tensorboard"),
         ("pretrain --mask.ratio 0.5 photos", "a preset comes first"),
         ("pretrain --mask.ratio 1.5", "error: mask.ratio: expected 0 <= ratio < 1, got 1.5"),
         ("pretrain --mask.ratio 0.99", "keeps 0 of 64 tokens"),
@@ -148,12 +149,12 @@ def test_print_config_derives_and_names_sources(capsys, tmp_path):
     file = tmp_path / "c.toml"
     file.write_text("[train]\nbatch_size = 32\nepochs = 5\n[mask]\nviews = 2\n")
     shown = print_config(
-        capsys, "smoke", "--config", str(file), "--train.epochs=7", "--log.tensorboard", "--data.limit", "64"
+        capsys, "smoke", "--config", str(file), "--train.epochs=7", "--data.exif", "--data.limit", "64"
     )
     assert shown["config"]["train"]["batch_size"] == 32 and shown["config"]["train"]["epochs"] == 7
-    assert shown["config"]["log"]["tensorboard"] is True
+    assert shown["config"]["data"]["exif"] is True
     want = {"train.batch_size": "file", "train.epochs": "flag", "mask.ratio": "preset smoke"}
-    want |= {"log.tensorboard": "flag", "data.limit": "flag"}
+    want |= {"data.exif": "flag", "data.limit": "flag"}
     assert {k: shown["sources"].get(k) for k in want} == want
     assert "optim.eps" not in shown["sources"]
     derived = shown["derived"]
@@ -176,7 +177,7 @@ def given(monkeypatch) -> dict:
 
 def test_flags_reach_the_function(given):
     flags = "--train.batch_size 8 --mask.ratio=0.5 --init_from w --overwrite --allow-config-change --quiet"
-    flags += " --data.area 0.5 1 --log.no-tensorboard --system.deterministic"
+    flags += " --data.area 0.5 1 --data.no-exif --system.deterministic"
     assert main(["pretrain", "smoke", *flags.split()]) == 0
     want = {"train": {"batch_size": 8}, "mask": {"ratio": 0.5}, "system": {"deterministic": True}}
     want["data"] = {"area": [0.5, 1.0]}

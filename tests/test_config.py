@@ -299,7 +299,7 @@ def test_local_batch():
 def test_what_may_change_in_a_resumed_run():
     free = {
         "out": "elsewhere",
-        "log": {"every_steps": 7, "tensorboard": True},
+        "log": {"every_steps": 7, "tracker": "wandb", "project": "mine"},
         "ckpt": {"retain": 5, "every_steps": 1},
         "eval": {"k": 3},
         "system": {"threads": 3, "deterministic": True, "backend": "reference", "attention": "sdpa"},
@@ -313,9 +313,10 @@ def test_what_may_change_in_a_resumed_run():
 
 def test_options_of_older_versions():
     old = c.to_dict(SMOKE)
-    old["train"]["compact"] = False
+    old["train"]["compact"] = old["log"]["tensorboard"] = False
     assert c.from_dict(old) == SMOKE and c.changed_maths(old, c.to_dict(SMOKE)) == []
     old["train"] |= {"compact": True, "compile": "loss"}
+    old["log"]["tensorboard"] = True
     renamed = c.from_dict({"train": {"compile": "step"}}, SMOKE)
     assert c.from_dict(old, recorded=True) == renamed and c.changed_maths(old, c.to_dict(SMOKE)) == []
     for change, words in (
@@ -323,6 +324,7 @@ def test_options_of_older_versions():
         ({"compile": "loss"}, "'loss' is called 'step'"),
     ):
         refused({"train": change}, words)
+    refused({"log": {"tensorboard": True}}, "use log.tracker tensorboard")
 
 
 def test_every_other_field_is_reported_with_both_values():

@@ -21,7 +21,19 @@ import extrema_fast
 KERNEL_USERS = {"ops", "rng", "data", "cli"}
 CORE = {"torch", "numpy", "safetensors", "tomli"} | set(sys.stdlib_module_names)
 HEAVY = {"torch", "numpy", "triton", "nvidia", "timm", "torchvision", "PIL", "rich", "matplotlib"}
-HEAVY |= {"jinja2", "skimage", "scipy", "tensorboard", "pyarrow", "transformers", "onnx", "xformers"}
+HEAVY |= {
+    "jinja2",
+    "skimage",
+    "scipy",
+    "tensorboard",
+    "wandb",
+    "trackio",
+    "mlflow",
+    "pyarrow",
+    "transformers",
+    "onnx",
+    "xformers",
+}
 
 
 def imports(source: str, module: str) -> Iterator[tuple[str, bool]]:

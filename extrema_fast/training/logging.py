@@ -1,4 +1,4 @@
-"""What training tells: log.jsonl, TensorBoard, the progress bar and status.json."""
+"""What training tells: log.jsonl, the progress bar and status.json."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import ExtremaError, NonFiniteError, Preempted, UsageError, install, one_line
+from ..errors import ExtremaError, NonFiniteError, Preempted, one_line
 from ..files import fits, open_to_append
 from ..progress import Progress
 from ..signals import Stopped
@@ -37,24 +37,28 @@ class _Line(NamedTuple):
 
 
 class TrainLog:
-    """Log of a run: log.jsonl, TensorBoard, the terminal and status.json, all written by rank 0.
+    """Log of a run: log.jsonl, its trackers, the terminal and status.json, all written by rank 0.
 
     A context manager: leaving it records in status.json how the run ended.
 
     Args:
         folder: the run's folder; None on other ranks, which write nothing.
         progress: show a progress bar, or some lines of text where there is no terminal.
-
-    Raises:
-        UsageError: TensorBoard is asked for and not installed.
+        on_record: called after each record of log.jsonl.
     """
 
-    def __init__(self, run: Run, folder: RunFolder | None, progress: bool = True) -> None:
-        self.run, self.folder = run, folder
+    def __init__(
+        self,
+        run: Run,
+        folder: RunFolder | None,
+        progress: bool = True,
+        on_record: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.run, self.folder, self.on_record = run, folder, on_record
         self.bad_images = 0
         self.warnings: list[str] = []
         self.evals: list[dict[str, Any]] = []
-        self.sinks: list[JsonLog | TensorBoard] = []
+        self.file: JsonLog | None = None
         total = run.schedule.total_steps
         self.progress = Progress("step", total, run.step, enabled=progress and folder is not None)
         run.world.rank_zero_only(self._open)
@@ -67,9 +71,7 @@ class TrainLog:
         if self.folder is not None:
             file = self.folder.path / "log.jsonl"
             self.evals = history(file, "eval", self.run.step)
-            self.sinks.append(JsonLog(file))
-            if self.run.cfg.log.tensorboard:
-                self.sinks.append(TensorBoard(self.folder.path / "tensorboard"))
+            self.file = JsonLog(file)
 
     def start(self, headline: str, remedy: str) -> None:
         """Prints what begins; `remedy` says what shortens waiting for images on this machine."""
@@ -155,8 +157,8 @@ class TrainLog:
                 f"complete: {steps} steps{skipped}, peak memory {peak:.2f} GB, {self.run.cfg.out}"
             )
         self.progress.close()
-        for sink in self.sinks:
-            sink.close()
+        if self.file is not None:
+            self.file.close()
         self._status(state, reason)
 
     def _restart(self) -> None:
@@ -219,8 +221,9 @@ class TrainLog:
         epoch = round(step / self.run.schedule.steps_per_epoch, 6)
         attempt = self.folder.attempt if self.folder else 0
         record = {"kind": kind, "step": step, "epoch": epoch, "attempt": attempt} | values
-        for sink in self.sinks:
-            sink.write(record)
+        if self.file is not None:
+            self.file.write(record)
+            self.on_record()
         return record
 
     def _warning(self, text: str) -> None:
@@ -257,7 +260,7 @@ class DataWaitWarning:
         return f"steps wait for images {100 * share:.0f} % of the time; {self.remedy}"
 
 
-# ---- log.jsonl and TensorBoard ----------------------------------------------------------------------
+# ---- log.jsonl -----------------------------------------------------------------------------------------
 
 
 # a record: what is not named is a number, or null where it was not finite
@@ -320,32 +323,6 @@ class JsonLog:
             self.file.close()
         except OSError as error:
             log.warning("%s: %s", self.path, error)
-
-
-class TensorBoard:
-    """The same records as scalars; a failure while training is reported and ends the writing only."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UsageError(
-                f"log.tensorboard: TensorBoard is not installed; {install('tensorboard')}"
-            ) from None
-        self.writer: Any = SummaryWriter(str(folder))
-        self.failed = False
-
-    def write(self, record: dict[str, Any]) -> None:
-        try:
-            for key, value in () if self.failed else record.items():
-                if isinstance(value, (int, float)) and key not in ("step", "attempt"):
-                    self.writer.add_scalar(f"{record['kind']}/{key}", value, record["step"])
-        except Exception as error:
-            log.warning("TensorBoard stopped (%s); training goes on", error)
-            self.failed = True
-
-    def close(self) -> None:
-        self.writer.close()
 
 
 # ---- the terminal -----------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ MORE = {
     "run": (
         "run.lock",
         "tensorboard",
+        "trackers",
         "bad_rows.tsv",
         ".tmp-latest",
         "weights/.tmp-x",
@@ -41,7 +42,7 @@ MORE = {
 
 
 def continue_run(s: Any) -> None:
-    cfg = s.config(train={"epochs": 2}, log={"tensorboard": False})
+    cfg = s.config(train={"epochs": 2})
     train.pretrain(cfg, progress=False, allow_config_change=True)
 
 

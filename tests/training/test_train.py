@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -346,16 +345,6 @@ def test_an_unexpected_error_is_recorded(tmp_path, monkeypatch):
     end = status(tmp_path / "run")
     assert end["state"] == "failed" and "ZeroDivisionError: what is this" in end["reason"]
     assert not (tmp_path / "run" / "run.lock").exists()
-
-
-def test_tensorboard(tmp_path, monkeypatch):
-    cfg = tiny(tmp_path / "run", log={"tensorboard": True})
-    with monkeypatch.context() as m:
-        m.setitem(sys.modules, "torch.utils.tensorboard", None)
-        with pytest.raises(UsageError, match=r"extrema-fast\[tensorboard\]"):
-            train.pretrain(cfg, progress=False)
-    pytest.importorskip("tensorboard")
-    assert list((train.pretrain(cfg, progress=False) / "tensorboard").iterdir())
 
 
 # ---- counters, log, progress, FLOPs, processes ---------------------------------------------
