@@ -115,7 +115,7 @@ class DataConfig:
 
     train: str = "photos"
     """`photos` or `synthetic` (built in), a folder of classes, a flat folder, a list file, a manifest, tar
-    shards or zip archives (file, folder or pattern), or a mixture (TOML)."""
+    shards, zip archives or Arrow and Parquet tables (file, folder or pattern), or a mixture (TOML)."""
     test: str = ""
     """Labelled images for k-NN and probe; empty: the built-in test half, those of `holdout`, or no evaluation."""
     holdout: float = 0.0

@@ -41,6 +41,8 @@ from .lists import Disk, read_list
 from .manifest import is_manifest, manifest_source
 from .photos import write_photos, write_synthetic
 from .shards import expand, is_pattern, is_tar, shard_source
+from .tables import SUFFIXES as TABLES
+from .tables import is_table, read_tables, saved_tables
 from .zips import Member, is_hidden, is_zip, members
 
 __all__ = ["BUILT_IN", "EXTENSIONS", "UNREAD", "ImageSource", "match_classes", "open_source", "subset"]
@@ -53,7 +55,7 @@ EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", "
 # images that no loader reads; `index` reports them
 UNREAD = (".avif", ".gif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".psd", ".svg")
 # what holds many images, by its ending
-SHARDS = (".tar", ".zip")
+SHARDS = (".tar", ".zip", *TABLES)
 # the manifest of a packed set, next to its shards
 MANIFEST = "manifest.tsv"
 MAX_PASSES = 1000
@@ -61,7 +63,7 @@ MAX_PASSES = 1000
 _ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 _EXPECTED = (
     "photos, synthetic, a folder of class folders, a folder of images, a list file (one path per line, with or "
-    "without a label), a manifest, tar shards, zip archives, or a mixture (.toml)"
+    "without a label), a manifest, tar shards, zip archives, Arrow or Parquet tables, or a mixture (.toml)"
 )
 # folder names of each part of a data set
 SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
@@ -90,7 +92,8 @@ def open_source(
             a text file with one path per line, or path and label (tab, comma, semicolon, or the last word); relative
             paths start at its folder;
             a manifest, as `extrema-fast index` writes it;
-            a .tar or .zip, a folder of them (without images), or a pattern: `set/{0000..0009}.tar`, `set/*.zip`;
+            a .tar, .zip, .arrow or .parquet, a folder of them (without images), or a pattern:
+            `set/{0000..0009}.tar`, `set/*.zip`;
             a folder in a .zip: `set.zip/train`;
             a mixture of these (.toml, see the top of this file).
         split: `train` or `test`: which part of a built-in set, or of one that is split by `holdout`.
@@ -232,10 +235,14 @@ def _from_folder(name: str, root: Path, split: str, extensions: tuple[str, ...],
     inside = {folder: _walk(root / folder, above, found, extensions) for folder in folders}
     nested = [path for paths in inside.values() for path in paths]
     if not images and not nested:
-        shards = [str(root / f) for f in files if f.lower().endswith(SHARDS)]
+        shards = saved_tables(root) or [str(root / f) for f in files if f.lower().endswith(SHARDS)]
         if shards:
+            _reject_split_files(name, root, shards, split)
             return _from_shards(name, shards, split, extensions, check, root / MANIFEST)
-        raise UsageError(_no_images(name, len(folders), found))
+        near = [f for f in folders if any(n.lower().endswith(SHARDS) for n in _list(root / f)[1])]
+        raise UsageError(
+            _no_images(name, len(folders), found) + (f"; did you mean {root / near[0]}?" if near else "")
+        )
     if images:
         if check:
             _warn_of_unread(name, found)
@@ -322,6 +329,18 @@ def _reject_splits(name: str, root: Path, folders: list[str], split: str) -> Non
         )
 
 
+def _reject_split_files(name: str, root: Path, shards: list[str], split: str) -> None:
+    # as in downloaded data sets: data/train-00000-of-00002.parquet, data/test-00000-of-00001.parquet
+    found = [re.match(r"(train|test|val(?:id(?:ation)?)?)(?=[-_.0-9])", Path(p).name.lower()) for p in shards]
+    splits = sorted({m[1] for m in found if m})
+    if len(splits) > 1:
+        match = next((part for part in splits if part in SPLITS[split]), splits[0])
+        raise UsageError(
+            f"{name}: holds files of {', '.join(splits)}, which look like the parts of a data set; did you mean "
+            f"'{root / match}*{Path(shards[0]).suffix}'?"
+        )
+
+
 def _no_images(name: str, folders: int, found: Counter[str]) -> str:
     total = sum(found.values())
     if not total:
@@ -336,7 +355,7 @@ def _no_images(name: str, folders: int, found: Counter[str]) -> str:
 
 
 def _kind_of_shard(path: str) -> str:
-    return "tar" if is_tar(path) else "zip" if is_zip(path) else ""
+    return "table" if is_table(path) else "tar" if is_tar(path) else "zip" if is_zip(path) else ""
 
 
 def _from_shards(
@@ -369,6 +388,8 @@ def _from_shards(
         )
     if "zip" in kinds:
         return _from_zips(name, paths, split, extensions, check)
+    if "table" in kinds:
+        return _from_tables(name, paths, check)
     return shard_source(name, paths, extensions, check=check)
 
 
@@ -409,6 +430,49 @@ def _from_zips(
         [] if loose else folders,
         check=check,
     )
+
+
+def _from_tables(name: str, paths: list[str], check: bool) -> ImageSource:
+    """The images in Arrow or Parquet files, in their order."""
+    columns, tables = read_tables(name, paths)
+    written = [_label_text(label, columns.classes) for table in tables for label in table.labels]
+    if not written:
+        raise UsageError(f"{name}: no rows in {counted(len(paths), 'table')}")
+    labels, classes = None, list[str]()
+    if lacking := written.count(None):
+        if lacking < len(written):
+            what = f"{lacking} of {len(written)} rows have no label in {columns.label!r}"
+            log.warning("%s: %s; used without labels", name, what)
+    elif columns.classes:
+        classes = columns.classes
+        number_of = {c: i for i, c in enumerate(classes)}
+        labels = torch.tensor([number_of[str(text)] for text in written])
+    else:
+        labels, classes = number_classes([str(text) for text in written])
+    if any(table.files for table in tables):
+        folders = [os.path.dirname(path) for path in paths]
+        files = [os.path.join(d, f) for d, table in zip(folders, tables, strict=True) for f in table.files]
+        if len(files) < len(written):
+            raise UsageError(
+                f"{name}: {len(files)} of {len(written)} rows name files, the others hold images"
+            )
+        root = Path(os.path.commonpath(folders)) if len(set(folders)) > 1 else Path(folders[0])
+        return _from_paths(name, root, files, None if labels is None else labels.tolist(), classes, check)
+    rows = [
+        (number, member, offset, size, "")
+        for number, table in enumerate(tables)
+        for member, (offset, size) in zip(table.names, table.spans.tolist(), strict=True)
+    ]
+    return in_shards(name, [table.path for table in tables], rows, labels, classes, check=check)
+
+
+def _label_text(label: str | int | None, classes: list[str]) -> str | None:
+    """A label as the name of its class; None: none, as -1 in test sets without labels."""
+    if isinstance(label, int):
+        if label < 0:
+            return None
+        return str(label) if not classes else classes[label] if label < len(classes) else None
+    return (label or "").strip() or None
 
 
 # ---- list files -----------------------------------------------------------------------------------

@@ -1,0 +1,247 @@
+"""Arrow and Parquet files, as Hugging Face's library writes them: columns, labels, bytes in place, copies, damage."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+
+import pytest
+
+from extrema_fast.data.loader import TrainLoader
+from extrema_fast.data.sources import open_source
+from extrema_fast.errors import DataError, StorageError, UsageError
+from extrema_fast.tools.index import index
+
+from .conftest import assert_same, fails
+
+pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra: parquet)")
+pq = pytest.importorskip("pyarrow.parquet")
+
+BYTES = [b"first", b"second" * 50, b"third", b"4"]
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+FEATURES = {"image": {"_type": "Image"}, "label": {"names": ["dog", "cat"], "_type": "ClassLabel"}}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def images(data=BYTES, kind=IMAGE, paths=None):
+    if not pa.types.is_struct(kind):
+        return pa.array(data, kind)
+    paths = paths or [f"{i}.jpg" for i in range(len(data))]
+    return pa.array([{"bytes": b, "path": p} for b, p in zip(data, paths, strict=True)], kind)
+
+
+def table(features=None, **columns):
+    made = pa.table({"image": images(), **columns})
+    info = {b"huggingface": json.dumps({"info": {"features": features}}).encode()} if features else {}
+    return made.replace_schema_metadata(info)
+
+
+def write(path, data, options=None, rows=3):
+    """An Arrow stream, an Arrow file (.file.arrow) or a Parquet file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(data, path, row_group_size=rows)
+        return path
+    make = pa.ipc.new_file if path.name.endswith(".file.arrow") else pa.ipc.new_stream
+    with make(str(path), data.schema, options=options) as writer:
+        writer.write_table(data, rows)
+    return path
+
+
+def read(source):
+    return [source.read(row) for row in range(len(source))]
+
+
+@pytest.mark.parametrize("name", ["t.arrow", "t.file.arrow", "t.parquet"])
+@pytest.mark.parametrize("kind", [IMAGE, pa.binary(), pa.large_binary()], ids=str)
+def test_bytes_are_read_in_place(tmp_path, name, kind):
+    data = pa.table({"id": [7, 8, 9, 10], "image": images(kind=kind), "label": [1, 0, 1, 11]})
+    path = write(tmp_path / name, data)
+    source = open_source(str(path))
+    assert read(source) == BYTES and [source.size(row) for row in range(4)] == list(map(len, BYTES))
+    assert source.classes == ["0", "1", "11"] and source.labels.tolist() == [1, 0, 1, 2]
+    titles = [source.title(row).rpartition(":")[2] for row in range(4)]
+    assert titles == ([f"{i}.jpg" for i in range(4)] if kind is IMAGE else list("0123"))
+    # the whole file is not read
+    assert len(set(source.paths)) == 1 and source.spans.shape == (4, 2) and source.shards.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "classes", "numbers"),
+    [
+        (FEATURES, [0, 1, 1, 0], ["dog", "cat"], [0, 1, 1, 0]),
+        (FEATURES, [0, 1, -1, 0], [], None),
+        (FEATURES, [0, 1, 2, 0], [], None),
+        (None, ["b", "a", "b", " c "], ["a", "b", "c"], [1, 0, 1, 2]),
+        (None, ["b", None, "b", "c"], [], None),
+        (None, [0.5, 1.0, 2.0, 3.0], [], None),
+    ],
+)
+def test_labels(tmp_path, features, labels, classes, numbers, caplog):
+    for name in ("t.arrow", "t.parquet"):
+        source = open_source(str(write(tmp_path / name, table(features, label=labels))))
+        assert source.classes == classes
+        assert (source.labels is None) if numbers is None else source.labels.tolist() == numbers
+    assert ("used without labels" in caplog.text) == (numbers is None and labels[0] != 0.5)
+
+
+def test_columns_by_what_is_written_about_them(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    features = {"picture_b": {"_type": "Image"}, "coarse": {"_type": "ClassLabel", "names": ["x", "y"]}}
+    data = table(features, picture_b=images(BYTES[::-1]), coarse=[0, 1, 1, 1], text=list("abcd"))
+    source = open_source(str(write(tmp_path / "a.arrow", data)))
+    assert read(source) == BYTES[::-1] and source.classes == ["x", "y"]
+    assert "images in column 'picture_b', labels in 'coarse'" in caplog.text
+    # as strings of few values are often kept
+    data = table(None, category=pa.array(list("abab")).dictionary_encode())
+    assert open_source(str(write(tmp_path / "d.parquet", data))).classes == ["a", "b"]
+    two = pa.table({"left": images(), "right": images(), "n": [1, 2, 3, 4]})
+    fails(
+        write(tmp_path / "two.arrow", two),
+        r"more than one column .* left \(struct\), right \(struct\), n \(int64\)",
+    )
+    fails(
+        write(tmp_path / "no.parquet", two.select(["n"])),
+        r"no column of images .*; its columns are n \(int64\)",
+    )
+    write(tmp_path / "s/1.arrow", table(None, label=[1, 2, 3, 4]))
+    write(tmp_path / "s/2.arrow", two)
+    fails(tmp_path / "s", r"2\.arrow: no column 'image', as the table before it has; its columns are left")
+
+
+def test_a_data_set_saved_by_the_library(tmp_path):
+    folder = tmp_path / "set/train"
+    for number in range(2):
+        write(folder / f"data-0000{number}-of-00002.arrow", table(None, label=[0, 1, 1, 0]))
+    # of its caches
+    write(folder / "cache-1234.arrow", table(None, label=[0, 0, 0, 0]))
+    files = [{"filename": f"data-0000{number}-of-00002.arrow"} for number in range(2)]
+    (folder / "state.json").write_text(json.dumps({"_data_files": files, "_split": "train"}))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": FEATURES}))
+    source = open_source(str(folder))
+    assert (
+        read(source) == BYTES * 2
+        and source.classes == ["dog", "cat"]
+        and source.shards.tolist() == [0] * 4 + [1] * 4
+    )
+    # with its other part, and as downloaded
+    shutil.copytree(folder, tmp_path / "set/test")
+    fails(tmp_path / "set", rf"did you mean {tmp_path}/set/train\?")
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        write(tmp_path / f"hub/data/{name}.parquet", table(FEATURES, label=[0, 1, 1, 0]))
+    fails(
+        tmp_path / "hub/data",
+        rf"files of test, train.* did you mean '{tmp_path}/hub/data/train\*\.parquet'\?",
+    )
+    fails(tmp_path / "hub", rf"no images; .*did you mean {tmp_path}/hub/data\?")
+    assert len(open_source(f"{tmp_path}/hub/data/train*.parquet")) == 8
+
+
+def test_rows_without_bytes(tmp_path, caplog):
+    data = pa.table({"image": images([b"1", None, b"3", b""], paths=["1", "2", "3", "4"])})
+    source = open_source(str(write(tmp_path / "t.arrow", data)))
+    assert read(source) == [b"1", b"", b"3", b""]
+    assert f"2 of 4 images are empty (0 bytes), first: {tmp_path}/t.arrow:2" in caplog.text
+    for name in ("t.arrow", "t.parquet"):
+        data = pa.table({"image": images([None] * 2, paths=["a/1.jpg", "b/1.jpg"]), "label": ["x", "y"]})
+        path = write(tmp_path / "by_path" / name, data)
+        fails(path, r"2 of 2 files do not exist, first: .*by_path/a/1\.jpg")
+        for folder in "ab":
+            (path.parent / folder).mkdir()
+            (path.parent / folder / "1.jpg").write_bytes(folder.encode())
+        source = open_source(str(path))
+        assert read(source) == [b"a", b"b"] and source.classes == ["x", "y"] and source.spans is None
+        shutil.rmtree(path.parent)
+
+
+def test_a_parquet_file_is_copied_once_and_again_when_it_changed(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    path = write(tmp_path / "d/t.parquet", table(FEATURES, label=[0, 1, 1, 0], text=["long" * 1000] * 4))
+    first = open_source(str(path))
+    copy = first.paths[0]
+    assert copy.startswith(str(tmp_path / "cache")) and os.path.getsize(copy) < 8000
+    about = os.stat(copy)
+    assert open_source(str(path)).fingerprint == first.fingerprint and os.stat(copy) == about
+    assert caplog.text.count("copied once to") == 1
+    # a run that goes on elsewhere, with another cache
+    (tmp_path / "d").rename(tmp_path / "moved")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    moved = open_source(str(tmp_path / "moved/t.parquet"))
+    assert moved.fingerprint == first.fingerprint and moved.paths != first.paths
+    halves = [open_source(str(tmp_path / "moved/t.parquet"), s, holdout=0.5) for s in ("train", "test")]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "moved").rename(tmp_path / "d")
+    for half, s in zip(halves, ("train", "test"), strict=True):
+        assert read(open_source(str(path), s, holdout=0.5)) == read(half)
+    write(path, table(FEATURES, label=[0, 1, 1, 1]))
+    assert open_source(str(path)).labels.tolist() == [0, 1, 1, 1]
+    (tmp_path / "cache2").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache2"))
+    fails(path, "the copy of .* cannot be written .*; XDG_CACHE_HOME names another place", StorageError)
+
+
+def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, caplog):
+    squeezed = pa.ipc.IpcWriteOptions(compression="zstd")
+    fails(write(tmp_path / "z.arrow", table(), squeezed), "z.arrow: a compressed Arrow file")
+    for name in ("t.arrow", "t.parquet"):
+        path = write(tmp_path / name, table())
+        whole = path.read_bytes()
+        for cut in (0, 3, 30, len(whole) // 2):
+            path.write_bytes(whole[:cut])
+            fails(path, r"t\.\w+: not a table, or a damaged one", DataError)
+    # cut between two batches
+    path = write(tmp_path / "cut.arrow", table())
+    path.write_bytes(path.read_bytes()[:-8])
+    assert len(open_source(str(path))) == 4 and "cut.arrow: has no end mark" in caplog.text
+    fails(write(tmp_path / "none.arrow", table().slice(0, 0)), "no rows in 1 table")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    fails(
+        tmp_path / "t.arrow", r"tables need pyarrow, which is not installed; pip install 'pyarrow", UsageError
+    )
+
+
+@pytest.mark.parametrize("name", ["t.arrow", "t.parquet"])
+def test_flipped_bytes_end_in_an_error_or_do_no_harm(tmp_path, name):
+    path = write(tmp_path / name, table(FEATURES, label=[0, 1, 1, 0]))
+    whole = path.read_bytes()
+    for at in range(3, len(whole), max(7, len(whole) // 60)):
+        changed = bytearray(whole)
+        changed[at] ^= 0x41
+        path.write_bytes(changed)
+        try:
+            source = open_source(str(path))
+            assert all(len(data) == source.size(row) for row, data in enumerate(read(source)))
+        except (DataError, UsageError) as e:
+            assert str(path) in str(e)
+
+
+def test_loaders_and_index_read_tables_like_folders(tmp_path, tree, config, kind):
+    files = sorted(p for p in tree.rglob("*") if p.is_file())
+    data = pa.table(
+        {
+            "image": images([p.read_bytes() for p in files]),
+            "label": [p.relative_to(tree).parts[0] for p in files],
+        }
+    )
+    arrow, parquet = write(tmp_path / "t.arrow", data, rows=7), write(tmp_path / "t.parquet", data, rows=7)
+
+    def batches(spec, start=0):
+        with TrainLoader(
+            open_source(str(spec)), config(loader=kind), (32, 32), batch_size=4, seed=1, start_step=start
+        ) as loader:
+            return [batch for _, batch in zip(range(7), loader, strict=False)]
+
+    straight = batches(tree)
+    assert_same(straight, batches(arrow))
+    assert_same(straight, batches(parquet))
+    assert_same(straight[4:], batches(arrow, start=4)[:3])
+    result = index(str(parquet), tmp_path / "m.tsv", progress=False, threads=1)
+    assert (result.rows, result.good) == (23, 23)
+    assert_same(straight, batches(tmp_path / "m.tsv"))
