@@ -221,7 +221,7 @@ def describe(result: Result) -> str:
                 "not checked without DALI: JPEG data that decoders repair silently (zeros, flipped bits, another "
                 f"image's data); {install('dali-cuda13')}"
             )
-    return "\n".join([*lines, f"train on the good ones: extrema-fast pretrain --data.train {result.out}"])
+    return "\n".join([*lines, f"train on the good ones: extrema-fast pretrain {result.out}"])
 
 
 # ---- what there is --------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def describe(result: dict[str, Any]) -> str:
         )
     place = shlex.quote(str(out))
     lines.append(
-        f"check: cd {place} && sha256sum -c {SUMS}    train: extrema-fast pretrain --data.train {place}"
+        f"check: cd {place} && sha256sum -c {SUMS}    train: extrema-fast pretrain {place}"
     )
     return "\n".join(lines)
 

@@ -486,7 +486,7 @@ def test_the_command(images, out, run_cli):
     codes, text = run_cli("index", images, "--out", out, "--threads", "1", "--strict", "--max-pixels", "1000")
     assert codes == [0], text
     assert "too large" in text and "not an image" in text and "images/s" in text
-    assert f"extrema-fast pretrain --data.train {out}" in text
+    assert f"extrema-fast pretrain {out}" in text
     codes, text = run_cli("index", images, "--out", out, "--max-pixels", "1000", "--json", "--quiet")
     result = json.loads(text)
     assert codes == [0] and (result["rows"], result["fresh"]) == (41, 0)
