@@ -195,9 +195,7 @@ def describe(result: dict[str, Any]) -> str:
             f"them, from memory, {m['kind']} on {m['threads']} threads"
         )
     place = shlex.quote(str(out))
-    lines.append(
-        f"check: cd {place} && sha256sum -c {SUMS}    train: extrema-fast pretrain {place}"
-    )
+    lines.append(f"check: cd {place} && sha256sum -c {SUMS}    train: extrema-fast pretrain {place}")
     return "\n".join(lines)
 
 

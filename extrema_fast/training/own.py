@@ -45,7 +45,7 @@ GRID, GPU_SEEN, LEAST_SEEN, LEAST_EPOCHS, MOST_EPOCHS = 8, 1_000_000, 15_000, 5,
 LEAST_KEPT = 8
 # on a CPU: seconds of a run, FLOP/s of a core in steps of such sizes (bf16: 88e9 and 102e9 in the records; fp32: 38e9
 # on a busy machine), pixels of JPEG files that it decodes in a second; further cores add less, in the end nothing
-SECONDS, CORE_FLOPS, CORE_PIXELS = 480, {"bf16": 90e9, "fp32": 40e9}, 80e6
+SECONDS, CORE_FLOPS, CORE_PIXELS = 480, {"bf16": 90e9, "fp32": 40e9}, 150e6
 SCALING, MOST_CORES = 0.8, 16
 # from this many on, a larger encoder
 MANY_CORES = 8
@@ -419,8 +419,10 @@ class Settings:
     def _cadence(self, epochs: int, steps: int) -> None:
         self._pick("eval.every_epochs", 10 if self.long else max(1, -(-epochs // 5)))
         if not self.long:
-            self._pick("eval.max_train", 2000)
-            self._pick("eval.max_test", 1000)
+            # decoded in 20 s
+            most = max(200, min(2000, int(20 * self.machine.pixels / self.images.pixels)))
+            self._pick("eval.max_train", most)
+            self._pick("eval.max_test", most // 2)
             if self.images.classes:
                 # no more votes than a class has images
                 self._pick("eval.k", max(1, min(20, self.images.total // self.images.classes)))

@@ -10,6 +10,9 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
+import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +159,7 @@ def test_large_pictures_are_not_held_and_make_shorter_runs():
     small, large = settle(500, 375), settle(500, 3000)
     assert (small["data.resident"], large["data.resident"]) == ("host", "off")
     assert large["train.epochs"] < small["train.epochs"] / 2
+    assert large["eval.max_train"] < small["eval.max_train"] == 2000
     settings = Settings(images(500, 3000), CPU, {})
     settings.settle()
     assert "extrema-fast pack" in settings.table()
@@ -302,6 +306,28 @@ def test_wrong_words_are_one_line(folder, capsys, args, words):
 def test_a_rehearsal_and_a_profile(folder, capsys):
     assert cli.main(["pretrain", folder, "--dry-run", "--quiet"]) == 0
     assert "images_per_s" in capsys.readouterr().out and not Path("runs").exists()
+
+
+def test_the_two_commands_of_the_readme(repository, tmp_path, monkeypatch, capsys):
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    install, start = re.search(r"## Your own images\n.*?```\n(.*?)```", text, re.S)[1].strip().splitlines()
+    program, *words = start.split()
+    made = subprocess.run(
+        [*install.split(), "-n", f"VENV={tmp_path}/.venv"], cwd=repository, capture_output=True, text=True
+    )
+    assert re.search(r'-m pip install .*-e "\.\[train,', made.stdout), made.stderr
+    scripts = {e.name for e in metadata.entry_points(group="console_scripts")}
+    assert program.startswith(".venv/bin/") and Path(program).name in scripts
+    # a run of seconds
+    monkeypatch.setattr(own, "SECONDS", 0.1)
+    monkeypatch.setattr(own, "LEAST_SEEN", 1)
+    tree(tmp_path / words[-1], each=5)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 0
+    out, err = capsys.readouterr()
+    assert "settings for my_images on 2 CPU cores, into runs/my_images:" in err and "5 epochs" in err
+    assert list((tmp_path / "runs/my_images").glob("weights/*/*.safetensors")), out + err
+    assert cli.main(words) == 0 and "complete" in capsys.readouterr().err
 
 
 def test_processes_share_the_batch(folder, monkeypatch):
