@@ -319,7 +319,7 @@ class _Configured(NamedTuple):
 
     ours: argparse.Namespace
     cfg: Config
-    # of the preset; that of `own` is what it has chosen
+    # of the preset; that of `own` is what it has chosen, without what is given
     name: str
     base: Config
     # dotted options given on the command line, and in the --config file
@@ -398,7 +398,7 @@ def _configure(p: _Parser, args: list[str]) -> _Configured:
     if name.replace("-", "_") == "own":
         from .training.own import choose
 
-        base = cfg = choose(options | flags, overwrite=getattr(ours, "overwrite", False))
+        cfg, base = choose(options | flags, overwrite=getattr(ours, "overwrite", False))
     else:
         cfg = from_dict(nested(flags), from_dict(in_file, base))
     return _Configured(ours, cfg, name, base, flags, options)
@@ -447,7 +447,7 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
         pretrain(
             cfg,
             # a file may have begun from another one
-            preset=None if ours.config else (given.name, preset(given.name)),
+            preset=None if ours.config else (given.name, given.base),
             init_from=ours.init_from,
             overwrite=ours.overwrite,
             allow_config_change=ours.allow_config_change,

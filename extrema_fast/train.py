@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .config import PRESETS, Config, differing, from_dict, local_batch, nested
+from .config import Config, differing, from_dict, local_batch, nested, to_dict
 from .data.bad_images import BAD_ROWS
 from .data.loader import Batch, TrainLoader
 from .data.order import epoch_length
@@ -101,13 +101,17 @@ def pretrain(
     named = {"data.train": data and str(data), "out": out and str(out), "train.epochs": epochs}
     options = {name: value for name, value in named.items() if value is not None}
     if cfg is None:
-        cfg, preset = choose(options, overwrite=overwrite), ("own", PRESETS["own"]())
+        cfg, chosen = choose(options, overwrite=overwrite)
+        preset = "own", chosen
     else:
         cfg = from_dict(nested(options), cfg)
     out = Path(cfg.out)
     with Signals() as signals, _nothing_to_save(signals), start(cfg.system.device) as world:
         # several processes agree: one that left alone would keep the others waiting
         signals.raises = world.size == 1
+        if world.size > 1:
+            # what was chosen for images and machine is rank 0's choice
+            cfg = from_dict(world.broadcast(to_dict(cfg)), cfg)
         prepare_torch(cfg.system)
         local_batch(cfg, world.size)
         world.rank_zero_only(lambda: check_installed(cfg.log.trackers))

@@ -28,7 +28,7 @@ from ..data.resident import estimate_bytes, free_on_host
 from ..data.sources import BUILT_IN, ImageSource, open_source, split_folders
 from ..distributed import cores, detect, pick_device
 from ..errors import UsageError, counted
-from ..files import read_json
+from ..files import fits, read_json
 from .resolve import flops_per_image, precision
 from .run_folder import check
 
@@ -110,7 +110,7 @@ class Machine(NamedTuple):
         return f"{self.processes} processes of {what}" if self.processes > 1 else what
 
 
-def choose(given: Mapping[str, Any], *, overwrite: bool = False) -> Config:
+def choose(given: Mapping[str, Any], *, overwrite: bool = False) -> tuple[Config, Config]:
     """The configuration of a run on one's own images; logs what was chosen and why.
 
     Args:
@@ -119,7 +119,8 @@ def choose(given: Mapping[str, Any], *, overwrite: bool = False) -> Config:
         overwrite: a run that is in the folder does not count.
 
     Returns:
-        The configuration; where a run was begun in the folder, that run's, changed by `given`.
+        The configuration, and the same without what is given. Where a run was begun in the folder they are that
+        run's, the first changed by `given`.
 
     Raises:
         UsageError: no images, not what is expected, or options that do not fit.
@@ -139,7 +140,9 @@ def choose(given: Mapping[str, Any], *, overwrite: bool = False) -> Config:
         if data and _same(data, before.data.train):
             given["data.train"] = before.data.train
         log.info("%s: settings chosen when this run was begun (config.json); --overwrite chooses again", out)
-        return from_dict(nested(given), before)
+        made_from = read_json(Path(out) / "env.json", {}).get("preset")
+        changes = made_from["changes"] if fits(made_from, {"changes": dict}) else {}
+        return from_dict(nested(given), before), _valid(changes, before)
     if not data:
         raise UsageError(f"own: no images, and no run in {out} that names them; add --data.train FOLDER")
     rank, processes, local = detect(os.environ)
@@ -158,7 +161,15 @@ def choose(given: Mapping[str, Any], *, overwrite: bool = False) -> Config:
     cfg = settings.settle()
     if rank == 0:
         log.info("%s\n%s", f"settings for {cfg.data.train} on {machine}, into {out}:", settings.table())
-    return cfg
+    return cfg, _valid(settings.chosen | {k: given[k] for k in ("data.train", "out")}, preset("own"), cfg)
+
+
+def _valid(options: Mapping[str, Any], base: Config, otherwise: Config | None = None) -> Config:
+    """`base` with other options, for comparison; where these do not fit together, `otherwise` or `base`."""
+    try:
+        return from_dict(nested(typed(options)), base, recorded=True)
+    except UsageError:
+        return otherwise or base
 
 
 # ---- what there is --------------------------------------------------------------------------------

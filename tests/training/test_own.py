@@ -7,6 +7,7 @@ processes.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -14,6 +15,7 @@ import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +40,10 @@ def images(total: int, side: int = 375, classes: int = 0, **more) -> Images:
 def settle(total: int, side: int = 375, machine: Machine = CPU, **given) -> dict:
     given = {k.replace("__", "."): v for k, v in given.items()}
     return flatten(Settings(images(total, side), machine, given).settle())
+
+
+def chosen(given: dict, **more) -> Config:
+    return choose(given, **more)[0]
 
 
 def tree(root: Path, classes: int = 2, each: int = 12, size: tuple[int, int] = (40, 36)) -> Path:
@@ -188,39 +194,42 @@ def test_runs_are_named_after_the_data(tmp_path, monkeypatch, data, name):
 
 
 def test_labels_are_held_out_and_parts_are_found(tmp_path, folder):
-    cfg = choose({"data.train": folder})
+    cfg = chosen({"data.train": folder})
     assert (cfg.data.train, cfg.data.test, cfg.data.holdout, cfg.out) == ("imgs", "", 0.2, "runs/imgs")
     assert cfg.eval.k <= 12
-    assert choose({"data.train": "./imgs/"}) == cfg == choose({"data.train": Path("imgs").name})
+    assert chosen({"data.train": "./imgs/"}) == cfg == chosen({"data.train": Path("imgs").name})
     # without labels nothing is, nor where no class has two
-    assert choose({"data.train": "imgs/class0"}).data.holdout == 0
+    assert chosen({"data.train": "imgs/class0"}).data.holdout == 0
     tree(tmp_path / "single", classes=8, each=1)
-    assert choose({"data.train": "single"}).data.holdout == 0
+    assert chosen({"data.train": "single"}).data.holdout == 0
     for part in ("train", "val"):
         tree(tmp_path / "set" / part)
-    cfg = choose({"data.train": "set"})
+    cfg = chosen({"data.train": "set"})
     assert (cfg.data.train, cfg.data.test, cfg.data.holdout) == ("set/train", "set/val", 0)
-    assert cfg.out == "runs/set" and choose({"data.train": "set", "data.holdout": 0.5}).data.test == ""
+    assert cfg.out == "runs/set" and chosen({"data.train": "set", "data.holdout": 0.5}).data.test == ""
     # a folder that is called as what is built in
     tree(tmp_path / "photos")
-    assert choose({"data.train": "./photos"}).data.train == "./photos"
+    assert chosen({"data.train": "./photos"}).data.train == "./photos"
 
 
 def test_the_choice_is_made_once(tmp_path, folder, monkeypatch, caplog):
-    cfg = extrema_fast.preset("own")
     run = extrema_fast.pretrain(data=folder, epochs=1, progress=False)
     assert run == Path("runs/imgs") and json.loads((run / "status.json").read_text())["state"] == "complete"
     begun = json.loads((run / "config.json").read_text())
-    assert begun["train"]["epochs"] == 1 and begun["optim"]["warmup_epochs"] < 1 and cfg.train.epochs != 1
+    assert begun["train"]["epochs"] == 1 and begun["optim"]["warmup_epochs"] < 1
+    # what was given differs from what is recorded as chosen
+    made_from = json.loads((run / "env.json").read_text())["preset"]
+    assert made_from == {"name": "own", "changes": {"train.epochs": preset("own").train.epochs}}
+    assert choose({"data.train": folder})[1].train.epochs == preset("own").train.epochs
     # on another machine, with the same images and with more
     monkeypatch.setattr(own, "cores", lambda: 64)
     with caplog.at_level(logging.INFO, "extrema_fast"):
-        assert to_dict(choose({"data.train": folder})) == begun
+        assert to_dict(chosen({"data.train": folder})) == begun
     assert "chosen when this run was begun" in caplog.text
-    assert to_dict(choose({"data.train": folder}, overwrite=True)) != begun
+    assert to_dict(chosen({"data.train": folder}, overwrite=True)) != begun
     assert extrema_fast.pretrain(data=folder, progress=False) == run
     tree(tmp_path / "imgs", classes=3)
-    assert to_dict(choose({"data.train": folder})) == begun
+    assert to_dict(chosen({"data.train": folder})) == begun
     (run / "status.json").write_text('{"state": "preempted"}')
     with pytest.raises(UsageError, match="images"):
         extrema_fast.pretrain(data=folder, progress=False)
@@ -235,17 +244,17 @@ def test_the_choice_is_made_once(tmp_path, folder, monkeypatch, caplog):
 
 def test_other_runs_and_folders_are_not_touched(tmp_path, folder):
     with pytest.raises(UsageError, match=r"--out imgs: is a folder with other content"):
-        choose({"data.train": folder, "out": "imgs"})
+        chosen({"data.train": folder, "out": "imgs"})
     with pytest.raises(UsageError, match="no images, and no run in runs/none"):
-        choose({"out": "runs/none"})
+        chosen({"out": "runs/none"})
     with pytest.raises(UsageError, match="own: no images; name them"):
-        choose({})
+        chosen({})
     with pytest.raises(UsageError, match=r"train\.epochs: expected int, got '5'"):
-        choose({"data.train": folder, "train.epochs": "5"})
+        chosen({"data.train": folder, "train.epochs": "5"})
     with pytest.raises(UsageError, match=r"unknown option train\.epoch; did you mean 'train\.epochs'"):
-        choose({"data.train": folder, "train.epoch": 5})
+        chosen({"data.train": folder, "train.epoch": 5})
     with pytest.raises(UsageError, match="nowhere: does not exist"):
-        choose({"data.train": "nowhere"})
+        chosen({"data.train": "nowhere"})
 
 
 def test_a_configuration_with_images_and_epochs(tmp_path, folder, monkeypatch):
@@ -334,5 +343,17 @@ def test_processes_share_the_batch(folder, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    cfg = choose({"data.train": folder})
+    cfg = chosen({"data.train": folder})
     assert isinstance(cfg, Config) and cfg.train.batch_size % 3 == 0
+
+
+def test_all_processes_take_what_the_first_has_chosen(folder, monkeypatch):
+    seen: list[Config] = []
+    first = to_dict(chosen({"data.train": folder, "train.epochs": 9}))
+    world = SimpleNamespace(
+        size=2, broadcast=lambda x: first if isinstance(x, dict) else x, rank_zero_only=lambda call: call()
+    )
+    monkeypatch.setattr(train, "start", lambda device: contextlib.nullcontext(world))
+    monkeypatch.setattr(train, "is_finished", lambda cfg, allow: bool(seen.append(cfg)) or True)
+    train.pretrain(data=folder, epochs=5)
+    assert [to_dict(cfg) for cfg in seen] == [first]
