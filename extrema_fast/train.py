@@ -16,6 +16,7 @@ import torch
 
 from .config import Config, differing, from_dict, local_batch, nested, to_dict
 from .data.bad_images import BAD_ROWS
+from .data.image_source import left_out
 from .data.loader import Batch, TrainLoader
 from .data.order import epoch_length
 from .data.sources import ImageSource
@@ -159,8 +160,8 @@ def _loop(
 ) -> None:
     folder, world = train_log.folder, run.world
     saver = Saver(Path(run.cfg.out), run.cfg.ckpt, run.schedule.steps_per_epoch, run.step)
-    images, classes = epoch_length(run.source), len(run.source.classes)
-    text = headline(run.cfg, run.resolved, world.size, images, classes) + origin(run)
+    text = headline(run.cfg, run.resolved, world.size, epoch_length(run.source), run.source.classes)
+    text = "\n".join(filter(None, (text, left_out(run.source)))) + origin(run)
     train_log.start(text, loader.remedy())
     world.rank_zero_only(lambda: describe(run, folder, test) if folder else None)
     # evaluations and weights are made there

@@ -11,7 +11,7 @@ import logging
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ class ImageSource:
         value_range: (black, white) of images of more than 8 bits, as a manifest records it; None: not known.
         parts: (first row, end row, passes per epoch) of each source of a mixture; empty: each row once per epoch.
         root: folder below which whole files have the names that `hold_out` goes by.
+        left_out: kind -> number of files (of a manifest: status -> rows) that are there and not used.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ImageSource:
     parts: tuple[tuple[int, int, float], ...] = ()
     value_range: tuple[float, float] | None = None
     root: str = ""
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -80,6 +82,27 @@ class ImageSource:
         path = self.paths[row]
         with open_plain(path) as f:
             return read_range(f, offset, length, path)
+
+
+# class names that are written out
+_SHOWN = 5
+
+
+def among(classes: Sequence[str]) -> str:
+    """` in 3 classes (ape, bee, cat)`; empty without classes."""
+    if not classes:
+        return ""
+    shown = [*classes] if len(classes) <= _SHOWN else [*classes[: _SHOWN - 2], "..."]
+    return f" in {counted(len(classes), 'class')} ({', '.join(shown)})"
+
+
+def left_out(source: ImageSource) -> str:
+    """`left out 3 files: .txt 2, .heic 1`; empty where nothing was."""
+    kinds = sorted(source.left_out.items(), key=lambda item: -item[1])
+    if not kinds:
+        return ""
+    text = ", ".join(f"{kind} {n}" for kind, n in kinds[:_SHOWN]) + (", ..." if len(kinds) > _SHOWN else "")
+    return f"left out {counted(sum(source.left_out.values()), 'file')}: {text}"
 
 
 def in_shards(

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -351,6 +352,7 @@ def manifest_source(path: str | os.PathLike[str], *, check: bool = True) -> Imag
         shards=_shards(paths) if in_shard.all() else None,
         value_range=value_range([manifest.kind[r] for r in rows]),
         root=root,
+        left_out=dict(Counter(s.partition(":")[0] for s in manifest.status if s != OK)),
     )
 
 

@@ -15,6 +15,7 @@ import os
 import re
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -69,6 +70,8 @@ class _Shard(NamedTuple):
     samples: list[_Sample]
     # of each sample as written; None: it has none
     labels: list[str | None]
+    # ending -> members of kinds that are not read
+    unread: Counter[str]
 
 
 # ---- the members of a tar -------------------------------------------------------------------------
@@ -345,12 +348,15 @@ def _samples(path: str, found: list[Member], extensions: tuple[str, ...]) -> lis
     return samples
 
 
-def _open_shard(path: str, extensions: tuple[str, ...]) -> _Shard:
+def _open_shard(path: str, extensions: tuple[str, ...], unread: tuple[str, ...]) -> _Shard:
     try:
-        samples = _samples(path, members(path), extensions)
+        found = members(path)
+        samples = _samples(path, found, extensions)
         with open_plain(path) as f:
             labels = [s.label and _label(f.fileno(), s.label) for s in samples]
-            return _Shard(path, os.fstat(f.fileno()).st_size, samples, labels)
+            endings = Counter(os.path.splitext(m.name)[1].lower() for m in found)
+            left_out = Counter({kind: endings[kind] for kind in unread if endings[kind]})
+            return _Shard(path, os.fstat(f.fileno()).st_size, samples, labels, left_out)
     except OSError as e:
         raise UsageError(f"{path}: cannot be read ({e.strerror})") from e
 
@@ -370,7 +376,7 @@ def _label(fd: int, member: Member) -> str | None:
 
 
 def shard_source(
-    name: str, paths: list[str], extensions: tuple[str, ...], *, check: bool = True
+    name: str, paths: list[str], extensions: tuple[str, ...], unread: tuple[str, ...], *, check: bool = True
 ) -> ImageSource:
     """Opens the images in tar shards, in the order of `paths` and within each of the tar.
 
@@ -378,10 +384,11 @@ def shard_source(
 
     Args:
         name: the name of the set in messages.
-        extensions: of images, in lower case, with the dot.
+        extensions: of images, in lower case, with the dot; `unread`: of those that are only counted.
         check: False: no warning about images of 0 bytes.
     """
-    shards = [shard for shard in _open_shards(name, paths, extensions) if shard.samples]
+    opened = list(_open_shards(name, paths, extensions, unread))
+    shards = [shard for shard in opened if shard.samples]
     if not shards:
         raise UsageError(
             f"{name}: no images in {len(paths)} tar {'file' if len(paths) == 1 else 'files'}; looked for members "
@@ -406,14 +413,17 @@ def shard_source(
         spans=spans,
         names=names,
         shards=np.repeat(np.arange(len(shards), dtype=np.int32), counts),
+        left_out=dict(sum((shard.unread for shard in opened), Counter[str]())),
     )
 
 
-def _open_shards(name: str, paths: list[str], extensions: tuple[str, ...]) -> Iterator[_Shard]:
+def _open_shards(
+    name: str, paths: list[str], extensions: tuple[str, ...], unread: tuple[str, ...]
+) -> Iterator[_Shard]:
     reported = time.monotonic()
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="shards")
     try:
-        for number, shard in enumerate(pool.map(lambda p: _open_shard(p, extensions), paths), 1):
+        for number, shard in enumerate(pool.map(lambda p: _open_shard(p, extensions, unread), paths), 1):
             if time.monotonic() - reported > _REPORT_EVERY_S:
                 reported = time.monotonic()
                 log.info("%s: %d of %d shards opened", name, number, len(paths))

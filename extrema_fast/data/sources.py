@@ -248,19 +248,37 @@ def _from_folder(name: str, root: Path, split: str, extensions: tuple[str, ...],
             _warn_of_unread(name, found)
         if nested:
             _warn_of_loose(name, len(images), len(nested))
-        return _from_paths(name, root, sorted(images) + nested, None, [], check)
+        source = _from_paths(name, root, sorted(images) + nested, None, [], check)
+        return dataclasses.replace(source, left_out=_unused(found, extensions))
     if check:
         _warn_of_unread(name, found)
     labels = [label for label, folder in enumerate(folders) for _ in inside[folder]]
-    if len(folders) == 1 and (below := _list(root / folders[0])[0]):
-        log.warning(
-            "%s: one class, %s, whose %d folders (%s) look like the classes; did you mean %s?",
-            name, folders[0], len(below), ", ".join(below[:3]), root / folders[0],
-        )  # fmt: skip
     empty = [folder for folder in folders if not inside[folder]]
     if empty:
         log.warning("%s: no images in %d of %d class folders: %s", name, len(empty), len(folders), empty[:3])
-    return _from_paths(name, root, nested, labels, folders, check)
+    if len(folders) - len(empty) == 1:
+        _warn_of_wrapper(name, root / next(f for f in folders if inside[f]), nested)
+    source = _from_paths(name, root, nested, labels, folders, check)
+    return dataclasses.replace(source, left_out=_unused(found, extensions))
+
+
+def _warn_of_wrapper(name: str, folder: Path, paths: list[str]) -> None:
+    """Warns where the only class is a folder around what look like the classes."""
+    below = [Path(path).relative_to(folder).parts for path in paths]
+    while (
+        len(folders := sorted({parts[0] for parts in below if len(parts) > 1})) == 1
+        and min(map(len, below)) > 1
+    ):
+        folder, below = folder / folders[0], [parts[1:] for parts in below]
+    if len(folders) > 1 and min(map(len, below)) > 1:
+        log.warning(
+            "%s: all images are of one class; the %d folders in %s (%s) look like the classes; did you mean %s?",
+            *(name, len(folders), folder, ", ".join(folders[:3]), folder),
+        )
+
+
+def _unused(found: Counter[str], extensions: tuple[str, ...]) -> dict[str, int]:
+    return {kind: n for kind, n in found.items() if kind not in extensions}
 
 
 def _list(folder: Path) -> tuple[list[str], list[str]]:
@@ -390,7 +408,9 @@ def _from_shards(
         return _from_zips(name, paths, split, extensions, check)
     if "table" in kinds:
         return _from_tables(name, paths, check)
-    return shard_source(name, paths, extensions, check=check)
+    source = shard_source(name, paths, extensions, UNREAD if check else (), check=check)
+    _warn_of_unread(name, Counter(source.left_out))
+    return source
 
 
 def _from_zips(
@@ -422,7 +442,7 @@ def _from_zips(
         _warn_of_loose(name, loose, len(rows) - loose)
     number_of = {folder: label for label, folder in enumerate(folders)}
     labels = None if loose else torch.tensor([number_of[below[0]] for _, below, _ in rows])
-    return in_shards(
+    source = in_shards(
         name,
         paths,
         [(number, m.name, m.offset, m.size, f"{m.crc32:08x}") for number, _, m in rows],
@@ -430,6 +450,7 @@ def _from_zips(
         [] if loose else folders,
         check=check,
     )
+    return dataclasses.replace(source, left_out=_unused(found, extensions))
 
 
 def _from_tables(name: str, paths: list[str], check: bool) -> ImageSource:
@@ -583,6 +604,7 @@ def _mixture(name: str, path: Path, split: str, check: bool, holdout: float) -> 
         parts=tuple((end - len(s), end, share) for (s, share), end in zip(blocks, ends, strict=True))
         if any(share < 1 for _, share in blocks)
         else (),
+        left_out=dict(sum((Counter(source.left_out) for source in sources), Counter[str]())),
     )
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import MAX_PIXELS
-from ..data.image_source import ImageSource
+from ..data.image_source import ImageSource, among, left_out
 from ..data.manifest import (
     COLUMNS,
     Row,
@@ -38,7 +38,7 @@ from ..data.manifest import (
 )
 from ..data.sources import BUILT_IN, EXTENSIONS, open_source
 from ..distributed import cores
-from ..errors import DataError, Preempted, StorageError, UsageError, install
+from ..errors import DataError, Preempted, StorageError, UsageError, counted, install
 from ..progress import ImageProgress
 from .verify import BATCH, OK, Pool, Verdict
 from .work import Work
@@ -142,6 +142,8 @@ def index(
         raise UsageError(f"--max-pixels: expected 1 or more, got {max_pixels}")
     job = _plan(data, Path(out).expanduser(), strict, max_pixels)
     _check_out(job, force)
+    about = f"{counted(len(job.source), 'image')}{among(job.source.classes)}", left_out(job.source)
+    log.info("%s: %s", data, "; ".join(filter(None, about)))
     work = Work(job.part)
     try:
         if force and job.part.is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from .. import config
 from ..config import Config, ModelConfig, local_batch
+from ..data.image_source import among
 from ..data.loader import choose_loader, decoding_threads
 from ..data.resident import Place
 from ..errors import UsageError, counted
@@ -225,13 +226,14 @@ def derived(cfg: Config, processes: int = 1, images: int | None = None) -> dict[
 _LOADING = {"gpu": "images held by the GPU", "host": "images held by the CPU", "off": ""}
 
 
-def headline(cfg: Config, resolved: Resolved, processes: int, images: int, classes: int = 0) -> str:
+def headline(
+    cfg: Config, resolved: Resolved, processes: int, images: int, classes: Sequence[str] = ()
+) -> str:
     """The run in three lines: what is trained on how many images an epoch, batch and rate, how it is computed."""
     v, r = derived(cfg, processes, images), resolved
-    among = f" in {counted(classes, 'class')}" if classes else ""
     factors = f"{processes} x {cfg.train.accumulation} x {v['local_batch']}"
     return (
-        f"{cfg.data.train}: {images} images{among}, {counted(cfg.train.epochs, 'epoch')} of "
+        f"{cfg.data.train}: {images} images{among(classes)}, {counted(cfg.train.epochs, 'epoch')} of "
         f"{v['steps_per_epoch']} steps; "
         f"{cfg.mask.views} views of {v['num_keep']} of {v['num_patches']} tokens; {cfg.head.loss}, "
         f"{r.precision} on {r.device}, {_LOADING[r.resident] or r.loader + ' loader'}\n"

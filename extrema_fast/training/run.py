@@ -478,6 +478,8 @@ def _count(source: ImageSource) -> dict[str, Any]:
     if source.labels is not None:
         sizes = torch.bincount(source.labels, minlength=len(source.classes)).tolist()
         found |= {"classes": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
+    if source.left_out:
+        found["left_out"] = sum(source.left_out.values())
     return found
 
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from extrema_fast.data import sources
+from extrema_fast.data.image_source import among, left_out
 from extrema_fast.data.sources import match_classes, open_source
 from extrema_fast.errors import DataError, UsageError
 
 from .conftest import fails
+from .tars import write_tar
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 
@@ -329,13 +331,47 @@ def test_addresses_are_refused_with_what_to_do(tmp_path, url, words):
     fails(tmp_path / "m.toml", f"source 1: .*{words}")
 
 
-def test_a_folder_around_the_class_folders_and_kinds_left_out_are_named(tmp_path, caplog):
-    for name in ("imgs/a/1.png", "imgs/b/2.png"):
+def test_kinds_left_out_are_counted(tmp_path, caplog):
+    files = ["a/1.png", "a/4.png", "a/3.heic", "a/notes.txt", "a/.hidden.svg", "b/2.png", "b/deep/README"]
+    for name in files:
+        image(tmp_path / "d" / "x.png")
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d/x.png").rename(tmp_path / "d" / name)
+    source = open_source(str(tmp_path / "d"))
+    assert "left out 1 image of kinds that are not read: .heic 1" in caplog.text and "txt" not in caplog.text
+    assert left_out(source) == left_out(open_source(str(tmp_path / "d"), "test", holdout=0.5)) != ""
+    assert source.left_out == {".heic": 1, ".txt": 1, "no extension": 1}
+    assert left_out(source).startswith("left out 3 files: ")
+    assert open_source(str(tmp_path / "d"), check=False).left_out == {".txt": 1, "no extension": 1}
+    # and of a tar only images, since other members belong to samples
+    write_tar(tmp_path / "t.tar", [(f.replace("/", "_"), b"x") for f in files if "hidden" not in f])
+    tar = open_source(str(tmp_path / "t.tar"))
+    assert tar.left_out == {".heic": 1} and "t.tar: left out 1 image of" in caplog.text
+    (tmp_path / "m.toml").write_text('[[source]]\npath = "d"\npasses = 2\n[[source]]\npath = "t.tar"\n')
+    assert open_source(str(tmp_path / "m.toml")).left_out == {".heic": 2, ".txt": 1, "no extension": 1}
+    assert among(source.classes) == " in 2 classes (a, b)" and among([]) == ""
+    assert among(list("abcdef")) == " in 6 classes (a, b, c, ...)"
+
+
+@pytest.mark.parametrize(
+    ("names", "meant"),
+    [
+        (["imgs/a/1.png", "imgs/b/2.png"], "imgs"),
+        (["imgs/a/1.png", "imgs/b/2.png", "annotations/1.xml"], "imgs"),
+        (["x/y/z/a/1.png", "x/y/z/b/deep/1.png"], "x/y/z"),
+        # a class, with more of its images in folders; and one alone
+        (["ape/1.png", "ape/young/1.png", "ape/old/1.png"], ""),
+        (["ape/1.png"], ""),
+        (["ape/zoo/1.png"], ""),
+    ],
+)
+def test_a_folder_around_the_class_folders_is_noticed(tmp_path, names, meant, caplog):
+    for name in names:
+        image(tmp_path / "x.png")
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        image(tmp_path / name)
-    (tmp_path / "imgs/a/3.heic").write_bytes(b"x")
-    (tmp_path / "imgs/a/notes.txt").write_bytes(b"x")
+        (tmp_path / "x.png").rename(tmp_path / name)
     source = open_source(str(tmp_path))
-    assert source.classes == ["imgs"]
-    assert f"did you mean {tmp_path / 'imgs'}?" in caplog.text and "left out 1 image of" in caplog.text
-    assert ".heic 1" in caplog.text and "txt" not in caplog.text
+    assert len(set(source.labels.tolist())) == 1
+    said = f"all images are of one class; the 2 folders in {tmp_path / meant} (a, b) look like the classes"
+    assert ("all images are of one class" in caplog.text) == bool(meant)
+    assert not meant or (said in caplog.text and f"did you mean {tmp_path / meant}?" in caplog.text)

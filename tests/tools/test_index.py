@@ -512,10 +512,10 @@ def test_a_run_reads_the_manifest(images, out, tmp_path, run_cli):
     options = ["--train.epochs", "1", "--train.batch-size", "8", "--data.loader", "pil"]
     codes, text = run_cli(*args, *options)
     assert codes == [0], text
-    assert f"{out}: 40 images in 3 classes, 1 epoch of 5 steps" in text
+    assert f"{out}: 40 images in 3 classes (a, b, c), 1 epoch of 5 steps" in text
     # half of it each epoch: what is said of an epoch is what comes in it
     mixture = tmp_path / "mixture.toml"
     mixture.write_text(f'[[source]]\npath = "{out}"\npasses = 0.5\n')
     args[3], args[7] = mixture, tmp_path / "mixed"
     codes, text = run_cli(*args, *options, "--data.limit", "0")
-    assert codes == [0] and f"{mixture}: 20 images in 3 classes, 1 epoch of 2 steps" in text, text
+    assert codes == [0] and f"{mixture}: 20 images in 3 classes (a, b, c), 1 epoch of 2 steps" in text, text

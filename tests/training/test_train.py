@@ -238,6 +238,7 @@ def test_log_and_evaluations(tmp_path, capsys):
     assert all({"knn_cls", "knn_mean", "teacher_std", "view_cosine"} <= r.keys() for r in evals)
     screen = capsys.readouterr().out
     assert "eval step 9: k-NN class token" in screen and "(step 0: " in screen
+    assert "24 images in 4 classes (blobs, checks, rings, stripes), 3 epochs of 3 steps" in screen
     assert "batch 8 (processes x micro-batches x images = 1 x 1 x 8), peak learning rate 0.000625" in screen
     env = json.loads((out / "env.json").read_text())
     assert env["resolved"]["compile"] == "none" and env["resolved"]["recompute"] == "norm"
@@ -247,14 +248,16 @@ def test_log_and_evaluations(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("holdout", [0.0, 0.3])
-def test_unlabelled_images_have_indicators_only(tmp_path, holdout, caplog):
+def test_unlabelled_images_have_indicators_only(tmp_path, holdout, caplog, capsys):
     flat = tmp_path / "flat"
     flat.mkdir()
     for i, path in enumerate(open_source("synthetic").paths[:16]):
         shutil.copy(path, flat / f"{i}{Path(path).suffix}")
+    (flat / "notes.txt").touch()
     change = {"train": str(flat), "limit": 0, "holdout": holdout}
     cfg = tiny(tmp_path / "run", data=change, eval={"every_epochs": 5})
-    out = train.pretrain(cfg, progress=False)
+    out = train.pretrain(cfg)
+    assert "\nleft out 1 file: .txt 1\n" in capsys.readouterr().out
     evals = logged(out, "eval")
     held = len(open_source(str(flat), "test", holdout=0.3))
     assert [r["step"] for r in evals] == [0, 2 if holdout else 4]
