@@ -555,6 +555,17 @@ def _runs(p: _Parser, args: list[str]) -> None:
     _print(json.dumps(as_json(found), indent=1) if o["json"] else format_table(found, o["folder"]))
 
 
+@_command("compare runs/photos runs/longer")
+def _compare(p: _Parser, args: list[str]) -> None:
+    """Write one page about several runs: results, curves, settings that differ."""
+    p.add("runs", nargs="+", metavar="RUN", help="run folders")
+    p.add("--out", default="comparison.html", metavar="FILE", help="the page (default: comparison.html)")
+    o = p.options(args)
+    from .reporting.compare import compare
+
+    _print(compare(o["runs"], o["out"]))
+
+
 @_command("doctor")
 def _doctor(p: _Parser, args: list[str]) -> None:
     """Look at this machine: what is installed, what of it works, how to fix the rest; with a small run."""

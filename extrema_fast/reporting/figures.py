@@ -88,7 +88,8 @@ def line_chart(
         return ""
     # text stays text; equal input gives equal bytes
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
-        figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+        # a legend of many rows must not shrink the axes
+        figure = Figure(figsize=(5.2, 2.9 + 0.17 * max(0, (len(curves) - 5) // 2)), layout="constrained")
         axes = figure.subplots()
         for s, x, y in curves:
             # one point is no line

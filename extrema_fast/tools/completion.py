@@ -60,7 +60,8 @@ def script(
         for action in parser._actions:
             _values(action, shtab)
         commands.add_parser(name, help=parser.description)
-    return shtab.complete(main, shell)
+    # bash also completes files where a first word is no preset
+    return shtab.complete(main, shell).replace("complete -o bashdefault", "complete -o bashdefault -o default")
 
 
 def _values(action: argparse.Action, shtab: object) -> None:

@@ -1,0 +1,152 @@
+"""One self-contained HTML file about several runs: results, curves over one another, settings that differ."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ..config import flatten
+from ..errors import UsageError
+from ..evaluation.evaluate import CLS, MEAN, PRETRAINED
+from ..files import read_text, write_file
+from ..progress import duration
+from .figures import Series, line_chart
+from .record import Record, RunRecord, curve, identity, read_run, seconds
+from .report import _row, render
+
+# twice the colors of a chart: full and dashed lines
+MOST = 12
+COLORS = 6
+# in a page of this file, which alone is replaced
+MADE = "<!-- extrema_fast comparison -->"
+X = Literal["step", "epoch", "minutes"]
+
+
+def compare(run_dirs: Sequence[str | Path], out: str | Path = "comparison.html") -> Path:
+    """Writes a page that compares runs, finished or not.
+
+    Args:
+        run_dirs: Run folders, 2 to `MOST`.
+        out: The file; an earlier comparison is replaced.
+
+    Returns:
+        Its path.
+
+    Raises:
+        UsageError: not two runs, too many, one twice, a folder that is no run, another file in `out`.
+    """
+    path = Path(out)
+    folders = [Path(d).resolve() for d in run_dirs]
+    if twice := [d for d, f in zip(run_dirs, folders, strict=True) if folders.count(f) > 1]:
+        raise UsageError(f"{twice[0]}: named twice; name different runs")
+    if not 2 <= len(folders) <= MOST:
+        raise UsageError(f"compare: expected 2 to {MOST} runs, got {len(folders)}")
+    _check_target(path)
+    runs = [read_run(d) for d in run_dirs]
+    names = _names(folders)
+    keys = [{"name": n, "color": i % COLORS, "dashed": i >= COLORS} for i, n in enumerate(names)]
+    html = render(
+        "compare.html.j2",
+        made=MADE,
+        runs=keys,
+        rows=[_results(run) for run in runs],
+        notes=_notes(runs),
+        charts={x: _charts(runs, names, x) for x in get_args(X)},
+        changes=_different(runs),
+        identities=[identity(run) for run in runs],
+    )
+    write_file(path, (html + "\n").encode("utf-8", "replace"))
+    return path
+
+
+def _check_target(path: Path) -> None:
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UsageError(f"--out {path}: is no plain file; nothing was touched, choose another --out")
+    if path.exists() and MADE not in read_text(path, errors="replace"):
+        raise UsageError(
+            f"--out {path}: was not written by compare; nothing was touched, choose another --out"
+        )
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The runs' names; as much of their paths as tells them apart where two are equal."""
+    names = [f.name for f in folders]
+    if len(set(names)) == len(names):
+        return names
+    common = Path(os.path.commonpath(folders))
+    return [str(f.relative_to(common)) for f in folders]
+
+
+def _different(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
+    """{option: [value per run]} of what is not the same in all."""
+    all_ = [flatten(run.cfg) for run in runs]
+    return {k: [a[k] for a in all_] for k in all_[0] if k != "out" and any(a[k] != all_[0][k] for a in all_)}
+
+
+def _notes(runs: Sequence[RunRecord]) -> list[str]:
+    """What cannot be compared."""
+    notes = []
+    if len({(r.cfg.head.loss, r.cfg.head.temperature * (r.cfg.head.loss == "infonce")) for r in runs}) > 1:
+        notes.append("The runs have different losses, whose values say nothing about one another.")
+    tests = {(r.cfg.data.test or r.cfg.data.train, r.cfg.data.holdout, r.cfg.eval.max_test) for r in runs}
+    rules = {(r.cfg.eval.k, r.cfg.eval.temperature, r.cfg.eval.max_train) for r in runs}
+    if len(tests) > 1:
+        notes.append("The runs are evaluated on different test images: their accuracies cannot be compared.")
+    elif len(rules) > 1:
+        notes.append(
+            "k-NN follows different rules (eval.*): small differences in accuracy may come from that."
+        )
+    if len({(r.env.get("gpu") or r.env.get("device"), r.env.get("host")) for r in runs}) > 1:
+        notes.append(
+            "The runs were made on different machines: images per second and minutes tell of these, too."
+        )
+    return notes
+
+
+def _results(run: RunRecord) -> Record:
+    """A row of the table of results; None: not known."""
+    known = [r for r in run.evals if r.get("knn_cls") is not None]
+    losses = [r["loss"] for r in run.train if r.get("loss") is not None]
+    speeds = [r["images_per_s"] for r in run.train if r.get("images_per_s")]
+    spent = seconds(run.train)[-1:]
+    row = _row(run.result, PRETRAINED, CLS)
+    memory = [r["memory_gb"] for r in run.train if r.get("memory_gb")]
+    return {
+        "state": str(run.status.get("state", "unknown")),
+        "step": run.step,
+        "total": run.status.get("total_steps"),
+        "knn": known[-1]["knn_cls"] if known else None,
+        "start": known[0]["knn_cls"] if known and known[0]["step"] == 0 else None,
+        "final_knn": row.get("knn"),
+        "probe": row.get("probe"),
+        "loss": losses[-1] if losses else None,
+        "images_per_s": float(np.median(speeds)) if speeds else None,
+        "time": duration(spent[0]) if spent else None,
+        "memory_gb": max(memory) if memory else None,
+    }
+
+
+_CHARTS: list[tuple[str, str, str, dict[str, bool]]] = [
+    (f"k-NN accuracy, {CLS}", "eval", "knn_cls", {"percent": True}),
+    (f"k-NN accuracy, {MEAN}", "eval", "knn_mean", {"percent": True}),
+    ("Loss", "train", "loss", {}),
+    ("Effective rank of class tokens", "eval", "teacher_rank", {}),
+    ("Learning rate", "train", "lr", {"zero": True}),
+    ("Images per second", "train", "images_per_s", {"zero": True}),
+]
+
+
+def _charts(runs: Sequence[RunRecord], names: Sequence[str], x: X) -> list[Record]:
+    drawn = []
+    for title, kind, key, options in _CHARTS:
+        series = [
+            Series(name, curve(run, kind, key, x), i % COLORS, i >= COLORS)
+            for i, (run, name) in enumerate(zip(runs, names, strict=True))
+        ]
+        svg = line_chart(f"{title} by {x}", series, xlabel=x, **options)
+        drawn.append({"title": title, "svg": svg, "note": ""})
+    return [d for d in drawn if d["svg"]]
