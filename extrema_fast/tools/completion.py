@@ -61,7 +61,9 @@ def script(
             _values(action, shtab)
         commands.add_parser(name, help=parser.description)
     # bash also completes files where a first word is no preset
-    return shtab.complete(main, shell).replace("complete -o bashdefault", "complete -o bashdefault -o default")
+    return shtab.complete(main, shell).replace(
+        "complete -o bashdefault", "complete -o bashdefault -o default"
+    )
 
 
 def _values(action: argparse.Action, shtab: object) -> None:
