@@ -19,6 +19,8 @@ from .errors import printable
 
 log = logging.getLogger(__name__)
 
+BAR_AFTER_S = 0.5
+
 
 def duration(seconds: float) -> str:
     """`1:02:03`, or `2:03` below an hour."""
@@ -36,7 +38,7 @@ class Progress:
         start: how many were done before.
         enabled: False shows nothing; None: as the level of the logger says.
         lines: about how many lines are printed without a terminal; at least one a minute.
-        pause_s: seconds before the first of these lines, and at least between two.
+        pause_s: seconds before the first of these lines, and at least between two; the bar comes after half a second.
         stays: whether a finished bar stays on the screen.
         stream: standard output by default.
 
@@ -64,14 +66,20 @@ class Progress:
         # a program without standard output has None
         self.stream: TextIO | None = stream or sys.stdout
         self.broken = self._owns = False
+        self.bar: Any
         self.began, self.shown, self.shown_at = time.monotonic(), -total, -math.inf
-        self.bar: Any = None
-        if self.enabled and (Progress._display or (self.stream and self.stream.isatty())):
-            self.bar = Progress._display or self._open(stays)
-        if self.bar is not None:
-            self.task = self.bar.add_task(what, total=total, completed=start, text="")
+        self.stays, self.bar, self._begun = stays, None, False
+        if not pause_s:
+            self._begin()
 
-    def _open(self, stays: bool) -> Any:
+    def _begin(self) -> None:
+        self._begun = True
+        if self.enabled and (Progress._display or (self.stream and self.stream.isatty())):
+            self.bar = Progress._display or self._open()
+        if self.bar is not None:
+            self.task = self.bar.add_task(self.what, total=self.total, completed=self.start, text="")
+
+    def _open(self) -> Any:
         try:
             from rich import progress
             from rich.console import Console
@@ -85,18 +93,21 @@ class Progress:
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
         )
-        display = progress.Progress(*columns, console=Console(file=self.stream), transient=not stays)
+        display = progress.Progress(*columns, console=Console(file=self.stream), transient=not self.stays)
         display.start()
         Progress._display, self._owns = display, True
         return display
 
     def update(self, done: int, text: str = "") -> None:
         """Moves the bar to `done`; with `text` (rates, losses) also shows it, on a line when one is due."""
+        now = time.monotonic()
+        # what is done at once would only flicker
+        if not self._begun and now - self.began > BAR_AFTER_S:
+            self._begin()
         if self.bar is not None:
             with self._showing():
                 self.bar.update(self.task, completed=done, **({"text": text} if text else {}))
             return
-        now = time.monotonic()
         late = now - self.shown_at > 60
         if not text or not (late or done - self.shown >= self.total / self.lines or done == self.total):
             return
@@ -150,27 +161,30 @@ class Progress:
 
 
 class ImageProgress(Progress):
-    """Images done of a total, with their rate, on standard error; a quick task prints no lines.
+    """Images (or others) done of a total, with their rate, on standard error; a quick task prints no lines.
 
     Args:
         what: what is done to them.
         total: how many there are.
         enabled: False shows nothing; None: as the level of the logger says.
+        unit: what they are.
     """
 
-    def __init__(self, what: str, total: int, enabled: bool | None = None) -> None:
+    def __init__(self, what: str, total: int, enabled: bool | None = None, *, unit: str = "images") -> None:
         super().__init__(what, total, enabled=enabled, lines=20, pause_s=5, stays=False, stream=sys.stderr)
-        self.done = 0
+        self.done, self.unit = 0, unit
 
     def __enter__(self) -> ImageProgress:
         return self
 
     def advance(self, images: int) -> None:
-        """So many more images are done."""
+        """So many more are done."""
         self.reached(self.done + images)
 
     def reached(self, images: int, note: str = "") -> None:
-        """So many images are done; `note` is shown after the rate."""
+        """So many are done; `note` is shown after the rate."""
         self.done = images
         rate = images / max(time.monotonic() - self.began, 1e-9)
-        self.update(images, f"{rate:.0f} images/s" + (f", {note}" if note else ""))
+        self.update(
+            images, f"{rate:.{'0f' if rate >= 10 else '2g'}} {self.unit}/s" + (f", {note}" if note else "")
+        )

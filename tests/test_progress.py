@@ -79,6 +79,10 @@ def test_a_bar_on_a_terminal_and_one_below_it(monkeypatch):
         screen.update(4, "loss 0.5000")
         screen.say("hello [1/2]")
         with ImageProgress("features [/]", 20, enabled=True) as below:
+            below.reached(2)
+            assert below.bar is None, "it may be done at once"
+            below.began -= 1
+            below.reached(3)
             assert below.bar is screen.bar
             below.reached(7)
             assert [(t.description, t.completed) for t in screen.bar.tasks] == [

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import DataError, UsageError
 from ..kernels.crop_resize import COLUMNS
 from ..ops import dispatch as ops
+from ..progress import ImageProgress
 from .decode import AHEAD, Decoded, Settings, Work, take_ahead
 from .image_files import ImageFiles
 from .image_source import ImageSource
@@ -162,11 +163,13 @@ def hold(
     first = _first_rows(source)
     todo = np.flatnonzero((first == np.arange(len(source))) & ~left_out)
     failed: dict[int, DataError] = {}
-    for at in range(0, len(todo), _ROWS_AT_A_TIME):
-        rows = todo[at : at + _ROWS_AT_A_TIME]
-        failed |= {
-            int(rows[place]): e for place, e in files.read_headers(rows, with_bytes=False).failed.items()
-        }
+    with ImageProgress(f"headers of {source.name}", len(todo)) as bar:
+        for at in range(0, len(todo), _ROWS_AT_A_TIME):
+            rows = todo[at : at + _ROWS_AT_A_TIME]
+            failed |= {
+                int(rows[place]): e for place, e in files.read_headers(rows, with_bytes=False).failed.items()
+            }
+            bar.advance(len(rows))
     files.close()
     todo = todo[~np.isin(todo, list(failed))]
     lengths = 3 * files.sizes[todo].astype(np.int64).prod(1)
@@ -191,13 +194,17 @@ def hold(
                 into[starts[row] - begin :][: image.size] = image.ravel()
             except DataError as e:
                 failed[row] = e
+            bar.advance(1)
 
     # a GPU gets pieces, decoded into page-locked memory
     staged = pixels.device.type != "cpu"
     limits = np.arange(_STAGE_BYTES, len(pixels), _STAGE_BYTES) if staged else np.empty(0, np.int64)
     pieces = np.searchsorted(ends, limits, "right")
     edges = np.unique([0, *pieces, len(todo)])
-    with ThreadPoolExecutor(threads, thread_name_prefix="hold") as pool:
+    with (
+        ThreadPoolExecutor(threads, thread_name_prefix="hold") as pool,
+        ImageProgress(f"decoding {source.name}", len(todo)) as bar,
+    ):
         for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             rows, begin, end = todo[low:high], int(ends[low] - lengths[low]), int(ends[high - 1])
             target = (

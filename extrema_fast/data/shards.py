@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import tarfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from ..errors import DataError, UsageError
 from ..files import check_plain, open_plain, read_text, write_file
+from ..progress import ImageProgress
 from .image_source import ImageSource, number_classes, warn_of_empty
 from .manifest import unescape
 from .photos import cache_root
@@ -42,7 +42,6 @@ _MAX_SHARDS = 1_000_000
 # a label is a few bytes; what is longer is no label
 _MAX_LABEL = 1 << 20
 _THREADS = 8
-_REPORT_EVERY_S = 10.0
 # members whose header is compared when an index is read
 _CHECKED = 8
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -420,14 +419,12 @@ def shard_source(
 def _open_shards(
     name: str, paths: list[str], extensions: tuple[str, ...], unread: tuple[str, ...]
 ) -> Iterator[_Shard]:
-    reported = time.monotonic()
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="shards")
     try:
-        for number, shard in enumerate(pool.map(lambda p: _open_shard(p, extensions, unread), paths), 1):
-            if time.monotonic() - reported > _REPORT_EVERY_S:
-                reported = time.monotonic()
-                log.info("%s: %d of %d shards opened", name, number, len(paths))
-            yield shard
+        with ImageProgress(f"opening {name}", len(paths), unit="shards") as bar:
+            for shard in pool.map(lambda p: _open_shard(p, extensions, unread), paths):
+                bar.advance(1)
+                yield shard
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -28,6 +28,7 @@ from .. import rng
 from ..config import did_you_mean, parse_toml
 from ..errors import UsageError, counted
 from ..files import check_plain, read_text
+from ..progress import ImageProgress
 from .image_source import (
     ImageSource,
     hold_out,
@@ -232,7 +233,11 @@ def _from_folder(name: str, root: Path, split: str, extensions: tuple[str, ...],
     images = [str(root / f) for f in files if f.lower().endswith(extensions)]
     _reject_splits(name, root, folders, split)
     above = {os.path.realpath(root)}
-    inside = {folder: _walk(root / folder, above, found, extensions) for folder in folders}
+    inside = {}
+    with ImageProgress(f"listing {name}", len(folders), unit="folders") as bar:
+        for folder in folders:
+            inside[folder] = _walk(root / folder, above, found, extensions)
+            bar.advance(1)
     nested = [path for paths in inside.values() for path in paths]
     if not images and not nested:
         shards = saved_tables(root) or [str(root / f) for f in files if f.lower().endswith(SHARDS)]

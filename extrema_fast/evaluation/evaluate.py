@@ -340,7 +340,7 @@ def evaluate(
             return known
 
     started = time.monotonic()
-    log.info("images are %s; --crop-pct sets it", resizing)
+    log.debug("images are %s; --crop-pct sets it", resizing)
     # without a class head the pooled feature is the mean of the patches
     fields = {CLS: "cls", MEAN: "mean"} if encoder.num_prefix_tokens else {MEAN: "mean"}
     rows: list[dict[str, Any]] = []
@@ -379,7 +379,7 @@ def evaluate(
             with torch.inference_mode():
                 attention = model.get_attention(normalize(x, data.mean, data.std, model.in_chans))
             signs[name]["attention_entropy"] = attention_entropy(attention)
-        log.info("%s: %s", name, ", ".join(f"{m} {rows[-len(fields)][m]:.1%}" for m in settings["metrics"]))
+        log.debug("%s: %s", name, ", ".join(f"{m} {rows[-len(fields)][m]:.1%}" for m in settings["metrics"]))
     a, b = (raw_pixels(s, data, encoder.img_size, resizing=resizing) for s in (bank, queries))
     found = _predict(a, b, "cls", settings, where)
     rows.append({"encoder": PIXELS, "feature": "pixels"} | _accuracies(found, b))

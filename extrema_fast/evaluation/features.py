@@ -21,6 +21,7 @@ from ..data.loader import EvalLoader
 from ..data.preprocess import KEEP_EXACT, Resizing
 from ..data.sources import ImageSource, match_classes, subset
 from ..errors import UsageError
+from ..progress import ImageProgress
 
 if TYPE_CHECKING:
     from ..models.encoder import Encoder
@@ -68,14 +69,17 @@ def extract(
     modes = [(m, m.training) for m in encoder.modules()]
     encoder.to(device).eval()
     cls, mean, rows = [], [], []
+    loader = EvalLoader(
+        source, cfg, encoder.img_size, batch_size=batch_size, device=device, bad=bad, resizing=resizing
+    )
     try:
-        for images, index in EvalLoader(
-            source, cfg, encoder.img_size, batch_size=batch_size, device=device, bad=bad, resizing=resizing
-        ):
-            rows.append(index)
-            out = encoder.encode(normalize(images.to(device), cfg.mean, cfg.std, encoder.in_chans))
-            cls.append(out.cls.float().cpu())
-            mean.append(out.patches.float().mean(1).cpu())
+        with ImageProgress(f"encoding {source.name}", len(source)) as bar:
+            for images, index in loader:
+                rows.append(index)
+                out = encoder.encode(normalize(images.to(device), cfg.mean, cfg.std, encoder.in_chans))
+                cls.append(out.cls.float().cpu())
+                mean.append(out.patches.float().mean(1).cpu())
+                bar.advance(len(index))
     finally:
         for module, mode in modes:
             module.training = mode
@@ -112,10 +116,13 @@ def raw_pixels(
     height, width = (min(s, side) for s in img_size)
     pixels, rows = [], []
     bad = BadRows(source, 1.0, warn=False)
-    for images, index in EvalLoader(source, cfg, img_size, batch_size=batch_size, bad=bad, resizing=resizing):
-        x = images.permute(0, 3, 1, 2).float() / 255
-        pixels.append(F.adaptive_avg_pool2d(x, (height, width)))
-        rows.append(index)
+    loader = EvalLoader(source, cfg, img_size, batch_size=batch_size, bad=bad, resizing=resizing)
+    with ImageProgress(f"pixels of {source.name}", len(source)) as bar:
+        for images, index in loader:
+            x = images.permute(0, 3, 1, 2).float() / 255
+            pixels.append(F.adaptive_avg_pool2d(x, (height, width)))
+            rows.append(index)
+            bar.advance(len(index))
     x, kept = torch.cat(pixels), torch.cat(rows)
     if x.shape[1] == 3 and torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2]):
         x = x[:, :1]
@@ -153,9 +160,12 @@ def overlap(train: ImageSource, test: ImageSource, seed: int = 0) -> list[str]:
     few = cap(test, OVERLAP_IMAGES, seed)
     sizes = dict.fromkeys(map(few.size, range(len(few))))
     by_size: dict[int, list[int]] = {}
-    for row in range(len(train)):
-        if (size := train.size(row)) in sizes:
-            by_size.setdefault(size, []).append(row)
+    with ImageProgress(f"sizes of {train.name}", len(train), unit="files") as bar:
+        for row in range(len(train)):
+            if (size := train.size(row)) in sizes:
+                by_size.setdefault(size, []).append(row)
+            if row % 1000 == 0:
+                bar.reached(row)
     digests: dict[int, bytes] = {}
     found, first = 0, ""
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import NonFiniteError, UsageError
+from ..progress import ImageProgress
 
 # of the linear probe, as in the paper
 EPOCHS, WARMUP_EPOCHS = 90, 10
@@ -78,12 +79,14 @@ def knn_predictions(
     # 16 M similarities at a time: 64 MB
     chunk = max(1, (1 << 24) // len(bank))
     predicted = []
-    for q in queries.split(chunk):
-        top, index = (q @ bank.T).topk(min(k, len(bank)), dim=1)
-        # the shift keeps exp finite at any temperature and cancels in the comparison
-        weight = ((top - top[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(q), classes, device=q.device).scatter_add_(1, labels[index], weight)
-        predicted.append(votes.argmax(1).cpu())
+    with ImageProgress("k-NN", len(queries)) as bar:
+        for q in queries.split(chunk):
+            top, index = (q @ bank.T).topk(min(k, len(bank)), dim=1)
+            # the shift keeps exp finite at any temperature and cancels in the comparison
+            weight = ((top - top[:, :1]) / temperature).exp()
+            votes = torch.zeros(len(q), classes, device=q.device).scatter_add_(1, labels[index], weight)
+            predicted.append(votes.argmax(1).cpu())
+            bar.advance(len(q))
     return torch.cat(predicted)
 
 
@@ -135,17 +138,19 @@ def probe_predictions(
     weights = torch.zeros(x.shape[1] + 1, classes)
     weights[:-1] = torch.randn(x.shape[1], classes, generator=generator) * 0.01
     weights, velocity = weights.to(x.device), torch.zeros_like(weights).to(x.device)
-    for epoch in range(EPOCHS):
-        order = torch.randperm(n, generator=generator).to(x.device)
-        for i in range(per_epoch):
-            rows = order[i * batch : (i + 1) * batch]
-            batch_x = x[rows]
-            # gradient of the mean cross-entropy: softmax minus one-hot; the last row is the bias
-            error = torch.addmm(weights[-1], batch_x, weights[:-1]).softmax(1)
-            error[torch.arange(len(rows), device=x.device), y[rows]] -= 1
-            error /= len(rows)
-            velocity.mul_(0.9).add_(torch.cat([batch_x.T @ error, error.sum(0, keepdim=True)]))
-            weights -= _probe_rate(rate, epoch + i / per_epoch) * velocity
+    with ImageProgress("linear probe", EPOCHS, unit="epochs") as bar:
+        for epoch in range(EPOCHS):
+            order = torch.randperm(n, generator=generator).to(x.device)
+            for i in range(per_epoch):
+                rows = order[i * batch : (i + 1) * batch]
+                batch_x = x[rows]
+                # gradient of the mean cross-entropy: softmax minus one-hot; the last row is the bias
+                error = torch.addmm(weights[-1], batch_x, weights[:-1]).softmax(1)
+                error[torch.arange(len(rows), device=x.device), y[rows]] -= 1
+                error /= len(rows)
+                velocity.mul_(0.9).add_(torch.cat([batch_x.T @ error, error.sum(0, keepdim=True)]))
+                weights -= _probe_rate(rate, epoch + i / per_epoch) * velocity
+            bar.advance(1)
     test = (test_x.float() - mean) * inv_std
     logits = torch.addmm(weights[-1], test, weights[:-1])
     return logits.argmax(1).cpu()

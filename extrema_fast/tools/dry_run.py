@@ -9,6 +9,7 @@ from typing import Any
 from ..config import Config, local_batch
 from ..data.order import epoch_length
 from ..distributed import start
+from ..progress import ImageProgress
 from ..train import train_step
 from ..training.resolve import checkpoint_bytes, derived
 from ..training.run import build, init_weights, open_loader, open_train, prepare_torch
@@ -37,14 +38,16 @@ def dry_run(
             init_weights(run, init_from, overwrite)
         wrap(run)
         times = []
-        with open_loader(run) as loader:
-            for _ in range(min(steps, run.schedule.total_steps)):
+        steps = min(steps, run.schedule.total_steps)
+        with open_loader(run) as loader, ImageProgress("dry run", steps, unit="steps") as bar:
+            for _ in range(steps):
                 began = time.perf_counter()
                 train_step(run, next(batches(run, loader)))
                 run.step += 1
                 # reading the counters waits for the device
                 values = run.counters.read().values()
                 times.append(time.perf_counter() - began)
+                bar.advance(1)
         tokens = cfg.mask.views * cfg.num_keep
         begun = {f"init_from: {part}": what for part, what in (run.began_from or {}).items()}
         return derived(cfg, world.size, epoch_length(run.source)) | {

@@ -274,7 +274,7 @@ def embed(
             world.rank_zero_only(lambda: _lock(out, held))
             todo = world.broadcast(world.rank_zero_only(lambda: _prepare(out, config, force)))
             if todo is not None:
-                log.info("images are %s; --crop-pct sets it", settings.resizing)
+                log.debug("images are %s; --crop-pct sets it", settings.resizing)
                 _make(job, out, todo, progress)
                 world.rank_zero_only(lambda: _finish(job, out))
     return load_embeddings(out)

@@ -175,7 +175,7 @@ def _index(job: Job, work: Work, force: bool, processes: int, progress: bool) ->
     kept = work.finished()
     for record in kept.values():
         known |= _known_rows(job, record.get("lines", []), job.part.name)
-    lines, todo = _take_over(job, known)
+    lines, todo = _take_over(job, known, progress)
     began, decoder = time.monotonic(), ""
     if todo:
         if len(todo) < len(lines):
@@ -315,20 +315,23 @@ def _is_within(fields: list[str], max_pixels: int) -> bool:
     return pixels <= max_pixels and not fields[STATUS].startswith("too large")
 
 
-def _take_over(job: Job, known: dict[tuple[str, str], str]) -> tuple[list[str], list[int]]:
+def _take_over(job: Job, known: dict[tuple[str, str], str], progress: bool) -> tuple[list[str], list[int]]:
     """The line of each row that is known and unchanged, "" for the others, and the rows of these."""
     lines, todo = [], []
     # the rows of a shard have one file
     size_and_time = lru_cache(maxsize=1)(_size_and_time)
-    for row, path in enumerate(job.source.paths):
-        line = known.get((escape(job.paths[row]), str(job.offsets[row])), "")
-        if line:
-            size, mtime_ns = size_and_time(path)
-            size = size if job.lengths[row] < 0 else job.lengths[row]
-            line = _unchanged(line.split("\t"), size, mtime_ns, job, row)
-        lines.append(line)
-        if not line:
-            todo.append(row)
+    with ImageProgress("looking for changes", len(job.paths), progress) as bar:
+        for row, path in enumerate(job.source.paths):
+            line = known.get((escape(job.paths[row]), str(job.offsets[row])), "")
+            if line:
+                size, mtime_ns = size_and_time(path)
+                size = size if job.lengths[row] < 0 else job.lengths[row]
+                line = _unchanged(line.split("\t"), size, mtime_ns, job, row)
+                if row % 1000 == 0:
+                    bar.reached(row)
+            lines.append(line)
+            if not line:
+                todo.append(row)
     return lines, todo
 
 

@@ -135,7 +135,13 @@ def _measure(run: Run, given: Iterator[Batch], steps: int, warmup: int) -> tuple
         return 1000 * (time.perf_counter() - began) / count
 
     # capture follows a few eager steps, up to 11 with several processes
-    timed(max(warmup, 15) if run.cfg.train.cuda_graph else warmup)
+    warmup = max(warmup, 15) if run.cfg.train.cuda_graph else warmup
+    # lines, not a bar, whose thread would be in the times
+    log.info("%d steps to warm up", warmup)
+    each = timed(warmup)
+    log.info(
+        "%d steps to time and %d to profile, about %.0f s", steps, steps + 1, each * (2 * steps + 1) / 1000
+    )
     plain = timed(steps)
     # the tracer's own lines on standard error are left out
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")

@@ -24,6 +24,7 @@ from ..distributed import World, pick_device
 from ..errors import ExtremaError, StorageError, UsageError, install
 from ..evaluation.evaluate import weights_hash
 from ..files import new_file
+from ..progress import ImageProgress
 from ..weights import load as convert
 from .embed import Job, Settings, encode_batch
 from .embeddings import ROWS, Embeddings, Row, load_embeddings
@@ -121,9 +122,7 @@ def nearest(
     queries = F.normalize(queries.float(), dim=1).to(device)
     best = torch.empty(len(queries), 0, device=device)
     at = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
-    for first, part in embeddings.parts():
-        if not len(part):
-            continue
+    for first, part in _shown(embeddings):
         bank = F.normalize(part.float().to(device), dim=1)
         found = []
         for q, b, a in zip(queries.split(QUERIES), best.split(QUERIES), at.split(QUERIES), strict=True):
@@ -138,6 +137,15 @@ def nearest(
             found.append((score[:, :k], place.gather(1, order)[:, :k]))
         best, at = (torch.cat(x) for x in zip(*found, strict=True))
     return best.cpu(), at.cpu()
+
+
+def _shown(embeddings: Embeddings) -> Iterator[tuple[int, Tensor]]:
+    """The parts that hold something; how far this is, is shown."""
+    with ImageProgress("searching", len(embeddings)) as bar:
+        for first, part in embeddings.parts():
+            if len(part):
+                yield first, part
+            bar.advance(len(part))
 
 
 # ---- the query ------------------------------------------------------------------------------------
@@ -197,7 +205,12 @@ def _encode(
         loader = "auto"
     cfg = DataConfig(loader=loader, exif=settings.exif)
     job = Job(encoder.to(device).eval(), images, settings, cfg, 32, World(device), strict=True)
-    return torch.cat([encode_batch(job, batch, index) for batch, index in job.images(images)])
+    found = []
+    with ImageProgress("encoding queries", len(images)) as bar:
+        for batch, index in job.images(images):
+            found.append(encode_batch(job, batch, index))
+            bar.advance(len(index))
+    return torch.cat(found)
 
 
 # ---- the result -----------------------------------------------------------------------------------

@@ -175,6 +175,7 @@ def wrap(run: Run) -> None:
     mode = run.resolved.compile
     options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": BACKEND}
     if mode != "none":
+        log.info("train.compile %s: the first step waits for the compiler", mode)
         # otherwise recompiling at every step would end in silent eager execution
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         # a block is one graph: torch would cut it where the buckets of gradients end

@@ -106,6 +106,8 @@ class WandB:
             self._run = wandb.init(**options)
         except Exception as error:
             warnings.warn(f"offline ({one_line(error)})", stacklevel=1)
+            # the process of wandb holds the id of what failed
+            wandb.teardown()
             self._run = wandb.init(mode="offline", **options)
         # not wandb's own count of steps, which cannot go back
         self._run.define_metric("*", step_metric="step")

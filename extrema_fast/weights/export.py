@@ -146,6 +146,7 @@ def export(
         torch.randn(b, encoder.in_chans, *encoder.img_size, generator=torch.Generator().manual_seed(b))
         for b in _BATCHES
     ]
+    log.info("writing %s, then comparing it with the encoder on random images", name)
     with new_folder(out, partial(check_replaceable, force=force)) as folder:
         job = Job(encoder, folder, description, options, images)
         config = {**form.write(job), "extrema_fast": description}

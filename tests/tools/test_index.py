@@ -497,7 +497,8 @@ def test_the_command(images, out, run_cli):
     assert codes == [2] and "unknown option --thread; did you mean --threads?" in text
     stop = (
         "import extrema_fast.tools.index as index\n"
-        "def stop(*a, **k): raise KeyboardInterrupt\n"
+        "def stop(self, *a, **k):\n"
+        "    if self.what == 'decoding': raise KeyboardInterrupt\n"
         "index.ImageProgress.reached = stop\n"
     )
     codes, text = run_cli("index", images, "--out", f"{out}2", "--threads", "1", setup=stop)

@@ -63,6 +63,9 @@ class Bank:
             yield first, part
             first += len(part)
 
+    def __len__(self):
+        return sum(map(len, self._parts))
+
 
 # ---- the arithmetic -------------------------------------------------------------------------------
 

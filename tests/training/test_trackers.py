@@ -30,6 +30,7 @@ REAL = {
     "wandb.init": "wandb:init",
     "wandb.Settings": "wandb:Settings",
     "wandb.Artifact": "wandb:Artifact",
+    "wandb.teardown": "wandb:teardown",
     "Artifact.add_file": "wandb:Artifact.add_file",
     "wandb.log": "wandb.sdk.wandb_run:Run.log",
     "wandb.define_metric": "wandb.sdk.wandb_run:Run.define_metric",
@@ -97,13 +98,19 @@ class Remote:
         )
         artifact = types.SimpleNamespace(add_file=self.call("Artifact.add_file"))
 
+        held: set[str] = set()
+
         def init(**options: Any) -> Any:
             if options.get("mode") != "offline":
+                held.add(options["id"])
                 raise RuntimeError("no network")
+            if options["id"] in held:
+                raise RuntimeError("run ID is in use")
             self.runs.append(options["id"])
             return run
 
         made = {"init": self.call("wandb.init", init), "Settings": self.call("wandb.Settings")}
+        made["teardown"] = self.call("wandb.teardown", held.clear)
         return {"wandb": made | {"Artifact": self.call("wandb.Artifact", artifact)}}
 
     def _trackio(self) -> dict[str, dict]:
