@@ -141,7 +141,7 @@ def choose(given: Mapping[str, Any], *, overwrite: bool = False) -> tuple[Config
             given["data.train"] = before.data.train
         log.info("%s: settings chosen when this run was begun (config.json); --overwrite chooses again", out)
         made_from = read_json(Path(out) / "env.json", {}).get("preset")
-        changes = made_from["changes"] if fits(made_from, {"changes": dict}) else {}
+        changes = made_from["changes"] if made_from and fits(made_from, {"changes": dict}) else {}
         return from_dict(nested(given), before), _valid(changes, before)
     if not data:
         raise UsageError(f"own: no images, and no run in {out} that names them; add --data.train FOLDER")
@@ -149,7 +149,13 @@ def choose(given: Mapping[str, Any], *, overwrite: bool = False) -> tuple[Config
     simple = {k: v for k, v in given.items() if k.startswith(("data.", "system.")) or k == "train.seed"}
     asked = from_dict(nested(simple), preset("own"))
     device = pick_device(asked.system.device, local, processes)
-    images = _probe(asked)
+    # none, where that is what is asked for
+    splits = not {"data.test", "data.holdout"} & given.keys()
+    images = _probe(asked, splits)
+    if images.total < 2:
+        raise UsageError(
+            f"{asked.data.train}: {counted(images.total, 'image')} to train on; a run needs at least 2"
+        )
     machine = Machine(
         device.type,
         processes,
@@ -203,7 +209,7 @@ def _memory(device: torch.device) -> float:
     return free_on_host() / processes_here()
 
 
-def _probe(asked: Config) -> Images:
+def _probe(asked: Config, splits: bool) -> Images:
     """Opens the training images and reads some headers; what is wrong with the set is said when it is trained on."""
     data, seed = asked.data, asked.train.seed
 
@@ -214,7 +220,7 @@ def _probe(asked: Config) -> Images:
         source = opened(data.holdout)
         sizes = np.bincount(np.zeros(0, np.int64) if source.labels is None else source.labels.numpy())
         holdout, test = data.holdout, data.test or ("built in" if data.train in BUILT_IN else "")
-        if not test and not holdout and sizes.max(initial=0) > 1:
+        if splits and not test and np.count_nonzero(sizes) > 1 and sizes.max() > 1:
             # enough to count by, and no more than a tenth or 10,000
             holdout = round(min(0.2 if len(source) < 1000 else 0.1, 10_000 / len(source)), 4)
             source = opened(holdout)
@@ -310,7 +316,8 @@ class Settings:
         elif images.test:
             self._say("test images", images.test, "k-NN while training")
         else:
-            why = "no class has two images" if images.classes else "no labels"
+            why = ("no labels", "one class", "no class has two images")[min(images.classes, 2)]
+            why = "given" if {"data.test", "data.holdout"} & self.given.keys() else why
             self._say("test images", "none", f"{why}: no k-NN, collapse is watched on training images")
 
     def _crop(self) -> int:

@@ -207,6 +207,10 @@ def test_labels_are_held_out_and_parts_are_found(tmp_path, folder):
     cfg = chosen({"data.train": "set"})
     assert (cfg.data.train, cfg.data.test, cfg.data.holdout) == ("set/train", "set/val", 0)
     assert cfg.out == "runs/set" and chosen({"data.train": "set", "data.holdout": 0.5}).data.test == ""
+    # none where none is wanted
+    for option in ({"data.holdout": 0.0}, {"data.test": ""}):
+        cfg = chosen({"data.train": folder, **option})
+        assert (cfg.data.holdout, cfg.data.test) == (0, "") and cfg.train.batch_size == 8
     # a folder that is called as what is built in
     tree(tmp_path / "photos")
     assert chosen({"data.train": "./photos"}).data.train == "./photos"
@@ -255,6 +259,9 @@ def test_other_runs_and_folders_are_not_touched(tmp_path, folder):
         chosen({"data.train": folder, "train.epoch": 5})
     with pytest.raises(UsageError, match="nowhere: does not exist"):
         chosen({"data.train": "nowhere"})
+    tree(tmp_path / "one", classes=1, each=1)
+    with pytest.raises(UsageError, match="one: 1 image to train on; a run needs at least 2"):
+        chosen({"data.train": "one"})
 
 
 def test_a_configuration_with_images_and_epochs(tmp_path, folder, monkeypatch):
