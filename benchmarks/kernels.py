@@ -249,11 +249,16 @@ def registers(argv: list[str]) -> int:
         return 1
     kept = ("registers", "shared", "stack", "local", "ctas", "accesses", "wide")
     content = {name: {k: row[k] for k in kept if k in row} for name, row in rows.items()}
+    sources = {f"{r['op']} | {r['variant']}": r["source"] for r in rows.values()}
     target = args.out / f"{args.name}.json"
     if target.is_file() and len(ops) < len(OPS):
-        old = json.loads(target.read_text(encoding="utf-8"))["rows"]
-        content |= {name: row for name, row in old.items() if name.partition(" | ")[0] not in ops}
-        content = dict(sorted(content.items(), key=lambda item: OPS.index(item[0].partition(" | ")[0])))
+        old = json.loads(target.read_text(encoding="utf-8"))
+
+        def whole(new: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+            found = new | {k: v for k, v in before.items() if k.partition(" | ")[0] not in ops}
+            return dict(sorted(found.items(), key=lambda item: OPS.index(item[0].partition(" | ")[0])))
+
+        content, sources = whole(content, old["rows"]), whole(sources, old["sources"])
     variants: dict[str, Row] = {}
     for name, row in content.items():
         key, _, arch = name.rpartition(" | ")
@@ -268,7 +273,7 @@ def registers(argv: list[str]) -> int:
         columns(variants.values(), "op, variant=key", *(f"{a}={a}" for a in ARCHITECTURES)),
     ]
     args.out.mkdir(parents=True, exist_ok=True)
-    table = {"triton": triton.__version__, "rows": content}
+    table = {"triton": triton.__version__, "sources": sources, "rows": content}
     target.write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
     target.with_suffix(".md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     print(f"{len(rows)} compiled, no spills: {target.with_suffix('.md')}")

@@ -1,6 +1,6 @@
 """Compiles every shipped kernel configuration for four GPU architectures; no GPU is needed.
 
-python -m extrema_fast.kernels.aot [--op NAME ...] [--arch 80 90 100 120] [--jobs 2] [--json FILE]
+python -m extrema_fast.kernels.aot [--op NAME ...] [--arch 80 90 100 120] [--jobs 2] [--json FILE] [--known FILE]
 
 Prints registers, stack (where spills go), shared memory, how many programs fit on a multiprocessor, and how many of the
 accesses to global memory in the machine code are 16 bytes per thread; fails (exit code 1) on spills and on more shared
@@ -10,6 +10,7 @@ memory than a block has.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -59,16 +60,9 @@ def specialize(launch: _launch.Launch) -> tuple[dict[str, str], dict[str, object
     return types, constants, aligned
 
 
-def compile_variant(op: str, name: str, arch: int) -> dict:
-    """One row of the table.
-
-    Returns:
-        `op`, `variant`, `arch`, `problems` and, if it compiles: `registers` of a thread, bytes of `stack`, `local`,
-        `shared`; `ctas`, programs that fit on a multiprocessor; `accesses` to global memory in the machine code, and
-        those of 16 bytes, `wide`.
-    """
+def _source(op: str, name: str) -> tuple[Any, dict[str, Any]]:
+    """What Triton compiles for a variant, and its options."""
     import triton
-    from triton.backends.compiler import GPUTarget
 
     launch = spec(op).variants()[name]
     names = launch.kernel.arg_names
@@ -79,8 +73,28 @@ def compile_variant(op: str, name: str, arch: int) -> dict:
         constexprs={(names.index(a),): v for a, v in constants.items()},
         attrs={(names.index(a),): [["tt.divisibility", 16]] for a in aligned},
     )
-    options = {k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages")}
-    row: dict[str, Any] = {"op": op, "variant": name, "arch": arch}
+    return source, {k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages")}
+
+
+def source_key(op: str, name: str) -> str:
+    """What a variant's machine code depends on, the version of Triton and the architecture apart, as 16 digits."""
+    source, options = _source(op, name)
+    return hashlib.sha256(f"{source.hash()} {sorted(options.items())}".encode()).hexdigest()[:16]
+
+
+def compile_variant(op: str, name: str, arch: int) -> dict:
+    """One row of the table.
+
+    Returns:
+        `op`, `variant`, `arch`, `source` (`source_key`), `problems` and, if it compiles: `registers` of a thread, bytes
+        of `stack`, `local`, `shared`; `ctas`, programs that fit on a multiprocessor; `accesses` to global memory in the
+        machine code, and those of 16 bytes, `wide`.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source, options = _source(op, name)
+    row: dict[str, Any] = {"op": op, "variant": name, "arch": arch, "source": source_key(op, name)}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:
@@ -131,32 +145,40 @@ def _machine_code(cubin: bytes) -> dict[str, int]:
     }
 
 
-def compile_all(ops: list[str], architectures: list[int], jobs: int = 1, sample: bool = False) -> list[dict]:
+def compile_all(
+    ops: list[str], architectures: list[int], jobs: int = 1, known: dict[str, str] | None = None
+) -> list[dict]:
     """Rows of every variant of `ops` (`compile_variant`), in a fixed order.
 
     Args:
-        sample: each variant for one of the architectures, in turns.
+        known: "op | variant" -> `source_key` of what need not be compiled again. Compiled are the first variant of each
+            op and those with another key, each for one of the architectures, in turns.
     """
     variants = [(op, name) for op in ops for name in spec(op).variants()]
-    turns = [[a] for a in architectures] if sample else [architectures]
-    tasks = [(*v, arch) for i, v in enumerate(variants) for arch in turns[i % len(turns)]]
+    if known is None:
+        tasks = [(*v, arch) for v in variants for arch in architectures]
+    else:
+        tasks = [
+            (op, name, architectures[i % len(architectures)])
+            for i, (op, name) in enumerate(variants)
+            if i == 0 or variants[i - 1][0] != op or source_key(op, name) != known.get(f"{op} | {name}")
+        ]
     if jobs == 1:
         return [compile_variant(*t) for t in tasks]
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         return pool.starmap(compile_variant, tasks, chunksize=1)
 
 
-def compile_rows(ops: list[str], jobs: int = 1, sample: bool = False) -> list[dict]:
-    """`compile_all` for all architectures in a new process, for callers whose Triton interprets kernels.
-
-    With `sample` each variant is compiled for one of them, in turns.
-    """
+def compile_rows(ops: list[str], jobs: int = 1, known: dict[str, str] | None = None) -> list[dict]:
+    """`compile_all` for all architectures in a new process, for callers whose Triton interprets kernels."""
     # interpreted kernels cannot be compiled, and Triton reads the variable at its import
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, "-m", __name__, "--jobs", str(jobs), "--json", str(out), "--op", *ops]
-        command += ["--sample"] if sample else []
+        if known is not None:
+            (Path(folder) / "known.json").write_text(json.dumps(known), encoding="utf-8")
+            command += ["--known", str(Path(folder) / "known.json")]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if not out.is_file():
             raise RuntimeError(done.stderr[-2000:] or done.stdout[-2000:])
@@ -172,14 +194,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--op", nargs="*", choices=OPS, default=list(OPS))
     parser.add_argument("--arch", nargs="*", type=int, choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
-    parser.add_argument("--sample", action="store_true", help="each variant for one --arch, in turns")
+    parser.add_argument(
+        "--known",
+        type=Path,
+        help="sources that need not be compiled again (JSON); else for one --arch, in turns",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
     if not _launch.HAS_TRITON:
         print("Triton is not installed: nothing to compile", file=sys.stderr)
         return 2
-    rows = compile_all(args.op, args.arch, args.jobs, args.sample)
+    known = json.loads(args.known.read_text(encoding="utf-8")) if args.known else None
+    rows = compile_all(args.op, args.arch, args.jobs, known)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     for r in rows:
