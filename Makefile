@@ -66,7 +66,7 @@ TRY_SEED ?= 1
 TRY_RECORD ?= faults.json
 
 test-faults: $(TEST_READY)  ## kills, signals, failing storage, forged files, links: TRIES= TRY_SEED= TRY_RECORD=
-	$(PYTEST) tests/faults --timeout 3600 --tries $(TRIES) --try-seed $(TRY_SEED) --try-record $(TRY_RECORD) $(PYTEST_ARGS)
+	$(PYTEST) tests/faults tests/training/test_kill_data.py --timeout 3600 --tries $(TRIES) --try-seed $(TRY_SEED) --try-record $(TRY_RECORD) $(PYTEST_ARGS)
 
 # timm's own tests come with its source, which is kept here
 TIMM_TESTS ?= .cache/timm-tests

@@ -412,8 +412,9 @@ def test_ranges_are_off_outside_a_profile_and_in_compiled_code():
 @pytest.mark.slow
 def test_compiled_blocks_are_split_too(monkeypatch, tmp_path):
     def only_the_blocks(self, **options):
-        for branch in (self.student_branch, self.teacher_branch):
-            branch.encoder.blocks[0].compile(**options)
+        self.teacher_branch.encoder.blocks[0].compile(**options)
+        # C++ of forward and backward takes half a minute; the names of regions are the same without
+        self.student_branch.encoder.blocks[0].compile(**options | {"backend": "aot_eager"})
 
     # pooling, heads and loss would take as long again
     monkeypatch.setattr(ExtreMA, "compile_regions", only_the_blocks)
@@ -423,8 +424,10 @@ def test_compiled_blocks_are_split_too(monkeypatch, tmp_path):
     for branch in ("teacher", "student"):
         assert found[branch, trace.LINEARS]["matmul_ms"] > 0
         assert found[branch, trace.REST]["ms"] > 0 and found[branch, trace.ATTENTION]["ms"] > 0
+    for part in (trace.LINEARS, trace.REST, trace.ATTENTION):
+        assert found["student", part]["backward_ms"] > 0
     fused = {component for component, op in trace.Breakdown(events(tmp_path)).ops if "_fused_" in op}
-    assert {f"student {trace.REST}", f"teacher {trace.REST}"} <= fused
+    assert f"teacher {trace.REST}" in fused
     assert not any(r["branch"] == trace.COMPILED for r in result["rows"])
 
 

@@ -95,11 +95,8 @@ def by_step(out: Path) -> dict[int, list]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("order", "times"),
-    [("global", 3), ("shards", 3), pytest.param("shards", 10, marks=pytest.mark.slow)],
-)
-def test_killed_at_random_moments(pretrain, order, times):
+@pytest.mark.parametrize("order", ["global", "shards"])
+def test_killed_at_random_moments(pretrain, request, order):
     flags = ("--data.order", order, "--data.window", "2")
     code, text, straight = pretrain("straight", *flags)
     assert code == 0, text
@@ -109,8 +106,8 @@ def test_killed_at_random_moments(pretrain, order, times):
         rows = [r for step in range(8 * epoch, 8 * epoch + 8) for r in want[step][0]]
         assert len(rows) == 40 == len(set(rows)) and BAD not in rows
     # each run dies twice, the second time no earlier than the first
-    moments = random.Random(order)
-    for number in range(times):
+    moments = random.Random(f"{order}{request.config.getoption('try_seed') or ''}")
+    for number in range(3 * request.config.getoption("tries")):
         for dies in sorted(moments.uniform(0, STEPS - 1) for _ in range(2)):
             code, text, out = pretrain(f"run{number}", *flags, env={"DIES": str(dies)})
             assert code == -signal.SIGPROF, text
