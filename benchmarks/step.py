@@ -398,7 +398,7 @@ def compare(name: str, found: Found, truth: Found) -> dict[str, Any]:
         if key.endswith("qkv.bias"):
             gap[len(g) // 3 : 2 * len(g) // 3] = 0
         # a gradient that is nearly zero everywhere is judged by the others' size
-        gaps[key] = float(gap.max()) / max(float(g.abs().max()), 1e-4 * largest)
+        gaps[key] = float(gap.max()) / max(float(g.abs().max()), 1e-4 * largest, 1e-12)
     where = max(gaps, key=lambda k: gaps[k])
     text = f"fp32 loss {found[0]:.6f}, off by {error:.1e}; gradients by {gaps[where]:.1e} ({where})"
     return {"name": name, "passed": error <= LOSS_FP32 and gaps[where] <= GRADIENTS_FP32, "found": text}

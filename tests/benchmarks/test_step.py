@@ -59,6 +59,9 @@ def test_baselines_have_our_loss_and_gradients(name, truth):
     wrong = [(got[0], got[1] | {key: factor * got[1][key]}) for factor in (1.01, torch.nan)]
     wrong += [(got[0], {k: g for k, g in got[1].items() if k != key}), (1.001 * got[0], got[1])]
     assert not any(compare(name, w, wanted)["passed"] for w in wrong)
+    # where nothing is computed
+    zeros = (wanted[0], {k: torch.zeros_like(g) for k, g in wanted[1].items()})
+    assert compare(name, zeros, zeros)["passed"] and not compare(name, got, zeros)["passed"]
 
 
 @pytest.mark.parametrize("name", ["released", "strong-eager", "ours"])
