@@ -140,17 +140,17 @@ def refuse_url(spec: str, where: str = "") -> None:
     # owner and name of a data set
     hub = re.match(r"(?:huggingface\.co/)?datasets/([^/@]+/[^/@]+)", rest)
     first = {
-        "s3": f"aws s3 sync {spec} DIR, or mount-s3, then DIR",
-        "gs": f"gcloud storage rsync -r {spec} DIR, or gcsfuse, then DIR",
-        "http": f"wget {spec}, then the file (unpacked, where it is an archive other than .zip or .tar)",
-        "file": f"{rest}",
+        "s3": f"aws s3 sync {spec} DIR (or mount it by mount-s3), and give DIR",
+        "gs": f"gcloud storage rsync -r {spec} DIR (or mount it by gcsfuse), and give DIR",
+        "http": f"wget {spec}, unpack it if it is an archive other than .zip or .tar, and give the path",
+        "file": f"give {rest}",
     }
     first["https"] = first["http"]
     if hub:
-        first[kind] = f"hf download --repo-type dataset {hub[1]} --local-dir DIR, then DIR"
+        first[kind] = f"hf download --repo-type dataset {hub[1]} --local-dir DIR, and give DIR"
     raise UsageError(
-        f"{where}{spec}: images are read from a disk, not from {kind}://; give "
-        + first.get(kind, "a path, after downloading or mounting them")
+        f"{where}{spec}: images are read from a disk, not from {kind}://; "
+        + first.get(kind, "download or mount them, and give the path")
     )
 
 
@@ -183,12 +183,29 @@ def _open_one(spec: str, split: str, check: bool) -> ImageSource:
         return _from_list(spec, path, check)
     if is_pattern(spec):
         return _from_shards(spec, expand(spec), split, extensions, check)
-    archive = next((p for p in path.parents if p.is_file() and is_zip(p)), None)
-    if archive is not None:
+    if (archive := _archive_of(path)) is not None:
         return _from_zips(
             spec, [str(archive)], split, extensions, check, path.relative_to(archive).as_posix()
         )
     raise UsageError(f"{spec}: {_why_not_found(path)}; expected {_EXPECTED}")
+
+
+def is_there(spec: str) -> bool:
+    """Whether a path, a pattern or a folder in a zip archive names something on this disk."""
+    path = Path(spec).expanduser()
+    if path.exists():
+        return True
+    if is_pattern(spec):
+        try:
+            return bool(expand(spec))
+        except UsageError:
+            return False
+    return _archive_of(path) is not None
+
+
+def _archive_of(path: Path) -> Path | None:
+    """The zip archive that a path leads into."""
+    return next((p for p in path.parents if p.is_file() and is_zip(p)), None)
 
 
 def split_folders(spec: str) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..config import Config, DataConfig, EvalConfig, from_dict
 from ..data.augment import normalize
-from ..data.sources import BUILT_IN, ImageSource, open_source, split_folders, subset
+from ..data.sources import BUILT_IN, ImageSource, is_there, open_source, split_folders, subset
 from ..distributed import pick_device
 from ..errors import StorageError, UsageError
 from ..files import fits, no_links, read_json, write_file
@@ -166,14 +166,9 @@ def run_config(path: str | Path) -> Config | None:
 
 def _found(spec: str, folders: Sequence[Path]) -> str:
     """`spec`, or where its relative path exists below one of the folders."""
-    if (
-        not spec
-        or spec in BUILT_IN
-        or Path(spec).expanduser().exists()
-        or Path(spec).expanduser().is_absolute()
-    ):
+    if not spec or spec in BUILT_IN or Path(spec).expanduser().is_absolute() or is_there(spec):
         return spec
-    return next((str(f / spec) for f in folders if (f / spec).exists()), spec)
+    return next((str(f / spec) for f in folders if is_there(str(f / spec))), spec)
 
 
 def resolve_data(

@@ -318,11 +318,12 @@ def test_names_in_another_unicode_form(tmp_path, forms):
     ("url", "words"),
     [
         ("http://x.org/set.zip", r"wget http://x\.org/set\.zip"),
-        ("S3://bucket/train", "not from s3://; give aws s3 sync S3://bucket/train DIR"),
+        ("S3://bucket/train", "not from s3://; aws s3 sync S3://bucket/train DIR"),
         ("gs://bucket/train", "gcloud storage rsync -r gs://bucket/train DIR"),
         ("hf://datasets/ylecun/mnist@main/x.parquet", "hf download --repo-type dataset ylecun/mnist --local"),
         ("https://huggingface.co/datasets/a/b/tree/main", "hf download --repo-type dataset a/b --local-dir"),
-        ("abfs://x/y", "downloading or mounting"),
+        ("abfs://x/y", "download or mount them"),
+        ("file:///data/x", "give /data/x$"),
     ],
 )
 def test_addresses_are_refused_with_what_to_do(tmp_path, url, words):

@@ -522,6 +522,17 @@ def test_images_are_found_from_another_folder_and_after_moving(run, cfg, images,
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert evaluated(run) == 15
+    # what is no file itself: a pattern, a folder in an archive
+    shutil.make_archive(str(tmp_path / "there/set"), "zip", tmp_path / "there")
+    for train, test, start in (
+        ("set.zip/images", "s[e]t.zip", f"{tmp_path}/there/"),
+        ("no.zip/x", "no*.zip", ""),
+    ):
+        named = dataclasses.replace(cfg.data, train=train, test=test)
+        (run / "config.json").write_text(json.dumps(to_dict(dataclasses.replace(cfg, data=named))))
+        found = evals.run_config(run).data
+        assert (found.train, found.test) == (start + train, start + test)
+    (run / "config.json").write_text(json.dumps(to_dict(dataclasses.replace(cfg, data=data))))
     # run and images moved together
     (tmp_path / "there").rename(tmp_path / "moved")
     run.rename(tmp_path / "moved" / "run")
