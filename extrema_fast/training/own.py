@@ -46,7 +46,7 @@ LEAST_KEPT = 8
 # on a CPU: seconds of a run, FLOP/s of a core in steps of such sizes (bf16: 88e9 and 102e9 in the records; fp32: 38e9
 # on a busy machine), pixels of JPEG files that it decodes in a second; further cores add less, in the end nothing
 SECONDS, CORE_FLOPS, CORE_PIXELS = 480, {"bf16": 90e9, "fp32": 40e9}, 150e6
-SCALING, MOST_CORES = 0.8, 16
+SCALING, MOST_CORES = 0.6, 16
 # from this many on, a larger encoder
 MANY_CORES = 8
 # peak learning rate of the short recipe at batches of 32 and 64
