@@ -257,7 +257,9 @@ def _from_folder(name: str, root: Path, split: str, extensions: tuple[str, ...],
             bar.advance(1)
     nested = [path for paths in inside.values() for path in paths]
     if not images and not nested:
-        shards = saved_tables(root) or [str(root / f) for f in files if f.lower().endswith(SHARDS)]
+        # what lies next to tar shards describes them: img2dataset writes a table for each
+        kinds = ([str(root / f) for f in files if f.lower().endswith(k)] for k in (".tar", ".zip", TABLES))
+        shards = saved_tables(root) or next(filter(None, kinds), [])
         if shards:
             _reject_split_files(name, root, shards, split)
             return _from_shards(name, shards, split, extensions, check, root / MANIFEST)

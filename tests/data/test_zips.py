@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shutil
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,6 +19,7 @@ from extrema_fast.errors import DataError, UsageError
 from extrema_fast.tools.index import index
 
 from .conftest import assert_same, fails
+from .tars import write_tar
 
 NAMES = ["b/1.jpg", "a/2.png", "a/sub/3.JPG", "a b/4.jpg"]
 
@@ -42,7 +44,11 @@ def write_zip(path, files, prefix="", streamed=False):
 
     with open(path, "wb", buffering=0) as raw, zipfile.ZipFile(Pipe(raw), "w") as archive:
         for i, (name, data) in enumerate(files.items()):
-            archive.writestr(prefix + name, data, [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED][i % 2])
+            about = zipfile.ZipInfo(prefix + name)
+            about.compress_type = [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED][i % 2]
+            # sizes in 64 bits, as of large archives
+            with archive.open(about, "w", force_zip64=i % 3 == 0) as f:
+                f.write(data)
     return path
 
 
@@ -90,6 +96,11 @@ def test_several_archives_loose_images_and_parts_of_a_set(tmp_path, caplog):
             1,
         ]
         assert source.classes == ["a", "b"] and source.labels.tolist() == [0, 1, 0]
+    # next to tar shards, as other files that describe them
+    write_tar(tmp_path / "t/1.tar", [("1.jpg", b"1")])
+    shutil.copy(tmp_path / "s/1.zip", tmp_path / "t/1.zip")
+    (tmp_path / "t/1.parquet").write_bytes(b"PAR1")
+    assert open_source(str(tmp_path / "t")).names == [f"{tmp_path}/t/1.tar:1.jpg"]
     write_zip(tmp_path / "flat.zip", {"x/1.jpg": b"1", "x/2.jpg": b"2"})
     assert open_source(str(tmp_path / "flat.zip")).labels is None
     write_zip(tmp_path / "mixed.zip", {"1.jpg": b"1", "x/2.jpg": b"2"})
