@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -271,15 +271,17 @@ def reset_peak(device: torch.device) -> None:
 class Rates:
     """Rates of large matmuls (a linear layer, n x n x n) and copies on this machine."""
 
+    # n and bytes copied
+    sizes: ClassVar = {"cuda": (8192, 2**30), "cpu": (3072, 2**28)}
+
     def __init__(self, device: str, precisions: list[str], threads: int = 0) -> None:
         self.device = prepare(device, threads)
         gpu = self.device.type == "cuda"
-        self.side = 8192 if gpu else 3072
+        self.side, size = self.sizes[self.device.type]
         generator = torch.Generator(device).manual_seed(0)
         factors = torch.randn(2, self.side, self.side, generator=generator, device=device)
         self.factors = {p: factors.to(DTYPES[p]) for p in precisions}
-        size = (2**30 if gpu else 2**28,)
-        self.source = torch.randint(1, 255, size, dtype=torch.uint8, generator=generator, device=device)
+        self.source = torch.randint(1, 255, (size,), dtype=torch.uint8, generator=generator, device=device)
         self.target = torch.empty_like(self.source)
         for _ in range(3 if gpu else 1):
             self.sample()
