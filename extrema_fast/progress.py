@@ -83,15 +83,17 @@ class Progress:
         try:
             from rich import progress
             from rich.console import Console
+            from rich.table import Column
         except ImportError:
             return None
         columns = (
             progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
+            # what a long text leaves to them
+            progress.BarColumn(table_column=Column(min_width=10)),
+            progress.MofNCompleteColumn(table_column=Column(min_width=max(11, 2 * len(str(self.total)) + 1))),
+            progress.TextColumn("left", table_column=Column(min_width=4)),
+            progress.TimeRemainingColumn(table_column=Column(min_width=7)),
             progress.TextColumn("{task.fields[text]}", markup=False),
-            progress.TextColumn("left"),
-            progress.TimeRemainingColumn(),
         )
         display = progress.Progress(*columns, console=Console(file=self.stream), transient=not self.stays)
         display.start()
