@@ -356,7 +356,8 @@ def _add_dotted(p: _Parser) -> dict[str, argparse.Action]:
                 group.add_argument(f"{prefix}no-{leaf}", action="store_false", **options)
                 continue
             if get_origin(hint) is tuple:
-                options["nargs"], hint = len(get_args(hint)), get_args(hint)[0]
+                args = get_args(hint)
+                options["nargs"], hint = "+" if args[-1] is Ellipsis else len(args), args[0]
             if get_origin(hint) is Literal:
                 # checked with the configuration, which also knows what values were called before
                 options["metavar"] = "{" + ",".join(get_args(hint)) + "}"

@@ -41,6 +41,9 @@ SIZES: dict[Size, tuple[int, int, int]] = {
 }
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+# mean and standard deviation of pixels: ImageNet's, CIFAR-10's
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 # names of the encoders: prefix, size, suffix
 MODEL_PREFIX, MODEL_SUFFIX = "extrema_vit_", "_patch16_224"
@@ -51,6 +54,7 @@ MAX_PATCHES = 1 << 20
 # of a layer of the heads
 MAX_UNITS = 1 << 20
 MAX_THREADS = 1024
+MAX_CHANS = 16
 # Pillow's own limit: what it calls a decompression bomb
 MAX_PIXELS = 178_956_970
 
@@ -134,10 +138,11 @@ class DataConfig:
     """Probability of color jitter."""
     gray_prob: float = 0.2
     """Probability of grayscale."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Mean of the pixels per channel, subtracted."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Standard deviation of the pixels per channel, divided by."""
+    mean: tuple[float, ...] = IMAGENET[0]
+    """Mean of the pixels in 0..1, subtracted: one value, or one per channel. Of channels other than RGB: those of
+    the manifest, or measured at the start of the run."""
+    std: tuple[float, ...] = IMAGENET[1]
+    """Standard deviation of the pixels, divided by; as `mean`."""
     exif: bool = False
     """Rotate by the EXIF tag (off as in the paper's pipeline)."""
     loader: Literal["auto", "dali", "pil"] = "auto"
@@ -152,9 +157,9 @@ class DataConfig:
     """`global`: all rows shuffled; `shards`: tar shards shuffled, their rows within a moving window of shards."""
     window: int = 16
     """Shards whose rows mix with `order` shards; as many as there are: the same as `global`."""
-    range: tuple[float, float] = (0.0, 0.0)
-    """Values that are black and white in images of more than 8 bits. 0 0: those of the manifest, else 0 to 65535
-    and, for floats, 0 to 1."""
+    range: tuple[float, ...] = (0.0, 0.0)
+    """Values that are black and white in images of more than 8 bits, of all channels or of each in turn. 0 0: those
+    of the manifest, else 0 to 65535 and, for floats, 0 to 1."""
     max_pixels: int = MAX_PIXELS
     """Images of more pixels count as unreadable (default: Pillow's limit)."""
     bad_budget: float = 1e-4
@@ -182,9 +187,13 @@ class DataConfig:
             f"data.holdout: {self.holdout:g} keeps test images back, and data.test (given, or the preset's) names "
             f"others, {self.test}; give one of them: --data.test '' or --data.holdout 0",
         )
+        _require(min(len(self.mean), len(self.std)) > 0, "data.mean, data.std: expected at least one value")
+        black, white = self.range[::2], self.range[1::2]
         _require(
-            self.range == (0, 0) or self.range[0] < self.range[1],
-            f"data.range: expected black below white, or 0 0, got {self.range[0]:g} {self.range[1]:g}",
+            self.range == (0, 0)
+            or (len(black) == len(white) > 0 and all(b < w for b, w in zip(black, white, strict=True))),
+            "data.range: expected black below white, of all channels or of each, or 0 0, got "
+            + " ".join(f"{v:g}" for v in self.range),
         )
         _at_least("data", self, threads=0, window=1, max_pixels=1, limit=0)
         _at_most("data", self, threads=MAX_THREADS)
@@ -223,7 +232,7 @@ class ModelConfig:
     patch_size: int = 16
     """Side of a patch in pixels."""
     in_chans: int = 3
-    """Channels: 3 (RGB) or 1 (gray)."""
+    """Channels, 1 to 16: 3 (RGB), 1 (gray), or as many as the TIFF or .npy files have."""
     width: int = 0
     """Width of the tokens; 0: from the size."""
     depth: int = 0
@@ -242,8 +251,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _at_least("model", self, width=0, depth=0, heads=0, patch_size=1, pool_depth=1)
         _require(
-            self.in_chans in (1, 3),
-            f"model.in_chans: images are read as RGB or gray, expected 3 or 1, got {self.in_chans}",
+            1 <= self.in_chans <= MAX_CHANS,
+            f"model.in_chans: expected 1 to {MAX_CHANS} channels, got {self.in_chans}",
         )
         for side, pixels in zip(("height", "width"), self.img_size, strict=True):
             p = self.patch_size
@@ -284,6 +293,11 @@ class ModelConfig:
         width, depth, heads = SIZES[self.size]
         width, depth = self.width or width, self.depth or depth
         return width, depth, self.heads or (max(1, width // 64) if self.width else heads)
+
+    @property
+    def read_chans(self) -> int:
+        """Channels of the images that a step gets: gray is computed from RGB."""
+        return 3 if self.in_chans == 1 else self.in_chans
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -499,6 +513,7 @@ class Config:
                 f"use mask.views <= {n // k}, {fewer if v <= n else ''}or mask.mode independent"
             )
         local_batch(self, 1)
+        self._check_channels()
         if self.head.loss == "infonce" and self.train.batch_size == 1:
             raise UsageError(
                 "train.batch_size: InfoNCE compares an image with the others of its batch, and 1 leaves none "
@@ -509,6 +524,26 @@ class Config:
                 f"optim.warmup_epochs: {self.optim.warmup_epochs:g} must be shorter than "
                 f"train.epochs ({self.train.epochs})"
             )
+
+    def _check_channels(self) -> None:
+        chans, data = self.model.in_chans, self.data
+        # of RGB images, and not yet settled (`training.resolve.settle_channels`)
+        rgb = (IMAGENET, CIFAR10)
+        for i, name in enumerate(("mean", "std")):
+            values = getattr(data, name)
+            ok = len(values) in (1, chans) or (len(values) == 3 and chans == 1)
+            _require(
+                ok or values in [known[i] for known in rgb],
+                f"data.{name}: model.in_chans is {chans}, got {len(values)} values; give one, or one per channel",
+            )
+        _require(
+            len(data.range) in (2, 2 * chans),
+            f"data.range: model.in_chans is {chans}, got {len(data.range)} values; give black and white, or both of "
+            "each channel",
+        )
+        if chans in (1, 3) and 1 in (len(data.mean), len(data.std)):
+            mean, std = (v * 3 if len(v) == 1 else v for v in (data.mean, data.std))
+            object.__setattr__(self, "data", dataclasses.replace(data, mean=mean, std=std))
 
     @property
     def num_keep(self) -> int:
@@ -624,8 +659,11 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         return value
     if get_origin(hint) is tuple:
         hints = get_args(hint)
+        if hints[-1] is Ellipsis and isinstance(value, (list, tuple)):
+            hints = hints[:1] * len(value)
         if not isinstance(value, (list, tuple)) or len(value) != len(hints):
-            raise UsageError(f"{name}: expected {len(hints)} values, got {reprlib.repr(value)}")
+            wanted = "a list of" if hints[-1] is Ellipsis else len(hints)
+            raise UsageError(f"{name}: expected {wanted} values, got {reprlib.repr(value)}")
         return tuple(_coerce(v, h, name) for v, h in zip(value, hints, strict=True))
     if hint is float and type(value) is int and abs(value) <= 2**53:
         value = float(value)
@@ -815,8 +853,8 @@ def cifar10() -> Config:
             test="cifar10/test",
             policy="spatial",
             area=(0.4, 1.0),
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2470, 0.2435, 0.2616),
+            mean=CIFAR10[0],
+            std=CIFAR10[1],
         ),
         mask=MaskConfig(ratio=0.8, views=5),
         model=ModelConfig(

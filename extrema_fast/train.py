@@ -35,7 +35,7 @@ from .signals import Signals, Stopped
 from .training.checkpoint import Saver, fault
 from .training.logging import TrainLog
 from .training.own import choose
-from .training.resolve import headline
+from .training.resolve import headline, settle_channels
 from .training.run import (
     Run,
     build,
@@ -116,12 +116,15 @@ def pretrain(
         prepare_torch(cfg.system)
         local_batch(cfg, world.size)
         world.rank_zero_only(lambda: check_installed(cfg.log.trackers))
+        settle = partial(settle_channels, continued=not overwrite)
+        cfg = world.broadcast(world.rank_zero_only(partial(settle, cfg, None)))
         finished = world.rank_zero_only(lambda: not overwrite and is_finished(cfg, allow_config_change))
         if world.broadcast(finished):
             log.info("%s: the run is complete, nothing to do", out)
             return out
         source = world.rank_zero_first(lambda: open_train(cfg))
-        test = world.rank_zero_first(lambda: open_test(cfg))
+        cfg = world.broadcast(world.rank_zero_only(partial(settle, cfg, source)))
+        test = world.rank_zero_first(lambda: open_test(cfg, source))
         run = build(cfg, world, source, continued=not overwrite)
         if preset is not None:
             changes = {option: old for option, (_, old) in differing(cfg, preset[1]).items()}

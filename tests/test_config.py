@@ -194,7 +194,7 @@ BAD: dict[str, list] = {
     "model.depth": [-1],
     "model.heads": [-2],
     "model.patch_size": [0],
-    "model.in_chans": [4],
+    "model.in_chans": [0, 17],
     "model.drop_path": [1.0],
     "model.pool_depth": [0],
     "model.layer_scale": [0.0],

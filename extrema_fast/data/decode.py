@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .image_files import ImageFiles
+from .pixels import as_image
 
 # batches planned, and batches decoded, ahead of the one being used
 AHEAD = 2
@@ -59,7 +60,7 @@ class Work(NamedTuple):
 class Decoded(NamedTuple):
     """A decoded batch."""
 
-    # [b, H, W, 3] uint8; not to be used when a place has failed
+    # [b, H, W, C] uint8; not to be used when a place has failed
     images: Tensor
     # place in the batch -> why it cannot be decoded
     failed: dict[int, DataError]
@@ -103,7 +104,7 @@ class PilDecoder:
     """Decodes with PIL in threads, on the CPU.
 
     Args:
-        held: row -> [H, W, 3] uint8, its image decoded before; None: images are read and decoded.
+        held: row -> [H, W, C] uint8, its image decoded before; None: images are read and decoded.
     """
 
     def __init__(
@@ -128,7 +129,8 @@ class PilDecoder:
 
     def _start(self, work: Work) -> Callable[[], Decoded]:
         count, s = len(work.rows), self.settings
-        images = torch.empty(count, *s.img_size, 3, dtype=torch.uint8, pin_memory=s.pinned)
+        shape = (count, *s.img_size, self.files.read_channels)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=s.pinned)
         # with NumPy's writes the tensor needs no copy
         pixels = images.numpy()
 
@@ -152,16 +154,16 @@ class PilDecoder:
         row, data = int(work.rows[place]), None if work.data is None else work.data[place]
         top, left, bottom, right = work.boxes[place].tolist()
         if self.settings.whole:
-            im = Image.fromarray(self.held(row)) if self.held else self.files.rgb(row, data)
+            im = as_image(self.held(row)) if self.held else self.files.image(row, data)
             box = (left, top, min(right, im.width), min(bottom, im.height))
             im = im.resize((width, height), kernel, box=box)
         else:
             region = (int(left), int(top), int(right), int(bottom))
             if self.held:
                 # only the region is copied
-                im = Image.fromarray(self.held(row)[region[1] : region[3], region[0] : region[2]])
+                im = as_image(self.held(row)[region[1] : region[3], region[0] : region[2]])
             else:
-                im = self.files.rgb(row, data, region)
+                im = self.files.image(row, data, region)
             im = im.resize((width, height), kernel)
         pixels = np.asarray(im)
         return pixels[:, ::-1] if work.flips[place] else pixels
@@ -268,7 +270,7 @@ class DaliDecoder:
 
         def try_pil(i: int) -> DataError | None:
             try:
-                self.files.rgb(int(work.rows[i]), None if work.data is None else work.data[i])
+                self.files.image(int(work.rows[i]), None if work.data is None else work.data[i])
             except DataError as e:
                 return e
             return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import io
+import logging
 import os
 import re
 import time
@@ -18,15 +20,21 @@ import numpy as np
 import torch
 
 from .. import rng
-from ..config import DataConfig
-from ..errors import DataError
+from ..config import MAX_CHANS, DataConfig
+from ..errors import DataError, UsageError, counted
 from ..files import check_plain, open_plain
 from .image_source import ImageSource
-from .pixels import Range, to_8_bit
+from .pixels import PALETTES, Range, as_image, bands, is_deep, open_array, plugins, to_8_bit, to_levels
+
+log = logging.getLogger(__name__)
 
 REMEDY = "remove it, or leave it out: `extrema-fast index DATA --out M.tsv`, then M.tsv as the data"
 
 TIFF = (".tif", ".tiff")
+# what Pillow or this project reads, and DALI does not
+ALONE = frozenset({"avif", "gif", "heic", "heif", "npy"})
+# of more than 8 bits, perhaps
+_MAYBE_DEEP = (".pgm", ".png", ".pnm", *TIFF)
 _ORIENTATION_TAG = 0x0112
 # threads that read files: they wait for disks and networks rather than compute
 _READERS = 8
@@ -43,6 +51,10 @@ _PASSING = frozenset(
 _WAITS_S = (0.05, 0.5)
 # rows whose bytes are hashed at a run's start; no epoch of training has this number
 _SAMPLED, _SAMPLE_EPOCH = 64, 2**32 - 2
+# rows whose channels are looked at when a source is opened, and whose pixels give mean and standard deviation
+_PROBED, _MEASURED = 16, 256
+# fewer levels between the hundredths at both ends leave little of a picture
+_FEW_LEVELS = 8
 T = TypeVar("T")
 
 
@@ -68,7 +80,9 @@ class ImageFiles:
 
     def __init__(self, source: ImageSource, cfg: DataConfig) -> None:
         self.source, self.exif, self.max_pixels = source, cfg.exif, cfg.max_pixels
-        self.value_range = deep_range(source, cfg)
+        self.value_range, self.channels = deep_range(source, cfg), source.channels
+        # of a decoded image
+        self.read_channels = 3 if source.channels == 1 else source.channels
         self.as_bytes = source.spans is not None and bool((source.spans[:, 1] >= 0).any())
         # [n, 2] height and width after EXIF rotation if that is asked for, 0: not known yet
         self.sizes = np.zeros((len(source), 2), np.int32)
@@ -81,6 +95,7 @@ class ImageFiles:
         self._plain = np.zeros(len(source), bool)
         self._readers: ThreadPoolExecutor | None = None
 
+        plugins()
         from PIL import Image
 
         # Pillow's own limit, for the whole process: raised when ours needs it, never lowered
@@ -138,12 +153,12 @@ class ImageFiles:
             time.sleep(wait)
         raise AssertionError
 
-    def rgb(self, row: int, data: np.ndarray | None, box: tuple[int, int, int, int] | None = None) -> Any:
-        """Decodes an image, or the box (left, top, right, bottom) of it, as `load_rgb` does; DataError names it."""
+    def image(self, row: int, data: np.ndarray | None, box: tuple[int, int, int, int] | None = None) -> Any:
+        """Decodes an image, or the box (left, top, right, bottom) of it, as `load_image` does; DataError names it."""
 
         def load() -> Any:
             file = self.source.paths[row] if data is None else io.BytesIO(data.data)
-            return load_rgb(file, self.exif, box, self.value_range)
+            return load_image(file, self.exif, box, self.value_range, self.channels)
 
         return self._try(row, load)
 
@@ -173,7 +188,7 @@ class ImageFiles:
         if failed:
             return failed[0]
         try:
-            self.rgb(row, np.frombuffer(self.read(row), np.uint8) if self.as_bytes else None)
+            self.image(row, np.frombuffer(self.read(row), np.uint8) if self.as_bytes else None)
         except DataError as error:
             return error
         return None
@@ -188,16 +203,16 @@ class ImageFiles:
         from PIL import Image
 
         def read() -> tuple[int, int]:
-            with (
-                io.BytesIO(data) if self.as_bytes else open_plain(self.source.paths[row]) as f,
-                Image.open(f) as im,
-            ):
-                w, h = im.size
-                if self.exif and im.getexif().get(_ORIENTATION_TAG, 1) >= 5:
-                    w, h = h, w
-                if w * h <= self.max_pixels and im.format in ("JPEG", "MPO") and not _has_end(f):
-                    # whether DALI notices depends on the crop; found now, it is the same in every epoch
-                    im.load()
+            with io.BytesIO(data) if self.as_bytes else open_plain(self.source.paths[row]) as f:
+                if array := open_array(f, self.channels, self.value_range is not None):
+                    return array.sizes(self.channels)[:2]
+                with Image.open(f) as im:
+                    w, h = im.size
+                    if self.exif and im.getexif().get(_ORIENTATION_TAG, 1) >= 5:
+                        w, h = h, w
+                    if w * h <= self.max_pixels and im.format in ("JPEG", "MPO") and not _has_end(f):
+                        # whether DALI notices depends on the crop; found now, it is the same in every epoch
+                        im.load()
             return h, w
 
         try:
@@ -243,8 +258,8 @@ def _sampled_headers(files: ImageFiles) -> tuple[np.ndarray, dict[int, DataError
     return np.delete(headers.sizes, list(headers.failed), axis=0), headers.failed
 
 
-def _sampled(images: int) -> list[int]:
-    drawn = rng.words(torch.arange(_SAMPLED), 1, seed=0, epoch=_SAMPLE_EPOCH, stream=rng.SUBSTITUTE)
+def _sampled(images: int, count: int = _SAMPLED) -> list[int]:
+    drawn = rng.words(torch.arange(count), 1, seed=0, epoch=_SAMPLE_EPOCH, stream=rng.SUBSTITUTE)
     return sorted(set((drawn[:, 0] % images).tolist()))
 
 
@@ -282,22 +297,194 @@ def _has_end(f: Any) -> bool:
 
 
 def deep_range(source: ImageSource, cfg: DataConfig) -> Range | None:
-    """(black, white) of a source's images of more than 8 bits: as configured, else as its manifest says."""
-    return cfg.range if cfg.range[0] < cfg.range[1] else source.value_range
+    """The range of a source's images of more than 8 bits: as configured, else as its manifest says."""
+    return cfg.range if any(cfg.range) else source.value_range
 
 
-def load_rgb(
-    file: Any, exif: bool, box: tuple[int, int, int, int] | None = None, value_range: Range | None = None
+def load_image(
+    file: Any,
+    exif: bool,
+    box: tuple[int, int, int, int] | None = None,
+    value_range: Range | None = None,
+    channels: int = 3,
 ) -> Any:
-    """An image file as an 8-bit RGB PIL image, cut to (left, top, right, bottom); deep ones as of `to_8_bit`."""
+    """An image file with 8 bits per channel, cut to (left, top, right, bottom).
+
+    Args:
+        file: its path, or a `BytesIO`.
+        exif: rotate by the EXIF tag.
+        value_range: of more than 8 bits, as of `to_levels`.
+        channels: 1 and 3: as RGB; else those of the file.
+
+    Returns:
+        An RGB PIL image; with another number of channels `Planes`.
+
+    Raises:
+        UsageError: the file has other channels, or values that need a range.
+        Exception: nearly anything, for a damaged file.
+    """
     from PIL import Image, ImageOps
 
-    with (
-        open_plain(file) if isinstance(file, str) else nullcontext(file) as source,
-        Image.open(source) as opened,
-    ):
-        opened.load()
-        # before the cut: what is black and white belongs to the image
-        eight = to_8_bit(opened, value_range, file if isinstance(file, str) else "")
-        im: Image.Image = ImageOps.exif_transpose(eight) if exif else eight
-        return (im if box is None else im.crop(box)).convert("RGB")
+    name, colors = file if isinstance(file, str) else "", channels in (1, 3)
+    with open_plain(file) if isinstance(file, str) else nullcontext(file) as source:
+        if array := open_array(source, channels, value_range is not None):
+            values = array.values(channels)
+            _check_count(values.shape[2], channels)
+            # without a range, what is black and white follows from the whole image
+            if box is not None and (value_range is not None or values.dtype == np.uint8):
+                values, box = values[box[1] : box[3], box[0] : box[2]], None
+            im = as_image(to_levels(values, value_range, name))
+        else:
+            with Image.open(source) as opened:
+                opened.load()
+                # before the cut: what is black and white belongs to the image
+                im = to_8_bit(opened, value_range, name) if colors else opened
+                im = ImageOps.exif_transpose(im) if exif else im
+            if not colors:
+                pixels = bands(im)
+                _check_count(1 if pixels.ndim == 2 else pixels.shape[2], channels)
+                im = as_image(to_levels(pixels, value_range if is_deep(opened) else None, name))
+    im = im if box is None else im.crop(box)
+    return im.convert("RGB") if colors else im
+
+
+def _check_count(found: int, channels: int) -> None:
+    if found != channels and not (channels in (1, 3) and found in (1, 3)):
+        raise UsageError(f"{found} channels, the model takes {channels} (model.in_chans)")
+
+
+# ---- what a set holds ------------------------------------------------------------------------------
+
+
+def read_as(source: ImageSource, in_chans: int) -> ImageSource:
+    """The source, its images read as `in_chans` channels (1 and 3: as RGB).
+
+    Raises:
+        UsageError: most of a few images have other channels, or it is not certain which axis the channels are.
+    """
+    rows = _sampled(len(source), _PROBED)
+    if in_chans in (1, 3):
+        # Pillow makes anything else RGB
+        rows = [row for row in rows if source.title(row).lower().endswith((*TIFF, ".npy"))]
+    found: list[tuple[int, int]] = []
+    problems: list[str] = []
+    for row in rows:
+        try:
+            found.append((_count_channels(source, row, in_chans), row))
+        except UsageError as error:
+            problems.append(f"{source.title(row)}: {error}")
+        # a broken file, or one that is gone: the loader's business
+        except Exception as error:
+            _raise_if_lacking(error)
+    wrong = [(count, row) for count, row in found if count != in_chans and not {count, in_chans} <= {1, 3}]
+    if 2 * (len(wrong) + len(problems)) > len(found) + len(problems):
+        if problems:
+            raise UsageError(problems[0])
+        count, row = wrong[0]
+        fix = f"use --model.in-chans {count}" if count <= MAX_CHANS else f"at most {MAX_CHANS} are read"
+        raise UsageError(
+            f"{source.name}: images of {counted(count, 'channel')} ({source.title(row)}), the model takes {in_chans} "
+            f"(model.in_chans); {fix}"
+        )
+    return dataclasses.replace(source, channels=in_chans)
+
+
+def _count_channels(source: ImageSource, row: int, wanted: int) -> int:
+    from PIL import Image
+
+    plugins()
+    is_file = source.spans is None or source.spans[row, 1] < 0
+    with open_plain(source.paths[row]) if is_file else io.BytesIO(source.read(row)) as f:
+        if array := open_array(f, wanted):
+            try:
+                return array.sizes(wanted)[2]
+            except UsageError:
+                return array.sizes(None)[2]
+        if wanted in (1, 3):
+            return wanted
+        with Image.open(f) as im:
+            return 3 if im.mode in PALETTES else len(im.getbands())
+
+
+_checked: set[str] = set()
+
+
+def check_depth(source: ImageSource, cfg: DataConfig) -> None:
+    """Has `to_levels` warn of 16 bits that are nearly black, for decoders that do not; a few images are read, once.
+
+    Raises:
+        DataError: floats that need a range.
+    """
+    if source.name in _checked:
+        return
+    _checked.add(source.name)
+    from PIL import Image
+
+    files = ImageFiles(source, cfg)
+    rows = np.unique(np.linspace(0, len(source) - 1, _PROBED).astype(int)).tolist()
+    for row in rows:
+        if not source.title(row).lower().endswith(_MAYBE_DEEP):
+            continue
+        try:
+            data = files.read(row)
+            with Image.open(io.BytesIO(data)) as im:
+                deep = is_deep(im)
+            if deep:
+                files.image(row, np.frombuffer(data, np.uint8))
+                return
+        except Exception as error:
+            if isinstance(error.__cause__, UsageError):
+                raise
+
+
+def measure_statistics(
+    source: ImageSource, cfg: DataConfig, count: int = _MEASURED
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, in 0..1, over up to `count` images, always the same of a set.
+
+    Warns of channels of which the range leaves only a few levels.
+
+    Raises:
+        DataError: none of them can be read.
+    """
+    files = ImageFiles(source, cfg)
+    rows = np.array(_sampled(len(source), count))
+    headers = files.read_headers(rows, with_bytes=False)
+    rows = np.delete(rows, list(headers.failed))
+    error = headers.failed[min(headers.failed)] if headers.failed else None
+    levels = np.zeros((files.read_channels, 256), np.int64)
+
+    def pixels(row: int) -> np.ndarray | DataError:
+        try:
+            data = np.frombuffer(files.read(row), np.uint8) if files.as_bytes else None
+            return np.asarray(files.image(row, data))
+        except DataError as e:
+            return e
+
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="measure") as pool:
+        for at in range(0, len(rows), 4 * _READERS):
+            for image in pool.map(pixels, rows[at : at + 4 * _READERS].tolist()):
+                if isinstance(image, DataError):
+                    error = error or image
+                    continue
+                for c, counts in enumerate(levels):
+                    counts += np.bincount(image[..., c].ravel(), minlength=256)
+    files.close()
+    total = levels[0].sum()
+    if not total:
+        raise error or DataError(f"{source.name}: no image to measure")
+    value = np.arange(256)
+    mean = levels @ value / total
+    std = np.sqrt(levels @ value**2 / total - mean**2)
+    shares = levels.cumsum(1) / total
+    spread = (shares < 0.99).sum(1) - (shares < 0.01).sum(1)
+    few = [f"{c} ({n + 1})" for c, n in enumerate(spread.tolist()) if n + 1 < _FEW_LEVELS]
+    if few:
+        log.warning(
+            "%s: nearly all pixels of channel %s have few of 256 levels; a data.range closer to the values keeps more",
+            source.name,
+            ", ".join(few),
+        )
+    # a constant channel is not divided by 0
+    least = np.maximum(std, 1)
+    return tuple((mean / 255).round(6).tolist()), tuple((least / 255).round(6).tolist())

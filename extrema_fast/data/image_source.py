@@ -40,7 +40,10 @@ class ImageSource:
         names: the name of each row in messages; None: its path.
         headers: [n, 3] int32 height and width as stored, EXIF orientation; 0: not known. None: none known.
         shards: [n] int32 number of the shard each row lies in, non-decreasing; None: no shards.
-        value_range: (black, white) of images of more than 8 bits, as a manifest records it; None: not known.
+        value_range: of images of more than 8 bits (`pixels.Range`), as a manifest records it; None: not known.
+        statistics: (mean, standard deviation) of the pixels of each channel, likewise.
+        kinds: formats of its images, as a manifest records them, and `deep` for more than 8 bits; empty: not known.
+        channels: that its images are read with, as of `image_files.load_image`; set by `read_as`.
         parts: (first row, end row, passes per epoch) of each source of a mixture; empty: each row once per epoch.
         root: folder below which whole files have the names that `hold_out` goes by.
         left_out: kind -> number of files (of a manifest: status -> rows) that are there and not used.
@@ -56,7 +59,10 @@ class ImageSource:
     headers: np.ndarray | None = None
     shards: np.ndarray | None = None
     parts: tuple[tuple[int, int, float], ...] = ()
-    value_range: tuple[float, float] | None = None
+    value_range: tuple[float, ...] | None = None
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    kinds: frozenset[str] = frozenset()
+    channels: int = 3
     root: str = ""
     left_out: dict[str, int] = field(default_factory=dict)
 

@@ -28,7 +28,7 @@ from ..distributed import World, cores
 from ..errors import DataError, UsageError, install
 from .bad_images import BadRows
 from .decode import DaliDecoder, PilDecoder, Settings, Work, gpu_unsupported
-from .image_files import REMEDY, TIFF, ImageFiles, deep_range
+from .image_files import ALONE, REMEDY, TIFF, ImageFiles, check_depth, deep_range
 from .image_source import ImageSource
 from .order import Order
 from .preprocess import KEEP_EXACT, Resizing, center_of, scaled_size
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     """One process's part of a global batch.
 
     Attributes:
-        images: [b, H, W, 3] uint8, one crop per image (on the GPU when DALI decodes there).
+        images: [b, H, W, C] uint8, one crop per image (on the GPU when DALI decodes there).
         index: [b] int64 row numbers in the source, on the CPU.
         micro_batches: the same images cut into micro-batches, with their random parameters; set by `prefetch`.
         waited: seconds that the step waited for a batch (on a GPU one of a few steps before); set by `prefetch`.
@@ -171,7 +171,7 @@ class _Loader(ABC):
         if failed:
             self._add_bad(rows, failed)
         # on a CPU batches of small images are faster in torch; the bytes are Pillow's where nothing is reduced
-        if s.device.type == "cuda" or (held.sizes <= s.img_size).all():
+        if held.channels == 3 and (s.device.type == "cuda" or (held.sizes <= s.img_size).all()):
             return HeldDecoder(held, s)
         return PilDecoder(self._files, s, held.image)
 
@@ -306,7 +306,8 @@ class TrainLoader(_Loader):
         if self._world == 1:
             raise DataError(self._failure)
         s = self._settings
-        images = torch.zeros(s.batch, *s.img_size, 3, dtype=torch.uint8, device=s.device)
+        shape = (s.batch, *s.img_size, self._files.read_channels)
+        images = torch.zeros(shape, dtype=torch.uint8, device=s.device)
         return Batch(images, torch.zeros(s.batch, dtype=torch.int64), epoch, step)
 
     def agree(self, world: World) -> int:
@@ -350,7 +351,7 @@ class TrainLoader(_Loader):
 class EvalLoader(_Loader):
     """Every image once, in row order, resized and center-cropped; iterate as often as needed.
 
-    Iterating yields (images [b, H, W, 3] uint8, index [b] int64); the last batch may be smaller. `len()` is the number
+    Iterating yields (images [b, H, W, C] uint8, index [b] int64); the last batch may be smaller. `len()` is the number
     of images.
 
     Args:
@@ -412,28 +413,43 @@ _log_once, _warn_once = functools.cache(log.info), functools.cache(log.warning)
 def loader_for(source: ImageSource, cfg: DataConfig) -> Literal["dali", "pil"]:
     """The loader of a source: `choose_loader`, or Pillow for what DALI does not read right.
 
-    That is images of more than 8 bits with a range (`data.range`, or of the manifest), and TIFF files, whose damaged
-    strips DALI fills with black.
+    That is images of more than 8 bits with a range (`data.range`, or of the manifest), of other channels than RGB, of
+    formats that DALI does not know, and TIFF files, whose damaged strips DALI fills with black.
 
     Raises:
-        UsageError: DALI is asked for by name, and there is a range.
+        UsageError: DALI is asked for by name, and is not installed or reads them wrongly or not at all.
+        DataError: DALI is to read images of more than 8 bits that need a range.
     """
-    ranged = deep_range(source, cfg) is not None
-    if cfg.loader == "dali" and ranged:
+    if cfg.loader == "pil":
+        return choose_loader("pil")
+    what = ""
+    if source.channels not in (1, 3):
+        what = f"images of {source.channels} channels"
+    elif deep_range(source, cfg) is not None and (not source.kinds or "deep" in source.kinds):
+        what = "images of more than 8 bits with a range"
+    elif kinds := sorted(ALONE & (source.kinds or {_kind(source.title(r)) for r in range(len(source))})):
+        what = f"{', '.join(kinds)} files"
+    if what and cfg.loader == "dali":
         raise UsageError(
-            f"data.loader dali: {source.name} has images of more than 8 bits and a range, which Pillow alone reads; "
-            "use data.loader auto or pil"
+            f"data.loader dali: {source.name} has {what}, which Pillow alone reads; use data.loader auto or pil"
         )
-    if cfg.loader == "auto" and (
-        ranged or any(source.title(r).lower().endswith(TIFF) for r in range(len(source)))
+    if (
+        not what
+        and cfg.loader == "auto"
+        and any(source.title(r).lower().endswith(TIFF) for r in range(len(source)))
     ):
-        log.info(
-            "%s: %s are decoded by Pillow",
-            source.name,
-            "images of more than 8 bits" if ranged else "TIFF files",
-        )
-        return "pil"
-    return choose_loader(cfg.loader)
+        what = "TIFF files"
+    if what:
+        _log_once("%s: %s are decoded by Pillow", source.name, what)
+        return choose_loader("pil")
+    kind = choose_loader(cfg.loader)
+    if kind == "dali":
+        check_depth(source, cfg)
+    return kind
+
+
+def _kind(title: str) -> str:
+    return os.path.splitext(title)[1][1:].lower()
 
 
 def choose_loader(wanted: str) -> Literal["dali", "pil"]:

@@ -64,8 +64,8 @@ _RANGES = {
 _INT32 = ("width", "height", "orientation")
 # columns with escapes
 _TEXT = ("path", "member", "label", "status")
-# kinds of images of more than 8 bits: the format, then the smallest and the largest value
-_DEEP_KIND = re.compile(r"\w+ (\S+?)\.\.(\S+)")
+# kinds of images of more than 8 bits and of arrays: the format, then the smallest and the largest value of each channel
+_DEEP_KIND = re.compile(r"\w+ (\S+\.\.\S+)")
 # rows turned from text into arrays at a time: whole tables as Python strings need gigabytes
 _CHUNK = 1 << 16
 # good rows whose file is checked when a manifest is opened
@@ -336,6 +336,7 @@ def manifest_source(path: str | os.PathLike[str], *, check: bool = True) -> Imag
             raise UsageError(f"{name}: line {line}: no label, though line 1 names classes")
         labels = torch.from_numpy(label)
     in_shard, spans, names = offset >= 0, None, None
+    kinds = {manifest.kind[r] for r in rows}
     if in_shard.any():
         spans = np.stack([np.maximum(offset, 0), np.where(in_shard, size, -1)], 1)
         members = [manifest.member[r] for r in rows]
@@ -350,20 +351,54 @@ def manifest_source(path: str | os.PathLike[str], *, check: bool = True) -> Imag
         names=names,
         headers=np.stack([manifest.height, manifest.width, manifest.orientation], 1)[good],
         shards=_shards(paths) if in_shard.all() else None,
-        value_range=value_range([manifest.kind[r] for r in rows]),
+        value_range=value_range(kinds) or _range_before(manifest.notes),
+        statistics=statistics(manifest.notes),
+        kinds=frozenset(kind.partition(" ")[0] for kind in kinds)
+        | {"deep" for kind in kinds if ".." in kind},
         root=root,
         left_out=dict(Counter(s.partition(":")[0] for s in manifest.status if s != OK)),
     )
 
 
+def _range_before(notes: dict[str, Any]) -> Range | None:
+    """The range that a packed set's images had before they became 8 bits."""
+    found = _floats(notes.get("range"))
+    whole = len(found) % 2 == 0 and all(b < w for b, w in zip(found[::2], found[1::2], strict=True))
+    return (found or None) if whole else None
+
+
+def statistics(notes: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of each channel, in the first line of a manifest; None: not there."""
+    mean, std = (_floats(notes.get(name)) for name in ("mean", "std"))
+    return (mean, std) if len(mean) == len(std) > 0 and min(std) > 0 else None
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(values) if isinstance(values, list) and all(type(v) is float for v in values) else ()
+
+
 def value_range(kinds: Iterable[str]) -> Range | None:
-    """(black, white) of a set's images of more than 8 bits, from the values in their kinds; None: the usual ones."""
-    found = [m for kind in set(kinds) if (m := _DEEP_KIND.fullmatch(kind))]
+    """The range of a set's images of more than 8 bits, from the values in their kinds; None: the usual one.
+
+    It is that of each channel, where they differ.
+    """
+    found = [m[1].split(",") for kind in set(kinds) if (m := _DEEP_KIND.fullmatch(kind))]
     if not found:
         return None
-    low, high = min(float(m[1]) for m in found), max(float(m[2]) for m in found)
-    found_range = natural_range(low, high)
-    return None if low == high or found_range in USUAL else found_range
+    # those of another number of channels cannot be read with the rest
+    channels = max(Counter(map(len, found)).items(), key=lambda item: (item[1], item[0]))[0]
+    ranges = []
+    for pairs in zip(*(texts for texts in found if len(texts) == channels), strict=True):
+        values = [text.partition("..")[::2] for text in pairs]
+        low, high = min(float(v) for v, _ in values), max(float(v) for _, v in values)
+        # as written by `deep_kind`, and by older versions
+        floats = any(set(".en") & set(text.replace("..", "")) for text in pairs)
+        ranges.append((natural_range(low, high, floats), floats, low == high))
+    different = {r for r, _, _ in ranges}
+    if len(different) > 1:
+        return tuple(v for r, _, _ in ranges for v in r)
+    only, floats, constant = ranges[0]
+    return None if only == USUAL[not floats] or (constant and channels == 1) else only
 
 
 def _fingerprint(manifest: Manifest, rows: list[int]) -> str:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UsageError
 from .augment import normalize
-from .pixels import Range, to_8_bit
+from .pixels import Range, as_image, bands, is_deep, to_8_bit, to_levels
 
 CROP_PCT = 224 / 256
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -106,14 +107,16 @@ def _per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[flo
 
 
 class Preprocess:
-    """Turns a PIL image or a uint8 tensor [H, W, 3] into fp32 [C, H, W]; see `Encoder.preprocess`.
+    """Turns an image (PIL, NumPy array or uint8 tensor) into fp32 [C, H, W]; see `Encoder.preprocess`.
+
+    Arrays are [H, W] or [H, W, C] of any whole numbers or floats, tensors uint8 [H, W, C].
 
     Args:
         size: (height, width) of the result.
-        in_chans: 3; or 1: the gray value of RGB, or one channel as it is; another number takes uint8 tensors
-            [H, W, in_chans], and `mean` and `std` need that many entries, or one for all.
+        in_chans: 3; or 1: the gray value of RGB, or one channel as it is; another number takes images of so many
+            channels, and `mean` and `std` need that many entries, or one for all.
         crop_pct: as of `Resizing`.
-        value_range: (black, white) of PIL images of more than 8 bits; None: 0 to 65535, and for floats 0 to 1.
+        value_range: of images of more than 8 bits (`pixels.Range`); None: 0 to 65535, and for floats 0 to 1.
     """
 
     def __init__(
@@ -164,25 +167,39 @@ class Preprocess:
         return normalize(pixels[None], mean, std, self.in_chans)[0]
 
     def _cropped(self, image: Any) -> Tensor:
-        """The pixels of a PIL image after `resize_crop`, by Pillow: byte for byte those of timm's transform."""
-        if not hasattr(image, "convert"):
-            raise UsageError(
-                f"image: expected a PIL image or a uint8 tensor [H, W, C], got {type(image).__name__}"
-            )
-        if self.in_chans not in (1, 3):
-            raise UsageError(
-                f"image: a PIL image has 3 channels, this encoder takes {self.in_chans}; "
-                f"give a uint8 tensor [H, W, {self.in_chans}]"
-            )
-        rgb = to_8_bit(image, self.value_range).convert("RGB")
-        (height, width), new = self.size, scaled_size((rgb.height, rgb.width), self.size, self.crop_pct)
+        """The pixels of an image after `resize_crop`, by Pillow: byte for byte those of timm's transform."""
+        im = self._in_8_bits(image)
+        (height, width), new = self.size, scaled_size((im.height, im.width), self.size, self.crop_pct)
         top, left = center_of(new, self.size)
-        if new != (rgb.height, rgb.width):
+        if new != (im.height, im.width):
             from PIL import Image
 
-            rgb = rgb.resize(new[::-1], Image.Resampling[self.interpolation.upper()])
-        pixels = bytearray(rgb.crop((left, top, left + width, top + height)).tobytes())
-        return torch.frombuffer(pixels, dtype=torch.uint8).view(height, width, 3)
+            im = im.resize(new[::-1], Image.Resampling[self.interpolation.upper()])
+        return torch.from_numpy(np.array(im.crop((left, top, left + width, top + height))))
+
+    def _in_8_bits(self, image: Any) -> Any:
+        """A PIL image or an array as an RGB PIL image, or as `Planes` for other channels."""
+        colors = self.in_chans in (1, 3)
+        if hasattr(image, "convert"):
+            if colors:
+                return to_8_bit(image, self.value_range).convert("RGB")
+            deep, values = is_deep(image), bands(image)
+        elif isinstance(image, np.ndarray):
+            deep, values = True, image
+        else:
+            raise UsageError(
+                "image: expected a PIL image, an array or a uint8 tensor [H, W, C], got "
+                f"{type(image).__name__}"
+            )
+        values = values[..., None] if values.ndim == 2 else values
+        found = values.shape[2] if values.ndim == 3 else 0
+        if found not in ((1, 3) if colors else (self.in_chans,)) or values.dtype.kind not in "buif":
+            raise UsageError(
+                f"image: this encoder takes {self.in_chans} channels, expected numbers [H, W, {self.in_chans}], got "
+                f"{values.dtype} {list(values.shape)}"
+            )
+        im = as_image(to_levels(values, self.value_range if deep else None))
+        return im.convert("RGB") if colors else im
 
     def __repr__(self) -> str:
         return f"Preprocess({self.metadata})"

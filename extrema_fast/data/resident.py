@@ -1,7 +1,7 @@
 """Images held decoded in memory, so that a run decodes each once: `data.resident`.
 
-All images lie at their own size, one after the other, in one buffer of red, green and blue bytes: on the GPU, or in the
-CPU's memory. Rows, boxes and flips are planned as for the decoding loaders; `kernels/crop_resize` cuts and resizes on a
+All images lie at their own size, one after the other, in one buffer of bytes: on the GPU (RGB alone), or in the CPU's
+memory. Rows, boxes and flips are planned as for the decoding loaders; `kernels/crop_resize` cuts and resizes on a
 GPU, and on a CPU where images are only enlarged; elsewhere Pillow does. Pixels are those that Pillow decodes. Crops are
 those of the PIL loader: the same bytes on a CPU; on a GPU at most one gray level apart, where Pillow resizes the height
 first (from its version 13 on).
@@ -51,12 +51,14 @@ class Held(NamedTuple):
     starts: np.ndarray
     # [n, 2] int32 height and width
     sizes: np.ndarray
+    channels: int
 
     def image(self, row: int) -> np.ndarray:
-        """[H, W, 3] uint8 view of a row's image, which must be in the CPU's memory."""
+        """[H, W, C] uint8 view of a row's image, which must be in the CPU's memory."""
         height, width = self.sizes[row].tolist()
         start = int(self.starts[row])
-        return self.pixels[start : start + 3 * height * width].numpy().reshape(height, width, 3)
+        shape = height, width, self.channels
+        return self.pixels[start : start + self.channels * height * width].numpy().reshape(shape)
 
 
 # ---- where ----------------------------------------------------------------------------------------
@@ -82,8 +84,12 @@ def choose_place(
         return "off"
     if setting == "gpu" and device.type != "cuda":
         raise UsageError(f"data.resident: gpu needs a CUDA device, this run is on {device.type}; use host")
+    if setting == "gpu" and files.read_channels != 3:
+        raise UsageError(
+            f"data.resident: gpu holds RGB images, {files.source.name} has {files.read_channels} channels; use host"
+        )
     free: dict[Place, int] = {"host": free_on_host() // local}
-    if device.type == "cuda":
+    if device.type == "cuda" and files.read_channels == 3:
         free = {"gpu": torch.cuda.mem_get_info(device)[0], **free}
     wanted = estimate_bytes(files)
     share = _AUTO_SHARE if setting == "auto" else _SHARE
@@ -121,7 +127,9 @@ def estimate_bytes(files: ImageFiles) -> int:
         known = known[known.all(1)]
     else:
         known = files.sizes[own]
-    return 0 if not len(known) else int(3 * known.astype(np.int64).prod(1).mean() * len(own))
+    return (
+        0 if not len(known) else int(files.read_channels * known.astype(np.int64).prod(1).mean() * len(own))
+    )
 
 
 def free_on_host() -> int:
@@ -159,7 +167,7 @@ def hold(
     Returns:
         The images, and row -> why it cannot be decoded.
     """
-    began, source = time.perf_counter(), files.source
+    began, source, channels = time.perf_counter(), files.source, files.read_channels
     first = _first_rows(source)
     todo = np.flatnonzero((first == np.arange(len(source))) & ~left_out)
     failed: dict[int, DataError] = {}
@@ -172,22 +180,22 @@ def hold(
             bar.advance(len(rows))
     files.close()
     todo = todo[~np.isin(todo, list(failed))]
-    lengths = 3 * files.sizes[todo].astype(np.int64).prod(1)
+    lengths = channels * files.sizes[todo].astype(np.int64).prod(1)
     ends = np.cumsum(lengths)
     starts = np.zeros(len(source), np.int64)
     starts[todo] = ends - lengths
     pixels = torch.empty(int(ends[-1]) if len(ends) else 0, dtype=torch.uint8, device=device)
-    held = Held(pixels, starts[first], files.sizes[first])
+    held = Held(pixels, starts[first], files.sizes[first], channels)
 
     def decode(part: tuple[np.ndarray, np.ndarray, int]) -> None:
         rows, into, begin = part
         for row in rows.tolist():
             try:
                 image = np.asarray(
-                    files.rgb(row, np.frombuffer(files.read(row), np.uint8) if files.as_bytes else None)
+                    files.image(row, np.frombuffer(files.read(row), np.uint8) if files.as_bytes else None)
                 )
                 height, width = files.sizes[row].tolist()
-                if image.shape != (height, width, 3):
+                if image.shape != (height, width, channels):
                     raise files.error(
                         row, f"{image.shape[1]} x {image.shape[0]} pixels, its header says {width} x {height}"
                     )
@@ -240,7 +248,7 @@ def _first_rows(source: ImageSource) -> np.ndarray:
 
 
 class HeldDecoder:
-    """Cuts crops out of held images and resizes them on the device of the step, without decoding.
+    """Cuts crops out of held RGB images and resizes them on the device of the step, without decoding.
 
     For a GPU, images held by the CPU are cut there, in a thread, and only the regions are copied. On a CPU the thread
     does all of it.

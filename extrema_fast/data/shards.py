@@ -325,6 +325,8 @@ def _samples(path: str, found: list[Member], extensions: tuple[str, ...]) -> lis
     for key, group in groupby(found, key=lambda m: split_name(m.name)[0]):
         parts = [(split_name(m.name)[1].lower(), m) for m in group]
         images = [m for kind, m in parts if f".{kind}" in extensions]
+        # often something next to the image
+        images = images or [m for kind, m in parts if kind == "npy"]
         if len(images) > 1:
             raise DataError(
                 f"{path}: two images of one key, {images[0].name} and {images[1].name}; a sample is one image, so "

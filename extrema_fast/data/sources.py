@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import rng
 from ..config import did_you_mean, parse_toml
-from ..errors import UsageError, counted
+from ..errors import UsageError, counted, install
 from ..files import check_plain, read_text
 from ..progress import ImageProgress
 from .image_source import (
@@ -41,6 +41,7 @@ from .image_source import (
 from .lists import Disk, read_list
 from .manifest import is_manifest, manifest_source
 from .photos import write_photos, write_synthetic
+from .pixels import Range, plugins
 from .shards import expand, is_pattern, is_tar, shard_source
 from .tables import SUFFIXES as TABLES
 from .tables import is_table, read_tables, saved_tables
@@ -51,10 +52,14 @@ __all__ = ["BUILT_IN", "EXTENSIONS", "UNREAD", "ImageSource", "match_classes", "
 log = logging.getLogger(__name__)
 
 BUILT_IN: dict[str, Callable[[], Path]] = {"photos": write_photos, "synthetic": write_synthetic}
-# what both decoders read; GIF is left out because DALI does not
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-# images that no loader reads; `index` reports them
-UNREAD = (".avif", ".gif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".psd", ".svg")
+# what is read everywhere; `plugins` adds what this Pillow reads
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+# arrays; in a folder or a sample of a shard only where there is no other image, since they are often something else
+NPY = ".npy"
+# images that are read with a plug-in of Pillow or not at all; `index` reports them
+UNREAD = (".avif", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jxl", ".psd", ".svg")
+# left out with a count, too
+_NO_IMAGES = (".arw", ".cr2", ".dcm", ".dng", ".eps", ".exr", ".nef", ".pdf")
 # what holds many images, by its ending
 SHARDS = (".tar", ".zip", *TABLES)
 # the manifest of a packed set, next to its shards
@@ -163,7 +168,7 @@ def _open(spec: str, split: str, check: bool, holdout: float) -> ImageSource:
 
 
 def _open_one(spec: str, split: str, check: bool) -> ImageSource:
-    extensions = EXTENSIONS if check else EXTENSIONS + UNREAD
+    extensions = EXTENSIONS + plugins() + (() if check else UNREAD)
     if spec in BUILT_IN and os.path.exists(spec):
         log.warning(
             "%s: the built-in images, not what is here under that name; for that, say ./%s", spec, spec
@@ -263,19 +268,21 @@ def _from_folder(name: str, root: Path, split: str, extensions: tuple[str, ...],
         if shards:
             _reject_split_files(name, root, shards, split)
             return _from_shards(name, shards, split, extensions, check, root / MANIFEST)
+        if found[NPY] and extensions != (NPY,):
+            return _from_folder(name, root, split, (NPY,), check)
         near = [f for f in folders if any(n.lower().endswith(SHARDS) for n in _list(root / f)[1])]
         raise UsageError(
             _no_images(name, len(folders), found) + (f"; did you mean {root / near[0]}?" if near else "")
         )
     if images:
         if check:
-            _warn_of_unread(name, found)
+            _warn_of_unread(name, found, extensions)
         if nested:
             _warn_of_loose(name, len(images), len(nested))
         source = _from_paths(name, root, sorted(images) + nested, None, [], check)
         return dataclasses.replace(source, left_out=_unused(found, extensions))
     if check:
-        _warn_of_unread(name, found)
+        _warn_of_unread(name, found, extensions)
     labels = [label for label, folder in enumerate(folders) for _ in inside[folder]]
     empty = [folder for folder in folders if not inside[folder]]
     if empty:
@@ -338,15 +345,23 @@ def _walk(folder: Path, above: set[str], found: Counter[str], extensions: tuple[
     return sorted(paths)
 
 
-def _warn_of_unread(name: str, found: Counter[str]) -> None:
-    left_out = {kind: found[kind] for kind in UNREAD if found[kind]}
+def _warn_of_unread(name: str, found: Counter[str], extensions: tuple[str, ...]) -> None:
+    kinds = sorted({*UNREAD, *_NO_IMAGES} - {*EXTENSIONS, *plugins()})
+    left_out = {kind: found[kind] for kind in kinds if found[kind]}
     if left_out:
-        counts = ", ".join(f"{kind} {n}" for kind, n in left_out.items())
+        heic = f"; HEIC: {install('formats')}" if {".heic", ".heif"} & left_out.keys() else ""
         log.warning(
-            "%s: left out %s of kinds that are not read: %s",
+            "%s: left out %s of kinds that are not read: %s%s",
             name,
             counted(sum(left_out.values()), "image"),
-            counts,
+            ", ".join(f"{kind} {n}" for kind, n in left_out.items()),
+            heic,
+        )
+    if found[NPY] and extensions != (NPY,):
+        log.warning(
+            "%s: left out %s next to images; to read them, give a list of them or a folder of their own",
+            name,
+            counted(found[NPY], ".npy file"),
         )
 
 
@@ -384,13 +399,13 @@ def _reject_split_files(name: str, root: Path, shards: list[str], split: str) ->
 
 
 def _no_images(name: str, folders: int, found: Counter[str]) -> str:
-    total = sum(found.values())
+    total, known = sum(found.values()), (*EXTENSIONS, *plugins(), NPY)
     if not total:
         what = f"found {folders} folders without files" if folders else "the folder is empty"
     else:
         kinds = ", ".join(f"{kind} {n}" for kind, n in found.most_common(5))
         what = f"found {total} files, of: {kinds}" + (", ..." if len(found) > 5 else "")
-    return f"{name}: no images; looked for {', '.join(EXTENSIONS)} (also in folders below); {what}"
+    return f"{name}: no images; looked for {', '.join(known)} (also in folders below); {what}"
 
 
 # ---- shards ---------------------------------------------------------------------------------------
@@ -524,11 +539,12 @@ def _label_text(label: str | int | None, classes: list[str]) -> str | None:
 
 
 def _from_list(name: str, path: Path, check: bool) -> ImageSource:
-    if path.name.lower().endswith(EXTENSIONS):
+    if path.name.lower().endswith(EXTENSIONS + plugins() + (NPY,)):
         raise UsageError(f"{name}: is one image; expected {_EXPECTED}")
     if path.name.lower().endswith(UNREAD):
         raise UsageError(
-            f"{name}: is an image of a kind that is not read; read are {', '.join(EXTENSIONS)}: convert it, e.g. to PNG"
+            f"{name}: is an image of a kind that is not read; read are {', '.join(EXTENSIONS + plugins())}: "
+            "convert it, e.g. to PNG"
         )
     try:
         text = read_text(path, "utf-8-sig")
@@ -541,7 +557,7 @@ def _from_list(name: str, path: Path, check: bool) -> ImageSource:
     for line in text.split("\n", 2)[:2]:
         # the first may be a header
         refuse_url(re.split(r"[\s,;\"']", line.lstrip("\"' "))[0], f"{name}: ")
-    paths, written = read_list(name, path.parent, text, EXTENSIONS + UNREAD)
+    paths, written = read_list(name, path.parent, text, (*EXTENSIONS, *UNREAD, NPY))
     if not written:
         return _from_paths(name, path.parent, paths, None, [], check)
     labels, classes = number_classes(written)
@@ -625,6 +641,7 @@ def _mixture(name: str, path: Path, split: str, check: bool, holdout: float) -> 
         names=[n for source in each for n in source.names or source.paths] if named else None,
         headers=_join(each, "headers", (0, 0, 0), np.int32),
         shards=_join_shards(each),
+        value_range=_join_ranges(name, sources),
         parts=tuple((end - len(s), end, share) for (s, share), end in zip(blocks, ends, strict=True))
         if any(share < 1 for _, share in blocks)
         else (),
@@ -711,6 +728,22 @@ def _join_shards(sources: list[ImageSource]) -> np.ndarray | None:
         tables.append(source.shards + first)
         first = int(tables[-1][-1]) + 1
     return np.concatenate(tables).astype(np.int32)
+
+
+def _join_ranges(name: str, sources: list[ImageSource]) -> Range | None:
+    """The range of the images of more than 8 bits of all sources; UsageError where they differ."""
+    found = {s.value_range: s.name for s in sources if s.value_range is not None}
+    if len(found) > 1:
+        (a, one), (b, other), *_ = found.items()
+        raise UsageError(
+            f"{name}: images of more than 8 bits have the range {_shown(a)} in {one} and {_shown(b)} in {other}; list "
+            "them all with one `extrema-fast index`, which finds one for all"
+        )
+    return next(iter(found), None)
+
+
+def _shown(value_range: Range) -> str:
+    return " ".join(f"{v:g}" for v in value_range)
 
 
 def _join_labels(

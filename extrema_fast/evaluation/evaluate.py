@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..config import Config, DataConfig, EvalConfig, from_dict
 from ..data.augment import normalize
+from ..data.image_files import read_as
 from ..data.sources import BUILT_IN, ImageSource, is_there, open_source, split_folders, subset
 from ..distributed import pick_device
 from ..errors import StorageError, UsageError
@@ -282,12 +283,15 @@ def evaluate(
     data = dataclasses.replace(
         cfg.data if cfg is not None else DataConfig(), mean=encoder.mean, std=encoder.std
     )
+    if encoder.value_range:
+        data = dataclasses.replace(data, range=encoder.value_range)
     # what evaluation.json of a run holds: the result of `evaluate RUN`
     plain = all(x is None for x in (train, test, k, temperature, crop_pct)) and which == "teacher"
     (train, rest), (test, held) = resolve_data(cfg, train, test)
     try:
         bank = open_source(train, "train", limit=max_train, seed=seed, holdout=rest)
         queries = labelled(bank, open_source(test, "test", limit=max_test, seed=seed, holdout=held))
+        bank, queries = (read_as(s, encoder.in_chans) for s in (bank, queries))
     except UsageError as error:
         if plain and "does not exist" in str(error):
             error = UsageError(f"{path} was trained on images that are gone; name them with --data: {error}")
@@ -319,6 +323,8 @@ def evaluate(
     if not resizing.keep_exact:
         # so that results of older versions keep their key
         settings |= {"crop_pct": resizing.crop_pct, "interpolation": resizing.interpolation}
+    if encoder.value_range:
+        settings["range"] = list(encoder.value_range)
     images = [bank.fingerprint, queries.fingerprint, list(encoder.img_size)]
     parts = json.dumps([FORMAT, settings, weights_hash(encoder), *images], sort_keys=True)
     key = hashlib.sha256(parts.encode()).hexdigest()[:16]

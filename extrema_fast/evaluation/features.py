@@ -17,6 +17,7 @@ from .. import rng
 from ..config import DataConfig
 from ..data.augment import normalize
 from ..data.bad_images import BadRows
+from ..data.image_files import ImageFiles
 from ..data.loader import EvalLoader
 from ..data.preprocess import KEEP_EXACT, Resizing
 from ..data.sources import ImageSource, match_classes, subset
@@ -111,7 +112,8 @@ def raw_pixels(
     Gray images stored as RGB give one number per pixel; images that cannot be decoded are left
     out. `cls` and `mean` are the same tensor.
     """
-    while len(source) * 3 * side * side > PIXEL_BUDGET and side > 8:
+    channels = ImageFiles(source, cfg).read_channels
+    while len(source) * channels * side * side > PIXEL_BUDGET and side > 8:
         side //= 2
     height, width = (min(s, side) for s in img_size)
     pixels, rows = [], []
@@ -202,7 +204,7 @@ def load_batch(
     strict: bool = True,
     resizing: Resizing = KEEP_EXACT,
 ) -> Tensor:
-    """[min(count, n), H, W, 3] uint8: evenly spaced images of a source, the same every time.
+    """[min(count, n), H, W, C] uint8: evenly spaced images of a source, the same every time.
 
     `strict` and `resizing` as for `extract`.
     """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import MODEL_PREFIX, MODEL_SUFFIX, ModelConfig, did_you_mean, list_models
+from ..config import IMAGENET, MODEL_PREFIX, MODEL_SUFFIX, ModelConfig, did_you_mean, list_models
 from ..errors import UnknownArgumentError, UsageError
 from ..ops import dispatch as ops
 from ..ops.linear import RECOMPUTE
@@ -101,8 +101,11 @@ class Encoder(TimmInterface):
         self.architecture = f"{MODEL_PREFIX}{config.size}{MODEL_SUFFIX}"
         self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
         self.drop_path_rate, self.grad_checkpointing = config.drop_path, False
-        self.mean, self.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        self.mean: tuple[float, ...] = IMAGENET[0]
+        self.std: tuple[float, ...] = IMAGENET[1]
         self.interpolation, self.crop_pct, self.keep_exact = "bilinear", 0.875, False
+        # of images of more than 8 bits (`data.pixels.Range`)
+        self.value_range: tuple[float, ...] | None = None
 
         self.patch_embed = PatchEmbed(self.in_chans, width, config.patch_size, config.img_size)
         self.sincos = SinCos(width, pos_coords, trained)
@@ -327,7 +330,7 @@ class Encoder(TimmInterface):
         return Dino(self, version, layer_class)
 
     def preprocess(
-        self, value_range: tuple[float, float] | None = None, crop_pct: float | None = None
+        self, value_range: tuple[float, ...] | None = None, crop_pct: float | None = None
     ) -> Preprocess:
         """The transform of these weights: PIL image or uint8 [H, W, 3] -> normalized float32 [C, H, W].
 
@@ -336,7 +339,7 @@ class Encoder(TimmInterface):
         `mean`, `std`, `interpolation`, `crop_pct`).
 
         Args:
-            value_range: (black, white) of PIL images of more than 8 bits, as `data.range`.
+            value_range: (black, white) of images of more than 8 bits, as `data.range`; None: that of the weights.
             crop_pct: in place of that of the weights; 1 for images that are already cropped.
         """
         from ..data.preprocess import Preprocess
@@ -348,7 +351,7 @@ class Encoder(TimmInterface):
             self.std,
             self.interpolation,
             self.crop_pct if crop_pct is None else crop_pct,
-            value_range,
+            self.value_range if value_range is None else value_range,
         )
 
     def resizing(self, crop_pct: float | None = None) -> Resizing:

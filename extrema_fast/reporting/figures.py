@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..data.augment import normalize
+from ..data.pixels import shown
 from ..data.sources import ImageSource, match_classes, subset
 from ..evaluation.features import cap, extract, load_batch
 from ..models.masking import sample_views
@@ -151,14 +152,14 @@ def data_uri(array: np.ndarray) -> str:
 
 
 def small(images: Tensor) -> np.ndarray:
-    """uint8 [n, H, W, 3] -> uint8 numpy, area-averaged to at most `MAX_SIDE` pixels a side."""
+    """uint8 [n, H, W, C] -> uint8 numpy [n, H, W, 3] (`shown`), area-averaged to at most `MAX_SIDE` pixels a side."""
     height, width = images.shape[1:3]
     factor = max(height, width) / MAX_SIDE
     if factor > 1:
         size = (max(1, round(height / factor)), max(1, round(width / factor)))
         x = F.interpolate(images.permute(0, 3, 1, 2).float(), size, mode="area")
         images = x.round().to(torch.uint8).permute(0, 2, 3, 1)
-    return images.numpy()
+    return shown(images.numpy())
 
 
 def token_colors(tokens: Tensor) -> np.ndarray:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..config import Config, flatten
+from ..data.image_files import read_as
 from ..data.sources import open_source
 from ..errors import UsageError, cannot_import
 from ..evaluation.evaluate import CLS, MEAN, PIXELS, PRETRAINED, RANDOM, resolve_data
@@ -252,11 +254,14 @@ def _pictures(folder: Path, cfg: Config, count: int, data: str | None) -> Record
             ]
         except UsageError as error:
             raise UsageError(f"{error}; if they are elsewhere: report {folder} --data FOLDER") from None
-        return convert.load_encoder(folder), *sources
+        encoder = convert.load_encoder(folder)
+        return encoder, *(read_as(s, encoder.in_chans) for s in sources)
 
     if (opened := attempt("samples", open_all)) is None:
         return shown
     encoder, train, test = opened
+    if encoder.value_range:
+        cfg = replace(cfg, data=replace(cfg.data, range=encoder.value_range))
     initial = convert.random_encoder_like
     shown["samples"] = attempt("samples", lambda: figures.samples(encoder, initial(folder), test, cfg, count))
     shown["neighbors"] = attempt("neighbors", lambda: figures.neighbors(encoder, train, test, cfg))

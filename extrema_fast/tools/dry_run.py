@@ -11,7 +11,7 @@ from ..data.order import epoch_length
 from ..distributed import start
 from ..progress import ImageProgress
 from ..train import train_step
-from ..training.resolve import checkpoint_bytes, derived
+from ..training.resolve import checkpoint_bytes, derived, settle_channels
 from ..training.run import build, init_weights, open_loader, open_train, prepare_torch
 from ..training.step import batches, wrap
 
@@ -33,7 +33,9 @@ def dry_run(
     with start(cfg.system.device) as world:
         prepare_torch(cfg.system)
         local_batch(cfg, world.size)
-        run = build(cfg, world, world.rank_zero_first(lambda: open_train(cfg)))
+        source = world.rank_zero_first(lambda: open_train(cfg))
+        cfg = settle_channels(cfg, source)
+        run = build(cfg, world, source)
         if init_from is not None:
             init_weights(run, init_from, overwrite)
         wrap(run)

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..config import DataConfig
 from ..data.augment import normalize
 from ..data.bad_images import BadRows
+from ..data.image_files import deep_range, read_as
 from ..data.image_source import ImageSource
 from ..data.loader import EvalLoader, loader_for
 from ..data.manifest import escape, write_lines
@@ -91,6 +92,7 @@ class Settings:
         part_images: images in a part.
         loader: dali or pil: their pixels differ by rounding.
         crop_pct: as of `data.preprocess.Resizing`; None, of older versions: images of exactly the size are taken whole.
+        range: of images of more than 8 bits: that of the weights, else of the images; empty: the usual one.
     """
 
     tokens: str
@@ -107,6 +109,7 @@ class Settings:
     precision: str
     crop_pct: float | None = None
     interpolation: str = "bilinear"
+    range: tuple[float, ...] = ()
 
     @property
     def resizing(self) -> Resizing:
@@ -148,7 +151,7 @@ class Job:
         return (patches, width) if self.settings.tokens == "patch" else (width,)
 
     def images(self, source: ImageSource, bad: BadRows | None = None) -> EvalLoader:
-        """The images of a source, [b, H, W, 3] uint8 with their row numbers; `bad` takes those left out."""
+        """The images of a source, [b, H, W, C] uint8 with their row numbers; `bad` takes those left out."""
         return EvalLoader(
             source,
             self.data,
@@ -231,6 +234,7 @@ def embed(
     with start(device) as world:
         source = world.rank_zero_first(lambda: open_source(data, split, limit=limit, check=False))
         encoder = convert.load_encoder(weights, which, img_size=img_size)
+        source = read_as(source, encoder.in_chans)
         if tokens == "class" and encoder.global_pool != "token":
             raise UsageError(f"{weights}: this encoder has no class token; use --tokens mean")
         vectors = encoder.num_patches if tokens == "patch" else 1
@@ -241,6 +245,7 @@ def embed(
         )
         older = world.broadcast(world.rank_zero_only(lambda: not force and _is_of_older_version(out)))
         resizing = None if older and crop_pct is None else encoder.resizing(crop_pct)
+        cfg = DataConfig(loader=loader, exif=exif, threads=threads, range=encoder.value_range or (0.0, 0.0))
         settings = Settings(
             tokens=tokens,
             norm=norm,
@@ -251,13 +256,13 @@ def embed(
             std=tuple(encoder.std),
             keep_ratio=keep_ratio,
             exif=exif,
-            loader=loader_for(source, DataConfig(loader=loader)),
+            loader=loader_for(source, cfg),
             part_images=part_images,
             precision="fp32" if dtype == "fp32" else precision("auto", world.device.type),
             crop_pct=None if resizing is None else resizing.crop_pct,
             interpolation="bilinear" if resizing is None else resizing.interpolation,
+            range=deep_range(source, cfg) or (),
         )
-        cfg = DataConfig(loader=loader, exif=exif, threads=threads)
         job = Job(encoder.to(world.device).eval(), source, settings, cfg, batch_size, world, strict)
         where = data if data in BUILT_IN else os.path.abspath(Path(data).expanduser())
         config = job.describe() | {
@@ -377,7 +382,7 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     found |= {f"weights {key}": weights.get(key) for key in ("which", "hash")}
     found |= {f"data {key}": data.get(key) for key in ("images", "fingerprint")}
     # of older versions
-    return found | {"crop_pct": None, "interpolation": "bilinear"} | config["settings"]
+    return found | {"crop_pct": None, "interpolation": "bilinear", "range": []} | config["settings"]
 
 
 def _finish(job: Job, out: Path) -> None:
@@ -483,7 +488,7 @@ def _encode_parts(
 
 @torch.inference_mode()
 def encode_batch(job: Job, images: Tensor, rows: Tensor) -> Tensor:
-    """Features [b, D] (or patch tokens [b, N, D]) of images [b, H, W, 3] uint8, on the CPU in the stored type.
+    """Features [b, D] (or patch tokens [b, N, D]) of images [b, H, W, C] uint8, on the CPU in the stored type.
 
     The row numbers [b] choose the patches kept with `keep_ratio`.
     """

@@ -190,6 +190,7 @@ _CONFIG: dict[str, Any] = {
         # not in older versions
         "crop_pct?": (float, None),
         "interpolation?": str,
+        "range?": [float],
     },
 }
 

@@ -7,6 +7,7 @@ or time of change is another, or that could not be read.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -15,11 +16,13 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from ..config import MAX_PIXELS
+from ..config import MAX_PIXELS, DataConfig
+from ..data.image_files import measure_statistics
 from ..data.image_source import ImageSource, among, left_out
 from ..data.manifest import (
     COLUMNS,
@@ -33,10 +36,12 @@ from ..data.manifest import (
     root_folder,
     root_for,
     row_line,
+    statistics,
     value_range,
     write_lines,
 )
-from ..data.sources import BUILT_IN, EXTENSIONS, open_source
+from ..data.pixels import array_channels
+from ..data.sources import BUILT_IN, EXTENSIONS, NPY, open_source, subset
 from ..distributed import cores
 from ..errors import DataError, Preempted, StorageError, UsageError, counted, install
 from ..progress import ImageProgress
@@ -51,6 +56,12 @@ PATH, OFFSET, BYTES, MTIME, CRC32, KIND, WIDTH, HEIGHT, LABEL, STATUS = (
     COLUMNS.index(c)
     for c in ("path", "offset", "bytes", "mtime_ns", "crc32", "kind", "width", "height", "label", "status")
 )
+
+
+# mean and standard deviation of each channel
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+# images whose pixels are measured
+MEASURED = 1024
 
 
 class Trouble(NamedTuple):
@@ -76,8 +87,10 @@ class Result(NamedTuple):
     seconds: float
     decoder: str
     troubles: list[Trouble]
-    value_range: tuple[float, float] | None = None
-    """(black, white) of the images of more than 8 bits; None: the usual 0 to 65535 or 0 to 1, or no such images"""
+    value_range: tuple[float, ...] | None = None
+    """of the images of more than 8 bits (`pixels.Range`); None: the usual 0 to 65535 or 0 to 1, or no such images"""
+    statistics: Statistics | None = None
+    """mean and standard deviation of each channel, in 0..1; None: the images are not arrays"""
 
 
 class Job(NamedTuple):
@@ -101,9 +114,11 @@ class Job(NamedTuple):
     def part(self) -> Path:
         return self.out.with_name(self.out.name + ".part")
 
-    def head(self) -> str:
+    def head(self, measured: Statistics | None = None) -> str:
         data = self.data if self.data in BUILT_IN else root_for(self.out, self.data)
-        notes = {"data": data, "strict": self.strict, "max_pixels": self.max_pixels}
+        notes: dict[str, Any] = {"data": data, "strict": self.strict, "max_pixels": self.max_pixels}
+        if measured:
+            notes |= {"mean": measured[0], "std": measured[1]}
         return header_lines(root_for(self.out, self.root), self.source.classes, notes)
 
     def label(self, row: int) -> str:
@@ -182,17 +197,47 @@ def _index(job: Job, work: Work, force: bool, processes: int, progress: bool) ->
             log.info("%s: %d of %d images are known", job.out, len(lines) - len(todo), len(lines))
         decoder = _decode(job, work, max(kept, default=-1) + 1, lines, todo, processes, progress)
     seconds = time.monotonic() - began
-    if todo or not _holds(job, lines):
+    measured = (None if todo else _measured_before(job)) or _measure(job, lines)
+    head = job.head(measured)
+    if todo or not _holds(job, head, lines):
         try:
             # through a link that the user has named, so that it stays one
-            write_lines(os.path.realpath(job.out), job.head(), lines)
+            write_lines(os.path.realpath(job.out), head, lines)
         except StorageError as e:
             raise StorageError(
                 f"{e}; what was found is kept in {job.part}, and the same command continues"
             ) from e
     else:
         log.info("%s: complete, and no file has changed since; nothing to decode", job.out)
-    return _result(job, lines, len(todo), seconds, decoder)
+    return _result(job, lines, len(todo), seconds, decoder)._replace(statistics=measured)
+
+
+def _measured_before(job: Job) -> Statistics | None:
+    if not job.out.exists():
+        return None
+    with open(job.out, encoding="utf-8", errors="replace", newline="\n") as f:
+        return statistics(parse_header(f.readline(), f.readline(), job.out.name))
+
+
+def _measure(job: Job, lines: list[str]) -> Statistics | None:
+    """Mean and standard deviation of each channel of a set of arrays, with the range that its values have."""
+    fields = [line.rstrip("\n").split("\t") for line in lines]
+    good = [row for row, f in enumerate(fields) if f[STATUS] == OK]
+    kinds = Counter(fields[row][KIND] for row in good)
+    # arrays with most of the images
+    counts: Counter[int] = Counter()
+    for kind, n in kinds.items():
+        counts[array_channels(kind)] += n
+    channels, _ = counts.most_common(1)[0] if counts else (0, 0)
+    if not channels:
+        return None
+    source = subset(job.source, torch.tensor(good))
+    source = dataclasses.replace(source, channels=channels, value_range=value_range(kinds), headers=None)
+    try:
+        return measure_statistics(source, DataConfig(max_pixels=job.max_pixels), MEASURED)
+    except DataError as e:
+        log.warning("%s: mean and standard deviation are not known: %s", job.out, e)
+        return None
 
 
 def describe(result: Result) -> str:
@@ -210,11 +255,16 @@ def describe(result: Result) -> str:
     if result.bare:
         lines.append(f"no good image in {len(result.bare)} classes, first: {result.bare[0]}")
     if result.value_range:
-        black, white = result.value_range
+        black, white = result.value_range[::2], result.value_range[1::2]
+        each = [f"{b:g} is black and {w:g} is white" for b, w in zip(black, white, strict=True)]
         lines.append(
-            f"images of more than 8 bits: {black:g} is black and {white:g} is white, by their smallest and largest "
-            "values; data.range changes that"
+            ("images of more than 8 bits: " if len(each) == 1 else "channels: ")
+            + ", ".join(each)
+            + ", by their smallest and largest values; data.range changes that"
         )
+    if result.statistics:
+        mean, std = ([f"{v:g}" for v in values] for values in result.statistics)
+        lines.append(f"mean {' '.join(mean)}, standard deviation {' '.join(std)} of the channels, in 0..1")
     if result.fresh:
         rate = result.fresh / max(result.seconds, 1e-9)
         lines.append(f"decoded {result.fresh} images by {result.decoder}, {rate:.0f} images/s")
@@ -223,7 +273,14 @@ def describe(result: Result) -> str:
                 "not checked without DALI: JPEG data that decoders repair silently (zeros, flipped bits, another "
                 f"image's data); {install('dali-cuda13')}"
             )
-    return "\n".join([*lines, f"train on the good ones: extrema-fast pretrain {result.out}"])
+    options = ""
+    if result.statistics:
+        channels = len(mean)
+        options = f" --model.in-chans {channels}"
+        if channels in (1, 3):
+            # there ImageNet's are the default
+            options += f" --data.mean {' '.join(mean)} --data.std {' '.join(std)}"
+    return "\n".join([*lines, f"train on the good ones: extrema-fast pretrain {result.out}{options}"])
 
 
 # ---- what there is --------------------------------------------------------------------------------
@@ -259,7 +316,7 @@ def _check_out(job: Job, force: bool) -> None:
     out = job.out
     if out.is_dir():
         raise UsageError(f"--out {out}: is a folder; name the manifest, as in {out / 'manifest.tsv'}")
-    if out.suffix.lower() in (*EXTENSIONS, ".tar"):
+    if out.suffix.lower() in (*EXTENSIONS, NPY, ".tar"):
         raise UsageError(f"--out {out}: is the name of an image or shard; name a manifest, as in images.tsv")
     if os.path.realpath(out) == os.path.realpath(job.data):
         raise UsageError(f"--out {out}: is what is to be indexed; choose another --out")
@@ -354,12 +411,12 @@ def _unchanged(fields: list[str], size: int, mtime_ns: int, job: Job, row: int) 
     return "\t".join(fields)
 
 
-def _holds(job: Job, lines: list[str]) -> bool:
+def _holds(job: Job, head: str, lines: list[str]) -> bool:
     """Whether the manifest is there with just these lines."""
     if not job.out.exists():
         return False
     with open(job.out, encoding="utf-8", errors="replace", newline="\n") as f:
-        return all(a == b for a, b in zip_longest(f, chain(job.head().splitlines(True), lines)))
+        return all(a == b for a, b in zip_longest(f, chain(head.splitlines(True), lines)))
 
 
 # ---- decoding -------------------------------------------------------------------------------------

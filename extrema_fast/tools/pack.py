@@ -381,7 +381,8 @@ def _in_order(
 
 def _sample(source: ImageSource, row: int, key: str, image: Packed) -> tuple[list[tuple[str, bytes]], Row]:
     """The components of an image, and its manifest row (the shard puts path and offset in)."""
-    member = f"{key}.{EXTENSIONS[image.kind.split()[0]]}"
+    kind = image.kind.split()[0]
+    member = f"{key}.{EXTENSIONS.get(kind, kind)}"
     parts = [(member, image.data)]
     label = ""
     if source.labels is not None:
@@ -406,7 +407,13 @@ def _finish(source: ImageSource, out: Path, work: Work, about: dict[str, Any], p
         )
     sums = {name: value for d in done for name, value in d.sums.items()}
     classes = source.classes if source.labels is not None else []
-    texts = {MANIFEST: header_lines(".", classes, {"packed": about}) + "".join(map(row_line, rows))}
+    notes: dict[str, Any] = {"packed": about}
+    if source.value_range:
+        # of the images before, which the weights will be given
+        notes["range"] = [float(v) for v in source.value_range]
+    if source.statistics:
+        notes |= dict(zip(("mean", "std"), source.statistics, strict=True))
+    texts = {MANIFEST: header_lines(".", classes, notes) + "".join(map(row_line, rows))}
     if classes:
         texts[CLASSES] = "".join(f"{escape(c)}\n" for c in classes)
     if left_out:
@@ -445,9 +452,12 @@ def _finished_shards(out: Path, work: Work) -> list[Done]:
 def measure_loader(data: str, threads: int) -> dict[str, Any]:
     """The training loader's rate on a few hundred images of `data`: decode, crop to 224 x 224, flip."""
     from ..config import DataConfig
+    from ..data.image_files import read_as
     from ..data.loader import TrainLoader
 
     source = open_source(data)
+    # of arrays as many as they have
+    source = read_as(source, len(source.statistics[0]) if source.statistics else 3)
     batch = min(64, len(source))
     batches = max(1, min(_MEASURED, len(source)) // batch)
     with TrainLoader(source, DataConfig(threads=threads), (224, 224), batch_size=batch, seed=0) as loader:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..errors import UsageError
 from ..files import write_file
 from ..ops.scope import recording
 from ..train import train_step
-from ..training.resolve import flops_per_image
+from ..training.resolve import flops_per_image, settle_channels
 from ..training.run import Run, build, open_loader, open_train, prepare_torch
 from ..training.run_folder import versions
 from ..training.step import batches, wrap
@@ -69,6 +70,7 @@ def profile(
         prepare_torch(cfg.system)
         local_batch(cfg, 1)
         source = range(max(_NOISE_IMAGES, cfg.train.batch_size)) if synthetic else open_train(cfg)
+        cfg = _with_statistics(cfg) if synthetic else settle_channels(cfg, source)  # type: ignore[arg-type]
         run = build(cfg, world, source)  # type: ignore[arg-type]
         images, flop = (
             "from memory" if synthetic else cfg.data.train,
@@ -106,10 +108,16 @@ def _fused_names(run: Run) -> AbstractContextManager[object]:
     return inductor.patch("cpp.enable_kernel_profile", sys.platform == "linux")
 
 
+def _with_statistics(cfg: Config) -> Config:
+    """`cfg` with any mean and standard deviation for channels other than RGB."""
+    one = replace(cfg.data, mean=(0.5,), std=(0.25,))
+    return settle_channels(replace(cfg, data=one), None) if cfg.model.in_chans not in (1, 3) else cfg
+
+
 def _noise(run: Run) -> Iterator[Batch]:
     size = run.cfg.train.batch_size
     generator = torch.Generator().manual_seed(run.cfg.train.seed)
-    shape = (size, *run.cfg.model.img_size, 3)
+    shape = (size, *run.cfg.model.img_size, run.cfg.model.read_chans)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(run.world.device)
     while True:
         index = torch.arange(size) + run.step * size % (len(run.source) - size + 1)

@@ -12,14 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import DataConfig
+from ..data.image_files import read_as
 from ..data.loader import choose_loader
-from ..data.pixels import extremes, is_deep, natural_range, to_8_bit
-from ..data.sources import EXTENSIONS, ImageSource, open_source
+from ..data.pixels import is_deep, open_array, plugins, range_of, shown, to_8_bit, to_levels
+from ..data.sources import EXTENSIONS, NPY, UNREAD, ImageSource, open_source
 from ..distributed import World, pick_device
 from ..errors import ExtremaError, StorageError, UsageError, install
 from ..evaluation.evaluate import weights_hash
@@ -169,9 +171,9 @@ def _feature(embeddings: Embeddings, place: int) -> Tensor:
 
 def _query_images(query: str) -> ImageSource:
     path = Path(query).expanduser()
-    if path.is_file() and path.suffix.lower() in EXTENSIONS:
+    if path.is_file() and path.suffix.lower() in (*EXTENSIONS, *plugins(), NPY):
         return ImageSource(query, [str(path)], None, [], "")
-    if not path.exists() and path.suffix.lower() in EXTENSIONS:
+    if not path.exists() and path.suffix.lower() in (*EXTENSIONS, *UNREAD, NPY):
         raise UsageError(f"{query}: neither an image file nor a path in the index's rows.tsv")
     return open_source(query)
 
@@ -203,7 +205,10 @@ def _encode(
             settings.loader,
         )
         loader = "auto"
-    cfg = DataConfig(loader=loader, exif=settings.exif)
+    images = read_as(images, encoder.in_chans)
+    if images.channels not in (1, 3):
+        loader = "auto"
+    cfg = DataConfig(loader=loader, exif=settings.exif, range=settings.range or (0.0, 0.0))
     job = Job(encoder.to(device).eval(), images, settings, cfg, 32, World(device), strict=True)
     found = []
     with ImageProgress("encoding queries", len(images)) as bar:
@@ -364,11 +369,15 @@ def _thumbnail(data: bytes | None, exif: bool) -> Any:
     if data is None:
         return square
     try:
-        with image.open(io.BytesIO(data)) as im:
+        if array := open_array(io.BytesIO(data), None):
+            values = array.values(None)
+            im = image.fromarray(shown(to_levels(values, range_of(values))))
+        else:
+            im = image.open(io.BytesIO(data))
             im = ImageOps.exif_transpose(im) if exif else im
             if is_deep(im):
-                im = to_8_bit(im, natural_range(*extremes(im)))
-            im = ImageOps.contain(im.convert("RGB"), (SIDE, SIDE), image.Resampling.BICUBIC)
+                im = to_8_bit(im, range_of(np.asarray(im)))
+        im = ImageOps.contain(im.convert("RGB"), (SIDE, SIDE), image.Resampling.BICUBIC)
     except Exception:
         # nearly anything, for damaged bytes
         return square

@@ -10,9 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..config import MAX_PIXELS
 from ..data.manifest import Row
-from ..data.pixels import Range, to_8_bit
+from ..data.pixels import Array, Planes, Range, deep_kind, open_array, to_8_bit, to_levels
 from ..data.shards import BLOCK, Member, index_text
 from ..files import open_new, write_file
 from .verify import OK, check, reason
@@ -21,7 +23,7 @@ from .work import Work
 # two blocks of zeros end a tar
 END = 2 * BLOCK
 # extension in a shard of the kinds in `verify.READ`
-EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "tiff": "tif", "bmp": "bmp", "pnm": "pnm"}
+EXTENSIONS = {"jpeg": "jpg", "jpeg2000": "jp2", "pnm": "pnm", "tiff": "tif"}
 _ORIENTATION = 0x0112
 
 
@@ -41,8 +43,9 @@ def pack_image(
     """An image file's bytes as they are packed, or why they cannot be: every image is decoded once.
 
     A JPEG that is small enough keeps its bytes. Everything else becomes a JPEG of the pixels a loader sees
-    (`load_rgb`): gray stays gray, CMYK, palettes and alpha become RGB, 16 bits become 8. Pixels
-    are stored as they were, and so is the EXIF orientation, so that training may follow it or not.
+    (`load_image`): gray stays gray, CMYK, palettes and alpha become RGB, 16 bits become 8. Pixels
+    are stored as they were, and so is the EXIF orientation, so that training may follow it or not. Arrays become .npy
+    files [H, W, C] of 8 bits.
     """
     from PIL import Image
 
@@ -51,6 +54,10 @@ def pack_image(
     if found.status != OK:
         return found.status
     try:
+        if array := open_array(io.BytesIO(data), None):
+            if not size:
+                return Packed(data, found.kind, found.width, found.height, 1)
+            return _pack_array(array, size, side, value_range)
         with Image.open(io.BytesIO(data)) as im:
             im.load()
             target = _target(im.size, size, side)
@@ -66,6 +73,17 @@ def pack_image(
     # a broken file makes Pillow raise nearly anything
     except Exception as e:
         return f"cannot be decoded: {reason(e)}"
+
+
+def _pack_array(array: Array, size: int, side: str, value_range: Range | None) -> Packed:
+    from PIL import Image
+
+    levels = to_levels(array.values(None), value_range)
+    target = _target((levels.shape[1], levels.shape[0]), size, side)
+    out = io.BytesIO()
+    pixels = np.asarray(Planes(levels).resize(target, Image.Resampling.BICUBIC))
+    np.save(out, pixels, allow_pickle=False)
+    return Packed(out.getvalue(), deep_kind("npy", pixels), *target, 1)
 
 
 def _target(given: tuple[int, int], size: int, side: str) -> tuple[int, int]:

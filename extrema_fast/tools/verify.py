@@ -22,12 +22,17 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import NamedTuple
 
-from ..data.pixels import extremes, is_deep
+import numpy as np
+
+from ..config import MAX_CHANS
+from ..data.pixels import Array, deep_kind, is_deep, open_array, plugins
 from ..data.zips import read_range
 from ..errors import ExtremaError, UsageError, install
 from ..files import open_plain
 
-READ = ("jpeg", "png", "bmp", "webp", "tiff", "pnm")
+# what Pillow and DALI read, and what Pillow alone does
+READ, READ_BY_PILLOW = ("jpeg", "png", "bmp", "webp", "tiff", "pnm"), ("gif", "npy")
+_PLUGINS = {"avif": ".avif", "heic": ".heic", "jpeg2000": ".jp2"}
 _MAGIC = [
     ("jpeg", rb"\xff\xd8"),
     ("png", rb"\x89PNG\r\n\x1a\n"),
@@ -36,6 +41,7 @@ _MAGIC = [
     ("tiff", rb"II[*+]\x00|MM\x00[*+]"),
     ("pnm", rb"P[1-6]\s"),
     ("gif", rb"GIF8"),
+    ("npy", rb"\x93NUMPY"),
     ("avif", rb"....ftypavi[fs]"),
     ("heic", rb"....ftyp(?:hei|hev|mif|msf)"),
     ("jpeg2000", rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51"),
@@ -43,6 +49,7 @@ _MAGIC = [
     ("ico", rb"\x00\x00[\x01\x02]\x00"),
     ("psd", rb"8BPS"),
     ("svg", rb"\s*<(?:\?xml|svg)"),
+    ("pdf", rb"%PDF"),
 ]
 _KINDS = [(kind, re.compile(magic, re.DOTALL)) for kind, magic in _MAGIC]
 # libjpeg-turbo, as nvImageCodec has it print them, means damage by these; its other warnings are harmless
@@ -88,23 +95,46 @@ def check(data: bytes, decode: Decode, max_pixels: int) -> Verdict:
     found = Verdict(bytes=len(data), crc32=zlib.crc32(data), kind=kind_of(data))
     if not data:
         return found._replace(status="empty: 0 bytes")
-    if found.kind not in READ:
+    by_pillow = found.kind in READ_BY_PILLOW or _PLUGINS.get(found.kind) in plugins()
+    if found.kind not in READ and not by_pillow:
         what = f"kind not read: {found.kind}; convert it to JPEG or PNG" if found.kind else ""
         return found._replace(status=what or f"not an image: begins with {_shown(data[:16])}")
     try:
+        if array := open_array(io.BytesIO(data), None):
+            return _check_array(array, found, max_pixels)
         width, height, orientation = header(data)
+    except UsageError as e:
+        return found._replace(status=f"not read: {e}")
     # a broken file makes Pillow raise nearly anything: OSError, SyntaxError, ValueError, struct.error
     except Exception as e:
         return found._replace(status=f"broken header: {reason(e)}")
     found = found._replace(width=width, height=height, orientation=orientation)
     if width * height > max_pixels:
-        size = f"{width} x {height} = {width * height} pixels, the limit is {max_pixels}"
-        return found._replace(status=f"too large: {size} (--max-pixels)")
+        return _too_large(found, max_pixels)
     damage = png_damage(data) if found.kind == "png" else None
-    problem = f"damaged: {damage}" if damage else decode(data)
+    problem = f"damaged: {damage}" if damage else (pillow if by_pillow else decode)(data)
     if not problem and found.kind in ("png", "tiff", "pnm"):
         problem, found = _depth(data, found)
     return found._replace(status=problem) if problem else found
+
+
+def _too_large(found: Verdict, max_pixels: int) -> Verdict:
+    size = f"{found.width} x {found.height} = {found.width * found.height} pixels, the limit is {max_pixels}"
+    return found._replace(status=f"too large: {size} (--max-pixels)")
+
+
+def _check_array(array: Array, found: Verdict, max_pixels: int) -> Verdict:
+    """The verdict on numbers, with those of each channel in the kind; all of them are read."""
+    height, width, channels = array.sizes(None)
+    found = found._replace(width=width, height=height)
+    if width * height > max_pixels:
+        return _too_large(found, max_pixels)
+    if channels > MAX_CHANS:
+        return found._replace(status=f"not read: {channels} channels, at most {MAX_CHANS} are read")
+    try:
+        return found._replace(kind=deep_kind(found.kind, array.values(None)))
+    except Exception as e:
+        return found._replace(status=f"cannot be decoded: {reason(e)}")
 
 
 def _depth(data: bytes, found: Verdict) -> tuple[str | None, Verdict]:
@@ -119,8 +149,7 @@ def _depth(data: bytes, found: Verdict) -> tuple[str | None, Verdict]:
             im.load()
             if not is_deep(im):
                 return None, found
-            low, high = extremes(im)
-            return None, found._replace(kind=f"{found.kind} {low:g}..{high:g}")
+            return None, found._replace(kind=deep_kind(found.kind, np.asarray(im)))
     except Exception as e:
         return f"cannot be decoded: {reason(e)}", found
 
@@ -242,6 +271,7 @@ def _start(strict: bool, max_pixels: int) -> None:
     import PIL
     from PIL import Image
 
+    plugins()
     # sizes are compared with the limit before anything is decoded
     Image.MAX_IMAGE_PIXELS = None
     name = f"Pillow {PIL.__version__}"

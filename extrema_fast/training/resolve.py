@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import config
 from ..config import Config, ModelConfig, local_batch
-from ..data.image_source import among
+from ..data.image_files import measure_statistics
+from ..data.image_source import ImageSource, among
 from ..data.loader import choose_loader, decoding_threads
 from ..data.resident import Place
 from ..errors import UsageError, counted
+from ..files import read_json
 from ..models.extrema import ExtreMA
 from ..ops import dispatch as ops
 from ..ops.measure import Choices, Problem, Sizes
@@ -124,6 +127,50 @@ def resolve(
         decoding_threads=decoding_threads(cfg.data.threads),
         torch_threads=system.threads or torch.get_num_threads(),
     )
+
+
+def settle_channels(cfg: Config, source: ImageSource | None, *, continued: bool = True) -> Config:
+    """`cfg` with mean, standard deviation and policy for channels other than RGB; any other is returned as it is.
+
+    What is not given is that of the run in `cfg.out`, else of the manifest, else measured on a few of the images.
+
+    Args:
+        source: training images; None: only what the run has recorded is taken.
+        continued: a run in `cfg.out` goes on.
+    """
+    data, chans = cfg.data, cfg.model.in_chans
+    if chans in (1, 3):
+        return cfg
+    new: dict[str, Any] = {}
+    if data.policy == "spatial+color":
+        new["policy"] = "spatial"
+        log.info(
+            "data.policy: spatial, since color jitter and grayscale are for RGB, not for %d channels",
+            chans,
+        )
+    before = read_json(Path(cfg.out) / "config.json", {}).get("data", {}) if continued else {}
+    found: dict[str, Any] = {}
+    where = "of the run"
+    for i, name in enumerate(("mean", "std")):
+        values = getattr(data, name)
+        if len(values) == chans:
+            continue
+        if len(values) == 1:
+            new[name] = values * chans
+            continue
+        recorded = before.get(name) if isinstance(before, dict) else None
+        if isinstance(recorded, list) and len(recorded) == chans:
+            found[name] = tuple(recorded)
+        elif source is not None:
+            statistics = source.statistics
+            where = "of the manifest"
+            if statistics is None or len(statistics[0]) != chans:
+                statistics, where = measure_statistics(source, data), "measured on a few images"
+            found[name] = statistics[i]
+    if source:
+        for name, values in found.items():
+            log.info("data.%s: %s (%s)", name, " ".join(f"{v:g}" for v in values), where)
+    return replace(cfg, data=replace(data, **new, **found))
 
 
 def step_sizes(cfg: Config, world_size: int) -> Sizes:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..config import PRESETS, Config, SystemConfig, changed_maths, config_hash, preset, to_dict
 from ..data.bad_images import BadRows
-from ..data.image_files import ImageFiles, are_cropped, hash_sample, replaced
+from ..data.image_files import ImageFiles, are_cropped, deep_range, hash_sample, read_as, replaced
 from ..data.loader import TrainLoader, processes_here
 from ..data.order import epoch_length
 from ..data.resident import Place, choose_place
@@ -169,6 +169,7 @@ def open_train(cfg: Config) -> ImageSource:
     """The training images; UsageError when they do not fill one batch."""
     data = cfg.data
     source = open_source(data.train, "train", limit=data.limit, seed=cfg.train.seed, holdout=data.holdout)
+    source = read_as(source, cfg.model.in_chans)
     if epoch_length(source) < cfg.train.batch_size:
         raise UsageError(
             f"train.batch_size: {cfg.train.batch_size} is more than the {epoch_length(source)} images of "
@@ -177,13 +178,17 @@ def open_train(cfg: Config) -> ImageSource:
     return source
 
 
-def open_test(cfg: Config) -> ImageSource | None:
-    """Images for the evaluations while training; None when there are none or they are switched off."""
+def open_test(cfg: Config, train: ImageSource) -> ImageSource | None:
+    """Images for the evaluations while training; None when there are none or they are switched off.
+
+    Images of more than 8 bits have the range of those of `train`.
+    """
     data = cfg.data
     if not cfg.eval.every_epochs or not (data.test or data.holdout or data.train in BUILT_IN):
         return None
     try:
         source = open_source(data.test or data.train, "test", holdout=data.holdout)
+        source = read_as(source, cfg.model.in_chans)
     except UsageError as error:
         usual = [name for name in PRESETS if data.test and preset(name).data.test == data.test]
         whose = f" (the value of preset {usual[0]})" if usual else ""
@@ -197,7 +202,7 @@ def open_test(cfg: Config) -> ImageSource | None:
         )
     if data.holdout:
         log.info("%s: %s held out for evaluations (data.holdout)", source.name, counted(len(source), "image"))
-    return source
+    return replace(source, value_range=train.value_range or source.value_range)
 
 
 def build(cfg: Config, world: World, source: ImageSource, *, continued: bool = False) -> Run:
@@ -274,7 +279,7 @@ def open_loader(run: Run, bad_rows: Path | None = None) -> TrainLoader:
         bad.read(bad_rows, cfg.data)
         if world.is_rank_zero:
             bad.keep_in(bad_rows)
-    return TrainLoader(
+    loader = TrainLoader(
         run.source,
         cfg.data,
         cfg.model.img_size,
@@ -288,6 +293,9 @@ def open_loader(run: Run, bad_rows: Path | None = None) -> TrainLoader:
         pinned=world.device.type == "cuda",
         resident=run.resolved.resident,
     )
+    # of these images
+    run.resolved = replace(run.resolved, loader=loader.kind)
+    return loader
 
 
 def _place(run: Run, bad_rows: Path | None) -> Place:
@@ -539,7 +547,8 @@ def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:
         "init_from": run.began_from,
     }
     tensors = collect(run.method, run.optimizer, run.counters.tensor)
-    meta = weights_meta(run.cfg, run.step, run.method.teacher.crop_pct)
+    value_range = deep_range(run.source, run.cfg.data)
+    meta = weights_meta(run.cfg, run.step, run.method.teacher.crop_pct, value_range)
     if not is_sincos(run.method.teacher.pos_embed.cpu(), run.cfg.model.grid):
         # another project's, kept by `--init-from`
         meta["encoder"] = {"pos_embed": "learned"}

@@ -97,13 +97,26 @@ def save_weights(folder: str | Path, method: Any, meta: Mapping[str, Any]) -> Pa
     return write_folder(Path(folder), meta, {which: method_tensors(method, which) for which in WHICH})
 
 
-def weights_meta(cfg: Config, step: int, crop_pct: float = 0.875) -> dict[str, Any]:
-    """The description of weights saved at `step` of a run with configuration `cfg`; `crop_pct` as of `Resizing`."""
+def data_meta(
+    mean: Sequence[float], std: Sequence[float], value_range: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """How pixels become numbers: statistics, and the range of more than 8 bits where it is not the usual one."""
+    found = {"mean": list(mean), "std": list(std)}
+    return found | {"range": list(value_range)} if value_range else found
+
+
+def weights_meta(
+    cfg: Config, step: int, crop_pct: float = 0.875, value_range: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """The description of weights saved at `step` of a run with configuration `cfg`.
+
+    `crop_pct` as of `Resizing`, `value_range` of its images of more than 8 bits.
+    """
     data = to_dict(cfg)
     model, mean, std = data["model"], data["data"]["mean"], data["data"]["std"]
     return {
         "model": model,
-        "data": {"mean": mean, "std": std},
+        "data": data_meta(mean, std, value_range),
         "input": input_meta((model["in_chans"], *model["img_size"]), mean, std, crop_pct=crop_pct),
         "head": data["head"],
         "seed": cfg.train.seed,
@@ -297,6 +310,10 @@ def _numbers(value: Any, above: float = -math.inf) -> bool:
     return isinstance(value, list) and all(type(v) in (int, float) and above < v < math.inf for v in value)
 
 
+def _ascend(value_range: list[float]) -> bool:
+    return all(black < white for black, white in zip(value_range[::2], value_range[1::2], strict=True))
+
+
 # what the tables of a description may hold
 _CHECKS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "encoder": {
@@ -310,7 +327,11 @@ _CHECKS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "norm_eps": lambda v: _numbers([v], 0),
         "pos_grid": lambda v: v is None or (_numbers(v, 0) and list(map(type, v)) == [int, int]),
     },
-    "data": {"mean": lambda v: v and _numbers(v), "std": lambda v: v and _numbers(v, 0)},
+    "data": {
+        "mean": lambda v: v and _numbers(v),
+        "std": lambda v: v and _numbers(v, 0),
+        "range": lambda v: v is None or (_numbers(v) and len(v) % 2 == 0 and _ascend(v)),
+    },
     "input": {
         "interpolation": lambda v: type(v) is str,
         "crop_pct": lambda v: _numbers([v]) and 0 <= v <= 1,

@@ -29,7 +29,8 @@ def load_method_weights(method: Any, path: str | Path) -> Parts:
     """Fills an `ExtreMA` from `path`.
 
     Of a run, and of a pretraining checkpoint of the released code, both networks and their heads, which must fit; of
-    anything else that `load_encoder` reads its trunk, and the pooling and heads that it has and that fit.
+    one with other channels, and of anything else that `load_encoder` reads, its trunk, and the pooling and heads that
+    it has and that fit.
 
     Returns:
         What was done, by part.
@@ -39,7 +40,8 @@ def load_method_weights(method: Any, path: str | Path) -> Parts:
     """
     weights, option = open_weights(path, assumed=_assumed(method.student)), f"--init-from {path}"
     networks = {which: weights.read(which) for which in WHICH if which in weights.networks}
-    if len(networks) == 2 and all(any(map(is_projector, tensors)) for tensors in networks.values()):
+    whole = len(networks) == 2 and all(any(map(is_projector, tensors)) for tensors in networks.values())
+    if whole and model_config(weights.meta).in_chans == method.student.in_chans:
         _copy_whole(method, networks, option)
         return {"student and teacher": f"{KEPT}, with their heads"}
     found: list[Parts] = []

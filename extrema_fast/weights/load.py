@@ -287,6 +287,8 @@ def _set_input(encoder: Encoder, meta: Mapping[str, Any]) -> None:
                 # repeated, as the patch kernel is; gray is computed from colors
                 values = (values * encoder.in_chans)[: encoder.in_chans]
             setattr(encoder, name, tuple(values))
+        if found := meta["data"].get("range"):
+            encoder.value_range = tuple(found)
     for name in ("interpolation", "crop_pct"):
         if name in meta.get("input", {}):
             setattr(encoder, name, meta["input"][name])

@@ -94,15 +94,16 @@ def color_views(
 ) -> tuple[Tensor, Tensor]:
     """Two color-jittered, normalized versions of each crop, ExtreMA's student and teacher view of a shared crop.
 
-    Maths: README.md in this folder. Runs the plain PyTorch definition where Triton cannot run, for float64 and above
-    4 million pixels.
+    Maths: README.md in this folder. Runs the plain PyTorch definition where Triton cannot run, for float64, above
+    4 million pixels and for other channels than RGB.
 
     Args:
-        images: [B, H, W, 3] uint8.
+        images: [B, H, W, 3] uint8, or [B, H, W, C] with `channels` C.
         params: [B, 2, 10] fp32, of `color_params`; None: both are only normalized.
-        mean: of the three channels, in [0, 1].
-        std: standard deviation of the three channels.
-        channels: 3, or 1: the gray value, normalized with the mean of `mean` and of `std`.
+        mean: of the images' channels, in [0, 1].
+        std: standard deviation of the images' channels.
+        channels: 3; 1: the gray value of RGB, normalized with the mean of `mean` and of `std`; another number C: as
+            they are, without `params`.
         dtype: of the result: float32, bfloat16, float16 or float64.
         patch: P: the result is cut into patches of P x P pixels, whose numbers run (channel, row, column) as in the
             weight of a patch convolution; 0: images.
@@ -117,13 +118,16 @@ def color_views(
         TypeError: an argument is not a tensor.
         ValueError: names the argument, what it got and what it expects.
     """
-    check("images", images, ("B", "H", "W", 3), (torch.uint8,))
+    if channels < 1:
+        raise ValueError(f"channels: expected at least 1, got {channels}")
+    colors = 3 if channels == 1 else channels
+    check("images", images, ("B", "H", "W", colors), (torch.uint8,))
+    if params is not None and colors != 3:
+        raise ValueError(f"params: color jitter is defined for RGB, got {channels} channels; use params=None")
     if params is not None:
         check("params", params, (images.shape[0], 2, COLUMNS), (torch.float32,), images, "see color_params")
-    if len(mean) != 3 or len(std) != 3:
-        raise ValueError(f"mean, std: expected three numbers each, got {mean} and {std}")
-    if channels not in (1, 3):
-        raise ValueError(f"channels: expected 1 or 3, got {channels}")
+    if len(mean) != colors or len(std) != colors:
+        raise ValueError(f"mean, std: expected {colors} numbers each, got {mean} and {std}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
     batch, height, width, _ = images.shape
@@ -135,7 +139,8 @@ def color_views(
         keep = check_keep(keep, batch, (height // patch) * (width // patch), images)
         if keep.shape[0] == 0 or keep.shape[2] == 0:
             raise ValueError(f"keep: expected [V, B, K] with V and K from 1, got {list(keep.shape)}")
-    if not _launch.use_triton(images) or dtype == torch.float64 or height * width > MAX_PIXELS:
+    plain = colors != 3 or dtype == torch.float64 or height * width > MAX_PIXELS
+    if plain or not _launch.use_triton(images):
         options = {"channels": channels, "dtype": dtype, "patch": patch, "keep": keep}
         return color_views_plain(images, params, mean, std, **options)
     return _views(images, params, keep, list(mean), list(std), channels, patch, dtype)

@@ -68,10 +68,10 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], i
     """Normalizes images to fp32, (x / 255 - mean) / std.
 
     Args:
-        images: uint8 [B, H, W, 3].
-        mean: of the three channels, in [0, 1].
-        std: standard deviation of the three channels.
-        in_chans: C, 3 or 1; 1 takes the gray value, the mean of `mean` and the mean of `std`.
+        images: uint8 [B, H, W, C], of RGB for C 1.
+        mean: of the images' channels, in [0, 1].
+        std: standard deviation of the images' channels.
+        in_chans: C; 1 takes the gray value, the mean of `mean` and the mean of `std`.
 
     Returns:
         [B, C, H, W].

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from extrema_fast.data.image_files import load_rgb
+from extrema_fast.data.image_files import load_image
 from extrema_fast.data.loader import EvalLoader, TrainLoader, center_boxes
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import DataError
@@ -31,7 +31,7 @@ def test_odd_images_load(odd_images, tmp_path, config, kind, exif):
     # the same pictures as PIL's, not only something of the right shape
     for row, got in enumerate(eval_batch(source, cfg)):
         im = Image.open(source.paths[row])
-        im = load_rgb(source.paths[row], exif) if im.mode.startswith("I") else im
+        im = load_image(source.paths[row], exif) if im.mode.startswith("I") else im
         im = (ImageOps.exif_transpose(im) if exif else im).convert("RGB")
         ((top, left, bottom, right),) = center_boxes(np.array([im.size[::-1]]), (32, 32))
         want = im.resize((32, 32), Image.Resampling.BILINEAR, box=(left, top, right, bottom))

@@ -95,7 +95,7 @@ def test_regions_copied_to_a_device_give_the_crops_of_images_that_lie_there(sour
         im = (
             Image.open(source.paths[row])
             if source.spans is None
-            else files.rgb(row, np.frombuffer(files.read(row), np.uint8))
+            else files.image(row, np.frombuffer(files.read(row), np.uint8))
         )
         if policy == "spatial":
             im = (

@@ -161,7 +161,7 @@ def test_missing(tmp_path):
 
 
 def test_nothing_inside(tmp_path):
-    fails(tmp_path, r"no images; looked for \.bmp, \.jpeg, \.jpg, .* the folder is empty")
+    fails(tmp_path, r"no images; looked for \.bmp, \.gif, \.jpeg, .*\.npy .* the folder is empty")
     (tmp_path / "a/b").mkdir(parents=True)
     fails(tmp_path, "no images; .*found 1 folders without files")
     for name in ("a/1.txt", "a/b/2.txt", "3.csv"):
@@ -215,8 +215,8 @@ def test_bad_lists(tmp_path):
     archive.write_bytes(b"7z\xbc\xaf\xff\xfe\x00")
     fails(archive, r"set\.7z: a compressed archive: unpack it first, or decompress it to a \.tar; expected")
     fails(tmp_path / "a.png", "is one image; expected")
-    (tmp_path / "a.gif").write_bytes(b"GIF89a\xff")
-    fails(tmp_path / "a.gif", "a kind that is not read; read are .bmp, .* convert it")
+    (tmp_path / "a.psd").write_bytes(b"8BPS\xff")
+    fails(tmp_path / "a.psd", "a kind that is not read; read are .bmp, .* convert it")
 
 
 def test_broken_links_and_empty_files(tmp_path, caplog):

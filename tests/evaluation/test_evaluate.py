@@ -546,7 +546,8 @@ def test_the_images_held_out_of_training_are_the_test_images(run, cfg, images, t
     data = dataclasses.replace(cfg.data, test="", holdout=0.3)
     changed = dataclasses.replace(cfg, data=data, train=dataclasses.replace(cfg.train, batch_size=4))
     (run / "config.json").write_text(json.dumps(to_dict(changed)))
-    trained_on, held = open_train(changed), open_test(changed)
+    trained_on = open_train(changed)
+    held = open_test(changed, trained_on)
     assert not set(trained_on.paths) & set(held.paths) and len(trained_on) + len(held) == 30
     result = evals.evaluate(run, metrics=("knn",), device="cpu")
     assert (result["counts"]["train"], result["counts"]["test"]) == (len(trained_on), len(held))

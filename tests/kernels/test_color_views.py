@@ -128,6 +128,19 @@ def test_one_channel_and_dtypes(dtype, channels):
     assert out[0].dtype == dtype
 
 
+def test_other_channels_are_normalized_alone():
+    images = torch.randint(0, 256, (2, 8, 12, 5), dtype=torch.uint8)
+    mean, std = torch.rand(5).tolist(), (0.1 + torch.rand(5)).tolist()
+    m, s = (torch.tensor(v, dtype=torch.float64) for v in (mean, std))
+    wanted = ((images.double() / 255 - m) / s).permute(0, 3, 1, 2).contiguous()
+    close(color_views(images, None, mean, std, channels=5), (wanted, wanted))
+    keep = torch.tensor([[[4, 0], [2, 5]], [[1, 3], [3, 0]]], dtype=torch.int32)
+    student, teacher = color_views(images, None, mean, std, channels=5, patch=4, keep=keep)
+    cut = wanted.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(2, 6, -1)
+    kept = torch.stack([cut[b][keep[v, b].long()] for v in range(2) for b in range(2)])
+    close((student, teacher), (kept, cut))
+
+
 def test_the_plain_path_and_fp64(plain):
     images = draw(3, 9, 7)
     a, b = color_views(images, params(3), MEAN, STD), color_views_plain(images, params(3), MEAN, STD)
@@ -163,8 +176,10 @@ def test_errors():
     cases = [
         ((images.float(), params(2), MEAN, STD), {}, r"images: expected uint8 \[B, H, W, 3\], got float32"),
         ((images, params(3), MEAN, STD), {}, r"params: expected float32 \[2, 2, 10\]"),
-        ((images, params(2), MEAN[:1], STD), {}, "mean, std: expected three numbers"),
-        ((images, params(2), MEAN, STD), {"channels": 2}, "channels: expected 1 or 3, got 2"),
+        ((images, params(2), MEAN[:1], STD), {}, "mean, std: expected 3 numbers"),
+        ((images, params(2), MEAN, STD), {"channels": 0}, "channels: expected at least 1, got 0"),
+        ((images, None, MEAN, STD), {"channels": 2}, "images: expected uint8 .B, H, W, 2"),
+        ((images.repeat(1, 1, 1, 2), params(2), MEAN * 2, STD * 2), {"channels": 6}, "params: .* RGB, got 6"),
         ((images, params(2), MEAN, STD), {"dtype": torch.int8}, "dtype: expected"),
         ((images, params(2), MEAN, STD), {"patch": 3}, "patch: expected 0 or a divisor of 8 and 8, got 3"),
         ((images, params(2), MEAN, STD), {"keep": draw_keep(2, 4, 1, 2)}, "keep: needs `patch`"),

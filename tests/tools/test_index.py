@@ -127,7 +127,7 @@ def test_everything_that_is_no_image(tmp_path, out):
     for name in names:
         save(root / "a" / os.fsdecode(name))
     (root / "b").mkdir()
-    save(root / "b/a.gif")
+    save(root / "b/a.ico")
     (root / "b/b.heic").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(30))
     (root / "b/c.jpg").symlink_to("c.jpg")
     (root / "b/d.jpg").symlink_to("nowhere.jpg")
@@ -139,20 +139,20 @@ def test_everything_that_is_no_image(tmp_path, out):
     assert result.good == 6 and result.bare == ["b"]
     found = statuses(out)
     assert {os.path.basename(n): s for n, s in found.items() if s != "ok"} == {
-        "a.gif": "kind not read: gif; convert it to JPEG or PNG",
+        "a.ico": "kind not read: ico; convert it to JPEG or PNG",
         "b.heic": "kind not read: heic; convert it to JPEG or PNG",
         "c.jpg": "cannot be read: Too many levels of symbolic links",
         "d.jpg": "cannot be read: gone",
         "e.jpg": "cannot be read: not a plain file",
         "f.png": "empty: 0 bytes",
-        "g.jpg": "kind not read: gif; convert it to JPEG or PNG",
+        "g.jpg": "broken header: not recognised",
     }
     source = manifest_source(out)
     assert sorted(os.fsencode(os.path.basename(p)) for p in source.paths) == sorted(names)
     assert all(source.read(row) for row in range(6))
     text = describe(result)
     assert "6 of 13 images are good, 7 are not:" in text and "no good image in 1 classes, first: b" in text
-    assert "\n       3  kind not read   " in text and "\n       3  cannot be read  " in text
+    assert "\n       2  kind not read   " in text and "\n       3  cannot be read  " in text
     text.encode()
 
 

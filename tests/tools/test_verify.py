@@ -48,7 +48,9 @@ AT = JPEG.rindex(b"\xff\xda") + 500
         (replaced(JPEG, AT, np.random.default_rng(0).bytes(2000)), "damaged: ", "cannot be decoded: "),
         (PNG[: len(PNG) // 2], "damaged: no end of image", "damaged: no end of image"),
         (replaced(PNG, 2000, bytes(9)), "damaged: wrong checksum", "damaged: wrong checksum"),
-        (encoded(kind="GIF"), "kind not read: gif", "kind not read: gif"),
+        (encoded(kind="GIF"), "ok", "ok"),
+        (encoded(kind="GIF")[:-99], "cannot be decoded: ", "cannot be decoded: "),
+        (encoded(kind="ICO"), "kind not read: ico", "kind not read: ico"),
         (b"some text", "not an image: begins with 'some text'", "not an image: begins with 'some text'"),
     ],
 )
