@@ -33,11 +33,15 @@ EXTRAS = {
     "train": [
         "pillow>=10.1",
         "scikit-image>=0.22",
+        # TIFF files of several channels
+        "tifffile>=2023.8",
         "rich>=13",
         "jinja2>=3.1",
         "matplotlib>=3.8",
     ],
     "completion": ["shtab>=1.13"],
+    # compressed TIFF files of several channels, HEIC
+    "formats": ["imagecodecs>=2023.9", "pillow-heif>=0.16"],
     "tensorboard": ["tensorboard>=2.15"],
     "wandb": ["wandb>=0.19"],
     "trackio": ["trackio>=0.20"],

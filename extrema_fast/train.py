@@ -20,7 +20,7 @@ from .data.image_source import left_out
 from .data.loader import Batch, TrainLoader
 from .data.order import epoch_length
 from .data.sources import ImageSource
-from .distributed import is_lost, lost, start
+from .distributed import World, is_lost, lost, start
 from .errors import (
     DataError,
     NonFiniteError,
@@ -116,18 +116,17 @@ def pretrain(
         prepare_torch(cfg.system)
         local_batch(cfg, world.size)
         world.rank_zero_only(lambda: check_installed(cfg.log.trackers))
-        settle = partial(settle_channels, continued=not overwrite)
-        cfg = world.broadcast(world.rank_zero_only(partial(settle, cfg, None)))
-        finished = world.rank_zero_only(lambda: not overwrite and is_finished(cfg, allow_config_change))
+        settled = _settled(cfg, world, None, overwrite)
+        finished = world.rank_zero_only(lambda: not overwrite and is_finished(settled, allow_config_change))
         if world.broadcast(finished):
             log.info("%s: the run is complete, nothing to do", out)
             return out
-        source = world.rank_zero_first(lambda: open_train(cfg))
-        cfg = world.broadcast(world.rank_zero_only(partial(settle, cfg, source)))
-        test = world.rank_zero_first(lambda: open_test(cfg, source))
-        run = build(cfg, world, source, continued=not overwrite)
+        source = world.rank_zero_first(lambda: open_train(settled))
+        settled = _settled(settled, world, source, overwrite)
+        test = world.rank_zero_first(lambda: open_test(settled, source))
+        run = build(settled, world, source, continued=not overwrite)
         if preset is not None:
-            changes = {option: old for option, (_, old) in differing(cfg, preset[1]).items()}
+            changes = {option: old for option, (_, old) in differing(settled, preset[1]).items()}
             run.made_from = {"name": preset[0], "changes": changes}
         if init_from is not None:
             init_weights(run, init_from, overwrite)
@@ -144,6 +143,11 @@ def pretrain(
             ):
                 _loop(run, loader, train_log, test, signals)
     return out
+
+
+def _settled(cfg: Config, world: World, source: ImageSource | None, overwrite: bool) -> Config:
+    settle = partial(settle_channels, cfg, source, continued=not overwrite)
+    return world.broadcast(world.rank_zero_only(settle))
 
 
 @contextmanager

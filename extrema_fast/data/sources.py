@@ -57,7 +57,7 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", "
 # arrays; in a folder or a sample of a shard only where there is no other image, since they are often something else
 NPY = ".npy"
 # images that are read with a plug-in of Pillow or not at all; `index` reports them
-UNREAD = (".avif", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jxl", ".psd", ".svg")
+UNREAD = (".avif", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jxl", ".psd", ".svg")
 # left out with a count, too
 _NO_IMAGES = (".arw", ".cr2", ".dcm", ".dng", ".eps", ".exr", ".nef", ".pdf")
 # what holds many images, by its ending
@@ -345,9 +345,13 @@ def _walk(folder: Path, above: set[str], found: Counter[str], extensions: tuple[
     return sorted(paths)
 
 
+def _unread() -> tuple[str, ...]:
+    """Endings of images that are left out."""
+    return tuple(sorted({*UNREAD, *_NO_IMAGES} - {*plugins()}))
+
+
 def _warn_of_unread(name: str, found: Counter[str], extensions: tuple[str, ...]) -> None:
-    kinds = sorted({*UNREAD, *_NO_IMAGES} - {*EXTENSIONS, *plugins()})
-    left_out = {kind: found[kind] for kind in kinds if found[kind]}
+    left_out = {kind: found[kind] for kind in _unread() if found[kind]}
     if left_out:
         heic = f"; HEIC: {install('formats')}" if {".heic", ".heif"} & left_out.keys() else ""
         log.warning(
@@ -447,8 +451,8 @@ def _from_shards(
         return _from_zips(name, paths, split, extensions, check)
     if "table" in kinds:
         return _from_tables(name, paths, check)
-    source = shard_source(name, paths, extensions, UNREAD if check else (), check=check)
-    _warn_of_unread(name, Counter(source.left_out))
+    source = shard_source(name, paths, extensions, _unread() if check else (), check=check)
+    _warn_of_unread(name, Counter(source.left_out), extensions)
     return source
 
 
@@ -467,10 +471,12 @@ def _from_zips(
         rows += [(number, m.name.split("/"), m) for m in images]
     above = inside.split("/") if inside else []
     rows = [row for row in rows if row[1][: len(above)] == above]
+    if not rows and found[NPY] and extensions != (NPY,):
+        return _from_zips(name, paths, split, (NPY,), check, inside)
     if not rows:
         raise UsageError(_no_images(name, 0, found))
     if check:
-        _warn_of_unread(name, found)
+        _warn_of_unread(name, found, extensions)
     ends = [min(parts[:-1] for _, parts, _ in rows), max(parts[:-1] for _, parts, _ in rows)]
     shared = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False))]
     rows = sorted((number, parts[len(shared) :], member) for number, parts, member in rows)

@@ -238,10 +238,11 @@ def samples(
             over += [heat(m[i, p], top) for m in (maps, before) if m is not None]
         over.append(colors[i])
         rows.append([None if a is None else data_uri(a) for a in over])
-    shown = small(images)
+    pictures = small(images)
     return {
-        "images": [data_uri(a) for a in shown],
-        "size": shown.shape[1:3],
+        "images": [data_uri(a) for a in pictures],
+        "channels": encoder.in_chans,
+        "size": pictures.shape[1:3],
         "titles": [*titles, "patch PCA"],
         "rows": rows,
         "views": views,

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ..config import Config, from_dict, keep_count, nested, preset, typed
-from ..data.image_files import ImageFiles, sampled_sizes
+from ..data.image_files import ImageFiles, read_as, sampled_sizes
 from ..data.loader import processes_here
 from ..data.order import epoch_length
 from ..data.resident import estimate_bytes, free_on_host
@@ -110,6 +110,10 @@ class Machine(NamedTuple):
         return f"{self.processes} processes of {what}" if self.processes > 1 else what
 
 
+# options that say how images are read
+_READING = ("train.seed", "model.in_chans")
+
+
 def choose(given: Mapping[str, Any], *, overwrite: bool = False) -> tuple[Config, Config]:
     """The configuration of a run on one's own images; logs what was chosen and why.
 
@@ -146,7 +150,7 @@ def choose(given: Mapping[str, Any], *, overwrite: bool = False) -> tuple[Config
     if not data:
         raise UsageError(f"own: no images, and no run in {out} that names them; add --data.train FOLDER")
     rank, processes, local = detect(os.environ)
-    simple = {k: v for k, v in given.items() if k.startswith(("data.", "system.")) or k == "train.seed"}
+    simple = {k: v for k, v in given.items() if k.startswith(("data.", "system.")) or k in _READING}
     asked = from_dict(nested(simple), preset("own"))
     device = pick_device(asked.system.device, local, processes)
     # none, where that is what is asked for
@@ -214,7 +218,8 @@ def _probe(asked: Config, splits: bool) -> Images:
     data, seed = asked.data, asked.train.seed
 
     def opened(holdout: float) -> ImageSource:
-        return open_source(data.train, "train", limit=data.limit, seed=seed, holdout=holdout)
+        found = open_source(data.train, "train", limit=data.limit, seed=seed, holdout=holdout)
+        return read_as(found, asked.model.in_chans)
 
     with _unheard():
         source = opened(data.holdout)

@@ -119,6 +119,7 @@ def test_evaluation_report_and_profile(made, tmp_path):
     # the height is in the numbers that the network gets
     assert rows["raw pixels", "pixels"] == 1.0 and len(rows) == 5
     page = report(out, images=2).read_text()
+    assert "Of the 5 channels the first three are shown" in page
     assert "data:image/png" in page and "Pictures are left out" not in page
     assert dry_run(cfg, steps=1)["loader"] == "pil"
     profile(cfg, out=tmp_path / "profile", steps=1, warmup=1, synthetic=True)
