@@ -138,7 +138,7 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 
 def refuse_url(spec: str, where: str = "") -> None:
     """UsageError for a URL, which says how its images get on a disk."""
-    scheme = _SCHEME.match(spec)
+    scheme = _SCHEME.match(os.fspath(spec))
     if not scheme:
         return
     kind, rest = scheme[1].lower(), spec[scheme.end() :]
