@@ -166,7 +166,7 @@ class ImageFiles:
         """The error for a row that is no image, or a damaged one."""
         path, name = self.source.paths[row], self.source.title(row)
         text = getattr(reason, "strerror", None) or str(reason)
-        text = text.replace(path, "").strip(" '\"") or type(reason).__name__
+        text = text.replace(path, "").strip(" '\":") or type(reason).__name__
         if type(reason).__name__ == "UnidentifiedImageError":
             # PIL shows the object that it was given
             text = "no known image format"

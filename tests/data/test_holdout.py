@@ -9,6 +9,7 @@ import unicodedata
 import pytest
 
 from extrema_fast.config import DataConfig
+from extrema_fast.data.manifest import Row, header_lines, row_line, write_lines
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import UsageError
 
@@ -41,12 +42,14 @@ def test_a_share_of_every_class_wherever_the_set_lies(tmp_path, monkeypatch):
     counts = [sum(name[0] == c for name in test) for c in "abc"]
     assert all(3 <= n <= 20 for n in counts) and sum(counts) == len(test)
     assert [source.classes[i] for i in source.labels.tolist()] == [name[0] for name in test]
-    # it is in neither place nor order, and the same by list
+    # whatever the place and the order, and by list or manifest
     monkeypatch.chdir(tmp_path)
     root.rename("moved")
     (tmp_path / "moved/list.txt").write_text("".join(f"{n}\t{n[0]}\n" for n in reversed(NAMES)))
     (tmp_path / "moved/absolute.txt").write_text("".join(f"{tmp_path}/moved/{n}\t{n[0]}\n" for n in NAMES))
-    for spec in ("moved", tmp_path / "moved", "moved/list.txt", "moved/absolute.txt"):
+    rows = [Row(n, bytes=len(n), width=1, height=1, label=n[0]) for n in NAMES]
+    write_lines("m.tsv", header_lines("moved", list("abc")), map(row_line, rows))
+    for spec in ("moved", tmp_path / "moved", "moved/list.txt", "moved/absolute.txt", "m.tsv"):
         assert sorted(halves(spec)[0][1]) == test
     # a larger share holds the smaller one
     assert set(test) < set(halves("moved", 0.5)[0][1])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from extrema_fast.data.image_files import ImageFiles
 from extrema_fast.data.loader import TrainLoader
 from extrema_fast.data.sources import EXTENSIONS, open_source
 from extrema_fast.data.zips import members
@@ -146,7 +147,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     assert sum(rows) < (at - 30) // 3 * 2
 
 
-def test_damage_is_an_error_whatever_is_said_about_sizes(tmp_path):
+def test_damage_is_an_error_whatever_is_said_about_sizes(tmp_path, config):
     path = write_zip(tmp_path / "s.zip", {"a/1.jpg": b"\0" * 100_000, "a/2.jpg": b"x" * 99})
     plain = path.read_bytes()
     (first, second), _ = members(str(path), EXTENSIONS)
@@ -156,8 +157,12 @@ def test_damage_is_an_error_whatever_is_said_about_sizes(tmp_path):
         changed = bytearray(plain)
         changed[entry + 24 : entry + 28] = size.to_bytes(4, "little")
         path.write_bytes(changed)
+        source = open_source(str(path))
         with pytest.raises(OSError):
-            open_source(str(path)).read(0)
+            source.read(0)
+        assert str(ImageFiles(source, config()).why_unusable(0)).startswith(
+            f"{path}:a/1.jpg: cannot be decoded ("
+        )
 
 
 def test_loaders_and_index_read_archives_like_folders(tmp_path, tree, config, kind):
