@@ -38,6 +38,7 @@ from ..files import write_file
 from ..kernels import _cache, tune
 from ..kernels._launch import KernelError
 from ..kernels._spec import OPS, Case, Sizes, spec
+from ..progress import ImageProgress
 from . import attention
 
 log = logging.getLogger(__name__)
@@ -317,46 +318,49 @@ def run(problems: list[Problem], device: str, builder: str) -> list[Result]:
     """Has a child measure all problems, and another one what is left after one that died or was silent for too long."""
     results = [Result() for _ in problems]
     todo, end = set(range(len(problems))), time.monotonic() + TOTAL_S
-    while todo:
-        request = {
-            "builder": builder,
-            "device": device,
-            "problems": [
-                [i, asdict(problems[i]), [*results[i].out, *results[i].no_memory]] for i in sorted(todo)
-            ],
-        }
-        # (problem, candidate) that the child is at
-        at: tuple[int, str] | None = None
-        why, restart = "", False
-        with _child(request) as read:
-            while todo and not restart:
-                line, why = read(min(SILENT_S if at else START_S, end - time.monotonic()))
-                if line is None:
-                    break
-                word, i, *what = line
-                if word == "at":
-                    at = i, what[0]
-                elif word == "out":
-                    results[i].out[what[0]] = what[1]
-                elif word == "no memory":
-                    results[i].no_memory.append(what[0])
-                elif word == "times":
-                    results[i].times[what[0]] = what[1]
-                elif word == "end":
-                    results[i].failed = what[0]
-                    todo.discard(i)
-                else:
-                    restart = True
-        if not todo or restart:
-            continue
-        if at and at[1] and time.monotonic() < end:
-            results[at[0]].out[at[1]] = why
-            continue
-        if time.monotonic() >= end:
-            why, at = f"the {TOTAL_S:.0f} s for measuring were over", None
-        for i in [at[0]] if at else list(todo):
-            results[i].failed = why
-            todo.discard(i)
+    with ImageProgress("measuring", len(problems), unit="ops") as bar:
+        while todo:
+            bar.reached(len(problems) - len(todo))
+            request = {
+                "builder": builder,
+                "device": device,
+                "problems": [
+                    [i, asdict(problems[i]), [*results[i].out, *results[i].no_memory]] for i in sorted(todo)
+                ],
+            }
+            # (problem, candidate) that the child is at
+            at: tuple[int, str] | None = None
+            why, restart = "", False
+            with _child(request) as read:
+                while todo and not restart:
+                    line, why = read(min(SILENT_S if at else START_S, end - time.monotonic()))
+                    if line is None:
+                        break
+                    word, i, *what = line
+                    if word == "at":
+                        at = i, what[0]
+                    elif word == "out":
+                        results[i].out[what[0]] = what[1]
+                    elif word == "no memory":
+                        results[i].no_memory.append(what[0])
+                    elif word == "times":
+                        results[i].times[what[0]] = what[1]
+                    elif word == "end":
+                        results[i].failed = what[0]
+                        todo.discard(i)
+                        bar.reached(len(problems) - len(todo))
+                    else:
+                        restart = True
+            if not todo or restart:
+                continue
+            if at and at[1] and time.monotonic() < end:
+                results[at[0]].out[at[1]] = why
+                continue
+            if time.monotonic() >= end:
+                why, at = f"the {TOTAL_S:.0f} s for measuring were over", None
+            for i in [at[0]] if at else list(todo):
+                results[i].failed = why
+                todo.discard(i)
     return results
 
 

@@ -273,7 +273,9 @@ def _relay(name: str, process: subprocess.Popen[bytes]) -> None:
     with process.stdout:
         for line in process.stdout:
             level, _, text = line.decode(errors="replace").rstrip("\n").partition(" ")
-            log.log(int(level), "%s: %s", name, text)
+            # what was printed before it began
+            if level.isdecimal():
+                log.log(int(level), "%s: %s", name, text)
     if code := process.wait():
         log.warning("%s: its process has ended (exit code %d); training goes on", name, code)
 
