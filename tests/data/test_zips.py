@@ -179,6 +179,9 @@ def test_loaders_and_index_read_archives_like_folders(tmp_path, tree, config, ki
     assert_same(straight, batches(tree))
     # resumed
     assert_same(straight[4:], batches(path, start=4)[:3])
+    if kind != "pil":
+        return
+    # with either loader the same
     result = index(str(path), tmp_path / "m.tsv", progress=False, threads=1)
     assert (result.rows, result.good) == (23, 23)
     assert_same(straight, batches(tmp_path / "m.tsv"))
