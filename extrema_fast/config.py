@@ -444,6 +444,8 @@ class LogConfig:
     between them."""
     project: str = "extrema-fast"
     """Of the trackers (an experiment of MLflow); the run is called like its folder."""
+    report: bool = True
+    """Write reports/report.html when the run is complete."""
 
     def __post_init__(self) -> None:
         _at_least("log", self, every_steps=1)

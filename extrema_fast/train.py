@@ -7,8 +7,9 @@ checkpoint holds tensors and a step number; nothing draws from a global generato
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from .data.bad_images import BAD_ROWS
 from .data.image_source import left_out
 from .data.loader import Batch, TrainLoader
 from .data.order import epoch_length
-from .data.sources import ImageSource
+from .data.sources import BUILT_IN, ImageSource
 from .distributed import World, is_lost, lost, start
 from .errors import (
     DataError,
@@ -31,6 +32,8 @@ from .errors import (
     one_line,
 )
 from .evaluation.evaluate import collapse_warnings, online_eval
+from .evaluation.features import Embedded
+from .reporting.report import REPORT, report
 from .signals import Signals, Stopped
 from .training.checkpoint import Saver, fault
 from .training.logging import TrainLog
@@ -120,6 +123,10 @@ def pretrain(
         finished = world.rank_zero_only(lambda: not overwrite and is_finished(settled, allow_config_change))
         if world.broadcast(finished):
             log.info("%s: the run is complete, nothing to do", out)
+            if cfg.log.report and world.is_rank_zero and not (out / REPORT).is_file():
+                # ended while it was written
+                with signals.interruptible():
+                    _report(out, None)
             return out
         source = world.rank_zero_first(lambda: open_train(settled))
         settled = _settled(settled, world, source, overwrite)
@@ -142,12 +149,54 @@ def pretrain(
                 open_loader(run, out / BAD_ROWS) as loader,
             ):
                 _loop(run, loader, train_log, test, signals)
+            if folder is not None:
+                # a signal ends this at once: the run is complete
+                with suppress(Stopped), signals.interruptible():
+                    _tell(run)
     return out
 
 
 def _settled(cfg: Config, world: World, source: ImageSource | None, overwrite: bool) -> Config:
     settle = partial(settle_channels, cfg, source, continued=not overwrite)
     return world.broadcast(world.rank_zero_only(settle))
+
+
+def _tell(run: Run) -> None:
+    """Writes the report of a run that is complete and says what comes next."""
+    cfg = run.cfg
+    if cfg.log.report:
+        # without an evaluation of the last step what needs one is left out, since it may take long
+        _report(Path(cfg.out), run.embedded or ())
+    log.info("next: %s", _next_command(cfg, run.source))
+
+
+def _report(out: Path, embedded: tuple[Embedded, ...] | None) -> None:
+    """Writes the report of a complete run; what goes wrong with it is a line."""
+    try:
+        path = report(out, embedded=embedded)
+    except Exception as error:
+        reason = one_line(error) or type(error).__name__
+        log.warning(
+            "no report (%s); the run is complete; for another try: extrema-fast report %s", reason, out
+        )
+    else:
+        log.info("report: %s", path)
+
+
+def _next_command(cfg: Config, source: ImageSource) -> str:
+    """What to do with a complete run."""
+    out = shlex.quote(str(cfg.out))
+    python = f"; in Python: extrema_fast.load_encoder({str(cfg.out)!r})"
+    test = cfg.data.test or cfg.data.holdout or cfg.data.train in BUILT_IN
+    if test and source.labels is not None and len(source.classes) > 1:
+        return (
+            f"extrema-fast evaluate {out} (k-NN and linear probe on all images), then extrema-fast report {out}"
+            f"{python}"
+        )
+    return (
+        f"extrema-fast embed IMAGES FEATURES --weights {out} (for search), or with labelled images in FOLDER/train and "
+        f"FOLDER/test extrema-fast evaluate {out} --data FOLDER{python}"
+    )
 
 
 @contextmanager
@@ -274,12 +323,13 @@ def _evaluate(run: Run, train_log: TrainLog, test: ImageSource | None, signals: 
         try:
             # each of its many shapes would be compiled
             with signals.interruptible(), torch.compiler.set_stance("force_eager"):
-                values = online_eval(run.method, run.source, test, run.cfg, run.world.device)
+                found = online_eval(run.method, run.source, test, run.cfg, run.world.device)
         except Stopped as error:
             if error.forced:
                 raise
             return False
-        past = train_log.eval(values)
+        run.embedded = (found.test, found.bank) if run.last else None
+        past = train_log.eval(found.values)
         train_log.warn(collapse_warnings(past, run.cfg.optim.warmup_epochs, run.cfg.head.loss))
         fault("evaluated")
         return True

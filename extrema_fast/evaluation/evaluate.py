@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ from ..models.masking import sample_views
 from ..ops import dispatch as ops
 from ..weights import load as convert
 from .collapse import collapse_warnings
-from .features import Features, cap, extract, labelled, load_batch, overlap, raw_pixels
+from .features import Embedded, Features, cap, extract, labelled, load_batch, overlap, raw_pixels
 from .probes import accuracy, attention_entropy, indicators, knn, knn_predictions, probe_predictions
 
 if TYPE_CHECKING:
@@ -53,6 +53,15 @@ CONFUSIONS = 10
 # ---- while training -------------------------------------------------------------------------------
 
 
+class OnlineEval(NamedTuple):
+    """What an evaluation while training has measured, and the images it has encoded for that."""
+
+    values: dict[str, float | int]
+    test: Embedded
+    bank: Embedded
+    """the training images that k-NN compared with; without k-NN the test images"""
+
+
 @ops.allow_fallback()
 @torch.inference_mode()
 def online_eval(
@@ -61,7 +70,7 @@ def online_eval(
     test_source: ImageSource | None,
     cfg: Config,
     device: str | torch.device = "cpu",
-) -> dict[str, float | int]:
+) -> OnlineEval:
     """k-NN and collapse indicators of student and teacher on fixed subsets; draws no random numbers.
 
     One teacher pass over `eval.max_train` + `eval.max_test` images; the student sees at most 512.
@@ -74,7 +83,7 @@ def online_eval(
         device: Where to compute.
 
     Returns:
-        knn_cls, knn_mean; {teacher,teacher_proj,student,student_proj}_{std,rank,cosine}; view_cosine,
+        `values`: knn_cls, knn_mean; {teacher,teacher_proj,student,student_proj}_{std,rank,cosine}; view_cosine,
         attention_entropy; images, dim, proj_dim.
 
     Raises:
@@ -97,10 +106,14 @@ def online_eval(
                 "more, or leave evaluations out with --eval.every-epochs 0"
             )
         out: dict[str, float | int] = {}
+        shown = Embedded(subset(test, features.rows), features.cls)
+        known = shown
         both = [s for s in (train_source, test_source) if s is not None and s.labels is not None]
         if len(both) == 2:
             labels = labelled(both[0], test).labels
-            bank = extract(method.teacher, cap(both[0], cfg.eval.max_train, seed), cfg.data, **args)
+            compared = cap(both[0], cfg.eval.max_train, seed)
+            bank = extract(method.teacher, compared, cfg.data, **args)
+            known = Embedded(subset(compared, bank.rows), bank.cls)
             for name in ("cls", "mean"):
                 a, b = (getattr(f, name).to(device) for f in (bank, features))
                 assert labels is not None and bank.labels is not None
@@ -120,11 +133,12 @@ def online_eval(
         x = normalize(images, cfg.data.mean, cfg.data.std, cfg.model.in_chans)
         out["view_cosine"] = _view_cosine(method, x, cfg)
         out["attention_entropy"] = attention_entropy(method.teacher.get_attention(x))
-        return out | {
+        out |= {
             "images": len(features.cls),
             "dim": features.cls.shape[1],
             "proj_dim": projection.shape[1],
         }
+        return OnlineEval(out, shown, known)
     finally:
         for module, mode in modes:
             module.training = mode

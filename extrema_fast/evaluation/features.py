@@ -43,6 +43,14 @@ class Features:
     rows: Tensor
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """Images and their class tokens after the final norm, [n, D] fp32 on the CPU."""
+
+    source: ImageSource
+    cls: Tensor
+
+
 @torch.inference_mode()
 def extract(
     encoder: Encoder,

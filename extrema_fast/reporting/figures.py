@@ -19,11 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import rng
 from ..config import Config
 from ..data.augment import normalize
 from ..data.pixels import shown
 from ..data.sources import ImageSource, match_classes, subset
-from ..evaluation.features import cap, extract, load_batch
+from ..distributed import pick_device
+from ..errors import UsageError
+from ..evaluation.features import Embedded, cap, extract, load_batch
 from ..models.masking import sample_views
 
 if TYPE_CHECKING:
@@ -31,9 +34,14 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 400
 # pixels of a side; larger pictures are averaged down to keep the report small
-MAX_SIDE = 128
-# training images searched for neighbors, at most
-BANK = 4000
+MAX_SIDE = 256
+# pixels of a side; larger pictures are JPEG of this quality
+LOSSLESS_SIDE, QUALITY = 64, 92
+# training images searched for neighbors, and test images of the map, at most
+BANK, MAPPED = 4000, 1000
+# the map: colors, shapes (5 and 7 have no common factor: 35 pairs), and the largest classes that get a pair
+COLORS, SHAPES, CLASSES = 7, 5, 28
+MAP_WIDTH, MARGIN = 640, 8
 
 # colors that matplotlib writes into the SVG, and the CSS variables put in their place
 _TEXT, _GRID = "#010203", "#010204"
@@ -90,7 +98,7 @@ def line_chart(
     # text stays text; equal input gives equal bytes
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
         # a legend of many rows must not shrink the axes
-        figure = Figure(figsize=(5.2, 2.9 + 0.17 * max(0, (len(curves) - 5) // 2)), layout="constrained")
+        figure = Figure(figsize=(4.8, 2.8 + 0.17 * max(0, (len(curves) - 5) // 2)), layout="constrained")
         axes = figure.subplots()
         for s, x, y in curves:
             # one point is no line
@@ -107,15 +115,15 @@ def line_chart(
         if percent:
             axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol="%", decimals=None))
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=xlabel == "step"))
-        axes.set_xlabel(xlabel, color=_TEXT)
-        axes.tick_params(colors=_TEXT)
+        axes.set_xlabel(xlabel, color=_TEXT, fontsize=9)
+        axes.tick_params(colors=_TEXT, labelsize=9)
         axes.grid(axis="y", color=_GRID)
         axes.set_axisbelow(True)
         for side, spine in axes.spines.items():
             spine.set_visible(side == "bottom")
             spine.set_color(_TEXT)
         # long names would leave the figure in two columns
-        columns = 1 if max(len(str(line.get_label())) for line in axes.lines) > 40 else 2
+        columns = 1 if max(len(str(line.get_label())) for line in axes.lines) > 36 else 2
         figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=_TEXT, fontsize=8.5)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True)
@@ -142,13 +150,18 @@ def _inline(svg: str, title: str) -> str:
 # ---- pictures -------------------------------------------------------------------------------------
 
 
-def data_uri(array: np.ndarray) -> str:
-    """uint8 [H, W], [H, W, 3] or [H, W, 4] as an inline PNG address."""
+def data_uri(array: np.ndarray, quality: int = 0) -> str:
+    """uint8 [H, W], [H, W, 3] or [H, W, 4] as an inline address: PNG, or with a quality JPEG."""
     from PIL import Image
 
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    file, kind = io.BytesIO(), "jpeg" if quality else "png"
+    Image.fromarray(array).save(file, kind, optimize=True, **({"quality": quality} if quality else {}))
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+
+
+def photo_uri(image: np.ndarray) -> str:
+    """An image of `small` as an inline address: lossless where it is tiny."""
+    return data_uri(image, QUALITY if max(image.shape[:2]) > LOSSLESS_SIDE else 0)
 
 
 def small(images: Tensor) -> np.ndarray:
@@ -162,18 +175,33 @@ def small(images: Tensor) -> np.ndarray:
     return shown(images.numpy())
 
 
+def principal_components(x: Tensor, count: int) -> tuple[Tensor, list[float]]:
+    """The `count` first principal components of rows, and each one's share of the variance.
+
+    Args:
+        x: [n, D] float.
+        count: How many; those that D lacks are 0.
+
+    Returns:
+        [n, count] fp64, each axis pointing to its largest entry; shares.
+    """
+    x = x.double()
+    x = x - x.mean(0)
+    values, axes = torch.linalg.eigh(x.T @ x)
+    axes = axes[:, -count:].flip(1)
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    y, share = x @ axes, values.clamp_min(0).flip(0) / values.clamp_min(0).sum().clamp_min(1e-300)
+    missing = count - y.shape[1]
+    return F.pad(y, (0, missing)), share[:count].tolist() + [0.0] * missing
+
+
 def token_colors(tokens: Tensor) -> np.ndarray:
     """[n, N, D] -> uint8 [n, N, 3]: the first three principal components as RGB.
 
     One basis for all images, so equal colors mean similar tokens; each axis points to its largest entry.
     """
     n, count, _ = tokens.shape
-    x = tokens.double().flatten(0, 1)
-    x = x - x.mean(0)
-    axes = torch.linalg.eigh(x.T @ x).eigenvectors[:, -3:].flip(1)
-    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-    y = x @ axes
-    y = F.pad(y, (0, 3 - y.shape[1]))
+    y, _ = principal_components(tokens.flatten(0, 1), 3)
     low, high = (torch.quantile(y, q, dim=0) for q in (0.02, 0.98))
     y = ((y - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     return (255 * y).round().to(torch.uint8).reshape(n, count, 3).numpy()
@@ -240,8 +268,9 @@ def samples(
         rows.append([None if a is None else data_uri(a) for a in over])
     pictures = small(images)
     return {
-        "images": [data_uri(a) for a in pictures],
+        "images": [photo_uri(a) for a in pictures],
         "channels": encoder.in_chans,
+        "pixelated": max(pictures.shape[1:3]) <= LOSSLESS_SIDE,
         "size": pictures.shape[1:3],
         "titles": [*titles, "patch PCA"],
         "rows": rows,
@@ -252,45 +281,122 @@ def samples(
 
 
 @torch.inference_mode()
+def embed(encoder: Encoder, train: ImageSource, test: ImageSource, cfg: Config) -> tuple[Embedded, Embedded]:
+    """(test images, training images) that `neighbors` and `embedding_map` show; the same twice without test images."""
+    chosen = [cap(test, MAPPED, cfg.train.seed)]
+    if test is not train:
+        chosen.append(cap(train, min(BANK, cfg.eval.max_train), cfg.train.seed))
+    found = []
+    for source in chosen:
+        device = pick_device("auto")
+        features = extract(
+            encoder, source, cfg.data, batch_size=cfg.eval.batch_size, device=device, strict=False
+        )
+        # without what cannot be decoded
+        found.append(Embedded(subset(source, features.rows), features.cls))
+    encoder.to("cpu")
+    return found[0], found[-1]
+
+
+@torch.inference_mode()
 def neighbors(
-    encoder: Encoder, train: ImageSource, test: ImageSource, cfg: Config, *, queries: int = 6, k: int = 5
+    encoder: Encoder, test: Embedded, bank: Embedded, cfg: Config, *, queries: int = 6, k: int = 5
 ) -> dict[str, Any]:
-    """The `k` nearest training images (cosine of class tokens) of evenly spaced test images.
+    """The `k` images of a bank that are nearest (cosine of class tokens) to evenly spaced test images.
+
+    Args:
+        test: Test images.
+        bank: Training images; where it is `test`, an image is not its own neighbor.
 
     Returns:
         `rows`: per test image its address, class name and neighbors (address, class name, cosine, same class or None
-        without labels); `searched`, `right` and `total`: counts.
+        without labels); `searched`, `right` and `total`: counts; `others`: whether the bank is `test`; `size` (height,
+        width); `pixelated`.
     """
-    bank = cap(train, min(BANK, cfg.eval.max_train), cfg.train.seed)
-    test = match_classes(test, train)
-    n = len(test)
-    # offset against `samples`, so that other images are shown
+    n = len(test.cls)
     count = min(queries, n)
-    asked = subset(test, torch.tensor([int((j + 0.25) * n / count) for j in range(count)]))
-    few, many = (
-        extract(encoder, s, cfg.data, batch_size=cfg.eval.batch_size, strict=False) for s in (asked, bank)
-    )
-    # without what cannot be decoded
-    asked, bank, count = subset(asked, few.rows), subset(bank, many.rows), len(few.rows)
-    a, b = (F.normalize(f.cls, dim=1) for f in (few, many))
-    cosine, index = (a @ b.T).topk(min(k, len(bank)), dim=1)
+    # offset against `samples`, so that other images are shown
+    at = torch.tensor([int((j + 0.25) * n / count) for j in range(count)])
+    asked = match_classes(subset(test.source, at), bank.source)
+    cosine = F.normalize(test.cls[at], dim=1) @ F.normalize(bank.cls, dim=1).T
+    itself = int(test is bank)
+    if itself:
+        cosine[torch.arange(count), at] = -math.inf
+    near = cosine.topk(min(k, len(bank.cls) - itself), dim=1)
     size, resizing = encoder.img_size, encoder.resizing()
-    left = small(load_batch(asked, cfg.data, size, count, resizing=resizing))
-    nearest = subset(bank, index.flatten())
-    found = small(load_batch(nearest, cfg.data, size, index.numel(), resizing=resizing))
-    labelled = asked.labels is not None and bank.labels is not None
+    nearest = subset(bank.source, near.indices.flatten())
+    left, found = (
+        small(load_batch(s, cfg.data, size, len(s), resizing=resizing)) if len(s) else np.zeros((0, *size, 3))
+        for s in (asked, nearest)
+    )
+    labelled = asked.labels is not None and bank.source.labels is not None
 
     def name(labels: Tensor | None, i: int) -> str:
-        return train.classes[int(labels[i])] if labelled and labels is not None else ""
+        return bank.source.classes[int(labels[i])] if labelled and labels is not None else ""
 
     rows, right = [], 0
     for i in range(count):
-        near = []
-        for j in range(index.shape[1]):
-            other = name(bank.labels, int(index[i, j]))
+        row = []
+        for j in range(near.indices.shape[1]):
+            other = name(nearest.labels, i * near.indices.shape[1] + j)
             same = other == name(asked.labels, i) if labelled else None
             right += bool(same)
-            image = data_uri(found[i * index.shape[1] + j])
-            near.append({"image": image, "name": other, "cosine": float(cosine[i, j]), "same": same})
-        rows.append({"image": data_uri(left[i]), "name": name(asked.labels, i), "near": near})
-    return {"rows": rows, "searched": len(bank), "right": right, "total": index.numel() if labelled else 0}
+            image = photo_uri(found[i * near.indices.shape[1] + j])
+            row.append({"image": image, "name": other, "cosine": float(near.values[i, j]), "same": same})
+        rows.append({"image": photo_uri(left[i]), "name": name(asked.labels, i), "near": row})
+    return {
+        "rows": rows,
+        "searched": len(bank.cls) - itself,
+        "right": right,
+        "total": len(nearest) if labelled else 0,
+        "others": bool(itself),
+        "size": left.shape[1:3],
+        "pixelated": max(left.shape[1:3]) <= LOSSLESS_SIDE,
+    }
+
+
+def embedding_map(test: Embedded) -> dict[str, Any]:
+    """Test images in the plane of the two first principal components of their normalized class tokens.
+
+    Returns:
+        `groups`: per class `name`, `images`, `color` and `shape` (numbers), `points` (x, y) in `size`, those of the
+        largest classes; `others`: classes without a color, whose points come first, as a group of color None;
+        `shares` of the variance; `images`; `size`.
+
+    Raises:
+        UsageError: fewer than three images.
+    """
+    n = len(test.cls)
+    if n < 3:
+        raise UsageError(f"a map needs at least 3 images, {test.source.name} has {n}")
+    # a choice by a key: equal steps could leave classes out
+    rows = rng.permutation(n, seed=0, epoch=0)[:MAPPED].sort().values
+    y, shares = principal_components(F.normalize(test.cls[rows], dim=1), 2)
+    labels = torch.zeros(len(rows), dtype=torch.int64)
+    classes = [""]
+    if test.source.labels is not None:
+        labels, classes = test.source.labels[rows], test.source.classes
+    # one scale for both axes, so that distances are true; the second component upwards
+    low, span = y.min(0).values, (y.max(0).values - y.min(0).values).clamp_min(1e-12)
+    scale = (MAP_WIDTH - 2 * MARGIN) / float(span.max())
+    width, height = (scale * span + 2 * MARGIN).tolist()
+    x = MARGIN + scale * (y[:, 0] - low[0])
+    y = torch.stack([x, height - MARGIN - scale * (y[:, 1] - low[1])], dim=1)
+    counts = torch.bincount(labels, minlength=len(classes))
+    large = [int(c) for c in counts.argsort(descending=True, stable=True) if counts[c]]
+    large, rest = (large, []) if len(large) <= CLASSES else (large[:CLASSES], large[CLASSES:])
+    groups = []
+    if rest:
+        mask = torch.isin(labels, torch.tensor(rest))
+        groups.append({"name": "", "color": None, "shape": 0, "points": y[mask].tolist()})
+    for i, c in enumerate(sorted(large)):
+        points = y[labels == c].tolist()
+        groups.append({"name": classes[c], "color": i % COLORS, "shape": i % SHAPES, "points": points})
+    return {
+        "groups": groups,
+        "others": len(rest),
+        "labelled": test.source.labels is not None,
+        "shares": shares,
+        "images": len(rows),
+        "size": (width, height),
+    }

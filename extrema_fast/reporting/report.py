@@ -17,8 +17,9 @@ import numpy as np
 from ..config import Config, flatten
 from ..data.image_files import read_as
 from ..data.sources import open_source
-from ..errors import UsageError, cannot_import
+from ..errors import UsageError, cannot_import, one_line
 from ..evaluation.evaluate import CLS, MEAN, PIXELS, PRETRAINED, RANDOM, resolve_data
+from ..evaluation.features import Embedded
 from ..files import no_links, write_file
 from ..progress import duration
 from ..weights import load as convert
@@ -27,6 +28,9 @@ from .figures import Series, line_chart
 from .record import Record, RunRecord, curve, identity, read_run, seconds, settings
 
 log = logging.getLogger(__name__)
+
+# in a run folder
+REPORT = Path("reports/report.html")
 
 
 def render(template: str, **values: Any) -> str:
@@ -48,7 +52,13 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def report(run_dir: str | Path, *, images: int = 8, data: str | None = None) -> Path:
+def report(
+    run_dir: str | Path,
+    *,
+    images: int = 8,
+    data: str | None = None,
+    embedded: tuple[Embedded, ...] | None = None,
+) -> Path:
     """Writes `reports/report.html` of a run folder.
 
     A report with pictures is not replaced by one whose pictures cannot be made: that is `report-without-pictures.html`.
@@ -57,6 +67,8 @@ def report(run_dir: str | Path, *, images: int = 8, data: str | None = None) -> 
         run_dir: The run folder; the run may be unfinished.
         images: Test images shown; 0: no pictures.
         data: Folder with train/ and test/ where the run's images are now; None: where they were.
+        embedded: Test and training images as the final weights have encoded them (`figures.embed`); empty: what needs
+            them is left out; None: they are encoded.
 
     Returns:
         The path of the file.
@@ -71,7 +83,7 @@ def report(run_dir: str | Path, *, images: int = 8, data: str | None = None) -> 
     no_links(folder, ["reports"], str(run_dir))
     # what is missing is said before pictures are made
     render("parts.html.j2")
-    pictures = _pictures(folder, run.cfg, images, data)
+    pictures = _pictures(folder, run.cfg, images, data, embedded)
     preset, changes = settings(run)
     html = render(
         "report.html.j2",
@@ -83,6 +95,7 @@ def report(run_dir: str | Path, *, images: int = 8, data: str | None = None) -> 
         warnings=[f"step {r['step']:,}: {r.get('text', '')}" for r in run.warnings]
         + [f"evaluation: {t}" for t in run.result.get("warnings", [])],
         result={"rows": []} | run.result,
+        classes=_classes(run.result),
         step=run.step,
         learning=_learning(run),
         collapse=_collapse(run),
@@ -93,7 +106,7 @@ def report(run_dir: str | Path, *, images: int = 8, data: str | None = None) -> 
         env=flatten(run.raw_env),
         **pictures,
     )
-    path = folder / "reports" / "report.html"
+    path = folder / REPORT
     if pictures["samples_note"] and path.is_file() and MADE_WITH_PICTURES in path.read_bytes():
         kept, path = path, path.with_name("report-without-pictures.html")
         log.warning("%s: stays, since it has pictures; this report is %s", kept, path)
@@ -225,12 +238,37 @@ def _speed(run: RunRecord) -> list[Record]:
     )
 
 
+# ---- results of classes -----------------------------------------------------------------------------
+
+
+def _classes(result: Record) -> Record:
+    """`rows` (name, images, accuracy by metric), the hardest first;
+    `confusions` by metric: (class, taken for, images, of how many)."""
+    found = result.get("per_class", {})
+    if not found:
+        return {"rows": [], "confusions": {}}
+    metrics = [m for m in ("knn", "probe") if m in result["metrics"]]
+    names, images = found["names"], found["images"]
+    rows = [
+        {"name": names[i], "images": n} | {m: found[m][i] for m in metrics} for i, n in enumerate(images) if n
+    ]
+    rows.sort(key=lambda r: tuple(r[m] or 0 for m in metrics))
+    confusions = {
+        m: [(names[a], names[b], n, images[a]) for a, b, n in found["confusions"][m]] for m in metrics
+    }
+    return {"rows": rows, "confusions": confusions, "feature": found["feature"], "metrics": metrics}
+
+
 # ---- pictures -------------------------------------------------------------------------------------
 
+WORDS = {"samples": "images", "neighbors": "nearest neighbors", "map": "map of the embeddings"}
 
-def _pictures(folder: Path, cfg: Config, count: int, data: str | None) -> Record:
-    """`samples` and `neighbors` of figures.py, each with a note in its place when it cannot be made."""
-    shown: Record = {"samples": None, "samples_note": "", "neighbors": None, "neighbors_note": ""}
+
+def _pictures(
+    folder: Path, cfg: Config, count: int, data: str | None, embedded: tuple[Embedded, ...] | None
+) -> Record:
+    """`samples`, `neighbors` and `map` of figures.py, each with a note in its place when it cannot be made."""
+    shown: Record = {"of": "test"} | dict.fromkeys(WORDS) | {f"{name}_note": "" for name in WORDS}
     if count < 1:
         return shown
 
@@ -239,14 +277,22 @@ def _pictures(folder: Path, cfg: Config, count: int, data: str | None) -> Record
         try:
             return make()
         except Exception as error:
-            log.warning(
-                "report: %s are left out (%s)", name, error, exc_info=not isinstance(error, UsageError)
-            )
-            shown[f"{name}_note"] = f"Pictures are left out: {error}"
+            reason = one_line(error, 1000) or type(error).__name__
+            log.warning("report: %s left out (%s)", WORDS[name], reason)
+            log.debug("report: %s", WORDS[name], exc_info=True)
+            shown[f"{name}_note"] = f"Left out: {reason}"
             return None
 
     def open_all() -> tuple:
-        given = resolve_data(cfg, data, None)
+        encoder = convert.load_encoder(folder)
+        try:
+            given = resolve_data(cfg, data, None)
+        except UsageError:
+            if cfg.data.test or cfg.data.holdout:
+                raise
+            # a run without test images shows those it was trained on
+            given = ((data or cfg.data.train, 0.0),) * 2
+            shown["of"] = "training"
         try:
             sources = [
                 open_source(s, split, holdout=share)
@@ -254,8 +300,8 @@ def _pictures(folder: Path, cfg: Config, count: int, data: str | None) -> Record
             ]
         except UsageError as error:
             raise UsageError(f"{error}; if they are elsewhere: report {folder} --data FOLDER") from None
-        encoder = convert.load_encoder(folder)
-        return encoder, *(read_as(s, encoder.in_chans) for s in sources)
+        first, second = (read_as(s, encoder.in_chans) for s in sources)
+        return encoder, first, second if shown["of"] == "test" else first
 
     if (opened := attempt("samples", open_all)) is None:
         return shown
@@ -264,5 +310,12 @@ def _pictures(folder: Path, cfg: Config, count: int, data: str | None) -> Record
         cfg = replace(cfg, data=replace(cfg.data, range=encoder.value_range))
     initial = convert.random_encoder_like
     shown["samples"] = attempt("samples", lambda: figures.samples(encoder, initial(folder), test, cfg, count))
-    shown["neighbors"] = attempt("neighbors", lambda: figures.neighbors(encoder, train, test, cfg))
+    if embedded is None:
+        embedded = attempt("neighbors", lambda: figures.embed(encoder, train, test, cfg))
+    if embedded == ():
+        shown["map_note"] = f"Left out for time; made by: extrema-fast report {folder}"
+    elif embedded is not None:
+        near, bank = embedded
+        shown["neighbors"] = attempt("neighbors", lambda: figures.neighbors(encoder, near, bank, cfg))
+        shown["map"] = attempt("map", lambda: figures.embedding_map(near))
     return shown

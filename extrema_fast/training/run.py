@@ -31,6 +31,7 @@ from ..data.resident import Place, choose_place
 from ..data.sources import BUILT_IN, ImageSource, open_source
 from ..distributed import World, cores
 from ..errors import NonFiniteError, UsageError, counted
+from ..evaluation.features import Embedded
 from ..files import fits, read_json
 from ..models.extrema import ExtreMA
 from ..ops import dispatch as ops
@@ -89,6 +90,8 @@ class Run:
     """`step.compute` of this run as a CUDA graph; None: as it is"""
     step: int = 0
     """steps taken"""
+    embedded: tuple[Embedded, Embedded] | None = None
+    """test and training images as the final weights have encoded them for the last evaluation; None: not made here"""
     made_from: dict[str, Any] | None = None
     """name of the preset that the configuration was made from, and the preset's values where it differs"""
     began_from: dict[str, str] | None = None

@@ -337,14 +337,15 @@ def test_online_eval_reports_every_field_and_draws_nothing(cfg):
     method = ExtreMA(cfg).train()
     flags = [m.training for m in method.modules()]
     before = torch.get_rng_state()
-    out = evals.online_eval(method, train, test, cfg)
+    out, shown, bank = evals.online_eval(method, train, test, cfg)
+    assert len(shown.source) == len(shown.cls) == 12 and len(bank.source) == len(bank.cls) > 12
     assert torch.equal(torch.get_rng_state(), before)
     assert [m.training for m in method.modules()] == flags
     parts = ("teacher", "teacher_proj", "student", "student_proj")
     rest = {"knn_cls", "knn_mean", "view_cosine", "attention_entropy", "images", "dim", "proj_dim"}
     assert set(out) == {f"{p}_{k}" for p in parts for k in ("std", "rank", "cosine")} | rest
     assert all(math.isfinite(v) for v in out.values())
-    assert json.loads(json.dumps(out)) == out == evals.online_eval(method, train, test, cfg)
+    assert json.loads(json.dumps(out)) == out == evals.online_eval(method, train, test, cfg).values
     assert (out["images"], out["dim"], out["proj_dim"]) == (12, 64, 32)
     # at step 0 the two networks are the same
     assert out["teacher_std"] == pytest.approx(out["student_std"])
@@ -354,7 +355,8 @@ def test_online_eval_without_labels_or_test_images(cfg):
     train = open_source(cfg.data.train)
     bare = dataclasses.replace(train, labels=None, classes=[])
     for sources in ((train, None), (None, bare), (bare, bare)):
-        out = evals.online_eval(ExtreMA(cfg), *sources, cfg)
+        out, shown, bank = evals.online_eval(ExtreMA(cfg), *sources, cfg)
+        assert bank is shown and len(shown.source) == out["images"]
         assert "knn_cls" not in out and out["teacher_rank"] >= 1
     with pytest.raises(UsageError, match="neither"):
         evals.online_eval(ExtreMA(cfg), None, None, cfg)

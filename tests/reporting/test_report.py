@@ -8,32 +8,42 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import html
 import io
 import json
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 
+from extrema_fast import train
 from extrema_fast.config import Config, DataConfig, EvalConfig, TrainConfig, smoke, to_dict
+from extrema_fast.data.sources import ImageSource
 from extrema_fast.errors import UsageError
 from extrema_fast.evaluation import evaluate as evals
+from extrema_fast.evaluation.features import Embedded
 from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.reporting import figures
 from extrema_fast.reporting.figures import (
     Series,
     data_uri,
     dropped,
+    embedding_map,
     heat,
     line_chart,
+    photo_uri,
     small,
     thin,
     token_colors,
 )
 from extrema_fast.reporting.record import curve, identity, last_attempts, read_run, settings
 from extrema_fast.reporting.report import report
+from extrema_fast.signals import Stopped
+from extrema_fast.train import pretrain
 from extrema_fast.weights.folder import save_weights, weights_meta
 
 VOID = {"meta", "img", "br"}
@@ -48,6 +58,8 @@ class Reader(HTMLParser):
         self.tags: list[str] = []
         self.sources: list[str] = []
         self.ids: list[str] = []
+        self.buttons: list[str] = []
+        self.pictures = self.described = 0
         self.text = ""
         self.feed(text)
         self.close()
@@ -59,6 +71,16 @@ class Reader(HTMLParser):
             v for k, v in attrs if k in ("src", "href", "data", "xlink:href", "action", "poster", "srcset")
         ]
         self.ids += [v for k, v in attrs if k == "id"]
+        named = dict(attrs)
+        if tag == "button":
+            self.buttons.append(named["popovertarget"])
+            self.labelled = bool(named["aria-label"].strip())
+        if tag == "img" or named.get("role") == "img":
+            self.pictures += 1
+            said = (
+                named.get("alt") or named.get("aria-label") or (self.open[-1] == "button" and self.labelled)
+            )
+            self.described += bool(said)
         assert not any(k.startswith("on") for k, _ in attrs)
 
     def handle_starttag(self, tag, attrs):
@@ -114,6 +136,13 @@ def test_long_curves_are_thinned_to_means():
     assert len(line_chart("t", [Series("s", list(zip(x, y, strict=True)))])) < 30_000
 
 
+def test_large_photographs_are_jpeg():
+    assert photo_uri(np.zeros((64, 64, 3), np.uint8)).startswith("data:image/png")
+    kind, _, data = photo_uri(np.full((65, 64, 3), 90, np.uint8)).partition(",")
+    with pytest.importorskip("PIL.Image").open(io.BytesIO(base64.b64decode(data))) as file:
+        assert kind == "data:image/jpeg;base64" and abs(np.asarray(file).astype(int) - 90).max() <= 1
+
+
 @pytest.mark.parametrize("shape", [(5, 7), (1, 1, 3), (6, 4, 3), (3, 9, 4)])
 def test_pictures_keep_every_value(shape):
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -130,7 +159,7 @@ def test_dropped_patches_are_hidden_attention_has_its_scale_and_large_images_are
     assert not (over[0, 0] == over[0, 1]).all()
     x = torch.arange(2 * 8 * 6 * 3, dtype=torch.uint8).reshape(2, 8, 6, 3)
     assert np.array_equal(small(x), x.numpy())
-    assert small(torch.full((1, 512, 256, 3), 7, dtype=torch.uint8)).shape == (1, 128, 64, 3)
+    assert small(torch.full((1, 1024, 512, 3), 7, dtype=torch.uint8)).shape == (1, 256, 128, 3)
 
 
 def test_token_colors_share_one_basis_with_fixed_signs():
@@ -139,6 +168,41 @@ def test_token_colors_share_one_basis_with_fixed_signs():
     assert out.shape == (2, 9, 3) and out.dtype == np.uint8 and out.min() == 0 and out.max() == 255
     assert np.array_equal(token_colors(x.flip(0)), out[::-1])
     assert token_colors(x[..., :2]).shape == (2, 9, 3)
+
+
+def embedded(x, labels=None, classes=()):
+    names = [str(i) for i in range(len(x))]
+    return Embedded(ImageSource("set", names, labels, list(classes), "f"), x)
+
+
+def test_map_keeps_distances_in_its_plane():
+    # four directions near one another, in a plane: what PCA shows is their true shape
+    x = torch.tensor([[1, 0.0, 0], [1, 0.1, 0], [1, 0, 0.05], [1, -0.1, -0.05]])
+    found = embedding_map(embedded(x, torch.tensor([0, 1, 1, 0]), ["a", "b"]))
+    at = torch.tensor([p for g in found["groups"] for p in g["points"]])[[0, 2, 3, 1]]
+    true = torch.nn.functional.normalize(x.double(), dim=1)
+    ratio = torch.pdist(at.double()) / torch.pdist(true)
+    assert ratio.max() / ratio.min() < 1.01 and sum(found["shares"]) == pytest.approx(1, abs=1e-3)
+    assert [g["name"] for g in found["groups"]] == ["a", "b"] and found["others"] == 0
+    assert (at >= 0).all() and (at <= torch.tensor(found["size"])).all()
+    with pytest.raises(UsageError, match="at least 3 images"):
+        embedding_map(embedded(x[:2]))
+    assert [g["name"] for g in embedding_map(embedded(x))["groups"]] == [""]
+    # collapsed
+    assert len(embedding_map(embedded(torch.ones(3, 4)))["groups"][0]["points"]) == 3
+
+
+def test_map_of_many_classes_and_images():
+    labels = torch.arange(28).repeat(100).index_fill(0, torch.arange(0, 2800, 9), 28)
+    labels[labels == 28] = 28 + torch.arange(312) % 20
+    x = torch.randn(len(labels), 5, generator=torch.Generator().manual_seed(0))
+    found = embedding_map(embedded(x, labels, [f"c{i}" for i in range(48)]))
+    rest, *shown = found["groups"]
+    # the largest have colors
+    assert [g["name"] for g in shown] == sorted((f"c{i}" for i in range(28)), key=lambda c: int(c[1:]))
+    assert found["others"] == 20 and rest["color"] is None and len(rest["points"]) > 60
+    assert len({(g["color"], g["shape"]) for g in shown}) == 28
+    assert sum(len(g["points"]) for g in found["groups"]) == found["images"] == 1000
 
 
 # ---- log ------------------------------------------------------------------------------------------
@@ -278,8 +342,13 @@ def check_self_contained(text: str) -> Reader:
     page = Reader(text)
     assert "http" not in text and "<script" not in text and "@import" not in text
     # pictures are in the file; charts refer to their own marks only
-    assert all(s.startswith(("data:image/png;base64,", "#")) for s in page.sources)
-    assert all(u.startswith(("data:image/png;base64,", "#")) for u in re.findall(r"url\(([^)]*)\)", text))
+    inside = ("data:image/png;base64,", "data:image/jpeg;base64,", "#")
+    assert all(s.startswith(inside) for s in page.sources)
+    assert all(u.startswith(inside) for u in re.findall(r"url\(([^)]*)\)", text))
+    # a picture says what it shows, or lies on one that does; a button enlarges what it lies in
+    assert page.pictures == page.described
+    assert set(page.buttons) <= set(page.ids) and len(page.buttons) == len(set(page.buttons))
+    assert all(s[1:] in page.ids for s in page.sources if s.startswith("#"))
     assert len(text.encode()) < 5_000_000
     return page
 
@@ -293,11 +362,16 @@ def test_report_of_a_complete_run(run):
     assert [i for i in page.ids if not re.fullmatch("[mp][0-9a-f]{10}", i)] == [
         "warnings",
         "results",
+        "classes",
         "learning",
+        "map",
+        *(f"shape{i}" for i in range(5)),
+        "images",
+        *(f"image{i}-{j}" for i in range(3) for j in range(8)),
+        "nearest-neighbors",
+        *(name for i in range(6) for name in (f"query{i}", *(f"near{i}-{j}" for j in range(5)))),
         "is-it-collapsing",
         "speed-and-optimization",
-        "test-images",
-        "nearest-neighbors",
         "settings",
     ]
     assert "a & b" in page.text and "complete" in page.text and "0:03" in page.text
@@ -310,6 +384,12 @@ def test_report_of_a_complete_run(run):
     assert "raw pixels (final evaluation)" in page.text
     assert "mask.ratio" in page.text and "versions.torch" in page.text
     assert "24 training images" in page.text and "30 neighbors shown" in page.text
+    assert "12 test images in the plane" in page.text and len(re.findall("<use href=.#shape", text)) == 12 + 2
+    # in the order of their accuracy, the hardest first
+    rows = sorted(zip(result["per_class"]["knn"], ["bright", "dark"], strict=True))
+    assert re.findall(r"<tr><td>(bright|dark)</td><td>6</td>", text) == [name for _, name in rows]
+    for a, b, n in result["per_class"]["confusions"]["knn"]:
+        assert f"{['bright', 'dark'][a]} taken for {['bright', 'dark'][b]}: {n} of 6" in page.text
     # a second call replaces the file by the same one and leaves no temporary behind
     assert report(run, images=3).read_text(encoding="utf-8") == text
     assert sorted(p.name for p in (run / "reports").iterdir()) == ["evaluation.json", "report.html"]
@@ -338,7 +418,7 @@ def test_report_of_a_run_that_has_only_begun_and_of_gone_images(images, cache, t
     report(folder)
     folder = fabricate(tmp_path / "gone", config(tmp_path / "nowhere"), records=log_records())
     page = check_self_contained(report(folder).read_text())
-    assert "Pictures are left out" in page.text and "Loss" in page.text
+    assert "Left out:" in page.text and "Loss" in page.text
 
 
 def test_report_without_pictures_and_of_unlabelled_images(images, cache, tmp_path):
@@ -349,6 +429,16 @@ def test_report_without_pictures_and_of_unlabelled_images(images, cache, tmp_pat
     assert "img" not in Reader(report(folder, images=0).read_text()).tags
     page = check_self_contained(report(folder, images=2).read_text())
     assert "nearest-neighbors" in page.ids and "neighbors shown" not in page.text
+    assert "6 test images in the plane" in page.text and "nearest of 6 training images" in page.text
+    # without test images: those it was trained on, none of which is its own neighbor
+    (folder / "config.json").write_text(json.dumps(to_dict(cfg) | {"data": to_dict(cfg.data) | {"test": ""}}))
+    text = report(folder, images=2).read_text()
+    page = check_self_contained(text)
+    assert "6 training images in the plane" in page.text and "nearest of 5 others" in page.text
+    images = [
+        re.findall(r"base64,([^\"]*)\"", row) for row in re.findall("<td class=.query.*?</tr>", text, re.S)
+    ]
+    assert len(images) == 6 and all(len(row) == 6 and row[0] not in row[1:] for row in images)
 
 
 def test_broken_images_take_no_others_out(images, cache, tmp_path):
@@ -359,9 +449,9 @@ def test_broken_images_take_no_others_out(images, cache, tmp_path):
         for file in sorted((copy / split).rglob("0[0-3].png")):
             file.write_bytes(file.read_bytes()[:150])
     page = check_self_contained(report(folder, images=4).read_text())
-    assert "Pictures are left out" not in page.text
+    assert "Left out:" not in page.text
     # four of each dozen are broken
-    assert {"test-images", "nearest-neighbors"} <= set(page.ids) and "16 training images" in page.text
+    assert {"images", "nearest-neighbors", "map"} <= set(page.ids) and "16 training images" in page.text
 
 
 def test_nothing_is_written_through_a_link(images, cache, tmp_path):
@@ -378,3 +468,95 @@ def test_report_refuses_what_is_no_run(tmp_path):
     with pytest.raises(UsageError, match="not a run folder"):
         report(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- at the end of a run --------------------------------------------------------------------------
+
+
+def no_encoding(*_args, **_options):
+    raise AssertionError("encoded again")
+
+
+def test_a_complete_run_has_its_report(images, cache, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "extrema_fast")
+    cfg = dataclasses.replace(config(images), out=str(tmp_path / "a run"))
+    monkeypatch.setattr(figures, "embed", no_encoding)
+    pretrain(cfg, preset=("smoke", smoke()), progress=False)
+    page = check_self_contained((tmp_path / "a run" / "reports" / "report.html").read_text())
+    # what the last evaluation has encoded
+    assert "12 test images in the plane" in page.text and "nearest of 24 training images" in page.text
+    assert "Left out:" not in page.text and "smoke, " in page.text
+    assert "24 images in 2 classes of 12" in page.text and "12 images in 2 classes of 6" in page.text
+    assert f"report: {tmp_path}/a run/reports/report.html" in caplog.text
+    assert f"next: extrema-fast evaluate '{tmp_path}/a run'" in caplog.text
+    env = json.loads((tmp_path / "a run" / "env.json").read_text())
+    assert env["preset"]["name"] == "smoke" and env["preset"]["changes"]["train.epochs"] == 2
+    assert env["machine"]["cores"] >= 1 and set(env["code"] or {}) <= {"commit", "changed"}
+    # ended while it was written: the same command writes it, and only then
+    (tmp_path / "a run" / "reports" / "report.html").unlink()
+    monkeypatch.undo()
+    pretrain(cfg, progress=False)
+    assert (tmp_path / "a run" / "reports" / "report.html").is_file()
+    monkeypatch.setattr(train, "report", no_encoding)
+    pretrain(cfg, progress=False)
+
+
+@pytest.mark.parametrize(
+    "problem", [OSError(28, "No space left on device"), MemoryError(), Stopped(15, False)]
+)
+def test_no_report_ends_no_run(images, cache, tmp_path, monkeypatch, caplog, problem):
+    caplog.set_level("INFO", "extrema_fast")
+
+    def fail(*_args, **options):
+        # without evaluations nothing is encoded for it
+        assert options == {"embedded": ()}
+        raise problem
+
+    monkeypatch.setattr(train, "report", fail)
+    cfg = dataclasses.replace(config(images), out=str(tmp_path / "run"), eval=EvalConfig(every_epochs=0))
+    assert pretrain(cfg, progress=False) == tmp_path / "run"
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
+    if not isinstance(problem, Stopped):
+        (line,) = [r.getMessage() for r in caplog.records if "no report" in r.getMessage()]
+        assert (str(problem) or "MemoryError") in line and f"extrema-fast report {tmp_path / 'run'}" in line
+    no_report = dataclasses.replace(cfg, log=dataclasses.replace(cfg.log, report=False))
+    pretrain(no_report, overwrite=True, progress=False)
+
+
+# ---- in a browser ---------------------------------------------------------------------------------
+
+CHECK = """<script>onload = () => {
+  const found = {};
+  for (const b of document.querySelectorAll(".tile button")) {
+    const t = b.parentElement, before = t.getBoundingClientRect().width;
+    b.click();
+    const large = t.getBoundingClientRect().width;
+    const open = t.matches(":popover-open");
+    b.click();
+    if (!open || large < 3 * before || before < 30 || t.matches(":popover-open")) found[t.id] = [before, large];
+  }
+  const page = document.documentElement;
+  found.overflow = page.scrollWidth - page.clientWidth;
+  found.images = [...document.images].filter(i => !i.complete || !i.naturalWidth).length;
+  document.title = JSON.stringify(found);
+}</script></body>"""
+
+
+def test_in_a_browser(run, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium")
+    page = tmp_path / "page.html"
+    page.write_text(report(run, images=1).read_text().replace("</body>", CHECK))
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    done = subprocess.run(
+        [browser, *options, profile, page.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    if done.returncode:
+        pytest.skip(f"Chromium does not start: {done.stderr[-200:]}")
+    # every picture becomes large and small again; nothing is wider than the window
+    assert json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1])) == {
+        "overflow": 0,
+        "images": 0,
+    }

@@ -19,6 +19,7 @@ TINY = {
     "train": {"epochs": 2, "batch_size": 8},
     "ckpt": {"every_epochs": 0, "every_steps": 0},
     "eval": {"every_epochs": 0},
+    "log": {"report": False},
 }
 
 
