@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -387,6 +388,21 @@ def read_as(source: ImageSource, in_chans: int) -> ImageSource:
             f"(model.in_chans); {fix}"
         )
     return dataclasses.replace(source, channels=in_chans)
+
+
+def find_channels(source: ImageSource) -> int:
+    """Channels of most of a few images of a source; 3 where they are colors or gray, or cannot be told."""
+    found: Counter[int] = Counter()
+    for row in _sampled(len(source), _PROBED):
+        # Pillow makes anything else RGB
+        if source.title(row).lower().endswith((*TIFF, ".npy")):
+            try:
+                found[_count_channels(source, row, 3)] += 1
+            # `read_as` and the loader say what is wrong
+            except Exception as error:
+                _raise_if_lacking(error)
+    count = found.most_common(1)[0][0] if found else 3
+    return 3 if count == 1 else count
 
 
 def _count_channels(source: ImageSource, row: int, wanted: int) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ..config import Config, from_dict, keep_count, nested, preset, typed
-from ..data.image_files import ImageFiles, read_as, sampled_sizes
+from ..data.image_files import ImageFiles, find_channels, read_as, sampled_sizes
 from ..data.loader import processes_here
 from ..data.order import epoch_length
 from ..data.resident import estimate_bytes, free_on_host
@@ -70,6 +70,7 @@ class Images(NamedTuple):
     holdout: float
     # where test images come from
     test: str
+    channels: int = 3
 
 
 class Machine(NamedTuple):
@@ -155,7 +156,7 @@ def choose(given: Mapping[str, Any], *, overwrite: bool = False) -> tuple[Config
     device = pick_device(asked.system.device, local, processes)
     # none, where that is what is asked for
     splits = not {"data.test", "data.holdout"} & given.keys()
-    images = _probe(asked, splits)
+    images = _probe(asked, splits, given.get("model.in_chans"))
     if images.total < 2:
         raise UsageError(
             f"{asked.data.train}: {counted(images.total, 'image')} to train on; a run needs at least 2"
@@ -213,13 +214,13 @@ def _memory(device: torch.device) -> float:
     return free_on_host() / processes_here()
 
 
-def _probe(asked: Config, splits: bool) -> Images:
+def _probe(asked: Config, splits: bool, channels: int | None) -> Images:
     """Opens the training images and reads some headers; what is wrong with the set is said when it is trained on."""
     data, seed = asked.data, asked.train.seed
 
     def opened(holdout: float) -> ImageSource:
         found = open_source(data.train, "train", limit=data.limit, seed=seed, holdout=holdout)
-        return read_as(found, asked.model.in_chans)
+        return read_as(found, channels or find_channels(found))
 
     with _unheard():
         source = opened(data.holdout)
@@ -243,6 +244,7 @@ def _probe(asked: Config, splits: bool) -> Images:
         decoded,
         holdout,
         test,
+        source.channels,
     )
 
 
@@ -334,6 +336,7 @@ class Settings:
             divisors = [p for p in range(1, min(sides) + 1) if all(s % p == 0 for s in sides)]
             patch = min(divisors, key=lambda p: abs(math.log(p / near)), default=1)
         patch = self._pick("model.patch_size", patch)
+        channels = self._pick("model.in_chans", self.images.channels)
         side = patch * max(1, round(224 / max(patch, 1)) if self.long else GRID)
         height, width = self._pick("model.img_size", (side, side))
         why = (
@@ -341,7 +344,7 @@ class Settings:
             if self.long
             else f"the short side is {self.images.side} px; few tokens, short steps"
         )
-        value = f"{height} x {width} px, patches of {patch}"
+        value = f"{height} x {width} px, patches of {patch}" + f", {channels} channels" * (channels != 3)
         self._say("crop", value, why, "model.img_size", "model.patch_size")
         return (height // max(patch, 1)) * (width // max(patch, 1))
 

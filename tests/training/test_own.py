@@ -364,3 +364,19 @@ def test_all_processes_take_what_the_first_has_chosen(folder, monkeypatch):
     monkeypatch.setattr(train, "is_finished", lambda cfg, allow: bool(seen.append(cfg)) or True)
     train.pretrain(data=folder, epochs=5)
     assert [to_dict(cfg) for cfg in seen] == [first]
+
+
+def test_channels_are_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        folder = tmp_path / "planes" / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"{i}.npy", rng.integers(0, 256, (36, 40, 5), np.uint8))
+    cfg, _ = choose({"data.train": "planes"})
+    assert (cfg.model.in_chans, cfg.model.img_size) == (5, (32, 32)) and cfg.data.holdout > 0
+    with pytest.raises(UsageError, match=r"use --model\.in-chans 5"):
+        choose({"data.train": "planes", "model.in_chans": 3})
+    run = extrema_fast.pretrain(data="planes", epochs=1, progress=False)
+    begun = json.loads((run / "config.json").read_text())
+    assert begun["model"]["in_chans"] == 5 and to_dict(choose({"data.train": "planes"})[0]) == begun
