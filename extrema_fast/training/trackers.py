@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from ..config import LogConfig, flatten
 from ..errors import UsageError, install, one_line
-from ..files import fits, open_plain, open_to_append, read_json
+from ..files import fits, open_new, open_plain, open_to_append, read_json
 from ..signals import STOPPING
 from .logging import parse_records
 from .run_folder import RunFolder
@@ -347,7 +347,8 @@ def _send(tracker: Any, record: dict[str, Any], state: dict[str, Any], file: Pat
 def _keep(path: Path, data: dict[str, Any]) -> None:
     # whole after a kill, without waiting for the disk
     temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(data))
+    with open_new(temporary) as f:
+        f.write(json.dumps(data).encode())
     os.replace(temporary, path)
 
 

@@ -26,6 +26,7 @@ from extrema_fast.evaluation import evaluate as evals
 from extrema_fast.evaluation.collapse import collapse_warnings
 from extrema_fast.evaluation.probes import attention_entropy, indicators, knn, linear_probe
 from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.progress import ImageProgress
 from extrema_fast.training.run import build, open_test, open_train, take_cropped_whole
 from extrema_fast.weights.export import export
 from extrema_fast.weights.folder import save_weights, weights_meta
@@ -316,6 +317,23 @@ def test_extract_keeps_row_order_and_does_not_depend_on_the_batch(cfg):
     assert one.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
     swapped = evals.extract(encoder, subset(source, torch.tensor([29, 3])), cfg.data)
     torch.testing.assert_close(swapped.cls, all_.cls[[29, 3]])
+
+
+def test_every_part_of_an_evaluation_shows_how_far_it_is(run, cfg, monkeypatch):
+    told: dict[str, tuple[int, int]] = {}
+
+    def reached(bar, done, note=""):
+        bar.done = done
+        told[bar.what] = done, bar.total
+
+    monkeypatch.setattr(ImageProgress, "reached", reached)
+    evals.evaluate(run, device="cpu")
+    train, test = (open_source(s) for s in (cfg.data.train, cfg.data.test))
+    names = {train.name, test.name}
+    assert {f"{what} {name}" for what in ("listing", "encoding", "pixels of") for name in names} < told.keys()
+    counted = {k: v for k, v in told.items() if not k.startswith("sizes")}
+    assert all(done == total for done, total in counted.values())
+    assert told["k-NN"][1] == len(test) and told["linear probe"] == (90, 90)
 
 
 def test_raw_pixels_of_gray_and_of_large_images(cfg, tmp_path):
