@@ -266,7 +266,8 @@ def _from_folder(name: str, root: Path, split: str, extensions: tuple[str, ...],
         kinds = ([str(root / f) for f in files if f.lower().endswith(k)] for k in (".tar", ".zip", TABLES))
         shards = saved_tables(root) or next(filter(None, kinds), [])
         if shards:
-            _reject_split_files(name, root, shards, split)
+            if shards[0].lower().endswith(TABLES):
+                _reject_split_files(name, root, shards, split)
             return _from_shards(name, shards, split, extensions, check, root / MANIFEST)
         if found[NPY] and extensions != (NPY,):
             return _from_folder(name, root, split, (NPY,), check)
@@ -467,7 +468,7 @@ def _from_zips(
     rows: list[tuple[int, list[str], Member]] = []
     for number, path in enumerate(paths):
         images, other = members(path, extensions)
-        found.update(_suffix(n) for n in other if n.startswith(inside))
+        found.update(_suffix(n) for n in other if n.startswith(f"{inside}/" if inside else ""))
         rows += [(number, m.name.split("/"), m) for m in images]
     above = inside.split("/") if inside else []
     rows = [row for row in rows if row[1][: len(above)] == above]
