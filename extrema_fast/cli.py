@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: list[str]) -> int:
     # CPU tensors on huge pages, where the system has them; torch reads this at its first allocation
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # what Apple's GPU has no kernel for runs on the CPU
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     try:
         try:
             _dispatch(args)
@@ -494,7 +496,7 @@ def _evaluation(p: _Parser, args: list[str], metrics: Sequence[str]) -> None:
         p.add("--temperature", type=float, help="of the votes (default: the run's, 0.07)")
     p.add("--batch-size", type=int, metavar="N", help="images at a time")
     p.add("--crop-pct", type=float, metavar="SHARE", help=_CROP_PCT)
-    p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     p.add("--seed", type=int, default=0, metavar="S", help="of the random encoder and the probe")
     p.switch("--force", "measure again although nothing has changed")
     p.switch("--json", "print the whole result as JSON")
@@ -658,7 +660,7 @@ def _embed(p: _Parser, args: list[str]) -> None:
     p.add("--loader", choices=("auto", "dali", "pil"), default="auto")
     p.add("--threads", type=int, default=0, metavar="N", help="decoding threads (0: the cores)")
     p.switch("--exif", "rotate by the EXIF tag")
-    p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     p.switch("--strict", "stop at an image that cannot be read")
     p.switch("--force", "replace features of other settings in OUT")
     o = p.options(args, progress=True)
@@ -678,7 +680,7 @@ def _search(p: _Parser, args: list[str]) -> None:
     p.add("--k", type=int, metavar="N", help="images found for each query (default 10, if there are)")
     p.add("--out", metavar="FILE.png", help="contact sheet: each query with what was found")
     p.add("--weights", metavar="PATH", help="where the weights of the index are now")
-    p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     p.switch("--force", "replace a file in --out that search did not write")
     p.switch("--json", "print the result as JSON")
     o = p.options(args)

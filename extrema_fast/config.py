@@ -464,7 +464,7 @@ class SystemConfig:
     """The machine; nothing here changes the mathematics beyond rounding."""
 
     device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` (Apple's GPU)."""
     threads: int = 0
     """CPU threads of torch (0: torch's own choice)."""
     backend: str = "auto"

@@ -56,6 +56,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def wide(device: torch.device | str) -> torch.dtype:
+    """The widest float of a device: float64, or float32 on MPS, which has no other."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+def double(x: Tensor) -> Tensor:
+    """`x` in float64, on the CPU where its device has none."""
+    return (x if wide(x.device) == torch.float64 else x.cpu()).double()
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of one run, from the point of view of one of them."""
@@ -71,9 +81,12 @@ class World:
         return self.rank == 0
 
     def memory_gb(self) -> float:
-        """Peak memory of this process in GB: the allocator's on a GPU, all of it on a CPU."""
+        """Peak memory of this process in GB: the allocator's on a GPU, all of it on a CPU; on MPS what is held now."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
+        if self.device.type == "mps":
+            # which keeps no peak
+            return torch.mps.driver_allocated_memory() / 1e9
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
@@ -357,14 +370,26 @@ def slurm_master(env: Mapping[str, str]) -> tuple[str, str]:
 
 
 def pick_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.device:
-    """The device of this process for `system.device`: `auto`, `cpu`, `cuda` or `cuda:N`.
+    """The device of this process for `system.device`: `auto`, `cpu`, `cuda`, `cuda:N`, or `mps` (Apple's GPU).
+
+    `auto` is a CUDA device, else MPS for a single process, else the CPU.
 
     Raises:
         UsageError: another name, or a GPU that does not exist.
     """
-    if name not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", name):
-        raise UsageError(f"system.device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if name not in ("auto", "cpu", "cuda", "mps") and not re.fullmatch(r"cuda:\d+", name):
+        raise UsageError(f"system.device: expected auto, cpu, cuda, cuda:N or mps, got {name!r}")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    apple = torch.backends.mps.is_available()
+    if name == "mps":
+        if not apple:
+            raise UsageError(
+                "system.device: mps needs Apple's GPU, and this PyTorch sees none; use system.device cpu"
+            )
+        if processes > 1:
+            raise UsageError(f"system.device: mps takes one process, not {processes}; use system.device cpu")
+    if name == "mps" or (name == "auto" and apple and not found and processes == 1):
+        return torch.device("mps", 0)
     if name == "cpu" or (name == "auto" and not found):
         return torch.device("cpu")
     if ":" in name and processes > 1:

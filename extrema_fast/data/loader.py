@@ -481,7 +481,7 @@ def choose_loader(wanted: str) -> Literal["dali", "pil"]:
 
 def _decoding_device(kind: str, wanted: str, device: torch.device) -> torch.device:
     """Where a loader decodes for `device`: there by DALI, where it can; says once why it cannot."""
-    if kind == "pil" or device.type == "cpu":
+    if kind == "pil" or device.type != "cuda":
         return torch.device("cpu")
     if not (reason := gpu_unsupported(device)):
         return device

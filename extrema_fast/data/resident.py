@@ -80,7 +80,7 @@ def choose_place(
     Raises:
         UsageError: a place asked for by name that is not there, or too small.
     """
-    if setting == "off" or (setting == "auto" and (reads < 2 or device.type == "cpu")):
+    if setting == "off" or (setting == "auto" and (reads < 2 or device.type != "cuda")):
         return "off"
     if setting == "gpu" and device.type != "cuda":
         raise UsageError(f"data.resident: gpu needs a CUDA device, this run is on {device.type}; use host")

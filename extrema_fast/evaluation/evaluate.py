@@ -257,7 +257,7 @@ def evaluate(
         seed: Of the subsets and the probe's order and weights.
         batch_size: Images per forward pass; None: the run's.
         crop_pct: As of `Encoder.preprocess`; None: that of the weights.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         force: Compute although the file holds this result.
 
     Images that cannot be decoded are left out; `counts` and the log say how many.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..distributed import double
 from ..errors import NonFiniteError, UsageError
 from ..progress import ImageProgress
 
@@ -182,7 +183,7 @@ def indicators(x: Tensor) -> dict[str, float]:
     n, d = x.shape
     if n < 2:
         raise UsageError(f"features: collapse indicators need at least 2 rows, got {n}")
-    x = F.normalize(x.double(), dim=1)
+    x = F.normalize(double(x), dim=1)
     gram = x.T @ x if d <= n else x @ x.T
     sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     p = sigma / sigma.sum().clamp_min(1e-300)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..distributed import double
 from ..errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -135,11 +136,12 @@ def resample_patch_kernel(weight: Tensor, new_patch: int) -> Tensor:
         raise UsageError(f"patch kernel: expected [D, C, p, p], got {list(weight.shape)}")
     if new_patch == p:
         return weight
-    unit = torch.eye(p * p, dtype=torch.float64, device=weight.device).view(p * p, 1, p, p)
+    wide = double(weight)
+    unit = torch.eye(p * p, dtype=torch.float64, device=wide.device).view(p * p, 1, p, p)
     # row i: the image that is 1 at pixel i alone, resized
     resize = F.interpolate(unit, size=(new_patch, new_patch), mode="bicubic", antialias=True).flatten(1)
-    kernel = weight.double().flatten(2) @ torch.linalg.pinv(resize).T
-    return kernel.view(*weight.shape[:2], new_patch, new_patch).to(weight.dtype)
+    kernel = wide.flatten(2) @ torch.linalg.pinv(resize).T
+    return kernel.view(*weight.shape[:2], new_patch, new_patch).to(weight)
 
 
 def resample_table(

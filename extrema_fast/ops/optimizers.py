@@ -203,7 +203,7 @@ def ema_(teacher: list[Tensor], student: list[Tensor], weight: float | Tensor) -
     """
     first = teacher[0]
     weight = torch.as_tensor(weight, dtype=first.dtype, device=first.device)
-    if first.device.type == "cpu":
+    if first.device.type != "cuda":
         torch._foreach_lerp_(teacher, student, [weight] * len(teacher))
     else:
         # on a GPU a weight that is a tensor makes `lerp` a launch per tensor

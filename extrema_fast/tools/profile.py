@@ -140,6 +140,8 @@ def _measure(run: Run, given: Iterator[Batch], steps: int, warmup: int) -> tuple
         # a GPU runs behind: no wait between steps
         if gpu:
             torch.cuda.synchronize()
+        elif run.world.device.type == "mps":
+            torch.mps.synchronize()
         return 1000 * (time.perf_counter() - began) / count
 
     # capture follows a few eager steps, up to 11 with several processes
@@ -184,7 +186,7 @@ def _result(run: Run, found: trace.Breakdown, times: dict[str, float], images: s
     images_per_s = 1000 * cfg.train.batch_size / times["step_ms"]
     return {
         "what": "time of a training step by component",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "basis": "kernel time on the GPU" if found.on_device else "op time on the CPU",
         "images": images,

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..config import CheckpointConfig, Config, changed_maths, to_dict
+from ..distributed import double
 from ..errors import NonFiniteError, StorageError, UsageError, one_line
 from ..files import fits, new_folder, read_json, remove, sync, write_file
 from ..models.extrema import ExtreMA
@@ -78,7 +79,8 @@ def collect(method: ExtreMA, optimizer: torch.optim.Optimizer, counters: Tensor)
     for name, p in method.student_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
-    tensors["counters"] = counters
+    # of any device the same
+    tensors["counters"] = double(counters)
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed import wide
+
 LOSS, NORM, GOOD, SKIPPED, IN_A_ROW, WORST = range(6)
 
 
@@ -14,8 +16,8 @@ class Reading:
     """A copy of the counters on its way to the CPU."""
 
     def __init__(self, tensor: Tensor) -> None:
-        # pinned memory, when it comes from a GPU
-        self.copy = tensor.to("cpu", non_blocking=True, copy=True)
+        # pinned memory, when it comes from a CUDA device; MPS has no events to wait for
+        self.copy = tensor.to("cpu", non_blocking=tensor.is_cuda, copy=True)
         self.event = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
 
     def arrived(self) -> bool:
@@ -39,19 +41,19 @@ class Reading:
 class Counters:
     """Sums over the steps since the last log line.
 
-    `tensor` [6] fp64 is on the device, so that no step waits for it, and in the checkpoint, so that a resumed run
-    logs the same values.
+    `tensor` [6] fp64 (fp32 on MPS) is on the device, so that no step waits for it, and in the checkpoint, so that a
+    resumed run logs the same values.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.tensor = torch.zeros(6, dtype=torch.float64, device=device)
+        self.tensor = torch.zeros(6, dtype=wide(device), device=device)
 
     def add(self, loss: Tensor, norm: Tensor, bad: Tensor) -> None:
         """Adds a step: scalar loss and gradient norm; `bad` is 1 when the step was skipped."""
-        t, good = self.tensor, 1 - bad.double()
+        t, good = self.tensor, 1 - bad.to(self.tensor.dtype)
         zero = torch.zeros_like(good)
-        t[LOSS] += torch.where(good > 0, loss.double(), zero)
-        t[NORM] += torch.where(good > 0, norm.double(), zero)
+        t[LOSS] += torch.where(good > 0, loss.to(t.dtype), zero)
+        t[NORM] += torch.where(good > 0, norm.to(t.dtype), zero)
         t[GOOD] += good
         t[SKIPPED] += 1 - good
         t[IN_A_ROW] = (t[IN_A_ROW] + 1) * (1 - good)

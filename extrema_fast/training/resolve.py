@@ -31,7 +31,7 @@ class Resolved:
     """The settings of a run with every `auto` settled; recorded in env.json as `resolved`."""
 
     device: str
-    """`cpu` or `cuda`"""
+    """`cpu`, `cuda` or `mps`"""
     precision: str
     """`fp32` or `bf16`, of the matrix products"""
     shadow_weights: bool
@@ -199,6 +199,10 @@ def _check_modes(cfg: Config, mode: str, kind: str, world_size: int) -> None:
         raise UsageError(
             f"train.cuda_graph: needs a CUDA device, this run is on {kind}; use train.compile instead"
         )
+    if kind == "mps" and cfg.optim.name != "adamw":
+        raise UsageError(
+            f"optim.name: {cfg.optim.name} is not made for MPS; use optim.name adamw, or system.device cpu"
+        )
     for name, on in (("cuda_graph", train.cuda_graph), ("compile step", mode == "step")):
         if on and world_size > 1:
             raise UsageError(
@@ -213,9 +217,14 @@ def _check_modes(cfg: Config, mode: str, kind: str, world_size: int) -> None:
 
 
 def precision(setting: str, device_type: str) -> str:
-    """`fp32` or `bf16` for `train.precision`; `auto` is bf16 on GPUs and CPUs (AVX512-BF16, AMX) that multiply it."""
+    """`fp32` or `bf16` for `train.precision`; `auto` is bf16 on GPUs and CPUs (AVX512-BF16, AMX) that multiply it.
+
+    On MPS it is fp32, which older systems of Apple alone have.
+    """
     if setting != "auto":
         return setting
+    if device_type == "mps":
+        return "fp32"
     if device_type == "cpu":
         # torch 2.10 does not tell yet
         has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()

@@ -29,7 +29,7 @@ from ..data.loader import TrainLoader, processes_here
 from ..data.order import epoch_length
 from ..data.resident import Place, choose_place
 from ..data.sources import BUILT_IN, ImageSource, open_source
-from ..distributed import World, cores
+from ..distributed import World, cores, wide
 from ..errors import NonFiniteError, UsageError, counted
 from ..evaluation.features import Embedded
 from ..files import fits, read_json
@@ -79,7 +79,7 @@ class Run:
     schedule: Schedule
     counters: Counters
     teacher_weight: Tensor
-    """0-d fp64 on the device: 1 - momentum of the EMA update that ends the step"""
+    """0-d fp64 (fp32 on MPS) on the device: 1 - momentum of the EMA update that ends the step"""
     trained: list[nn.Parameter]
     """everything that has a gradient"""
     followed: tuple[list[Tensor], list[Tensor]]
@@ -239,7 +239,7 @@ def build(cfg: Config, world: World, source: ImageSource, *, continued: bool = F
         optimizer=build_optimizer(method, cfg, tensor_lr=resolved.cuda_graph),
         schedule=Schedule(cfg, epoch_length(source) // cfg.train.batch_size),
         counters=Counters(world.device),
-        teacher_weight=torch.zeros((), dtype=torch.float64, device=world.device),
+        teacher_weight=torch.zeros((), dtype=wide(world.device), device=world.device),
         trained=[p for _, p in method.student_parameters()],
         followed=method.ema_pairs(),
     )

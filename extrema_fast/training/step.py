@@ -69,9 +69,10 @@ def compute(run: Run, micro_batches: list[MicroBatch]) -> None:
         if run.cfg.optim.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(run.trained, run.cfg.optim.clip_grad, norm)
     # a step that is bad on one process is skipped on all
-    bad = 1 - (loss.isfinite() & norm.isfinite()).double()
-    bad, loss = run.world.sum(torch.stack([bad, loss.double()]))
-    bad, loss = (bad > 0).double(), loss / run.world.size
+    dtype = run.counters.tensor.dtype
+    bad = 1 - (loss.isfinite() & norm.isfinite()).to(dtype)
+    bad, loss = run.world.sum(torch.stack([bad, loss.to(dtype)]))
+    bad, loss = (bad > 0).to(dtype), loss / run.world.size
     update(run, bad)
     run.counters.add(loss, norm, bad)
 
