@@ -93,7 +93,7 @@ def fails(capsys, *args: str) -> str:
             "9 disjoint views of 12 tokens need 108, the image has 64",
         ),
         ("pretrain --model.img-size 30 32", "nearest: 28 or 32"),
-        ("pretrain --system.device gpu", "system.device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ("pretrain --system.device gpu", "system.device: expected auto, cpu, cuda, cuda:N or mps, got 'gpu'"),
         ("pretrain --config missing.toml", "--config missing.toml: cannot be read"),
         ("pretrain --config", "--config: expected one argument"),
         ("evaluate", "RUN_OR_WEIGHTS"),
