@@ -493,7 +493,7 @@ def encode_batch(job: Job, images: Tensor, rows: Tensor) -> Tensor:
     The row numbers [b] choose the patches kept with `keep_ratio`.
     """
     s, device, encoder = job.settings, job.world.device, job.encoder
-    x = normalize(images.to(device, non_blocking=True), s.mean, s.std, encoder.in_chans)
+    x = normalize(images.to(device, non_blocking=device.type == "cuda"), s.mean, s.std, encoder.in_chans)
     keep = None
     if s.keep_ratio < 1:
         count = max(1, round(encoder.num_patches * s.keep_ratio))

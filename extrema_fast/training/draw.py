@@ -35,7 +35,7 @@ def draw(cfg: Config, images: Tensor, index: Tensor, epoch: int) -> list[MicroBa
     mask, model = cfg.mask, cfg.model
     keys = {"seed": cfg.train.seed, "epoch": epoch}
     size = len(index) // cfg.train.accumulation
-    rows = index.to(images.device, non_blocking=True)
+    rows = index.to(images.device, non_blocking=images.is_cuda)
     return [
         MicroBatch(
             some_images,
