@@ -300,7 +300,7 @@ def test_identity_of_a_recorded_run(run, images):
         "preset": {"name": "own", "changes": {"train.epochs": 7, "eval.k": 5, "gone": 1}},
         "init_from": {"weights": "mae.pth", "trunk": "kept"},
         "data": {
-            "train": {"name": "x", "images": 24, "classes": 2, "smallest": 12, "largest": 12},
+            "train": {"name": "x", "images": 24, "classes": 2, "smallest": 12, "largest": 12, "left_out": 3},
             "test": None,
         },
         "machine": {"cpu": "Fast CPU", "cores": 2, "memory_gb": 8.0},
@@ -316,7 +316,7 @@ def test_identity_of_a_recorded_run(run, images):
     assert told["preset"] == ["own, 1 setting changed", "begun from mae.pth", "trunk: kept"]
     assert told["encoder"][0].startswith("ViT: width 64, 2 blocks, 1 head, pooling of 2 blocks; 0.2 M")
     assert told["data"] == [
-        f"training: {images / 'train'}: 24 images in 2 classes of 12",
+        f"training: {images / 'train'}: 24 images in 2 classes of 12; 3 more files left out",
         f"test: {images / 'test'}",
     ]
     assert told["command"] == ["extrema-fast pretrain smoke --out 'a & b'"]
