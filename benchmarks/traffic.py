@@ -153,12 +153,12 @@ def traffic(cfg: Config, device: str = "cuda", **named: str) -> dict[str, Any]:
     def student() -> None:
         tokens = torch.zeros_like(upstream, requires_grad=True)
         with run.resolved.autocast():
-            out = method.student.trunk(tokens, path)
+            out = method.student_branch.trunk(tokens, path)
         out.backward(upstream)
 
     def teacher() -> None:
         with torch.no_grad(), run.resolved.autocast():
-            method.teacher.trunk(whole)
+            method.teacher_branch.trunk(whole)
 
     found: dict[str, Any] = {"passes": []}
     for name, step, tokens in (("student", student, upstream), ("teacher", teacher, whole)):

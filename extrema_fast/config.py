@@ -375,7 +375,7 @@ class TrainConfig:
     """Arithmetic of the matmuls; weights, statistics and loss stay fp32. `auto`: bf16 on a GPU and on
     processors that multiply it in hardware, else fp32."""
     compile: Literal["auto", "none", "block", "step"] = "auto"
-    """torch.compile of each trunk block (`block`), or of teacher, student and loss as one graph (`step`).
+    """torch.compile of a few trunk blocks at a time (`block`), or of teacher, student and loss as one graph (`step`).
     `auto`: `block` on a GPU, none on a CPU."""
     cuda_graph: bool = False
     """Record the whole step, optimizer and EMA update included, as one CUDA graph and replay it."""

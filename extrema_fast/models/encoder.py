@@ -57,6 +57,35 @@ class Encoded(NamedTuple):
     grid: tuple[int, int]
 
 
+def call_block(block: Any, name: str, tokens: Tensor, factors: Tensor | None, recompute: bool) -> Tensor:
+    """A trunk block, or what stands in its place: [R, n, D] -> [R, n, D]; recompute: in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        # the factors are given: no block draws a random number
+        out = checkpoint(block, tokens, factors, use_reentrant=False, preserve_rng_state=False)
+    else:
+        out = block(tokens, factors)
+    return out if is_stock(block, Block) else fit(out, tokens.shape, name)
+
+
+class Stretch(nn.Module):
+    """Consecutive blocks of a trunk, for one compiled graph; they stay where they are, and are called as there.
+
+    Stretches of one length share a graph: weights are its inputs.
+    """
+
+    def __init__(self, encoder: Encoder, first: int, last: int) -> None:
+        super().__init__()
+        self.blocks = encoder.blocks[first:last]
+        self.recompute = encoder.grad_checkpointing
+
+    def forward(self, tokens: Tensor, path: Tensor | None = None) -> Tensor:
+        """[R, n, D] -> [R, n, D]; path: drop-path factors of these blocks, [l, 2, R], or None."""
+        for i, block in enumerate(self.blocks):
+            factors = None if path is None else path[i]
+            tokens = call_block(block, "trunk block", tokens, factors, self.recompute)
+        return tokens
+
+
 class Encoder(TimmInterface):
     """ViT trunk and pooling head, with the methods that timm and its users call (`TimmInterface`).
 
@@ -207,23 +236,24 @@ class Encoder(TimmInterface):
         stop_early: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """`trunk`, and the tokens after the blocks `indices` (ascending); stop_early: nothing runs after the last."""
-        if path is None and self.training and self.drop_path_rate > 0:
-            uniform = torch.rand(self.depth, 2, tokens.shape[0], device=tokens.device)
-            path = ops.drop_path_from_uniform(uniform, self.drop_path_rate)
+        path = self.factors(tokens, path)
         layers = []
         for i, block in enumerate(self.blocks):
-            factors = None if path is None else path[i]
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                # the factors are given: no block draws a random number
-                out = checkpoint(block, tokens, factors, use_reentrant=False, preserve_rng_state=False)
-            else:
-                out = block(tokens, factors)
-            tokens = out if is_stock(block, Block) else fit(out, tokens.shape, f"blocks.{i}")
+            tokens = call_block(
+                block, f"blocks.{i}", tokens, None if path is None else path[i], self.grad_checkpointing
+            )
             if i in indices:
                 layers.append(tokens)
                 if stop_early and i == indices[-1]:
                     break
         return tokens, layers
+
+    def factors(self, tokens: Tensor, path: Tensor | None) -> Tensor | None:
+        """`path`, or in training without one random factors, [L, 2, R]; None where there is no drop-path."""
+        if path is None and self.training and self.drop_path_rate > 0:
+            uniform = torch.rand(self.depth, 2, tokens.shape[0], device=tokens.device)
+            path = ops.drop_path_from_uniform(uniform, self.drop_path_rate)
+        return path
 
     def set_attention(self, backend: str) -> None:
         """Sets the trunk's self-attention: `auto` or a name of `extrema_fast.ops.attention`; weights stay.

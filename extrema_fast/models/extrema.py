@@ -21,7 +21,10 @@ from ..ops.linear import Linear
 from ..ops.optimizers import ema_
 from ..ops.scope import scope, scoped
 from ..ops.stock import is_stock
-from .encoder import Encoder
+from .encoder import Encoder, Stretch
+
+# blocks of one compiled graph: each call of one costs the CPU about what its launches do, each block compile time
+TOGETHER = 4
 
 # ---- heads and losses -------------------------------------------------------------------------------
 
@@ -94,6 +97,8 @@ class _Branch(nn.Module):
     def __init__(self, encoder: Encoder, projector: nn.Module) -> None:
         super().__init__()
         self.encoder, self.projector = encoder, projector
+        # a tuple: they are not parts of the module
+        self._stretches: tuple[Stretch, ...] = ()
 
     def forward(
         self, images: Tensor, keep: Tensor | None = None, path: Tensor | None = None
@@ -104,10 +109,26 @@ class _Branch(nn.Module):
         picks them, [V b, K, C P P].
         """
         with scope(f"{self.name}/embed"):
-            tokens = self.encoder.embed(images, keep)
+            tokens = self.embed(images, keep)
         with scope(f"{self.name}/trunk"):
-            tokens = self.encoder.trunk(tokens, path)
+            tokens = self.trunk(tokens, path)
         return self.after_trunk(tokens)
+
+    def embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
+        """As `Encoder.embed`."""
+        return self.encoder.embed(images, keep)
+
+    def trunk(self, tokens: Tensor, path: Tensor | None = None) -> Tensor:
+        """As `Encoder.trunk`; in stretches where these are compiled."""
+        encoder, first = self.encoder, 0
+        if not self._stretches:
+            return encoder.trunk(tokens, path)
+        path = encoder.factors(tokens, path)
+        for stretch in self._stretches:
+            last = first + len(stretch.blocks)
+            tokens = stretch(tokens, None if path is None else path[first:last])
+            first = last
+        return tokens
 
     def after_trunk(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [V b, K, D] -> as `forward`."""
@@ -121,9 +142,12 @@ class _Branch(nn.Module):
         return self.projector(cls)
 
     def compile_regions(self, **options: Any) -> None:
-        """Compiles each block of the trunk, and what follows the trunk, in place: weights keep their names."""
-        for block in self.encoder.blocks:
-            block.compile(**options)
+        """Compiles embedding, stretches of blocks, and what follows the trunk, in place: weights keep their names."""
+        starts = range(0, self.encoder.depth, TOGETHER)
+        self._stretches = tuple(Stretch(self.encoder, i, i + TOGETHER) for i in starts)
+        for stretch in self._stretches:
+            stretch.compile(**options)
+        self.embed = torch.compile(self.embed, **options)  # type: ignore[method-assign]
         # the scopes inside are gone from compiled code
         name = scoped(f"{self.name}/pooling, heads")
         self.after_trunk = name(torch.compile(self.after_trunk, **options))  # type: ignore[method-assign]
@@ -276,7 +300,7 @@ class ExtreMA(nn.Module):
             torch._foreach_copy_(list(self._shadows.values()), list(self._shadows))
 
     def compile_regions(self, **options: Any) -> None:
-        """Compiles trunk blocks, what follows the trunk, and the loss, each a graph of its own; `options`: torch's."""
+        """Compiles both branches (`_Branch.compile_regions`) and the loss; `options`: those of torch.compile."""
         self.student_branch.compile_regions(**options)
         self.teacher_branch.compile_regions(**options)
         self._byol_loss = torch.compile(self._byol_loss, **options)

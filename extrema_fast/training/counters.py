@@ -50,14 +50,13 @@ class Counters:
 
     def add(self, loss: Tensor, norm: Tensor, bad: Tensor) -> None:
         """Adds a step: scalar loss and gradient norm; `bad` is 1 when the step was skipped."""
-        t, good = self.tensor, 1 - bad.to(self.tensor.dtype)
-        zero = torch.zeros_like(good)
-        t[LOSS] += torch.where(good > 0, loss.to(t.dtype), zero)
-        t[NORM] += torch.where(good > 0, norm.to(t.dtype), zero)
-        t[GOOD] += good
-        t[SKIPPED] += 1 - good
-        t[IN_A_ROW] = (t[IN_A_ROW] + 1) * (1 - good)
-        t[WORST] = torch.maximum(t[WORST], t[IN_A_ROW])
+        loss, norm, bad = (x.to(self.tensor.dtype) for x in (loss, norm, bad))
+        sums, (in_a_row, worst) = self.tensor[: SKIPPED + 1], self.tensor[IN_A_ROW:].unbind()
+        # loss and norm of a bad step may be NaN
+        loss, norm = torch.stack([loss, norm]).masked_fill(bad > 0, 0).unbind()
+        sums += torch.stack([loss, norm, 1 - bad, bad])
+        in_a_row.add_(1).mul_(bad)
+        torch.maximum(worst, in_a_row, out=worst)
 
     def read(self) -> Reading:
         """The sums so far; does not wait for a GPU."""

@@ -181,6 +181,8 @@ def wrap(run: Run) -> None:
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         # a block is one graph: torch would cut it where the buckets of gradients end
         torch._dynamo.config.optimize_ddp = False
+        # Triton's own launcher takes twice as long as inductor's
+        torch._inductor.config.static_launch_user_defined_triton_kernels = True
     if mode == "block":
         run.method.compile_regions(**options)
     run.student = run.world.wrap(run.method.student_branch)

@@ -91,18 +91,27 @@ def _chunks(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
     return _send(torch.stack([tensor, chunk], 1), torch.int32, device)
 
 
-def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """[tensors, 11] int64; its key is every address in it, so gradients in new storage make a new one."""
-    rows = torch.tensor(columns, dtype=torch.int64).T
+def _rows(columns: tuple[tuple[int, ...], ...]) -> Tensor:
+    """[tensors, 11] int64 on the CPU, without the gradients' addresses: of a training run always the same."""
+    rows = torch.tensor([columns[0], (0,) * len(columns[0]), *columns[1:]], dtype=torch.int64).T
     # whether every address of the row allows 16-byte accesses
-    aligned = (rows[:, [0, 1, 2, 3, 5, 6, 7]] % 16 == 0).all(1, keepdim=True)
-    return _send(torch.cat([rows, aligned.long()], 1).contiguous(), torch.int64, device)
+    aligned = (rows[:, [0, 2, 3, 5, 6, 7]] % 16 == 0).all(1, keepdim=True)
+    return torch.cat([rows, aligned.long()], 1).contiguous()
+
+
+def _table(grads: tuple[int, ...], columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """[tensors, 11] int64; its key is every address in it, so gradients in new storage make a new one."""
+    rows, addresses = _cached(_rows, columns).clone(), torch.tensor(grads, dtype=torch.int64)
+    rows[:, 1] = addresses
+    rows[:, 10] *= addresses % 16 == 0
+    return _send(rows, torch.int64, device)
 
 
 def tables(columns: list[list[int]], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(addresses [tensors, 11] int64, chunks of `block` elements [chunks, 2] int32); columns: kernel.py."""
-    keys = tuple(map(tuple, columns)), tuple(columns[8])
-    made = _cached(_table, keys[0], device), _cached(_chunks, keys[1], block, device)
+    grads, sizes = tuple(columns[1]), tuple(columns[8])
+    others = tuple(map(tuple, (columns[0], *columns[2:])))
+    made = _cached(_table, grads, others, device), _cached(_chunks, sizes, block, device)
     if _capturing(device) and not any(made[0] is a and made[1] is b for a, b in _captured):
         _captured.append(made)
     return made

@@ -21,6 +21,7 @@ from extrema_fast.config import Config, from_dict, smoke
 from extrema_fast.data.loader import Batch
 from extrema_fast.distributed import World
 from extrema_fast.errors import UsageError
+from extrema_fast.models import extrema
 from extrema_fast.ops import dispatch as ops
 from extrema_fast.train import train_step
 from extrema_fast.training import step
@@ -104,16 +105,18 @@ def same(a: Run, b: Run, rtol: float = 1e-4, atol: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("mode", ["block", "step"])
 @pytest.mark.parametrize(("loss", "accumulation"), [("byol", 1), ("byol", 2), ("infonce", 1)])
-def test_compiled_steps_equal_plain_ones(counting, mode, loss, accumulation):
-    change = {"head": {"loss": loss}, "train": {"accumulation": accumulation}}
+def test_compiled_steps_equal_plain_ones(counting, mode, loss, accumulation, monkeypatch):
+    # two stretches of blocks
+    monkeypatch.setattr(extrema, "TOGETHER", 2)
+    change = {"head": {"loss": loss}, "train": {"accumulation": accumulation}, "model": {"depth": 4}}
     plain = begin(**change)
     change["train"]["compile"] = mode
     compiled = begin(**change)
     expected = steps(plain, 3)
     assert steps(compiled, 3) == pytest.approx(expected, rel=1e-5)
     same(plain, compiled)
-    # each branch: its blocks, which share their code, and what follows them; BYOL's loss
-    made = {"block": 4 + (loss == "byol"), "step": 1}[mode]
+    # each branch: embedding, blocks, which share their code, and what follows them; BYOL's loss
+    made = {"block": 6 + (loss == "byol"), "step": 1}[mode]
     assert counting.graphs == made
     # none is made again while rates move
     rate = compiled.optimizer.param_groups[0]["lr"]
@@ -136,7 +139,7 @@ def test_blocks_of_full_width_stay_whole_under_data_parallelism(counting):
             steps(run, 1)
     finally:
         dist.destroy_process_group()
-    assert counting.graphs == 5 and all(p.grad is not None for p in run.trained)
+    assert counting.graphs == 7 and all(p.grad is not None for p in run.trained)
 
 
 @pytest.mark.slow
