@@ -371,7 +371,7 @@ def read_as(source: ImageSource, in_chans: int) -> ImageSource:
     problems: list[str] = []
     for row in rows:
         try:
-            found.append((_count_channels(source, row, in_chans), row))
+            found.append((count_channels(source, row, in_chans), row))
         except UsageError as error:
             problems.append(f"{source.title(row)}: {error}")
         # a broken file, or one that is gone: the loader's business
@@ -382,7 +382,8 @@ def read_as(source: ImageSource, in_chans: int) -> ImageSource:
         if problems:
             raise UsageError(problems[0])
         count, row = wrong[0]
-        fix = f"use --model.in-chans {count}" if count <= MAX_CHANS else f"at most {MAX_CHANS} are read"
+        which = "1 or 3" if count in (1, 3) else count
+        fix = f"use --model.in-chans {which}" if count <= MAX_CHANS else f"at most {MAX_CHANS} are read"
         raise UsageError(
             f"{source.name}: images of {counted(count, 'channel')} ({source.title(row)}), the model takes {in_chans} "
             f"(model.in_chans); {fix}"
@@ -397,7 +398,7 @@ def find_channels(source: ImageSource) -> int:
         # Pillow makes anything else RGB
         if source.title(row).lower().endswith((*TIFF, ".npy")):
             try:
-                found[_count_channels(source, row, 3)] += 1
+                found[count_channels(source, row, 3)] += 1
             # `read_as` and the loader say what is wrong
             except Exception as error:
                 _raise_if_lacking(error)
@@ -405,7 +406,8 @@ def find_channels(source: ImageSource) -> int:
     return 3 if count == 1 else count
 
 
-def _count_channels(source: ImageSource, row: int, wanted: int) -> int:
+def count_channels(source: ImageSource, row: int, wanted: int) -> int:
+    """Channels of a row's image; with `wanted` 1 or 3 those, but of an array. Raises nearly anything."""
     from PIL import Image
 
     plugins()

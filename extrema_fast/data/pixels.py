@@ -323,6 +323,8 @@ def _tiff(f: BinaryIO) -> Array:
         tifffile = importlib.import_module("tifffile")
     except ImportError:
         raise UsageError(f"a TIFF file that Pillow does not read; tifffile may: {install('train')}") from None
+    # of every tag that is not as it should be, for each file and epoch
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     with tifffile.TiffFile(f, name="file.tif") as file:
         # tifffile makes one series of equal pages; pages written one by one are a series each
         series = file.series

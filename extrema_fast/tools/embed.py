@@ -351,6 +351,9 @@ def _prepare(out: Path, config: dict[str, Any], force: bool) -> list[int] | None
     """Numbers of the parts to make; None when everything is finished."""
     old = read_config(out)
     found = changes(_identity(old), _identity(config)) if old else []
+    if old and "range" not in old["settings"]:
+        # an older version used that of the images without writing it down
+        found = [change for change in found if not change.startswith("range:")]
     if found and not force:
         raise UsageError(
             f"{out}: holds features made with other settings ({'; '.join(found)}); give another folder, or "
@@ -382,7 +385,7 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     found |= {f"weights {key}": weights.get(key) for key in ("which", "hash")}
     found |= {f"data {key}": data.get(key) for key in ("images", "fingerprint")}
     # of older versions
-    return found | {"crop_pct": None, "interpolation": "bilinear", "range": []} | config["settings"]
+    return found | {"crop_pct": None, "interpolation": "bilinear"} | config["settings"]
 
 
 def _finish(job: Job, out: Path) -> None:

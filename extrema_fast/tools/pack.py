@@ -452,12 +452,12 @@ def _finished_shards(out: Path, work: Work) -> list[Done]:
 def measure_loader(data: str, threads: int) -> dict[str, Any]:
     """The training loader's rate on a few hundred images of `data`: decode, crop to 224 x 224, flip."""
     from ..config import DataConfig
-    from ..data.image_files import read_as
+    from ..data.image_files import count_channels, read_as
     from ..data.loader import TrainLoader
 
     source = open_source(data)
     # of arrays as many as they have
-    source = read_as(source, len(source.statistics[0]) if source.statistics else 3)
+    source = read_as(source, count_channels(source, 0, 3))
     batch = min(64, len(source))
     batches = max(1, min(_MEASURED, len(source)) // batch)
     with TrainLoader(source, DataConfig(threads=threads), (224, 224), batch_size=batch, seed=0) as loader:

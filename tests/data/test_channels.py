@@ -232,7 +232,7 @@ def test_a_set_of_other_channels(folder, tree, config):
         read_as(source, 4)
     with pytest.raises(UsageError, match=r"5 channels .* takes 3"):
         read_as(source, 3)
-    with pytest.raises(UsageError, match=r"3 channels .* takes 5 .*use --model\.in-chans 3"):
+    with pytest.raises(UsageError, match=r"3 channels .* takes 5 .*use --model\.in-chans 1 or 3"):
         read_as(open_source(str(tree)), 5)
     with pytest.raises(UsageError, match=r"data\.loader dali.* 5 channels"):
         loader_for(read_as(source, 5), config(loader="dali"))

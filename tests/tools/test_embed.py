@@ -73,7 +73,8 @@ def test_images_of_exactly_the_size(tmp_path, weights):
     with pytest.raises(UsageError, match="crop_pct"):
         embed(images, tmp_path / "fNone", weights, crop_pct=1, **SMALL)
     config = json.loads((tmp_path / "f1" / "config.json").read_text())
-    del config["settings"]["crop_pct"], config["settings"]["interpolation"]
+    for name in ("crop_pct", "interpolation", "range"):
+        del config["settings"][name]
     (tmp_path / "f1" / "config.json").write_text(json.dumps(config))
     (tmp_path / "f1" / "features" / "00000.npy").unlink()
     assert torch.equal(embed(images, tmp_path / "f1", weights, **SMALL).features(), got[1])
