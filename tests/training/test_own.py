@@ -343,6 +343,8 @@ def test_the_two_commands_of_the_readme(repository, tmp_path, monkeypatch, capsy
     out, err = capsys.readouterr()
     assert "settings for my_images on 2 CPU cores, into runs/my_images:" in err and "5 epochs" in err
     assert list((tmp_path / "runs/my_images").glob("weights/*/*.safetensors")), out + err
+    report = (tmp_path / "runs/my_images/reports/report.html").read_text(encoding="utf-8")
+    assert "my_images" in report and "evaluate runs/my_images" in out + err
     assert cli.main(words) == 0 and "complete" in capsys.readouterr().err
 
 
