@@ -360,7 +360,10 @@ def test_all_processes_take_what_the_first_has_chosen(folder, monkeypatch):
     seen: list[Config] = []
     first = to_dict(chosen({"data.train": folder, "train.epochs": 9}))
     world = SimpleNamespace(
-        size=2, broadcast=lambda x: first if isinstance(x, dict) else x, rank_zero_only=lambda call: call()
+        size=2,
+        is_rank_zero=False,
+        broadcast=lambda x: first if isinstance(x, dict) else x,
+        rank_zero_only=lambda call: call(),
     )
     monkeypatch.setattr(train, "start", lambda device: contextlib.nullcontext(world))
     monkeypatch.setattr(train, "is_finished", lambda cfg, allow: bool(seen.append(cfg)) or True)
