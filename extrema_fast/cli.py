@@ -423,7 +423,7 @@ def _names_images(word: str) -> bool:
     )
 
 
-@_command("pretrain photos --train.epochs 80 --out runs/longer")
+@_command("pretrain my_images --train.epochs 80 --out runs/longer")
 def _pretrain(p: _Parser, args: list[str]) -> None:
     """Pretrain on images, or continue the run in --out."""
     p.add(
