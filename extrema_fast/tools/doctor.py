@@ -494,6 +494,7 @@ def _self_test() -> Finding:
         "ckpt": {"every_steps": 2},
         "eval": {"every_epochs": 0},
         "system": {"backend": "fixed"},
+        "log": {"report": False},
     }
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
