@@ -160,7 +160,12 @@ define match_torchvision
 			$${index:+--index-url "$$index"} $(PIP_ARGS) -c constraints.txt torchvision 2>/dev/null || continue; \
 		$(BIN)/python -c 'import torchvision' 2>/dev/null && exit 0; \
 	done; \
-	echo "no torchvision for torch $$torch was found: timm cannot be imported, and what needs it says so. Name an index that" \
-		"has both (rm -r $(VENV); make TORCH_INDEX=...), or take torch as it is on PyPI: pip install torch===$${torch%%+*}" >&2; \
+	site=`$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`; \
+	cp tests/torchvision_operators.py "$$site" && echo "import torchvision_operators as t; t.define_torchvision_operators()" \
+		> "$$site/torchvision_operators.pth"; \
+	$(BIN)/python -c 'import torchvision' 2>/dev/null && can="timm can be imported all the same, torchvision's own operators cannot run" \
+		|| can="timm cannot be imported, and what needs it says so"; \
+	echo "no torchvision for torch $$torch was found: $$can. Name an index that has both (rm -r $(VENV); make TORCH_INDEX=...)," \
+		"or take torch as it is on PyPI: pip install torch===$${torch%%+*}" >&2; \
 fi
 endef

@@ -18,6 +18,7 @@ import sys
 import zipfile
 from email.message import Message
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,7 @@ def test_makefile_installs_extras_that_exist(repository, wheel_metadata):
 FAKE_PYTHON = """#!/bin/sh
 case "$*" in
     *__version__*) echo 2.13.0+cpu ;;
+    *sysconfig*) echo "$VENV" ;;
     *"import torchvision"*) test -f "$VENV/fits" ;;
     *"-m pip install"*torchvision)
         found=pip
@@ -241,6 +243,17 @@ def test_make_finds_the_torchvision_that_fits(repository, tmp_path, target, give
     indexes = [given] * bool(given) + ["https://download.pytorch.org/whl/cpu", "pip"]
     assert (tmp_path / "tried").read_text().split() == indexes[:tried]
     assert ("no torchvision for torch 2.13.0+cpu was found" in done.stderr) == (fits == "nowhere")
+    assert (tmp_path / "torchvision_operators.pth").is_file() == (fits == "nowhere")
+
+
+@pytest.mark.skipif(find_spec("timm") is None, reason="needs timm")
+def test_timm_is_imported_next_to_a_torchvision_that_does_not_fit(repository, tmp_path):
+    shutil.copy(repository / "tests" / "torchvision_operators.py", tmp_path)
+    # as the Makefile writes it
+    line = re.search(r'echo "(import torchvision_operators .*?)"', (repository / "Makefile").read_text())[1]
+    (tmp_path / "torchvision_operators.pth").write_text(line + "\n")
+    code = f"import site, sys; site.addsitedir({str(tmp_path)!r}); assert 'torch' not in sys.modules; import timm"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_what_is_missing_is_named_by_its_packages(wheel_metadata, monkeypatch):
