@@ -25,7 +25,19 @@ from ..config import MAX_CHANS, DataConfig
 from ..errors import DataError, UsageError, counted
 from ..files import check_plain, open_plain
 from .image_source import ImageSource
-from .pixels import PALETTES, Range, as_image, bands, is_deep, open_array, plugins, to_8_bit, to_levels
+from .pixels import (
+    PALETTES,
+    Range,
+    as_image,
+    bands,
+    is_deep,
+    keeps_upper_bits,
+    open_array,
+    plugins,
+    to_8_bit,
+    to_levels,
+    warn_of_upper_bits,
+)
 
 log = logging.getLogger(__name__)
 
@@ -337,7 +349,10 @@ def load_image(
             im = as_image(to_levels(values, value_range, name))
         else:
             with Image.open(source) as opened:
+                upper_bits = keeps_upper_bits(opened)
                 opened.load()
+                if upper_bits:
+                    warn_of_upper_bits(opened, name)
                 # before the cut: what is black and white belongs to the image
                 im = to_8_bit(opened, value_range, name) if colors else opened
                 im = ImageOps.exif_transpose(im) if exif else im

@@ -153,6 +153,25 @@ def _warn_once(name: str, high: float) -> None:
         )  # fmt: skip
 
 
+def keeps_upper_bits(im: Any) -> bool:
+    """Whether Pillow will read the upper 8 bits alone of a color image that is opened and not loaded yet (PNG)."""
+    raw = str(im.tile[0][3]) if im.tile else ""
+    return "16" in raw and raw.startswith(("RGB", "LA"))
+
+
+def warn_of_upper_bits(im: Any, name: str) -> None:
+    """Says once that such an image is nearly black, where its values fill 12 bits or fewer."""
+    global _warned
+    values = np.asarray(im)[..., : 1 if im.mode == "LA" else 3]
+    if not _warned and values.max() < 16:
+        _warned = True
+        log.warning(
+            "%s: nearly black: Pillow reads the upper 8 of its 16 bits per channel, and the values fill fewer than 13; "
+            "store such colors as TIFF, whose range data.range and `extrema-fast index` know",
+            name or "image",
+        )
+
+
 # ---- any number of channels -----------------------------------------------------------------------
 
 

@@ -8,6 +8,8 @@ warned of or refused by name; damaged TIFF files are found.
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -90,6 +92,24 @@ def test_without_a_range(deep, config, kind, caplog, monkeypatch):
         assert np.abs(values - GRAY).max() <= 1 and not caplog.text
     else:
         assert values.max() < 17 and f"data.range 0 {white}" in caplog.text
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_colors_of_16_bits_in_png(bits, caplog, monkeypatch):
+    monkeypatch.setattr(pixels, "_warned", False)
+    # Pillow does not write them
+    values = np.repeat(GRAY[..., None].astype(np.uint32) * (2**bits - 1) // 255, 3, axis=2).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", SIZE, SIZE, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows))]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in [*chunks, (b"IEND", b"")]
+    )
+    im = np.asarray(image_files.load_image(io.BytesIO(png), exif=False)).astype(int)
+    if bits == 16:
+        assert np.abs(im - GRAY[..., None]).max() <= 1 and not caplog.text
+    else:
+        assert im.max() < 16 and "nearly black" in caplog.text
 
 
 def test_dali_by_name_and_a_range_is_an_error(tmp_path, config):
