@@ -354,6 +354,9 @@ def apex(monkeypatch):
 
     yield install
     optimizers.find_apex.cache_clear()
+    # one that a test imported from a folder
+    for name in [n for n in sys.modules if n.partition(".")[0] == "apex"]:
+        del sys.modules[name]
 
 
 class FakeApex(torch.optim.Optimizer):
