@@ -97,8 +97,7 @@ def line_chart(
         return ""
     # text stays text; equal input gives equal bytes
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
-        # a legend of many rows must not shrink the axes
-        figure = Figure(figsize=(4.8, 2.8 + 0.17 * max(0, (len(curves) - 5) // 2)), layout="constrained")
+        figure = Figure(figsize=(4.8, 2.8), layout="constrained")
         axes = figure.subplots()
         for s, x, y in curves:
             # one point is no line
@@ -123,7 +122,9 @@ def line_chart(
             spine.set_visible(side == "bottom")
             spine.set_color(_TEXT)
         # long names would leave the figure in two columns
-        columns = 1 if max(len(str(line.get_label())) for line in axes.lines) > 36 else 2
+        columns = 1 if max(len(str(line.get_label())) for line in axes.lines) > 27 else 2
+        # a legend of many rows must not shrink the axes
+        figure.set_figheight(2.8 + 0.17 * max(0, len(curves) // columns - 2))
         figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=_TEXT, fontsize=8.5)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True)
