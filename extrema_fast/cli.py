@@ -505,14 +505,15 @@ def _evaluation(p: _Parser, args: list[str], metrics: Sequence[str]) -> None:
     if data is not None and o["train"] is not None:
         raise UsageError("--data and --train name the same thing; give one")
     o["train"] = o["train"] if data is None else data
-    from .evaluation import evaluate as evals
+    from .evaluation.evaluate import evaluate
+    from .evaluation.result import format_table
 
     try:
-        _show(evals.evaluate(metrics=metrics, **o), as_json, evals.format_table)
+        _show(evaluate(metrics=metrics, **o), as_json, format_table)
     except StorageError as error:
         # minutes of work: shown although it could not be kept
         if error.result is not None:
-            _show(error.result, as_json, evals.format_table)
+            _show(error.result, as_json, format_table)
         raise
 
 

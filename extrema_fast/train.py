@@ -31,8 +31,9 @@ from .errors import (
     is_out_of_memory,
     one_line,
 )
-from .evaluation.evaluate import collapse_warnings, online_eval
+from .evaluation.collapse import collapse_warnings
 from .evaluation.features import Embedded
+from .evaluation.online import online_eval
 from .reporting.report import REPORT, report
 from .signals import Signals, Stopped
 from .training.checkpoint import Saver, fault

@@ -1,8 +1,7 @@
 """Evaluation of an encoder, always next to a random encoder and raw pixels.
 
-`online_eval` is the cheap one of the training loop; `evaluate`, `knn` and `probe` are commands. k-NN and the probe read
-the same features, after the final norm: the paper's probe takes the class token before it and standardizes each
-dimension, and the final LayerNorm differs from that by one factor per image.
+k-NN and the probe read the same features, after the final norm: the paper's probe takes the class token before it and
+standardizes each dimension, and the final LayerNorm differs from that by one factor per image.
 """
 
 from __future__ import annotations
@@ -14,148 +13,31 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Config, DataConfig, EvalConfig, from_dict
 from ..data.augment import normalize
 from ..data.image_files import read_as
-from ..data.sources import BUILT_IN, ImageSource, is_there, open_source, split_folders, subset
+from ..data.sources import BUILT_IN, is_there, open_source, split_folders, subset
 from ..distributed import pick_device
 from ..errors import StorageError, UsageError
-from ..files import fits, no_links, read_json, write_file
+from ..files import no_links, read_json, write_file
 from ..models.encoder import Encoder, build_encoder
-from ..models.masking import sample_views
-from ..ops import dispatch as ops
 from ..weights import load as convert
 from .collapse import collapse_warnings
-from .features import Embedded, Features, cap, extract, labelled, load_batch, overlap, raw_pixels
-from .probes import accuracy, attention_entropy, indicators, knn, knn_predictions, probe_predictions
-
-if TYPE_CHECKING:
-    from ..models.extrema import ExtreMA
+from .features import Features, extract, labelled, load_batch, overlap, raw_pixels
+from .probes import accuracy, attention_entropy, indicators, knn_predictions, probe_predictions
+from .result import CLS, MEAN, PIXELS, PRETRAINED, RANDOM, is_result, per_class
 
 log = logging.getLogger(__name__)
 
 # part of the cache key of a stored result: raised when a number changes its meaning
 FORMAT = 1
-STUDENT_IMAGES = 512
+# test images whose attention is measured
 VIEW_IMAGES = 256
-PRETRAINED, RANDOM, PIXELS = "pretrained", "random init", "raw pixels"
-CLS, MEAN = "class token", "mean of patches"
-# pairs of classes that are taken for each other most often, in a result
-CONFUSIONS = 10
-
-
-# ---- while training -------------------------------------------------------------------------------
-
-
-class OnlineEval(NamedTuple):
-    """What an evaluation while training has measured, and the images it has encoded for that."""
-
-    values: dict[str, float | int]
-    test: Embedded
-    bank: Embedded
-    """the training images that k-NN compared with; without k-NN the test images"""
-
-
-@ops.allow_fallback()
-@torch.inference_mode()
-def online_eval(
-    method: ExtreMA,
-    train_source: ImageSource | None,
-    test_source: ImageSource | None,
-    cfg: Config,
-    device: str | torch.device = "cpu",
-) -> OnlineEval:
-    """k-NN and collapse indicators of student and teacher on fixed subsets; draws no random numbers.
-
-    One teacher pass over `eval.max_train` + `eval.max_test` images; the student sees at most 512.
-
-    Args:
-        method: The student and teacher; their training flags are restored.
-        train_source: Training images, the k-NN bank; without labels on both sides k-NN is left out.
-        test_source: Test images; None: the indicators use training images.
-        cfg: The run's configuration.
-        device: Where to compute.
-
-    Returns:
-        `values`: knn_cls, knn_mean; {teacher,teacher_proj,student,student_proj}_{std,rank,cosine}; view_cosine,
-        attention_entropy; images, dim, proj_dim.
-
-    Raises:
-        NonFiniteError: NaN or infinite features.
-    """
-    held = test_source if test_source is not None else train_source
-    if held is None:
-        raise UsageError("online evaluation: neither training nor test images were given")
-    seed, size = cfg.train.seed, cfg.model.img_size
-    modes = [(m, m.training) for m in method.modules()]
-    method.eval()
-    try:
-        test = cap(held, cfg.eval.max_test, seed)
-        # a file that breaks while training does not end the run
-        args: dict[str, Any] = {"batch_size": cfg.eval.batch_size, "device": device, "strict": False}
-        features = extract(method.teacher, test, cfg.data, **args)
-        if len(features.rows) < 2:
-            raise UsageError(
-                f"eval.max_test: an evaluation needs at least 2 images, {held.name} gives {len(features.rows)}; take "
-                "more, or leave evaluations out with --eval.every-epochs 0"
-            )
-        out: dict[str, float | int] = {}
-        shown = Embedded(subset(test, features.rows), features.cls)
-        known = shown
-        both = [s for s in (train_source, test_source) if s is not None and s.labels is not None]
-        if len(both) == 2:
-            labels = labelled(both[0], test).labels
-            compared = cap(both[0], cfg.eval.max_train, seed)
-            bank = extract(method.teacher, compared, cfg.data, **args)
-            known = Embedded(subset(compared, bank.rows), bank.cls)
-            for name in ("cls", "mean"):
-                a, b = (getattr(f, name).to(device) for f in (bank, features))
-                assert labels is not None and bank.labels is not None
-                truth = labels[features.rows]
-                out[f"knn_{name}"] = knn(a, bank.labels, b, truth, cfg.eval.k, cfg.eval.temperature)
-        few = subset(test, torch.arange(len(test))[:: -(-len(test) // STUDENT_IMAGES)])
-        student = extract(method.student, few, cfg.data, **args).cls
-        for name, x, head in (
-            ("teacher", features.cls, method.teacher_projector),
-            ("student", student, method.projector),
-        ):
-            projection = head(x.to(device))
-            out |= {f"{name}_{key}": value for key, value in indicators(x.to(device)).items()}
-            out |= {f"{name}_proj_{key}": value for key, value in indicators(projection).items()}
-        resizing = method.teacher.resizing()
-        images = load_batch(test, cfg.data, size, VIEW_IMAGES, strict=False, resizing=resizing).to(device)
-        x = normalize(images, cfg.data.mean, cfg.data.std, cfg.model.in_chans)
-        out["view_cosine"] = _view_cosine(method, x, cfg)
-        out["attention_entropy"] = attention_entropy(method.teacher.get_attention(x))
-        out |= {
-            "images": len(features.cls),
-            "dim": features.cls.shape[1],
-            "proj_dim": projection.shape[1],
-        }
-        return OnlineEval(out, shown, known)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _view_cosine(method: ExtreMA, images: Tensor, cfg: Config) -> float:
-    """Mean cosine between the predictions of two views of the same images, with fixed masks."""
-    n, k = cfg.model.num_patches, cfg.num_keep
-    mode = "disjoint" if 2 * k <= n else "independent"
-    index = torch.arange(len(images), device=images.device)
-    keep = sample_views(index, n, k, 2, mode=mode, seed=cfg.train.seed)
-    cls = method.student.encode(images, keep).cls
-    q = F.normalize(method.predictor(method.projector(cls)).float(), dim=-1)
-    return float((q[:, 0] * q[:, 1]).sum(-1).mean())
-
-
-# ---- the commands ---------------------------------------------------------------------------------
 
 
 def run_config(path: str | Path) -> Config | None:
@@ -449,31 +331,6 @@ def _accuracies(predicted: dict[str, Tensor], test: Features) -> dict[str, float
     return {metric: accuracy(p, test.labels) for metric, p in predicted.items()}
 
 
-def per_class(predicted: dict[str, Tensor], labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
-    """Accuracy of each class, and which classes are taken for which most often.
-
-    Args:
-        predicted: By metric, [m] int64.
-        labels: [m] int64, the true classes.
-        classes: Their names.
-
-    Returns:
-        `names`; `images`: test images of each class; by metric the share that is right (None: no test images) and in
-        `confusions` at most 10 [true class, predicted class, images], the most frequent first.
-    """
-    n = len(classes)
-    images = torch.bincount(labels, minlength=n).tolist()
-    out: dict[str, Any] = {"names": list(classes), "images": images, "confusions": {}}
-    for metric, p in predicted.items():
-        right = torch.bincount(labels[p == labels], minlength=n).tolist()
-        out[metric] = [r / m if m else None for r, m in zip(right, images, strict=True)]
-        pairs, counts = torch.unique(n * labels[p != labels] + p[p != labels], return_counts=True)
-        first = counts.argsort(descending=True, stable=True)[:CONFUSIONS]
-        found = zip(pairs[first].tolist(), counts[first].tolist(), strict=True)
-        out["confusions"][metric] = [[pair // n, pair % n, count] for pair, count in found]
-    return out
-
-
 def _result_warnings(
     rows: list[dict[str, Any]], signs: dict[str, dict[str, float]], images: int, dim: int
 ) -> list[str]:
@@ -486,77 +343,3 @@ def _result_warnings(
         record |= {"knn_cls": knn_of.get(CLS), "knn_mean": knn_of[MEAN]}
         history.append(record)
     return collapse_warnings(history)
-
-
-_ROW = {"encoder": str, "feature": str, "knn?": float, "probe?": float}
-_RESULT = {
-    "metrics": [str],
-    "rows": [_ROW],
-    "gain": {f"{CLS}?": {"knn?": float, "probe?": float}, MEAN: {"knn?": float, "probe?": float}},
-    "counts": {"train": int, "test": int, "classes": int, "left_out?": int},
-    "warnings": [str],
-    "which": str,
-    "step": (int, None),
-    "k": int,
-    "resized?": str,
-    "per_class?": {
-        "feature": str,
-        "names": [str],
-        "images": [int],
-        "knn?": [(float, None)],
-        "probe?": [(float, None)],
-        "confusions": {"knn?": [[int, int, int]], "probe?": [[int, int, int]]},
-    },
-}
-
-
-def is_result(data: Any) -> bool:
-    """Whether plain data from a file has the shape of what `evaluate` returns."""
-    return (
-        fits(data, _RESULT)
-        and data["gain"].keys() <= {CLS, MEAN}
-        and all(m in row for row in (*data["rows"], *data["gain"].values()) for m in data["metrics"])
-        and ("per_class" not in data or _fits_classes(data["per_class"], data["metrics"]))
-    )
-
-
-def _fits_classes(data: dict[str, Any], metrics: list[str]) -> bool:
-    n = len(data["names"])
-    return all(
-        m in data
-        and m in data["confusions"]
-        and len(data[m]) == n == len(data["images"])
-        # the third is a count
-        and all(0 <= c < n for pair in data["confusions"][m] for c in pair[:2])
-        for m in ("knn", "probe")
-        if m in metrics
-    )
-
-
-def format_table(result: dict[str, Any]) -> str:
-    """The result as aligned plain text: one row per encoder and feature, then the gain over random init."""
-    titles = {"knn": f"k-NN (k={result['k']})", "probe": "linear probe"}
-    metrics = [m for m in titles if m in result["metrics"]]
-
-    def line(encoder: str, feature: str, *values: str) -> str:
-        cells = [f"{v:>{len(titles[m])}}" for m, v in zip(metrics, values, strict=True)]
-        return "  ".join([f"{encoder:<21}", f"{feature:<15}", *cells]).rstrip()
-
-    lines = [line("encoder", "feature", *(titles[m] for m in metrics))]
-    lines.append(line("-" * 21, "-" * 15, *("-" * len(titles[m]) for m in metrics)))
-    for row in result["rows"]:
-        lines.append(line(row["encoder"], row["feature"], *(f"{100 * row[m]:.1f} %" for m in metrics)))
-    lines.append("")
-    for feature, gain in result["gain"].items():
-        lines.append(line("gain over random init", feature, *(f"{100 * gain[m]:+.1f}   " for m in metrics)))
-    counts, step = result["counts"], "" if result["step"] is None else f" of step {result['step']}"
-    lines += [
-        "",
-        f"{result['which']} weights{step}; {counts['train']} training and {counts['test']} "
-        f"test images, {counts['classes']} classes",
-    ]
-    if "resized" in result:
-        lines.append(f"images {result['resized']}")
-    if counts.get("left_out"):
-        lines.append(f"{counts['left_out']} more images cannot be decoded and are left out")
-    return "\n".join(lines + [f"WARNING: {text}" for text in result["warnings"]])

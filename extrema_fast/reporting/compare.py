@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import flatten
 from ..errors import UsageError
-from ..evaluation.evaluate import CLS, MEAN, PRETRAINED
+from ..evaluation.result import CLS, MEAN, PRETRAINED
 from ..files import read_text, write_file
 from ..progress import duration
 from .figures import Series, line_chart

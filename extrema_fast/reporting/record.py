@@ -16,7 +16,8 @@ import torch
 from ..config import SIZES, Config, differing, flatten, nearest_preset
 from ..data.sources import BUILT_IN
 from ..errors import UsageError, counted
-from ..evaluation.evaluate import is_result, run_config
+from ..evaluation.evaluate import run_config
+from ..evaluation.result import is_result
 from ..files import fits, read_json
 from ..models.encoder import build_encoder
 from ..progress import duration

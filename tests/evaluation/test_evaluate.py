@@ -24,7 +24,10 @@ from extrema_fast.distributed import World
 from extrema_fast.errors import DataError, NonFiniteError, StorageError, UsageError
 from extrema_fast.evaluation import evaluate as evals
 from extrema_fast.evaluation.collapse import collapse_warnings
+from extrema_fast.evaluation.features import extract, overlap, raw_pixels
+from extrema_fast.evaluation.online import online_eval
 from extrema_fast.evaluation.probes import attention_entropy, indicators, knn, linear_probe
+from extrema_fast.evaluation.result import format_table, is_result, per_class
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.progress import ImageProgress
 from extrema_fast.training.run import build, open_test, open_train, take_cropped_whole
@@ -138,7 +141,7 @@ def test_bad_features_are_named(measure):
 def test_accuracy_of_each_class_and_confusions():
     truth = torch.tensor([0, 0, 0, 1, 1, 3, 3, 3])
     found = {"knn": torch.tensor([0, 1, 1, 1, 0, 3, 1, 1]), "probe": truth}
-    out = evals.per_class(found, truth, ["a", "b", "no test images", "d"])
+    out = per_class(found, truth, ["a", "b", "no test images", "d"])
     assert out["images"] == [3, 2, 0, 3] and out["probe"] == [1, 1, None, 1]
     assert out["knn"] == pytest.approx([1 / 3, 1 / 2, None, 1 / 3])
     # the more frequent first, then by class
@@ -308,14 +311,14 @@ def run(cfg, tmp_path):
 def test_extract_keeps_row_order_and_does_not_depend_on_the_batch(cfg):
     source = open_source(cfg.data.train)
     encoder = ExtreMA(cfg).student.train()
-    one = evals.extract(encoder, source, cfg.data, batch_size=7)
-    all_ = evals.extract(encoder, source, cfg.data, batch_size=64)
+    one = extract(encoder, source, cfg.data, batch_size=7)
+    all_ = extract(encoder, source, cfg.data, batch_size=64)
     assert one.cls.shape == one.mean.shape == (30, 64)
     torch.testing.assert_close(one.cls, all_.cls)
     torch.testing.assert_close(one.mean, all_.mean)
     assert encoder.training
     assert one.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
-    swapped = evals.extract(encoder, subset(source, torch.tensor([29, 3])), cfg.data)
+    swapped = extract(encoder, subset(source, torch.tensor([29, 3])), cfg.data)
     torch.testing.assert_close(swapped.cls, all_.cls[[29, 3]])
 
 
@@ -338,14 +341,14 @@ def test_every_part_of_an_evaluation_shows_how_far_it_is(run, cfg, monkeypatch):
 
 def test_raw_pixels_of_gray_and_of_large_images(cfg, tmp_path):
     source = open_source(cfg.data.train)
-    x = evals.raw_pixels(source, cfg.data, (32, 32)).cls
+    x = raw_pixels(source, cfg.data, (32, 32)).cls
     assert x.shape == (30, 3 * 32 * 32) and x.min() >= 0 and x.max() <= 1
-    assert evals.raw_pixels(source, cfg.data, (64, 32)).cls.shape == (30, 3 * 32 * 32)
-    coarse = evals.raw_pixels(source, cfg.data, (32, 32), side=8).cls.view(30, 3, 8, 8)
+    assert raw_pixels(source, cfg.data, (64, 32)).cls.shape == (30, 3 * 32 * 32)
+    coarse = raw_pixels(source, cfg.data, (32, 32), side=8).cls.view(30, 3, 8, 8)
     torch.testing.assert_close(coarse[:, :, 0, 0], x.view(30, 3, 32, 32)[:, :, :4, :4].mean((2, 3)))
     image = pytest.importorskip("PIL.Image")
     image.new("L", (32, 32), 51).save(tmp_path / "gray.png")
-    gray = evals.raw_pixels(open_source(str(tmp_path)), cfg.data, (32, 32)).cls
+    gray = raw_pixels(open_source(str(tmp_path)), cfg.data, (32, 32)).cls
     assert gray.shape == (1, 32 * 32)
     assert float(gray.mean()) == pytest.approx(0.2)
 
@@ -355,7 +358,7 @@ def test_online_eval_reports_every_field_and_draws_nothing(cfg):
     method = ExtreMA(cfg).train()
     flags = [m.training for m in method.modules()]
     before = torch.get_rng_state()
-    out, shown, bank = evals.online_eval(method, train, test, cfg)
+    out, shown, bank = online_eval(method, train, test, cfg)
     assert len(shown.source) == len(shown.cls) == 12 and len(bank.source) == len(bank.cls) > 12
     assert torch.equal(torch.get_rng_state(), before)
     assert [m.training for m in method.modules()] == flags
@@ -363,7 +366,7 @@ def test_online_eval_reports_every_field_and_draws_nothing(cfg):
     rest = {"knn_cls", "knn_mean", "view_cosine", "attention_entropy", "images", "dim", "proj_dim"}
     assert set(out) == {f"{p}_{k}" for p in parts for k in ("std", "rank", "cosine")} | rest
     assert all(math.isfinite(v) for v in out.values())
-    assert json.loads(json.dumps(out)) == out == evals.online_eval(method, train, test, cfg).values
+    assert json.loads(json.dumps(out)) == out == online_eval(method, train, test, cfg).values
     assert (out["images"], out["dim"], out["proj_dim"]) == (12, 64, 32)
     # at step 0 the two networks are the same
     assert out["teacher_std"] == pytest.approx(out["student_std"])
@@ -373,13 +376,13 @@ def test_online_eval_without_labels_or_test_images(cfg):
     train = open_source(cfg.data.train)
     bare = dataclasses.replace(train, labels=None, classes=[])
     for sources in ((train, None), (None, bare), (bare, bare)):
-        out, shown, bank = evals.online_eval(ExtreMA(cfg), *sources, cfg)
+        out, shown, bank = online_eval(ExtreMA(cfg), *sources, cfg)
         assert bank is shown and len(shown.source) == out["images"]
         assert "knn_cls" not in out and out["teacher_rank"] >= 1
     with pytest.raises(UsageError, match="neither"):
-        evals.online_eval(ExtreMA(cfg), None, None, cfg)
+        online_eval(ExtreMA(cfg), None, None, cfg)
     with pytest.raises(UsageError, match=r"eval\.max_test: .* at least 2 images"):
-        evals.online_eval(ExtreMA(cfg), None, subset(train, torch.arange(1)), cfg)
+        online_eval(ExtreMA(cfg), None, subset(train, torch.arange(1)), cfg)
 
 
 def test_evaluate_writes_a_result_and_reuses_it(run, monkeypatch):
@@ -400,10 +403,10 @@ def test_evaluate_writes_a_result_and_reuses_it(run, monkeypatch):
     # brightness: a probe sees it, the cosine of k-NN does not
     assert rows[4]["probe"] >= 0.8
     assert result["indicators"]["pretrained"] != result["indicators"]["random init"]
-    table = evals.format_table(result)
+    table = format_table(result)
     assert "raw pixels" in table and "100.0 %" in table and "30 training and 15 test images" in table
     assert "teacher weights of step 7;" in table
-    assert "teacher weights;" in evals.format_table(result | {"step": None})
+    assert "teacher weights;" in format_table(result | {"step": None})
     assert len({len(line) for line in table.splitlines()[2:7]}) == 1
 
     def refuse(*_args, **_kwargs):
@@ -420,9 +423,9 @@ def test_evaluate_writes_a_result_and_reuses_it(run, monkeypatch):
         assert of_classes["feature"] == "class token" and of_classes["images"] == [5, 5, 5]
         for metric in ("knn", "probe"):
             assert sum(of_classes[metric]) / 3 == pytest.approx(rows[0][metric])
-        assert evals.is_result(result) and evals.is_result({k: result[k] for k in result if k != "per_class"})
-        assert not evals.is_result(result | {"per_class": of_classes | {"images": [5]}})
-        assert not evals.is_result(result | {"per_class": of_classes | {"confusions": {"knn": [[0, 3, 1]]}}})
+        assert is_result(result) and is_result({k: result[k] for k in result if k != "per_class"})
+        assert not is_result(result | {"per_class": of_classes | {"images": [5]}})
+        assert not is_result(result | {"per_class": of_classes | {"confusions": {"knn": [[0, 3, 1]]}}})
         # a result of an older version is measured again
         path.write_text(json.dumps({k: result[k] for k in result if k != "per_class"}))
         with pytest.raises(AssertionError, match="computed again"):
@@ -438,7 +441,7 @@ def test_broken_images_are_left_out_of_every_row(run, images, cfg, tmp_path):
     broken = dict(train=str(copy / "train"), test=str(copy / "test"))
     result = evals.evaluate(run, **broken, device="cpu")
     assert result["counts"] == {"train": 28, "test": 14, "classes": 3, "left_out": 3}
-    assert "3 more images cannot be decoded" in evals.format_table(result)
+    assert "3 more images cannot be decoded" in format_table(result)
     # the same as without them
     for name in ("train/a/00.png", "train/c/09.png", "test/b/02.png"):
         (copy / name).unlink()
@@ -461,14 +464,14 @@ def test_a_result_that_cannot_be_kept_is_in_the_error(run, monkeypatch, capsys):
         evals.evaluate(run, device="cpu")
     assert main(["evaluate", str(run), "--device", "cpu"]) == 5
     out, err = capsys.readouterr()
-    assert evals.format_table(e.value.result) in out and err.count("extrema-fast: error:") == 1
+    assert format_table(e.value.result) in out and err.count("extrema-fast: error:") == 1
 
 
 @pytest.mark.parametrize(("metric", "other"), [("knn", "linear probe"), ("probe", "k-NN")])
 def test_half_commands_measure_their_half_and_write_nothing(run, metric, other):
     result = evals.evaluate(run, metrics=(metric,), device="cpu")
     assert all(row.keys() == {"encoder", "feature", metric} for row in result["rows"])
-    assert other not in evals.format_table(result)
+    assert other not in format_table(result)
     assert not (run / "reports").exists()
 
 
@@ -510,13 +513,13 @@ def test_a_partial_evaluation_has_a_file_of_its_own(run):
 
 def test_test_images_among_the_training_images_are_noticed(run, images, tmp_path):
     train, test = str(images / "train"), tmp_path / "test"
-    assert not evals.overlap(open_source(train), open_source(str(images / "test")))
+    assert not overlap(open_source(train), open_source(str(images / "test")))
     shutil.copytree(images / "test", test)
     shutil.copy(images / "train" / "b" / "03.png", test / "b" / "copy.png")
-    assert "1 of 16 test images" in evals.overlap(open_source(train), open_source(str(test)))[0]
+    assert "1 of 16 test images" in overlap(open_source(train), open_source(str(test)))[0]
     result = evals.evaluate(run, train, train, metrics=("knn",), device="cpu")
     assert "30 of 30 test images" in result["warnings"][0]
-    assert "WARNING: 30 of 30" in evals.format_table(result)
+    assert "WARNING: 30 of 30" in format_table(result)
 
 
 def test_an_encoder_without_class_head_is_evaluated_by_the_mean_of_its_patches(run, images, tmp_path):
@@ -527,7 +530,7 @@ def test_an_encoder_without_class_head_is_evaluated_by_the_mean_of_its_patches(r
     features = [(r["encoder"], r["feature"]) for r in result["rows"]]
     assert features[:2] == [("pretrained", "mean of patches"), ("random init", "mean of patches")]
     assert result["gain"].keys() == {"mean of patches"}
-    assert "class token" not in evals.format_table(result)
+    assert "class token" not in format_table(result)
 
 
 def test_images_are_found_from_another_folder_and_after_moving(run, cfg, images, tmp_path, monkeypatch):
@@ -590,10 +593,10 @@ def test_the_images_held_out_of_training_are_the_test_images(run, cfg, images, t
 def test_images_of_exactly_the_size(run, images, cfg):
     # of the photographs' size, as CIFAR's: resized and cropped as by `preprocess`, whole with crop_pct 1
     new, whole = (evals.evaluate(run, metrics=("knn",), crop_pct=c) for c in (None, 1.0))
-    assert new["indicators"] != whole["indicators"] and "resized to 1 / 0.875" in evals.format_table(new)
+    assert new["indicators"] != whole["indicators"] and "resized to 1 / 0.875" in format_table(new)
     encoder = load_encoder(run)
     source = open_source(cfg.data.test)
-    features = evals.extract(encoder, source, cfg.data).cls
+    features = extract(encoder, source, cfg.data).cls
     image = pytest.importorskip("PIL.Image")
     with torch.no_grad():
         wanted = torch.cat([encoder(encoder.preprocess()(image.open(p))[None]) for p in source.paths])
@@ -608,7 +611,7 @@ def test_images_of_exactly_the_size(run, images, cfg):
     file.write_text(json.dumps(meta))
     old = evals.evaluate(run, metrics=("knn",))
     assert old["rows"] == whole["rows"] and old["indicators"] == whole["indicators"]
-    assert "crop_pct" not in old and "taken whole" in evals.format_table(old)
+    assert "crop_pct" not in old and "taken whole" in format_table(old)
     assert evals.evaluate(run, metrics=("knn",), crop_pct=0.875)["indicators"] == new["indicators"]
 
 

@@ -28,7 +28,7 @@ from extrema_fast.data.sources import open_source
 from extrema_fast.distributed import World
 from extrema_fast.errors import StorageError, UsageError
 from extrema_fast.evaluation import evaluate as evals
-from extrema_fast.evaluation.evaluate import format_table
+from extrema_fast.evaluation.result import format_table
 from extrema_fast.reporting import report as pages
 from extrema_fast.reporting.figures import Series
 from extrema_fast.reporting.report import report
