@@ -31,9 +31,10 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 INPUTS := setup.py pyproject.toml constraints.txt
 READY := $(VENV)/.installed
 TEST_READY := $(VENV)/.installed-test
+DOCS_READY := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast coverage test-faults test-tools test-gpu test-nullgpu gpu-check install install-dev shell lint format clean clean-demo
+.PHONY: help demo docs test test-fast coverage test-faults test-tools test-gpu test-nullgpu gpu-check install install-dev shell lint format clean clean-demo
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -50,6 +51,10 @@ demo: $(READY)  ## pretrain on photographs, evaluate, write a report (CPU: minut
 	@$(BIN)/python -m extrema_fast pretrain photos --out $(DEMO_OUT)
 	@$(BIN)/python -m extrema_fast evaluate $(DEMO_OUT)
 	@$(BIN)/python -m extrema_fast report $(DEMO_OUT)
+
+docs: $(DOCS_READY)  ## the documentation site, into site/: open site/index.html (Python 3.11 or later)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
+	@echo "ready: site/index.html; with search: $(BIN)/python -m http.server -d site"
 
 test: $(TEST_READY)  ## the whole test suite, JOBS processes
 	$(PYTEST) -n $(JOBS) --dist worksteal --durations=10 $(PYTEST_ARGS)
@@ -111,7 +116,7 @@ format: $(TEST_READY)  ## ruff: fix what it can
 	@$(BIN)/ruff format .
 
 clean:  ## remove build outputs and caches (.venv and runs stay)
-	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .coverage .coverage.*
+	@rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .coverage .coverage.*
 	@find extrema_fast kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-demo:  ## remove the demo's run, so that `make demo` trains again
@@ -123,6 +128,12 @@ $(READY): $(INPUTS)
 	@$(PIP_INSTALL) -e ".[train,$(DALI)]"
 	@echo "$(TORCH_INDEX)" > $(VENV)/.torch-index
 	$(match_torchvision)
+	@touch $@
+
+$(DOCS_READY): $(INPUTS)
+	$(make_venv)
+	@echo "installing what the documentation needs into $(VENV)"
+	@$(PIP_INSTALL) -e ".[docs]"
 	@touch $@
 
 $(TEST_READY): $(INPUTS)

@@ -28,6 +28,9 @@ DEPENDENCIES = [
     'tomli>=2; python_version < "3.11"',
 ]
 
+# the documentation site, which a test builds; none for Python 3.10
+SITE = [f'{name}; python_version >= "3.11"' for name in ("mkdocs-material>=9.6", "mkdocstrings-python>=1.16")]
+
 # never apex: the package of that name on PyPI is an unrelated toolkit
 EXTRAS = {
     "train": [
@@ -84,7 +87,9 @@ EXTRAS = {
         "setuptools>=77",
         "shtab>=1.13",
         "tensorboard>=2.15",
+        *SITE,
     ],
+    "docs": SITE,
 }
 
 setup(
