@@ -59,6 +59,8 @@ EXTRAS = {
     "parquet": ["pyarrow>=17"],
     "fp8": [f"torchao>=0.18; {LINUX}"],
     "bench": ["matplotlib>=3.8"],
+    # other people's methods in `python -m benchmarks race`
+    "race": ["lightly>=1.6", "timm>=1.0.20", "torchvision>=0.25", "matplotlib>=3.8"],
     # other people's libraries that the encoder is tried in (tests/contract/test_tools.py)
     "tools": [
         "accelerate>=1.10",
