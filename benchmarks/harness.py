@@ -271,7 +271,7 @@ def write_index(out: Path) -> Path:
     text += "| record | what | result, note |\n| --- | --- | --- |\n"
     for file in sorted(out.glob("*/record.json")):
         record, name = read_record(file), file.parent.name
-        result = "; ".join(filter(None, [record.get("headline"), record["note"]]))
+        result = "; ".join(filter(None, [record.get("headline"), record["note"]])).replace(" | ", ", ")
         text += f"| [{name}]({name}/README.md) | {record['what']} | {result} |\n"
     (out / "README.md").write_text(text, encoding="utf-8")
     return out / "README.md"
