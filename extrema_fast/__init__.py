@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .config import Config, list_models, preset
+    from .config import Config, FinetuneConfig, list_models, preset
     from .errors import UsageError
     from .evaluation.evaluate import evaluate
     from .models.encoder import Encoded, Encoder, create_encoder
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .tools.embed import embed
     from .tools.embeddings import Embeddings, load_embeddings
     from .tools.search import search
-    from .train import pretrain
+    from .train import finetune, pretrain
     from .weights.export import export
     from .weights.initial import load_trunk
     from .weights.load import import_released, load_encoder
@@ -33,12 +33,14 @@ _HOME = {
     "Encoded": "models.encoder",
     "Encoder": "models.encoder",
     "ExtreMA": "models.extrema",
+    "FinetuneConfig": "config",
     "UsageError": "errors",
     "accelerate": "weights.vit",
     "create_encoder": "models.encoder",
     "embed": "tools.embed",
     "evaluate": "evaluation.evaluate",
     "export": "weights.export",
+    "finetune": "train",
     "import_released": "weights.load",
     "keep_from_mask": "models.masking",
     "list_models": "config",

@@ -24,7 +24,20 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 from . import __version__, config
-from .config import PRESETS, Config, did_you_mean, flatten, from_dict, nested, preset, read_config, to_dict
+from .config import (
+    FINETUNE_PRESETS,
+    NOT_TUNED,
+    PRESETS,
+    Config,
+    FinetuneConfig,
+    did_you_mean,
+    flatten,
+    from_dict,
+    nested,
+    preset,
+    read_config,
+    to_dict,
+)
 from .errors import (
     ExtremaError,
     OutOfMemoryError,
@@ -329,8 +342,10 @@ class _Configured(NamedTuple):
     of_file: dict[str, Any]
 
 
-def _add_dotted(p: _Parser) -> dict[str, argparse.Action]:
-    """Adds an option for every field of the configuration that `p` has no option of; returns them by dotted name."""
+def _add_dotted(
+    p: _Parser, of: type[Config] = Config, without: Sequence[str] = ()
+) -> dict[str, argparse.Action]:
+    """Adds an option for every field of a configuration that `p` has no option of; returns them by dotted name."""
     docs = {}
     for node in ast.parse(inspect.getsource(config)).body:
         if not isinstance(node, ast.ClassDef):
@@ -340,15 +355,15 @@ def _add_dotted(p: _Parser) -> dict[str, argparse.Action]:
                 text = " ".join(str(ast.literal_eval(after.value)).split())
                 docs[node.name, ast.unparse(member.target)] = text.replace("%", "%%")
     sections: dict[str, Any] = {
-        k: hint for k, hint in get_type_hints(Config).items() if dataclasses.is_dataclass(hint)
+        k: hint for k, hint in get_type_hints(of).items() if dataclasses.is_dataclass(hint)
     }
     actions: dict[str, argparse.Action] = {}
-    for section, cls in {"": Config, **sections}.items():
+    for section, cls in {"": of, **sections}.items():
         group = p.add_argument_group(section, (cls.__doc__ or "").partition("\n")[0]) if section else p
         prefix = f"--{section}." if section else "--"
         for field, hint in get_type_hints(cls).items():
             leaf, name = field.replace("_", "-"), f"{prefix}{field}"[2:]
-            if dataclasses.is_dataclass(hint) or prefix + leaf in p._option_string_actions:
+            if dataclasses.is_dataclass(hint) or prefix + leaf in p._option_string_actions or name in without:
                 continue
             options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
             options["help"] = docs[cls.__name__, field]
@@ -456,6 +471,54 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
             allow_config_change=ours.allow_config_change,
             progress=ours.progress,
         )
+
+
+@_command("finetune runs/photos --data pets --out runs/pets")
+def _finetune(p: _Parser, args: list[str]) -> None:
+    """Train a classifier from pretrained weights, all layers of it, or continue the run in --out."""
+    p.add("weights", metavar="WEIGHTS", help="run, weights, anybody's ViT, or none: random weights")
+    p.add("--data", metavar="DIR", help="folder with train/ and test/ or val/, and in them the class folders")
+    p.add(
+        "--preset", choices=FINETUNE_PRESETS, help="small (default, a CPU) or paper (its recipe; needs timm)"
+    )
+    p.add("--config", metavar="FILE", help="TOML or JSON file that changes the preset")
+    p.switch("--overwrite", "move the run in --out aside and start a new one")
+    p.switch("--allow-config-change", "continue a run with changed settings")
+    p.switch("--print-config", "print every setting, as --config reads it, and stop")
+    dotted = _add_dotted(p, FinetuneConfig, [*NOT_TUNED, "tune.weights"])
+    ours = p.parse_all(args)
+    of_preset, in_file = read_config(ours.config) if ours.config else (None, {})
+    flags = {option: getattr(ours, option) for option in dotted if hasattr(ours, option)}
+    if ours.data is not None:
+        from .data.sources import split_folders
+
+        if "data.train" in flags:
+            raise UsageError("--data and --data.train name the same thing; give one")
+        below, test = split_folders(ours.data)
+        flags = {"data.train": below, **({"data.test": test} if test else {}), **flags}
+    name = str(ours.preset or of_preset or "small")
+    from .training.tuning import begin_config
+
+    # what decides how weights are read
+    early = flatten(in_file) | flags
+    base = begin_config(ours.weights, name, early.get("out"), early.get("model.heads") or None)
+    # a file of --print-config names the weights, too
+    if "tune" in in_file:
+        in_file["tune"] = {**in_file["tune"], "weights": ours.weights}
+    cfg = from_dict(nested(flags), from_dict(in_file, base))
+    if ours.print_config:
+        _print(json.dumps({"preset": name, "config": to_dict(cfg)}, indent=1))
+        return
+    from .train import finetune
+
+    finetune(
+        None,
+        cfg,  # type: ignore[arg-type]
+        preset=(name, base),
+        overwrite=ours.overwrite,
+        allow_config_change=ours.allow_config_change,
+        progress=ours.progress,
+    )
 
 
 def _resolved(given: _Configured) -> dict[str, Any]:

@@ -558,6 +558,94 @@ class Config:
         return self.optim.base_lr * self.train.batch_size / 256
 
 
+@dataclass(frozen=True)
+class TuneConfig:
+    """What fine-tuning trains, and how it is regularized (paper appendix; the recipe of BEiT and MAE)."""
+
+    weights: str = ""
+    """Where the trunk begins: a run, weights, anybody's ViT; `none`: random weights."""
+    which: Literal["student", "teacher"] = "student"
+    """The network of a run that is taken."""
+    pool: Literal["mean", "class"] = "mean"
+    """`mean`: of the patch tokens, with a new norm (the pooling head is left out); `class`: the pooling head."""
+    layer_decay: float = 0.65
+    """Factor of the learning rate from one trunk block to the one before it; 1: none."""
+    mixup: float = 0.8
+    """Alpha of mixup (0: none); with `cutmix` each image gets one of them, at random."""
+    cutmix: float = 1.0
+    """Alpha of cutmix (0: none)."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    rand_augment: str = "rand-m9-mstd0.5-inc1"
+    """RandAugment as timm spells it, which has to be installed; empty: none."""
+    erasing: float = 0.25
+    """Probability of random erasing."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights, which is evaluated and loaded by default; 0: none."""
+
+    def __post_init__(self) -> None:
+        _share("tune", self, "mixup", "cutmix", "smoothing", "erasing")
+        _require(
+            0 < self.layer_decay <= 1,
+            f"tune.layer_decay: expected above 0, at most 1, got {self.layer_decay}",
+        )
+        _require(0 <= self.ema < 1, f"tune.ema: expected from 0 to below 1, got {self.ema}")
+
+
+# sections of a fine-tuning that are not the defaults of pretraining: it sees whole images, without color jitter
+_TUNE_SECTIONS: dict[str, Callable[[], Any]] = {
+    "data": partial(DataConfig, train="", policy="spatial", area=(0.08, 1.0)),
+    "mask": partial(MaskConfig, ratio=0.0, views=1),
+    "model": partial(ModelConfig, drop_path=0.2),
+    "optim": partial(
+        OptimConfig, base_lr=5e-4, min_lr=1e-6, warmup_epochs=5.0, weight_decay=0.05, betas=(0.9, 0.999)
+    ),
+    "train": partial(TrainConfig, epochs=100, batch_size=1024),
+}
+# options that mean nothing to fine-tuning
+NOT_TUNED = (
+    *(f"mask.{f.name}" for f in dataclasses.fields(MaskConfig)),
+    *(f"head.{f.name}" for f in dataclasses.fields(HeadConfig)),
+    *("data.policy", "data.jitter", "data.jitter_prob", "data.gray_prob"),
+    *(
+        "optim.momentum",
+        "train.fp8",
+        "eval.k",
+        "eval.temperature",
+        "eval.max_train",
+        "system.attention_teacher",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Config):
+    """One fine-tuning; `model` is the architecture of its weights. The defaults are the paper's recipe."""
+
+    out: str = "runs/finetuned"
+    """Run folder."""
+    data: DataConfig = field(default_factory=_TUNE_SECTIONS["data"])
+    mask: MaskConfig = field(default_factory=_TUNE_SECTIONS["mask"])
+    model: ModelConfig = field(default_factory=_TUNE_SECTIONS["model"])
+    optim: OptimConfig = field(default_factory=_TUNE_SECTIONS["optim"])
+    train: TrainConfig = field(default_factory=_TUNE_SECTIONS["train"])
+    tune: TuneConfig = field(default_factory=TuneConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        usual = {f.name: f.default_factory for f in dataclasses.fields(self) if callable(f.default_factory)}
+        for option in NOT_TUNED:
+            group, _, leaf = option.partition(".")
+            value = getattr(getattr(self, group), leaf)
+            _require(
+                value == getattr(usual[group](), leaf),
+                f"{option}: means nothing to fine-tuning, got {value!r}; leave it out",
+            )
+        _require(
+            self.train.compile != "step", "train.compile: fine-tuning compiles blocks; use block, or none"
+        )
+
+
 def local_batch(cfg: Config, world: int) -> int:
     """Images per process and micro-batch; raises UsageError where the batch does not divide."""
     b, a = cfg.train.batch_size, cfg.train.accumulation
@@ -592,17 +680,18 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any], base: Config | None = None, *, recorded: bool = False) -> Config:
-    """`base` (default: `photos()`) with the nested options in `data` replaced; strict.
+    """`base` with the nested options in `data` replaced; strict.
 
     Args:
         data: as `to_dict` returns it.
-        base: the configuration that `data` changes.
+        base: the configuration that `data` changes; None: `photos()`, or that of a fine-tuning if `data` is one's.
         recorded: `data` was recorded by a run, so options that were removed since are ignored.
 
     Raises:
         UsageError: for an unknown key (with the nearest one), a value of the wrong type, or a removed option.
     """
-    base = base if base is not None else photos()
+    if base is None:
+        base = FinetuneConfig() if isinstance(data, dict) and "tune" in data else photos()
     return _replace(base, _scaled_warmup(base, data), "", recorded)
 
 
@@ -709,7 +798,7 @@ def read_config(path: str | Path) -> tuple[Any, dict[str, Any]]:
         ) from None
     if not isinstance(data, dict):
         raise UsageError(f"--config {path}: expected a table of options at the top")
-    if data.keys() == {"preset", "config", "derived", "sources"}:
+    if data.keys() in ({"preset", "config", "derived", "sources"}, {"preset", "config"}):
         data = {"preset": data["preset"], **data["config"]}
     return data.pop("preset", None), data
 
@@ -807,7 +896,8 @@ def changed_maths(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
     A field that `old` lacks is newer than it: what was done then is the field's default.
     """
-    a, b = flatten(Config()) | flatten(old), flatten(new)
+    defaults = FinetuneConfig() if "tune" in new else Config()
+    a, b = flatten(defaults) | flatten(old), flatten(new)
     a = {k: v for k, v in a.items() if k not in REMOVED or v != REMOVED[k][0]}
     names = sorted(k for k in a.keys() | b.keys() if not k.startswith(FREE_FIELDS))
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in names if a.get(k) != b.get(k)]
@@ -938,6 +1028,21 @@ def preset(name: str) -> Config:
     if key not in PRESETS:
         raise UsageError(f"unknown preset {name!r}{did_you_mean(key, list(PRESETS))}")
     return PRESETS[key]()
+
+
+def finetune_small() -> FinetuneConfig:
+    """Thousands of small images in minutes of a CPU; needs no timm. From `none`, the encoder of `cifar10`."""
+    return FinetuneConfig(
+        data=DataConfig(train="", policy="spatial", area=(0.4, 1.0), mean=CIFAR10[0], std=CIFAR10[1]),
+        model=cifar10().model,
+        optim=OptimConfig(base_lr=4e-3, warmup_epochs=1, weight_decay=0.05, betas=(0.9, 0.999)),
+        train=TrainConfig(epochs=20, batch_size=64),
+        tune=TuneConfig(layer_decay=0.75, mixup=0.0, cutmix=0.0, rand_augment="", erasing=0.0),
+        eval=EvalConfig(every_epochs=1),
+    )
+
+
+FINETUNE_PRESETS: dict[str, Callable[[], FinetuneConfig]] = {"small": finetune_small, "paper": FinetuneConfig}
 
 
 def nearest_preset(cfg: Config) -> tuple[str, Config]:

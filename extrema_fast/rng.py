@@ -15,6 +15,8 @@ __all__ = ["permutation", "philox", "uniform", "words"]
 
 # what a stream of numbers is for; the value is part of the counter and must not change
 ORDER, CROP, COLOR_STUDENT, COLOR_TEACHER, MASK, DROP_PATH, INIT, PASS, SHARD, SUBSTITUTE = range(10)
+# of fine-tuning: RandAugment and random erasing; mixup and cutmix
+AUGMENT, MIX = 10, 11
 
 # rows drawn at a time: whole tables of counters need tens of times the memory of the result
 _CHUNK = 1 << 16

@@ -1,4 +1,4 @@
-"""Pretraining, read from top to bottom: `pretrain` sets up, `_loop` steps, logs, evaluates and saves.
+"""Training, read from top to bottom: `pretrain` or `finetune` sets up, `_loop` steps, logs, evaluates and saves.
 
 What a step needs follows from its number alone (batch, crops, color jitter, masks, drop-path, schedules), so a
 checkpoint holds tensors and a step number; nothing draws from a global generator.
@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from .config import Config, differing, from_dict, local_batch, nested, to_dict
+from .config import Config, FinetuneConfig, differing, from_dict, local_batch, nested, to_dict
 from .data.bad_images import BAD_ROWS
 from .data.image_source import left_out
 from .data.loader import Batch, TrainLoader
 from .data.order import epoch_length
-from .data.sources import BUILT_IN, ImageSource
+from .data.regularize import needs_cpu
+from .data.sources import BUILT_IN, ImageSource, split_folders
 from .distributed import World, is_lost, lost, start
 from .errors import (
     DataError,
@@ -28,6 +30,7 @@ from .errors import (
     OutOfMemoryError,
     Preempted,
     StorageError,
+    UsageError,
     is_out_of_memory,
     one_line,
 )
@@ -36,6 +39,7 @@ from .evaluation.features import Embedded
 from .evaluation.online import online_eval
 from .reporting.report import REPORT, report
 from .signals import Signals, Stopped
+from .training import tuning
 from .training.checkpoint import Saver, fault
 from .training.logging import TrainLog
 from .training.own import choose
@@ -59,9 +63,28 @@ from .training.run_folder import RunFolder
 from .training.step import StepStats, batches, memory_remedy, train_step, wrap
 from .training.trackers import Trackers, check_installed
 
-__all__ = ["pretrain", "train_step"]
+__all__ = ["finetune", "pretrain", "train_step"]
 
 log = logging.getLogger(__name__)
+
+
+class _Task(NamedTuple):
+    """What differs between pretraining and fine-tuning."""
+
+    open_train: Callable[[Config], ImageSource]
+    open_test: Callable[[Config, ImageSource], ImageSource | None]
+    build: Callable[..., Run]
+    # fills a run with the weights it begins from, unless one in its folder goes on
+    begin: Callable[[Run, bool], None]
+    batches: Callable[[Run, TrainLoader], Iterator[Batch]]
+    # the images of a batch are needed on the CPU
+    on_cpu: bool
+    # what is logged, on rank 0
+    evaluate: Callable[[Run, ImageSource | None], dict[str, float | int]]
+    # warnings, from all evaluations so far
+    judge: Callable[[Sequence[dict[str, Any]], Config], list[str]]
+    headline: Callable[[Run], str]
+    next_command: Callable[[Run], str]
 
 
 def pretrain(
@@ -110,6 +133,127 @@ def pretrain(
         preset = "own", chosen
     else:
         cfg = from_dict(nested(options), cfg)
+    return _train(
+        cfg,
+        _pretraining(init_from),
+        preset,
+        overwrite,
+        allow_config_change=allow_config_change,
+        progress=progress,
+    )
+
+
+def finetune(
+    weights: str | Path | None = None,
+    cfg: FinetuneConfig | None = None,
+    *,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    epochs: int | None = None,
+    preset: tuple[str, Config] | str = "small",
+    overwrite: bool = False,
+    allow_config_change: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Trains a classifier from pretrained weights, all layers of it, or continues the run in `cfg.out`.
+
+    `load_encoder` of the folder is the classifier: images in, logits out, names in `classes`.
+
+    Args:
+        weights: where the trunk begins, anything that `load_encoder` reads; `none`: random weights. With `cfg` its
+            `tune.weights`.
+        cfg: the run; None: the preset, with the architecture of `weights` (`training.tuning.begin_config`).
+        data: a folder that holds `train`, and `test` or `val`, with one folder per class; else training images. In the
+            place of `cfg.data`.
+        out: run folder, in the place of `cfg.out`.
+        epochs: in the place of `cfg.train.epochs`.
+        preset: `small` or `paper`; with `cfg` name and configuration of the preset that it was made from.
+        overwrite, allow_config_change, progress: as of `pretrain`.
+
+    Returns:
+        The run folder; `reports/classification.json` holds accuracy, per class too.
+
+    Raises:
+        UsageError: as `pretrain`; also labels that are missing, all the same or of other classes, and weights that
+            are of another architecture.
+        DataError, StorageError, NonFiniteError, Preempted, Stopped: as `pretrain`.
+    """
+    named: dict[str, Any] = {"out": out and str(out), "train.epochs": epochs}
+    if data is not None:
+        below, test = split_folders(str(data))
+        named |= {"data.train": below, "data.test": test or None}
+    options = {name: value for name, value in named.items() if value is not None}
+    if cfg is None:
+        if weights is None:
+            raise UsageError("weights: nothing to begin from; give a run, weights, or 'none' for random ones")
+        name = preset if isinstance(preset, str) else preset[0]
+        base = tuning.begin_config(weights, name, out)
+        preset, cfg = (name, base), base
+    cfg = from_dict(nested(options), cfg)  # type: ignore[assignment]
+    made_from = None if isinstance(preset, str) else preset
+    task = _finetuning(cfg)
+    return _train(
+        cfg,
+        task,
+        made_from,
+        overwrite,
+        allow_config_change=allow_config_change,
+        progress=progress,
+    )
+
+
+def _pretraining(init_from: str | Path | None) -> _Task:
+    def begin(run: Run, overwrite: bool) -> None:
+        if init_from is not None:
+            init_weights(run, init_from, overwrite)
+
+    def evaluate(run: Run, test: ImageSource | None) -> dict[str, float | int]:
+        found = online_eval(run.method, run.source, test, run.cfg, run.world.device)
+        run.embedded = (found.test, found.bank) if run.last else None
+        return found.values
+
+    def title(run: Run) -> str:
+        return headline(run.cfg, run.resolved, run.world.size, epoch_length(run.source), run.source.classes)
+
+    return _Task(
+        open_train,
+        open_test,
+        build,
+        begin,
+        batches,
+        False,
+        evaluate,
+        lambda past, cfg: collapse_warnings(past, cfg.optim.warmup_epochs, cfg.head.loss),
+        title,
+        lambda run: _next_command(run.cfg, run.source),
+    )
+
+
+def _finetuning(cfg: FinetuneConfig) -> _Task:
+    return _Task(
+        tuning.open_train,
+        tuning.open_test,
+        tuning.build,
+        tuning.begin,
+        tuning.batches,
+        needs_cpu(cfg),
+        tuning.evaluate,
+        lambda past, cfg: [],
+        tuning.headline,
+        lambda run: tuning.next_command(run.cfg),
+    )
+
+
+def _train(
+    cfg: Config,
+    task: _Task,
+    preset: tuple[str, Config] | None,
+    overwrite: bool,
+    *,
+    allow_config_change: bool,
+    progress: bool,
+) -> Path:
+    """Sets a run up, runs it, and says what came out of it."""
     out = Path(cfg.out)
     with Signals() as signals, _nothing_to_save(signals), start(cfg.system.device) as world:
         # several processes agree: one that left alone would keep the others waiting
@@ -129,15 +273,14 @@ def pretrain(
                 with signals.interruptible():
                     _report(out, None)
             return out
-        source = world.rank_zero_first(lambda: open_train(settled))
+        source = world.rank_zero_first(lambda: task.open_train(settled))
         settled = _settled(settled, world, source, overwrite)
-        test = world.rank_zero_first(lambda: open_test(settled, source))
-        run = build(settled, world, source, continued=not overwrite)
+        test = world.rank_zero_first(lambda: task.open_test(settled, source))
+        run = task.build(settled, world, source, continued=not overwrite)
         if preset is not None:
             changes = {option: old for option, (_, old) in differing(settled, preset[1]).items()}
             run.made_from = {"name": preset[0], "changes": changes}
-        if init_from is not None:
-            init_weights(run, init_from, overwrite)
+        task.begin(run, overwrite)
         with (
             world.rank_zero_only(lambda: RunFolder(out, overwrite=overwrite)) or nullcontext() as folder,
             Trackers(folder, cfg.log) as trackers,
@@ -147,13 +290,13 @@ def pretrain(
             signals.raises = False
             with (
                 TrainLog(run, folder, progress, trackers.wake) as train_log,
-                open_loader(run, out / BAD_ROWS) as loader,
+                open_loader(run, out / BAD_ROWS, on_cpu=task.on_cpu) as loader,
             ):
-                _loop(run, loader, train_log, test, signals)
+                _loop(run, task, loader, train_log, test, signals)
             if folder is not None:
                 # a signal ends this at once: the run is complete
                 with suppress(Stopped), signals.interruptible():
-                    _tell(run)
+                    _tell(run, task)
     return out
 
 
@@ -162,13 +305,13 @@ def _settled(cfg: Config, world: World, source: ImageSource | None, overwrite: b
     return world.broadcast(world.rank_zero_only(settle))
 
 
-def _tell(run: Run) -> None:
+def _tell(run: Run, task: _Task) -> None:
     """Writes the report of a run that is complete and says what comes next."""
     cfg = run.cfg
     if cfg.log.report:
         # without an evaluation of the last step what needs one is left out, since it may take long
         _report(Path(cfg.out), run.embedded or ())
-    log.info("next: %s", _next_command(cfg, run.source))
+    log.info("%s", task.next_command(run))
 
 
 def _report(out: Path, embedded: tuple[Embedded, ...] | None) -> None:
@@ -185,18 +328,18 @@ def _report(out: Path, embedded: tuple[Embedded, ...] | None) -> None:
 
 
 def _next_command(cfg: Config, source: ImageSource) -> str:
-    """What to do with a complete run."""
+    """What to do with a complete pretraining."""
     out = shlex.quote(str(cfg.out))
     python = f"; in Python: extrema_fast.load_encoder({str(cfg.out)!r})"
     test = cfg.data.test or cfg.data.holdout or cfg.data.train in BUILT_IN
     if test and source.labels is not None and len(source.classes) > 1:
         return (
-            f"extrema-fast evaluate {out} (k-NN and linear probe on all images), then extrema-fast report {out}"
+            f"next: extrema-fast evaluate {out} (k-NN and linear probe on all images), then extrema-fast report {out}"
             f"{python}"
         )
     return (
-        f"extrema-fast embed IMAGES FEATURES --weights {out} (for search), or with labelled images in FOLDER/train and "
-        f"FOLDER/test extrema-fast evaluate {out} --data FOLDER{python}"
+        f"next: extrema-fast embed IMAGES FEATURES --weights {out} (for search), or with labelled images in "
+        f"FOLDER/train and FOLDER/test extrema-fast evaluate {out} --data FOLDER{python}"
     )
 
 
@@ -213,12 +356,16 @@ def _nothing_to_save(signals: Signals) -> Iterator[None]:
 
 
 def _loop(
-    run: Run, loader: TrainLoader, train_log: TrainLog, test: ImageSource | None, signals: Signals
+    run: Run,
+    task: _Task,
+    loader: TrainLoader,
+    train_log: TrainLog,
+    test: ImageSource | None,
+    signals: Signals,
 ) -> None:
     folder, world = train_log.folder, run.world
     saver = Saver(Path(run.cfg.out), run.cfg.ckpt, run.schedule.steps_per_epoch, run.step)
-    text = headline(run.cfg, run.resolved, world.size, epoch_length(run.source), run.source.classes)
-    text = "\n".join(filter(None, (text, left_out(run.source)))) + origin(run)
+    text = "\n".join(filter(None, (task.headline(run), left_out(run.source)))) + origin(run)
     train_log.start(text, loader.remedy())
     world.rank_zero_only(lambda: describe(run, folder, test) if folder else None)
     # evaluations and weights are made there
@@ -228,11 +375,11 @@ def _loop(
         world.watch.farewell = partial(_farewell, run, saver, train_log)
     stop = signals.stop_agreed(world)
     if not stop and run.evaluates():
-        stop = not _evaluate(run, train_log, test, signals)
+        stop = not _evaluate(run, task, train_log, test, signals)
     if stop:
         raise Preempted(f"stopped by a signal at step {run.step}, before another was taken: nothing to save")
     try:
-        _steps(run, loader, train_log, test, signals, saver)
+        _steps(run, task, loader, train_log, test, signals, saver)
     except DataError as error:
         if loader.bad.failed:
             raise
@@ -266,6 +413,7 @@ def _save_first(run: Run, saver: Saver, folder: RunFolder | None) -> str:
 
 def _steps(
     run: Run,
+    task: _Task,
     loader: TrainLoader,
     train_log: TrainLog,
     test: ImageSource | None,
@@ -273,7 +421,7 @@ def _steps(
     saver: Saver,
 ) -> None:
     folder, world, postponed = train_log.folder, run.world, False
-    fed = batches(run, loader)
+    fed = task.batches(run, loader)
     while not run.last:
         stats = _step(run, fed)
         run.step += 1
@@ -284,7 +432,7 @@ def _steps(
             # all processes learn of unreadable images, or end together when there are too many
             train_log.bad_images = loader.agree(world)
         train_log.step(stats)
-        if run.evaluates() and not _evaluate(run, train_log, test, signals):
+        if run.evaluates() and not _evaluate(run, task, train_log, test, signals):
             # made when the run continues
             stop = saves = True
         if saves:
@@ -315,7 +463,7 @@ def _step(run: Run, fed: Iterator[Batch]) -> StepStats:
     )
 
 
-def _evaluate(run: Run, train_log: TrainLog, test: ImageSource | None, signals: Signals) -> bool:
+def _evaluate(run: Run, task: _Task, train_log: TrainLog, test: ImageSource | None, signals: Signals) -> bool:
     """Evaluates on rank 0, unless this step has been; False on all processes when a signal ended it."""
 
     def on_rank_zero() -> bool:
@@ -324,14 +472,13 @@ def _evaluate(run: Run, train_log: TrainLog, test: ImageSource | None, signals: 
         try:
             # each of its many shapes would be compiled
             with signals.interruptible(), torch.compiler.set_stance("force_eager"):
-                found = online_eval(run.method, run.source, test, run.cfg, run.world.device)
+                values = task.evaluate(run, test)
         except Stopped as error:
             if error.forced:
                 raise
             return False
-        run.embedded = (found.test, found.bank) if run.last else None
-        past = train_log.eval(found.values)
-        train_log.warn(collapse_warnings(past, run.cfg.optim.warmup_epochs, run.cfg.head.loss))
+        if values:
+            train_log.warn(task.judge(train_log.eval(values), run.cfg))
         fault("evaluated")
         return True
 

@@ -135,6 +135,8 @@ class Encoder(TimmInterface):
         self.interpolation, self.crop_pct, self.keep_exact = "bilinear", 0.875, False
         # of images of more than 8 bits (`data.pixels.Range`)
         self.value_range: tuple[float, ...] | None = None
+        # names of what the head tells apart, where known
+        self.classes: list[str] = []
 
         self.patch_embed = PatchEmbed(self.in_chans, width, config.patch_size, config.img_size)
         self.sincos = SinCos(width, pos_coords, trained)

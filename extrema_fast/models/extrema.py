@@ -89,7 +89,7 @@ def gather_targets(target: Tensor) -> tuple[Tensor, int]:
 # ---- the two networks -------------------------------------------------------------------------------
 
 
-class _Branch(nn.Module):
+class Branch(nn.Module):
     """Encoder and heads: images in, projection and class token out; `name` is that of the branch in profiles."""
 
     name: str
@@ -153,7 +153,7 @@ class _Branch(nn.Module):
         self.after_trunk = name(torch.compile(self.after_trunk, **options))  # type: ignore[method-assign]
 
 
-class StudentBranch(_Branch):
+class StudentBranch(Branch):
     """Encoder, projector and predictor: everything that has a gradient (what data parallelism wraps)."""
 
     name = "student"
@@ -167,7 +167,7 @@ class StudentBranch(_Branch):
         return self.predictor(self.projector(cls))
 
 
-class TeacherBranch(_Branch):
+class TeacherBranch(Branch):
     """Encoder and projector, the moving average of the student's; always in eval mode, never a gradient."""
 
     name = "teacher"
@@ -208,7 +208,77 @@ class Output(NamedTuple):
     teacher_features: Tensor
 
 
-class ExtreMA(nn.Module):
+class StudentTeacher(nn.Module):
+    """A network that is trained, and what follows it as a moving average.
+
+    Attributes:
+        student_branch: everything that has a gradient.
+        teacher_branch: parameters of the same names, or fewer; None: nothing follows.
+    """
+
+    student_branch: Any
+    teacher_branch: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shadows: dict[Tensor, Tensor] = {}
+
+    @property
+    def student(self) -> Encoder:
+        """The student's encoder."""
+        return self.student_branch.encoder
+
+    @property
+    def teacher(self) -> Encoder:
+        """The teacher's encoder; without a teacher the student's."""
+        return (self.teacher_branch or self.student_branch).encoder
+
+    def _followers(self) -> dict[str, nn.Parameter]:
+        return {} if self.teacher_branch is None else dict(self.teacher_branch.named_parameters())
+
+    def student_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of everything trained."""
+        return [(n, p) for n, p in self.student_branch.named_parameters() if p.requires_grad]
+
+    def ema_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(parameters of the teacher, those of the student of the same names)."""
+        student, teacher = dict(self.student_branch.named_parameters()), self._followers()
+        return list(teacher.values()), [student[n].detach() for n in teacher]
+
+    def ema_update(self, weight: float | Tensor) -> None:
+        """EMA update of the teacher, in place; `weight` is 1 - momentum (`ops.optimizers.ema_`)."""
+        ema_(*self.ema_pairs(), weight)
+
+    def add_shadow_weights(self, dtype: torch.dtype) -> None:
+        """Gives each stock linear layer of student and teacher shadows in `dtype`, which its matmul reads.
+
+        Whoever changes weights syncs the shadows: `sync_shadow_weights`, or the fused AdamW + EMA pass.
+        """
+        layers = [m for m in self.modules() if isinstance(m, nn.Linear)]
+        for layer in (m for m in layers if is_stock(m, nn.Linear, Linear)):
+            layer.shadow = layer.weight.detach().to(dtype)
+            self._shadows[layer.weight] = layer.shadow
+            if layer.bias is not None:
+                layer.bias_shadow = layer.bias.detach().to(dtype)
+                self._shadows[layer.bias] = layer.bias_shadow
+
+    def shadow_pairs(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
+        """(student parameter -> its shadow, student parameter -> the shadow of the teacher's of that name)."""
+        shadows, teacher = self._shadows, self._followers()
+        named = self.student_parameters()
+        return (
+            {p: shadows[p] for _, p in named if p in shadows},
+            {p: shadows[teacher[n]] for n, p in named if n in teacher and teacher[n] in shadows},
+        )
+
+    @torch.no_grad()
+    def sync_shadow_weights(self) -> None:
+        """Copies the weights to their shadows, where there are any."""
+        if self._shadows:
+            torch._foreach_copy_(list(self._shadows.values()), list(self._shadows))
+
+
+class ExtreMA(StudentTeacher):
     """Student, teacher and loss on one process.
 
     `forward` is the arithmetic of a whole step, for small batches and tests. The training step calls
@@ -230,12 +300,6 @@ class ExtreMA(nn.Module):
         self.student_branch = StudentBranch(encoder, projector, predictor)
         self.teacher_branch = TeacherBranch(copy.deepcopy(encoder), copy.deepcopy(projector))
         self._byol_loss: Callable[[Tensor, Tensor], Tensor] = byol_loss
-        self._shadows: dict[Tensor, Tensor] = {}
-
-    @property
-    def student(self) -> Encoder:
-        """The student's encoder."""
-        return self.student_branch.encoder
 
     @property
     def projector(self) -> nn.Module:
@@ -248,59 +312,12 @@ class ExtreMA(nn.Module):
         return self.student_branch.predictor
 
     @property
-    def teacher(self) -> Encoder:
-        """The teacher's encoder."""
-        return self.teacher_branch.encoder
-
-    @property
     def teacher_projector(self) -> nn.Module:
         """The teacher's projector."""
         return self.teacher_branch.projector
 
-    def student_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """(name, parameter) of everything trained."""
-        return [(n, p) for n, p in self.student_branch.named_parameters() if p.requires_grad]
-
-    def ema_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(parameters of encoder and projector of the teacher, those of the student of the same names)."""
-        student = dict(self.student_branch.named_parameters())
-        names, teacher = zip(*self.teacher_branch.named_parameters(), strict=True)
-        return list(teacher), [student[n].detach() for n in names]
-
-    def ema_update(self, weight: float | Tensor) -> None:
-        """EMA update of encoder and projector, in place; `weight` is 1 - momentum (`ops.optimizers.ema_`)."""
-        ema_(*self.ema_pairs(), weight)
-
-    def add_shadow_weights(self, dtype: torch.dtype) -> None:
-        """Gives each stock linear layer of student and teacher shadows in `dtype`, which its matmul reads.
-
-        Whoever changes weights syncs the shadows: `sync_shadow_weights`, or the fused AdamW + EMA pass.
-        """
-        layers = [m for m in self.modules() if isinstance(m, nn.Linear)]
-        for layer in (m for m in layers if is_stock(m, nn.Linear, Linear)):
-            layer.shadow = layer.weight.detach().to(dtype)
-            self._shadows[layer.weight] = layer.shadow
-            if layer.bias is not None:
-                layer.bias_shadow = layer.bias.detach().to(dtype)
-                self._shadows[layer.bias] = layer.bias_shadow
-
-    def shadow_pairs(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
-        """(student parameter -> its shadow, student parameter -> the shadow of the teacher's of that name)."""
-        shadows, teacher = self._shadows, dict(self.teacher_branch.named_parameters())
-        named = self.student_parameters()
-        return (
-            {p: shadows[p] for _, p in named if p in shadows},
-            {p: shadows[teacher[n]] for n, p in named if n in teacher and teacher[n] in shadows},
-        )
-
-    @torch.no_grad()
-    def sync_shadow_weights(self) -> None:
-        """Copies the weights to their shadows, where there are any."""
-        if self._shadows:
-            torch._foreach_copy_(list(self._shadows.values()), list(self._shadows))
-
     def compile_regions(self, **options: Any) -> None:
-        """Compiles both branches (`_Branch.compile_regions`) and the loss; `options`: those of torch.compile."""
+        """Compiles both branches (`Branch.compile_regions`) and the loss; `options`: those of torch.compile."""
         self.student_branch.compile_regions(**options)
         self.teacher_branch.compile_regions(**options)
         self._byol_loss = torch.compile(self._byol_loss, **options)

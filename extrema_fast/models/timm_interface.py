@@ -87,6 +87,8 @@ class TimmInterface(nn.Module):
     # True would promise a class token from every layer
     has_class_token = False
 
+    classes: list[str]
+
     if TYPE_CHECKING:
         # set by `Encoder`, which also has the methods used here
         config: Any
@@ -329,7 +331,7 @@ class TimmInterface(nn.Module):
         check_head(num_classes, global_pool)
         if global_pool == "token" and not self.num_prefix_tokens:
             raise UsageError("global_pool: 'token' needs the class head, which this encoder lacks; use 'avg'")
-        self.num_classes, self.global_pool = num_classes, global_pool
+        self.num_classes, self.global_pool, self.classes = num_classes, global_pool, []
         like = next(p for p in self.parameters() if p.is_floating_point())
         self.head = nn.Identity()
         if num_classes:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ..config import flatten
+from ..config import FinetuneConfig, flatten
 from ..errors import UsageError
 from ..evaluation.result import CLS, MEAN, PRETRAINED
 from ..files import read_text, write_file
@@ -54,6 +54,7 @@ def compare(run_dirs: Sequence[str | Path], out: str | Path = "comparison.html")
         made=MADE,
         runs=keys,
         rows=[_results(run) for run in runs],
+        tuned=any(isinstance(run.cfg, FinetuneConfig) for run in runs),
         notes=_notes(runs),
         charts={x: _charts(runs, names, x) for x in get_args(X)},
         changes=_different(runs),
@@ -84,7 +85,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _different(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """{option: [value per run]} of what is not the same in all."""
     all_ = [flatten(run.cfg) for run in runs]
-    return {k: [a[k] for a in all_] for k in all_[0] if k != "out" and any(a[k] != all_[0][k] for a in all_)}
+    names = dict.fromkeys(k for a in all_ for k in a if k != "out")
+    found = {k: [a.get(k) for a in all_] for k in names}
+    return {k: values for k, values in found.items() if any(v != values[0] for v in values)}
 
 
 def _notes(runs: Sequence[RunRecord]) -> list[str]:
@@ -123,6 +126,7 @@ def _results(run: RunRecord) -> Record:
         "start": known[0]["knn_cls"] if known and known[0]["step"] == 0 else None,
         "final_knn": row.get("knn"),
         "probe": row.get("probe"),
+        "accuracy": run.classified.get("accuracy"),
         "loss": losses[-1] if losses else None,
         "images_per_s": float(np.median(speeds)) if speeds else None,
         "time": duration(spent[0]) if spent else None,
@@ -133,6 +137,7 @@ def _results(run: RunRecord) -> Record:
 _CHARTS: list[tuple[str, str, str, dict[str, bool]]] = [
     (f"k-NN accuracy, {CLS}", "eval", "knn_cls", {"percent": True}),
     (f"k-NN accuracy, {MEAN}", "eval", "knn_mean", {"percent": True}),
+    ("Test accuracy", "eval", "accuracy", {"percent": True}),
     ("Loss", "train", "loss", {}),
     ("Effective rank of class tokens", "eval", "teacher_rank", {}),
     ("Learning rate", "train", "lr", {"zero": True}),

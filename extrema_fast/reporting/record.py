@@ -13,12 +13,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..config import SIZES, Config, differing, flatten, nearest_preset
+from ..config import SIZES, Config, FinetuneConfig, differing, flatten, nearest_preset
 from ..data.sources import BUILT_IN
 from ..errors import UsageError, counted
+from ..evaluation.classification import is_classification
 from ..evaluation.evaluate import run_config
 from ..evaluation.result import is_result
 from ..files import fits, read_json
+from ..models.classifier import Classifier
 from ..models.encoder import build_encoder
 from ..progress import duration
 from ..training.logging import read_log
@@ -62,6 +64,7 @@ class RunRecord:
         status: status.json.
         train, evals, warnings: Records of log.jsonl, ascending by step (`last_attempts`).
         result: reports/evaluation.json.
+        classified: reports/classification.json, of a fine-tuning.
     """
 
     folder: Path
@@ -73,6 +76,7 @@ class RunRecord:
     evals: list[Record]
     warnings: list[Record]
     result: Record
+    classified: Record
 
     @property
     def name(self) -> str:
@@ -107,6 +111,7 @@ def read_run(folder: str | Path) -> RunRecord:
         evals,
         warnings,
         _read(path / "reports" / "evaluation.json", is_result),
+        _read(path / "reports" / "classification.json", is_classification),
     )
 
 
@@ -193,7 +198,7 @@ def identity(run: RunRecord) -> list[tuple[str, list[str]]]:
     """What the run is, as (term, lines of text): preset, encoder, data, loss, command, time, machine, code."""
     rows = [
         ("preset", _preset(run)),
-        ("encoder", _encoder(run.cfg)),
+        ("encoder", _encoder(run)),
         ("data", _data(run)),
         ("training", _training(run)),
         ("command", _command(run.env)),
@@ -214,20 +219,27 @@ def _preset(run: RunRecord) -> list[str]:
     ]
 
 
-def _encoder(cfg: Config) -> list[str]:
-    m = cfg.model
+def _encoder(run: RunRecord) -> list[str]:
+    cfg, m = run.cfg, run.cfg.model
     width, depth, heads = m.shape
     sizes = {
         shape: f"ViT-{'Ti' if size == 'tiny' else size[0].upper()}/{m.patch_size}"
         for size, shape in SIZES.items()
     }
+    pooling = f"pooling of {counted(m.pool_depth, 'block')}"
+    seen = f"{m.num_patches} tokens, {cfg.num_keep} in each of {counted(cfg.mask.views, 'view')}"
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_encoder(m).parameters())
+        network = build_encoder(m)
+        if isinstance(cfg, FinetuneConfig):
+            network = Classifier(cfg, ["class"] * run.classified.get("classes", 1)).student
+            seen = f"{m.num_patches} tokens, all of them"
+            pooling = "mean of the patch tokens" if cfg.tune.pool == "mean" else pooling
+        parameters = sum(p.numel() for p in network.parameters())
     return [
-        f"{sizes.get(m.shape, 'ViT')}: width {width}, {depth} blocks, {counted(heads, 'head')}, pooling of "
-        f"{counted(m.pool_depth, 'block')}; {_size(parameters)} parameters",
+        f"{sizes.get(m.shape, 'ViT')}: width {width}, {depth} blocks, {counted(heads, 'head')}, {pooling}; "
+        f"{_size(parameters)} parameters",
         f"images of {m.img_size[0]} x {m.img_size[1]} pixels, {counted(m.in_chans, 'channel')}, patches of "
-        f"{m.patch_size}: {m.num_patches} tokens, {cfg.num_keep} in each of {counted(cfg.mask.views, 'view')}",
+        f"{m.patch_size}: {seen}",
     ]
 
 
@@ -267,6 +279,8 @@ def _counts(about: Mapping[str, Any]) -> str:
 def _training(run: RunRecord) -> list[str]:
     cfg = run.cfg
     loss = f"InfoNCE, temperature {cfg.head.temperature:g}" if cfg.head.loss == "infonce" else "BYOL"
+    if isinstance(cfg, FinetuneConfig):
+        loss = f"fine-tuning, cross-entropy, layer decay {cfg.tune.layer_decay:g}"
     precision = run.env.get("resolved", {}).get("precision", cfg.train.precision)
     total = run.status.get("total_steps")
     return [

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Config, flatten
+from ..config import Config, FinetuneConfig, flatten
 from ..data.image_files import read_as
 from ..data.sources import open_source
 from ..errors import UsageError, cannot_import, one_line
@@ -84,7 +84,9 @@ def report(
     no_links(folder, ["reports"], str(run_dir))
     # what is missing is said before pictures are made
     render("parts.html.j2")
-    pictures = _pictures(folder, run.cfg, images, data, embedded)
+    # the pictures tell of pretraining
+    tuned = isinstance(run.cfg, FinetuneConfig)
+    pictures = _pictures(folder, run.cfg, 0 if tuned else images, data, embedded)
     preset, changes = settings(run)
     html = render(
         "report.html.j2",
@@ -96,7 +98,10 @@ def report(
         warnings=[f"step {r['step']:,}: {r.get('text', '')}" for r in run.warnings]
         + [f"evaluation: {t}" for t in run.result.get("warnings", [])],
         result={"rows": []} | run.result,
-        classes=_classes(run.result),
+        tuned=tuned,
+        classified=run.classified,
+        shades=_shades(run.classified),
+        classes=_classes(run.classified or run.result),
         step=run.step,
         learning=_learning(run),
         collapse=_collapse(run),
@@ -142,6 +147,9 @@ def _cards(run: RunRecord) -> list[Record]:
     def card(title: str, value: str, *lines: str) -> None:
         cards.append({"title": title, "value": value, "lines": lines})
 
+    if found := run.classified:
+        top5 = "" if found["top5"] is None else f"{percent(found['top5'])} among the first five"
+        card("test accuracy", percent(found["accuracy"]), f"{found['images']:,} test images", top5)
     pixels = _row(result, PIXELS, "pixels")
     for key, title in (("knn", "k-NN accuracy"), ("probe", "linear probe accuracy")):
         ours, start = _row(result, PRETRAINED, CLS).get(key), _row(result, RANDOM, CLS).get(key)
@@ -190,6 +198,15 @@ def _learning(run: RunRecord) -> list[Record]:
         level(f"{PIXELS} (final evaluation)", _row(result, PIXELS, "pixels").get("knn"), 5),
     ]
     loss = [Series("training loss", curve(run, "train", "loss"), 0)]
+    if isinstance(run.cfg, FinetuneConfig):
+        loss.append(Series("test loss", curve(run, "eval", "test_loss"), 1))
+        tested = [Series("test accuracy", curve(run, "eval", "accuracy"), 0)]
+        most = run.cfg.eval.max_test
+        note = f"On at most {most:,} test images; the last point is of all of them."
+        smooth = "The training loss is that of mixed and smoothed labels, where these are on."
+        return _figures(
+            ("Accuracy on test images", tested, note, {"percent": True}), ("Loss", loss, smooth, {})
+        )
     note, few, all_ = "", evals[-1].get("images") if evals else None, result.get("counts", {}).get("test")
     if isinstance(few, int) and isinstance(all_, int) and few < all_:
         note = f"On {few} test images, as training evaluates; the results above are of all {all_}, so numbers differ."
@@ -248,7 +265,7 @@ def _classes(result: Record) -> Record:
     found = result.get("per_class", {})
     if not found:
         return {"rows": [], "confusions": {}}
-    metrics = [m for m in ("knn", "probe") if m in result["metrics"]]
+    metrics = [m for m in ("knn", "probe", "accuracy") if m in found]
     names, images = found["names"], found["images"]
     rows = [
         {"name": names[i], "images": n} | {m: found[m][i] for m in metrics} for i, n in enumerate(images) if n
@@ -257,7 +274,12 @@ def _classes(result: Record) -> Record:
     confusions = {
         m: [(names[a], names[b], n, images[a]) for a, b, n in found["confusions"][m]] for m in metrics
     }
-    return {"rows": rows, "confusions": confusions, "feature": found["feature"], "metrics": metrics}
+    return {"rows": rows, "confusions": confusions, "feature": found.get("feature"), "metrics": metrics}
+
+
+def _shades(classified: Record) -> list[list[float]]:
+    """Of the table of confusions each number's share of its row's images."""
+    return [[n / max(sum(row), 1) for n in row] for row in classified.get("confusion", [])]
 
 
 # ---- pictures -------------------------------------------------------------------------------------

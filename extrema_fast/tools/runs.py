@@ -40,7 +40,8 @@ class RunInfo:
     epoch: float | None = None
     epochs: int | None = None
     knn: float | None = None
-    """share of test images, of the last evaluation while training; the better of class token and mean"""
+    """share of test images, of the last evaluation while training; the better of class token and mean, or the accuracy
+    of a fine-tuning"""
     knn_epoch: float | None = None
     loss: float | None = None
     images_per_s: float | None = None
@@ -149,7 +150,7 @@ def _read(folder: Path, info: RunInfo) -> None:
     train, evaluated = last.get("train", {}), last.get("eval", {})
     info.step, info.total_steps = status.get("step", train.get("step")), status.get("total_steps")
     info.loss, info.images_per_s = train.get("loss"), train.get("images_per_s")
-    accuracies = [a for key in ("knn_cls", "knn_mean") if (a := evaluated.get(key)) is not None]
+    accuracies = [a for key in ("knn_cls", "knn_mean", "accuracy") if (a := evaluated.get(key)) is not None]
     if accuracies:
         info.knn, info.knn_epoch = max(accuracies), evaluated.get("epoch")
     if fits(config, _CONFIG):
@@ -230,7 +231,7 @@ def as_json(found: Sequence[RunInfo]) -> list[dict[str, Any]]:
     return [asdict(run) for run in found]
 
 
-_TITLES = ("run", "state", "step", "epoch", "k-NN", "loss", "images/s", "written")
+_TITLES = ("run", "state", "step", "epoch", "accuracy", "loss", "images/s", "written")
 
 
 def format_table(found: Sequence[RunInfo], folder: str | Path = "runs") -> str:

@@ -33,7 +33,7 @@ from ..config import CheckpointConfig, Config, changed_maths, to_dict
 from ..distributed import double
 from ..errors import NonFiniteError, StorageError, UsageError, one_line
 from ..files import fits, new_folder, read_json, remove, sync, write_file
-from ..models.extrema import ExtreMA
+from ..models.extrema import StudentTeacher
 from .counters import GOOD, SKIPPED, Counters
 from .optim import FAMILIES, KEPT, check_family
 
@@ -73,7 +73,7 @@ class Checkpoint:
 # ---- what is saved ---------------------------------------------------------------------------------
 
 
-def collect(method: ExtreMA, optimizer: torch.optim.Optimizer, counters: Tensor) -> dict[str, Tensor]:
+def collect(method: StudentTeacher, optimizer: torch.optim.Optimizer, counters: Tensor) -> dict[str, Tensor]:
     """Name -> CPU tensor of everything that resuming needs; optimizer state by parameter name."""
     tensors = {f"method.{name}": t for name, t in method.state_dict().items()}
     for name, p in method.student_parameters():
@@ -86,7 +86,7 @@ def collect(method: ExtreMA, optimizer: torch.optim.Optimizer, counters: Tensor)
 
 def restore(
     tensors: dict[str, Tensor],
-    method: ExtreMA,
+    method: StudentTeacher,
     optimizer: torch.optim.Optimizer,
     counters: Tensor,
     saved_by: str = "",
@@ -123,7 +123,9 @@ def restore(
     counters.copy_(tensors["counters"])
 
 
-def unfit(tensors: Mapping[str, Tensor], step: int, method: ExtreMA, optimizer: torch.optim.Optimizer) -> str:
+def unfit(
+    tensors: Mapping[str, Tensor], step: int, method: StudentTeacher, optimizer: torch.optim.Optimizer
+) -> str:
     """What these tensors lack, have too much or otherwise for `restore` at a step; empty: nothing."""
     kept = {
         f"optimizer.{name}.{key}": torch.zeros(()) if key == "step" else p.detach()
@@ -396,7 +398,7 @@ def newest(run: Path, check: Callable[[Checkpoint], str] = lambda found: "") -> 
 
 
 # options that set the shapes of tensors: a run cannot continue with others
-_SHAPES = ("model.", "head.hidden", "head.out", "head.predictor_hidden")
+_SHAPES = ("model.", "head.hidden", "head.out", "head.predictor_hidden", "tune.pool")
 _NOT_SHAPES = ("model.drop_path", "model.layer_scale")
 
 
@@ -419,6 +421,9 @@ def check_same(
     Raises:
         UsageError: names every difference and the remedies.
     """
+    kinds = ["a fine-tuning" if "tune" in c else "a pretraining" for c in (old, to_dict(cfg))]
+    if kinds[0] != kinds[1]:
+        raise UsageError(f"--out {cfg.out}: holds {kinds[0]}, not {kinds[1]}; choose another --out")
     changes = changed_maths(old, to_dict(cfg))
     shapes = other_shapes(changes)
     what = "another architecture" if shapes else "other settings" if changes else "other images"

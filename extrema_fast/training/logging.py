@@ -329,8 +329,10 @@ class JsonLog:
 
 
 def describe_eval(record: dict[str, Any], first: dict[str, Any]) -> str:
-    """`k-NN class token 41.2 % (step 0: 25.2 %), spread 0.53, rank 12.1, cosine 0.42`."""
+    """`test accuracy 62.1 %, loss 1.0821`, or `k-NN class token 41.2 % (step 0: 25.2 %), spread 0.53, ...`."""
     parts = []
+    if record.get("accuracy") is not None:
+        parts.append(f"test accuracy {100 * record['accuracy']:.1f} %, loss {record['test_loss']:.4f}")
     for key, name in (("knn_cls", "k-NN class token"), ("knn_mean", "k-NN patch mean")):
         if record.get(key) is not None:
             start = first.get(key)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import Config
+from ..config import Config, FinetuneConfig
 from ..errors import UsageError
-from ..models.extrema import ExtreMA
+from ..models.classifier import layer_of
+from ..models.extrema import StudentTeacher
 from ..ops import dispatch as ops
 from ..ops.optimizers import Lars
 
@@ -46,7 +47,12 @@ class Schedule:
         return min(max(2 * step / self.warmup_steps - 1, 0.0), 1.0) if self.warmup_steps else 1.0
 
     def momentum(self, step: int) -> float:
-        """`1 - (1 - m) (1 + cos(pi t / T)) / 2` at step t of T, from m = `optim.momentum` to 1."""
+        """`1 - (1 - m) (1 + cos(pi t / T)) / 2` at step t of T, from m = `optim.momentum` to 1.
+
+        Of fine-tuning `tune.ema`, and less in its first steps, so that the average leaves the initial weights.
+        """
+        if isinstance(self.cfg, FinetuneConfig):
+            return min(self.cfg.tune.ema, (1 + step) / (10 + step))
         base = self.cfg.optim.momentum
         return 1 - (1 - base) * (1 + math.cos(math.pi * min(step / self.total_steps, 1.0))) / 2
 
@@ -58,6 +64,26 @@ def param_groups(named: list[tuple[str, torch.nn.Parameter]], weight_decay: floa
     for name, p in named:
         (plain if p.dim() <= 1 or name.endswith(("cls_token", "pos_embed")) else decay).append(p)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def layer_groups(
+    named: list[tuple[str, torch.nn.Parameter]], weight_decay: float, layer_decay: float, depth: int
+) -> list[dict]:
+    """`param_groups` of each layer (`layer_of`), with its factor of the learning rate in `scale` (`set_lr`).
+
+    Args:
+        named: names of `Encoder` after `encoder.`.
+        layer_decay: the factor from one layer to the one before it; 1 at the norm after pooling and the classifier.
+        depth: trunk blocks.
+    """
+    layers: dict[int, list[tuple[str, torch.nn.Parameter]]] = {}
+    for name, p in named:
+        layers.setdefault(layer_of(name.removeprefix("encoder."), depth), []).append((name, p))
+    groups = []
+    for layer, members in sorted(layers.items()):
+        scale = layer_decay ** (depth + 1 - layer)
+        groups += [g | {"scale": scale} for g in param_groups(members, weight_decay) if g["params"]]
+    return groups
 
 
 # optim.name of each optimizer class, as checkpoints name it; states continue within a family only
@@ -78,7 +104,7 @@ KEPT = {
 }
 
 
-def build_optimizer(method: ExtreMA, cfg: Config, *, tensor_lr: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(method: StudentTeacher, cfg: Config, *, tensor_lr: bool = False) -> torch.optim.Optimizer:
     """The optimizer `optim.name` of the student branch: AdamW, LAMB (implementations: `ops.dispatch`) or LARS.
 
     A checkpoint continues under another implementation of the same name. LARS takes its momentum from
@@ -92,7 +118,10 @@ def build_optimizer(method: ExtreMA, cfg: Config, *, tensor_lr: bool = False) ->
     """
     o = cfg.optim
     named = method.student_parameters()
-    groups = param_groups(named, o.weight_decay)
+    if isinstance(cfg, FinetuneConfig):
+        groups = layer_groups(named, o.weight_decay, cfg.tune.layer_decay, cfg.model.shape[1])
+    else:
+        groups = param_groups(named, o.weight_decay)
     lr: float | Tensor = cfg.peak_lr
     if tensor_lr:
         lr = torch.tensor(cfg.peak_lr, dtype=torch.float32, device=named[0][1].device)
@@ -105,7 +134,7 @@ def build_optimizer(method: ExtreMA, cfg: Config, *, tensor_lr: bool = False) ->
         return Lars(groups, lr=lr, momentum=o.betas[0])
     if o.name == "lamb":
         return ops.lamb(groups, lr=lr, betas=o.betas, eps=o.eps)
-    by_name = dict(method.teacher_branch.named_parameters())
+    by_name = {} if method.teacher_branch is None else dict(method.teacher_branch.named_parameters())
     # the predictor has no teacher
     teacher: dict[Tensor, Tensor] = {p: by_name[name] for name, p in named if name in by_name}
     return ops.adamw(groups, teacher, method.shadow_pairs(), lr=lr, betas=o.betas, eps=o.eps)
@@ -136,10 +165,13 @@ def set_lr(
 ) -> None:
     """Sets the learning rate of every group, and another one (if given) of those of `separate_trunk`.
 
-    A rate that is a tensor is written in place, without waiting.
+    Times the group's `scale`, where it has one (`layer_groups`). A rate that is a tensor is written in place,
+    without waiting.
     """
     for group in optimizer.param_groups:
         rate = trunk_lr if group.get("trunk") and trunk_lr is not None else lr
+        if "scale" in group:
+            rate = rate * group["scale"]
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:

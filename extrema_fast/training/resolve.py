@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from .. import config
-from ..config import Config, ModelConfig, local_batch
+from ..config import Config, FinetuneConfig, ModelConfig, local_batch
 from ..data.image_files import measure_statistics
 from ..data.image_source import ImageSource, among
 from ..data.loader import choose_loader, decoding_threads
 from ..data.resident import Place
 from ..errors import UsageError, counted
 from ..files import read_json
-from ..models.extrema import ExtreMA
+from ..models.extrema import StudentTeacher
 from ..ops import dispatch as ops
 from ..ops.measure import Choices, Problem, Sizes
 from .optim import Schedule
@@ -241,9 +241,12 @@ def flops_per_image(cfg: Config) -> float:
     """FLOPs of one training step per image: three times the student's forward pass of V views, once the teacher's.
 
     The patch embedding counts all N patches for both branches, whatever is gathered first, and twice for the
-    student, because pixels have no gradient. Recomputation does not change the count.
+    student, because pixels have no gradient. Recomputation does not change the count. Fine-tuning has no teacher.
     """
     h, width, views = cfg.head, cfg.model.shape[0], cfg.mask.views
+    if isinstance(cfg, FinetuneConfig):
+        patches = cfg.model.num_patches * cfg.model.in_chans * cfg.model.patch_size**2
+        return 3 * _count_flops(cfg.model, 1, cfg.model.num_patches) + 4 * patches * width
     projector = 2 * (width * h.hidden + h.hidden**2 + h.hidden * h.out)
     predictor = 2 * (h.out * h.predictor_hidden + h.predictor_hidden * h.out)
     student = _count_flops(cfg.model, views, cfg.num_keep) + views * (projector + predictor)
@@ -260,7 +263,7 @@ def _count_flops(model: ModelConfig, rows: int, n: int) -> float:
     return float(rows * (trunk + pool))
 
 
-def checkpoint_bytes(method: ExtreMA) -> int:
+def checkpoint_bytes(method: StudentTeacher) -> int:
     """Bytes of one checkpoint and its weights folder: fp32 weights twice, two AdamW moments."""
     trained = sum(p.numel() for _, p in method.student_parameters())
     weights = sum(t.numel() for t in method.state_dict().values())
@@ -283,16 +286,20 @@ _LOADING = {"gpu": "images held by the GPU", "host": "images held by the CPU", "
 
 
 def headline(
-    cfg: Config, resolved: Resolved, processes: int, images: int, classes: Sequence[str] = ()
+    cfg: Config, resolved: Resolved, processes: int, images: int, classes: Sequence[str] = (), what: str = ""
 ) -> str:
-    """The run in three lines: what is trained on how many images an epoch, batch and rate, how it is computed."""
+    """The run in three lines: what is trained on how many images an epoch, batch and rate, how it is computed.
+
+    Args:
+        what: is trained; empty: views, tokens and loss of pretraining.
+    """
     v, r = derived(cfg, processes, images), resolved
+    what = what or f"{cfg.mask.views} views of {v['num_keep']} of {v['num_patches']} tokens; {cfg.head.loss}"
     factors = f"{processes} x {cfg.train.accumulation} x {v['local_batch']}"
     return (
         f"{cfg.data.train}: {images} images{among(classes)}, {counted(cfg.train.epochs, 'epoch')} of "
         f"{v['steps_per_epoch']} steps; "
-        f"{cfg.mask.views} views of {v['num_keep']} of {v['num_patches']} tokens; {cfg.head.loss}, "
-        f"{r.precision} on {r.device}, {_LOADING[r.resident] or r.loader + ' loader'}\n"
+        f"{what}, {r.precision} on {r.device}, {_LOADING[r.resident] or r.loader + ' loader'}\n"
         f"batch {cfg.train.batch_size} (processes x micro-batches x images = {factors}), "
         f"peak learning rate {cfg.peak_lr:.3g} = {cfg.optim.base_lr:g} x {cfg.train.batch_size} / 256\n"
         f"compile {r.compile}{' in a CUDA graph' if r.cuda_graph else ''}, recompute {r.recompute}, attention "

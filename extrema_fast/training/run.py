@@ -33,7 +33,7 @@ from ..distributed import World, cores, wide
 from ..errors import NonFiniteError, UsageError, counted
 from ..evaluation.features import Embedded
 from ..files import fits, read_json
-from ..models.extrema import ExtreMA
+from ..models.extrema import ExtreMA, StudentTeacher
 from ..ops import dispatch as ops
 from ..ops.fp8 import apply_fp8
 from ..ops.measure import choose
@@ -72,7 +72,8 @@ class Run:
     resolved: Resolved
     source: ImageSource
     """training images"""
-    method: ExtreMA
+    method: Any
+    """`ExtreMA`, or another `StudentTeacher`"""
     student: nn.Module
     """`method.student_branch`, under DistributedDataParallel with more than one process"""
     optimizer: torch.optim.Optimizer
@@ -84,6 +85,10 @@ class Run:
     """everything that has a gradient"""
     followed: tuple[list[Tensor], list[Tensor]]
     """(parameters of the teacher, those of the student that they follow)"""
+    gradients: Callable[[Run, list[Any]], Tensor] | None = None
+    """adds the gradients of micro-batches, returns the loss; None: `step.gradients`, of pretraining"""
+    export: Callable[[Run, Path], Any] | None = None
+    """writes the weights into a folder; None: both networks of pretraining"""
     compiled_loss: Callable[..., Tensor] | None = None
     """`step.micro_batch_loss`, compiled; None: as it is"""
     recorded: Callable[[list[MicroBatch]], None] | None = None
@@ -208,20 +213,28 @@ def open_test(cfg: Config, train: ImageSource) -> ImageSource | None:
     return replace(source, value_range=train.value_range or source.value_range)
 
 
-def build(cfg: Config, world: World, source: ImageSource, *, continued: bool = False) -> Run:
+def build(
+    cfg: Config,
+    world: World,
+    source: ImageSource,
+    *,
+    continued: bool = False,
+    make: Callable[[Any], StudentTeacher] = ExtreMA,
+) -> Run:
     """A run at step 0 on this process's device; `step.wrap` makes it ready for training.
 
     On a GPU the implementations that `auto` takes are measured first, or taken from the cache (`ops.measure`).
 
     Args:
         continued: a run in `cfg.out` goes on, with the implementations it was begun with.
+        make: the networks of a configuration.
 
     Raises:
         UsageError: the configuration cannot run here (`resolve`).
     """
     recorded = partial(_recorded_ops, cfg, world.device) if continued else dict
     resolved = resolve(cfg, world.device, world.size, partial(choose, world=world, recorded=recorded))
-    method = ExtreMA(cfg).to(world.device).train()
+    method = make(cfg).to(world.device).train()
     teacher = cfg.system.attention_teacher
     method.student.set_attention(cfg.system.attention)
     method.teacher.set_attention(cfg.system.attention if teacher == "same" else teacher)
@@ -265,11 +278,12 @@ def _gpu(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
-def open_loader(run: Run, bad_rows: Path | None = None) -> TrainLoader:
+def open_loader(run: Run, bad_rows: Path | None = None, *, on_cpu: bool = False) -> TrainLoader:
     """This process's batches from the run's step on.
 
     Args:
         bad_rows: file that lists the unreadable rows found by earlier starts; rank 0 keeps it up to date.
+        on_cpu: the images of a batch are on the CPU, wherever the step runs.
 
     Raises:
         UsageError: sizes or an order that do not fit, or a missing loader.
@@ -277,7 +291,8 @@ def open_loader(run: Run, bad_rows: Path | None = None) -> TrainLoader:
     """
     cfg, world = run.cfg, run.world
     bad = BadRows(run.source, cfg.data.bad_budget)
-    run.resolved = replace(run.resolved, resident=_place(run, bad_rows))
+    device = torch.device("cpu") if on_cpu else world.device
+    run.resolved = replace(run.resolved, resident=_place(run, bad_rows, device))
     if bad_rows is not None:
         bad.read(bad_rows, cfg.data)
         if world.is_rank_zero:
@@ -291,7 +306,7 @@ def open_loader(run: Run, bad_rows: Path | None = None) -> TrainLoader:
         rank=world.rank,
         world=world.size,
         start_step=run.step,
-        device=world.device,
+        device=device,
         bad=bad,
         pinned=world.device.type == "cuda",
         resident=run.resolved.resident,
@@ -301,7 +316,7 @@ def open_loader(run: Run, bad_rows: Path | None = None) -> TrainLoader:
     return loader
 
 
-def _place(run: Run, bad_rows: Path | None) -> Place:
+def _place(run: Run, bad_rows: Path | None, device: torch.device) -> Place:
     """Where this run holds its images: the same on all processes, and held again after a restart if they were before.
 
     Held and decoded crops may differ by the rounding of the resize filter, so `auto` does not change a begun run.
@@ -318,7 +333,7 @@ def _place(run: Run, bad_rows: Path | None) -> Place:
     found = choose_place(
         setting,
         ImageFiles(run.source, cfg),
-        world.device,
+        device,
         reads=run.schedule.total_steps * run.cfg.train.batch_size / len(run.source),
         local=processes_here(),
     )
@@ -550,9 +565,13 @@ def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:
         "init_from": run.began_from,
     }
     tensors = collect(run.method, run.optimizer, run.counters.tensor)
+    saver.save(run.step, tensors, state, partial(run.export or _export, run), final=must)
+
+
+def _export(run: Run, folder: Path) -> Path:
     value_range = deep_range(run.source, run.cfg.data)
     meta = weights_meta(run.cfg, run.step, run.method.teacher.crop_pct, value_range)
     if not is_sincos(run.method.teacher.pos_embed.cpu(), run.cfg.model.grid):
         # another project's, kept by `--init-from`
         meta["encoder"] = {"pos_embed": "learned"}
-    saver.save(run.step, tensors, state, lambda folder: save_weights(folder, run.method, meta), final=must)
+    return save_weights(folder, run.method, meta)

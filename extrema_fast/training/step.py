@@ -62,7 +62,7 @@ def compute(run: Run, micro_batches: list[MicroBatch]) -> None:
     for p in run.trained:
         p.grad = None
     with run.world.waiting():
-        loss = gradients(run, micro_batches)
+        loss = (run.gradients or gradients)(run, micro_batches)
     with scope("gradient norm, accumulation"):
         norms = torch._foreach_norm([p.grad for p in run.trained if p.grad is not None])
         norm = torch.linalg.vector_norm(torch.stack(norms))
@@ -160,7 +160,8 @@ def update(run: Run, bad: Tensor) -> None:
         optimizer.step()
     elif not bad:
         optimizer.step()
-    ema_(*run.followed, weight * (1 - bad))
+    if run.followed[0]:
+        ema_(*run.followed, weight * (1 - bad))
     run.method.sync_shadow_weights()
 
 

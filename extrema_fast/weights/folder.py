@@ -256,6 +256,8 @@ _ORIGIN = {
     "images?": (int, None),
     "config_hash?": str,
     "source?": {"file?": str, "left_out?": [str]},
+    # of a fine-tuned head, in the order of its outputs
+    "classes?": [str],
     "software?": str,
 }
 

@@ -168,7 +168,8 @@ def load_encoder(
             ViT (`foreign`), of which the trunk is read; or what `open_weights` gave.
         which: 'teacher' (frozen features) or 'student' (start of the paper's fine-tuning); default: the teacher, or
             the one that was kept.
-        num_classes: Classes of a new linear head; default: the file's head, where pooling stays as it is there.
+        num_classes: Classes of a new linear head; default: the file's head, where pooling stays as it is there (of
+            a fine-tuning the names of its outputs are in `classes`).
         img_size: Another size than trained: the sin-cos table is computed for the new grid, a learned one is
             resampled.
         in_chans: Other channels: the patch kernel is adapted by timm's rule.
@@ -200,6 +201,9 @@ def load_encoder(
     options = _options(saved, {k: v for k, v in requested.items() if v is not None}, source)
     encoder = _build(config, saved, options, tensors, source)
     _set_input(encoder, weights.meta)
+    names = weights.meta.get("classes", [])
+    if num_classes is None and len(names) == encoder.num_classes:
+        encoder.classes = list(names)
     if img_size is not None or patch_size is not None:
         encoder.set_input_size(img_size, patch_size)
     return encoder.eval()
