@@ -3,11 +3,12 @@
     extrema, timm   model.safetensors + config.json: `load_encoder`, and `timm.create_model("local-dir:DIR")` and
                     Hugging Face's AutoModel after `import extrema_fast.timm`
     vit             the trunk as a stock timm ViT with mean pooling; loads without this project
-    hf              a Hugging Face folder with a model card; loads with transformers and timm alone
+    hf              a Hugging Face folder; loads with transformers and timm alone
     onnx, torch-export
                     a graph of one image size, any batch: images -> class token, patch tokens[, logits]
 
-Every folder has a `config.json` that says how images are prepared for it and where the weights come from.
+Every folder has a `config.json` that says how images are prepared for it and where the weights come from, and a model
+card made of it (`card.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import importlib
 import io
 import json
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,10 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import did_you_mean, to_dict
-from ..errors import ExtremaError, NonFiniteError, UsageError, cannot_import, printable
+from ..errors import ExtremaError, NonFiniteError, UsageError, cannot_import
 from ..files import new_folder
 from ..models.encoder import Encoder, model_args, timm_config
 from ..ops import dispatch as ops
+from .card import CARD, kept_card, model_card, run_record
 from .folder import (
     ENCODER_OPTIONS,
     SINGLE,
@@ -142,6 +143,7 @@ def export(
     if encoder_options(source.meta)["num_classes"] and not encoder.num_classes:
         log.info("the classifier is left out: it was trained on another pooled feature")
     meta = {**source.meta, "which": None if chosen == SINGLE else chosen}
+    meta["record"], kept = run_record(Path(weights), source.meta, chosen), kept_card(out)
     description = _description(encoder, meta, {"format": name, **options})
     images = [
         torch.randn(b, encoder.in_chans, *encoder.img_size, generator=torch.Generator().manual_seed(b))
@@ -154,8 +156,7 @@ def export(
         write_json(folder / "config.json", config)
         differences = description["export"]["differences"] = _compare(name, job)
         write_json(folder / "config.json", config)
-        if name == "hf":
-            (folder / "README.md").write_text(model_card(config), encoding="utf-8")
+        (folder / CARD).write_bytes(model_card(config).encode() if kept is None else kept)
         files = sorted(p.name for p in folder.iterdir())
     return Exported(out, files, differences)
 
@@ -174,7 +175,7 @@ def _description(encoder: Encoder, meta: Mapping[str, Any], export: dict[str, An
     args = model_args(encoder)
     size = (encoder.in_chans, *encoder.img_size)
     image = input_meta(size, encoder.mean, encoder.std, encoder.interpolation, encoder.crop_pct)
-    origin = ("which", "step", "images", "seed", "config_hash", "source")
+    origin = ("which", "step", "images", "seed", "config_hash", "source", "record")
     return described(
         {
             "model": to_dict(encoder.config),
@@ -330,92 +331,6 @@ def _compare_hf(job: Job) -> dict[str, float]:
         wanted = [job.encoder(x) for x in job.images]
         found["AutoModelForImageClassification, logits"] = largest_difference(wanted, logits)
     return found
-
-
-_WITHOUT_HEAD = """This is the trunk with mean-pooled patch tokens, as a stock timm ViT without class token.
-It loads with `transformers` and `timm` alone; this project's class-attention head is left out (an export with the class
-token needs the package extrema_fast, from its repository)."""
-
-_WITH_HEAD = """This is the whole encoder with its class-attention head, a model that timm does not know by itself:
-install the package extrema_fast from its repository, with the extra `hf`, and `import extrema_fast.timm` before
-loading. (An export without `--class-token` loads with `transformers` and `timm` alone.)"""
-
-_CARD = """---
-library_name: transformers
-pipeline_tag: {task}
-tags: [timm, vision-transformer, self-supervised-learning, extrema]
----
-
-# Vision transformer of width {width}, pretrained with ExtreMA
-
-Self-supervised pretraining with extreme masking ([arXiv 2206.04667](https://arxiv.org/abs/2206.04667)).
-
-{about}
-
-```python
-{registers}from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
-
-model = AutoModel.from_pretrained("path/to/this/folder").eval()
-photo = Image.open("photo.jpg"){convert}
-images = AutoImageProcessor.from_pretrained("path/to/this/folder")(photo)
-features = model(**images)
-features.last_hidden_state  # {tokens}
-features.pooler_output      # [1, width]: {pooled}
-```
-
-| | |
-|---|---|
-{rows}
-
-No license is stated: it is that of the weights this was exported from.
-"""
-
-
-def model_card(config: Mapping[str, Any]) -> str:
-    """The README.md of a Hugging Face folder, Markdown with a YAML head, from its `config.json`."""
-    own, image, model = (c := config["extrema_fast"]), c["input"], c["model"]
-    whole, classes = config["architecture"].startswith("extrema_"), config["num_classes"]
-    # transformers leaves a gray image gray, whatever the model's channels
-    mode = {1: "L", 3: "RGB"}.get(image["input_size"][0])
-    mean, std = (", ".join(f"{v:g}" for v in image[k]) for k in ("mean", "std"))
-    blocks = f", {model['depth']} blocks" if model["depth"] else ""
-    rows = {
-        "architecture": f"{config['architecture']}, width {config['num_features']}, "
-        f"mlp ratio {model['mlp_ratio']:g}{blocks}",
-        "input": f"{' x '.join(map(str, image['input_size']))}, patches of {image['patch_size']} pixels",
-        "channels": ", ".join(image["channels"]),
-        "values": f"{image['value_range'][0]:g} to {image['value_range'][1]:g}, then mean {mean}, std {std}",
-        "resize": f"{image['interpolation']}, crop share {image['crop_pct']:g}",
-        "positions": f"{own['encoder']['pos_embed']}, {own['encoder']['pos_coords']} coordinates",
-        "classes": classes or "none (features)",
-        "network": own.get("which", "not recorded"),
-        "optimizer steps": own.get("step", "not recorded"),
-        "images seen": own.get("images", "not recorded"),
-        "configuration": own.get("config_hash", "not recorded"),
-        "source": own["source"].get("file", "not recorded") if "source" in own else "a run of extrema-fast",
-        "written by": own["software"],
-    }
-    differences = own["export"].get("differences", {})
-    rows |= {f"compared: {what}": f"largest difference {d:.1e}" for what, d in differences.items()}
-    return _CARD.format(
-        task="image-classification" if classes else "image-feature-extraction",
-        width=config["num_features"],
-        about=_WITH_HEAD if whole else _WITHOUT_HEAD,
-        registers="import extrema_fast.timm\n" if whole else "",
-        convert=f'.convert("{mode}")' if mode else "",
-        tokens="[1, 1 + patches, width]: class token, then patch tokens" if whole else "[1, patches, width]",
-        pooled="class token" if whole else "mean of the patch tokens",
-        rows="\n".join(f"| {_plain(k)} | {_plain(v)} |" for k, v in rows.items()),
-    )
-
-
-def _plain(value: Any) -> str:
-    """A value as text of Markdown, on one line: what a stranger's file holds can become no markup, link or HTML."""
-    text = printable(" ".join(str(value).split()))[:200]
-    text = re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", text)
-    # entities where a backslash does not help; bare addresses become links by `:` and `www.`
-    return re.sub(r"[&<>@]|:(?=//)|(?<=[wW])\.", lambda m: f"&#{ord(m[0])};", text)
 
 
 # ---- graphs ---------------------------------------------------------------------------------------

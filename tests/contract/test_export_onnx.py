@@ -58,6 +58,11 @@ def test_an_encoder_in_onnxruntime(tmp_path):
         with pytest.raises(Exception, match="invalid dimensions for input: images"):
             run.run(None, {"images": torch.zeros(1, 3, *size).numpy()})
 
+    # the lines of the card
+    code, names = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").split("```")[1], {}
+    exec(code.removeprefix("python").replace("path/to/this/folder", str(tmp_path / "out")), names)
+    assert names["features"][0].shape == (1, 64)
+
     model = onnx.load(str(tmp_path / "out" / "model.onnx"))
     assert {node.domain for node in model.graph.node} == {""} and not model.functions and opset(model) == 18
     own = json.loads({p.key: p.value for p in model.metadata_props}["extrema_fast"])
@@ -74,7 +79,7 @@ def test_a_classifier_a_newer_operator_set_and_a_separate_file(tmp_path, monkeyp
     # weights of more than 2 GiB go into a separate file
     monkeypatch.setattr(export_module, "_ONNX_IN_ONE_FILE", 0)
     result = export(tmp_path / "bare.pth", tmp_path / "out", "onnx", opset=20)
-    assert result.files == ["config.json", "model.onnx", "model.onnx.data"]
+    assert result.files == ["README.md", "config.json", "model.onnx", "model.onnx.data"]
     run = session(tmp_path / "out")
     assert [o.name for o in run.get_outputs()] == ["pooled", "patch_tokens", "logits"]
     x = torch.randn(3, 3, 16, 16)
@@ -84,7 +89,11 @@ def test_a_classifier_a_newer_operator_set_and_a_separate_file(tmp_path, monkeyp
     assert opset(onnx.load(str(tmp_path / "out" / "model.onnx"))) == 20
     # --force replaces this kind of folder, too
     export(tmp_path / "bare.pth", tmp_path / "out", force=True)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("dynamo", [False, True])

@@ -37,7 +37,7 @@ def read(folder) -> dict:
 @pytest.mark.parametrize("which", ["teacher", "student"])
 def test_round_trip(folder, method, tmp_path, which):
     result = export(folder, tmp_path / "out", which=which)
-    assert result.files == ["config.json", "model.safetensors"] == names(tmp_path / "out")
+    assert result.files == ["README.md", "config.json", "model.safetensors"] == names(tmp_path / "out")
     assert result.differences["load_encoder"] == 0
     # no training heads inside
     assert load_file(result.folder / "model.safetensors").keys() == getattr(method, which).state_dict().keys()
@@ -122,7 +122,7 @@ def test_folders_of_older_versions(folder, method, tmp_path):
     for path in (out, out / "model.ts"):
         refused(lambda p=path: load_encoder(p), path.name, "an exported graph")
     export(folder, out, force=True)
-    assert names(out) == ["config.json", "model.safetensors"]
+    assert names(out) == ["README.md", "config.json", "model.safetensors"]
 
 
 # ---- errors ---------------------------------------------------------------------------------------
@@ -163,12 +163,17 @@ def test_a_missing_package_names_the_extra(folder, tmp_path, monkeypatch, format
 
 def test_force_replaces_an_export_and_nothing_else(folder, method, tmp_path):
     out = export(folder, tmp_path / "out", "torch-export").folder
+    # the lines of its card
+    code, found = (out / "README.md").read_text(encoding="utf-8").split("```")[1], {}
+    exec(code.removeprefix("python").replace("path/to/this/folder", str(out)), found)
+    assert found["features"][0].shape == (1, 64)
     refused(lambda: export(folder, out), "not empty", "--force")
     export(folder, out, force=True)
-    assert names(out) == ["config.json", "model.safetensors"]
+    assert names(out) == ["README.md", "config.json", "model.safetensors"]
     # exporting an export over itself reads it first
     export(out, out, force=True)
     assert same(load_encoder(out), method.teacher)
+    (out / "README.md").unlink()
     (out / "README.md").mkdir()
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "link").symlink_to(out)

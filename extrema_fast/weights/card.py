@@ -1,0 +1,409 @@
+"""The model card of an export: README.md, with a head that Hugging Face reads, from what is known and nothing else.
+
+What a run knows about its weights (`run_record`) travels in the description of an export, so that an export of an
+export still tells it. A card is a function of `config.json` alone: one that differs from it was edited, and stays
+(`kept_card`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import printable
+from ..files import fits, read_json
+
+log = logging.getLogger(__name__)
+
+CARD = "README.md"
+UNKNOWN = "not recorded"
+
+_COUNT = {"name?": str, "images?": int, "classes?": int}
+_RESULT = {
+    "rows": [{"encoder": str, "feature": str, "knn?": float, "probe?": float}],
+    "counts": {"train": int, "test": int, "classes": int},
+    "train?": str,
+    "test?": str,
+    "k?": int,
+    "which": str,
+    "step": int,
+}
+# what an export keeps of a run
+_RECORD = {
+    "data?": {"train?": _COUNT, "test?": (_COUNT, None)},
+    "recipe?": {},
+    "results?": [_RESULT],
+    "begun_from?": str,
+}
+_TITLES = {"knn": "k-NN", "probe": "linear probe"}
+
+
+# ---- what a run knows -------------------------------------------------------------------------------
+
+
+def run_record(weights: Path, meta: Mapping[str, Any], which: str | None) -> dict[str, Any] | None:
+    """What the run around some weights has recorded about them; None where there is no such run.
+
+    Args:
+        weights: A run folder, or what lies in it.
+        meta: The description of the weights; the run's configuration must be theirs.
+        which: The network: evaluations of the other one, or of another step, are left out.
+    """
+    weights = weights.absolute()
+    for folder in (weights, *list(weights.parents)[:3]):
+        env = read_json(folder / "env.json", {})
+        if env and env.get("config_hash") == meta.get("config_hash"):
+            break
+    else:
+        carried = meta.get("record")
+        return carried if fits(carried, _RECORD) else None
+    cfg = read_json(folder / "config.json", {})
+    found = {
+        "data": {
+            k: _named(v) for k, v in env.get("data", {}).items() if fits(v, _COUNT) and k in ("train", "test")
+        },
+        "recipe": dict(_recipe(cfg, env)),
+        "results": [
+            {
+                **{k: r[k] for k in map(_bare, _RESULT) if k in r},
+                "train": _short(r["train"]),
+                "test": _short(r["test"]),
+            }
+            for r in (read_json(p, {}) for p in sorted(folder.glob("reports/evaluation*.json")))
+            if fits(r, {**_RESULT, "train": str, "test": str})
+            and (r["step"], r["which"]) == (meta.get("step"), which)
+        ],
+    }
+    if isinstance(begun := env.get("init_from"), dict) and isinstance(begun.get("weights"), str):
+        found["begun_from"] = _short(begun["weights"])
+    return found if fits(found, _RECORD) else None
+
+
+def _bare(key: str) -> str:
+    return key.removesuffix("?")
+
+
+def _short(name: str) -> str:
+    """The last two parts of a path: a card is published, the folders of its author are not."""
+    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
+
+
+def _named(count: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: _short(v) if k == "name" else v for k, v in count.items() if k in ("name", "images", "classes")
+    }
+
+
+def _recipe(cfg: Mapping[str, Any], env: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(words, value) of the settings that make a recipe, as far as both files hold them."""
+    of_run = {
+        "preset": ("preset", "name"),
+        "precision": ("resolved", "precision"),
+        "commit": ("code", "commit"),
+        "torch": ("versions", "torch"),
+    }
+    of_settings = {
+        "loss": ("head", "loss"),
+        "share of the patches that a view drops": ("mask", "ratio"),
+        "views per image": ("mask", "views"),
+        "augmentation": ("data", "policy"),
+        "smallest and largest area of a crop": ("data", "area"),
+        "epochs": ("train", "epochs"),
+        "batch size": ("train", "batch_size"),
+        "optimizer": ("optim", "name"),
+        "learning rate for a batch of 256": ("optim", "base_lr"),
+        "warm-up epochs": ("optim", "warmup_epochs"),
+        "weight decay": ("optim", "weight_decay"),
+        "teacher momentum": ("optim", "momentum"),
+    }
+    for source, names in ((env, of_run), (cfg, of_settings)):
+        for words, (section, name) in names.items():
+            value = source.get(section)
+            if isinstance(value, dict) and isinstance(value.get(name), (str, int, float, list)):
+                yield words, value[name]
+
+
+# ---- the card ---------------------------------------------------------------------------------------
+
+_WITHOUT_HEAD = """This is the trunk with mean-pooled patch tokens, as a stock timm ViT without class token.
+It loads without this project, whose class-attention head is left out (an export with the class token needs the package
+extrema_fast, from its repository)."""
+
+_WITH_HEAD = """This is the whole encoder with its class-attention head, a model that timm does not know by itself:
+install the package extrema_fast from its repository{extra} before loading."""
+
+_GRAPH = (
+    "This is the whole encoder as a graph for one image size and any batch; it needs no code of this project."
+)
+
+_USE = {
+    "hf": """{registers}from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("path/to/this/folder").eval()
+photo = Image.open("photo.jpg"){convert}
+images = AutoImageProcessor.from_pretrained("path/to/this/folder")(photo)
+features = model(**images)
+features.last_hidden_state  # {tokens}
+features.pooler_output      # [1, width]: {pooled}""",
+    "extrema": """import torch
+from extrema_fast import load_encoder
+
+encoder = load_encoder("path/to/this/folder")
+images = torch.zeros(1, {size})       # of photographs: encoder.preprocess()(photo)[None]
+features = encoder.encode(images)
+features.cls, features.patches  # [1, width], [1, patches, width]""",
+    "vit": """import timm
+import torch
+
+model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()
+images = torch.zeros(1, {size})       # prepared as the table below says
+features = model(images)               # [1, width]: mean of the patch tokens""",
+    "onnx": """import numpy
+import onnxruntime
+
+session = onnxruntime.InferenceSession("path/to/this/folder/model.onnx")
+images = numpy.zeros((1, {size}), "float32")   # prepared as the table below says
+features = session.run(None, {{"images": images}})    # {outputs}""",
+    "torch-export": """import torch
+
+program = torch.export.load("path/to/this/folder/model.pt2").module()
+images = torch.zeros(1, {size})       # prepared as the table below says
+features = program(images)             # {outputs}""",
+}
+
+_LIBRARY = {
+    "hf": "transformers",
+    "vit": "timm",
+    "onnx": "onnx",
+    "torch-export": "pytorch",
+    "extrema": "extrema-fast",
+}
+
+_CARD = """---
+{head}
+---
+
+# Vision transformer of width {width}{how}
+
+{pretraining}
+
+{about}
+
+```python
+{use}
+```
+
+## Training data
+
+{data}
+
+## Recipe
+
+{recipe}
+
+## Results
+
+{results}
+
+## Intended use
+
+Features of images: search, k-NN and linear classifiers on frozen features, a start for fine-tuning.{classes}
+
+## Limits
+
+The features reflect the training images: kinds of images that were not among them, other sizes and other channels are
+encoded less well or not at all. What is not in the tables above was not measured; bias, fairness and robustness were
+not examined. Check the features on your own images before you rely on them.
+
+## Model
+
+{rows}
+
+## License
+
+No license is stated: it is that of the weights this was exported from. Who publishes them chooses it, in the head of
+this file.
+"""
+
+
+def model_card(config: Mapping[str, Any]) -> str:
+    """The README.md of an export, Markdown with a YAML head, from its `config.json`."""
+    own = config["extrema_fast"]
+    image, model, form = own["input"], own["model"], own["export"]["format"]
+    name = config.get("architecture", "")
+    whole = not name or name.startswith("extrema_")
+    classes = own["encoder"]["num_classes"]
+    width = config.get("num_features") or model["width"] or UNKNOWN
+    # transformers leaves a gray image gray, whatever the model's channels
+    mode = {1: "L", 3: "RGB"}.get(image["input_size"][0])
+    ours = bool(own.get("config_hash"))
+    record = own["record"] if fits(own.get("record"), _RECORD) else {}
+    size = ", ".join(map(str, image["input_size"]))
+    if form in ("onnx", "torch-export"):
+        about = _GRAPH
+    elif whole:
+        about = _WITH_HEAD.format(
+            extra=", with the extra `hf`, and `import extrema_fast.timm`" if form == "hf" else ""
+        )
+    else:
+        about = _WITHOUT_HEAD
+    use = _USE[form].format(
+        registers="import extrema_fast.timm\n" if whole else "",
+        convert=f'.convert("{mode}")' if mode else "",
+        tokens="[1, 1 + patches, width]: class token, then patch tokens" if whole else "[1, patches, width]",
+        pooled="class token" if whole else "mean of the patch tokens",
+        size=size,
+        outputs=", ".join(config.get("graph", {}).get("outputs", [])).replace("_", " "),
+    )
+    return _CARD.format(
+        head=_head(form, bool(classes), ours, record),
+        width=width,
+        how=", pretrained with ExtreMA" if ours else "",
+        pretraining="Self-supervised pretraining with extreme masking ([arXiv 2206.04667](https://arxiv.org/abs/2206.04667))."
+        if ours
+        else "How these weights were trained is not recorded.",
+        about=about,
+        use=use,
+        data=_data(record),
+        recipe=_recipe_table(own, record),
+        results=_results(record),
+        classes=f" It classifies {classes} classes." if classes else " It is no classifier by itself.",
+        rows=_model(config, own, image, model),
+    )
+
+
+def _head(form: str, classifies: bool, ours: bool, record: Mapping[str, Any]) -> str:
+    """The YAML of the card; JSON is YAML, and quotes what strangers' files hold."""
+    tags = (
+        ["timm"] * (form in ("hf", "vit"))
+        + ["vision-transformer", "self-supervised-learning"]
+        + ["extrema"] * ours
+    )
+    lines = [
+        f"library_name: {_LIBRARY[form]}",
+        f"pipeline_tag: {'image-classification' if classifies else 'image-feature-extraction'}",
+        f"tags: [{', '.join(tags)}]",
+        "# license: the publisher's choice, such as apache-2.0 or cc-by-nc-4.0",
+    ]
+    if found := record.get("results"):
+        entries = []
+        for result in found:
+            name = result.get("test", UNKNOWN)
+            metrics = [
+                {"type": "accuracy", "name": f"{title}, {row['feature']}", "value": round(100 * row[key], 2)}
+                for row in result["rows"]
+                if row["encoder"] == "pretrained"
+                for key, title in _TITLES.items()
+                if key in row
+            ]
+            task = {"type": "image-classification", "name": "frozen features"}
+            entries.append({"task": task, "dataset": {"type": name, "name": name}, "metrics": metrics})
+        lines.append(f"model-index: {json.dumps([{'name': 'encoder', 'results': entries}])}")
+    return "\n".join(lines)
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {_plain(k)} | {_plain(v)} |" for k, v in rows.items())])
+
+
+def _data(record: Mapping[str, Any]) -> str:
+    count = record.get("data", {}).get("train")
+    if not count:
+        return "Not recorded."
+    classes = f" in {count['classes']} classes" if count.get("classes") else ""
+    images = f"{count['images']:,} images{classes}" if "images" in count else UNKNOWN
+    return _table(
+        {"images": count.get("name", UNKNOWN), "number": images, "labels": "not used in pretraining"}
+    )
+
+
+def _recipe_table(own: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    rows = {
+        k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in record.get("recipe", {}).items()
+    }
+    rows |= {"begun from": record["begun_from"]} if "begun_from" in record else {}
+    rows |= {
+        "optimizer steps": own.get("step", UNKNOWN),
+        "images seen": own.get("images", UNKNOWN),
+        "seed": own.get("seed", UNKNOWN),
+        "configuration": own.get("config_hash", UNKNOWN),
+    }
+    return _table(rows)
+
+
+def _results(record: Mapping[str, Any]) -> str:
+    parts = []
+    for result in record.get("results", []):
+        metrics = [m for m in _TITLES if any(m in row for row in result["rows"])]
+        lines = ["| encoder | feature | " + " | ".join(f"{_TITLES[m]}, %" for m in metrics) + " |"]
+        lines.append("|---|---|" + "---:|" * len(metrics))
+        for row in result["rows"]:
+            cells = [_plain(row["encoder"]), _plain(row["feature"])]
+            lines.append(
+                f"| {' | '.join(cells + [f'{100 * row[m]:.1f}' if m in row else '' for m in metrics])} |"
+            )
+        counts, test = result["counts"], _plain(result.get("test", UNKNOWN))
+        neighbors = f" k-NN with {result['k']} neighbors." if "k" in result and "knn" in metrics else ""
+        parts += [
+            f"Frozen features on {test}: {counts['train']:,} labeled training and {counts['test']:,} test images, "
+            f"{counts['classes']} classes.{neighbors}",
+            "\n".join(lines),
+        ]
+    return "\n\n".join(parts) or "These weights were not evaluated."
+
+
+def _model(
+    config: Mapping[str, Any], own: Mapping[str, Any], image: Mapping[str, Any], model: Mapping[str, Any]
+) -> str:
+    mean, std = (", ".join(f"{v:g}" for v in image[k]) for k in ("mean", "std"))
+    blocks = f", {model['depth']} blocks" if model["depth"] else ""
+    width = config.get("num_features") or model["width"]
+    parts = [
+        config.get("architecture"),
+        width and f"width {width}",
+        f"mlp ratio {model['mlp_ratio']:g}{blocks}",
+    ]
+    rows = {
+        "architecture": ", ".join(filter(None, parts)),
+        "input": f"{' x '.join(map(str, image['input_size']))}, patches of {image['patch_size']} pixels",
+        "channels": ", ".join(image["channels"]),
+        "values": f"{image['value_range'][0]:g} to {image['value_range'][1]:g}, then mean {mean}, std {std}",
+        "resize": f"{image['interpolation']}, crop share {image['crop_pct']:g}",
+        "positions": f"{own['encoder']['pos_embed']}, {own['encoder']['pos_coords']} coordinates",
+        "classes": own["encoder"]["num_classes"] or "none (features)",
+        "network": own.get("which") or UNKNOWN,
+        "source": own["source"].get("file", UNKNOWN) if "source" in own else "a run of extrema-fast",
+        "written by": own["software"],
+    }
+    differences = own["export"].get("differences", {})
+    rows |= {f"compared: {what}": f"largest difference {d:.1e}" for what, d in differences.items()}
+    return _table(rows)
+
+
+def kept_card(folder: Path) -> bytes | None:
+    """The card of an earlier export that its user edited; None where there is none, or it is as it was written."""
+    file = folder / CARD
+    if not file.is_file():
+        return None
+    found = file.read_bytes()
+    try:
+        as_written = model_card(read_json(folder / "config.json", {})).encode()
+    except (KeyError, TypeError, ValueError, AttributeError):
+        as_written = b""
+    if found == as_written:
+        return None
+    log.warning("%s: is not as it was written and stays; remove it for a new one", file)
+    return found
+
+
+def _plain(value: Any) -> str:
+    """A value as text of Markdown, on one line: what a stranger's file holds can become no markup, link or HTML."""
+    text = printable(" ".join(str(value).split()))[:200]
+    text = re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", text)
+    # entities where a backslash does not help; bare addresses become links by `:` and `www.`
+    return re.sub(r"[&<>@]|:(?=//)|(?<=[wW])\.", lambda m: f"&#{ord(m[0])};", text)

@@ -1,0 +1,138 @@
+"""The card of an export: what the run has recorded, and nothing else.
+
+Covers: data, recipe and results of the run around the weights, without folders of its author; evaluations of another
+step or network, and runs of another configuration, are left out; an export of an export still has them; what is unknown
+is said; the head as Hugging Face reads it; the lines of code run; a card that its user edited stays.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from extrema_fast.config import config_hash, to_dict
+from extrema_fast.weights.export import export
+from extrema_fast.weights.folder import save_weights, weights_meta
+from extrema_fast.weights.load import import_released
+from tests.weights._weights import CFG
+
+ROWS = [
+    {"encoder": "pretrained", "feature": "class token", "knn": 0.625, "probe": 0.75},
+    {"encoder": "random init", "feature": "class token", "knn": 0.25, "probe": 0.375},
+]
+RESULT = {
+    "counts": {"train": 90, "test": 40, "classes": 3},
+    "rows": ROWS,
+    "k": 20,
+    "which": "teacher",
+    "step": 7,
+}
+
+
+@pytest.fixture
+def run(tmp_path, method):
+    """A run folder, as far as a card reads it."""
+    run = tmp_path / "home" / "run"
+    save_weights(run / "weights" / "step_00000007", method, weights_meta(CFG, 7))
+    (run / "reports").mkdir()
+    counts = {"train": {"name": "/home/ann/birds/train", "images": 1234, "classes": 3}, "test": None}
+    env = {"config_hash": config_hash(CFG), "data": counts, "preset": {"name": "smoke", "changes": {}}}
+    env |= {"init_from": {"weights": "/home/ann/mae.pth"}, "code": {"commit": "abc", "changed": False}}
+    files = {"config": to_dict(CFG), "env": env}
+    for name, change in (
+        ("", {}),
+        ("-other-step", {"step": 6, "rows": [{**ROWS[0], "knn": 0.111}]}),
+        ("-student", {"which": "student", "rows": [{**ROWS[0], "knn": 0.222}]}),
+        ("-damaged", {"rows": "none"}),
+    ):
+        places = {"train": "/home/ann/birds/train", "test": "/home/ann/birds/test"}
+        files[f"reports/evaluation{name}"] = RESULT | places | change
+    for name, content in files.items():
+        (run / f"{name}.json").write_text(json.dumps(content))
+    return run
+
+
+def card(folder) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_the_run_has_recorded(run, tmp_path):
+    for weights in (run, run / "weights" / "step_00000007"):
+        export(weights, tmp_path / "out", force=True)
+        for fact in (
+            "| images | birds/train |",
+            "| number | 1,234 images in 3 classes |",
+            "| preset | smoke |",
+            f"| loss | {CFG.head.loss} |",
+            f"| batch size | {CFG.train.batch_size} |",
+            "| begun from | ann/mae.pth |",
+            "| commit | abc |",
+            "| optimizer steps | 7 |",
+            "Frozen features on birds/test: 90 labeled training and 40 test images, 3 classes. k-NN with 20 neighbors.",
+            "| pretrained | class token | 62.5 | 75.0 |",
+            "| random init | class token | 25.0 | 37.5 |",
+            "## Intended use",
+            "## Limits",
+            "No license is stated",
+        ):
+            assert fact in card(tmp_path / "out"), fact
+        assert not any(text in card(tmp_path / "out") for text in ("11.1", "22.2", "/home"))
+    export(run, tmp_path / "student", which="student")
+    assert "22.2" in card(tmp_path / "student") and "62.5" not in card(tmp_path / "student")
+    # an export of an export
+    export(tmp_path / "out", tmp_path / "again", img_size=24)
+    assert "birds/train" in card(tmp_path / "again") and "| 62.5 | 75.0 |" in card(tmp_path / "again")
+
+
+def test_what_is_unknown_is_said(run, folder, file, tmp_path):
+    export(folder, tmp_path / "out")
+    assert "Not recorded." in card(tmp_path / "out") and "were not evaluated" in card(tmp_path / "out")
+    # the run around them was another one
+    env = json.loads((run / "env.json").read_text())
+    (run / "env.json").write_text(json.dumps(env | {"config_hash": "another"}))
+    export(run, tmp_path / "other")
+    assert "birds" not in card(tmp_path / "other")
+    export(import_released(file, tmp_path / "imported"), tmp_path / "released")
+    text = card(tmp_path / "released")
+    assert "How these weights were trained is not recorded." in text and "pretrained with ExtreMA" not in text
+    assert f"| source | {file.name} |" in text
+
+
+def test_the_head_as_hugging_face_reads_it(run, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    export(run, tmp_path / "out")
+    data = hub.ModelCard.load(tmp_path / "out" / "README.md").data
+    assert data.library_name == "extrema-fast" and data.pipeline_tag == "image-feature-extraction"
+    assert data.license is None and "extrema" in data.tags
+    found = {(r.dataset_name, r.metric_name): r.metric_value for r in data.eval_results}
+    assert found == {
+        ("birds/test", "k-NN, class token"): 62.5,
+        ("birds/test", "linear probe, class token"): 75.0,
+    }
+
+
+@pytest.mark.parametrize("format", ["extrema", "vit"])
+def test_its_code_runs(folder, tmp_path, format):
+    if format == "vit":
+        pytest.importorskip("timm")
+    export(folder, tmp_path / "out", format)
+    code = card(tmp_path / "out").split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code.replace("path/to/this/folder", str(tmp_path / "out")), names)
+    first = names["features"] if format == "vit" else names["features"][0]
+    assert tuple(first.shape) == (1, 64)
+
+
+def test_a_card_that_was_edited_stays(folder, tmp_path, caplog):
+    out = export(folder, tmp_path / "out").folder
+    written = card(out)
+    export(folder, out, force=True)
+    assert card(out) == written and not caplog.text
+    edited = written.replace("# license: the publisher's choice", "license: mit  #").encode() + b"\xff"
+    (out / "README.md").write_bytes(edited)
+    export(folder, out, img_size=24, force=True)
+    assert (out / "README.md").read_bytes() == edited and "README.md" in caplog.text
+    (out / "README.md").unlink()
+    export(folder, out, force=True)
+    assert card(out) == written
