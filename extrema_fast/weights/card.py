@@ -38,6 +38,7 @@ _RECORD = {
     "recipe?": {},
     "results?": [_RESULT],
     "begun_from?": str,
+    "classified?": {"accuracy": float, "images": int},
 }
 _TITLES = {"knn": "k-NN", "probe": "linear probe"}
 
@@ -80,6 +81,11 @@ def run_record(weights: Path, meta: Mapping[str, Any], which: str | None) -> dic
     }
     if isinstance(begun := env.get("init_from"), dict) and isinstance(begun.get("weights"), str):
         found["begun_from"] = _short(begun["weights"])
+    # the test of a fine-tuning, of the network that is loaded by default
+    test = read_json(folder / "reports/classification.json", {})
+    if fits(test, {"step": int, "accuracy": float, "images": int}) and test["step"] == meta.get("step"):
+        if which != "student":
+            found["classified"] = {k: test[k] for k in ("accuracy", "images")}
     return found if fits(found, _RECORD) else None
 
 
@@ -241,7 +247,8 @@ def model_card(config: Mapping[str, Any]) -> str:
     width = config.get("num_features") or model["width"] or UNKNOWN
     # transformers leaves a gray image gray, whatever the model's channels
     mode = {1: "L", 3: "RGB"}.get(image["input_size"][0])
-    ours = bool(own.get("config_hash"))
+    # a fine-tuning may have begun from anybody's weights
+    ours = bool(own.get("config_hash")) and "finetuned" not in own
     record = own["record"] if fits(own.get("record"), _RECORD) else {}
     size = ", ".join(map(str, image["input_size"]))
     if form in ("onnx", "torch-export"):
@@ -266,13 +273,13 @@ def model_card(config: Mapping[str, Any]) -> str:
         how=", pretrained with ExtreMA" if ours else "",
         pretraining="Self-supervised pretraining with extreme masking ([arXiv 2206.04667](https://arxiv.org/abs/2206.04667))."
         if ours
-        else "How these weights were trained is not recorded.",
+        else _begun(own),
         about=about,
         use=use,
-        data=_data(record),
+        data=_data(record, bool(classes)),
         recipe=_recipe_table(own, record),
         results=_results(record),
-        classes=f" It classifies {classes} classes." if classes else " It is no classifier by itself.",
+        classes=f" It tells {classes} classes apart." if classes else " It is no classifier by itself.",
         rows=_model(config, own, image, model),
     )
 
@@ -311,15 +318,22 @@ def _table(rows: Mapping[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {_plain(k)} | {_plain(v)} |" for k, v in rows.items())])
 
 
-def _data(record: Mapping[str, Any]) -> str:
+def _begun(own: Mapping[str, Any]) -> str:
+    """What is known of the training of weights that are not those of a pretraining."""
+    begun = own.get("finetuned")
+    if not isinstance(begun, dict):
+        return "How these weights were trained is not recorded."
+    return f"A classifier, fine-tuned by extrema_fast from these weights: {_plain(_short(str(begun.get('weights'))))}."
+
+
+def _data(record: Mapping[str, Any], classifies: bool) -> str:
     count = record.get("data", {}).get("train")
     if not count:
         return "Not recorded."
     classes = f" in {count['classes']} classes" if count.get("classes") else ""
     images = f"{count['images']:,} images{classes}" if "images" in count else UNKNOWN
-    return _table(
-        {"images": count.get("name", UNKNOWN), "number": images, "labels": "not used in pretraining"}
-    )
+    labels = "used" if classifies else "not used in pretraining"
+    return _table({"images": count.get("name", UNKNOWN), "number": images, "labels": labels})
 
 
 def _recipe_table(own: Mapping[str, Any], record: Mapping[str, Any]) -> str:
@@ -338,6 +352,10 @@ def _recipe_table(own: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 
 def _results(record: Mapping[str, Any]) -> str:
     parts = []
+    if test := record.get("classified"):
+        parts = [
+            f"Accuracy as a classifier: {100 * test['accuracy']:.1f} % of {test['images']:,} test images."
+        ]
     for result in record.get("results", []):
         metrics = [m for m in _TITLES if any(m in row for row in result["rows"])]
         lines = ["| encoder | feature | " + " | ".join(f"{_TITLES[m]}, %" for m in metrics) + " |"]

@@ -175,7 +175,7 @@ def _description(encoder: Encoder, meta: Mapping[str, Any], export: dict[str, An
     args = model_args(encoder)
     size = (encoder.in_chans, *encoder.img_size)
     image = input_meta(size, encoder.mean, encoder.std, encoder.interpolation, encoder.crop_pct)
-    origin = ("which", "step", "images", "seed", "config_hash", "source", "record")
+    origin = ("which", "step", "images", "seed", "config_hash", "source", "record", "finetuned")
     return described(
         {
             "model": to_dict(encoder.config),

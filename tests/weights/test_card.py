@@ -136,3 +136,17 @@ def test_a_card_that_was_edited_stays(folder, tmp_path, caplog):
     (out / "README.md").unlink()
     export(folder, out, force=True)
     assert card(out) == written
+
+
+def test_a_classifier(run, tmp_path):
+    # as `finetune` describes what it writes
+    file = run / "weights" / "step_00000007" / "config.json"
+    meta = json.loads(file.read_text())
+    file.write_text(json.dumps(meta | {"finetuned": {"weights": "/home/ann/mae.pth"}}))
+    (run / "reports/classification.json").write_text(json.dumps({"step": 7, "accuracy": 0.875, "images": 40}))
+    export(run, tmp_path / "out")
+    text = card(tmp_path / "out")
+    assert "fine-tuned by extrema_fast from these weights: ann/mae.pth" in text and "with ExtreMA" not in text
+    assert "Accuracy as a classifier: 87.5 % of 40 test images." in text
+    export(run, tmp_path / "student", which="student")
+    assert "87.5" not in card(tmp_path / "student")
