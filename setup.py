@@ -85,6 +85,7 @@ EXTRAS = {
         "pytest-xdist>=3.5",
         "packaging>=23",
         "ruff>=0.9",
+        "scikit-learn>=1.4",
         "scipy>=1.11",
         "setuptools>=77",
         "shtab>=1.13",

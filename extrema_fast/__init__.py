@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .config import Config, FinetuneConfig, list_models, preset
     from .errors import UsageError
     from .evaluation.evaluate import evaluate
+    from .evaluation.segmentation import segment
     from .models.encoder import Encoded, Encoder, create_encoder
     from .models.extrema import ExtreMA
     from .models.masking import keep_from_mask, mae_mask, sample_views
@@ -54,6 +55,7 @@ _HOME = {
     "report": "reporting.report",
     "sample_views": "models.masking",
     "search": "tools.search",
+    "segment": "evaluation.segmentation",
 }
 __all__ = sorted(_HOME)
 

@@ -557,10 +557,14 @@ def _evaluation(p: _Parser, args: list[str], metrics: Sequence[str]) -> None:
     if "knn" in metrics:
         p.add("--k", type=int, help="neighbors (default: the run's, 20)")
         p.add("--temperature", type=float, help="of the votes (default: the run's, 0.07)")
+    if "probe" in metrics:
+        p.add("--protocol", default="paper", metavar="NAME", help="paper (default), grid or logistic")
+    p.add("--labels", metavar="SHARE", help="of the training labels (0.01), or FILE that names the images")
     p.add("--batch-size", type=int, metavar="N", help="images at a time")
     p.add("--crop-pct", type=float, metavar="SHARE", help=_CROP_PCT)
     p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
-    p.add("--seed", type=int, default=0, metavar="S", help="of the random encoder and the probe")
+    p.add("--seed", type=int, default=0, metavar="S", help="of subsets, probe and labels")
+    p.add("--seeds", type=int, default=1, metavar="N", help="mean and deviation over N seeds")
     p.switch("--force", "measure again although nothing has changed")
     p.switch("--json", "print the whole result as JSON")
     o = p.options(args)
@@ -569,10 +573,16 @@ def _evaluation(p: _Parser, args: list[str], metrics: Sequence[str]) -> None:
         raise UsageError("--data and --train name the same thing; give one")
     o["train"] = o["train"] if data is None else data
     from .evaluation.evaluate import evaluate
+
+    _show_measured(lambda: evaluate(metrics=metrics, **o), as_json)
+
+
+def _show_measured(measure: Callable[[], dict[str, Any]], as_json: bool) -> None:
+    """Shows the result of an evaluation, also of one whose file cannot be written."""
     from .evaluation.result import format_table
 
     try:
-        _show(evaluate(metrics=metrics, **o), as_json, format_table)
+        _show(measure(), as_json, format_table)
     except StorageError as error:
         # minutes of work: shown although it could not be kept
         if error.result is not None:
@@ -596,6 +606,30 @@ def _knn(p: _Parser, args: list[str]) -> None:
 def _probe(p: _Parser, args: list[str]) -> None:
     """Linear probe alone."""
     _evaluation(p, args, ("probe",))
+
+
+@_command("segment runs/photos --data VOCdevkit/VOC2012")
+def _segment(p: _Parser, args: list[str]) -> None:
+    """Linear probe and k-means of patch tokens against segmentation masks."""
+    p.add("path", metavar="RUN_OR_WEIGHTS", help="run folder, weights folder or released .pth")
+    p.add("--data", required=True, metavar="DIR", help="VOC, ADE20K, or images/ and masks/")
+    p.add("--out", metavar="FILE", help="JSON result; default in a run: reports/segmentation-KEY.json")
+    p.add("--which", choices=("teacher", "student"), default="teacher")
+    p.add("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width")
+    p.add("--max-train", type=int, default=0, metavar="N", help="use N training images (0: all)")
+    p.add("--max-test", type=int, default=0, metavar="N", help="use N test images (0: all)")
+    p.add("--batch-size", type=int, metavar="N", help="images at a time")
+    p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    p.add("--seed", type=int, default=0, metavar="S", help="of subsets, probe and k-means")
+    p.add("--seeds", type=int, default=1, metavar="N", help="mean and deviation over N seeds")
+    p.switch("--force", "measure again although nothing has changed")
+    p.switch("--json", "print the whole result as JSON")
+    o = p.options(args)
+    as_json = o.pop("json")
+    o["img_size"] = _side(o["img_size"])
+    from .evaluation.segmentation import segment
+
+    _show_measured(lambda: segment(**o), as_json)
 
 
 @_command("report runs/photos")

@@ -95,7 +95,7 @@ def center_boxes(sizes: np.ndarray, img_size: tuple[int, int], resizing: Resizin
 
 
 def _center_box(size: list[int], img_size: tuple[int, int], resizing: Resizing) -> list[float]:
-    if resizing.keep_exact and tuple(size) == tuple(img_size):
+    if resizing.whole or (resizing.keep_exact and tuple(size) == tuple(img_size)):
         return [0, 0, *size]
     new = scaled_size(size, img_size, resizing.crop_pct)
     start = center_of(new, img_size)

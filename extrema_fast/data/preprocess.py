@@ -26,14 +26,18 @@ class Resizing(NamedTuple):
         crop_pct: size / crop_pct is what the short side is resized to; 1: images are already cropped.
         interpolation: `bilinear` or `bicubic`, antialiased.
         keep_exact: an image of exactly the size is taken whole, as older versions did.
+        whole: all of the image, whatever the ratio of its sides becomes.
     """
 
     crop_pct: float = CROP_PCT
     interpolation: str = "bilinear"
     keep_exact: bool = False
+    whole: bool = False
 
     def __str__(self) -> str:
-        if self.crop_pct == 1:
+        if self.whole:
+            text = "resized whole to the encoder's size"
+        elif self.crop_pct == 1:
             text = "resized to the encoder's size, the longer side cut"
         else:
             text = f"resized to 1 / {self.crop_pct:g} of the encoder's size, center-cropped"

@@ -6,102 +6,44 @@ standardizes each dimension, and the final LayerNorm differs from that by one fa
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import logging
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import Config, DataConfig, EvalConfig, from_dict
+from ..config import EvalConfig
 from ..data.augment import normalize
 from ..data.image_files import read_as
-from ..data.sources import BUILT_IN, is_there, open_source, split_folders, subset
+from ..data.sources import ImageSource, open_source, subset
 from ..distributed import pick_device
-from ..errors import StorageError, UsageError
-from ..files import no_links, read_json, write_file
-from ..models.encoder import Encoder, build_encoder
-from ..weights import load as convert
+from ..errors import UsageError, counted
 from .collapse import collapse_warnings
 from .features import Features, extract, labelled, load_batch, overlap, raw_pixels
-from .probes import accuracy, attention_entropy, indicators, knn_predictions, probe_predictions
-from .result import CLS, MEAN, PIXELS, PRETRAINED, RANDOM, is_result, per_class
+from .probes import accuracy, attention_entropy, indicators, knn_predictions
+from .protocols import Probed, few_labels, only, probe
+from .result import (
+    BOTH,
+    CLS,
+    FEATURES,
+    MEAN,
+    PIXELS,
+    PRETRAINED,
+    PROTOCOLS,
+    RANDOM,
+    is_result,
+    per_class,
+)
+from .subject import FORMAT, keep_result, known_result, open_subject, resolve_data, result_file, result_key
 
 log = logging.getLogger(__name__)
 
-# part of the cache key of a stored result: raised when a number changes its meaning
-FORMAT = 1
 # test images whose attention is measured
 VIEW_IMAGES = 256
-
-
-def run_config(path: str | Path) -> Config | None:
-    """The configuration of a run folder, or None when `path` is not one.
-
-    Images that a relative path does not find from here are looked for where the run was started, and beside the run.
-    """
-    path = Path(path)
-    if not (path / "config.json").is_file():
-        return None
-    data = read_json(path / "config.json")
-    data = data.get("config", data)
-    # a weights folder has a config.json too, of another kind
-    if not ("train" in data and "optim" in data):
-        return None
-    cfg = from_dict(data, recorded=True)
-    started = read_json(path / "env.json", {}).get("cwd")
-    folders = [Path(started)] if isinstance(started, str) else []
-    folders += path.resolve().parents
-    train, test = _found(cfg.data.train, folders), _found(cfg.data.test, folders)
-    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, train=train, test=test))
-
-
-def _found(spec: str, folders: Sequence[Path]) -> str:
-    """`spec`, or where its relative path exists below one of the folders."""
-    if not spec or spec in BUILT_IN or Path(spec).expanduser().is_absolute() or is_there(spec):
-        return spec
-    return next((str(f / spec) for f in folders if is_there(str(f / spec))), spec)
-
-
-def resolve_data(
-    cfg: Config | None, train: str | None, test: str | None
-) -> tuple[tuple[str, float], tuple[str, float]]:
-    """(training images, share held out), (test images, the same) to evaluate on: what was given, else the run's own.
-
-    A folder given as `train` alone may hold both (`train` and `test` or `val`); else the run's share of it is held out.
-
-    Raises:
-        UsageError: Says what to add.
-    """
-    holdout = 0.0 if cfg is None or (train and test) else cfg.data.holdout
-    if train is None and cfg is not None:
-        train, test = cfg.data.train, test or cfg.data.test or None
-    if train is None:
-        raise UsageError("no images to evaluate on: these weights are not a run folder; add --data FOLDER")
-    if test is None and train not in BUILT_IN:
-        below, found = split_folders(train)
-        if found:
-            return (below, 0.0), (found, 0.0)
-        if not holdout:
-            raise UsageError(
-                f"{train}: no test images; give a folder that holds train/ and test/ (or val/), or both: "
-                "--train FOLDER --test FOLDER"
-            )
-    return (train, holdout), (test or train, 0.0 if test else holdout)
-
-
-def weights_hash(encoder: Encoder) -> str:
-    """Short hash over names and values of an encoder's tensors, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, value in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def evaluate(
@@ -116,7 +58,10 @@ def evaluate(
     max_test: int = 0,
     k: int | None = None,
     temperature: float | None = None,
+    protocol: str = "paper",
+    labels: float | str | None = None,
     seed: int = 0,
+    seeds: int = 1,
     batch_size: int | None = None,
     crop_pct: float | None = None,
     device: str = "auto",
@@ -136,7 +81,11 @@ def evaluate(
         max_test: Test images used (0: all).
         k: Neighbors of k-NN, at most as many as training images; None: the run's.
         temperature: Of k-NN's votes; None: the run's.
-        seed: Of the subsets and the probe's order and weights.
+        protocol: Of the linear probe: `paper`; `grid`, many rates; `logistic`, L2-regularized logistic regression. The
+            latter two also see class token and mean of patches joined, and choose on a fifth of the training images.
+        labels: Of the training images only this share of each class, or those that a text file names; None: all.
+        seed: Of the subsets, the probe's order, weights and validation images, and of the labels.
+        seeds: So many seeds from `seed` on: accuracies are means, with their standard deviation in `spread`.
         batch_size: Images per forward pass; None: the run's.
         crop_pct: As of `Encoder.preprocess`; None: that of the weights.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
@@ -146,11 +95,13 @@ def evaluate(
 
     Returns:
         Plain data: rows (encoder, feature, knn and probe as shares), gain over random init, `per_class` of the first
-        row, indicators, warnings, counts, and the settings. The file also holds a key over weights, images and
-        settings: an unchanged second call returns what it holds.
+        row and seed, indicators, warnings, counts, and the settings; of `grid` and `logistic` the rate or C that was
+        `chosen` for each seed and the accuracy (`validation`) it was chosen by; of `labels` the rows taken
+        (`labelled`). The file also holds a key over weights, images and settings: an unchanged second call returns
+        what it holds.
 
     Raises:
-        UsageError: Missing labels, a single class, classes that do not match, unusable paths.
+        UsageError: Missing labels, a single class, classes that do not match, fewer images than `k`, unusable paths.
         NonFiniteError: Diverged weights.
         DataError: None of the images can be read.
         StorageError: `out` cannot be written; its `result` is what would have been returned.
@@ -163,30 +114,28 @@ def evaluate(
         ("batch_size", batch_size, 1),
         ("max_train", max_train, 0),
         ("max_test", max_test, 0),
+        ("seeds", seeds, 1),
     ):
         if value is not None and value < low:
             raise UsageError(f"{name}: expected at least {low}, got {value}")
     if temperature is not None and not temperature > 0:
         raise UsageError(f"temperature: expected a number above 0, got {temperature}")
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
     where = pick_device(device)
-    path = Path(path)
-    cfg = run_config(path)
+    subject = open_subject(path, which)
+    path, cfg, encoder, meta, data = subject
     rule = cfg.eval if cfg is not None else EvalConfig()
-    encoder = convert.load_encoder(path, which=which)
     resizing = encoder.resizing(crop_pct)
-    released = path.is_file() and path.suffix != ".safetensors"
-    meta = {} if released else convert.load_metadata(path)
-    data = dataclasses.replace(
-        cfg.data if cfg is not None else DataConfig(), mean=encoder.mean, std=encoder.std
-    )
-    if encoder.value_range:
-        data = dataclasses.replace(data, range=encoder.value_range)
     # what evaluation.json of a run holds: the result of `evaluate RUN`
-    plain = all(x is None for x in (train, test, k, temperature, crop_pct)) and which == "teacher"
+    plain = all(x is None for x in (train, test, k, temperature, crop_pct, labels))
+    plain &= (which, protocol, seeds) == ("teacher", "paper", 1)
     (train, rest), (test, held) = resolve_data(cfg, train, test)
     try:
         bank = open_source(train, "train", limit=max_train, seed=seed, holdout=rest)
-        queries = labelled(bank, open_source(test, "test", limit=max_test, seed=seed, holdout=held))
+        queries = open_source(test, "test", limit=max_test, seed=seed, holdout=held)
+        lacking = _classes_without(queries, bank)
+        queries = labelled(bank, queries)
         bank, queries = (read_as(s, encoder.in_chans) for s in (bank, queries))
     except UsageError as error:
         if plain and "does not exist" in str(error):
@@ -198,11 +147,16 @@ def evaluate(
             f"{bank.name}: all {len(bank)} training images are of one class ({bank.classes[0]}); k-NN and the "
             "linear probe need at least two: give the folder that holds the class folders"
         )
-    if k is not None and k > len(bank):
-        raise UsageError(
-            f"k: {k} neighbors, but there are {len(bank)} training images; use at most {len(bank)}"
-        )
-    same = overlap(bank, queries, seed)
+    same = overlap(bank, queries, seed) + lacking
+    each, available = range(seed, seed + seeds), len(bank)
+    # of the training images which are used, and of these which by each seed
+    used, taken = torch.arange(available), list[Tensor]()
+    if labels is not None:
+        taken = few_labels(bank, str(labels), each)
+        bank, used = only(bank, taken)
+    fewest = min(map(len, taken), default=len(bank))
+    if k is not None and k > fewest:
+        raise UsageError(f"k: {k} neighbors, but there are {fewest} training images; use at most {fewest}")
     settings: dict[str, Any] = {
         "which": which,
         "metrics": sorted(metrics),
@@ -216,38 +170,50 @@ def evaluate(
     }
     if rest or held:
         settings["holdout"] = rest or held
+    # only where it is not the default, so that results of older versions keep their key
+    if protocol != "paper":
+        settings["protocol"] = protocol
+    if labels is not None:
+        settings["labels"] = str(labels)
+    if seeds > 1:
+        settings["seeds"] = seeds
     if not resizing.keep_exact:
-        # so that results of older versions keep their key
         settings |= {"crop_pct": resizing.crop_pct, "interpolation": resizing.interpolation}
     if encoder.value_range:
         settings["range"] = list(encoder.value_range)
-    images = [bank.fingerprint, queries.fingerprint, list(encoder.img_size)]
-    parts = json.dumps([FORMAT, settings, weights_hash(encoder), *images], sort_keys=True)
-    key = hashlib.sha256(parts.encode()).hexdigest()[:16]
+    key = result_key(settings, encoder, bank.fingerprint, queries.fingerprint, list(encoder.img_size))
     if out is None and cfg is not None and len(set(metrics)) == 2:
-        no_links(path, ["reports"], str(path))
-        out = path / "reports" / ("evaluation.json" if plain else f"evaluation-{key}.json")
+        out = result_file(path, "evaluation.json" if plain else f"evaluation-{key}.json")
         if not plain:
             log.info("other images or settings than the run's: the result goes to %s", out)
+    # results of older versions have no classes
     if out is not None and not force:
-        known = read_json(Path(out), {})
-        # results of older versions have no classes
-        if known.get("key") == key and is_result(known) and "per_class" in known:
-            log.info("%s: weights, images and settings are unchanged, nothing to compute", out)
+        if known := known_result(Path(out), key, lambda d: is_result(d) and "per_class" in d):
             return known
 
     started = time.monotonic()
     log.debug("images are %s; --crop-pct sets it", resizing)
     # without a class head the pooled feature is the mean of the patches
-    fields = {CLS: "cls", MEAN: "mean"} if encoder.num_prefix_tokens else {MEAN: "mean"}
+    kinds = [*FEATURES[: 2 if protocol == "paper" else 3]] if encoder.num_prefix_tokens else [MEAN]
     rows: list[dict[str, Any]] = []
     signs: dict[str, dict[str, float]] = {}
     left_out = 0
     classes: dict[str, Any] = {}
+
+    def measure(name: str, a: Features, b: Features, kinds: Sequence[str]) -> dict[str, Tensor]:
+        assert a.labels is not None and b.labels is not None
+        masks = [torch.isin(used, t) for t in taken] or [torch.ones(len(used), dtype=torch.bool)] * seeds
+        found = [
+            _predict(_kinds(a, kinds, where), a.labels, _kinds(b, kinds, where), b.labels, settings, s, use)
+            for s, use in zip(each, masks, strict=True)
+        ]
+        rows.extend(
+            {"encoder": name, "feature": kind} | _row([f[kind] for f in found], b.labels) for kind in kinds
+        )
+        return {metric: p.predicted for metric, p in found[0][kinds[0]].items()}
+
     for name in (PRETRAINED, RANDOM):
-        model = encoder if name == PRETRAINED else build_encoder(encoder.config, int(meta.get("seed", 0)))
-        # without drop-path, which would draw from a global generator
-        model.eval()
+        model = encoder if name == PRETRAINED else subject.initial()
         a, b = (
             extract(
                 model,
@@ -262,13 +228,11 @@ def evaluate(
         )
         # what cannot be read is left out once, for all rows of the table alike
         left_out += len(bank) + len(queries) - len(a.rows) - len(b.rows)
-        bank, queries = subset(bank, a.rows), subset(queries, b.rows)
+        bank, queries, used = subset(bank, a.rows), subset(queries, b.rows), used[a.rows]
         assert b.labels is not None
-        for feature, field in fields.items():
-            found = _predict(a, b, field, settings, where)
-            rows.append({"encoder": name, "feature": feature} | _accuracies(found, b))
-            if not classes:
-                classes = {"feature": feature} | per_class(found, b.labels, bank.classes)
+        found = measure(name, a, b, kinds)
+        if not classes:
+            classes = {"feature": kinds[0]} | per_class(found, b.labels, bank.classes)
         signs[name] = indicators(b.cls)
         if model.num_prefix_tokens:
             x = load_batch(queries, data, model.img_size, VIEW_IMAGES, strict=False, resizing=resizing)
@@ -276,10 +240,12 @@ def evaluate(
             with torch.inference_mode():
                 attention = model.get_attention(normalize(x, data.mean, data.std, model.in_chans))
             signs[name]["attention_entropy"] = attention_entropy(attention)
-        log.debug("%s: %s", name, ", ".join(f"{m} {rows[-len(fields)][m]:.1%}" for m in settings["metrics"]))
+        log.debug("%s: %s", name, ", ".join(f"{m} {rows[-len(kinds)][m]:.1%}" for m in settings["metrics"]))
     a, b = (raw_pixels(s, data, encoder.img_size, resizing=resizing) for s in (bank, queries))
-    found = _predict(a, b, "cls", settings, where)
-    rows.append({"encoder": PIXELS, "feature": "pixels"} | _accuracies(found, b))
+    used = used[a.rows]
+    measure(PIXELS, a, b, ["pixels"])
+    left = [t[torch.isin(t, used)] for t in taken]
+    fewest_left = min(map(len, left), default=len(bank))
     result: dict[str, Any] = {
         "format": FORMAT,
         "key": key,
@@ -288,14 +254,19 @@ def evaluate(
         **settings,
         "img_size": list(encoder.img_size),
         "resized": str(resizing),
-        "counts": {"train": len(bank), "test": len(queries), "classes": len(bank.classes)}
+        "counts": {"train": fewest_left, "test": len(queries), "classes": len(bank.classes)}
         | ({"left_out": left_out} if left_out else {}),
         "rows": rows,
         "gain": {
-            feature: {m: rows[i][m] - rows[i + len(fields)][m] for m in settings["metrics"]}
-            for i, feature in enumerate(fields)
+            feature: {m: rows[i][m] - rows[i + len(kinds)][m] for m in settings["metrics"]}
+            for i, feature in enumerate(kinds)
         },
         "per_class": classes,
+        **(
+            {"labelled": {"of": available, "rows": [" ".join(map(str, t.tolist())) for t in left]}}
+            if taken
+            else {}
+        ),
         "indicators": signs,
         "warnings": same + _result_warnings(rows, signs, len(queries), encoder.embed_dim),
         "seconds": round(time.monotonic() - started, 1),
@@ -303,32 +274,63 @@ def evaluate(
     for line in result["warnings"]:
         log.warning("%s", line)
     if out is not None:
-        try:
-            write_file(Path(out), json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            failed = StorageError(f"{out}: cannot be written ({error.strerror or error}); nothing was kept")
-            failed.result = result
-            raise failed from None
+        keep_result(out, result)
     return result
 
 
+def _classes_without(test: ImageSource, train: ImageSource) -> list[str]:
+    """A warning (or none) that training images have classes which no test image has."""
+    lacking = [c for c in train.classes if c not in set(test.classes)] if test.labels is not None else []
+    if not lacking or len(lacking) == len(train.classes):
+        return []
+    names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+    return [
+        f"{test.name}: no test images of {counted(len(lacking), 'class')} of {len(train.classes)} in {train.name}: "
+        f"{names}; accuracies are of the others"
+    ]
+
+
+def _kinds(features: Features, kinds: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    """The feature matrices of each kind; raw pixels are all in `cls`."""
+    cls, mean = features.cls.to(device), features.mean.to(device)
+    return {k: mean if k == MEAN else torch.cat([cls, mean], 1) if k == BOTH else cls for k in kinds}
+
+
 def _predict(
-    train: Features, test: Features, field: str, settings: dict[str, Any], device: torch.device
-) -> dict[str, Tensor]:
-    """The class that each metric gives each test image."""
-    assert train.labels is not None and test.labels is not None
-    a, b = getattr(train, field).to(device), getattr(test, field).to(device)
-    out: dict[str, Tensor] = {}
+    train: Mapping[str, Tensor],
+    train_y: Tensor,
+    test: Mapping[str, Tensor],
+    test_y: Tensor,
+    settings: dict[str, Any],
+    seed: int,
+    use: Tensor,
+) -> dict[str, dict[str, Probed]]:
+    """For each kind of features what each metric says of the test images, learned from the rows that are in use."""
+    out: dict[str, dict[str, Probed]] = {kind: {} for kind in train}
+    train, train_y = {kind: x[use.to(x.device)] for kind, x in train.items()}, train_y[use]
     if "knn" in settings["metrics"]:
-        out["knn"] = knn_predictions(a, train.labels, b, test.labels, settings["k"], settings["temperature"])
+        for kind, x in train.items():
+            found = knn_predictions(x, train_y, test[kind], test_y, settings["k"], settings["temperature"])
+            out[kind]["knn"] = Probed(found)
     if "probe" in settings["metrics"]:
-        out["probe"] = probe_predictions(a, train.labels, b, test.labels, seed=settings["seed"])
+        protocol = settings.get("protocol", "paper")
+        for kind, probed in probe(protocol, train, train_y, test, test_y, seed).items():
+            out[kind]["probe"] = probed
     return out
 
 
-def _accuracies(predicted: dict[str, Tensor], test: Features) -> dict[str, float]:
-    assert test.labels is not None
-    return {metric: accuracy(p, test.labels) for metric, p in predicted.items()}
+def _row(found: Sequence[Mapping[str, Probed]], truth: Tensor) -> dict[str, Any]:
+    """Accuracies of one kind of features, `found` for each seed."""
+    values = {m: [accuracy(f[m].predicted, truth) for f in found] for m in found[0]}
+    row: dict[str, Any] = {m: statistics.fmean(v) for m, v in values.items()}
+    if len(found) > 1:
+        row["spread"] = {m: statistics.stdev(v) for m, v in values.items()}
+    probed = [f["probe"] for f in found if "probe" in f]
+    if probed and probed[0].chosen is not None:
+        row["chosen"] = [p.chosen for p in probed]
+        if all(p.validation is not None for p in probed):
+            row["validation"] = statistics.fmean(p.validation for p in probed if p.validation is not None)
+    return row
 
 
 def _result_warnings(

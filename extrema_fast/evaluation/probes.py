@@ -6,6 +6,8 @@ Functions of tensors only; nothing here knows about encoders, images or files.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from ..errors import NonFiniteError, UsageError
 from ..progress import ImageProgress
 
 # of the linear probe, as in the paper
-EPOCHS, WARMUP_EPOCHS = 90, 10
+EPOCHS, WARMUP_EPOCHS, PAPER_RATE = 90, 10, 0.1
 
 
 def _check_features(name: str, x: Tensor, y: Tensor | None = None) -> None:
@@ -30,6 +32,17 @@ def _check_features(name: str, x: Tensor, y: Tensor | None = None) -> None:
         )
     if y is not None and (y.ndim != 1 or len(y) != len(x)):
         raise UsageError(f"{name}: expected {len(x)} labels, one per row, got {tuple(y.shape)}")
+
+
+def check_pair(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> None:
+    """Raises what `knn_predictions` does of features that cannot be used or are not of one model."""
+    _check_features("train features", train_x, train_y)
+    _check_features("test features", test_x, test_y)
+    if train_x.shape[1] != test_x.shape[1]:
+        raise UsageError(
+            f"test features: {test_x.shape[1]} numbers per image, train features have {train_x.shape[1]}: they are "
+            "of different models; compute both with the same weights"
+        )
 
 
 @torch.no_grad()
@@ -69,8 +82,7 @@ def knn_predictions(
         NonFiniteError: NaN or infinite features.
         UsageError: Shapes that do not fit.
     """
-    _check_features("train features", train_x, train_y)
-    _check_features("test features", test_x, test_y)
+    check_pair(train_x, train_y, test_x, test_y)
     if k < 1 or temperature <= 0:
         raise UsageError(f"k-NN: expected k >= 1 and temperature > 0, got k={k}, temperature={temperature}")
     bank = F.normalize(train_x.float(), dim=1)
@@ -104,12 +116,9 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
 def probe_predictions(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0
 ) -> Tensor:
-    """What a linear classifier on frozen features says, trained by the paper's rule.
+    """What a linear classifier on frozen features says, trained by the paper's rule (`train_heads`, one rate).
 
-    Features are standardized with the training set's statistics (a BatchNorm without affine part); weights start at
-    N(0, 0.01); SGD with momentum 0.9 and no decay, rate 0.1 * batch / 256, 10 epochs of warm-up, cosine to 0 over 90
-    epochs. The batch is the paper's 4096, or an eighth of a smaller set. Unlike the paper's, the features are those of
-    one center crop per image, computed once.
+    Unlike the paper's, the features are those of one center crop per image, computed once.
 
     Args:
         train_x, train_y: [n, d] float, [n] int64.
@@ -123,38 +132,98 @@ def probe_predictions(
         NonFiniteError: NaN or infinite features.
         UsageError: Shapes that do not fit, or a single class.
     """
-    _check_features("train features", train_x, train_y)
-    _check_features("test features", test_x, test_y)
+    check_pair(train_x, train_y, test_x, test_y)
     if len(train_y.unique()) < 2:
         raise UsageError("linear probe: the training labels hold one class only; it needs two or more")
-    x, y = train_x.float(), train_y.to(train_x.device)
-    var, mean = torch.var_mean(x, dim=0, correction=0)
-    inv_std = (var + 1e-5).rsqrt()
-    x = (x - mean) * inv_std
-    n, classes = len(x), int(max(train_y.max(), test_y.max())) + 1
+    classes = int(max(train_y.max(), test_y.max())) + 1
+    (heads,) = train_heads([train_x], train_y, classes, (PAPER_RATE,), seed)
+    return heads(test_x)[:, 0].argmax(1).cpu()
+
+
+class Heads(NamedTuple):
+    """Linear classifiers of one kind of features, one for each learning rate.
+
+    Attributes:
+        mean, inv_std: [d], of the training features.
+        weights: [d + 1, rates * classes]; the last row is the bias.
+        rates: How many there are.
+    """
+
+    mean: Tensor
+    inv_std: Tensor
+    weights: Tensor
+    rates: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[m, d] features to [m, rates, classes] logits."""
+        x = (x.to(self.mean) - self.mean) * self.inv_std
+        return torch.addmm(self.weights[-1], x, self.weights[:-1]).view(len(x), self.rates, -1)
+
+
+@torch.no_grad()
+def train_heads(
+    features: Sequence[Tensor],
+    targets: Tensor,
+    classes: int,
+    rates: Sequence[float] = (PAPER_RATE,),
+    seed: int = 0,
+    *,
+    what: str = "linear probe",
+) -> list[Heads]:
+    """Trains linear classifiers on several kinds of features and at several learning rates at once.
+
+    The paper's rule: features are standardized with the training set's statistics (a BatchNorm without affine part);
+    weights start at N(0, 0.01); SGD with momentum 0.9 and no decay, `rate * batch / 256`, 10 epochs of warm-up, cosine
+    to 0 over 90 epochs. The batch is the paper's 4096, or an eighth of a smaller set. All classifiers see the same
+    batches; those of one kind of features are the columns of one matmul.
+
+    Args:
+        features: [n, d] float of each kind, rows of the same images.
+        targets: [n] int64 classes, or [n, classes] float: a share for each class, whose sum is the row's weight.
+        classes: How many there are.
+        rates: Learning rates at a batch of 256.
+        seed: Decides order and first weights.
+
+    Returns:
+        The classifiers of each kind of features.
+    """
+    device, n = features[0].device, len(features[0])
+    generator = torch.Generator().manual_seed(seed)
+    heads, inputs = [], []
+    for x in features:
+        var, mean = torch.var_mean(x.float(), dim=0, correction=0)
+        inv_std = (var + 1e-5).rsqrt()
+        inputs.append((x.float() - mean) * inv_std)
+        first = torch.zeros(x.shape[1] + 1, classes)
+        first[:-1] = torch.randn(x.shape[1], classes, generator=generator) * 0.01
+        heads.append(Heads(mean, inv_std, first.repeat(1, len(rates)).to(device), len(rates)))
+    velocities = [torch.zeros_like(h.weights) for h in heads]
+    targets = targets.to(device)
     batch = min(4096, max(1, n // 8))
     per_epoch = n // batch
-    rate = 0.1 * batch / 256
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.zeros(x.shape[1] + 1, classes)
-    weights[:-1] = torch.randn(x.shape[1], classes, generator=generator) * 0.01
-    weights, velocity = weights.to(x.device), torch.zeros_like(weights).to(x.device)
-    with ImageProgress("linear probe", EPOCHS, unit="epochs") as bar:
+    every = torch.arange(batch, device=device)
+    with ImageProgress(what, EPOCHS, unit="epochs") as bar:
         for epoch in range(EPOCHS):
-            order = torch.randperm(n, generator=generator).to(x.device)
+            order = torch.randperm(n, generator=generator).to(device)
             for i in range(per_epoch):
                 rows = order[i * batch : (i + 1) * batch]
-                batch_x = x[rows]
-                # gradient of the mean cross-entropy: softmax minus one-hot; the last row is the bias
-                error = torch.addmm(weights[-1], batch_x, weights[:-1]).softmax(1)
-                error[torch.arange(len(rows), device=x.device), y[rows]] -= 1
-                error /= len(rows)
-                velocity.mul_(0.9).add_(torch.cat([batch_x.T @ error, error.sum(0, keepdim=True)]))
-                weights -= _probe_rate(rate, epoch + i / per_epoch) * velocity
+                now = [_probe_rate(rate * batch / 256, epoch + i / per_epoch) for rate in rates]
+                step = torch.tensor(now, dtype=torch.float32).repeat_interleave(classes).to(device)
+                target = targets[rows]
+                for head, x, velocity in zip(heads, inputs, velocities, strict=True):
+                    batch_x = x[rows]
+                    # gradient of the mean cross-entropy: softmax minus target
+                    logits = torch.addmm(head.weights[-1], batch_x, head.weights[:-1])
+                    error = logits.view(batch, len(rates), classes).softmax(2)
+                    if target.ndim == 1:
+                        error[every, :, target] -= 1
+                    else:
+                        error = error * target.sum(1)[:, None, None] - target[:, None]
+                    error = error.flatten(1) / batch
+                    velocity.mul_(0.9).add_(torch.cat([batch_x.T @ error, error.sum(0, keepdim=True)]))
+                    head.weights.sub_(step * velocity)
             bar.advance(1)
-    test = (test_x.float() - mean) * inv_std
-    logits = torch.addmm(weights[-1], test, weights[:-1])
-    return logits.argmax(1).cpu()
+    return heads
 
 
 def _probe_rate(peak: float, epoch: float) -> float:

@@ -11,7 +11,11 @@ from torch import Tensor
 from ..files import fits
 
 PRETRAINED, RANDOM, PIXELS = "pretrained", "random init", "raw pixels"
-CLS, MEAN = "class token", "mean of patches"
+CLS, MEAN, BOTH = FEATURES = "class token", "mean of patches", "class and mean"
+# of a segmentation
+TOKENS = "patch tokens"
+# of the linear probe -> its title
+PROTOCOLS = {"paper": "linear probe", "grid": "linear probe, best rate", "logistic": "logistic regression"}
 # pairs of classes that are taken for each other most often, in a result
 CONFUSIONS = 10
 
@@ -41,17 +45,29 @@ def per_class(predicted: dict[str, Tensor], labels: Tensor, classes: Sequence[st
     return out
 
 
-_ROW = {"encoder": str, "feature": str, "knn?": float, "probe?": float}
+_ACCURACIES = {"knn?": float, "probe?": float}
+_ROW = {
+    "encoder": str,
+    "feature": str,
+    **_ACCURACIES,
+    "spread?": _ACCURACIES,
+    "chosen?": [float],
+    "validation?": float,
+}
 _RESULT = {
     "metrics": [str],
     "rows": [_ROW],
-    "gain": {f"{CLS}?": {"knn?": float, "probe?": float}, MEAN: {"knn?": float, "probe?": float}},
+    "gain": {f"{CLS}?": _ACCURACIES, MEAN: _ACCURACIES, f"{BOTH}?": _ACCURACIES},
     "counts": {"train": int, "test": int, "classes": int, "left_out?": int},
     "warnings": [str],
     "which": str,
     "step": (int, None),
     "k": int,
     "resized?": str,
+    "protocol?": str,
+    "labels?": str,
+    "labelled?": {"of": int, "rows": [str]},
+    "seeds?": int,
     "per_class?": {
         "feature": str,
         "names": [str],
@@ -67,9 +83,36 @@ def is_result(data: Any) -> bool:
     """Whether plain data from a file has the shape of what `evaluate` returns."""
     return (
         fits(data, _RESULT)
-        and data["gain"].keys() <= {CLS, MEAN}
+        and data["gain"].keys() <= set(FEATURES)
+        and data.get("protocol", "paper") in PROTOCOLS
         and all(m in row for row in (*data["rows"], *data["gain"].values()) for m in data["metrics"])
+        and all(m in row["spread"] for row in data["rows"] if "spread" in row for m in data["metrics"])
         and ("per_class" not in data or _fits_classes(data["per_class"], data["metrics"]))
+    )
+
+
+_SEGMENTATION = {
+    "kind": str,
+    "metrics": [str],
+    "rows": [_ROW | {"probe": float, "kmeans": float, "spread?": {"probe": float, "kmeans": float}}],
+    "gain": {TOKENS: {"probe": float, "kmeans": float}},
+    "counts": {"train": int, "test": int, "classes": int},
+    "per_class": {"names": [str], "pixels": [int], "probe": [(float, None)], "kmeans": [(float, None)]},
+    "warnings": [str],
+    "which": str,
+    "step": (int, None),
+    "data": str,
+    "seeds?": int,
+}
+
+
+def is_segmentation(data: Any) -> bool:
+    """Whether plain data from a file has the shape of what `segment` returns."""
+    return (
+        fits(data, _SEGMENTATION)
+        and data["kind"] == "segmentation"
+        and data["metrics"] == ["probe", "kmeans"]
+        and len({len(v) for v in data["per_class"].values() if isinstance(v, list)}) == 1
     )
 
 
@@ -86,28 +129,61 @@ def _fits_classes(data: dict[str, Any], metrics: list[str]) -> bool:
     )
 
 
+def titles(result: dict[str, Any]) -> dict[str, str]:
+    """The metrics of a result of `evaluate` or `segment`, in the order of its table, with their titles."""
+    if "kind" in result:
+        return {"probe": "linear probe, mIoU", "kmeans": "k-means, mIoU"}
+    known = {"knn": f"k-NN (k={result['k']})", "probe": PROTOCOLS[result.get("protocol", "paper")]}
+    return {m: title for m, title in known.items() if m in result["metrics"]}
+
+
+def best_feature(result: dict[str, Any], encoder: str = PRETRAINED) -> str:
+    """The kind of features whose probe was right most often on the validation images; without any the first."""
+    rows = [r for r in result["rows"] if r["encoder"] == encoder]
+    best = max(rows, key=lambda r: r.get("validation", 0.0), default={"feature": CLS})
+    return str(best["feature"])
+
+
+def learned_from(result: dict[str, Any]) -> str:
+    """In words: how many training images, of how many, and of how many seeds the accuracies are."""
+    counts, labelled = result["counts"], result.get("labelled")
+    text = f"{counts['train']} training"
+    if labelled:
+        text += f" (of {labelled['of']}, labels {result.get('labels', '')})"
+    return text
+
+
 def format_table(result: dict[str, Any]) -> str:
     """The result as aligned plain text: one row per encoder and feature, then the gain over random init."""
-    titles = {"knn": f"k-NN (k={result['k']})", "probe": "linear probe"}
-    metrics = [m for m in titles if m in result["metrics"]]
+    named = titles(result)
+
+    def shown(row: dict[str, Any], metric: str) -> str:
+        text = f"{100 * row[metric]:.1f} "
+        return text + (f"± {100 * row['spread'][metric]:.1f} %" if "spread" in row else "%")
+
+    width = {m: max([len(t), *(len(shown(r, m)) for r in result["rows"])]) for m, t in named.items()}
 
     def line(encoder: str, feature: str, *values: str) -> str:
-        cells = [f"{v:>{len(titles[m])}}" for m, v in zip(metrics, values, strict=True)]
+        cells = [f"{v:>{width[m]}}" for m, v in zip(named, values, strict=True)]
         return "  ".join([f"{encoder:<21}", f"{feature:<15}", *cells]).rstrip()
 
-    lines = [line("encoder", "feature", *(titles[m] for m in metrics))]
-    lines.append(line("-" * 21, "-" * 15, *("-" * len(titles[m]) for m in metrics)))
+    lines = [line("encoder", "feature", *named.values())]
+    lines.append(line("-" * 21, "-" * 15, *("-" * width[m] for m in named)))
     for row in result["rows"]:
-        lines.append(line(row["encoder"], row["feature"], *(f"{100 * row[m]:.1f} %" for m in metrics)))
+        lines.append(line(row["encoder"], row["feature"], *(shown(row, m) for m in named)))
     lines.append("")
     for feature, gain in result["gain"].items():
-        lines.append(line("gain over random init", feature, *(f"{100 * gain[m]:+.1f}   " for m in metrics)))
+        lines.append(line("gain over random init", feature, *(f"{100 * gain[m]:+.1f}   " for m in named)))
     counts, step = result["counts"], "" if result["step"] is None else f" of step {result['step']}"
     lines += [
         "",
-        f"{result['which']} weights{step}; {counts['train']} training and {counts['test']} "
+        f"{result['which']} weights{step}; {learned_from(result)} and {counts['test']} "
         f"test images, {counts['classes']} classes",
     ]
+    if "seeds" in result:
+        lines.append(f"mean and standard deviation of {result['seeds']} seeds")
+    if any("validation" in row for row in result["rows"]):
+        lines.append(f"chosen on a fifth of the training images, as the feature is: {best_feature(result)}")
     if "resized" in result:
         lines.append(f"images {result['resized']}")
     if counts.get("left_out"):

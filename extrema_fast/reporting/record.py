@@ -17,8 +17,8 @@ from ..config import SIZES, Config, FinetuneConfig, differing, flatten, nearest_
 from ..data.sources import BUILT_IN
 from ..errors import UsageError, counted
 from ..evaluation.classification import is_classification
-from ..evaluation.evaluate import run_config
 from ..evaluation.result import is_result
+from ..evaluation.subject import run_config
 from ..files import fits, read_json
 from ..models.classifier import Classifier
 from ..models.encoder import build_encoder

@@ -18,9 +18,9 @@ from ..config import Config, FinetuneConfig, flatten
 from ..data.image_files import read_as
 from ..data.sources import open_source
 from ..errors import UsageError, cannot_import, one_line
-from ..evaluation.evaluate import resolve_data
 from ..evaluation.features import Embedded
 from ..evaluation.result import CLS, MEAN, PIXELS, PRETRAINED, RANDOM
+from ..evaluation.subject import resolve_data
 from ..files import no_links, write_file
 from ..progress import duration
 from ..weights import load as convert

@@ -43,7 +43,7 @@ from ..errors import (
     UsageError,
     is_out_of_memory,
 )
-from ..evaluation.evaluate import weights_hash
+from ..evaluation.subject import weights_hash
 from ..files import no_links
 from ..models.encoder import Encoder
 from ..models.masking import sample_views

@@ -24,7 +24,7 @@ from ..data.pixels import is_deep, open_array, plugins, range_of, shown, to_8_bi
 from ..data.sources import EXTENSIONS, NPY, UNREAD, ImageSource, open_source
 from ..distributed import World, pick_device
 from ..errors import ExtremaError, StorageError, UsageError, install
-from ..evaluation.evaluate import weights_hash
+from ..evaluation.subject import weights_hash
 from ..files import new_file
 from ..progress import ImageProgress
 from ..weights import load as convert

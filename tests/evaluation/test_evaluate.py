@@ -23,6 +23,7 @@ from extrema_fast.data.sources import open_source, subset
 from extrema_fast.distributed import World
 from extrema_fast.errors import DataError, NonFiniteError, StorageError, UsageError
 from extrema_fast.evaluation import evaluate as evals
+from extrema_fast.evaluation import subject
 from extrema_fast.evaluation.collapse import collapse_warnings
 from extrema_fast.evaluation.features import extract, overlap, raw_pixels
 from extrema_fast.evaluation.online import online_eval
@@ -459,7 +460,7 @@ def test_a_result_that_cannot_be_kept_is_in_the_error(run, monkeypatch, capsys):
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(evals, "write_file", full)
+    monkeypatch.setattr(subject, "write_file", full)
     with pytest.raises(StorageError, match=r"evaluation\.json") as e:
         evals.evaluate(run, device="cpu")
     assert main(["evaluate", str(run), "--device", "cpu"]) == 5
