@@ -554,7 +554,7 @@ def test_images_are_found_from_another_folder_and_after_moving(run, cfg, images,
     ):
         named = dataclasses.replace(cfg.data, train=train, test=test)
         (run / "config.json").write_text(json.dumps(to_dict(dataclasses.replace(cfg, data=named))))
-        found = evals.run_config(run).data
+        found = subject.run_config(run).data
         assert (found.train, found.test) == (start + train, start + test)
     (run / "config.json").write_text(json.dumps(to_dict(dataclasses.replace(cfg, data=data))))
     # run and images moved together
@@ -578,7 +578,7 @@ def test_the_images_held_out_of_training_are_the_test_images(run, cfg, images, t
     assert result["holdout"] == 0.3 and not result["warnings"]
 
     def opened(train=None, test=None):
-        given = zip(evals.resolve_data(changed, train, test), ("train", "test"), strict=True)
+        given = zip(subject.resolve_data(changed, train, test), ("train", "test"), strict=True)
         return [set(open_source(s, split, holdout=share).paths) for (s, share), split in given]
 
     assert opened() == [set(trained_on.paths), set(held.paths)]
