@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .tools.embed import embed
     from .tools.embeddings import Embeddings, load_embeddings
     from .tools.search import search
+    from .tools.visualize import visualize
     from .train import finetune, pretrain
     from .weights.export import export
     from .weights.initial import load_trunk
@@ -56,6 +57,7 @@ _HOME = {
     "sample_views": "models.masking",
     "search": "tools.search",
     "segment": "evaluation.segmentation",
+    "visualize": "tools.visualize",
 }
 __all__ = sorted(_HOME)
 

@@ -788,6 +788,30 @@ def _search(p: _Parser, args: list[str]) -> None:
     _show(search(**o), as_json, format_table)
 
 
+@_command("visualize runs/photos cat.jpg dog.jpg --out pictures")
+def _visualize(p: _Parser, args: list[str]) -> None:
+    """Pictures of what an encoder makes of images or a video, and a page where one chooses patches."""
+    p.add("weights", metavar="WEIGHTS", help="run, weights folder or released .pth")
+    p.add("images", nargs="+", metavar="IMAGES", help="image files, a video, or a folder or other images")
+    p.add("--out", default="pictures", metavar="DIR", help="folder for the pictures (default: pictures)")
+    p.add("--make", nargs="+", default=[], metavar="NAME", help="attention, similarity, pca, neighbors, map")
+    p.add("--patch", type=int, nargs=2, metavar=("X", "Y"), help="compare to the patch at this pixel")
+    p.add("--show", type=int, default=8, metavar="N", help="images whose patches are shown (default 8)")
+    p.add(
+        "--patches", type=int, metavar="N", help="along the longer side (default 32 where there are pixels)"
+    )
+    p.add("--frames", type=int, default=48, metavar="N", help="of a video (default 48)")
+    p.add("--map", choices=("tsne", "umap", "pca"), help="default: tsne where scikit-learn is installed")
+    p.add("--which", choices=("teacher", "student"), help="default: teacher")
+    p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    p.switch("--force", "replace a folder in --out that holds other files")
+    o = p.options(args)
+    from .tools.visualize import describe, visualize
+
+    o["patch"] = tuple(o["patch"]) if o["patch"] else None
+    _print(describe(visualize(**o)))
+
+
 @_command("import extrema_base.pth weights/extrema_base")
 def _import(p: _Parser, args: list[str]) -> None:
     """Convert a released ExtreMA checkpoint into a weights folder."""

@@ -1,7 +1,7 @@
-"""What the report shows of a run: line charts as inline SVG, and pictures as inline PNG.
+"""What pages show: line charts as inline SVG, and pictures as inline PNG.
 
 Charts are drawn by matplotlib; their colors are CSS variables of the page, so that they follow its light or dark mode.
-Pictures: what the student sees, where the pooling head attends, what patch tokens encode, which images are near.
+Pictures: what the student sees, where each pooling head attends, what patch tokens encode, which images are near.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import base64
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import rng
-from ..config import Config
+from ..config import Config, DataConfig
 from ..data.augment import normalize
 from ..data.pixels import shown
 from ..data.sources import ImageSource, match_classes, subset
@@ -28,6 +28,7 @@ from ..distributed import pick_device
 from ..errors import UsageError
 from ..evaluation.features import Embedded, cap, extract, load_batch
 from ..models.masking import sample_views
+from .patches import Patches, pca_colors, principal_components, read_patches, salient, similarity
 
 if TYPE_CHECKING:
     from ..models.encoder import Encoder
@@ -176,38 +177,6 @@ def small(images: Tensor) -> np.ndarray:
     return shown(images.numpy())
 
 
-def principal_components(x: Tensor, count: int) -> tuple[Tensor, list[float]]:
-    """The `count` first principal components of rows, and each one's share of the variance.
-
-    Args:
-        x: [n, D] float.
-        count: How many; those that D lacks are 0.
-
-    Returns:
-        [n, count] fp64, each axis pointing to its largest entry; shares.
-    """
-    x = x.double()
-    x = x - x.mean(0)
-    values, axes = torch.linalg.eigh(x.T @ x)
-    axes = axes[:, -count:].flip(1)
-    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-    y, share = x @ axes, values.clamp_min(0).flip(0) / values.clamp_min(0).sum().clamp_min(1e-300)
-    missing = count - y.shape[1]
-    return F.pad(y, (0, missing)), share[:count].tolist() + [0.0] * missing
-
-
-def token_colors(tokens: Tensor) -> np.ndarray:
-    """[n, N, D] -> uint8 [n, N, 3]: the first three principal components as RGB.
-
-    One basis for all images, so equal colors mean similar tokens; each axis points to its largest entry.
-    """
-    n, count, _ = tokens.shape
-    y, _ = principal_components(tokens.flatten(0, 1), 3)
-    low, high = (torch.quantile(y, q, dim=0) for q in (0.02, 0.98))
-    y = ((y - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    return (255 * y).round().to(torch.uint8).reshape(n, count, 3).numpy()
-
-
 def dropped(kept: np.ndarray) -> np.ndarray:
     """bool [gh, gw] -> RGBA: slate blue where a patch is dropped, clear where it is kept."""
     out = np.zeros((*kept.shape, 4), np.uint8)
@@ -216,11 +185,103 @@ def dropped(kept: np.ndarray) -> np.ndarray:
     return out
 
 
-def heat(values: np.ndarray, top: float, alpha: float = 0.72) -> np.ndarray:
-    """[gh, gw] -> RGBA of the color map viridis, 0 to `top`, partly transparent."""
+def heat(values: np.ndarray, top: float, low: float = 0.0, alpha: float = 0.72) -> np.ndarray:
+    """[gh, gw] -> RGBA of the color map viridis, `low` to `top`, partly transparent."""
     from matplotlib import colormaps
 
-    return colormaps["viridis"](values / max(top, 1e-12), alpha=alpha, bytes=True)
+    return colormaps["viridis"]((values - low) / max(top - low, 1e-12), alpha=alpha, bytes=True)
+
+
+def ramp(count: int) -> list[list[int]]:
+    """`count` colors [r, g, b] of `heat`, from its lowest to its highest."""
+    return heat(np.linspace(0, 1, count)[None], 1)[0, :, :3].tolist()
+
+
+def gradient() -> str:
+    """The colors of `heat` as those of a CSS gradient."""
+    return ",".join("rgb({},{},{})".format(*color) for color in ramp(7))
+
+
+def marked(grid: tuple[int, int], at: tuple[int, int] | None) -> np.ndarray:
+    """RGBA [10 rows, 10 columns] of a grid of patches, clear but for a frame around the patch (row, column) `at`."""
+    out = np.zeros((10 * grid[0], 10 * grid[1], 4), np.uint8)
+    if at is not None:
+        # white within black, to be seen on any image
+        for inset, color in ((0, (0, 0, 0, 255)), (2, (255, 255, 255, 255)), (5, (0, 0, 0, 0))):
+            part = out[
+                10 * at[0] + inset : 10 * at[0] + 10 - inset, 10 * at[1] + inset : 10 * at[1] + 10 - inset
+            ]
+            part[:] = color
+    return out
+
+
+class Table(NamedTuple):
+    """What lies over images, a row per image: uint8 [h, w, 3 or 4] to be stretched over it; None: the image alone."""
+
+    titles: list[str]
+    rows: list[list[np.ndarray | None]]
+    # the attention, in even shares, that has the brightest color; the cosine that has the darkest; None: none shown
+    top: float | None = None
+    low: float | None = None
+
+    def addresses(self) -> list[list[str | None]]:
+        """The rows as inline addresses."""
+        return [[None if a is None else data_uri(a) for a in row] for row in self.rows]
+
+
+def attention_top(maps: Sequence[np.ndarray]) -> float:
+    """The attention, in even shares, of the brightest color: one for all maps, so that an undecided head is flat."""
+    return max(2.0, float(np.quantile(np.concatenate([m.ravel() for m in maps]), 0.99)))
+
+
+PATCH_PICTURES = ("attention", "similarity", "pca")
+
+
+def patch_table(
+    images: Sequence[Patches],
+    make: Sequence[str] = PATCH_PICTURES,
+    *,
+    at: tuple[int, int] | None = None,
+    colors: tuple[Sequence[np.ndarray], Sequence[np.ndarray]] | None = None,
+) -> Table:
+    """Attention of each head, similarity to a patch, and principal components, of each image.
+
+    Args:
+        images: What the encoder made of them.
+        make: Which of `PATCH_PICTURES`.
+        at: (row, column) of the patch of the first image that patches of all images are compared to; None: of each
+            image its own most attended patch (`salient`).
+        colors: Of these images, by `pca_colors` of these or more; None: of these.
+    """
+    titles: list[str] = ["image"]
+    rows: list[list[np.ndarray | None]] = [[None] for _ in images]
+    top: float | None = None
+    low: float | None = None
+    if "attention" in make and (maps := [i.attention.numpy() for i in images if i.attention is not None]):
+        top = attention_top(maps)
+        blocks, heads = maps[0].shape[:2]
+        both = [(p, h) for p in range(blocks) for h in range(heads)]
+        titles += [f"block {p + 1}, head {h + 1}" if blocks > 1 else f"head {h + 1}" for p, h in both]
+        for row, of_image in zip(rows, maps, strict=True):
+            row += [heat(of_image[p, h], top) for p, h in both]
+    if "similarity" in make:
+        if at is None:
+            chosen: list[tuple[int, int] | None] = [salient(image) for image in images]
+            asked = [image.tokens[salient(image)] for image in images]
+        else:
+            chosen = [at] + [None] * (len(images) - 1)
+            asked = [images[0].tokens[at]] * len(images)
+        found = [similarity(image, token) for image, token in zip(images, asked, strict=True)]
+        # nearly equal tokens must not look different
+        low = min(0.9, *(float(f.min()) for f in found))
+        titles += ["patch", "similar to it"]
+        for row, image, mark, values in zip(rows, images, chosen, found, strict=True):
+            row += [marked(image.grid, mark), heat(values, 1.0, low)]
+    if "pca" in make:
+        titles += ["patch PCA", "foreground PCA"]
+        for row, *both_colors in zip(rows, *(colors or pca_colors(images)), strict=True):
+            row += both_colors
+    return Table(titles, rows, top, low)
 
 
 @torch.inference_mode()
@@ -237,8 +298,9 @@ def samples(
         count: How many images.
 
     Returns:
-        `images` (addresses), `size` (height, width), `titles` of the columns, `rows`: per image its overlays in their
-        order (None: the image alone), and `top`: the attention, in even shares, that has the brightest color.
+        `images` (addresses), `size` (height, width), `views`, and two tables, `table` (masked views; attention of each
+        pooling block, trained and initial) and `patches` (`patch_table`): `titles` of the columns; `rows`: per image
+        its overlays in their order (None: the image alone); `top` and `low` of their colors. `gradient`.
     """
     images = load_batch(source, cfg.data, encoder.img_size, count, strict=False, resizing=encoder.resizing())
     x = normalize(images, cfg.data.mean, cfg.data.std, encoder.in_chans)
@@ -247,16 +309,13 @@ def samples(
     mask = torch.zeros(n, views, gh * gw, dtype=torch.bool).scatter_(2, keep.long(), True)
     kept = mask.reshape(n, views, gh, gw).numpy()
 
-    def attention(model: Encoder) -> np.ndarray:
-        # [n, blocks, gh, gw]: mean over heads, times the number of patches; 1 is no preference
-        maps = model.get_attention(x).mean(2)[..., 1:]
-        maps = maps / maps.sum(-1, keepdim=True) * (gh * gw)
-        return maps.reshape(n, -1, gh, gw).numpy()
+    def attention(patches: Sequence[Patches]) -> np.ndarray:
+        # [n, blocks, gh, gw]: mean over heads
+        return np.stack([p.attention.numpy().mean(1) for p in patches if p.attention is not None])
 
-    colors = token_colors(encoder.encode(x).patches).reshape(n, gh, gw, 3)
-    maps, before = attention(encoder), None if initial is None else attention(initial)
-    # one scale for all maps, trained and initial, so that an undecided head looks flat
-    top = max(2.0, float(np.quantile(maps, 0.99)))
+    patches = read_patches(encoder, x)
+    maps, before = attention(patches), None if initial is None else attention(read_patches(initial, x))
+    top = attention_top([maps])
     titles = ["image", *(f"view {v + 1}" for v in range(views))]
     for p in range(maps.shape[1]):
         titles += [f"attention {p + 1}"] + ([] if before is None else [f"{p + 1} at init"])
@@ -265,19 +324,19 @@ def samples(
         over: list[np.ndarray | None] = [None, *(dropped(kept[i, v]) for v in range(views))]
         for p in range(maps.shape[1]):
             over += [heat(m[i, p], top) for m in (maps, before) if m is not None]
-        over.append(colors[i])
-        rows.append([None if a is None else data_uri(a) for a in over])
+        rows.append(over)
     pictures = small(images)
+    tables = Table(titles, rows, top), patch_table(patches)
+    table, below = ({**t._asdict(), "rows": t.addresses()} for t in tables)
     return {
         "images": [photo_uri(a) for a in pictures],
         "channels": encoder.in_chans,
         "pixelated": max(pictures.shape[1:3]) <= LOSSLESS_SIDE,
         "size": pictures.shape[1:3],
-        "titles": [*titles, "patch PCA"],
-        "rows": rows,
+        "table": table,
+        "patches": below,
         "views": views,
-        "top": top,
-        "ramp": ",".join("rgb({},{},{})".format(*c[:3]) for c in heat(np.linspace(0, 1, 7)[None], 1)[0]),
+        "gradient": gradient(),
     }
 
 
@@ -301,18 +360,26 @@ def embed(encoder: Encoder, train: ImageSource, test: ImageSource, cfg: Config) 
 
 @torch.inference_mode()
 def neighbors(
-    encoder: Encoder, test: Embedded, bank: Embedded, cfg: Config, *, queries: int = 6, k: int = 5
+    encoder: Encoder,
+    test: Embedded,
+    bank: Embedded,
+    cfg: DataConfig,
+    *,
+    size: tuple[int, int] | None = None,
+    queries: int = 6,
+    k: int = 5,
 ) -> dict[str, Any]:
     """The `k` images of a bank that are nearest (cosine of class tokens) to evenly spaced test images.
 
     Args:
         test: Test images.
         bank: Training images; where it is `test`, an image is not its own neighbor.
+        size: (height, width) of the pictures; None: those of the encoder.
 
     Returns:
-        `rows`: per test image its address, class name and neighbors (address, class name, cosine, same class or None
-        without labels); `searched`, `right` and `total`: counts; `others`: whether the bank is `test`; `size` (height,
-        width); `pixelated`.
+        `rows`: per test image its row, address, class name and neighbors (row, address, class name, cosine, same class
+        or None without labels); `searched`, `right` and `total`: counts; `others`: whether the bank is `test`; `size`
+        (height, width); `pixelated`.
     """
     n = len(test.cls)
     count = min(queries, n)
@@ -324,10 +391,10 @@ def neighbors(
     if itself:
         cosine[torch.arange(count), at] = -math.inf
     near = cosine.topk(min(k, len(bank.cls) - itself), dim=1)
-    size, resizing = encoder.img_size, encoder.resizing()
+    size, resizing = size or encoder.img_size, encoder.resizing()
     nearest = subset(bank.source, near.indices.flatten())
     left, found = (
-        small(load_batch(s, cfg.data, size, len(s), resizing=resizing)) if len(s) else np.zeros((0, *size, 3))
+        small(load_batch(s, cfg, size, len(s), resizing=resizing)) if len(s) else np.zeros((0, *size, 3))
         for s in (asked, nearest)
     )
     labelled = asked.labels is not None and bank.source.labels is not None
@@ -343,8 +410,11 @@ def neighbors(
             same = other == name(asked.labels, i) if labelled else None
             right += bool(same)
             image = photo_uri(found[i * near.indices.shape[1] + j])
-            row.append({"image": image, "name": other, "cosine": float(near.values[i, j]), "same": same})
-        rows.append({"image": photo_uri(left[i]), "name": name(asked.labels, i), "near": row})
+            found_row = {"row": int(near.indices[i, j]), "image": image, "name": other, "same": same}
+            row.append(found_row | {"cosine": float(near.values[i, j])})
+        rows.append(
+            {"row": int(at[i]), "image": photo_uri(left[i]), "name": name(asked.labels, i), "near": row}
+        )
     return {
         "rows": rows,
         "searched": len(bank.cls) - itself,
@@ -356,13 +426,18 @@ def neighbors(
     }
 
 
-def embedding_map(test: Embedded) -> dict[str, Any]:
-    """Test images in the plane of the two first principal components of their normalized class tokens.
+def embedding_map(test: Embedded, place: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any]:
+    """Images in a plane by their normalized class tokens.
+
+    Args:
+        test: The images; the same `MAPPED` of more.
+        place: [n, D] fp32 -> [n, 2]; None: the two first principal components.
 
     Returns:
         `groups`: per class `name`, `images`, `color` and `shape` (numbers), `points` (x, y) in `size`, those of the
         largest classes; `others`: classes without a color, whose points come first, as a group of color None;
-        `shares` of the variance; `images`; `size`.
+        `shares` of the variance, of principal components; `rows` of the images and their `places` as given, [n, 2];
+        `images`; `size`.
 
     Raises:
         UsageError: fewer than three images.
@@ -372,7 +447,12 @@ def embedding_map(test: Embedded) -> dict[str, Any]:
         raise UsageError(f"a map needs at least 3 images, {test.source.name} has {n}")
     # a choice by a key: equal steps could leave classes out
     rows = rng.permutation(n, seed=0, epoch=0)[:MAPPED].sort().values
-    y, shares = principal_components(F.normalize(test.cls[rows], dim=1), 2)
+    x, shares = F.normalize(test.cls[rows], dim=1), list[float]()
+    if place is None:
+        y, shares = principal_components(x, 2)
+    else:
+        y = place(x).double()
+    places = y.tolist()
     labels = torch.zeros(len(rows), dtype=torch.int64)
     classes = [""]
     if test.source.labels is not None:
@@ -398,6 +478,8 @@ def embedding_map(test: Embedded) -> dict[str, Any]:
         "others": len(rest),
         "labelled": test.source.labels is not None,
         "shares": shares,
+        "rows": rows.tolist(),
+        "places": places,
         "images": len(rows),
         "size": (width, height),
     }

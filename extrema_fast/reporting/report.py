@@ -339,6 +339,6 @@ def _pictures(
         shown["map_note"] = f"Left out for time; made by: extrema-fast report {folder}"
     elif embedded is not None:
         near, bank = embedded
-        shown["neighbors"] = attempt("neighbors", lambda: figures.neighbors(encoder, near, bank, cfg))
+        shown["neighbors"] = attempt("neighbors", lambda: figures.neighbors(encoder, near, bank, cfg.data))
         shown["map"] = attempt("map", lambda: figures.embedding_map(near))
     return shown

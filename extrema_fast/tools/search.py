@@ -171,11 +171,16 @@ def _feature(embeddings: Embeddings, place: int) -> Tensor:
 
 def _query_images(query: str) -> ImageSource:
     path = Path(query).expanduser()
-    if path.is_file() and path.suffix.lower() in (*EXTENSIONS, *plugins(), NPY):
+    if is_image_file(path):
         return ImageSource(query, [str(path)], None, [], "")
     if not path.exists() and path.suffix.lower() in (*EXTENSIONS, *UNREAD, NPY):
         raise UsageError(f"{query}: neither an image file nor a path in the index's rows.tsv")
     return open_source(query)
+
+
+def is_image_file(path: str | Path) -> bool:
+    """Whether a path is a file that is one image, by its ending."""
+    return Path(path).is_file() and Path(path).suffix.lower() in (*EXTENSIONS, *plugins(), NPY)
 
 
 def _encode(
@@ -297,9 +302,9 @@ def format_table(result: list[dict[str, Any]]) -> str:
 
 
 class Tile(NamedTuple):
-    """One image: the bytes of its file (None: not there), and the text under it, first bold in tone."""
+    """One image: the bytes of its file (None: not there) or itself, and the text under it, first bold in tone."""
 
-    data: bytes | None
+    data: Any
     first: str
     second: str
 
@@ -346,7 +351,8 @@ def write_sheet(path: Path, lines: list[list[Tile]], *, exif: bool = False) -> N
         for j, tile in enumerate(line):
             # a wider gap and a rule between the query and what was found
             x = MARGIN + j * step + (GAP if j else 0)
-            sheet.paste(_thumbnail(tile.data, exif), (x, y))
+            made = tile.data is not None and not isinstance(tile.data, bytes)
+            sheet.paste(_centered(tile.data) if made else _thumbnail(tile.data, exif), (x, y))
             for n, (words, color) in enumerate(((tile.first, INK), (tile.second, GRAY))):
                 draw.text((x, y + SIDE + 4 + n * (FONT + 4)), _fit(words, font), fill=color, font=font)
         x = MARGIN + SIDE + GAP
@@ -365,9 +371,8 @@ def _thumbnail(data: bytes | None, exif: bool) -> Any:
     image = _pillow()
     from PIL import ImageOps
 
-    square = image.new("RGB", (SIDE, SIDE), (238, 240, 243))
     if data is None:
-        return square
+        return _centered()
     try:
         if array := open_array(io.BytesIO(data), None):
             values = array.values(None)
@@ -380,8 +385,15 @@ def _thumbnail(data: bytes | None, exif: bool) -> Any:
         im = ImageOps.contain(im.convert("RGB"), (SIDE, SIDE), image.Resampling.BICUBIC)
     except Exception:
         # nearly anything, for damaged bytes
-        return square
-    square.paste(im, ((SIDE - im.width) // 2, (SIDE - im.height) // 2))
+        return _centered()
+    return _centered(im)
+
+
+def _centered(im: Any = None) -> Any:
+    """A PIL image of at most SIDE pixels a side in the middle of a gray square."""
+    square = _pillow().new("RGB", (SIDE, SIDE), (238, 240, 243))
+    if im is not None:
+        square.paste(im, ((SIDE - im.width) // 2, (SIDE - im.height) // 2))
     return square
 
 

@@ -249,7 +249,7 @@ def _build(
     kernel = "patch_embed.proj.weight"
     state[kernel] = adapt_in_chans(state[kernel].float(), options["in_chans"] or config.in_chans)
     encoder = Encoder(config, **{**options, "pos_grid": trained})
-    if options["pos_coords"] != saved["pos_coords"]:
+    if saved["pos_embed"] == "sincos" and options["pos_coords"] != saved["pos_coords"]:
         state["pos_embed"] = encoder.pos_embed.detach()
     # what this variant does not have is left out
     unused = {

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 import io
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -38,7 +36,6 @@ from extrema_fast.reporting.figures import (
     photo_uri,
     small,
     thin,
-    token_colors,
 )
 from extrema_fast.reporting.record import curve, identity, last_attempts, read_run, settings
 from extrema_fast.reporting.report import report
@@ -160,14 +157,6 @@ def test_dropped_patches_are_hidden_attention_has_its_scale_and_large_images_are
     x = torch.arange(2 * 8 * 6 * 3, dtype=torch.uint8).reshape(2, 8, 6, 3)
     assert np.array_equal(small(x), x.numpy())
     assert small(torch.full((1, 1024, 512, 3), 7, dtype=torch.uint8)).shape == (1, 256, 128, 3)
-
-
-def test_token_colors_share_one_basis_with_fixed_signs():
-    x = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0))
-    out = token_colors(x)
-    assert out.shape == (2, 9, 3) and out.dtype == np.uint8 and out.min() == 0 and out.max() == 255
-    assert np.array_equal(token_colors(x.flip(0)), out[::-1])
-    assert token_colors(x[..., :2]).shape == (2, 9, 3)
 
 
 def embedded(x, labels=None, classes=()):
@@ -367,7 +356,7 @@ def test_report_of_a_complete_run(run):
         "map",
         *(f"shape{i}" for i in range(5)),
         "images",
-        *(f"image{i}-{j}" for i in range(3) for j in range(8)),
+        *(f"{table}{i}-{j}" for table in ("image", "patches") for i in range(3) for j in range(7)),
         "nearest-neighbors",
         *(name for i in range(6) for name in (f"query{i}", *(f"near{i}-{j}" for j in range(5)))),
         "is-it-collapsing",
@@ -521,42 +510,3 @@ def test_no_report_ends_no_run(images, cache, tmp_path, monkeypatch, caplog, pro
         assert (str(problem) or "MemoryError") in line and f"extrema-fast report {tmp_path / 'run'}" in line
     no_report = dataclasses.replace(cfg, log=dataclasses.replace(cfg.log, report=False))
     pretrain(no_report, overwrite=True, progress=False)
-
-
-# ---- in a browser ---------------------------------------------------------------------------------
-
-CHECK = """<script>onload = () => {
-  const found = {};
-  for (const b of document.querySelectorAll(".tile button")) {
-    const t = b.parentElement, before = t.getBoundingClientRect().width;
-    b.click();
-    const large = t.getBoundingClientRect().width;
-    const open = t.matches(":popover-open");
-    b.click();
-    if (!open || large < 3 * before || before < 30 || t.matches(":popover-open")) found[t.id] = [before, large];
-  }
-  const page = document.documentElement;
-  found.overflow = page.scrollWidth - page.clientWidth;
-  found.images = [...document.images].filter(i => !i.complete || !i.naturalWidth).length;
-  document.title = JSON.stringify(found);
-}</script></body>"""
-
-
-def test_in_a_browser(run, tmp_path):
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium")
-    page = tmp_path / "page.html"
-    page.write_text(report(run, images=1).read_text().replace("</body>", CHECK))
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    done = subprocess.run(
-        [browser, *options, profile, page.as_uri()], capture_output=True, text=True, timeout=120
-    )
-    if done.returncode:
-        pytest.skip(f"Chromium does not start: {done.stderr[-200:]}")
-    # every picture becomes large and small again; nothing is wider than the window
-    assert json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1])) == {
-        "overflow": 0,
-        "images": 0,
-    }

@@ -102,6 +102,16 @@ def test_a_table_saved_at_another_grid_than_trained(folder):
     assert torch.allclose(whole.pos_embed[0], sincos_table(64, (4, 4)), atol=1e-6)
 
 
+def test_coordinates_do_not_replace_a_learned_table(folder):
+    meta = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(meta | {"encoder": {"pos_embed": "learned"}}))
+    table = torch.randn(1, 4, 64)
+    save_file(
+        load_file(folder / "teacher.safetensors") | {"pos_embed": table}, folder / "teacher.safetensors"
+    )
+    assert torch.equal(load_encoder(folder, pos_coords="rescaled").pos_embed, table)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
