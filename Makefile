@@ -1,6 +1,6 @@
 # Each is complete on a machine with Python 3.10 to 3.13 and make:
 #   make install    what a user needs: then .venv/bin/extrema-fast pretrain FOLDER
-#   make demo       pretrain on real photographs, evaluate, report
+#   make demo       pretrain on real photographs, evaluate, report, pictures
 #   make test       the test suite
 # They create .venv, install what they need into it, and run; repeated, they are quick.
 
@@ -47,10 +47,13 @@ install: $(READY)  ## what a user needs, into .venv
 shell: $(READY)  ## a shell with the environment active
 	@. $(BIN)/activate && exec $${SHELL:-sh}
 
-demo: $(READY)  ## pretrain on photographs, evaluate, write a report (CPU: minutes)
+demo: $(READY)  ## pretrain on photographs, evaluate, write a report and pictures (CPU: minutes)
 	@$(BIN)/python -m extrema_fast pretrain photos --out $(DEMO_OUT)
 	@$(BIN)/python -m extrema_fast evaluate $(DEMO_OUT)
 	@$(BIN)/python -m extrema_fast report $(DEMO_OUT)
+	@data="$$($(BIN)/python -c 'import os, skimage; print(os.path.dirname(skimage.__file__))')/data"; \
+	$(BIN)/python -m extrema_fast visualize $(DEMO_OUT) "$$data/coffee.png" "$$data/astronaut.png" "$$data/rocket.jpg" \
+		--out $(DEMO_OUT)/pictures
 
 docs: $(DOCS_READY)  ## the documentation site, into site/: open site/index.html (Python 3.11 or later)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q

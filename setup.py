@@ -45,6 +45,9 @@ EXTRAS = {
     "completion": ["shtab>=1.13"],
     # compressed TIFF files of several channels, HEIC
     "formats": ["imagecodecs>=2023.9", "pillow-heif>=0.16"],
+    # t-SNE, and videos other than GIF and animated PNG, in `extrema-fast visualize`
+    "visualize": ["scikit-learn>=1.4", "imageio>=2.30", "av>=12"],
+    "umap": ["umap-learn>=0.5.6"],
     "tensorboard": ["tensorboard>=2.15"],
     "wandb": ["wandb>=0.19"],
     "trackio": ["trackio>=0.20"],

@@ -309,21 +309,22 @@ def samples(
     mask = torch.zeros(n, views, gh * gw, dtype=torch.bool).scatter_(2, keep.long(), True)
     kept = mask.reshape(n, views, gh, gw).numpy()
 
-    def attention(patches: Sequence[Patches]) -> np.ndarray:
-        # [n, blocks, gh, gw]: mean over heads
-        return np.stack([p.attention.numpy().mean(1) for p in patches if p.attention is not None])
+    def attention(found: Sequence[Patches]) -> np.ndarray:
+        # [n, blocks, gh, gw]: mean over heads; no blocks without class head
+        maps = [p.attention.numpy().mean(1) for p in found if p.attention is not None]
+        return np.stack(maps) if maps else np.zeros((n, 0, gh, gw))
 
-    patches = read_patches(encoder, x)
-    maps, before = attention(patches), None if initial is None else attention(read_patches(initial, x))
-    top = attention_top([maps])
+    patches, first = read_patches(encoder, x), [] if initial is None else read_patches(initial, x)
+    maps, before = attention(patches), attention(first)
+    top = attention_top([maps]) if maps.size else None
     titles = ["image", *(f"view {v + 1}" for v in range(views))]
     for p in range(maps.shape[1]):
-        titles += [f"attention {p + 1}"] + ([] if before is None else [f"{p + 1} at init"])
+        titles += [f"attention {p + 1}"] + ([f"{p + 1} at init"] if before.size else [])
     rows = []
     for i in range(n):
         over: list[np.ndarray | None] = [None, *(dropped(kept[i, v]) for v in range(views))]
         for p in range(maps.shape[1]):
-            over += [heat(m[i, p], top) for m in (maps, before) if m is not None]
+            over += [heat(m[i, p], top or 1.0) for m in (maps, before) if m.size]
         rows.append(over)
     pictures = small(images)
     tables = Table(titles, rows, top), patch_table(patches)

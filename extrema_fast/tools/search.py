@@ -361,7 +361,7 @@ def write_sheet(path: Path, lines: list[list[Tile]], *, exif: bool = False) -> N
     marks.add_text("Software", SOFTWARE)
     try:
         with new_file(path) as f:
-            sheet.save(f, format="PNG", pnginfo=marks)
+            sheet.save(f, format="PNG", pnginfo=marks, optimize=True)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror or error})") from None
 
