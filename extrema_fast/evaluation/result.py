@@ -144,6 +144,42 @@ def best_feature(result: dict[str, Any], encoder: str = PRETRAINED) -> str:
     return str(best["feature"])
 
 
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """A result of `evaluate` or `segment` in a line.
+
+    Returns:
+        `what`: what was measured, in words; `feature`: of the row; `scores`: by metric `title`, `text` with standard
+        deviation over seeds, and `gain` over random init in points.
+    """
+    if "kind" in result:
+        parts = [f"segmentation of {_short(result['data'])}"]
+    else:
+        places = [_short(str(result[k])) for k in ("train", "test") if k in result]
+        parts = [" / ".join(dict.fromkeys(places)), PROTOCOLS[result.get("protocol", "paper")]]
+        parts += [f"labels {_short(result['labels'])}"] if "labels" in result else []
+        parts += [f"k = {result['k']}", f"{result['counts']['train']} training images"]
+    parts += [result["which"]] if result["which"] != "teacher" else []
+    parts += [f"{result['seeds']} seeds"] if "seeds" in result else []
+    feature = best_feature(result)
+    row = next(r for r in result["rows"] if (r["encoder"], r["feature"]) == (PRETRAINED, feature))
+    scores = {
+        m: {"title": title, "text": shown(row, m), "gain": 100 * result["gain"].get(feature, {}).get(m, 0.0)}
+        for m, title in titles(result).items()
+    }
+    return {"what": ", ".join(filter(None, parts)), "feature": feature, "scores": scores}
+
+
+def _short(path: str) -> str:
+    """The last two parts of a path, which tell `set/train` from `set/test`."""
+    return "/".join(path.rstrip("/").split("/")[-2:])
+
+
+def shown(row: dict[str, Any], metric: str) -> str:
+    """A row's accuracy in percent, with its standard deviation where there are several seeds."""
+    text = f"{100 * row[metric]:.1f} "
+    return text + (f"± {100 * row['spread'][metric]:.1f} %" if "spread" in row else "%")
+
+
 def learned_from(result: dict[str, Any]) -> str:
     """In words: how many training images, of how many, and of how many seeds the accuracies are."""
     counts, labelled = result["counts"], result.get("labelled")
@@ -156,11 +192,6 @@ def learned_from(result: dict[str, Any]) -> str:
 def format_table(result: dict[str, Any]) -> str:
     """The result as aligned plain text: one row per encoder and feature, then the gain over random init."""
     named = titles(result)
-
-    def shown(row: dict[str, Any], metric: str) -> str:
-        text = f"{100 * row[metric]:.1f} "
-        return text + (f"± {100 * row['spread'][metric]:.1f} %" if "spread" in row else "%")
-
     width = {m: max([len(t), *(len(shown(r, m)) for r in result["rows"])]) for m, t in named.items()}
 
     def line(encoder: str, feature: str, *values: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import FinetuneConfig, flatten
 from ..errors import UsageError
-from ..evaluation.result import CLS, MEAN, PRETRAINED
+from ..evaluation.result import CLS, MEAN, PRETRAINED, summary
 from ..files import read_text, write_file
 from ..progress import duration
 from .figures import Series, line_chart
@@ -55,6 +55,7 @@ def compare(run_dirs: Sequence[str | Path], out: str | Path = "comparison.html")
         runs=keys,
         rows=[_results(run) for run in runs],
         tuned=any(isinstance(run.cfg, FinetuneConfig) for run in runs),
+        more=_more(runs),
         notes=_notes(runs),
         charts={x: _charts(runs, names, x) for x in get_args(X)},
         changes=_different(runs),
@@ -88,6 +89,17 @@ def _different(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     names = dict.fromkeys(k for a in all_ for k in a if k != "out")
     found = {k: [a.get(k) for a in all_] for k in names}
     return {k: values for k, values in found.items() if any(v != values[0] for v in values)}
+
+
+def _more(runs: Sequence[RunRecord]) -> dict[str, list[str | None]]:
+    """{evaluation and metric: [value per run]} of what was measured besides the run's own evaluation."""
+    found: list[dict[str, str]] = []
+    for run in runs:
+        lines = [summary(result) for result in run.more]
+        # of the same evaluation that of the last step
+        found.append({f"{s['what']}: {v['title']}": v["text"] for s in lines for v in s["scores"].values()})
+    names = dict.fromkeys(name for of_run in found for name in of_run)
+    return {name: [of_run.get(name) for of_run in found] for name in names}
 
 
 def _notes(runs: Sequence[RunRecord]) -> list[str]:

@@ -17,7 +17,7 @@ from ..config import SIZES, Config, FinetuneConfig, differing, flatten, nearest_
 from ..data.sources import BUILT_IN
 from ..errors import UsageError, counted
 from ..evaluation.classification import is_classification
-from ..evaluation.result import is_result
+from ..evaluation.result import is_result, is_segmentation
 from ..evaluation.subject import run_config
 from ..files import fits, read_json
 from ..models.classifier import Classifier
@@ -64,6 +64,7 @@ class RunRecord:
         status: status.json.
         train, evals, warnings: Records of log.jsonl, ascending by step (`last_attempts`).
         result: reports/evaluation.json.
+        more: Results on other images or settings: reports/evaluation-KEY.json, segmentation-KEY.json; by step.
         classified: reports/classification.json, of a fine-tuning.
     """
 
@@ -76,6 +77,7 @@ class RunRecord:
     evals: list[Record]
     warnings: list[Record]
     result: Record
+    more: list[Record]
     classified: Record
 
     @property
@@ -111,8 +113,15 @@ def read_run(folder: str | Path) -> RunRecord:
         evals,
         warnings,
         _read(path / "reports" / "evaluation.json", is_result),
+        _more(path / "reports"),
         _read(path / "reports" / "classification.json", is_classification),
     )
+
+
+def _more(reports: Path) -> list[Record]:
+    kinds = {"evaluation-*.json": is_result, "segmentation-*.json": is_segmentation}
+    found = [_read(file, fit) for kind, fit in kinds.items() for file in sorted(reports.glob(kind))]
+    return sorted(filter(None, found), key=lambda result: result["step"] or 0)
 
 
 def _read(path: Path, makes_sense: Callable[[Record], bool]) -> Record:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from extrema_fast.evaluation import evaluate as evals
 from extrema_fast.evaluation import protocols
 from extrema_fast.evaluation.probes import knn, knn_predictions, linear_probe, train_heads
 from extrema_fast.evaluation.protocols import few_labels, logistic, probe, split
-from extrema_fast.evaluation.result import best_feature, format_table, is_result
+from extrema_fast.evaluation.result import best_feature, format_table, is_result, summary
 from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.reporting.compare import compare
+from extrema_fast.reporting.report import report
 from extrema_fast.weights.folder import save_weights, weights_meta
 
 
@@ -234,3 +237,24 @@ def test_training_classes_that_no_test_image_has_are_named(run, tmp_path):
         (tmp_path / name).symlink_to(run.parent / "test" / name)
     result = evals.evaluate(run, test=str(tmp_path), metrics=("knn",), device="cpu")
     assert any("1 class of 3" in w and ": b;" in w for w in result["warnings"])
+
+
+def test_other_evaluations_are_in_report_and_comparison(run):
+    pytest.importorskip("jinja2", reason="reports need jinja2 (extra: train)")
+    pytest.importorskip("matplotlib", reason="reports need matplotlib (extra: train)")
+    result = evals.evaluate(run, labels="0.5", seeds=2, protocol="logistic", device="cpu")
+    found = summary(result)
+    assert "logistic regression, labels 0.5, k = 5, 18 training images, 2 seeds" in found["what"]
+    assert found["feature"] == best_feature(result) and "±" in found["scores"]["probe"]["text"]
+    other = shutil.copytree(run, run.parent / "other")
+    for file in (other / "reports").glob("evaluation-*.json"):
+        file.unlink()
+    # a damaged file is left out
+    (other / "reports" / "evaluation-0.json").write_text(json.dumps(result | {"rows": 1}))
+    page = report(run, images=0).read_text()
+    text, other_text = (f"{found['what']}: logistic regression", found["scores"]["probe"]["text"])
+    assert "More evaluations" in page and found["what"] in page and other_text in page
+    assert "More evaluations" not in report(other, images=0).read_text()
+    both = compare([run, other], run.parent / "both.html").read_text()
+    assert "More evaluations" in both and text in both and other_text in both
+    shutil.rmtree(other)
