@@ -290,7 +290,8 @@ class _Eyes:
                     log.warning("left out: %s", error)
                     problem = error
                 else:
-                    seen.append(self._see(os.path.basename(source.title(row)), im))
+                    folder = "" if source.labels is None else f"{source.classes[int(source.labels[row])]}/"
+                    seen.append(self._see(folder + os.path.basename(source.title(row)), im))
                 bar.advance(1)
         files.close()
         if not seen and problem is not None:
@@ -422,7 +423,8 @@ def _set_pictures(
     encoder: Encoder, source: ImageSource, device: torch.device, make: Sequence[str], method: str
 ) -> tuple[dict[str, Any], Files]:
     """Neighbors and map of a set of images, by their class tokens at the encoder's own size."""
-    cfg = DataConfig(exif=True, range=encoder.value_range or (0.0, 0.0))
+    # by Pillow, as the patches: for so few images DALI starts longer than it decodes
+    cfg = DataConfig(loader="pil", exif=True, range=encoder.value_range or (0.0, 0.0))
     chosen = cap(source, MOST, 0)
     features = extract(encoder, chosen, cfg, batch_size=32, device=device, strict=False)
     found = Embedded(subset(chosen, features.rows), features.cls)

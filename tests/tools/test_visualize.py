@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 
 import numpy as np
@@ -92,6 +93,7 @@ def test_pictures_of_a_set(weights, images, tmp_path):
     assert all(np.isfinite(float(v)) for row in rows for v in row.split("\t")[2:])
     text = page.read_text()
     assert text.count('class="stage"') == 3 and "the nearest of 18 others" in text
+    assert re.findall("<b>(.*?)</b>", text) == ["ape/06.png", "ape/18.png", "bee/11.png"]
     # few images: only when asked
     page = visualize(weights, sorted(images.rglob("*.png"))[:4], tmp_path / "few", make=["neighbors", "map"])
     assert (
