@@ -171,7 +171,7 @@ def benchmarks() -> str:
     rows, notes = [], []
     for name, record in read_records().items():
         for r in record.get("ratios", []):
-            ours = ", ".join(r[k] for k in ("stage", "ours", "row") if k in r)
+            ours = ", ".join(r[k] for k in ("what", "stage", "ours", "row") if k in r)
             what = f"{ours + ' against ' if ours else ''}{r['other']}"
             interval = f"{r['low']:.2f} to {r['high']:.2f}" if "low" in r else ""
             rows.append([link(name), what, f"{r['ratio']:.2f}", interval, r.get("verdict", "")])
