@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = "benchmarks/records"
 
 # what is taken over, beside what a page shows or links to
-PAGES = ("*.md", "docs/*.md", "docs/*/*", "examples/*.*", "kernels/*/README.md", f"{RECORDS}/**/*.*")
-ALONE = ("docs/site.css", "tests/nullgpu/README.md", "LICENSE")
+PAGES = ("*.md", "docs/*.*", "docs/*/*", "examples/*.*", "kernels/*/README.md", f"{RECORDS}/**/*.*")
+ALONE = ("tests/nullgpu/README.md", "LICENSE")
 
 # the order of the guides; what is not named here follows
 GUIDES = (
@@ -75,7 +75,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     taken = Files([f for f in files if f.src_dir != config.docs_dir])
     found = {p for pattern in PAGES for p in ROOT.glob(pattern) if p.is_file()} | {ROOT / p for p in ALONE}
     for path in sorted(found):
-        if path.suffix != ".pyc":
+        if path.suffix != ".pyc" and path != Path(__file__).resolve():
             taken.append(
                 File(path.relative_to(ROOT).as_posix(), str(ROOT), config.site_dir, config.use_directory_urls)
             )
