@@ -19,6 +19,7 @@ COMMANDS = {
     "loader": ("loader:main", "images/s of the data path next to a DataLoader of PIL and of torchvision"),
     "startup": ("startup:main", "imports, first step per compile mode, first batch"),
     "learning": ("learning:main", "a preset over seeds against the random encoder"),
+    "finetune": ("finetune:main", "fine-tuning from weights against scratch, over seeds"),
     "race": ("race:main", "ours against other people's methods, k-NN at equal minutes"),
     "compare": ("harness:compare", "two records: ratios with a verdict on noise"),
     "index": ("harness:index", "README.md of the folder of records"),
