@@ -244,13 +244,18 @@ def write_record(record: Record, page: list[str], args: argparse.Namespace) -> P
     return folder
 
 
+def record_folder(record: Record, args: argparse.Namespace) -> Path:
+    """Returns <args.out>/<date>_<machine>_<args.name>."""
+    return args.out / "_".join(filter(None, [record["date"], record["machine"]["short"], args.name]))
+
+
 def save_record(record: Record, args: argparse.Namespace, unfinished: str = "") -> Path:
     """Writes record.json of `write_record` alone, also before everything is measured, and returns its folder.
 
     Args:
         unfinished: what is still missing, for whoever finds the record of a benchmark that was cut off.
     """
-    folder = args.out / "_".join(filter(None, [record["date"], record["machine"]["short"], args.name]))
+    folder = record_folder(record, args)
     folder.mkdir(parents=True, exist_ok=True)
     content = record | ({"unfinished": unfinished} if unfinished else {})
     write_file(folder / "record.json", dumps(content) + "\n")

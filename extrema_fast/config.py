@@ -318,6 +318,8 @@ class HeadConfig:
     """`byol`: squared distance of normalized vectors; `infonce`: contrastive over the batch."""
     temperature: float = 0.2
     """Of InfoNCE."""
+    targets: Literal["plain", "whitened"] = "plain"
+    """Of BYOL: as they are (the paper's), or `whitened` over the batch, for small batches and short runs."""
     hidden: int = 4096
     """Hidden units of the projector."""
     out: int = 256
@@ -327,8 +329,17 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         _positive("head", self, "temperature")
+        _require(
+            self.loss == "byol" or self.targets == "plain",
+            f"head.targets: {self.targets} is for head.loss byol, got {self.loss}; use head.targets plain",
+        )
         _at_least("head", self, hidden=1, out=1, predictor_hidden=1)
         _at_most("head", self, hidden=MAX_UNITS, out=MAX_UNITS, predictor_hidden=MAX_UNITS)
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether the loss of an image depends on the targets of all images of the step."""
+        return self.loss == "infonce" or self.targets != "plain"
 
 
 @dataclass(frozen=True)
@@ -516,10 +527,10 @@ class Config:
             )
         local_batch(self, 1)
         self._check_channels()
-        if self.head.loss == "infonce" and self.train.batch_size == 1:
+        if self.head.whole_batch and self.train.batch_size == 1:
             raise UsageError(
-                "train.batch_size: InfoNCE compares an image with the others of its batch, and 1 leaves none "
-                "(loss 0 for ever); use at least 2, or head.loss byol"
+                "train.batch_size: InfoNCE and whitened targets compare an image with the others of its batch, and 1 "
+                "leaves none; use at least 2, or head.loss byol with head.targets plain"
             )
         if self.optim.warmup_epochs >= self.train.epochs:
             raise UsageError(

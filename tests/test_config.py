@@ -238,6 +238,14 @@ def test_one_field(option, value):
         assert str(number) in text or f"{number:g}" in text
 
 
+def test_losses_that_compare_images():
+    whitened = {"targets": "whitened"}
+    assert c.from_dict({"head": whitened}, SMOKE).head.whole_batch and not SMOKE.head.whole_batch
+    refused({"head": whitened | {"loss": "infonce"}}, "head.targets")
+    for head in (whitened, {"loss": "infonce"}):
+        refused({"head": head, "train": {"batch_size": 1}}, "train.batch_size")
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 100, 196, 10000, 20001])
 def test_the_largest_ratio_named_keeps_a_token(n):
     model = c.ModelConfig(img_size=(1, n), patch_size=1)
@@ -366,6 +374,7 @@ def test_every_other_field_is_reported_with_both_values():
         "model.drop_path": 0.2,
         "head.loss": "infonce",
         "head.temperature": 0.3,
+        "head.targets": "whitened",
         "head.hidden": 8,
         "head.out": 8,
         "head.predictor_hidden": 8,

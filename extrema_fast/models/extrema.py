@@ -23,6 +23,8 @@ from ..ops.scope import scope, scoped
 from ..ops.stock import is_stock
 from .encoder import Encoder, Stretch
 
+# Newton-Schulz iterations of `whiten`: enough for directions without variance in up to 4096 dimensions
+ROUNDS = 20
 # blocks of one compiled graph: each call of one costs the CPU about what its launches do, each block compile time
 TOGETHER = 4
 
@@ -57,6 +59,36 @@ def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
     b, d = target.shape
     q = _unit(prediction).view(-1, b, d)
     return (q - _unit(target.detach())).square().sum(-1).mean()
+
+
+def whiten(targets: Tensor, shrinkage: float = 0.01) -> Tensor:
+    """Centers targets over the batch and gives their directions about equal variance.
+
+    `(K - mean) (C + s I)^-1/2` of the covariance C of K, s = `shrinkage` times its mean eigenvalue; directions of less
+    variance than s keep less. The root comes from Newton-Schulz iterations: matmuls alone, and no wait for a GPU.
+
+    Args:
+        targets: [M, d], of the step on all processes, without gradient.
+
+    Returns:
+        [M, d], at least fp32, up to one factor.
+    """
+    k = targets.detach()
+    k = k if k.dtype == torch.float64 else k.float()
+    with torch.autocast(k.device.type, enabled=False):
+        k = k - k.mean(0)
+        # (K K' + s I)^-1/2 K is the same: the smaller of both
+        wide = k.shape[0] < k.shape[1]
+        gram = k @ k.T if wide else k.T @ k
+        eye = torch.eye(len(gram), dtype=k.dtype, device=k.device)
+        trace = gram.diagonal().sum().clamp(min=1e-12)
+        # eigenvalues in (0, 1)
+        y = (gram / trace + shrinkage / len(gram) * eye) / (1 + shrinkage)
+        z = eye
+        for _ in range(ROUNDS):
+            t = 1.5 * eye - 0.5 * z @ y
+            y, z = y @ t, t @ z
+        return z @ k if wide else k @ z
 
 
 def infonce_loss(
@@ -326,6 +358,8 @@ class ExtreMA(StudentTeacher):
     def loss(self, prediction: Tensor, targets: Tensor, images: int, offset: int = 0) -> Tensor:
         """The loss of a micro-batch of b `images`, the first of which has row `offset` in `targets` [M, d]."""
         if self.head_config.loss == "byol":
+            if self.head_config.targets == "whitened":
+                targets = whiten(targets)
             return self._byol_loss(prediction, targets[offset : offset + images])
         return infonce_loss(prediction, targets, self.head_config.temperature, images, offset)
 
@@ -341,7 +375,7 @@ class ExtreMA(StudentTeacher):
             path: drop-path factors of the student trunk, [L, 2, V b], as of `drop_path_scale`; None: no drop-path.
         """
         target, teacher_features = self.teacher_branch(teacher_images)
-        targets, offset = gather_targets(target) if self.head_config.loss == "infonce" else (target, 0)
+        targets, offset = gather_targets(target) if self.head_config.whole_batch else (target, 0)
         prediction, features = self.student_branch(student_images, keep, path)
         loss = self.loss(prediction, targets, len(teacher_images), offset)
         return Output(loss, prediction.detach(), target, features.detach(), teacher_features)

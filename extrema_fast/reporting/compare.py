@@ -105,7 +105,8 @@ def _more(runs: Sequence[RunRecord]) -> dict[str, list[str | None]]:
 def _notes(runs: Sequence[RunRecord]) -> list[str]:
     """What cannot be compared."""
     notes = []
-    if len({(r.cfg.head.loss, r.cfg.head.temperature * (r.cfg.head.loss == "infonce")) for r in runs}) > 1:
+    heads = [r.cfg.head for r in runs]
+    if len({(h.loss, h.targets, h.temperature * (h.loss == "infonce")) for h in heads}) > 1:
         notes.append("The runs have different losses, whose values say nothing about one another.")
     tests = {(r.cfg.data.test or r.cfg.data.train, r.cfg.data.holdout, r.cfg.eval.max_test) for r in runs}
     rules = {(r.cfg.eval.k, r.cfg.eval.temperature, r.cfg.eval.max_train) for r in runs}

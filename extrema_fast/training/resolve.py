@@ -209,10 +209,10 @@ def _check_modes(cfg: Config, mode: str, kind: str, world_size: int) -> None:
                 f"train.{name}: bypasses the all-reduce of gradients between {world_size} processes; "
                 "use train.compile block"
             )
-    if mode == "step" and cfg.head.loss == "infonce" and train.accumulation > 1:
+    if mode == "step" and cfg.head.whole_batch and train.accumulation > 1:
         raise UsageError(
-            f"train.compile step: with InfoNCE the teacher must cover all {train.accumulation} micro-batches "
-            "before the first student pass; use train.accumulation 1, or train.compile block"
+            f"train.compile step: with InfoNCE or whitened targets the teacher must cover all {train.accumulation} "
+            "micro-batches before the first student pass; use train.accumulation 1, or train.compile block"
         )
 
 

@@ -83,8 +83,8 @@ def gradients(run: Run, micro_batches: list[MicroBatch]) -> Tensor:
     loss_of = run.compiled_loss or _loss_of(run)
     views = [color_views(run, m) for m in micro_batches]
     others: dict[str, Any] = {}
-    if cfg.head.loss == "infonce" and (count > 1 or run.world.size > 1):
-        # each image is compared with the targets of the whole batch
+    if cfg.head.whole_batch and (count > 1 or run.world.size > 1):
+        # the loss of each image takes the targets of the whole batch
         with run.resolved.autocast():
             own = torch.cat([run.method.teacher_branch(teacher)[0] for _, teacher in views])
         others["targets"], first = gather_targets(own)

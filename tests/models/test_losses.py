@@ -15,7 +15,7 @@ import textwrap
 import pytest
 import torch
 
-from extrema_fast.models.extrema import byol_loss, infonce_loss
+from extrema_fast.models.extrema import byol_loss, infonce_loss, whiten
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
@@ -73,6 +73,25 @@ def test_perfect_predictions():
     # 6 orthogonal targets: -2T log(e^(1/T) / (e^(1/T) + 5)), also when every view predicts it
     wanted = 2 * 0.5 * math.log(1 + 5 * math.exp(-2))
     assert float(infonce_loss(q, k, 0.5, 6)) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(("m", "d"), [(2, 5), (7, 19), (39, 16), (64, 64)])
+@pytest.mark.parametrize("shrinkage", [0.1, 0.01])
+def test_whitening(m, d, shrinkage):
+    # variances over eight orders, far from the origin
+    k = (torch.randn(m, d).double() * torch.logspace(0, -4, d).double() + 5).requires_grad_()
+    got = whiten(k, shrinkage)
+    u, s, v = torch.linalg.svd(k.detach() - k.detach().mean(0), full_matrices=False)
+    wanted = (u * (s / (s.square() + shrinkage * s.square().mean()).sqrt())) @ v
+    assert torch.allclose(unit(got.flatten()), unit(wanted.flatten()), atol=1e-12) and not got.requires_grad
+    assert torch.allclose(
+        whiten(k.float(), shrinkage).double(), got, rtol=0, atol=1e-4 * float(got.abs().max())
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(whiten(k.float(), shrinkage), whiten(k.detach().float(), shrinkage))
+        assert whiten(k.bfloat16()).dtype == torch.float32
+    # all alike: no direction is made up
+    assert torch.equal(whiten(torch.ones(m, d)), torch.zeros(m, d))
 
 
 LOSSES = pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from extrema_fast.models.extrema import ExtreMA, mlp_head
 from extrema_fast.models.masking import draw_views
 
 
-def tiny(loss: str = "byol", **train) -> c.Config:
+def tiny(loss: str = "byol", targets: str = "plain", **train) -> c.Config:
     model = {"img_size": [16, 24], "patch_size": 8, "width": 32, "depth": 2, "heads": 2, "drop_path": 0.0}
-    head = {"loss": loss, "hidden": 24, "out": 12, "predictor_hidden": 20}
+    head = {"loss": loss, "targets": targets, "hidden": 24, "out": 12, "predictor_hidden": 20}
     options = {"model": model, "head": head, "mask": {"views": 3, "keep": 2}, "train": train}
     return c.from_dict(options, c.smoke())
 
@@ -73,9 +73,19 @@ def test_head_layers():
 # ---- one step -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["byol", "infonce"])
-def test_a_step_by_hand(loss):
-    cfg = tiny(loss)
+def whitened(k: torch.Tensor) -> torch.Tensor:
+    u, s, v = torch.linalg.svd(k - k.mean(0), full_matrices=False)
+    return (u * (s / (s.square() + 0.01 * s.square().sum() / len(s)).sqrt())) @ v
+
+
+LOSSES = pytest.mark.parametrize(
+    ("loss", "targets"), [("byol", "plain"), ("byol", "whitened"), ("infonce", "plain")]
+)
+
+
+@LOSSES
+def test_a_step_by_hand(loss, targets):
+    cfg = tiny(loss, targets)
     method = apart(ExtreMA(cfg))
     student_images, teacher_images, keep = batch(cfg)
     out = method(student_images, teacher_images, keep)
@@ -83,7 +93,10 @@ def test_a_step_by_hand(loss):
     assert torch.allclose(out.target, target, atol=1e-12)
     assert out.prediction.shape == (12, 12) and out.student_features.shape == (12, 32)
     total = 0.0
-    k = F.normalize(target, dim=-1)
+    k = target
+    if targets == "whitened":
+        k = whitened(k)
+    k = F.normalize(k, dim=-1)
     for v in range(3):
         cls = method.student.encode(student_images, keep[v]).cls
         assert torch.allclose(out.student_features[4 * v : 4 * v + 4], cls, atol=1e-12)
@@ -206,9 +219,9 @@ def test_initial_weights_depend_on_the_seed_alone():
 # ---- micro-batches --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["byol", "infonce"])
-def test_micro_batches_equal_the_whole_batch(loss):
-    cfg = tiny(loss)
+@LOSSES
+def test_micro_batches_equal_the_whole_batch(loss, targets):
+    cfg = tiny(loss, targets)
     method = apart(ExtreMA(cfg))
     student_images, teacher_images, keep = batch(cfg, 8)
     scale = drop_path_scale(torch.arange(8), 3, 2, 0.5, seed=0, epoch=0)

@@ -73,6 +73,7 @@ def method_like(config: dict) -> ExtreMA:
         "width": c["embed_dim"],
         "depth": c["depth"],
         "heads": c["num_heads"],
+        "mlp_ratio": 4.0,
         "layer_scale": c["layer_scale_init"],
         "pool_depth": c["class_attention_layers"],
         "drop_path": 0.0,

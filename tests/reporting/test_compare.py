@@ -115,6 +115,7 @@ def test_what_is_missing_or_damaged(tmp_path, no_charts):
     ("changes", "words"),
     [
         ({"head": {"loss": "infonce"}}, "losses"),
+        ({"head": {"targets": "whitened"}}, "losses"),
         ({"data": {"test": "elsewhere"}}, "test images"),
         ({"eval": {"k": 7}}, "k-NN"),
         ({"train": {"seed": 7}}, ""),

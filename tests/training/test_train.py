@@ -101,11 +101,13 @@ def test_same_as_the_released_order(loss):
         torch.testing.assert_close(run.method.state_dict()[name], value, rtol=1e-6, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("loss", ["byol", "infonce"])
-def test_accumulation_equals_the_whole_batch(loss):
+@pytest.mark.parametrize(
+    "head", [{"loss": "byol"}, {"loss": "byol", "targets": "whitened"}, {"loss": "infonce"}]
+)
+def test_accumulation_equals_the_whole_batch(head):
     results = []
     for parts in (1, 4):
-        run, loader = begin(head={"loss": loss}, train={"accumulation": parts})
+        run, loader = begin(head=head, train={"accumulation": parts})
         with loader:
             # the rate is 0 at step 0: both meet the second batch with the same weights
             steps(run, loader, 2)
