@@ -202,10 +202,10 @@ def evaluate(
 
     def measure(name: str, a: Features, b: Features, kinds: Sequence[str]) -> dict[str, Tensor]:
         assert a.labels is not None and b.labels is not None
-        masks = [torch.isin(used, t) for t in taken] or [torch.ones(len(used), dtype=torch.bool)] * seeds
+        known = [torch.isin(used, t).nonzero()[:, 0] for t in taken] or [torch.arange(len(used))] * seeds
         found = [
             _predict(_kinds(a, kinds, where), a.labels, _kinds(b, kinds, where), b.labels, settings, s, use)
-            for s, use in zip(each, masks, strict=True)
+            for s, use in zip(each, known, strict=True)
         ]
         rows.extend(
             {"encoder": name, "feature": kind} | _row([f[kind] for f in found], b.labels) for kind in kinds
@@ -303,11 +303,12 @@ def _predict(
     test_y: Tensor,
     settings: dict[str, Any],
     seed: int,
-    use: Tensor,
+    rows: Tensor,
 ) -> dict[str, dict[str, Probed]]:
-    """For each kind of features what each metric says of the test images, learned from the rows that are in use."""
+    """For each kind of features what each metric says of the test images, learned from these rows."""
     out: dict[str, dict[str, Probed]] = {kind: {} for kind in train}
-    train, train_y = {kind: x[use.to(x.device)] for kind, x in train.items()}, train_y[use]
+    if len(rows) < len(train_y):
+        train, train_y = {kind: x[rows.to(x.device)] for kind, x in train.items()}, train_y[rows]
     if "knn" in settings["metrics"]:
         for kind, x in train.items():
             found = knn_predictions(x, train_y, test[kind], test_y, settings["k"], settings["temperature"])

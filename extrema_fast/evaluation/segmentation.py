@@ -273,7 +273,7 @@ def _learn(
         made = tokens(images)
         found.append(made.gather(1, picked[rows].to(made.device)[..., None].expand(-1, -1, made.shape[2])))
     x, wanted = torch.cat(found).flatten(0, 1), targets.flatten(0, 1)
-    labeled = wanted.sum(1) > 0
+    labeled = wanted.sum(1).nonzero()[:, 0]
     x, wanted = x[labeled.to(x.device)], wanted[labeled]
     out: dict[str, list[Callable[[Tensor], Tensor]]] = {"probe": [], "kmeans": []}
     reseeded = 0
