@@ -16,6 +16,7 @@ from extrema_fast.weights.export import export
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("transformers")
+image = pytest.importorskip("PIL.Image")
 
 
 def blocks(page) -> list[str]:
@@ -44,7 +45,11 @@ def test_the_encoders_page(repository, tmp_path):
         "runs/mine": weights,
         "EXPORTED": exported,
         "PATH": repository,
+        "pictures": tmp_path / "pictures",
     }
+    for i, name in enumerate(("cat.jpg", "dog.jpg")):
+        places[name] = tmp_path / name
+        image.new("RGB", (160, 120), (200, 90 * i, 40)).save(places[name])
     names: dict = {}
     for code in blocks(repository / "docs/encoder.md"):
         for name, path in places.items():
@@ -56,5 +61,6 @@ def test_the_encoders_page(repository, tmp_path):
             names["mae"] = SimpleNamespace(**parts)
         exec(compile(code, "docs/encoder.md", "exec"), names)
     assert names["views"].patches.shape == (8, 2, 3, 384)
+    assert (tmp_path / "pictures" / "index.html").is_file()
     assert names["latent"].shape == (8, 2, 4, 384)
     assert type(names["dino"]).__name__ == "Dino" and not names["fast"].report().called
