@@ -1,8 +1,8 @@
 """Fine-tuning.
 
 Covers: weights, head and classes that `load_encoder` reads and that give the accuracy of the result; mean and class
-pooling, student and teacher, a foreign ViT, random weights; groups of layer decay as timm's; the average; killed and
-continued bit for bit; two processes equal one; a report; errors in a line, with nothing written.
+pooling, compiled blocks, student and teacher, a foreign ViT, random weights; groups of layer decay as timm's; the
+average; killed and continued bit for bit; two processes equal one; a report; errors in a line, with nothing written.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from extrema_fast.errors import NonFiniteError, UsageError
 from extrema_fast.models.classifier import Classifier
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.reporting.report import report
+from extrema_fast.training import step
 from extrema_fast.training.logging import history
 from extrema_fast.training.optim import build_optimizer, set_lr
 from extrema_fast.training.tuning import RESULT, begin_config
@@ -189,6 +190,15 @@ def test_killed_and_continued_is_bit_equal(config, run_cli, tmp_path, pretrained
         [r["loss"] for r in history(p / "log.jsonl", "train", STEPS)] for p in (straight, tmp_path / "killed")
     ]
     assert losses[0] == losses[1] and len(set(losses[0])) == STEPS
+
+
+def test_compiled_blocks_are_whole_graphs_of_the_same_step(config, monkeypatch):
+    # graphs without code generation
+    monkeypatch.setattr(step, "BACKEND", "aot_eager")
+    change = {"train": {"epochs": 1}, "tune": {"pool": "class"}, "eval": {"every_epochs": 0}}
+    plain = run(config("plain", change, {"train": {"compile": "none"}}))
+    compiled = run(config("compiled", change, {"train": {"compile": "block"}}))
+    assert final_hash(plain, 3) == final_hash(compiled, 3)
 
 
 def test_two_processes_equal_one(config, run_cli, tmp_path, pretrained):
