@@ -144,10 +144,14 @@ def test_blocks_of_full_width_stay_whole_under_data_parallelism(counting):
 
 @pytest.mark.slow
 def test_generated_code_equals_the_plain_step():
+    from torch._inductor import config as inductor
+
     torch._dynamo.reset()
     change = {"model": {"depth": 1, "pool_depth": 1, "drop_path": 0.0}, "mask": {"views": 1}}
     plain, compiled = begin(**change), begin(**change, train={"compile": "step"})
-    assert steps(compiled, 2) == pytest.approx(steps(plain, 2), rel=1e-4)
+    # the same kernels in one source file per graph: parsing torch's headers for each of 36 takes most of the time
+    with inductor.patch(cpp_wrapper=True):
+        assert steps(compiled, 2) == pytest.approx(steps(plain, 2), rel=1e-4)
     torch._dynamo.reset()
 
 

@@ -83,16 +83,20 @@ def test_every_variant_of_the_encoder(tmp_path, variant):
     encoder = perturbed(ENCODERS[variant]())
     torch.save(encoder.state_dict(), tmp_path / "bare.pth")
     export(tmp_path / "bare.pth", tmp_path / "extrema")
+    loaded = load_encoder(tmp_path / "extrema")
+    given = [torch.randn(batch, encoder.in_chans, *encoder.img_size) for batch in (1, 5)]
+    for images in given:
+        assert torch.allclose(loaded(images), encoder(images), atol=1e-6)
+    # of the others the graph is the same but for sizes
+    if variant not in ("odd grid", "one patch", "classes", "fine-tuned"):
+        return
     result = export(tmp_path / "bare.pth", tmp_path / "program", "torch-export")
     assert max(result.differences.values()) <= 1e-5
-    loaded = load_encoder(tmp_path / "extrema")
     run = torch.export.load(tmp_path / "program" / "model.pt2").module()
-    for batch in (1, 5):
-        images = torch.randn(batch, encoder.in_chans, *encoder.img_size)
+    for images in given:
         with torch.no_grad():
             out, wanted = run(images), encoder(images)
             patches = encoder.encode(images).patches
-        assert torch.allclose(loaded(images), wanted, atol=1e-6)
         assert torch.allclose(out[-1 if encoder.num_classes else 0], wanted, atol=1e-6)
         assert torch.allclose(out[1], patches, atol=1e-5)
 
