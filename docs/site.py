@@ -27,7 +27,6 @@ ALONE = ("tests/nullgpu/README.md", "LICENSE")
 
 # the order of the guides; what is not named here follows
 GUIDES = (
-    "own",
     "recipes",
     "training",
     "data",
