@@ -54,9 +54,11 @@ def script(
         parser_class=lambda prog, **_: parsers[prog.split()[-1]], prog=prog
     )
     for name, parser in parsers.items():
-        if "--preset" in parser._option_string_actions:
+        preset = parser._option_string_actions.get("--preset")
+        # `finetune` names its own
+        if preset is not None and preset.choices is None:
             parser.add_argument("first", nargs="?", choices=presets, help="preset")
-            parser._option_string_actions["--preset"].choices = presets
+            preset.choices = presets
         for action in parser._actions:
             _values(action, shtab)
         commands.add_parser(name, help=parser.description)

@@ -42,6 +42,7 @@ def test_bash(scripts):
         "extrema-fast pretrain --data.resident ": ({"auto", "gpu", "host", "off"}, "dali"),
         "extrema-fast pretrain --train.no-c": ({"--train.no-cuda-graph"}, "--train.compile"),
         "extrema-fast profile --preset ": (set(PRESETS), "base"),
+        "extrema-fast finetune runs/a --preset ": ({"small", "paper"}, "photos"),
         "extrema-fast pretrain --config ph": ({"photos.toml"}, "zsh"),
         "extrema-fast evaluate --which ": ({"teacher", "student"}, "photos"),
         "extrema-fast completion ": ({"bash", "zsh", "fish"}, "tcsh"),
