@@ -67,25 +67,6 @@ def call_block(block: Any, name: str, tokens: Tensor, factors: Tensor | None, re
     return out if is_stock(block, Block) else fit(out, tokens.shape, name)
 
 
-class Stretch(nn.Module):
-    """Consecutive blocks of a trunk, for one compiled graph; they stay where they are, and are called as there.
-
-    Stretches of one length share a graph: weights are its inputs.
-    """
-
-    def __init__(self, encoder: Encoder, first: int, last: int) -> None:
-        super().__init__()
-        self.blocks = encoder.blocks[first:last]
-        self.recompute = encoder.grad_checkpointing
-
-    def forward(self, tokens: Tensor, path: Tensor | None = None) -> Tensor:
-        """[R, n, D] -> [R, n, D]; path: drop-path factors of these blocks, [l, 2, R], or None."""
-        for i, block in enumerate(self.blocks):
-            factors = None if path is None else path[i]
-            tokens = call_block(block, "trunk block", tokens, factors, self.recompute)
-        return tokens
-
-
 class Encoder(TimmInterface):
     """ViT trunk and pooling head, with the methods that timm and its users call (`TimmInterface`).
 

@@ -7,7 +7,8 @@ are view-major: rows i, b + i, 2b + i share image i.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from ..ops.linear import Linear
 from ..ops.optimizers import ema_
 from ..ops.scope import scope, scoped
 from ..ops.stock import is_stock
-from .encoder import Encoder, Stretch
+from .encoder import Encoder, call_block
 
 # Newton-Schulz iterations of `whiten`: enough for directions without variance in up to 4096 dimensions
 ROUNDS = 20
@@ -118,6 +119,16 @@ def gather_targets(target: Tensor) -> tuple[Tensor, int]:
     return out, dist.get_rank() * target.shape[0]
 
 
+def _of_arguments(guards: Sequence[Any]) -> list[bool]:
+    """Which guards of compiled code are evaluated at every call: those of its arguments and of torch's modes.
+
+    A trunk block has about 150 more, of its modules' attributes and of globals, which stay as they are while a run
+    trains; they would take the CPU as long as the launches.
+    """
+    others = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
+    return [keep and not guard.is_global for keep, guard in zip(others, guards, strict=True)]
+
+
 # ---- the two networks -------------------------------------------------------------------------------
 
 
@@ -129,8 +140,8 @@ class Branch(nn.Module):
     def __init__(self, encoder: Encoder, projector: nn.Module) -> None:
         super().__init__()
         self.encoder, self.projector = encoder, projector
-        # a tuple: they are not parts of the module
-        self._stretches: tuple[Stretch, ...] = ()
+        # blocks of each call of `stretch`, where it is compiled
+        self._stretches: list[list[nn.Module]] = []
 
     def forward(
         self, images: Tensor, keep: Tensor | None = None, path: Tensor | None = None
@@ -151,15 +162,22 @@ class Branch(nn.Module):
         return self.encoder.embed(images, keep)
 
     def trunk(self, tokens: Tensor, path: Tensor | None = None) -> Tensor:
-        """As `Encoder.trunk`; in stretches where these are compiled."""
+        """As `Encoder.trunk`; in stretches of blocks where these are compiled."""
         encoder, first = self.encoder, 0
         if not self._stretches:
             return encoder.trunk(tokens, path)
         path = encoder.factors(tokens, path)
-        for stretch in self._stretches:
-            last = first + len(stretch.blocks)
-            tokens = stretch(tokens, None if path is None else path[first:last])
+        for blocks in self._stretches:
+            last = first + len(blocks)
+            tokens = self.stretch(blocks, tokens, None if path is None else path[first:last])
             first = last
+        return tokens
+
+    def stretch(self, blocks: Sequence[nn.Module], tokens: Tensor, path: Tensor | None) -> Tensor:
+        """Consecutive blocks: tokens [R, n, D], path [l, 2, R] or None -> [R, n, D]."""
+        for i, block in enumerate(blocks):
+            factors = None if path is None else path[i]
+            tokens = call_block(block, "trunk block", tokens, factors, self.encoder.grad_checkpointing)
         return tokens
 
     def after_trunk(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,15 +192,27 @@ class Branch(nn.Module):
         return self.projector(cls)
 
     def compile_regions(self, **options: Any) -> None:
-        """Compiles embedding, stretches of blocks, and what follows the trunk, in place: weights keep their names."""
-        starts = range(0, self.encoder.depth, TOGETHER)
-        self._stretches = tuple(Stretch(self.encoder, i, i + TOGETHER) for i in starts)
-        for stretch in self._stretches:
-            stretch.compile(**options)
-        self.embed = torch.compile(self.embed, **options)  # type: ignore[method-assign]
+        """Compiles embedding, stretches of blocks, and what follows the trunk, in place: weights keep their names.
+
+        Stretches of one length share a graph: weights are its inputs.
+        """
+
+        def compiled(method: Callable[..., Any]) -> Callable[..., Any]:
+            # torch keeps graphs with a function's code, and the guards that are left do not tell one run from another
+            f = method.__func__  # type: ignore[attr-defined]
+            own = types.FunctionType(
+                f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__
+            )
+            guards = {"guard_filter_fn": _of_arguments}
+            return torch.compile(types.MethodType(own, self), **options, options=guards)
+
+        blocks = list(self.encoder.blocks)
+        self._stretches = [blocks[i : i + TOGETHER] for i in range(0, len(blocks), TOGETHER)]
+        self.stretch = compiled(self.stretch)  # type: ignore[method-assign]
+        self.embed = compiled(self.embed)  # type: ignore[method-assign]
         # the scopes inside are gone from compiled code
         name = scoped(f"{self.name}/pooling, heads")
-        self.after_trunk = name(torch.compile(self.after_trunk, **options))  # type: ignore[method-assign]
+        self.after_trunk = name(compiled(self.after_trunk))  # type: ignore[method-assign]
 
 
 class StudentBranch(Branch):

@@ -106,23 +106,32 @@ def same(a: Run, b: Run, rtol: float = 1e-4, atol: float = 1e-5) -> None:
 @pytest.mark.parametrize("mode", ["block", "step"])
 @pytest.mark.parametrize(("loss", "accumulation"), [("byol", 1), ("byol", 2), ("infonce", 1)])
 def test_compiled_steps_equal_plain_ones(counting, mode, loss, accumulation, monkeypatch):
-    # two stretches of blocks
+    # stretches of two blocks and of one
     monkeypatch.setattr(extrema, "TOGETHER", 2)
-    change = {"head": {"loss": loss}, "train": {"accumulation": accumulation}, "model": {"depth": 4}}
+    change = {"head": {"loss": loss}, "train": {"accumulation": accumulation}, "model": {"depth": 5}}
     plain = begin(**change)
     change["train"]["compile"] = mode
     compiled = begin(**change)
     expected = steps(plain, 3)
     assert steps(compiled, 3) == pytest.approx(expected, rel=1e-5)
     same(plain, compiled)
-    # each branch: embedding, blocks, which share their code, and what follows them; BYOL's loss
-    made = {"block": 6 + (loss == "byol"), "step": 1}[mode]
+    # each branch: embedding, stretches, those of one length as one, and what follows them; BYOL's loss
+    made = {"block": 8 + (loss == "byol"), "step": 1}[mode]
     assert counting.graphs == made
     # none is made again while rates move
     rate = compiled.optimizer.param_groups[0]["lr"]
     with torch._dynamo.config.patch(error_on_recompile=True):
         steps(compiled, 10)
     assert counting.graphs == made and compiled.optimizer.param_groups[0]["lr"] != rate
+
+
+def test_runs_of_one_process_have_graphs_of_their_own(counting):
+    # what differs is in the modules alone, whose guards are left out
+    for heads in (2, 4):
+        change = {"model": {"heads": heads, "drop_path": 0.0}}
+        plain, compiled = begin(**change), begin(**change, train={"compile": "block"})
+        assert steps(compiled, 1) == pytest.approx(steps(plain, 1), rel=1e-5)
+    assert counting.graphs == 13
 
 
 def test_blocks_of_full_width_stay_whole_under_data_parallelism(counting):

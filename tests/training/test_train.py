@@ -309,15 +309,15 @@ def test_bf16(tmp_path):
     assert a != b and a == pytest.approx(b, rel=0.02)
 
 
-def test_compile_wraps_stretches_of_blocks_once(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))
+def test_compile_keeps_the_names_of_weights(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     run, loader = begin(train={"compile": "block"})
     loader.close()
     names = set(run.method.state_dict())
     step.wrap(run)
-    blocks = [b for stretch in compiled for b in stretch.blocks]
-    assert blocks == [*run.method.student.blocks, *run.method.teacher.blocks]
+    branches = run.method.student_branch, run.method.teacher_branch
+    for branch in branches:
+        assert [b for blocks in branch._stretches for b in blocks] == list(branch.encoder.blocks)
     assert set(run.method.state_dict()) == names
 
 
