@@ -203,7 +203,7 @@ class Branch(nn.Module):
             own = types.FunctionType(
                 f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__
             )
-            guards = {"guard_filter_fn": _of_arguments}
+            guards: dict[str, Any] = {"guard_filter_fn": _of_arguments}
             return torch.compile(types.MethodType(own, self), **options, options=guards)
 
         blocks = list(self.encoder.blocks)

@@ -6,6 +6,7 @@ Nothing here waits for a GPU, except optimizers that cannot skip a step by thems
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -63,17 +64,29 @@ def compute(run: Run, micro_batches: list[MicroBatch]) -> None:
         p.grad = None
     with run.world.waiting():
         loss = (run.gradients or gradients)(run, micro_batches)
-    with scope("gradient norm, accumulation"):
-        norms = torch._foreach_norm([p.grad for p in run.trained if p.grad is not None])
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        if run.cfg.optim.clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(run.trained, run.cfg.optim.clip_grad, norm)
+    # one pass over all parameters does all that follows
+    whole = run.optimizer if isinstance(run.optimizer, AdamWEma) else None
+    good = loss.isfinite()
+    if whole is None:
+        with scope("gradient norm, accumulation"):
+            norms = torch._foreach_norm([p.grad for p in run.trained if p.grad is not None])
+            norm = torch.linalg.vector_norm(torch.stack(norms))
+            if run.cfg.optim.clip_grad:
+                torch.nn.utils.clip_grads_with_norm_(run.trained, run.cfg.optim.clip_grad, norm)
+        good &= norm.isfinite()
     # a step that is bad on one process is skipped on all
     dtype = run.counters.tensor.dtype
-    bad = 1 - (loss.isfinite() & norm.isfinite()).to(dtype)
-    bad, loss = run.world.sum(torch.stack([bad, loss.to(dtype)]))
+    bad, loss = run.world.sum(torch.stack([1 - good.to(dtype), loss.to(dtype)]))
     bad, loss = (bad > 0).to(dtype), loss / run.world.size
-    update(run, bad)
+    if whole is None:
+        update(run, bad)
+    else:
+        with scope("optimizer and EMA"):
+            # all processes have the same gradients, and so the same norm
+            limit = run.cfg.optim.clip_grad or math.inf
+            whole.step(momentum_weight=run.teacher_weight, found_inf=bad, max_norm=limit)
+            assert whole.grad_norm is not None and whole.skipped is not None
+            norm, bad = whole.grad_norm, whole.skipped
     run.counters.add(loss, norm, bad)
 
 
@@ -150,10 +163,6 @@ def update(run: Run, bad: Tensor) -> None:
     here the same update ends that step.
     """
     weight, optimizer = run.teacher_weight, run.optimizer
-    if isinstance(optimizer, AdamWEma):
-        # one pass over all parameters, gated on the device, shadow weights included
-        optimizer.step(momentum_weight=weight, found_inf=bad)
-        return
     if gates_on_device(optimizer):
         # where this is 1, weights, moments and step count keep their bits
         optimizer.found_inf = bad.float()  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ Order: norm (per chunk), prepare (one program), update (per chunk), their launch
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _launch
-from .op import tables
+from .op import rows, tables
 
 BLOCK = 2048
 COLUMNS = 11
@@ -85,10 +86,12 @@ def adamw_ema_prepare_kernel(
         clip = tl.load(settings_ptr + 3) / (norm + 1e-6)
         # a norm that is not a number stays one
         factor = tl.where(clip < 1.0, factor * clip, factor)
-    if HAS_FLAG:
-        skip = tl.load(settings_ptr + 2) != 0.0
-    else:
+    if HAS_NORM:
         skip = (norm != norm) | (tl.abs(norm) == float("inf"))
+        if HAS_FLAG:
+            skip |= tl.load(settings_ptr + 2) != 0.0
+    else:
+        skip = tl.load(settings_ptr + 2) != 0.0
     tl.store(outcome_ptr, norm)
     tl.store(outcome_ptr + 1, tl.where(skip, 1.0, 0.0).to(tl.float64))
     tl.store(common_ptr, factor.to(ACC))
@@ -258,15 +261,23 @@ def step(
     outcome: Tensor,
     has_norm: bool,
     has_flag: bool,
+    kept: dict[str, Any],
 ) -> None:
-    """One optimizer step, in place; arguments as `adamw_ema_reference`."""
+    """One optimizer step, in place; arguments as `adamw_ema_reference`, and what is kept for the next one."""
     changed = (params, exp_avg, exp_avg_sq, steps, teacher, shadow, teacher_shadow)
-    columns = [
-        [0 if t is None else t.data_ptr() for t in tensors] for tensors in (params, grads, *changed[1:])
-    ]
-    columns += [[p.numel() for p in params], group]
+    tensors = [t for column in changed for t in column]
+    # of those that others may give new storage; the rest is this optimizer's, or was made for it
+    addresses = [0 if t is None else t.data_ptr() for t in (*params, *teacher)]
+    if kept.get("addresses") != addresses or not all(map(operator.is_, tensors, kept["tensors"])):
+        columns = [[0 if t is None else t.data_ptr() for t in column] for column in changed]
+        kept["sizes"] = tuple(p.numel() for p in params)
+        kept["rows"] = rows([*columns, list(kept["sizes"]), group])
+        kept["tensors"], kept["addresses"] = tensors, addresses
+        # what a backward pass may have saved
+        kept["read"] = [t for column in (params, *changed[4:]) for t in column if t is not None]
     low = next((t.dtype for t in (*shadow, *teacher_shadow) if t is not None), torch.bfloat16)
-    table, chunks = tables(columns, BLOCK, params[0].device)
+    pointers = tuple(g.data_ptr() for g in grads)
+    table, chunks = tables(kept["rows"], pointers, kept["sizes"], BLOCK, params[0].device)
     update(table, chunks, settings, outcome, has_norm, has_flag, (params[0].dtype, grads[0].dtype, low))
     # the kernel writes behind autograd's back: a backward pass through the old values must fail, as after torch's own
-    torch.autograd.graph.increment_version([t for tensors in changed for t in tensors if t is not None])
+    torch.autograd.graph.increment_version(kept["read"])

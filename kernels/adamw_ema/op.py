@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Union
 
 import torch
@@ -91,26 +91,26 @@ def _chunks(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
     return _send(torch.stack([tensor, chunk], 1), torch.int32, device)
 
 
-def _rows(columns: tuple[tuple[int, ...], ...]) -> Tensor:
-    """[tensors, 11] int64 on the CPU, without the gradients' addresses: of a training run always the same."""
-    rows = torch.tensor([columns[0], (0,) * len(columns[0]), *columns[1:]], dtype=torch.int64).T
+def rows(columns: list[list[int]]) -> Tensor:
+    """[tensors, 11] int64 on the CPU (columns: kernel.py), without the gradients' addresses, which come last."""
+    made = torch.tensor([columns[0], [0] * len(columns[0]), *columns[1:]], dtype=torch.int64).T
     # whether every address of the row allows 16-byte accesses
-    aligned = (rows[:, [0, 2, 3, 5, 6, 7]] % 16 == 0).all(1, keepdim=True)
-    return torch.cat([rows, aligned.long()], 1).contiguous()
+    aligned = (made[:, [0, 2, 3, 5, 6, 7]] % 16 == 0).all(1, keepdim=True)
+    return torch.cat([made, aligned.long()], 1).contiguous()
 
 
-def _table(grads: tuple[int, ...], columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+def _table(grads: tuple[int, ...], others: Tensor, device: torch.device) -> Tensor:
     """[tensors, 11] int64; its key is every address in it, so gradients in new storage make a new one."""
-    rows, addresses = _cached(_rows, columns).clone(), torch.tensor(grads, dtype=torch.int64)
-    rows[:, 1] = addresses
-    rows[:, 10] *= addresses % 16 == 0
-    return _send(rows, torch.int64, device)
+    table, addresses = others.clone(), torch.tensor(grads, dtype=torch.int64)
+    table[:, 1] = addresses
+    table[:, 10] *= addresses % 16 == 0
+    return _send(table, torch.int64, device)
 
 
-def tables(columns: list[list[int]], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(addresses [tensors, 11] int64, chunks of `block` elements [chunks, 2] int32); columns: kernel.py."""
-    grads, sizes = tuple(columns[1]), tuple(columns[8])
-    others = tuple(map(tuple, (columns[0], *columns[2:])))
+def tables(
+    others: Tensor, grads: tuple[int, ...], sizes: tuple[int, ...], block: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(addresses [tensors, 11] int64, chunks of `block` elements [chunks, 2] int32); others: `rows`."""
     made = _cached(_table, grads, others, device), _cached(_chunks, sizes, block, device)
     if _capturing(device) and not any(made[0] is a and made[1] is b for a, b in _captured):
         _captured.append(made)
@@ -132,6 +132,8 @@ class _Plan:
     states: list[dict[str, Tensor]]
     # teacher, shadow, teacher_shadow -> that of each parameter, or None
     others: dict[str, list[Tensor | None]]
+    # what the launcher keeps from step to step
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 class AdamWEma(torch.optim.AdamW):
@@ -262,15 +264,17 @@ class AdamWEma(torch.optim.AdamW):
                     settings[i, k].copy_(x.detach().reshape(()), non_blocking=True)
         return settings
 
-    def _planned(self) -> _Plan:
-        """The plan for the parameters that have a gradient now; creates missing state."""
+    def _planned(self) -> tuple[_Plan, list[Tensor]]:
+        """(the plan for the parameters that have a gradient now, the gradients); creates missing state."""
         groups = [g["params"] for g in self.param_groups]
-        key = [id(p) for params in groups for p in params if p.grad is not None], [len(g) for g in groups]
+        found = [
+            (i, p, grad) for i, params in enumerate(groups) for p in params if (grad := p.grad) is not None
+        ]
+        params, grads = [p for _, p, _ in found], [grad for _, _, grad in found]
+        key = list(map(id, params)), [len(g) for g in groups]
         plan = self._plan
         if plan is not None and plan.key == key and len(plan.states) <= len(self.state):
-            return plan
-        found = [(i, p) for i, params in enumerate(groups) for p in params if p.grad is not None]
-        params = [p for _, p in found]
+            return plan, grads
         if len({(p.device, p.dtype) for p in params}) > 1:
             raise ValueError("params: expected one device and one dtype for all of them")
         for p in params:
@@ -279,8 +283,8 @@ class AdamWEma(torch.optim.AdamW):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         others = {name: [pairs.get(p) for p in params] for name, pairs in self._pairs.items()}
-        self._plan = _Plan(key, params, [i for i, _ in found], [self.state[p] for p in params], others)
-        return self._plan
+        self._plan = _Plan(key, params, [i for i, _, _ in found], [self.state[p] for p in params], others)
+        return self._plan, grads
 
     @torch.no_grad()
     def step(
@@ -299,9 +303,9 @@ class AdamWEma(torch.optim.AdamW):
         Args:
             closure: computes the loss again, as in torch.
             momentum_weight: w = 1 - momentum of `teacher += w (param - teacher)`; None: the teacher stays.
-            found_inf: 0-d; not 0: this step is bad, 0: it is not, whatever the gradients (what processes agreed on).
-                None: bad when the gradients' norm is not finite. A bad step changes nothing: weights, moments, step
-                count, teacher, copies.
+            found_inf: 0-d; not 0: this step is bad (what processes agreed on). So is one whose gradients' norm is not
+                finite, unless `found_inf` is given and `max_norm` is not: then nobody needs the norm. A bad step
+                changes nothing: weights, moments, step count, teacher, copies.
             grad_scale: multiplies the gradients (1 / loss scale).
             max_norm: clips the global norm (after `grad_scale`), as `clip_grad_norm_`.
 
@@ -321,16 +325,14 @@ class AdamWEma(torch.optim.AdamW):
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             grad_scale = grad_scale / scale
-        plan = self._planned()
+        plan, grads = self._planned()
         params = plan.params
         if not params:
             return loss
-        grads = []
-        for p in params:
-            grad: Any = p.grad
+        for p, grad in zip(params, grads):
             if grad.layout != torch.strided:
                 raise ValueError(f"grad of {describe(p)}: expected dense, got {grad.layout}")
-            grads.append(grad.contiguous())
+        grads = [grad.contiguous() for grad in grads]
         if len({g.dtype for g in grads}) > 1:
             grads = [g.to(params[0].dtype) for g in grads]
         has_norm, has_flag = max_norm is not None or found_inf is None, found_inf is not None
@@ -352,7 +354,7 @@ class AdamWEma(torch.optim.AdamW):
             # imports Triton
             from . import kernel
 
-            kernel.step(*arguments)
+            kernel.step(*arguments, plan.kept)
         else:
             adamw_ema_reference(*arguments)
         self.grad_norm, self.skipped = outcome[0] if has_norm else None, outcome[1]

@@ -35,8 +35,7 @@ def adamw_ema_reference(
     Moments m and v, steps t (0-d fp32), teacher (None: has none) and low-precision copies in any dtype are updated;
     group holds each parameter's row of settings. settings [1 + groups, 5] float64: 1 / loss scale, weight, flag,
     max_norm; lr, beta1, beta2, eps, decay. outcome [2] float64 is written: the gradients' norm, if it is needed (then
-    it is clipped to max_norm); 1 if the step was bad, which the flag decides if there is one, else a norm that is not
-    finite.
+    it is clipped to max_norm); 1 if the step was bad: by the flag, or with a norm that is not finite.
     """
     factor, norm = settings[0, INV_SCALE], outcome.new_full((), float("nan"))
     if has_norm:
@@ -44,7 +43,10 @@ def adamw_ema_reference(
             torch.stack(torch._foreach_norm(grads, 2, dtype=params[0].dtype)).double().norm() * factor.abs()
         )
         factor = factor * (settings[0, MAX_NORM] / (norm + 1e-6)).clamp(max=1.0)
-    bad = settings[0, FOUND] != 0 if has_flag else ~norm.isfinite()
+    # without a flag it is 0
+    bad = settings[0, FOUND] != 0
+    if has_norm:
+        bad = bad | ~norm.isfinite()
     outcome[0], outcome[1] = norm, bad
 
     def put(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
