@@ -354,7 +354,7 @@ class AdamWEma(torch.optim.AdamW):
             # imports Triton
             from . import kernel
 
-            kernel.step(*arguments, plan.kept)
+            kernel.step(*arguments + [plan.kept])
         else:
             adamw_ema_reference(*arguments)
         self.grad_norm, self.skipped = outcome[0] if has_norm else None, outcome[1]
