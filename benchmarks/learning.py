@@ -159,7 +159,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "One run a row, accuracies of the class token in %; std, rank and cosine of it at the end of the run."
     )
     return f"{text}\n\n" + harness.columns(
-        rows,
+        [*rows, *means(rows)],
         "settings=settings",
         "seed=seed",
         "steps=steps",
@@ -170,6 +170,20 @@ def table(rows: list[dict[str, Any]]) -> str:
         "rank=rank.last:.1f",
         "cosine=cosine.last:.3f",
     )
+
+
+def means(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A row of means for every line of settings that more than one seed has tried."""
+    for settings in dict.fromkeys(r["settings"] for r in rows):
+        same = [r for r in rows if r["settings"] == settings]
+        if len(same) > 1:
+            yield {"settings": settings, "seed": f"mean of {len(same)}"} | {
+                key: {k: statistics.mean(r[key][k] for r in same) for k in value}
+                if isinstance(value, dict)
+                else statistics.mean(r[key] for r in same)
+                for key, value in same[0].items()
+                if key not in ("settings", "seed", "curve")
+            }
 
 
 def run(preset: str, seed: int, out: Path, overrides: list[str], limits: list[str]) -> dict[str, Any]:

@@ -23,7 +23,11 @@ def test_a_search_continues(tmp_path, monkeypatch):
     def run(preset, seed, out, overrides, limits):
         tried.append((preset, seed, *overrides))
         features = ("class token", "mean of patches")
-        rows = [{"encoder": e, "feature": f, "knn": k, "probe": 0.5} for f in features for e, k in ENCODERS]
+        rows = [
+            {"encoder": e, "feature": f, "knn": k + (k > 0.4) * seed / 10, "probe": 0.5}
+            for f in features
+            for e, k in ENCODERS
+        ]
         at = {f"teacher{p}_{k}": 0.1 for p in ("", "_proj") for k in ("std", "rank", "cosine")}
         curve = [{"epoch": 0, **at}, {"epoch": 2, **at, "teacher_rank": 7.0}]
         seconds = {"pretrain_s": 2.0, "pretrain_cpu_s": 1.0}
@@ -59,7 +63,10 @@ def test_a_search_continues(tmp_path, monkeypatch):
         ("--c '3 4'", 1),
     ]
     assert round(rows[0]["cls_knn"]["gain"], 6) == 30 and rows[0]["rank"] == {"first": 0.1, "last": 7.0}
-    assert "| --b 2 | 0 | 8 | 1 | 20.0 | 50.0 | +30.0 |" in (folder / "README.md").read_text()
+    page = (folder / "README.md").read_text()
+    assert "| --b 2 | 0 | 8 | 1 | 20.0 | 50.0 | +30.0 |" in page
+    # seed 1 is ten points better
+    assert "| --b 2 | mean of 2 | 8 | 1 | 20.0 | 55.0 | +35.0 |" in page
 
 
 ENCODERS = [("random init", 0.2), ("pretrained", 0.5), ("raw pixels", 0.1)]
