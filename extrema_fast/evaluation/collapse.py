@@ -1,4 +1,4 @@
-"""Sentences about a run that is collapsing, from its evaluations so far."""
+"""Sentences about a run that is collapsing, from its evaluations and from the outputs of its batches so far."""
 
 from __future__ import annotations
 
@@ -14,6 +14,59 @@ PARTS = {
     "student_proj": "student projection",
 }
 ADVICE = "lower optim.base_lr, raise optim.momentum (a slower teacher), or lengthen optim.warmup_epochs"
+
+# what a check of a batch records, in the order of `probes.batch_spread`
+OUTPUTS = ("prediction_spread", "prediction_dims", "target_spread", "target_dims")
+# steps from one check to the next in the first 400 steps, and later; checks that are averaged
+EARLY_STEPS, STEPS, AVERAGED = 20, 100, 3
+# collapsed: this share of the largest spread so far, and of the directions beyond the first at the start; so few
+# directions; a spread that is constant to rounding
+LEAST_SPREAD, LEAST_DIMS, FEW_DIMS, CONSTANT = 0.4, 0.25, 1.25, 1e-5
+
+
+def checks_spread(step: int) -> bool:
+    """Whether the outputs of this step's batch are checked."""
+    return step == 1 or step % (EARLY_STEPS if step <= 400 else STEPS) == 0
+
+
+def spread_warning(history: Sequence[dict[str, Any]], loss: str = "infonce") -> str:
+    """What the outputs of the latest batches say about collapse, with what to try; empty while healthy.
+
+    A batch is small and each has other images, so the mean of three checks counts.
+
+    Args:
+        history: Records of `OUTPUTS` by step, oldest first, the first of step 1.
+        loss: `head.loss` of the run.
+    """
+    first, means = {}, {}
+    for key in OUTPUTS:
+        values = [r[key] for r in history if r.get(key) is not None]
+        if len(values) < AVERAGED:
+            return ""
+        first[key] = values[0]
+        means[key] = [sum(values[i : i + AVERAGED]) / AVERAGED for i in range(len(values) - AVERAGED + 1)]
+    found = []
+    for who in ("prediction", "target"):
+        spread = means[f"{who}_spread"]
+        # a random encoder may be nearly constant: what is more than that is not collapsed
+        least = min(LEAST_SPREAD * max(spread), first[f"{who}_spread"])
+        if spread[-1] < max(least, CONSTANT):
+            found.append(f"spread of the {who}s {spread[-1]:.2g} (at most {max(spread):.2g} before)")
+    names = ("prediction_dims", "target_dims")
+    now, start = [means[n][-1] for n in names], [first[n] for n in names]
+    if all(b < FEW_DIMS and b - 1 < LEAST_DIMS * (a - 1) for a, b in zip(start, now, strict=True)):
+        found.append(
+            f"directions in use by predictions and targets {now[0]:.2f} and {now[1]:.2f} "
+            f"(step {history[0]['step']}: {start[0]:.2f} and {start[1]:.2f})"
+        )
+    if not found:
+        return ""
+    return f"outputs of different images become alike: {', '.join(found)}; {advice(loss)}"
+
+
+def advice(loss: str) -> str:
+    """What to try against collapse."""
+    return f"{ADVICE}{'; or use head.loss infonce' if loss == 'byol' else ''}"
 
 
 def collapse_warnings(
@@ -58,7 +111,8 @@ def collapse_warnings(
     if found:
         warnings.append(f"features of different images point the same way, mean cosine: {found}")
     found = broken("rank", rank_broken)
-    if found:
+    # the student's alone falls early in healthy runs of BYOL, and comes back
+    if "teacher" in found:
         warnings.append(f"features use few directions, effective rank: {found}")
     warm = last.get("epoch", math.inf) >= warmup_epochs
     view = last.get("view_cosine")
@@ -69,7 +123,7 @@ def collapse_warnings(
         )
     warnings += _knn_warnings(history, warm)
     if warnings:
-        warnings[0] += f"; {ADVICE}{'; or use head.loss infonce' if loss == 'byol' else ''}"
+        warnings[0] += f"; {advice(loss)}"
     entropy = last.get("attention_entropy")
     if entropy is not None and warm and not 0.01 < entropy < 0.9999:
         state = "looks at one token only" if entropy < 0.5 else "is uniform: pooling learns nothing"

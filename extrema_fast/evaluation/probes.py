@@ -264,6 +264,29 @@ def indicators(x: Tensor) -> dict[str, float]:
     }
 
 
+def batch_spread(prediction: Tensor, target: Tensor) -> Tensor:
+    """How much the outputs of a training batch differ between its images; for a GPU without waiting for it.
+
+    Args:
+        prediction: [V b, d] of the student, view-major, b >= 2.
+        target: [b, d] of the teacher.
+
+    Returns:
+        [4] fp32: spread and dimensions of the predictions, of one view after another, then of the targets. Spread:
+        the root of 1 - the mean cosine of two images, 0 constant and 1 isotropic. Dimensions: the participation
+        ratio (sum of the variances of the principal directions)^2 / sum of their squares, 1 to b - 1.
+    """
+    out = []
+    for x in (prediction.float().view(-1, *target.shape), target.float()[None]):
+        x = F.normalize(x, dim=-1)
+        x = x - x.mean(1, keepdim=True)
+        # [V, b, b]: its non-zero eigenvalues are the covariance's
+        gram = x @ x.mT
+        trace = gram.diagonal(dim1=1, dim2=2).sum(1)
+        out += [(trace / (x.shape[1] - 1)).sqrt().mean(), (trace.square() / gram.square().sum((1, 2))).mean()]
+    return torch.stack(out)
+
+
 def attention_entropy(attention: Tensor) -> float:
     """Mean entropy of attention rows over its maximum, in 0..1; attention: [..., n] probabilities."""
     return float(torch.special.entr(attention.float()).sum(-1).mean() / math.log(attention.shape[-1]))

@@ -12,8 +12,8 @@ from ..distributed import wide
 LOSS, NORM, GOOD, SKIPPED, IN_A_ROW, WORST = range(6)
 
 
-class Reading:
-    """A copy of the counters on its way to the CPU."""
+class Arrival:
+    """A copy of a small tensor on its way to the CPU."""
 
     def __init__(self, tensor: Tensor) -> None:
         # pinned memory, when it comes from a CUDA device; MPS has no events to wait for
@@ -21,14 +21,22 @@ class Reading:
         self.event = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
 
     def arrived(self) -> bool:
-        """Whether `values` returns without waiting."""
+        """Whether `numbers` returns without waiting."""
         return self.event is None or self.event.query()
+
+    def numbers(self) -> list[float]:
+        """The tensor's values."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.copy.tolist()
+
+
+class Reading(Arrival):
+    """A copy of the counters on its way to the CPU."""
 
     def values(self) -> dict[str, Any]:
         """Mean loss and gradient norm of the good steps (None without any), skipped steps, most of them in a row."""
-        if self.event is not None:
-            self.event.synchronize()
-        values = self.copy.tolist()
+        values = self.numbers()
         loss, norm = (v / values[GOOD] if values[GOOD] else None for v in values[:2])
         return {
             "loss": loss,

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ExtremaError, NonFiniteError, Preempted, one_line
+from ..evaluation.collapse import OUTPUTS, checks_spread, spread_warning
 from ..files import fits, open_to_append
 from ..progress import Progress
 from ..signals import Stopped
@@ -21,7 +22,7 @@ from .run_folder import RunFolder
 
 # without torch: the tools print their progress from here
 if TYPE_CHECKING:
-    from .counters import Reading
+    from .counters import Arrival, Reading
     from .run import Run
     from .step import StepStats
 
@@ -64,6 +65,9 @@ class TrainLog:
         run.world.rank_zero_only(self._open)
         self._data_wait = DataWaitWarning()
         self._pending: _Line | None = None
+        self._spread: tuple[int, Arrival] | None = None
+        self._spreads: list[dict[str, Any]] = []
+        self._told_of_spread = False
         self._skipped, self._told_of_skipped = 0, False
         self._restart()
 
@@ -71,6 +75,7 @@ class TrainLog:
         if self.folder is not None:
             file = self.folder.path / "log.jsonl"
             self.evals = history(file, "eval", self.run.step)
+            self._spreads = history(file, "spread", self.run.step)
             self.file = JsonLog(file)
 
     def start(self, headline: str, remedy: str) -> None:
@@ -106,6 +111,11 @@ class TrainLog:
             self._pending = self._line(stats)
             run.counters.restart()
             self._restart()
+        if self.folder is not None and checks_spread(run.step) and (spread := run.spread()):
+            self._write_spread()
+            self._spread = run.step, spread
+        if self._spread and self._spread[1].arrived():
+            self._write_spread()
         on_cpu = run.world.device.type == "cpu"
         # several GPUs write at the next line or save: all stop at the same step when values are not finite
         if self._pending and (on_cpu or run.world.size == 1) and self._pending.reading.arrived():
@@ -117,6 +127,7 @@ class TrainLog:
     def paused(self) -> Iterator[None]:
         """Context for evaluating and saving: writes what is pending; its duration is not counted as training."""
         self._write_pending()
+        self._write_spread()
         began = time.perf_counter()
         yield
         self._began += time.perf_counter() - began
@@ -197,6 +208,19 @@ class TrainLog:
             f"wait {100 * record['data_wait']:.0f} %  lr {record['lr']:.2e}",
         )
         self._status("running")
+
+    def _write_spread(self) -> None:
+        """Records how much the outputs of a batch differ; warns once when they are collapsing."""
+        if self._spread is None:
+            return
+        (step, arrival), self._spread = self._spread, None
+        self._spreads.append(self._write("spread", step, dict(zip(OUTPUTS, arrival.numbers(), strict=True))))
+        text = "" if self._told_of_spread else spread_warning(self._spreads, self.run.cfg.head.loss)
+        if text:
+            self._told_of_spread = True
+            self.warnings = [*self.warnings, text]
+            self._warning(text)
+            self._status("running")
 
     def _check_skipped(self, step: int, skipped: int) -> None:
         self._skipped = skipped

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +32,7 @@ from ..data.sources import BUILT_IN, ImageSource, open_source
 from ..distributed import World, cores, wide
 from ..errors import NonFiniteError, UsageError, counted
 from ..evaluation.features import Embedded
+from ..evaluation.probes import batch_spread
 from ..files import fits, read_json
 from ..models.extrema import ExtreMA, StudentTeacher
 from ..ops import dispatch as ops
@@ -54,13 +55,16 @@ from .checkpoint import (
     step_folders,
     unfit,
 )
-from .counters import Counters
+from .counters import Arrival, Counters
 from .draw import MicroBatch
 from .optim import FAMILIES, Schedule, build_optimizer
 from .resolve import Resolved, flops_per_image, resolve
 from .run_folder import RunFolder, check, utc_now, versions
 
 log = logging.getLogger(__name__)
+
+# images of a micro-batch from which their spread means something
+SPREAD_IMAGES = 8
 
 
 @dataclass
@@ -93,6 +97,8 @@ class Run:
     """`step.micro_batch_loss`, compiled; None: as it is"""
     recorded: Callable[[list[MicroBatch]], None] | None = None
     """`step.compute` of this run as a CUDA graph; None: as it is"""
+    outputs: list[Tensor] = field(default_factory=list)
+    """predictions [V b, d] and targets [b, d] of the last micro-batch of pretraining, on the device"""
     step: int = 0
     """steps taken"""
     embedded: tuple[Embedded, Embedded] | None = None
@@ -124,6 +130,12 @@ class Run:
         shards = 0 if source.shards is None else len(set(source.shards.tolist()))
         known = {"images": len(source), "shards": shards, "fingerprint": source.fingerprint}
         return known | {"sample": hash_sample(files)}
+
+    def spread(self) -> Arrival | None:
+        """`batch_spread` of the last micro-batch, on its way to the CPU; None where it has too few images, or none."""
+        if not self.outputs or len(self.outputs[1]) < SPREAD_IMAGES:
+            return None
+        return Arrival(batch_spread(*self.outputs))
 
     def _ends_epochs(self, epochs: int) -> bool:
         return epochs > 0 and self.step % (epochs * self.schedule.steps_per_epoch) == 0

@@ -96,6 +96,7 @@ def gradients(run: Run, micro_batches: list[MicroBatch]) -> Tensor:
     loss_of = run.compiled_loss or _loss_of(run)
     views = [color_views(run, m) for m in micro_batches]
     others: dict[str, Any] = {}
+    run.outputs.clear()
     if cfg.head.whole_batch and (count > 1 or run.world.size > 1):
         # the loss of each image takes the targets of the whole batch
         with run.resolved.autocast():
@@ -106,9 +107,11 @@ def gradients(run: Run, micro_batches: list[MicroBatch]) -> Tensor:
         if others:
             others["offset"] = first + i * len(m.images)
         with run.world.no_sync_unless(i + 1 == count, run.student):
-            loss = loss_of(student, teacher, m.keep, m.drop_path, **others) / count
+            loss, *outputs = loss_of(student, teacher, m.keep, m.drop_path, **others)
+            loss = loss / count
             loss.backward()
         total += loss.detach()
+    run.outputs += outputs
     return total
 
 
@@ -136,8 +139,11 @@ def micro_batch_loss(
     drop_path: Tensor | None,
     targets: Tensor | None = None,
     offset: int = 0,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Teacher, student and loss of one micro-batch; with `train.compile step` one graph.
+
+    Returns:
+        The loss; predictions [V b, d] and targets [b, d] of these images, without a gradient.
 
     Args:
         student: `method.student_branch`, possibly under data parallelism.
@@ -152,7 +158,9 @@ def micro_batch_loss(
         if targets is None:
             targets, _ = method.teacher_branch(teacher_patches)
         prediction, _ = student(student_patches, keep, drop_path)
-    return method.loss(prediction, targets, len(teacher_patches), offset)
+    images = len(teacher_patches)
+    loss = method.loss(prediction, targets, images, offset)
+    return loss, prediction.detach(), targets[offset : offset + images]
 
 
 @scoped("optimizer and EMA")
