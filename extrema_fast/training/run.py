@@ -93,7 +93,7 @@ class Run:
     """adds the gradients of micro-batches, returns the loss; None: `step.gradients`, of pretraining"""
     export: Callable[[Run, Path], Any] | None = None
     """writes the weights into a folder; None: both networks of pretraining"""
-    compiled_loss: Callable[..., Tensor] | None = None
+    compiled_loss: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
     """`step.micro_batch_loss`, compiled; None: as it is"""
     recorded: Callable[[list[MicroBatch]], None] | None = None
     """`step.compute` of this run as a CUDA graph; None: as it is"""

@@ -210,7 +210,7 @@ def wrap(run: Run) -> None:
         run.recorded = StepGraph(partial(compute, run), run.world.device)
 
 
-def _loss_of(run: Run) -> Callable[..., Tensor]:
+def _loss_of(run: Run) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return partial(micro_batch_loss, run.method, run.student, run.resolved.autocast)
 
 
