@@ -31,7 +31,9 @@ def main(argv: list[str]) -> int:
     split = argv.index("--") if "--" in argv else len(argv)
     overrides = argv[split + 1 :]
     p = harness.parser("finetune", main.__doc__, timed=False)
-    p.add_argument("weights", help="a pretraining's run folder, or none")
+    p.add_argument(
+        "weights", nargs="?", default=NONE, help="a pretraining's run folder; none: from scratch alone"
+    )
     p.add_argument(
         "--data", default="photos", help="as of finetune: photos, or a folder with train/ and test/"
     )
