@@ -63,8 +63,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
     skip = pytest.mark.skip(reason="needs a CUDA device")
-    # numbers that the host reads there are 0
-    raised = (AssertionError, ZeroDivisionError)
+    # numbers that the host reads there are 0, or what another test left in that memory
+    raised = (AssertionError, ArithmeticError)
     fail = pytest.mark.xfail(raises=raised, reason="the null GPU computes no values")
     for item in items:
         if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
