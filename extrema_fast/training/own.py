@@ -2,8 +2,8 @@
 
 `choose` settles them once, where a run begins; the run's `config.json` keeps them, and the same command later takes
 them from there. There are two recipes: the paper's, for large sets of photographs on a GPU, and else the short one of
-the presets `cifar10` and `photos`, which learns in minutes (records 2026-11-23_cpu1_photos_search, _cifar10_10k and
-2026-11-24_cpu1_photos_infonce). What is given stands, and what depends on it follows.
+the preset `cifar10` and of an earlier `photos`, which learns in minutes (records 2026-11-23_cpu1_photos_search,
+_cifar10_10k and 2026-11-24_cpu1_photos_infonce). What is given stands, and what depends on it follows.
 """
 
 from __future__ import annotations
