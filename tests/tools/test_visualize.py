@@ -263,7 +263,8 @@ def test_without_class_attention(pooled, photo, tmp_path):
         (["{photo}", "--make", "colors"], "--make: expected attention"),
         (["{photo}", "--show", "0"], "--show: expected at least 1"),
         (["{clip}", "--make", "map"], "--make: neighbors and map"),
-        (["{torn}"], "cannot be read"),
+        # with imageio and PyAV, and without
+        (["{torn}"], "this video cannot be read|reading this video needs imageio and PyAV"),
         (["{photo}", "--weights-without", "--make", "attention"], "no class attention"),
         (["{photo}", "--out", "{folder}"], "holds other files"),
         (["{photo}", "--out", "{photo}"], "is no folder"),
@@ -280,7 +281,7 @@ def test_bad_input_is_one_line(weights, pooled, photo, clip, tmp_path, capsys, o
     out = [] if "--out" in given else ["--out", str(tmp_path / "out")]
     assert main(["visualize", str(made), *given, *out, "--quiet"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("extrema-fast: error: ") and words in line
+    assert line.startswith("extrema-fast: error: ") and any(w in line for w in words.split("|"))
     assert not (tmp_path / "out").exists() and (folder / "mine.txt").read_text() == "mine"
 
 
