@@ -22,7 +22,7 @@ from tests.training.conftest import final_hash, status
 SENDS = """
 import os, signal, threading, time
 from extrema_fast import signals, train
-from extrema_fast.evaluation import evaluate
+from extrema_fast.evaluation import online
 from extrema_fast.training import checkpoint, run
 # as in a terminal, whatever started the tests (nohup)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -83,7 +83,7 @@ def check(tries, pretrain, straight, name, what, codes, text, out, code=75, proc
 PLACES = {
     "at a step": ("train", "train_step"),
     "before the first step": ("train", "open_train"),
-    "in an evaluation": ("evaluate", "extract"),
+    "in an evaluation": ("online", "extract"),
     "while saving": ("checkpoint", "save_file"),
 }
 
