@@ -194,7 +194,9 @@ def run(preset: str, seed: int, out: Path, overrides: list[str], limits: list[st
     began, cpu_began = time.perf_counter(), cpu_seconds()
     subprocess.run([*program, *train], check=True)
     trained, cpu_trained = time.perf_counter(), cpu_seconds()
-    subprocess.run([*program, "evaluate", str(out), *limits], check=True)
+    # with limits it has a name of its own
+    found = out / "reports" / "learning.json"
+    subprocess.run([*program, "evaluate", str(out), "--out", str(found), *limits], check=True)
     done = time.perf_counter()
     log = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
@@ -203,7 +205,7 @@ def run(preset: str, seed: int, out: Path, overrides: list[str], limits: list[st
         "pretrain_cpu_s": round(cpu_trained - cpu_began, 1),
         "evaluate_s": round(done - trained, 1),
         "config": json.loads((out / "config.json").read_text(encoding="utf-8")),
-        "evaluation": json.loads((out / "reports" / "evaluation.json").read_text(encoding="utf-8")),
+        "evaluation": json.loads(found.read_text(encoding="utf-8")),
         "curve": [r for r in log if r.get("kind") == "eval"],
         "init_from": json.loads((out / "env.json").read_text(encoding="utf-8")).get("init_from"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from benchmarks import learning
 from benchmarks.learning import gains, spread
@@ -67,6 +68,23 @@ def test_a_search_continues(tmp_path, monkeypatch):
     assert "| --b 2 | 0 | 8 | 1 | 20.0 | 50.0 | +30.0 |" in page
     # seed 1 is ten points better
     assert "| --b 2 | mean of 2 | 8 | 1 | 20.0 | 55.0 | +35.0 |" in page
+
+
+def test_a_limited_evaluation_is_found(tmp_path, monkeypatch):
+    """What is read is what `evaluate` was told to write: with limits its own choice is another file."""
+
+    def program(command, check):
+        if command[3] == "pretrain":
+            (tmp_path / "reports").mkdir()
+            for name in ("config.json", "env.json", "log.jsonl"):
+                (tmp_path / name).write_text("{}\n")
+        else:
+            assert command[-1] == "--max-test=3"
+            Path(command[command.index("--out") + 1]).write_text('{"step": 8}')
+
+    monkeypatch.setattr(learning.subprocess, "run", program)
+    done = learning.run("smoke", 0, tmp_path, [], ["--max-test=3"])
+    assert done["evaluation"] == {"step": 8}
 
 
 ENCODERS = [("random init", 0.2), ("pretrained", 0.5), ("raw pixels", 0.1)]
