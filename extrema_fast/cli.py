@@ -109,8 +109,14 @@ def _run(args: list[str]) -> int:
 
 
 def _fail(error: ExtremaError) -> int:
-    _say(f"{PROG}: error: {' '.join(str(error).split())}")
+    if _is_first() or not error.of_all:
+        _say(f"{PROG}: error: {' '.join(str(error).split())}")
     return error.exit_code
+
+
+def _is_first() -> bool:
+    """Whether this is process 0 of a run."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _say(text: str) -> None:
@@ -308,9 +314,8 @@ _STDERR = _Stderr()
 
 
 def _set_up_logging(level: int) -> None:
-    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     logger = logging.getLogger("extrema_fast")
-    logger.setLevel(level if first else logging.WARNING)
+    logger.setLevel(level if _is_first() else logging.WARNING)
     logger.addHandler(_STDERR)
 
 

@@ -5,6 +5,7 @@ One code path for plain `python`, torchrun and SLURM; with one process every col
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import logging
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import errors
+from . import __version__, errors
 from .errors import ExtremaError, LostProcessError, UsageError, of_storage, one_line
 from .files import fits
 
@@ -46,6 +47,8 @@ TELL_S = 30.0
 LOST_S = 180.0
 # how often one that waits asks the others
 ASK_S = 5.0
+# clocks that are further apart are told
+CLOCK_S = 5.0
 # what is left to save before a process that waits for a lost one is ended
 SAVE_S = 120.0
 
@@ -124,26 +127,59 @@ class World:
 
     def rank_zero_only(self, function: Callable[[], T]) -> T | None:
         """Runs `function()` on rank 0: its result there, None elsewhere, its ExtremaError or OSError everywhere."""
-        result, failure = None, None
-        if self.is_rank_zero:
-            try:
-                result = function()
-            except (ExtremaError, OSError) as error:
-                known = of_storage(error) if isinstance(error, OSError) else error
-                if self.size == 1:
-                    raise known from None
-                failure = [type(known).__name__, str(known)]
-        if self.size == 1:
-            return result
-        failure = self.broadcast(failure)
-        if failure:
-            raise getattr(errors, failure[0], ExtremaError)(failure[1])
+        result, failure = _tried(function) if self.is_rank_zero else (None, None)
+        if failure and self.size == 1:
+            raise failure from None
+        failed = self.broadcast(failure and (type(failure).__name__, str(failure)))
+        if failed:
+            raise _of_all(*failed)
         return result
 
+    def everywhere(self, function: Callable[[], T]) -> T:
+        """Runs `function()`, in which no process waits for another, on all of them.
+
+        Returns:
+            The process's own result.
+
+        Raises:
+            ExtremaError: of any process, on all of them; it names the process.
+        """
+        result, failure = _tried(function)
+        if failure and self.size == 1:
+            raise failure from None
+        about = failure and (type(failure).__name__, str(failure), socket.gethostname())
+        for rank, failed in enumerate(self.all_gather(about)):
+            if failed:
+                raise _of_all(failed[0], f"{failed[1]} (process {rank} on {failed[2]})")
+        return result  # type: ignore[return-value]
+
     def rank_zero_first(self, function: Callable[[], T]) -> T:
-        """Runs `function()` on rank 0, then on the other processes; each has its own result."""
-        result = self.rank_zero_only(function)
-        return result if self.is_rank_zero else function()  # type: ignore[return-value]
+        """As `everywhere`, the other processes once process 0 is done and has not failed."""
+        first = self.rank_zero_only(function)
+        return self.everywhere(lambda: first if self.is_rank_zero else function())  # type: ignore[return-value]
+
+    def agree(self, what: str, value: dict[str, Any], remedy: str) -> None:
+        """Compares a value (plain data) of all processes.
+
+        Args:
+            what: begins the error, e.g. `data.train`.
+            remedy: ends it.
+
+        Raises:
+            UsageError: on all processes, for the first that differs from process 0: what differs, who has which.
+        """
+        if self.size == 1:
+            return
+        found = self.all_gather((value, socket.gethostname()))
+        if difference := _difference(*zip(*found, strict=True)):
+            raise _of_all("UsageError", f"{what}: {difference}; {remedy}")
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Gives the tensors of all processes the values of process 0's, in place."""
+        if self.size > 1:
+            with self.waiting(), torch.no_grad():
+                for x in tensors:
+                    dist.broadcast(x, src=0)
 
     def wrap(self, student: nn.Module) -> nn.Module:
         """The student under DistributedDataParallel; the module itself with one process."""
@@ -166,6 +202,31 @@ class World:
     def no_sync_unless(self, last: bool, model: nn.Module) -> AbstractContextManager[None]:
         """Context of a micro-batch: gradients are all-reduced with the last one only."""
         return nullcontext() if last or self.size == 1 else model.no_sync()  # type: ignore[operator]
+
+
+def _tried(function: Callable[[], T]) -> tuple[T | None, ExtremaError | None]:
+    """The result of a function, or its error of ours or of the system."""
+    try:
+        return function(), None
+    except (ExtremaError, OSError) as error:
+        return None, of_storage(error) if isinstance(error, OSError) else error
+
+
+def _of_all(kind: str, text: str) -> ExtremaError:
+    """An error that all processes raise."""
+    error = getattr(errors, kind, ExtremaError)(text)
+    error.of_all = True
+    return error
+
+
+def _difference(values: Sequence[dict[str, Any]], hosts: Sequence[str]) -> str:
+    """What the first value that is not process 0's has instead, `` where all are the same."""
+    for rank, (value, host) in enumerate(zip(values, hosts, strict=True)):
+        for name in [*values[0], *value]:
+            here, there = value.get(name), values[0].get(name)
+            if here != there:
+                return f"{name} is {here} for process {rank} on {host}, {there} for process 0 on {hosts[0]}"
+    return ""
 
 
 class Watch:
@@ -396,7 +457,7 @@ def pick_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.dev
         raise UsageError(
             f"system.device: {name} would be shared by {processes} processes; use cuda, each takes its own"
         )
-    # the only GPU a process sees is its own: SLURM binds one to each task (`_check_gpus` finds shared ones)
+    # the only GPU a process sees is its own: SLURM binds one to each task (`_check_alike` finds shared ones)
     index = int(name.split(":")[1]) if ":" in name else local_rank if found > 1 else 0
     if index >= found:
         raise UsageError(f"system.device: {name} needs GPU {index}, {found} found; use system.device cpu")
@@ -468,18 +529,56 @@ def _join(rank: int, size: int) -> dist.Store:
     return dist.PrefixStore(group, store)
 
 
-def _check_gpus(store: dist.Store, rank: int, size: int, device: torch.device) -> None:
-    """Raises UsageError on all processes where two have the same GPU, which NCCL cannot use."""
-    unique = torch.cuda.get_device_properties(device).uuid
-    store.set(f"gpu/{rank}", f"GPU {unique} of {socket.gethostname()}")
-    seen: dict[str, int] = {}
-    for n in range(size):
-        gpu = store.get(f"gpu/{n}").decode()
-        if gpu in seen:
-            raise UsageError(
-                f"system.device: processes {seen[gpu]} and {n} share {gpu}; start as many processes as there are GPUs"
+def _check_alike(store: dist.Store, rank: int, size: int, device: torch.device) -> None:
+    """Compares what the processes run and on which GPUs, and their clocks, before they work together.
+
+    Raises:
+        UsageError: on all of them: other versions, or a GPU that two have, which NCCL cannot use.
+    """
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    alike = {"WORLD_SIZE": size, "torch": torch.__version__, "extrema_fast": f"{__version__}, {_code()}"}
+    store.set(f"about/{rank}", json.dumps([alike, socket.gethostname(), gpu]))
+    # one that counts more processes must not wait for those that do not exist
+    first = json.loads(store.get("about/0"))
+    others = [f"about/{n}" for n in range(1, min(size, first[0]["WORLD_SIZE"]))]
+    found = [first, *map(json.loads, store.multi_get(others) if others else [])]
+    values, hosts, gpus = zip(*found, strict=True)
+    wrong = _difference(values, hosts)
+    if wrong:
+        wrong = f"processes differ: {wrong}; start all with the same command, from the same installation"
+    shared = [(gpus.index(g), n) for n, g in enumerate(gpus) if g and gpus.index(g) < n]
+    if shared and not wrong:
+        a, b = shared[0]
+        wrong = (
+            f"system.device: processes {a} and {b} share GPU {gpus[a]} of {hosts[a]}; start as many processes as "
+            "there are GPUs"
+        )
+    # all have come: what differs now is the clocks
+    store.set(f"time/{rank}", repr(time.time()))
+    if wrong:
+        if rank == 0:
+            # the store is gone with this process
+            with suppress(RuntimeError):
+                store.wait([f"time/{n}" for n in range(len(found))], timedelta(seconds=ASK_S))
+        raise _of_all("UsageError", wrong)
+    if rank == 0:
+        times = [float(t) for t in store.multi_get([f"time/{n}" for n in range(size)])]
+        off = {
+            host: t - times[0] for host, t in zip(hosts, times, strict=True) if abs(t - times[0]) > CLOCK_S
+        }
+        for host, seconds in off.items():
+            log.warning(
+                "the clock of %s is %.0f s %s that of %s: times in logs and of files will not fit; set it (NTP)",
+                *(host, abs(seconds), "ahead of" if seconds > 0 else "behind", hosts[0]),
             )
-        seen[gpu] = n
+
+
+def _code() -> str:
+    """Hash over the files of this package: checkouts may differ under one version."""
+    package, found = Path(__file__).parent, hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        found.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
+    return found.hexdigest()[:8]
 
 
 # what gloo, NCCL and the store say
@@ -517,9 +616,9 @@ def start(device: str) -> Iterator[World]:
     ours, watch = size > 1 and not dist.is_initialized(), None
     if ours:
         backend, store = "gloo", _join(rank, size)
+        _check_alike(store, rank, size, where)
         options: dict[str, Any] = {}
         if where.type == "cuda":
-            _check_gpus(store, rank, size, where)
             # flags and objects are on the CPU, and go by gloo without waiting for the GPU
             backend, options = "cpu:gloo,cuda:nccl", {"device_id": where}
         watch = Watch(rank, size, store, where)

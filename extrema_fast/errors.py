@@ -14,9 +14,14 @@ LONGEST = 3000
 
 
 class ExtremaError(Exception):
-    """Base of the errors below; `exit_code` is what the command line returns."""
+    """Base of the errors below; `exit_code` is what the command line returns.
+
+    Attributes:
+        of_all: whether all processes of the run end with it, so that only the first has to tell it.
+    """
 
     exit_code = 1
+    of_all = False
 
     def __str__(self) -> str:
         # a damaged file may put anything into a message; what to do stands at its end

@@ -17,6 +17,7 @@ import re
 import shutil
 import socket
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -283,9 +284,17 @@ def _runs(pid: int) -> bool:
 # ---- locks ----------------------------------------------------------------------------------------
 
 
+# how often the holder of a lock touches its file, and after how long without that, on another machine, it is gone
+BEAT_S = 5.0
+GONE_S = 4 * BEAT_S
+
+
 @contextmanager
 def lock(path: Path, name: str) -> Iterator[None]:
     """Holds the lock file `path`, which exists as long as the lock is held.
+
+    Many file systems that machines share lock within each machine alone, or not at all. So the holder touches the file,
+    and one that another machine has left is watched for `GONE_S` before it is taken over.
 
     Args:
         name: what is locked, as the error names it, e.g. `--out runs/x`.
@@ -297,10 +306,10 @@ def lock(path: Path, name: str) -> Iterator[None]:
     # the kernel drops the lock with the process, so one left by kill -9 is free at once
     while True:
         with open_to_append(path) as f:
-            if not _take(f, path):
-                owner = _owner(read_json(path, {}))
+            known = read_json(path, {})
+            if not _take(f, path) or _beats_elsewhere(path, known, name):
                 raise UsageError(
-                    f"{name}: another job is running here ({owner}); stop it, or write to another place"
+                    f"{name}: another job is running here ({_owner(known)}); stop it, or write to another place"
                 )
             # the holder may have removed the file between our open and our lock
             if not _is_same(path, f):
@@ -308,14 +317,50 @@ def lock(path: Path, name: str) -> Iterator[None]:
             if path.stat().st_size:
                 log.info("%s: a lock left by %s is taken over", name, _owner(read_json(path, {})))
             f.truncate(0)
-            f.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+            f.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "beats": BEAT_S}).encode())
+            left = threading.Event()
+            thread = threading.Thread(target=_beat, args=(f, left), name="lock", daemon=True)
+            thread.start()
             try:
                 yield
             finally:
+                left.set()
+                # it may hang in a file system that is gone
+                thread.join(BEAT_S)
                 # with its folder it may have been removed, and made again by another process
                 if _is_same(path, f):
                     remove(path)
             return
+
+
+def _beat(f: BinaryIO, left: threading.Event) -> None:
+    while not left.wait(BEAT_S):
+        # a file system that is away for a moment; a file that has been closed
+        with suppress(OSError, ValueError):
+            os.utime(f.fileno())
+
+
+def _beats_elsewhere(path: Path, known: dict[str, Any], name: str) -> bool:
+    """Whether the file is touched, while a process of another machine stands in it; waits for that."""
+    if not fits(known, {"host": str, "beats": float}) or known["host"] == socket.gethostname():
+        return False
+    log.info("%s: a lock of %s; it is free if that gives no sign within %g s", name, _owner(known), GONE_S)
+    first, end = _touched(path), time.monotonic() + GONE_S
+    while time.monotonic() < end:
+        time.sleep(min(0.5, GONE_S / 10))
+        if _touched(path) != first:
+            return path.exists()
+    return False
+
+
+def _touched(path: Path) -> int | None:
+    """When a file was written or touched, by its own machine's clock; None: it is gone."""
+    try:
+        # network file systems look again only when a file is opened
+        with open(path, "rb") as f:
+            return os.fstat(f.fileno()).st_mtime_ns
+    except OSError:
+        return None
 
 
 def holder(path: Path) -> tuple[bool | None, str]:
@@ -363,7 +408,8 @@ def _owner(holder: dict[str, Any]) -> str:
 
 def _held(holder: dict[str, Any]) -> bool:
     if holder.get("host") != socket.gethostname():
-        return bool(holder)
+        # without beats it is of an older version
+        return bool(holder) and "beats" not in holder
     try:
         pid = int(holder["pid"])
     except (KeyError, ValueError):

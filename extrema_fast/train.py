@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .config import Config, FinetuneConfig, differing, from_dict, local_batch, nested, to_dict
+from .config import Config, FinetuneConfig, differing, flatten, from_dict, local_batch, nested, to_dict
 from .data.bad_images import BAD_ROWS
 from .data.image_source import left_out
 from .data.loader import Batch, TrainLoader
@@ -76,6 +76,7 @@ class _Task(NamedTuple):
     build: Callable[..., Run]
     # fills a run with the weights it begins from, unless one in its folder goes on
     begin: Callable[[Run, bool], None]
+    init_from: str
     batches: Callable[[Run, TrainLoader], Iterator[Batch]]
     # the images of a batch are needed on the CPU
     on_cpu: bool
@@ -220,6 +221,7 @@ def _pretraining(init_from: str | Path | None) -> _Task:
         open_test,
         build,
         begin,
+        str(init_from or ""),
         batches,
         False,
         evaluate,
@@ -235,6 +237,7 @@ def _finetuning(cfg: FinetuneConfig) -> _Task:
         tuning.open_test,
         tuning.build,
         tuning.begin,
+        "",
         tuning.batches,
         needs_cpu(cfg),
         tuning.evaluate,
@@ -259,7 +262,11 @@ def _train(
         # several processes agree: one that left alone would keep the others waiting
         signals.raises = world.size == 1
         if world.size > 1:
-            # what was chosen for images and machine is rank 0's choice
+            given = flatten(cfg) | {"--init-from": task.init_from, "--overwrite": overwrite}
+            if preset is not None and preset[0] == "own":
+                # chosen for images and machine: process 0's choice
+                given = {name: given[name] for name in ("out", "data.train", "--init-from", "--overwrite")}
+            world.agree("settings differ", given, "start all processes with the same command")
             cfg = from_dict(world.broadcast(to_dict(cfg)), cfg)
         prepare_torch(cfg.system)
         local_batch(cfg, world.size)
@@ -277,6 +284,11 @@ def _train(
         settled = _settled(settled, world, source, overwrite)
         test = world.rank_zero_first(lambda: task.open_test(settled, source))
         run = task.build(settled, world, source, continued=not overwrite)
+        if world.size > 1:
+            same = flatten(
+                run.images | {"sample": {source.title(int(r)): h for r, h in run.images["sample"].items()}}
+            )
+            world.agree("data.train", same, "give all nodes the same images")
         if preset is not None:
             changes = {option: old for option, (_, old) in differing(settled, preset[1]).items()}
             run.made_from = {"name": preset[0], "changes": changes}
@@ -286,6 +298,8 @@ def _train(
             Trackers(folder, cfg.log) as trackers,
         ):
             resume(run, allow_config_change)
+            # random ones may differ by rounding between processors
+            world.share(run.method.state_dict().values())
             wrap(run)
             signals.raises = False
             with (

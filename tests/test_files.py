@@ -2,7 +2,7 @@
 
 Covers: a failed write leaves the old file or folder and no temporary one; what killed processes left beside a
 folder; a place that was taken meanwhile; a lock held by a living process, left by a dead one, on a file system
-without flock; JSON that is missing, damaged, no object, too deep, too large.
+without flock, or of another machine; JSON that is missing, damaged, no object, too deep, too large.
 """
 
 from __future__ import annotations
@@ -114,6 +114,9 @@ def test_a_place_taken_meanwhile(tmp_path):
     assert names(tmp_path) == ["d"]
 
 
+HOST = socket.gethostname()
+
+
 def test_lock(tmp_path, caplog, dead_pid, monkeypatch):
     caplog.set_level("INFO", logger="extrema_fast")
     path = tmp_path / "lock"
@@ -146,6 +149,30 @@ def test_lock(tmp_path, caplog, dead_pid, monkeypatch):
         else:
             with lock(path, "here"):
                 pass
+
+
+@pytest.mark.parametrize("flock", [True, False])
+def test_a_lock_of_another_machine(tmp_path, monkeypatch, flock):
+    """On a file system that locks within each machine alone, or not at all."""
+
+    def elsewhere(*args):
+        if not flock:
+            raise OSError(95, "not supported")
+
+    monkeypatch.setattr(files.fcntl, "flock", elsewhere)
+    monkeypatch.setattr(files, "BEAT_S", 0.02)
+    monkeypatch.setattr(files, "GONE_S", 0.4)
+    path, pid = tmp_path / "lock", os.getpid()
+    with lock(path, "here"):
+        monkeypatch.setattr(files.socket, "gethostname", lambda: "elsewhere")
+        with pytest.raises(UsageError, match=f"here: .*process {pid} on {HOST}"), lock(path, "here"):
+            pass
+        # it has ended without a word
+        left = path.read_bytes()
+    path.write_bytes(left)
+    with lock(path, "here"):
+        assert read_json(path)["host"] == "elsewhere"
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,8 @@ def embed(
         check_crop_pct(crop_pct, "--crop-pct")
     with start(device) as world:
         source = world.rank_zero_first(lambda: open_source(data, split, limit=limit, check=False))
+        seen = {"images": len(source), "fingerprint": source.fingerprint}
+        world.agree(str(data), seen, "give all nodes the same images")
         encoder = convert.load_encoder(weights, which, img_size=img_size)
         source = read_as(source, encoder.in_chans)
         if tokens == "class" and encoder.global_pool != "token":

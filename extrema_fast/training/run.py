@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PRESETS, Config, SystemConfig, changed_maths, config_hash, preset, to_dict
+from ..config import PRESETS, Config, SystemConfig, changed_maths, config_hash, flatten, preset, to_dict
 from ..data.bad_images import BadRows
 from ..data.image_files import ImageFiles, are_cropped, deep_range, hash_sample, read_as, replaced
 from ..data.loader import TrainLoader, processes_here
@@ -42,6 +42,7 @@ from ..weights.folder import save_weights, weights_meta
 from ..weights.initial import FRESH, load_method_weights
 from ..weights.released import is_sincos
 from .checkpoint import (
+    COMPLETE,
     IMAGES,
     Checkpoint,
     Saver,
@@ -402,6 +403,9 @@ def resume(run: Run, allow: bool) -> None:
     if not where:
         return
     path = Path(where)
+    # a node may have a folder of that name on a disk of its own
+    whole, remedy = read_json(path / COMPLETE, {}), "put --out on a disk that all nodes share"
+    run.world.agree(where, flatten(whole), remedy)
     found = found or Checkpoint(path, read_json(path / "state.json"))
     restore(found.tensors(), run.method, run.optimizer, run.counters.tensor, found.state.get("optimizer", ""))
     run.step, run.began_from = found.step, found.state.get("init_from")
