@@ -649,6 +649,21 @@ def _report(p: _Parser, args: list[str]) -> None:
     _print(report(**o))
 
 
+@_command("replay runs/photos --step 120")
+def _replay(p: _Parser, args: list[str]) -> None:
+    """Compute a step of a run again: the first module, and the images, that make it NaN or infinite."""
+    p.add("path", metavar="RUN", help="run folder, or the debug/step_* that it has kept of a skipped step")
+    p.add("--step", type=int, metavar="N", help="as the log counts (default: the last one kept)")
+    p.add("--rank", type=int, metavar="R", help="only the images of this process of the run")
+    p.add("--device", help="auto, cpu, cuda, cuda:N, mps (default: the run's)")
+    p.switch("--json", "print the result as JSON")
+    o = p.options(args)
+    as_json = o.pop("json")
+    from .tools.replay import describe, replay
+
+    _show(replay(**o), as_json, describe)
+
+
 @_command("runs runs")
 def _runs(p: _Parser, args: list[str]) -> None:
     """List runs: what each is doing, how far it is, and how good."""

@@ -40,6 +40,7 @@ from .evaluation.online import online_eval
 from .reporting.report import REPORT, report
 from .signals import Signals, Stopped
 from .training import tuning
+from .training.capture import capture
 from .training.checkpoint import Saver, fault
 from .training.logging import TrainLog
 from .training.own import choose
@@ -136,7 +137,7 @@ def pretrain(
         cfg = from_dict(nested(options), cfg)
     return _train(
         cfg,
-        _pretraining(init_from),
+        task_of(cfg, init_from),
         preset,
         overwrite,
         allow_config_change=allow_config_change,
@@ -192,10 +193,9 @@ def finetune(
         preset, cfg = (name, base), base
     cfg = from_dict(nested(options), cfg)  # type: ignore[assignment]
     made_from = None if isinstance(preset, str) else preset
-    task = _finetuning(cfg)
     return _train(
         cfg,
-        task,
+        task_of(cfg),
         made_from,
         overwrite,
         allow_config_change=allow_config_change,
@@ -245,6 +245,11 @@ def _finetuning(cfg: FinetuneConfig) -> _Task:
         tuning.headline,
         lambda run: tuning.next_command(run.cfg),
     )
+
+
+def task_of(cfg: Config, init_from: str | Path | None = None) -> _Task:
+    """What the loop does for a configuration; `init_from`: weights that a pretraining begins with."""
+    return _finetuning(cfg) if isinstance(cfg, FinetuneConfig) else _pretraining(init_from)
 
 
 def _train(
@@ -385,6 +390,7 @@ def _loop(
     # evaluations and weights are made there
     world.rank_zero_only(lambda: take_cropped_whole(run))
     signals.farewell = train_log.interrupted
+    train_log.on_skipped = partial(capture, run, folder, loader)
     if folder is not None and world.watch is not None:
         world.watch.farewell = partial(_farewell, run, saver, train_log)
     stop = signals.stop_agreed(world)

@@ -269,9 +269,24 @@ class TrainLoader(_Loader):
         if epoch != self._epoch and self.resident == "off":
             self._epoch = epoch
             self.bad.try_again(self._files)
-        rows = batch[self._first : self._first + self._settings.batch].copy()
+        return self._replaced(self._order, step, batch, self._first, self._settings.batch)
+
+    def global_rows(self, step: int) -> np.ndarray:
+        """The rows of a step's batch on all processes, by what is known of unusable ones now."""
+        # the loader's own is in use by the thread that plans
+        own = self._order
+        order = Order(own.source, own.cfg, own.batch_size, own.seed)
+        try:
+            _, batch = order(step)
+            return self._replaced(order, step, batch, 0, len(batch))
+        finally:
+            order.close()
+
+    def _replaced(self, order: Order, step: int, batch: np.ndarray, first: int, count: int) -> np.ndarray:
+        """`count` places of a global batch from the `first` on, without rows known to be unusable."""
+        rows = batch[first : first + count].copy()
         for place in np.flatnonzero(self.bad.known[rows]).tolist():
-            candidates = self._order.substitutes(step, self._first + place)
+            candidates = order.substitutes(step, first + place)
             usable = candidates[~self.bad.known[candidates]]
             if not len(usable):
                 raise DataError(

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..distributed import wide
 
 LOSS, NORM, GOOD, SKIPPED, IN_A_ROW, WORST = range(6)
+# after those that are saved: steps since the last line, and the last of them that was skipped
+STEPS, LATEST = range(6, 8)
 
 
 class Arrival:
@@ -35,7 +37,10 @@ class Reading(Arrival):
     """A copy of the counters on its way to the CPU."""
 
     def values(self) -> dict[str, Any]:
-        """Mean loss and gradient norm of the good steps (None without any), skipped steps, most of them in a row."""
+        """Mean loss and gradient norm of the good steps (None without any), skipped steps, most of them in a row.
+
+        `since_skipped`: how many steps before the reading the latest skipped one of the interval was; None: none was.
+        """
         values = self.numbers()
         loss, norm = (v / values[GOOD] if values[GOOD] else None for v in values[:2])
         return {
@@ -43,6 +48,7 @@ class Reading(Arrival):
             "grad_norm": norm,
             "skipped": int(values[SKIPPED]),
             "skipped_in_a_row": int(values[WORST]),
+            "since_skipped": int(values[STEPS] - values[LATEST]) if values[LATEST] else None,
         }
 
 
@@ -54,21 +60,27 @@ class Counters:
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.tensor = torch.zeros(6, dtype=wide(device), device=device)
+        self._all = torch.zeros(8, dtype=wide(device), device=device)
+        self.tensor = self._all[:6]
+        # what a skipped step adds to the sums
+        self._skipped = self._all.new_tensor([0.0, 0.0, 0.0, 1.0])
 
     def add(self, loss: Tensor, norm: Tensor, bad: Tensor) -> None:
         """Adds a step: scalar loss and gradient norm; `bad` is 1 when the step was skipped."""
-        loss, norm, bad = (x.to(self.tensor.dtype) for x in (loss, norm, bad))
-        sums, (in_a_row, worst) = self.tensor[: SKIPPED + 1], self.tensor[IN_A_ROW:].unbind()
+        loss, norm, bad = (x.to(self._all.dtype) for x in (loss, norm, bad))
+        good = torch.stack([loss, norm, self._skipped[3], self._skipped[0]])
         # loss and norm of a bad step may be NaN
-        loss, norm = torch.stack([loss, norm]).masked_fill(bad > 0, 0).unbind()
-        sums += torch.stack([loss, norm, 1 - bad, bad])
-        in_a_row.add_(1).mul_(bad)
-        torch.maximum(worst, in_a_row, out=worst)
+        self._all[: SKIPPED + 1] += torch.where(bad > 0, self._skipped, good)
+        # (in a row, steps), and the largest of each at a skipped step
+        counts, largest = self._all[IN_A_ROW::2], self._all[WORST::2]
+        counts += 1
+        skipped = counts * bad
+        counts[0].copy_(skipped[0])
+        torch.maximum(largest, skipped, out=largest)
 
     def read(self) -> Reading:
         """The sums so far; does not wait for a GPU."""
-        return Reading(self.tensor)
+        return Reading(self._all)
 
     def worst_in_a_row(self) -> int:
         """Most skipped steps in a row since the last `restart`; waits for the device."""
@@ -82,3 +94,4 @@ class Counters:
         """Begins the next interval; the total of skipped steps stays."""
         self.tensor[:SKIPPED] = 0
         self.tensor[WORST] = self.tensor[IN_A_ROW]
+        self._all[STEPS:] = 0

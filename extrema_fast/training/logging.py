@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,8 @@ class TrainLog:
     ) -> None:
         self.run, self.folder, self.on_record = run, folder, on_record
         self.bad_images = 0
+        # called with a step that was skipped, on the process that writes; returns the folder that keeps it, or nothing
+        self.on_skipped: Callable[[int], str] = lambda step: ""
         self.warnings: list[str] = []
         self.evals: list[dict[str, Any]] = []
         self.file: JsonLog | None = None
@@ -121,6 +124,8 @@ class TrainLog:
         if self._pending and (on_cpu or run.world.size == 1) and self._pending.reading.arrived():
             self._write_pending()
         if on_cpu:
+            if run.counters.in_a_row() == 1:
+                self._keep_skipped(run.step)
             self._check_finite(run.step, run.counters.worst_in_a_row())
 
     @contextmanager
@@ -198,6 +203,9 @@ class TrainLog:
             return
         (step, values, reading), self._pending = self._pending, None
         sums = reading.values()
+        before = sums.pop("since_skipped")
+        if before is not None and self.run.world.device.type != "cpu":
+            self._keep_skipped(step - before)
         self._check_finite(step, sums.pop("skipped_in_a_row"))
         record = self._write("train", step, values | sums)
         self._check_skipped(step, record["skipped"])
@@ -222,6 +230,13 @@ class TrainLog:
             self._warning(text)
             self._status("running")
 
+    def _keep_skipped(self, step: int) -> None:
+        if self.folder is not None and (kept := self.on_skipped(step)):
+            self._warning(
+                f"the loss or the gradient of step {step} was not finite, so it was skipped; which module and which "
+                f"images: extrema-fast replay {shlex.quote(kept)}"
+            )
+
     def _check_skipped(self, step: int, skipped: int) -> None:
         self._skipped = skipped
         # one in twenty: the run is not what its settings say
@@ -237,7 +252,8 @@ class TrainLog:
         if worst >= limit:
             raise NonFiniteError(
                 f"step {step}: {worst} steps in a row had a loss or gradient that is not finite "
-                f"(train.max_nonfinite {limit}); they changed no weights; try a lower optim.base_lr"
+                f"(train.max_nonfinite {limit}); they changed no weights; for the module and the images: "
+                f"extrema-fast replay {shlex.quote(str(self.run.cfg.out))}; try a lower optim.base_lr"
                 + (", or train.precision fp32" if self.run.resolved.precision != "fp32" else "")
             )
 

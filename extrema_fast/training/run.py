@@ -406,13 +406,17 @@ def resume(run: Run, allow: bool) -> None:
     # a node may have a folder of that name on a disk of its own
     whole, remedy = read_json(path / COMPLETE, {}), "put --out on a disk that all nodes share"
     run.world.agree(where, flatten(whole), remedy)
-    found = found or Checkpoint(path, read_json(path / "state.json"))
+    go_on(run, found or Checkpoint(path, read_json(path / "state.json")))
+    log.info("continuing at step %d of %d (%s)", run.step, run.schedule.total_steps, where)
+
+
+def go_on(run: Run, found: Checkpoint) -> None:
+    """Brings a run to a checkpoint."""
     restore(found.tensors(), run.method, run.optimizer, run.counters.tensor, found.state.get("optimizer", ""))
     run.step, run.began_from = found.step, found.state.get("init_from")
     if not found.state["ema_ahead"] and not run.last:
         # a run that has been made longer: what was its last step left the EMA update out
         run.method.ema_update(1 - run.schedule.momentum(run.step))
-    log.info("continuing at step %d of %d (%s)", run.step, run.schedule.total_steps, where)
 
 
 def _find_checkpoint(run: Run, allow: bool) -> Checkpoint | None:

@@ -1,6 +1,7 @@
 """The run folder: marker, lock, status, moving an old run aside.
 
     config.json  env.json  status.json  run.lock  log.jsonl  checkpoints/  latest  weights/  reports/  trackers/
+    debug/
 
 Only folders that hold the marker are ever written to or moved.
 """
@@ -27,7 +28,17 @@ LOCK = "run.lock"
 # status.json; more may stand in it
 STATUS = {"state?": str, "step?": int, "total_steps?": int, "reason?": (str, None), "time?": str}
 # what is appended to, or holds what is replaced and removed; any other file is replaced as a whole
-_NOT_LINKS = (MARKER, LOCK, "log.jsonl", "checkpoints", "weights", "reports", "tensorboard", "trackers")
+_NOT_LINKS = (
+    MARKER,
+    LOCK,
+    "log.jsonl",
+    "checkpoints",
+    "weights",
+    "reports",
+    "tensorboard",
+    "trackers",
+    "debug",
+)
 
 
 def check(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """Two processes over gloo against one.
 
 Covers: equal losses and weights to fp32 rounding, BYOL and InfoNCE (gathered targets), with accumulation, from a trunk;
-saved by two, continued by one and the other way round; a non-finite loss on one rank skips the step on both;
+saved by two, continued by one and the other way round; a non-finite loss on one rank skips the step on both, which is kept;
 a signal to one rank stops both at the same step; an error on rank 0 ends both with its exit code; leaving; a partner
 that never comes, dies, is stopped or hangs.
 """
@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from extrema_fast.tools.replay import replay
 from extrema_fast.training.logging import history
 from tests.training.conftest import command, final_hash, status, tiny
 from tests.weights._weights import foreign_vit
@@ -144,6 +145,10 @@ def test_a_bad_loss_on_one_rank_skips_on_both(pretrain):
     assert records[2]["loss"] is None and records[3]["loss"] is not None
     counts = load_file(out / "checkpoints" / "step_00000006" / "state.safetensors")
     assert {int(v) for k, v in counts.items() if k.endswith(".step")} == {STEPS - 1}
+    # what was kept holds the rows of both; nothing spoils them here
+    for rank, images in ((None, 8), (1, 4)):
+        found = replay(out, rank=rank)
+        assert (found["step"], found["images"], found["same_rows"], found["first"]) == (3, images, True, None)
 
 
 def test_an_error_on_rank_0_and_a_batch_that_does_not_divide(pretrain, tmp_path):

@@ -357,12 +357,12 @@ def test_counters():
     c = Counters()
     for loss, bad in ((1.0, 0), (float("nan"), 1), (float("inf"), 1), (3.0, 0)):
         c.add(torch.tensor(loss), torch.tensor(2 * loss), torch.tensor(float(bad)))
-    reading, two = c.read(), {"skipped": 2, "skipped_in_a_row": 2}
+    reading, two = c.read(), {"skipped": 2, "skipped_in_a_row": 2, "since_skipped": 1}
     assert c.worst_in_a_row() == 2
     c.restart()
     # what was read stays as it was
     assert reading.arrived() and reading.values() == {"loss": 2.0, "grad_norm": 4.0} | two
-    none = {"loss": None, "grad_norm": None, "skipped": 2, "skipped_in_a_row": 0}
+    none = {"loss": None, "grad_norm": None, "skipped": 2, "skipped_in_a_row": 0, "since_skipped": None}
     assert c.read().values() == none and c.worst_in_a_row() == 0
     c.add(torch.tensor(0.0), torch.tensor(0.0), torch.ones(()))
     c.restart()
