@@ -399,7 +399,8 @@ def _loop(
     if stop:
         raise Preempted(f"stopped by a signal at step {run.step}, before another was taken: nothing to save")
     try:
-        _steps(run, task, loader, train_log, test, signals, saver)
+        with saver:
+            _steps(run, task, loader, train_log, test, signals, saver)
     except DataError as error:
         if loader.bad.failed:
             raise
@@ -445,7 +446,7 @@ def _steps(
     while not run.last:
         stats = _step(run, fed)
         run.step += 1
-        signals.stop |= train_log.progress.broken
+        signals.stop |= train_log.progress.broken or saver.failed
         stop = signals.stop_agreed(world, train_log.due()) and not run.last
         saves = run.saves() or stop or postponed
         if train_log.due() or run.evaluates() or saves:

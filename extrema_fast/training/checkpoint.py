@@ -7,7 +7,8 @@
     weights/step_00000100/                        weights alone, readable without a run
 
 A save writes a temporary folder, syncs it and renames it; a folder counts only when its files match `COMPLETE` and
-its weights are finite. Nothing is removed that this run has neither read nor written.
+its weights are finite. Nothing is removed that this run has neither read nor written. Steps go on while a thread writes
+what was copied; a run that ends, or stops, waits for it.
 `EXTREMA_FAULT=point:n` kills the process at the n-th pass of a named point (tests).
 """
 
@@ -19,6 +20,8 @@ import logging
 import os
 import re
 import signal
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..config import CheckpointConfig, Config, changed_maths, to_dict
-from ..distributed import double
+from ..distributed import TELL_S, double
 from ..errors import NonFiniteError, StorageError, UsageError, one_line
 from ..files import fits, new_folder, read_json, remove, sync, write_file
 from ..models.extrema import StudentTeacher
@@ -74,14 +77,44 @@ class Checkpoint:
 
 
 def collect(method: StudentTeacher, optimizer: torch.optim.Optimizer, counters: Tensor) -> dict[str, Tensor]:
-    """Name -> CPU tensor of everything that resuming needs; optimizer state by parameter name."""
+    """Name -> tensor of everything that resuming needs, no copy; optimizer state by parameter name."""
     tensors = {f"method.{name}": t for name, t in method.state_dict().items()}
     for name, p in method.student_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
     # of any device the same
     tensors["counters"] = double(counters)
-    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    return {name: t.detach() for name, t in tensors.items()}
+
+
+class Snapshot:
+    """Tensors as they were, in CPU memory that the next snapshot takes again (pinned, for those of a GPU)."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+        self._arrived: torch.cuda.Event | None = None
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies tensors; those of a GPU in the order of its work, without waiting for it."""
+        like = {name: (t.shape, t.dtype) for name, t in tensors.items()}
+        if like != {name: (t.shape, t.dtype) for name, t in self._kept.items()}:
+            self._kept = {
+                name: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for name, t in tensors.items()
+            }
+        torch._foreach_copy_(list(self._kept.values()), list(tensors.values()), non_blocking=True)
+        gpu = [t.device for t in tensors.values() if t.is_cuda]
+        self._arrived = torch.cuda.current_stream(gpu[0]).record_event() if gpu else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was copied last, once it has arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._kept
+
+
+def weights_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The `state_dict()` of student and teacher in what `collect` has named."""
+    return {n.removeprefix("method."): t for n, t in tensors.items() if n.startswith("method.")}
 
 
 def restore(
@@ -101,9 +134,8 @@ def restore(
     """
     if saved_by:
         check_family(saved_by, optimizer)
-    weights = {n.removeprefix("method."): t for n, t in tensors.items() if n.startswith("method.")}
     try:
-        method.load_state_dict(weights)
+        method.load_state_dict(weights_of(tensors))
     except RuntimeError as error:
         raise UsageError(f"checkpoint: another architecture ({one_line(error, 300)})") from None
     names = {p: name for name, p in method.student_parameters()}
@@ -229,8 +261,13 @@ def remove_temporaries(run: Path) -> None:
             remove(path)
 
 
+Export = Callable[[Path, Mapping[str, Tensor]], Any]
+
+
 class Saver:
     """Saves a run, removes old checkpoints, and decides when a failing save ends the run.
+
+    A context: leaving it waits for the save that is under way.
 
     Args:
         resumed: step of the checkpoint that was read.
@@ -243,26 +280,83 @@ class Saver:
         self.last_step = -1
         # step -> whether its checkpoint can be continued from
         self._usable = {resumed: True}
+        self._snapshot = Snapshot()
+        self._thread: threading.Thread | None = None
+        self._began = 0.0
+        self._error: BaseException | None = None
 
     def save(
         self,
         step: int,
-        tensors: dict[str, Tensor],
+        tensors: Mapping[str, Tensor],
         state: dict[str, Any],
-        export: Callable[[Path], Any],
+        export: Export,
         *,
         final: bool = False,
     ) -> None:
         """Writes the weights, then the checkpoint, so that a run that counts as finished has its weights.
 
         Args:
-            export: writes the weights files into the folder it is given.
-            final: whether a failure is an error already now.
+            tensors: on any device; unless this is the final save they are copied, and written while the run goes on.
+            export: writes the weights files into a folder, from these tensors on the CPU.
+            final: whether to wait until all is written, and a failure is an error already now.
 
         Raises:
             StorageError: the third save in a row failed, or a final one.
             NonFiniteError: the weights of a final one are not finite.
         """
+        self.wait()
+        if final:
+            self._save(step, {n: t.cpu().contiguous() for n, t in tensors.items()}, state, export, final)
+            return
+        self._snapshot.take(tensors)
+        # a process that is about to end waits for it: no daemon
+        self._thread = threading.Thread(target=self._in_thread, args=(step, state, export), name="save")
+        self._began = time.monotonic()
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits for the save that is under way.
+
+        Raises:
+            StorageError: it was the third in a row that failed.
+        """
+        if self._thread is not None:
+            self._thread.join(TELL_S)
+            if self._thread.is_alive():
+                seconds = time.monotonic() - self._began
+                log.warning("%s: the last save has taken %.0f s so far and is waited for", self.run, seconds)
+                self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    @property
+    def failed(self) -> bool:
+        """Whether `wait` has something to raise."""
+        return self._error is not None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> None:
+        try:
+            self.wait()
+        except StorageError as failure:
+            if error is None:
+                raise
+            log.warning("%s", failure)
+
+    def _in_thread(self, step: int, state: dict[str, Any], export: Export) -> None:
+        try:
+            self._save(step, self._snapshot.tensors(), state, export, False)
+        except BaseException as error:
+            self._error = error
+
+    def _save(
+        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], export: Export, final: bool
+    ) -> None:
         if name := not_finite(tensors):
             text = f"step {step}: {name} is not finite: nothing was saved, earlier checkpoints are untouched"
             remedy = "continue from the last one with a lower optim.base_lr and --allow-config-change"
@@ -272,7 +366,7 @@ class Saver:
             return
         try:
             with new_folder(self.run / "weights" / f"step_{step:08d}") as new:
-                export(new)
+                export(new, tensors)
                 fault("weights")
             write(self.run, step, tensors, state)
             self._usable[step] = True

@@ -11,7 +11,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -38,7 +38,7 @@ from ..models.extrema import ExtreMA, StudentTeacher
 from ..ops import dispatch as ops
 from ..ops.fp8 import apply_fp8
 from ..ops.measure import choose
-from ..weights.folder import save_weights, weights_meta
+from ..weights.folder import WHICH, method_tensors, weights_meta, write_folder
 from ..weights.initial import FRESH, load_method_weights
 from ..weights.released import is_sincos
 from .checkpoint import (
@@ -55,6 +55,7 @@ from .checkpoint import (
     restore,
     step_folders,
     unfit,
+    weights_of,
 )
 from .counters import Arrival, Counters
 from .draw import MicroBatch
@@ -92,8 +93,9 @@ class Run:
     """(parameters of the teacher, those of the student that they follow)"""
     gradients: Callable[[Run, list[Any]], Tensor] | None = None
     """adds the gradients of micro-batches, returns the loss; None: `step.gradients`, of pretraining"""
-    export: Callable[[Run, Path], Any] | None = None
-    """writes the weights into a folder; None: both networks of pretraining"""
+    export: Callable[[Run, int, Path, Mapping[str, Tensor]], Any] | None = None
+    """writes the weights of a step, as `checkpoint.collect` names them, into a folder; None: both networks of
+    pretraining. A thread calls it while the run goes on"""
     compiled_loss: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
     """`step.micro_batch_loss`, compiled; None: as it is"""
     recorded: Callable[[list[MicroBatch]], None] | None = None
@@ -565,10 +567,11 @@ def code() -> dict[str, Any] | None:
 
 
 def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:
-    """Writes checkpoint and weights of this step (on rank 0); with `must` a failure is an error, not a warning.
+    """Saves checkpoint and weights of this step (on rank 0): with `must` before it returns, else while the run goes on.
 
-    Weights that are not finite are never written (`Saver.save`).
+    Errors as of `Saver.save`; weights that are not finite are never written.
     """
+    saver.wait()
     if saver.last_step == run.step:
         return
     state: dict[str, Any] = {
@@ -585,13 +588,13 @@ def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:
         "init_from": run.began_from,
     }
     tensors = collect(run.method, run.optimizer, run.counters.tensor)
-    saver.save(run.step, tensors, state, partial(run.export or _export, run), final=must)
+    saver.save(run.step, tensors, state, partial(run.export or _export, run, run.step), final=must)
 
 
-def _export(run: Run, folder: Path) -> Path:
-    value_range = deep_range(run.source, run.cfg.data)
-    meta = weights_meta(run.cfg, run.step, run.method.teacher.crop_pct, value_range)
-    if not is_sincos(run.method.teacher.pos_embed.cpu(), run.cfg.model.grid):
+def _export(run: Run, step: int, folder: Path, tensors: Mapping[str, Tensor]) -> Path:
+    value_range, networks = deep_range(run.source, run.cfg.data), weights_of(tensors)
+    meta = weights_meta(run.cfg, step, run.method.teacher.crop_pct, value_range)
+    if not is_sincos(networks["teacher_branch.encoder.pos_embed"], run.cfg.model.grid):
         # another project's, kept by `--init-from`
         meta["encoder"] = {"pos_embed": "learned"}
-    return save_weights(folder, run.method, meta)
+    return write_folder(folder, meta, {which: method_tensors(networks, which) for which in WHICH})

@@ -9,7 +9,7 @@ import json
 import logging
 import shlex
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,12 +36,12 @@ from ..files import read_json, write_file
 from ..models.classifier import Classifier
 from ..models.drop_path import drop_path_scale
 from ..ops.scope import scope
-from ..weights.folder import SINGLE, WHICH, model_config, weights_meta, write_folder
+from ..weights.folder import SINGLE, WHICH, method_tensors, model_config, weights_meta, write_folder
 from ..weights.initial import FRESH, KEPT, load_trunk
 from ..weights.load import open_weights
 from . import resolve
 from . import run as runs
-from .checkpoint import not_finite, step_folders
+from .checkpoint import not_finite, step_folders, weights_of
 from .run import Run
 
 log = logging.getLogger(__name__)
@@ -262,11 +262,10 @@ def evaluate(run: Run, test: ImageSource | None) -> dict[str, float | int]:
     return {"accuracy": found.accuracy, "test_loss": found.loss, "images": len(found.labels)}
 
 
-def export(run: Run, folder: Path) -> Path:
+def export(run: Run, step: int, folder: Path, tensors: Mapping[str, Tensor]) -> Path:
     """Writes the encoder with its head; with an average that as the teacher, beside what is trained."""
-    cfg, method = run.cfg, run.method
-    encoder = method.teacher
-    meta = weights_meta(cfg, run.step, encoder.crop_pct, deep_range(run.source, cfg.data))
+    cfg, encoder, weights = run.cfg, run.method.teacher, weights_of(tensors)
+    meta = weights_meta(cfg, step, encoder.crop_pct, deep_range(run.source, cfg.data))
     del meta["head"]
     meta["encoder"] = {
         "num_classes": encoder.num_classes,
@@ -276,8 +275,9 @@ def export(run: Run, folder: Path) -> Path:
     }
     meta["classes"] = encoder.classes
     meta["finetuned"] = {"weights": cast(FinetuneConfig, cfg).tune.weights}
-    both = {"teacher": encoder.state_dict(), "student": method.student.state_dict()}
-    networks = {SINGLE: both["student"]} if method.teacher_branch is None else {w: both[w] for w in WHICH}
+    networks = {which: method_tensors(weights, which) for which in WHICH}
+    if not networks["teacher"]:
+        networks = {SINGLE: networks["student"]}
     return write_folder(folder, meta, networks)
 
 

@@ -54,14 +54,15 @@ OWN_FILES = (
 # ---- writing --------------------------------------------------------------------------------------
 
 
-def method_tensors(method: Any, which: str) -> dict[str, Tensor]:
-    """All tensors of one network of an `ExtreMA`, by the names of a weights file (no copies)."""
-    branch = method.student_branch if which == "student" else method.teacher_branch
-    tensors = dict(branch.encoder.state_dict())
-    tensors |= {f"head.{k}": v for k, v in branch.projector.state_dict().items()}
-    if which == "student":
-        tensors |= {f"predictor.{k}": v for k, v in branch.predictor.state_dict().items()}
-    return tensors
+def method_tensors(state: Mapping[str, Tensor], which: str) -> dict[str, Tensor]:
+    """One network's tensors by the names of a weights file, no copies; `state`: `state_dict()` of an `ExtreMA`."""
+    names = {"encoder.": "", "projector.": "head.", "predictor.": "predictor."}
+    return {
+        new + name.removeprefix(old): t
+        for part, new in names.items()
+        for name, t in state.items()
+        if name.startswith(old := f"{which}_branch.{part}")
+    }
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -94,7 +95,9 @@ def write_folder(folder: Path, meta: Mapping[str, Any], networks: Mapping[str, M
 
 def save_weights(folder: str | Path, method: Any, meta: Mapping[str, Any]) -> Path:
     """Writes both networks of an `ExtreMA`, described by `meta` (as of `weights_meta`; `model` at least)."""
-    return write_folder(Path(folder), meta, {which: method_tensors(method, which) for which in WHICH})
+    return write_folder(
+        Path(folder), meta, {which: method_tensors(method.state_dict(), which) for which in WHICH}
+    )
 
 
 def data_meta(

@@ -63,7 +63,7 @@ def load_method_weights(method: Any, path: str | Path) -> Parts:
 
 
 def _copy_whole(method: Any, networks: Mapping[str, Mapping[str, Tensor]], option: str) -> None:
-    pairs = [(networks[which], method_tensors(method, which)) for which in WHICH]
+    pairs = [(networks[which], method_tensors(method.state_dict(), which)) for which in WHICH]
     for tensors, wanted in pairs:
         found, expected = ({k: list(v.shape) for k, v in d.items()} for d in (tensors, wanted))
         if bad := sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k)):

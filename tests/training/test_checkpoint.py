@@ -2,8 +2,8 @@
 
 Covers: everything restored bit for bit; what COMPLETE, `latest` and retention hold; truncated, flipped,
 unmarked and missing files, weights that are not finite, another format; only what was read or written is
-removed; a rename or a write that fails, once and three times; stale temporaries; other shapes; which
-differences a resumed run may have; marker, lock, --overwrite.
+removed; what changes while a save is written; a rename or a write that fails, once and three times; stale
+temporaries; other shapes; which differences a resumed run may have; marker, lock, --overwrite.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from extrema_fast.config import CheckpointConfig, config_hash, from_dict, smoke, to_dict
 from extrema_fast.errors import NonFiniteError, StorageError, UsageError
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.training import checkpoint
 from extrema_fast.training.checkpoint import (
-    Saver,
     check_same,
     collect,
     newest,
@@ -59,8 +60,16 @@ def save(run: Path, step: int) -> Path:
     return write(run, step, SMALL, STATE)
 
 
-def export(folder: Path) -> None:
+def export(folder: Path, tensors: dict) -> None:
     (folder / "w").write_text("x")
+
+
+class Saver(checkpoint.Saver):
+    """Waits for each save, so that what it left can be looked at."""
+
+    def save(self, *args, **options) -> None:
+        super().save(*args, **options)
+        self.wait()
 
 
 def files(run: Path) -> set[str]:
@@ -247,6 +256,61 @@ def test_a_failing_save_leaves_the_old_one(tmp_path, monkeypatch, caplog, what):
         with pytest.raises(StorageError):
             saver.save(6, SMALL, STATE, export, final=True)
     assert newest(tmp_path).step == 5
+
+
+def test_what_changes_while_a_save_is_written(tmp_path, monkeypatch):
+    """A periodic save returns at once, and holds what was there; the next one and the end wait for it."""
+    original, reached, free = checkpoint.save_file, threading.Event(), threading.Event()
+
+    def held(tensors, path):
+        reached.set()
+        assert free.wait(30)
+        original(tensors, path)
+
+    def weights(folder: Path, tensors: dict) -> None:
+        save_file(dict(tensors), folder / "w")
+
+    monkeypatch.setattr(checkpoint, "save_file", held)
+    live = {"method.w": torch.ones(7), "optimizer.w.step": torch.tensor(1.0)}
+    threads = threading.active_count()
+    with checkpoint.Saver(tmp_path, CheckpointConfig(), 10) as saver:
+        saver.save(1, live, STATE, weights)
+        assert reached.wait(30) and newest(tmp_path) is None
+        memory = [t.data_ptr() for t in saver._snapshot._kept.values()]
+        for t in live.values():
+            t += 1
+        waits, takes = saver.wait, saver._snapshot.take
+
+        def take(tensors) -> None:
+            assert free.is_set() and threading.active_count() == threads
+            takes(tensors)
+
+        monkeypatch.setattr(saver, "wait", lambda: (free.set(), waits()))
+        monkeypatch.setattr(saver._snapshot, "take", take)
+        saver.save(2, live, STATE, weights)
+        # neither more memory nor more threads with each save
+        assert memory == [t.data_ptr() for t in saver._snapshot._kept.values()]
+        for t in live.values():
+            t += 1
+    assert threading.active_count() == threads
+    for step in (1, 2):
+        found = checkpoint.Checkpoint(tmp_path / "checkpoints" / f"step_{step:08d}", {}).tensors()
+        assert all((t == step).all() for t in found.values()) and found.keys() == live.keys()
+        assert (load_file(tmp_path / "weights" / f"step_{step:08d}" / "w")["method.w"] == step).all()
+
+
+def test_an_error_of_the_thread_is_not_lost(tmp_path):
+    def broken(folder: Path, tensors: dict) -> None:
+        raise ZeroDivisionError("a bug")
+
+    saver = checkpoint.Saver(tmp_path, CheckpointConfig(), 10)
+    with pytest.raises(ZeroDivisionError), saver:
+        saver.save(1, SMALL, STATE, broken)
+    # what ends a run is told, not what failed beside it
+    with pytest.raises(KeyError), saver:
+        saver.failures = 2
+        saver.save(2, SMALL, STATE, lambda folder, tensors: os.rmdir(folder / "nothing"))
+        raise KeyError
 
 
 def test_stale_temporaries_are_removed(tmp_path):

@@ -2,16 +2,18 @@
 
 Covers: 12 steps = 5 + 7 over an epoch's edge with masks, colors and drop-path on (weights, teacher, moments, log
 values); SIGKILL at named points of a save and of an evaluation (at random moments: test_kill_data); a damaged newest
-checkpoint, none that can be read; skipped steps, weights that are not finite; death after the last save; a finished
-run; changed settings, shapes and images; --init-from.
+checkpoint, none that can be read; skipped steps, weights that are not finite; a run that breaks during a save, saves
+that fail; death after the last save; a finished run; changed settings, shapes and images; --init-from.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from extrema_fast.errors import NonFiniteError, Preempted, StorageError, UsageEr
 from extrema_fast.models import extrema
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.ops.optimizers import ema_
-from extrema_fast.training import step
+from extrema_fast.training import checkpoint, step
 from extrema_fast.training.logging import history
 from extrema_fast.weights.load import load_encoder
 from tests.training.conftest import final_hash, status, tiny
@@ -212,6 +214,52 @@ def test_weights_that_are_not_finite_leave_the_checkpoints(tmp_path, monkeypatch
     assert error.value.exit_code == 3 and status(run)["state"] == "failed"
     for folder in ("checkpoints", "weights"):
         assert sorted(int(p.name[5:]) for p in (run / folder).iterdir()) == left
+    pretrain(run)
+    assert_same(run, straight)
+
+
+def test_a_run_that_breaks_waits_for_the_save_under_way(tmp_path, monkeypatch, straight):
+    original, write, broken = train.train_step, checkpoint.save_file, threading.Event()
+
+    def breaking(run, batch):
+        if run.step == 4:
+            broken.set()
+            raise ZeroDivisionError
+        return original(run, batch)
+
+    def waiting(*args):
+        assert broken.wait(30)
+        write(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "train_step", breaking)
+        m.setattr(checkpoint, "save_file", waiting)
+        with pytest.raises(ZeroDivisionError):
+            pretrain(tmp_path / "run")
+    assert (tmp_path / "run" / "latest").read_text() == "step_00000003\n"
+    pretrain(tmp_path / "run")
+    assert_same(tmp_path / "run", straight)
+
+
+def test_the_third_save_that_fails_ends_the_run(tmp_path, monkeypatch, straight):
+    original, run = train.train_step, tmp_path / "run"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def waiting(run, batch):
+        for thread in threading.enumerate():
+            if thread.name == "save":
+                thread.join()
+        return original(run, batch)
+
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "save_file", full)
+        m.setattr(train, "train_step", waiting)
+        with pytest.raises(StorageError, match=r"checkpoint of step 9 .*No space left") as error:
+            pretrain(run)
+    # after the next step, not only at the next save
+    assert error.value.exit_code == 5 and (status(run)["state"], status(run)["step"]) == ("failed", 10)
     pretrain(run)
     assert_same(run, straight)
 
