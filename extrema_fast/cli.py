@@ -85,7 +85,8 @@ def _run(args: list[str]) -> int:
             _flush()
         return 0
     except Preempted as error:
-        _say(f"{PROG}: {error}\nto continue: {PROG} {shlex.join(args)}")
+        if _is_first():
+            _say(f"{PROG}: {error}\nto continue: {PROG} {shlex.join(args)}")
         return error.exit_code
     except ExtremaError as error:
         return _fail(error)

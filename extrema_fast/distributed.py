@@ -45,6 +45,8 @@ JOIN_S = 600.0
 TELL_S = 30.0
 # a process that has not answered for so long, while another waited for it, is lost
 LOST_S = 180.0
+# within that, after an error of all, process 0 has ended what it was writing
+LEAVE_S = 10.0
 # how often one that waits asks the others
 ASK_S = 5.0
 # clocks that are further apart are told
@@ -635,6 +637,9 @@ def start(device: str) -> Iterator[World]:
     except ExtremaError:
         # raised on all ranks; after any other error the others may be in a collective: let the process end
         if ours:
+            # launchers stop what is left once one has ended, and process 0 has files to write
+            with suppress(RuntimeError):
+                store.set("left", "") if rank == 0 else store.wait(["left"], timedelta(seconds=LEAVE_S))
             dist.destroy_process_group()
         raise
     except RuntimeError as error:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 # a lost terminal, batch systems and launchers, Ctrl-C and Ctrl-\
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 # `timeout` and some launchers send a signal to a process and again to its group: within this time, one request
-TOGETHER_S = 0.2
+# torchrun passes on what its processes may have got from a batch system, too
+TOGETHER_S = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.2
 # what is left to a program to end by itself after the second signal
 GRACE_S = 5.0
 

@@ -26,6 +26,7 @@ from .data.sources import BUILT_IN, ImageSource, split_folders
 from .distributed import World, is_lost, lost, start
 from .errors import (
     DataError,
+    LostProcessError,
     NonFiniteError,
     OutOfMemoryError,
     Preempted,
@@ -416,7 +417,7 @@ def _loop(
 def _farewell(run: Run, saver: Saver, train_log: TrainLog, reason: str) -> str:
     """Saves before a run ends for want of a process."""
     saved = _save_first(run, saver, train_log.folder)
-    train_log.interrupted(f"{reason}{saved}")
+    train_log.interrupted(f"{reason}{saved}", LostProcessError.exit_code)
     return saved
 
 

@@ -167,6 +167,7 @@ def run_cli(
     """`run_cli(*args, processes=1, env={}, setup="", cpu_seconds=0) -> (exit codes, output)`.
 
     Runs `extrema-fast ARGS` in processes of their own (under a process group when more than one).
+    env          added to each one's environment; a list: one for each process, which then say how they find each other
     setup        Python run before the command in each of them
     cpu_seconds  the process dies without any cleaning up once it has used that much processor time
     """
@@ -180,10 +181,16 @@ def run_cli(
         env=os.environ | ({"LD_PRELOAD": preloaded} if preloaded else {}),
     )
 
-    def run(*args: Any, processes: int = 1, env: dict | None = None, setup: str = "", cpu_seconds: float = 0):
+    def run(
+        *args: Any,
+        processes: int = 1,
+        env: dict | list | None = None,
+        setup: str = "",
+        cpu_seconds: float = 0,
+    ):
         output = folder / f"{len(list(folder.iterdir()))}.txt"
         output.touch()
-        envs = [dict(env or {}) for _ in range(processes)]
+        envs = env if isinstance(env, list) else [dict(env or {}) for _ in range(processes)]
         if processes > 1:
             with socket.socket() as s:
                 s.bind(("127.0.0.1", 0))

@@ -95,9 +95,11 @@ class TrainLog:
         """Whether the log of the run has an evaluation of the current step."""
         return bool(self.evals) and self.evals[-1]["step"] == self.run.step
 
-    def interrupted(self, reason: str = "ended by a second signal while it was waiting") -> None:
+    def interrupted(
+        self, reason: str = "ended by a second signal while it was waiting", code: int | None = None
+    ) -> None:
         """Records in status.json that the process is being ended while it hangs."""
-        self._status("failed", reason)
+        self._status("failed", reason, code)
 
     def step(self, stats: StepStats) -> None:
         """Counts a step; writes a line when it is due and its values have arrived from the device.
@@ -159,8 +161,9 @@ class TrainLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        state, reason = "complete", ""
+        state, reason, code = "complete", "", 0
         if error is not None:
+            code = 128 + error.number if isinstance(error, Stopped) else getattr(error, "exit_code", 1)
             state = "preempted" if isinstance(error, Preempted) else "failed"
             reason = one_line(error, 1000)
             if not isinstance(error, (ExtremaError, Stopped)):
@@ -175,7 +178,7 @@ class TrainLog:
         self.progress.close()
         if self.file is not None:
             self.file.close()
-        self._status(state, reason)
+        self._status(state, reason, code)
 
     def _restart(self) -> None:
         self._began, self._steps, self._waited = time.perf_counter(), 0, 0.0
@@ -271,10 +274,10 @@ class TrainLog:
             log.warning("WARNING step %d: %s", self.run.step, text)
             self._write("warning", self.run.step, {"text": text})
 
-    def _status(self, state: str, reason: str = "") -> None:
+    def _status(self, state: str, reason: str = "", code: int | None = None) -> None:
         if self.folder is not None:
             reason = reason or "; ".join(self.warnings)
-            self.folder.status(state, self.run.step, self.run.schedule.total_steps, reason)
+            self.folder.status(state, self.run.step, self.run.schedule.total_steps, reason, code)
 
 
 class DataWaitWarning:

@@ -101,15 +101,19 @@ class RunFolder:
         """Replaces a JSON file of the folder."""
         write_file(self.path / name, json.dumps(data, indent=1) + "\n")
 
-    def status(self, state: str, step: int, total: int, reason: str = "") -> None:
-        """status.json: `running`, `complete`, `preempted` or `failed`; `running` at most once a second."""
+    def status(self, state: str, step: int, total: int, reason: str = "", code: int | None = None) -> None:
+        """status.json: `running`, `complete`, `preempted` or `failed`; `running` at most once a second.
+
+        Args:
+            code: that the run ends with; torchrun does not pass it on.
+        """
         now = time.monotonic()
         if state == "running" and now - self._status_time < 1 and not reason:
             return
         self._status_time = now
         try:
             values = {"state": state, "step": step, "total_steps": total, "reason": reason, "time": utc_now()}
-            self.write_json("status.json", values)
+            self.write_json("status.json", values | {"exit_code": code})
         except OSError as error:
             log.warning("status.json could not be written (%s)", error)
 
