@@ -6,7 +6,7 @@ clock, compiling included. Training and augmentation count; decoding and evaluat
 in memory. Every schedule (warm-up, learning rate, weight decay, momentum) follows the share of the minutes that has
 passed, so that each method ends its own schedule with its last minute.
 
-Others race with two settings, and the better one counts:
+Others race with two settings, and the better one counts; from the second seed on, only that of the first seed races:
 
 * published: as in lightly's benchmarks or the authors' configuration (`PUBLISHED`), by their rule for the batch size;
 * short: optimizer, learning rate, weight decay, warm-up, first momentum and crops of our preset, no color augmentation,
@@ -103,12 +103,24 @@ def main(argv: list[str]) -> int:
     cfg = configure(args.preset, argv[split + 1 :], args)
     ring = Ring(cfg, args)
     folder = args.runs / (args.preset if args.name == "race" else args.name)
-    rows = [ring.run(m, s, seed, folder) for seed in args.seeds for m, s in entries]
+    rows = []
+    for seed in args.seeds:
+        rows += [ring.run(m, s, seed, folder) for m, s in entries]
+        entries = better(rows, entries)
     record = harness.new_record(f"race: {args.preset}", "race", argv, args.note)
     record |= ring.facts() | {"rows": rows, "not_run": not_run}
     standings(record)
     draw(record, harness.write_record(record, page(record), args) / FIGURE)
     return 0
+
+
+def better(rows: list[harness.Row], entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Of the settings of each method that have raced so far, the better ones."""
+    last = {
+        (r["method"], r["settings"]): r["points"][-1][r["feature"]] if "points" in r else -1.0 for r in rows
+    }
+    best = {m: max((s for n, s in entries if n == m), key=lambda s: last[m, s]) for m, _ in entries}
+    return list(best.items())
 
 
 def configure(preset: str, overrides: list[str], args: Any) -> Config:
@@ -693,7 +705,8 @@ def standings(record: harness.Record) -> None:
         entry["parameters"] = first["parameters"]
         found.append(entry)
     found.sort(key=lambda e: -e["last"])
-    for entry in found:
+    # settings that all seeds have tried, before those that one has
+    for entry in sorted(found, key=lambda e: -len(e["seeds"])):
         entry["counts"] = entry["method"] not in best
         best.add(entry["method"])
     record["standings"] = found

@@ -100,7 +100,8 @@ def row(method: str, settings: str, seed: int, start: float, end: float) -> dict
 
 def test_standings_take_the_better_settings_and_the_mean_of_seeds():
     rows = [row("mae", "published", s, 0.2, v) for s, v in ((0, 0.3), (1, 0.5))]
-    rows += [row("mae", "short", 0, 0.2, 0.3), row("extrema_byol", "preset", 0, 0.2, 0.35)]
+    # one lucky seed does not count more than two
+    rows += [row("mae", "short", 0, 0.2, 0.45), row("extrema_byol", "preset", 0, 0.2, 0.35)]
     broken = {
         "key": "dino short",
         "method": "dino",
@@ -110,7 +111,7 @@ def test_standings_take_the_better_settings_and_the_mean_of_seeds():
     }
     record = {"rows": [*rows, broken], "minutes": 2.0}
     race.standings(record)
-    first, second, third = record["standings"]
+    third, first, second = record["standings"]
     assert (first["key"], first["counts"]) == ("mae published", True)
     assert first["curve"][-1] == {
         "minutes": 2.0,
@@ -120,3 +121,16 @@ def test_standings_take_the_better_settings_and_the_mean_of_seeds():
     assert (second["key"], second["counts"]) == ("extrema_byol preset", True)
     assert (third["key"], third["counts"]) == ("mae short", False)
     assert record["headline"] == "k-NN after 2 minutes: mae 40.0%, extrema_byol 35.0%"
+
+
+def test_later_seeds_race_with_the_better_settings():
+    rows = [row("mae", "published", 0, 0.2, 0.3), row("mae", "short", 0, 0.2, 0.4)]
+    rows += [row("extrema_byol", "preset", 0, 0.2, 0.1)]
+    broken = {"method": "dino", "settings": "short", "seed": 0, "error": "seed 0: not finite"}
+    entries = [(r["method"], r["settings"]) for r in (*rows, broken)] + [("dino", "published")]
+    rows += [broken, row("dino", "published", 0, 0.3, 0.2)]
+    assert race.better(rows, entries) == [
+        ("mae", "short"),
+        ("extrema_byol", "preset"),
+        ("dino", "published"),
+    ]
