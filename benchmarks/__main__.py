@@ -21,6 +21,7 @@ COMMANDS = {
     "learning": ("learning:main", "a preset over seeds against the random encoder"),
     "finetune": ("finetune:main", "fine-tuning from weights against scratch, over seeds"),
     "race": ("race:main", "ours against other people's methods, k-NN at equal minutes"),
+    "cluster": ("cluster:main", "bytes sent, times and reads on 8 to 512 GPUs, by arithmetic"),
     "collapse": ("collapse:main", "settings that collapse and settings that do not: when each is warned of"),
     "compare": ("harness:compare", "two records: ratios with a verdict on noise"),
     "index": ("harness:index", "README.md of the folder of records"),
