@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from . import __version__, errors
 from .errors import ExtremaError, LostProcessError, UsageError, of_storage, one_line
 from .files import fits
+from .hangs import dump_stacks, where
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,6 +48,8 @@ TELL_S = 30.0
 LOST_S = 180.0
 # within that, after an error of all, process 0 has ended what it was writing
 LEAVE_S = 10.0
+# after this time its stacks are written, and those of the others
+STACKS_S = 120.0
 # how often one that waits asks the others
 ASK_S = 5.0
 # clocks that are further apart are told
@@ -94,6 +97,11 @@ class World:
             return torch.mps.driver_allocated_memory() / 1e9
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+    @property
+    def waits(self) -> bool:
+        """Whether this process waits for the others now."""
+        return self.watch is not None and self.watch.inside
 
     def waiting(self) -> AbstractContextManager[None]:
         """Context of work that waits for the other processes and changes nothing that is saved."""
@@ -242,11 +250,14 @@ class Watch:
     Attributes:
         farewell: called before the process is ended for want of another, with the reason; returns what it has saved.
             Nothing that is saved changes meanwhile.
+        debug: folder for the stacks of a process that waits, and of the others; None: nothing is written.
     """
 
     def __init__(self, rank: int, size: int, store: dist.Store, device: torch.device) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.farewell: Callable[[str], str] = lambda reason: ""
+        self.debug: Path | None = None
+        self._dumped = -STACKS_S
         self._count, self._inside, self._lock = 0, False, threading.Lock()
         self._main = threading.get_ident()
         # waits come from the thread that made this; None: not heard yet
@@ -271,6 +282,11 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
+    @property
+    def inside(self) -> bool:
+        """Whether the process waits for the others now."""
+        return self._inside
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Context of what `World.waiting` says."""
@@ -292,7 +308,7 @@ class Watch:
         self._socket.close()
 
     def _run(self) -> None:
-        waited, told, seen, before = 0.0, TELL_S / 2, -1, time.monotonic()
+        waited, told, stacked, seen, before = 0.0, TELL_S / 2, False, -1, time.monotonic()
         while True:
             self._hear(ASK_S)
             if self._left:
@@ -305,7 +321,7 @@ class Watch:
             waits = (inside or self.device.type == "cuda") and count == seen
             waited, seen = waited + passed if waits else 0.0, count
             if not waited:
-                told, self._silent = TELL_S / 2, dict.fromkeys(self._others, 0.0)
+                told, stacked, self._silent = TELL_S / 2, False, dict.fromkeys(self._others, 0.0)
             for n, known in self._others.items():
                 if waited >= ASK_S or known is None:
                     self._send(n, "?")
@@ -317,7 +333,12 @@ class Watch:
                 told = waited
                 # of those that wait the first speaks
                 if all(n > self.rank for n, known in self._others.items() if self._here(n, known, count)):
-                    log.warning("%s", self._describe(count, waited))
+                    reason = self._describe(count, waited)
+                    if waited >= STACKS_S and not stacked and self.debug is not None:
+                        stacked, reason = True, f"{reason}; {self._dump(reason)}"
+                        for n in self._others:
+                            self._send(n, "stacks")
+                    log.warning("%s", reason)
 
     def _here(self, n: int, known: dict[str, Any] | None, count: int) -> bool:
         """Whether a process has come to where this one waits."""
@@ -352,20 +373,26 @@ class Watch:
                 last = threading.Thread(target=save, daemon=True)
                 last.start()
                 last.join(SAVE_S)
+            if self.debug is not None:
+                saved[0] += f"; {self._dump(reason)}"
+                for n in self._others:
+                    self._send(n, "stacks")
             log.error("extrema-fast: error: %s%s; the same command continues", reason, saved[0])
             os._exit(LostProcessError.exit_code)
 
     def _where(self) -> str:
-        """The innermost function of this package that the program is in, without this file."""
-        here = str(Path(__file__).parent)
-        frame = sys._current_frames().get(self._main)
-        while frame is not None:
-            file = frame.f_code.co_filename
-            if file.startswith(here) and file != __file__:
-                name = Path(file).relative_to(here).as_posix()
-                return f"{frame.f_code.co_name} ({name}:{frame.f_lineno})"
-            frame = frame.f_back
-        return "the program"
+        return where(self._main, __file__) or "the program"
+
+    def _dump(self, why: str) -> str:
+        """Writes the stacks of this process, and what NCCL has done last; says where they are."""
+        self._dumped = time.monotonic()
+        told = dump_stacks(self.debug, self.rank, why)
+        record = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_nccl_trace", None)
+        if self.debug is not None and self.device.type == "cuda" and record is not None:
+            # for torch's own tool: torchfrtrace DEBUG --prefix nccl_trace_rank_
+            with suppress(OSError, RuntimeError):
+                (self.debug / f"nccl_trace_rank_{self.rank}").write_bytes(record())
+        return told
 
     def _hear(self, seconds: float) -> None:
         """Answers questions and takes answers for a time."""
@@ -385,6 +412,9 @@ class Watch:
             self._others[n], self._silent[n], self._addresses[n] = known, 0.0, sender
             if kind == "?":
                 self._send(n, "!")
+            # many may ask at once
+            elif kind == "stacks" and self.debug and time.monotonic() - self._dumped >= STACKS_S:
+                self._dump(f"asked by process {n}, which waits")
 
     def _send(self, n: int, kind: str) -> None:
         known = {"count": self._count, "where": self._where()}
@@ -617,6 +647,9 @@ def start(device: str) -> Iterator[World]:
         torch.cuda.set_device(where)
     ours, watch = size > 1 and not dist.is_initialized(), None
     if ours:
+        # what NCCL remembers of its last calls, for `Watch`
+        new = hasattr(getattr(torch._C, "_distributed_c10d", None), "_dump_fr_trace")
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE" if new else "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
         backend, store = "gloo", _join(rank, size)
         _check_alike(store, rank, size, where)
         options: dict[str, Any] = {}

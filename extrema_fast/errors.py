@@ -67,7 +67,7 @@ class StorageError(ExtremaError):
 
 
 class LostProcessError(ExtremaError):
-    """Another process of the run has ended or does not answer (exit code 6)."""
+    """Another process of the run has ended or does not answer, or this one does not go on (exit code 6)."""
 
     exit_code = 6
 

@@ -38,10 +38,11 @@ from .errors import (
 from .evaluation.collapse import collapse_warnings
 from .evaluation.features import Embedded
 from .evaluation.online import online_eval
+from .hangs import Watchdog
 from .reporting.report import REPORT, report
 from .signals import Signals, Stopped
 from .training import tuning
-from .training.capture import capture
+from .training.capture import DEBUG, capture
 from .training.checkpoint import Saver, fault
 from .training.logging import TrainLog
 from .training.own import choose
@@ -264,7 +265,12 @@ def _train(
 ) -> Path:
     """Sets a run up, runs it, and says what came out of it."""
     out = Path(cfg.out)
-    with Signals() as signals, _nothing_to_save(signals), start(cfg.system.device) as world:
+    with (
+        Signals() as signals,
+        _nothing_to_save(signals),
+        start(cfg.system.device) as world,
+        Watchdog(lambda: world.waits, world.rank) as dog,
+    ):
         # several processes agree: one that left alone would keep the others waiting
         signals.raises = world.size == 1
         if world.size > 1:
@@ -308,8 +314,11 @@ def _train(
             world.share(run.method.state_dict().values())
             wrap(run)
             signals.raises = False
+            dog.debug = out / DEBUG
+            if world.watch is not None:
+                world.watch.debug = out / DEBUG
             with (
-                TrainLog(run, folder, progress, trackers.wake) as train_log,
+                TrainLog(run, folder, progress, trackers.wake, dog) as train_log,
                 open_loader(run, out / BAD_ROWS, on_cpu=task.on_cpu) as loader,
             ):
                 _loop(run, task, loader, train_log, test, signals)
@@ -394,6 +403,8 @@ def _loop(
     train_log.on_skipped = partial(capture, run, folder, loader)
     if folder is not None and world.watch is not None:
         world.watch.farewell = partial(_farewell, run, saver, train_log)
+    if folder is not None:
+        train_log.dog.farewell = partial(_last_words, run, saver, train_log)
     stop = signals.stop_agreed(world)
     if not stop and run.evaluates():
         stop = not _evaluate(run, task, train_log, test, signals)
@@ -421,6 +432,14 @@ def _farewell(run: Run, saver: Saver, train_log: TrainLog, reason: str) -> str:
     return saved
 
 
+def _last_words(run: Run, saver: Saver, train_log: TrainLog, reason: str, still: bool) -> str:
+    """Records, before a run ends that does not go on, why; saves where nothing changes meanwhile."""
+    if still:
+        return _farewell(run, saver, train_log, reason)
+    train_log.interrupted(reason)
+    return ""
+
+
 def _save_first(run: Run, saver: Saver, folder: RunFolder | None) -> str:
     """Saves before a run ends for want of images or of a process, unless its last steps were skipped; says where."""
     try:
@@ -445,7 +464,7 @@ def _steps(
     folder, world, postponed = train_log.folder, run.world, False
     fed = task.batches(run, loader)
     while not run.last:
-        stats = _step(run, fed)
+        stats = _step(run, fed, train_log.dog)
         run.step += 1
         signals.stop |= train_log.progress.broken or saver.failed
         stop = signals.stop_agreed(world, train_log.due()) and not run.last
@@ -472,9 +491,11 @@ def _steps(
             raise Preempted(f"stopped by a signal after step {run.step} of {total}, saved in {run.cfg.out}")
 
 
-def _step(run: Run, fed: Iterator[Batch]) -> StepStats:
+def _step(run: Run, fed: Iterator[Batch], dog: Watchdog) -> StepStats:
     try:
-        return train_step(run, next(fed))
+        with dog.still():
+            batch = next(fed)
+        return train_step(run, batch)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -198,7 +198,11 @@ def _learning(run: RunRecord) -> list[Record]:
         level(f"{MEAN}, random init", first.get("knn_mean"), 1),
         level(f"{PIXELS} (final evaluation)", _row(result, PIXELS, "pixels").get("knn"), 5),
     ]
-    loss = [Series("training loss", curve(run, "train", "loss"), 0)]
+    points = curve(run, "train", "loss")
+    loss = [Series("training loss", points, 0)]
+    if any(r.get("spike") for r in run.train):
+        marked = [(x, y if r.get("spike") else None) for (x, y), r in zip(points, run.train, strict=True)]
+        loss.append(Series("spike", marked, 5))
     if isinstance(run.cfg, FinetuneConfig):
         loss.append(Series("test loss", curve(run, "eval", "test_loss"), 1))
         tested = [Series("test accuracy", curve(run, "eval", "accuracy"), 0)]

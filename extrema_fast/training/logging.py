@@ -10,13 +10,16 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..errors import ExtremaError, NonFiniteError, Preempted, one_line
 from ..evaluation.collapse import OUTPUTS, checks_spread, spread_warning
 from ..files import fits, open_to_append
+from ..hangs import Watchdog
 from ..progress import Progress
 from ..signals import Stopped
 from .run_folder import RunFolder
@@ -47,6 +50,7 @@ class TrainLog:
         folder: the run's folder; None on other ranks, which write nothing.
         progress: show a progress bar, or some lines of text where there is no terminal.
         on_record: called after each record of log.jsonl.
+        dog: is told of steps, and of what lies between them.
     """
 
     def __init__(
@@ -55,14 +59,17 @@ class TrainLog:
         folder: RunFolder | None,
         progress: bool = True,
         on_record: Callable[[], None] = lambda: None,
+        dog: Watchdog | None = None,
     ) -> None:
         self.run, self.folder, self.on_record = run, folder, on_record
+        self.dog = dog or Watchdog()
         self.bad_images = 0
         # called with a step that was skipped, on the process that writes; returns the folder that keeps it, or nothing
         self.on_skipped: Callable[[int], str] = lambda step: ""
         self.warnings: list[str] = []
         self.evals: list[dict[str, Any]] = []
         self.file: JsonLog | None = None
+        self._spikes = SpikeWarning()
         total = run.schedule.total_steps
         self.progress = Progress("step", total, run.step, enabled=progress and folder is not None)
         run.world.rank_zero_only(self._open)
@@ -79,6 +86,7 @@ class TrainLog:
             file = self.folder.path / "log.jsonl"
             self.evals = history(file, "eval", self.run.step)
             self._spreads = history(file, "spread", self.run.step)
+            self._spikes = SpikeWarning(history(file, "train", self.run.step))
             self.file = JsonLog(file)
 
     def start(self, headline: str, remedy: str) -> None:
@@ -108,6 +116,7 @@ class TrainLog:
             NonFiniteError: too many steps in a row were skipped.
         """
         run, due = self.run, self.due()
+        self.dog.step()
         self.progress.update(run.step)
         self._steps += 1
         self._waited += stats.waited_s
@@ -136,7 +145,8 @@ class TrainLog:
         self._write_pending()
         self._write_spread()
         began = time.perf_counter()
-        yield
+        with self.dog.aside():
+            yield
         self._began += time.perf_counter() - began
 
     def eval(self, values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -210,7 +220,10 @@ class TrainLog:
         if before is not None and self.run.world.device.type != "cpu":
             self._keep_skipped(step - before)
         self._check_finite(step, sums.pop("skipped_in_a_row"))
-        record = self._write("train", step, values | sums)
+        spike = self._spikes.check(sums)
+        record = self._write("train", step, values | sums | ({"spike": 1} if spike else {}))
+        if spike:
+            self._warning(spike)
         self._check_skipped(step, record["skipped"])
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         self.progress.update(
@@ -301,6 +314,46 @@ class DataWaitWarning:
             return ""
         self.warned = share
         return f"steps wait for images {100 * share:.0f} % of the time; {self.remedy}"
+
+
+class SpikeWarning:
+    """Decides whether loss or gradient norm of a log interval jump, by those of the intervals before.
+
+    That is above their median and the last few of them by both a share of the median and `DEVIATIONS` times the median
+    difference of neighbors, which a trend hardly changes. Told when it begins.
+    """
+
+    WINDOW, LEAST, LAST, DEVIATIONS = 16, 8, 4, 6.0
+    # of the median
+    SHARES: ClassVar = {"loss": 0.25, "grad_norm": 1.0}
+
+    def __init__(self, past: Iterable[dict[str, Any]] = ()) -> None:
+        self._past: dict[str, list[float]] = {key: [] for key in self.SHARES}
+        self._high = False
+        for record in past:
+            self.check(record)
+
+    def check(self, record: dict[str, Any]) -> str:
+        """The warning for an interval's record; empty: none."""
+        found = []
+        for key, share in self.SHARES.items():
+            value, past = record.get(key), self._past[key]
+            # nothing but skipped steps
+            if value is None or not math.isfinite(value):
+                continue
+            if len(past) >= self.LEAST:
+                middle = median(past)
+                usual = median([abs(b - a) for a, b in pairwise(past)])
+                if value > max(middle, *past[-self.LAST :]) + max(
+                    self.DEVIATIONS * usual, share * abs(middle)
+                ):
+                    found.append(f"{key} {value:.4g}, usually {middle:.4g}")
+            past.append(value)
+            del past[: -self.WINDOW]
+        begins, self._high = bool(found) and not self._high, bool(found)
+        if not begins:
+            return ""
+        return f"a spike: {'; '.join(found)}; if it does not come back: a lower optim.base_lr, or optim.clip_grad 1"
 
 
 # ---- log.jsonl -----------------------------------------------------------------------------------------

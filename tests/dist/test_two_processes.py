@@ -200,6 +200,7 @@ LOSES = """
 import os, signal, subprocess, threading
 from extrema_fast import distributed, train
 distributed.ASK_S, distributed.TELL_S, distributed.LOST_S, distributed.WAIT_S = 0.3, 0.6, 3.0, 6.0
+distributed.STACKS_S = 0.6
 original = train.train_step
 def step(run, batch):
     if run.step == 3 and run.world.rank == LOST:
@@ -230,6 +231,11 @@ def test_a_partner_that(pretrain, how):
     # saved with what was done
     assert status(out)["state"] == "failed" and (out / "latest").read_text() == "step_00000003\n"
     assert "step 3 is saved in" in text and "step 3 is saved in" in status(out)["reason"]
+    if how != "dies":
+        stacks = {p.name: p.read_text() for p in (out / "debug").iterdir()}
+        assert "process 0 of 2 has waited" in stacks["stacks_rank0.txt"]
+        # one that is stopped writes nothing
+        assert ("in step" in stacks.get("stacks_rank1.txt", "")) == (how == "hangs")
     if how == "is stopped":
         assert pretrain("run", processes=2)[0] == pretrain("straight", processes=2)[0] == [0, 0]
         assert final_hash(out, STEPS) == final_hash(out.with_name("straight"), STEPS)

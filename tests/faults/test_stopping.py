@@ -1,8 +1,8 @@
 """Runs that are killed, signalled, or lose the reader of their output: saved, said, and continued to the same bits.
 
-Covers: every signal of `STOPPING` at a step, before the first, in an evaluation and while saving; a dead pipe; a second
-signal in a wait; death at every named point of a save and after a random time; two processes of which one is signalled,
-dies, is stopped or hangs.
+Covers: every signal of `STOPPING` at a step, before the first, in an evaluation and while saving; a dead pipe; a
+second signal in a wait; a hang in reading, a step, an evaluation or a save; death at every named point of a save and
+after a random time; two processes of which one is signalled, dies, is stopped or hangs.
 """
 
 from __future__ import annotations
@@ -139,6 +139,43 @@ def test_a_second_signal_ends_a_wait(tries, pretrain, straight):
         what = f"{signal.Signals(number).name} twice, {'no handler runs' if deaf else 'waiting'}"
         result = pretrain(f"wait{i}", setup=setup)
         check(tries, pretrain, straight, f"wait{i}", what, *result, code=128 + number)
+
+
+# a function that never returns, when it is called for the n-th time
+HANGS = """
+import threading
+from extrema_fast import hangs, train
+from extrema_fast.data.image_files import ImageFiles
+from extrema_fast.evaluation import online
+from extrema_fast.training import checkpoint
+hangs.LOOK_S, hangs.TELL_S, hangs.END_S, hangs.TELL_STEPS, hangs.END_STEPS = 0.2, 0.5, 4.0, 1, 1
+original, calls = PLACE.NAME, []
+def hang(*args, **options):
+    calls.append(1)
+    if len(calls) == PASS:
+        threading.Event().wait()
+    return original(*args, **options)
+PLACE.NAME = hang
+"""
+# where, and what is said of it: nothing changes while images are waited for
+HANG_PLACES = {
+    "reading": ("ImageFiles", "read_headers", "_plan (data/loader.py", "is saved in"),
+    "a step": ("train", "train_step", "_step (train.py", ""),
+    "an evaluation": ("online", "extract", "online_eval (evaluation/online.py", ""),
+    "a save": ("checkpoint", "save_file", "write (training/checkpoint.py", ""),
+}
+
+
+def test_a_hang(tries, pretrain, straight):
+    for i, place in enumerate(HANG_PLACES if tries.factor > 1 else ["reading"]):
+        module, name, where, saved = HANG_PLACES[place]
+        passes = 10 if place == "reading" else 2
+        setup = HANGS.replace("PLACE", module).replace("NAME", name).replace("PASS", str(passes))
+        codes, text, out = pretrain(f"hang{i}", setup=setup)
+        stacks = (out / "debug" / "stacks_rank0.txt").read_text()
+        held = where in text and saved in text and text.count("error:") == 1 and "in hang" in stacks
+        tries.expect(f"{place} hangs: told", held, text[-1000:])
+        check(tries, pretrain, straight, f"hang{i}", f"{place} hangs", codes, text, out, code=6)
 
 
 def test_death(tries, pretrain, straight):

@@ -155,11 +155,11 @@ def test_what_must_not_change_is_named(pretrain, tmp_path):
 BREAK_TWO = """
 from extrema_fast import train
 before = train._step
-def breaking(run, batch):
+def breaking(run, *args):
     if run.step == 3:
         for row in (5, 6):
             open(run.source.paths[row], "wb").close()
-    return before(run, batch)
+    return before(run, *args)
 train._step = breaking
 """
 

@@ -282,6 +282,39 @@ def test_warnings_are_loud(tmp_path, monkeypatch, caplog):
     assert caplog.text.count("WARNING step") == 2
 
 
+def test_a_spike_is_told(tmp_path, monkeypatch):
+    original, calls = ExtreMA.loss, itertools.count(1)
+
+    def spiked(self, *args):
+        return original(self, *args) * (6 if next(calls) in (13, 14) else 1)
+
+    monkeypatch.setattr(ExtreMA, "loss", spiked)
+    cfg = tiny(tmp_path / "run", train={"epochs": 6}, log={"every_steps": 1})
+    out = train.pretrain(cfg, progress=False)
+    assert [r["step"] for r in logged(out, "train") if r.get("spike")] == [13]
+    assert [r["step"] for r in logged(out, "warning") if "a spike: loss " in r["text"]] == [13]
+    # what an earlier start has logged counts
+    past = train_logging.history(out / "log.jsonl", "train", 12)
+    watch, last = train_logging.SpikeWarning(past), past[-1]
+    assert not watch.check(last) and not watch.check({"loss": None, "grad_norm": None})
+    assert "grad_norm" in watch.check(last | {"grad_norm": 9 * last["grad_norm"]})
+
+
+# the loss of `photos`; one that rises; one that is level and noisy; one that falls to nothing
+CALM = {
+    "falls": [0.293, 0.198, 0.169, 0.151, 0.143, 0.138, 0.138, 0.135, 0.13, 0.128, 0.128, 0.123, 0.12, 0.116],
+    "rises": [0.01] * 12 + [0.01 * 1.1**i for i in range(20)],
+    "is noisy": [1.9, 1.7, 2.0, 1.8, 1.6, 2.1, 1.9, 1.8, 2.2, 1.7, 1.6, 2.2, 1.9, 2.3, 1.7, 2.0],
+    "falls to nothing": [2.0**-i for i in range(30)],
+}
+
+
+@pytest.mark.parametrize("what", CALM)
+def test_what_is_no_spike(what):
+    watch = train_logging.SpikeWarning()
+    assert not any(watch.check({"loss": v, "grad_norm": 10 * v}) for v in CALM[what])
+
+
 def test_a_failed_periodic_save_does_not_stop_training(tmp_path, monkeypatch, caplog):
     from extrema_fast.training import checkpoint
 
