@@ -436,7 +436,7 @@ def _last_words(run: Run, saver: Saver, train_log: TrainLog, reason: str, still:
     """Records, before a run ends that does not go on, why; saves where nothing changes meanwhile."""
     if still:
         return _farewell(run, saver, train_log, reason)
-    train_log.interrupted(reason)
+    train_log.interrupted(reason, LostProcessError.exit_code)
     return ""
 
 
