@@ -23,6 +23,8 @@ COMMANDS = {
     "race": ("race:main", "ours against other people's methods, k-NN at equal minutes"),
     "cluster": ("cluster:main", "bytes sent, times and reads on 8 to 512 GPUs, by arithmetic"),
     "collapse": ("collapse:main", "settings that collapse and settings that do not: when each is warned of"),
+    "saving": ("saving:main", "what saving every 50 steps costs a run on a CPU"),
+    "soak": ("soak:main", "memory, descriptors and threads over 20,000 steps with saves and failing images"),
     "compare": ("harness:compare", "two records: ratios with a verdict on noise"),
     "index": ("harness:index", "README.md of the folder of records"),
     "gpu_visit": ("gpu_visit:main", "everything that only a GPU can show, in one go"),

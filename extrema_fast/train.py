@@ -61,6 +61,7 @@ from .training.run import (
     resume,
     save,
     take_cropped_whole,
+    warn_of_space,
 )
 from .training.run_folder import RunFolder
 from .training.step import StepStats, batches, memory_remedy, train_step, wrap
@@ -397,6 +398,7 @@ def _loop(
     text = "\n".join(filter(None, (task.headline(run), left_out(run.source)))) + origin(run)
     train_log.start(text, loader.remedy())
     world.rank_zero_only(lambda: describe(run, folder, test) if folder else None)
+    world.rank_zero_only(lambda: warn_of_space(run))
     # evaluations and weights are made there
     world.rank_zero_only(lambda: take_cropped_whole(run))
     signals.farewell = train_log.interrupted

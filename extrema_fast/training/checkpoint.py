@@ -101,8 +101,9 @@ class Snapshot:
             self._kept = {
                 name: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for name, t in tensors.items()
             }
-        torch._foreach_copy_(list(self._kept.values()), list(tensors.values()), non_blocking=True)
         gpu = [t.device for t in tensors.values() if t.is_cuda]
+        # MPS has no events to wait for
+        torch._foreach_copy_(list(self._kept.values()), list(tensors.values()), non_blocking=bool(gpu))
         self._arrived = torch.cuda.current_stream(gpu[0]).record_event() if gpu else None
 
     def tensors(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -60,7 +61,7 @@ from .checkpoint import (
 from .counters import Arrival, Counters
 from .draw import MicroBatch
 from .optim import FAMILIES, Schedule, build_optimizer
-from .resolve import Resolved, flops_per_image, resolve
+from .resolve import Resolved, checkpoint_bytes, flops_per_image, resolve
 from .run_folder import RunFolder, check, utc_now, versions
 
 log = logging.getLogger(__name__)
@@ -564,6 +565,19 @@ def code() -> dict[str, Any] | None:
         about = json.loads(metadata.distribution("extrema-fast").read_text("direct_url.json") or "{}")
         return {"commit": str(about["vcs_info"]["commit_id"]), "changed": False}
     return None
+
+
+def warn_of_space(run: Run) -> None:
+    """Warns once where the file system of the run has no room for two more saves."""
+    size = checkpoint_bytes(run.method)
+    with suppress(OSError):
+        free = shutil.disk_usage(run.cfg.out).free
+        if free < 2 * size:
+            log.warning(
+                "--out %s: %.3g GB are free, and a save takes %.3g GB, besides those that are kept (ckpt.retain %d): "
+                "free some space, or use another --out",
+                *(run.cfg.out, free / 1e9, size / 1e9, run.cfg.ckpt.retain),
+            )
 
 
 def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:

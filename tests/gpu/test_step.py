@@ -28,6 +28,7 @@ from extrema_fast.config import Config, from_dict, smoke
 from extrema_fast.data.loader import Batch
 from extrema_fast.distributed import World
 from extrema_fast.ops import dispatch as ops
+from extrema_fast.training.checkpoint import Snapshot
 from extrema_fast.training.draw import draw
 from extrema_fast.training.run import Run, build
 from extrema_fast.training.step import StepGraph, wrap
@@ -180,6 +181,19 @@ MODES: dict[str, list[dict]] = {
 }
 # a GPU compiles these
 COMPILING = ("defaults", "block", "step", "graph of blocks")
+
+
+@gpu
+@values
+def test_a_snapshot_is_taken_without_waiting():
+    snapshot, weight = Snapshot(), torch.ones(1 << 22, device="cuda")
+    snapshot.take({"weight": weight})
+    snapshot.tensors()["weight"].zero_()
+    with no_waiting():
+        snapshot.take({"weight": weight})
+        weight += 1
+    found = snapshot.tensors()["weight"]
+    assert found.is_pinned() and (found == 1).all()
 
 
 @gpu

@@ -2,8 +2,8 @@
 
 Covers: everything restored bit for bit; what COMPLETE, `latest` and retention hold; truncated, flipped,
 unmarked and missing files, weights that are not finite, another format; only what was read or written is
-removed; what changes while a save is written; a rename or a write that fails, once and three times; stale
-temporaries; other shapes; which differences a resumed run may have; marker, lock, --overwrite.
+removed; what changes while a save is written; a rename or a write that fails, once and three times; little
+space; stale temporaries; other shapes; which differences a resumed run may have; marker, lock, --overwrite.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +35,10 @@ from extrema_fast.training.checkpoint import (
 )
 from extrema_fast.training.counters import Counters
 from extrema_fast.training.optim import build_optimizer
+from extrema_fast.training.resolve import checkpoint_bytes
+from extrema_fast.training.run import warn_of_space
 from extrema_fast.training.run_folder import RunFolder, check
+from extrema_fast.weights.folder import save_weights
 
 CFG = from_dict(
     {"model": {"width": 16, "depth": 1}, "head": {"hidden": 8, "out": 8, "predictor_hidden": 8}}, smoke()
@@ -311,6 +315,20 @@ def test_an_error_of_the_thread_is_not_lost(tmp_path):
         saver.failures = 2
         saver.save(2, SMALL, STATE, lambda folder, tensors: os.rmdir(folder / "nothing"))
         raise KeyError
+
+
+@pytest.mark.parametrize(("share", "told"), [(1.9, True), (2.1, False)])
+def test_little_space_is_told(tmp_path, monkeypatch, caplog, share, told):
+    method, optimizer, counters = trained()
+    path = write(tmp_path, 1, collect(method, optimizer, counters.tensor), STATE)
+    save_weights(path, method, {})
+    size = sum(file.stat().st_size for file in path.iterdir())
+    # headers and descriptions are beside the tensors
+    assert 0.7 * size < checkpoint_bytes(method) < size
+    free = SimpleNamespace(free=int(share * checkpoint_bytes(method)))
+    monkeypatch.setattr("extrema_fast.training.run.shutil.disk_usage", lambda path: free)
+    warn_of_space(SimpleNamespace(cfg=replace(CFG, out=str(tmp_path)), method=method))
+    assert (f"--out {tmp_path}: " in caplog.text) == told and ("ckpt.retain 2" in caplog.text) == told
 
 
 def test_stale_temporaries_are_removed(tmp_path):
