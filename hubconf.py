@@ -17,7 +17,7 @@ dependencies = ["torch"]
 
 
 def _load(name, weights=None, flavour="native", which=None, version=2, **options):
-    from extrema_fast.config import SIZES
+    from extrema_fast.config import MODELS, SIZES
     from extrema_fast.errors import UsageError
 
     if flavour not in ("native", "timm", "dino"):
@@ -26,7 +26,7 @@ def _load(name, weights=None, flavour="native", which=None, version=2, **options
         encoder = _extrema_fast.create_encoder(name, **options).eval()
     else:
         encoder = _extrema_fast.load_encoder(weights, which, **options)
-        size = name.removeprefix("extrema_vit_").removesuffix("_patch16_224")
+        size = MODELS[name]
         if encoder.config.shape != SIZES[size]:
             raise UsageError(
                 f"{weights}: width, depth and heads are {encoder.config.shape} there, {SIZES[size]} in {name}"
@@ -58,3 +58,5 @@ extrema_vit_tiny_patch16_224 = _entry("extrema_vit_tiny_patch16_224")
 extrema_vit_small_patch16_224 = _entry("extrema_vit_small_patch16_224")
 extrema_vit_base_patch16_224 = _entry("extrema_vit_base_patch16_224")
 extrema_vit_large_patch16_224 = _entry("extrema_vit_large_patch16_224")
+extrema_vit_huge_patch14_224 = _entry("extrema_vit_huge_patch14_224")
+extrema_vit_giant_patch14_224 = _entry("extrema_vit_giant_patch14_224")

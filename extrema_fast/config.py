@@ -30,14 +30,16 @@ log = logging.getLogger(__name__)
 Attention = Literal[
     "auto", "sdpa", "flash", "efficient", "cudnn", "math", "xformers", "short", "matmul", "reference"
 ]
-Size = Literal["tiny", "small", "base", "large"]
+Size = Literal["tiny", "small", "base", "large", "huge", "giant"]
 
-# width, depth, heads: ViT-Ti/S/B/L of the literature (head_dim 64)
+# width, depth, heads: ViT-Ti/S/B/L/H of the literature, and DINOv2's ViT-g, whose heads are 64 wide
 SIZES: dict[Size, tuple[int, int, int]] = {
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+    "giant": (1536, 40, 24),
 }
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
@@ -45,8 +47,10 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
-# names of the encoders: prefix, size, suffix
-MODEL_PREFIX, MODEL_SUFFIX = "extrema_vit_", "_patch16_224"
+# sizes of the encoders by their names, which say the patch size
+MODELS: dict[str, Size] = {
+    f"extrema_vit_{size}_patch{14 if size in ('huge', 'giant') else 16}_224": size for size in SIZES
+}
 
 # far above any vision transformer
 MAX_PARAMETERS = 100_000_000_000
@@ -67,8 +71,12 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
 def list_models(pattern: str = "*") -> list[str]:
     """Sorted names of the encoders that match a shell pattern."""
-    names = (f"{MODEL_PREFIX}{size}{MODEL_SUFFIX}" for size in SIZES)
-    return sorted(fnmatch.filter(names, pattern))
+    return sorted(fnmatch.filter(MODELS, pattern))
+
+
+def model_name(size: Size) -> str:
+    """The name of the encoder of a size."""
+    return next(name for name, of in MODELS.items() if of == size)
 
 
 def keep_count(num_patches: int, mask_ratio: float) -> int:
@@ -226,11 +234,11 @@ class ModelConfig:
     """The encoder (paper section 3.2): a ViT trunk and class-attention pooling."""
 
     size: Size = "base"
-    """Width, depth and heads of ViT-Ti, -S, -B or -L."""
+    """Width, depth and heads of ViT-Ti, -S, -B, -L, -H or -g."""
     img_size: tuple[int, int] = (224, 224)
     """Height and width in pixels; multiples of the patch size."""
     patch_size: int = 16
-    """Side of a patch in pixels."""
+    """Side of a patch in pixels; huge and giant are usual with 14."""
     in_chans: int = 3
     """Channels, 1 to 16: 3 (RGB), 1 (gray), or as many as the TIFF or .npy files have."""
     width: int = 0

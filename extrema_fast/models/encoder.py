@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import IMAGENET, MODEL_PREFIX, MODEL_SUFFIX, ModelConfig, did_you_mean, list_models
+from ..config import IMAGENET, MODELS, ModelConfig, did_you_mean, list_models, model_name
 from ..errors import UnknownArgumentError, UsageError
 from ..ops import dispatch as ops
 from ..ops.linear import RECOMPUTE
@@ -108,7 +108,7 @@ class Encoder(TimmInterface):
         self.embed_dim = self.num_features = self.head_hidden_size = width
         self.heads = heads
         # of other sizes than the name says, see `model_args`
-        self.architecture = f"{MODEL_PREFIX}{config.size}{MODEL_SUFFIX}"
+        self.architecture = model_name(config.size)
         self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
         self.drop_path_rate, self.grad_checkpointing = config.drop_path, False
         self.mean: tuple[float, ...] = IMAGENET[0]
@@ -429,7 +429,7 @@ def create_encoder(
     in_chans: int = 3,
     drop_path_rate: float = 0.0,
     *,
-    patch_size: int | Sequence[int] = 16,
+    patch_size: int | Sequence[int] | None = None,
     global_pool: str = "token",
     fc_norm: bool | None = False,
     pos_embed: str = "sincos",
@@ -448,7 +448,7 @@ def create_encoder(
         img_size: pixels, or (height, width); multiples of `patch_size`.
         in_chans: channels of the images.
         drop_path_rate: of the last trunk block.
-        patch_size: pixels.
+        patch_size: pixels; None: those of the name.
         global_pool: 'token' (class head), 'avg' (mean of patch tokens, no class head), or '' (class head; `forward`
             gives all tokens).
         fc_norm: with 'avg': normalize after pooling instead of before (the paper's fine-tuning).
@@ -487,7 +487,8 @@ def create_encoder(
         number = (int, float) if option in ("mlp_ratio", "layer_scale") else int
         if isinstance(value, bool) or not isinstance(value, number):
             raise UsageError(f"{option}: expected a {'whole ' * (number is int)}number, got {value!r}")
-    size: Any = name.removeprefix(MODEL_PREFIX).removesuffix(MODEL_SUFFIX)
+    size = MODELS[name]
+    patch_size = (14 if "_patch14_" in name else 16) if patch_size is None else patch_size
     config = ModelConfig(size, pair(img_size), square_patch(patch_size), drop_path=drop_path_rate, **shape)
     return Encoder(
         config,

@@ -289,7 +289,7 @@ def _write_vit(job: Job) -> dict[str, Any]:
         args["final_norm"] = False
     return {
         **config,
-        "architecture": f"vit_{encoder.config.size}_patch16_224",
+        "architecture": encoder.architecture.removeprefix("extrema_"),
         "global_pool": "avg",
         "model_args": args,
         # timm resamples the table when it is asked for another size

@@ -371,6 +371,9 @@ def _infer_architecture(
     """The model and encoder options of a description, from the tensors of one encoder, by our names."""
     found = _dimensions({k: tuple(v.shape) for k, v in state.items()}, source)
     width, depth, patch, chans = (found[k] for k in ("width", "depth", "patch_size", "in_chans"))
+    if num_heads is None:
+        # weights do not tell it: of a shape that has a name
+        num_heads = next((shape[2] for shape in SIZES.values() if shape[:2] == (width, depth)), None)
     if num_heads is None and width % HEAD_DIM:
         raise UsageError(
             f"{source}: width {width} is not a multiple of {HEAD_DIM}, which gives no number of heads; "

@@ -19,7 +19,7 @@ import extrema_fast
 from extrema_fast.config import ModelConfig
 from extrema_fast.errors import UsageError
 from extrema_fast.models.drop_path import drop_path_scale
-from extrema_fast.models.encoder import Encoder, build_encoder, create_encoder, list_models
+from extrema_fast.models.encoder import Encoder, build_encoder, create_encoder, list_models, model_args
 from extrema_fast.models.positions import sincos_table
 from extrema_fast.ops import dispatch as ops
 from tests.encoders import close, randomized
@@ -69,11 +69,26 @@ def by_definition(encoder: Encoder, x: torch.Tensor, keep: torch.Tensor) -> tupl
 
 
 def test_names():
-    names = [f"extrema_vit_{s}_patch16_224" for s in ("base", "large", "small", "tiny")]
+    sizes = (
+        "base_patch16",
+        "giant_patch14",
+        "huge_patch14",
+        "large_patch16",
+        "small_patch16",
+        "tiny_patch16",
+    )
+    names = [f"extrema_vit_{s}_224" for s in sizes]
     assert list_models() == names == extrema_fast.list_models()
-    assert list_models("*small*") == [names[2]] and list_models("resnet*") == []
+    assert list_models("*small*") == [names[4]] and list_models("resnet*") == []
     with pytest.raises(UsageError, match=f"did you mean '{names[0]}'"):
         create_encoder("extrema_vit_bas_patch16_224")
+
+
+def test_patches_of_14():
+    with torch.device("meta"):
+        encoder = create_encoder("extrema_vit_giant_patch14_224", depth=1)
+    assert encoder.patch_size == 14 and encoder.grid == (16, 16) and encoder.config.shape == (1536, 1, 24)
+    assert model_args(encoder)["patch_size"] == 14
 
 
 def test_size_of_base():
