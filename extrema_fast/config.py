@@ -492,6 +492,11 @@ class SystemConfig:
     """Self-attention backend; `auto` follows a rule per dtype and number of tokens on a CPU, and measures on a GPU."""
     attention_teacher: Literal["same", Attention] = "same"
     """The teacher's, whose sequences are longer; `same`: as `attention`."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What each of several processes holds: all of the model (`ddp`), or a part of every weight, moment and average
+    (`fsdp`), for models that one GPU does not hold."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """In what gradients are summed over processes; `bf16` halves their traffic and rounds them."""
     deterministic: bool = False
     """Use torch's deterministic algorithms."""
 

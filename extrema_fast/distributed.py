@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,6 +73,33 @@ def wide(device: torch.device | str) -> torch.dtype:
 def double(x: Tensor) -> Tensor:
     """`x` in float64, on the CPU where its device has none."""
     return (x if wide(x.device) == torch.float64 else x.cpu()).double()
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether a tensor is spread over processes (a DTensor, whose package takes long to import)."""
+    return hasattr(x, "placements")
+
+
+def local(x: Any) -> Tensor:
+    """This process's part of a sharded tensor, the same memory; any other tensor as it is. Not for autograd."""
+    if not is_sharded(x):
+        return x
+    with torch.no_grad():
+        return x.to_local()
+
+
+def whole(x: Any) -> Tensor:
+    """All of a sharded tensor, for which every process calls this; any other tensor as it is."""
+    return x.detach().full_tensor() if is_sharded(x) else x
+
+
+def part_of(x: Tensor, like: Any) -> Tensor:
+    """`x`, the whole of it on every process, sharded as `like` is; nothing is sent."""
+    if not is_sharded(like):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 
 @dataclass(frozen=True)
@@ -191,9 +219,13 @@ class World:
                 for x in tensors:
                     dist.broadcast(x, src=0)
 
-    def wrap(self, student: nn.Module) -> nn.Module:
-        """The student under DistributedDataParallel; the module itself with one process."""
-        if self.size == 1:
+    def wrap(self, student: nn.Module, reduce: torch.dtype = torch.float32) -> nn.Module:
+        """The student under DistributedDataParallel; the module itself with one process, or if it is sharded.
+
+        Args:
+            reduce: dtype in which gradients are summed.
+        """
+        if self.size == 1 or any(is_sharded(p) for p in student.parameters()):
             return student
         # NCCL is at its best with larger buckets than torch's 25 MB
         gpu: dict[str, Any] = {"device_ids": [self.device.index], "bucket_cap_mb": 100}
@@ -204,14 +236,47 @@ class World:
         options["forward_sync_buffers" if new else "broadcast_buffers"] = False
         with self.waiting():
             wrapped = ddp(student, gradient_as_bucket_view=True, **options)
+            if reduce == torch.bfloat16:
+                from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+                # under its name torch registers it for GPUs alone
+                wrapped.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
         # gloo's destructor waits for its threads, and they for the GIL when they release a tensor; only the group's
         # Python object lets go of the GIL for it, so it must be what is released last: attributes go in order
         wrapped._group = dist.group.WORLD  # type: ignore[assignment]
         return wrapped
 
     def no_sync_unless(self, last: bool, model: nn.Module) -> AbstractContextManager[None]:
-        """Context of a micro-batch: gradients are all-reduced with the last one only."""
-        return nullcontext() if last or self.size == 1 else model.no_sync()  # type: ignore[operator]
+        """Context of a micro-batch: gradients are all-reduced with the last one only, those of shards with each."""
+        return nullcontext() if last else getattr(model, "no_sync", nullcontext)()
+
+    def shard(
+        self, branch: nn.Module, parts: Iterable[nn.Module], dtype: torch.dtype, reduce: torch.dtype
+    ) -> None:
+        """Spreads the parameters of a module, in place: each process keeps a part of every one (FSDP2).
+
+        Parameters become DTensors of the same names. A part has its weights only while it runs, forward and backward;
+        the rest of the branch has them while the branch runs.
+
+        Args:
+            parts: modules of the branch that are called.
+            dtype: of the parts' weights while they are whole; what is kept, and updated, stays as it is.
+            reduce: dtype in which gradients are summed.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        trained = any(p.requires_grad for p in branch.parameters())
+        # tests keep fp64
+        sums = next(branch.parameters()).dtype if reduce == torch.float32 else reduce
+        # inputs keep their dtype: autocast decides, as without shards
+        policy = partial(MixedPrecisionPolicy, reduce_dtype=sums, cast_forward_inputs=False)
+        with self.waiting():
+            mesh = init_device_mesh(self.device.type, (self.size,))
+            for part in parts:
+                fully_shard(part, mesh=mesh, mp_policy=policy(None if dtype == torch.float32 else dtype))
+            # without a backward pass, which frees them, the weights of the last step would be used for ever
+            fully_shard(branch, mesh=mesh, mp_policy=policy(None), reshard_after_forward=not trained)
 
 
 def _tried(function: Callable[[], T]) -> tuple[T | None, ExtremaError | None]:

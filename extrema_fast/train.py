@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .config import Config, FinetuneConfig, differing, flatten, from_dict, local_batch, nested, to_dict
 from .data.bad_images import BAD_ROWS
@@ -51,6 +52,8 @@ from .training.run import (
     Run,
     build,
     describe,
+    gathered,
+    held,
     init_weights,
     is_finished,
     open_loader,
@@ -60,6 +63,7 @@ from .training.run import (
     prepare_torch,
     resume,
     save,
+    shard,
     take_cropped_whole,
     warn_of_space,
 )
@@ -84,8 +88,8 @@ class _Task(NamedTuple):
     batches: Callable[[Run, TrainLoader], Iterator[Batch]]
     # the images of a batch are needed on the CPU
     on_cpu: bool
-    # what is logged, on rank 0
-    evaluate: Callable[[Run, ImageSource | None], dict[str, float | int]]
+    # what is logged, on rank 0, of the run's networks
+    evaluate: Callable[[Run, Any, ImageSource | None], dict[str, float | int]]
     # warnings, from all evaluations so far
     judge: Callable[[Sequence[dict[str, Any]], Config], list[str]]
     headline: Callable[[Run], str]
@@ -211,8 +215,8 @@ def _pretraining(init_from: str | Path | None) -> _Task:
         if init_from is not None:
             init_weights(run, init_from, overwrite)
 
-    def evaluate(run: Run, test: ImageSource | None) -> dict[str, float | int]:
-        found = online_eval(run.method, run.source, test, run.cfg, run.world.device)
+    def evaluate(run: Run, method: Any, test: ImageSource | None) -> dict[str, float | int]:
+        found = online_eval(method, run.source, test, run.cfg, run.world.device)
         run.embedded = (found.test, found.bank) if run.last else None
         return found.values
 
@@ -310,9 +314,10 @@ def _train(
             world.rank_zero_only(lambda: RunFolder(out, overwrite=overwrite)) or nullcontext() as folder,
             Trackers(folder, cfg.log) as trackers,
         ):
-            resume(run, allow_config_change)
             # random ones may differ by rounding between processors
             world.share(run.method.state_dict().values())
+            shard(run)
+            resume(run, allow_config_change)
             wrap(run)
             signals.raises = False
             dog.debug = out / DEBUG
@@ -419,17 +424,18 @@ def _loop(
         if loader.bad.failed:
             raise
         # raised on all processes: what was learned is kept
-        where = world.rank_zero_only(partial(_save_first, run, saver, folder))
+        tensors = held(run)
+        where = world.rank_zero_only(partial(_save_first, run, saver, tensors, folder))
         raise DataError(f"{error}{world.broadcast(where)}") from None
     except RuntimeError as error:
         if not is_lost(error):
             raise
-        raise lost(world, error, _save_first(run, saver, folder) if folder else "") from None
+        raise lost(world, error, _save_alone(run, saver, folder) if folder else "") from None
 
 
 def _farewell(run: Run, saver: Saver, train_log: TrainLog, reason: str) -> str:
     """Saves before a run ends for want of a process."""
-    saved = _save_first(run, saver, train_log.folder)
+    saved = _save_alone(run, saver, train_log.folder)
     train_log.interrupted(f"{reason}{saved}", LostProcessError.exit_code)
     return saved
 
@@ -442,14 +448,24 @@ def _last_words(run: Run, saver: Saver, train_log: TrainLog, reason: str, still:
     return ""
 
 
-def _save_first(run: Run, saver: Saver, folder: RunFolder | None) -> str:
+def _save_alone(run: Run, saver: Saver, folder: RunFolder | None) -> str:
+    """Saves before a run ends for want of another process (on rank 0); says where."""
+    if run.resolved.sharded:
+        return "; not saved: the weights were spread over the processes"
+    try:
+        return _save_first(run, saver, held(run), folder)
+    # a GPU may be lost with the other process
+    except RuntimeError as error:
+        return f"; not saved: {one_line(error)}"
+
+
+def _save_first(run: Run, saver: Saver, tensors: dict[str, Tensor], folder: RunFolder | None) -> str:
     """Saves before a run ends for want of images or of a process, unless its last steps were skipped; says where."""
     try:
         if not run.step or run.counters.in_a_row():
             return ""
-        save(run, saver, folder.attempt if folder else 0, must=True)
-    # a GPU may be lost with the other process
-    except (StorageError, NonFiniteError, RuntimeError) as error:
+        save(run, saver, tensors, folder.attempt if folder else 0, must=True)
+    except (StorageError, NonFiniteError) as error:
         return f"; not saved: {one_line(error)}"
     return f"; step {run.step} is saved in {run.cfg.out}"
 
@@ -484,7 +500,8 @@ def _steps(
                 # the counters are the same on all processes
                 waits = not must and run.counters.in_a_row() > 0
                 if not waits:
-                    world.rank_zero_only(partial(save, run, saver, attempt, must=must))
+                    tensors = held(run)
+                    world.rank_zero_only(partial(save, run, saver, tensors, attempt, must=must))
                 elif not postponed and world.is_rank_zero:
                     log.warning("step %d was skipped: the checkpoint waits for a good step", run.step)
                 postponed = waits
@@ -517,7 +534,7 @@ def _evaluate(run: Run, task: _Task, train_log: TrainLog, test: ImageSource | No
         try:
             # each of its many shapes would be compiled
             with signals.interruptible(), torch.compiler.set_stance("force_eager"):
-                values = task.evaluate(run, test)
+                values = task.evaluate(run, method, test)
         except Stopped as error:
             if error.forced:
                 raise
@@ -528,4 +545,5 @@ def _evaluate(run: Run, task: _Task, train_log: TrainLog, test: ImageSource | No
         return True
 
     with train_log.paused():
+        method = gathered(run)
         return bool(run.world.broadcast(run.world.rank_zero_only(on_rank_zero)))

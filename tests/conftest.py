@@ -119,7 +119,7 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 # what a first optimizer or image would import, at more cost than a whole tiny run
-import torch._dynamo, PIL.Image
+import torch._dynamo, torch.distributed.fsdp, PIL.Image
 import extrema_fast.cli, extrema_fast.tools.dry_run, extrema_fast.evaluation.evaluate
 for line in sys.stdin:
     job = json.loads(line)

@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Config
+from ..distributed import World, local
 from ..ops.linear import Linear
 from ..ops.optimizers import ema_
 from ..ops.scope import scope, scoped
 from ..ops.stock import is_stock
 from .encoder import Encoder, call_block
+from .layers import Block
 
 # Newton-Schulz iterations of `whiten`: enough for directions without variance in up to 4096 dimensions
 ROUNDS = 20
@@ -194,21 +196,29 @@ class Branch(nn.Module):
     def compile_regions(self, **options: Any) -> None:
         """Compiles embedding, stretches of blocks, and what follows the trunk, in place: weights keep their names.
 
-        Stretches of one length share a graph: weights are its inputs.
+        Stretches of one length share a graph: weights are its inputs. Blocks with hooks, which gather sharded weights,
+        are compiled one by one, inside their hooks.
         """
 
-        def compiled(method: Callable[..., Any]) -> Callable[..., Any]:
+        def own(f: Any) -> Any:
             # torch keeps graphs with a function's code, and the guards that are left do not tell one run from another
-            f = method.__func__  # type: ignore[attr-defined]
-            own = types.FunctionType(
+            return types.FunctionType(
                 f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__
             )
-            guards: dict[str, Any] = {"guard_filter_fn": _of_arguments}
-            return torch.compile(types.MethodType(own, self), **options, options=guards)
 
-        blocks = list(self.encoder.blocks)
-        self._stretches = [blocks[i : i + TOGETHER] for i in range(0, len(blocks), TOGETHER)]
-        self.stretch = compiled(self.stretch)  # type: ignore[method-assign]
+        guards: dict[str, Any] = {"guard_filter_fn": _of_arguments}
+
+        def compiled(method: Any) -> Callable[..., Any]:
+            return torch.compile(types.MethodType(own(method.__func__), self), **options, options=guards)
+
+        blocks: list[Any] = list(self.encoder.blocks)
+        if any(block._forward_pre_hooks for block in blocks):
+            forward = torch.compile(own(Block.forward), **options, options=guards)
+            for block in blocks:
+                block.forward = types.MethodType(forward, block)
+        else:
+            self._stretches = [blocks[i : i + TOGETHER] for i in range(0, len(blocks), TOGETHER)]
+            self.stretch = compiled(self.stretch)  # type: ignore[method-assign]
         self.embed = compiled(self.embed)  # type: ignore[method-assign]
         # the scopes inside are gone from compiled code
         name = scoped(f"{self.name}/pooling, heads")
@@ -303,9 +313,14 @@ class StudentTeacher(nn.Module):
         return [(n, p) for n, p in self.student_branch.named_parameters() if p.requires_grad]
 
     def ema_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(parameters of the teacher, those of the student of the same names)."""
+        """(parameters of the teacher, those of the student of the same names); of shards this process's part."""
         student, teacher = dict(self.student_branch.named_parameters()), self._followers()
-        return list(teacher.values()), [student[n].detach() for n in teacher]
+        return [local(t) for t in teacher.values()], [local(student[n]).detach() for n in teacher]
+
+    def shard(self, world: World, dtype: torch.dtype, reduce: torch.dtype) -> None:
+        """Spreads both branches over processes, in place (`World.shard`): each trunk block for itself."""
+        for branch in filter(None, (self.student_branch, self.teacher_branch)):
+            world.shard(branch, branch.encoder.blocks, dtype, reduce)
 
     def ema_update(self, weight: float | Tensor) -> None:
         """EMA update of the teacher, in place; `weight` is 1 - momentum (`ops.optimizers.ema_`)."""

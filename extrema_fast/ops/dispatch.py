@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..config import did_you_mean
+from ..distributed import is_sharded
 from ..errors import UsageError, is_out_of_memory, one_line
 from ..kernels import can_run
 from ..kernels._autograd import transforming as transforming
@@ -704,7 +705,7 @@ def adamw(
     copies: tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]] = ({}, {}),
     **options: Any,
 ) -> torch.optim.Optimizer:
-    """AdamW over parameter groups.
+    """AdamW over parameter groups; torch's for sharded parameters.
 
     Args:
         groups: as torch's.
@@ -712,7 +713,16 @@ def adamw(
         copies: student parameter -> bf16 shadow weight of its own, and of its teacher's; `triton` also syncs these.
         options: `lr`, `betas`, `eps`.
     """
-    build = IMPLEMENTATIONS["adamw_ema"][implementation("adamw_ema", groups[0]["params"][0])]
+    first = groups[0]["params"][0]
+    name = implementation("adamw_ema", first)
+    if is_sharded(first) and name not in ("fused", "reference"):
+        if _requested("adamw_ema")[0] == name:
+            raise UsageError(
+                f"backend: adamw_ema={name} updates whole tensors, not those of system.parallel fsdp; use fused"
+            )
+        _chosen["adamw_ema", first.device.type] = "fused", "weights are sharded"
+        name = "fused"
+    build = IMPLEMENTATIONS["adamw_ema"][name]
     if build is AdamWEma:
         options |= {"teacher": teacher, "shadow": copies[0], "teacher_shadow": copies[1]}
     return build(groups, **options)

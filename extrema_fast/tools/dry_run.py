@@ -12,7 +12,7 @@ from ..distributed import start
 from ..progress import ImageProgress
 from ..train import train_step
 from ..training.resolve import checkpoint_bytes, derived, settle_channels
-from ..training.run import build, init_weights, open_loader, open_train, prepare_torch
+from ..training.run import build, init_weights, open_loader, open_train, prepare_torch, shard
 from ..training.step import batches, wrap
 
 
@@ -38,6 +38,7 @@ def dry_run(
         run = build(cfg, world, source)
         if init_from is not None:
             init_weights(run, init_from, overwrite)
+        shard(run)
         wrap(run)
         times = []
         steps = min(steps, run.schedule.total_steps)

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..config import CheckpointConfig, Config, changed_maths, to_dict
-from ..distributed import TELL_S, double
+from ..distributed import TELL_S, double, is_sharded, part_of, whole
 from ..errors import NonFiniteError, StorageError, UsageError, one_line
 from ..files import fits, new_folder, read_json, remove, sync, write_file
 from ..models.extrema import StudentTeacher
@@ -77,14 +77,17 @@ class Checkpoint:
 
 
 def collect(method: StudentTeacher, optimizer: torch.optim.Optimizer, counters: Tensor) -> dict[str, Tensor]:
-    """Name -> tensor of everything that resuming needs, no copy; optimizer state by parameter name."""
+    """Name -> tensor of everything that resuming needs; optimizer state by parameter name.
+
+    Live tensors, no copies; sharded ones are gathered on the CPU, for which all processes call this.
+    """
     tensors = {f"method.{name}": t for name, t in method.state_dict().items()}
     for name, p in method.student_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
     # of any device the same
     tensors["counters"] = double(counters)
-    return {name: t.detach() for name, t in tensors.items()}
+    return {name: whole(t).cpu() if is_sharded(t) else t.detach() for name, t in tensors.items()}
 
 
 class Snapshot:
@@ -136,17 +139,19 @@ def restore(
     if saved_by:
         check_family(saved_by, optimizer)
     try:
-        method.load_state_dict(weights_of(tensors))
+        now = method.state_dict()
+        method.load_state_dict({n: part_of(t, now.get(n)) for n, t in weights_of(tensors).items()})
     except RuntimeError as error:
         raise UsageError(f"checkpoint: another architecture ({one_line(error, 300)})") from None
-    names = {p: name for name, p in method.student_parameters()}
+    params = dict(method.student_parameters())
+    names = {p: name for name, p in params.items()}
     order = [names[p] for group in optimizer.param_groups for p in group["params"]]
     by_name: dict[str, dict[str, Tensor]] = {}
     for full, value in tensors.items():
         if full.startswith("optimizer."):
             # keys hold no dot
             name, _, key = full.removeprefix("optimizer.").rpartition(".")
-            by_name.setdefault(name, {})[key] = value
+            by_name.setdefault(name, {})[key] = value if key == "step" else part_of(value, params.get(name))
     state = {i: by_name[name] for i, name in enumerate(order) if name in by_name}
     rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -51,6 +51,8 @@ class Resolved:
     """`dali` or `pil`"""
     decoding_threads: int
     torch_threads: int
+    sharded: bool = False
+    """whether each process holds a part of the model"""
     resident: Place = "off"
     """`gpu`, `host` or `off`: where decoded images are held; settled when the images are opened"""
 
@@ -92,12 +94,13 @@ def resolve(
     _check_modes(cfg, mode, kind, world_size)
     dtype_name = precision(train.precision, kind)
     dtype = torch.bfloat16 if dtype_name == "bf16" else torch.float32
+    sharded = system.parallel == "fsdp" and world_size > 1
     width, _, heads = cfg.model.shape
     teacher = system.attention if system.attention_teacher == "same" else system.attention_teacher
     ops.set_backend(system.backend)
     if choose is not None:
         unused = {"color_views"} if cfg.data.policy != "spatial+color" else set()
-        unused |= {"adamw_ema"} if cfg.optim.name != "adamw" else set()
+        unused |= {"adamw_ema"} if cfg.optim.name != "adamw" or sharded else set()
         sizes = step_sizes(cfg, world_size)
         problems = ops.problems(
             device,
@@ -113,7 +116,8 @@ def resolve(
         device=kind,
         precision=dtype_name,
         # on a CPU a cast in the forward pass takes as long as syncing a copy, and no memory
-        shadow_weights=kind == "cuda" and dtype_name == "bf16",
+        # what gathers shards makes them bf16
+        shadow_weights=kind == "cuda" and dtype_name == "bf16" and not sharded,
         compile=mode,
         cuda_graph=train.cuda_graph,
         # no cost could be measured on a CPU (record `memory`)
@@ -126,6 +130,7 @@ def resolve(
         loader=choose_loader(cfg.data.loader),
         decoding_threads=decoding_threads(cfg.data.threads),
         torch_threads=system.threads or torch.get_num_threads(),
+        sharded=sharded,
     )
 
 
@@ -208,6 +213,17 @@ def _check_modes(cfg: Config, mode: str, kind: str, world_size: int) -> None:
             raise UsageError(
                 f"train.{name}: bypasses the all-reduce of gradients between {world_size} processes; "
                 "use train.compile block"
+            )
+    if cfg.system.parallel == "fsdp" and world_size > 1:
+        if cfg.optim.name != "adamw":
+            raise UsageError(
+                f"optim.name: {cfg.optim.name} takes norms of whole layers, and system.parallel fsdp spreads them over "
+                f"{world_size} processes; use optim.name adamw, or system.parallel ddp"
+            )
+        if cfg.train.fp8 != "off":
+            raise UsageError(
+                f"train.fp8: {cfg.train.fp8} is not made for system.parallel fsdp; use train.fp8 off, or "
+                "system.parallel ddp"
             )
     if mode == "step" and cfg.head.whole_batch and train.accumulation > 1:
         raise UsageError(

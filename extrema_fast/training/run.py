@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from importlib import metadata
@@ -30,7 +30,7 @@ from ..data.loader import TrainLoader, processes_here
 from ..data.order import epoch_length
 from ..data.resident import Place, choose_place
 from ..data.sources import BUILT_IN, ImageSource, open_source
-from ..distributed import World, cores, wide
+from ..distributed import World, cores, whole, wide
 from ..errors import NonFiniteError, UsageError, counted
 from ..evaluation.features import Embedded
 from ..evaluation.probes import batch_spread
@@ -66,6 +66,8 @@ from .run_folder import RunFolder, check, utc_now, versions
 
 log = logging.getLogger(__name__)
 
+# in what gradients are summed over processes, by `system.reduce`
+REDUCE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # images of a micro-batch from which their spread means something
 SPREAD_IMAGES = 8
 
@@ -91,7 +93,9 @@ class Run:
     trained: list[nn.Parameter]
     """everything that has a gradient"""
     followed: tuple[list[Tensor], list[Tensor]]
-    """(parameters of the teacher, those of the student that they follow)"""
+    """(parameters of the teacher, those of the student that they follow); of a sharded run this process's part"""
+    make: Callable[[Any], StudentTeacher]
+    """the networks of a configuration"""
     gradients: Callable[[Run, list[Any]], Tensor] | None = None
     """adds the gradients of micro-batches, returns the loss; None: `step.gradients`, of pretraining"""
     export: Callable[[Run, int, Path, Mapping[str, Tensor]], Any] | None = None
@@ -251,9 +255,7 @@ def build(
     recorded = partial(_recorded_ops, cfg, world.device) if continued else dict
     resolved = resolve(cfg, world.device, world.size, partial(choose, world=world, recorded=recorded))
     method = make(cfg).to(world.device).train()
-    teacher = cfg.system.attention_teacher
-    method.student.set_attention(cfg.system.attention)
-    method.teacher.set_attention(cfg.system.attention if teacher == "same" else teacher)
+    _set_attention(method, cfg)
     method.student.set_recompute(resolved.recompute)
     apply_fp8(method, cfg.train.fp8, world.device)
     if resolved.shadow_weights:
@@ -271,7 +273,51 @@ def build(
         teacher_weight=torch.zeros((), dtype=wide(world.device), device=world.device),
         trained=[p for _, p in method.student_parameters()],
         followed=method.ema_pairs(),
+        make=make,
     )
+
+
+def shard(run: Run) -> None:
+    """Spreads a run at its first weights over the processes, if it is to be (`system.parallel`)."""
+    if not run.resolved.sharded:
+        return
+    method, reduce = run.method, REDUCE[run.cfg.system.reduce]
+    method.shard(run.world, run.resolved.dtype, reduce)
+    # of other parameters than before
+    run.optimizer = build_optimizer(method, run.cfg)
+    run.trained = [p for _, p in method.student_parameters()]
+    run.followed = method.ema_pairs()
+
+
+def gathered(run: Run) -> Any:
+    """`run.method`; of a sharded run its networks as they are on one process, on rank 0.
+
+    All processes of a sharded run call this; None on the others.
+    """
+    if not run.resolved.sharded:
+        return run.method
+    device, is_here = run.world.device, run.world.is_rank_zero
+    tensors: dict[str, Tensor] = {}
+    with run.world.waiting():
+        for name, t in run.method.state_dict().items():
+            found = whole(t)
+            if is_here:
+                tensors[name] = found
+    if not is_here:
+        return None
+    with torch.device("meta"):
+        method = run.make(run.cfg).train()
+    method.load_state_dict(tensors, assign=True)
+    method.to(device)
+    _set_attention(method, run.cfg)
+    method.student.crop_pct = method.teacher.crop_pct = run.method.teacher.crop_pct
+    return method
+
+
+def _set_attention(method: StudentTeacher, cfg: Config) -> None:
+    teacher = cfg.system.attention_teacher
+    method.student.set_attention(cfg.system.attention)
+    method.teacher.set_attention(cfg.system.attention if teacher == "same" else teacher)
 
 
 def _recorded_ops(cfg: Config, device: torch.device) -> dict[str, Any]:
@@ -580,10 +626,22 @@ def warn_of_space(run: Run) -> None:
             )
 
 
-def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:
+def held(run: Run) -> dict[str, Tensor]:
+    """What a checkpoint holds, on rank 0; empty on the others, which call this too."""
+    if not (run.world.is_rank_zero or run.resolved.sharded):
+        return {}
+    # without shards nobody is waited for, also while a process is being ended
+    with run.world.waiting() if run.resolved.sharded else nullcontext():
+        return collect(run.method, run.optimizer, run.counters.tensor)
+
+
+def save(run: Run, saver: Saver, tensors: dict[str, Tensor], attempt: int, *, must: bool) -> None:
     """Saves checkpoint and weights of this step (on rank 0): with `must` before it returns, else while the run goes on.
 
     Errors as of `Saver.save`; weights that are not finite are never written.
+
+    Args:
+        tensors: `held` of this step.
     """
     saver.wait()
     if saver.last_step == run.step:
@@ -601,7 +659,6 @@ def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:
         "versions": versions(),
         "init_from": run.began_from,
     }
-    tensors = collect(run.method, run.optimizer, run.counters.tensor)
     saver.save(run.step, tensors, state, partial(run.export or _export, run, run.step), final=must)
 
 

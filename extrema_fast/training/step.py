@@ -19,13 +19,14 @@ from ..config import local_batch
 from ..data.augment import color_jitter
 from ..data.loader import Batch
 from ..data.prefetch import prefetch
+from ..distributed import local
 from ..models.extrema import ExtreMA, gather_targets
 from ..ops.dispatch import AdamWEma
 from ..ops.optimizers import ema_
 from ..ops.scope import scope, scoped
 from .draw import MicroBatch, draw
 from .optim import gates_on_device, separate_trunk, set_lr
-from .run import Run
+from .run import REDUCE, Run
 
 log = logging.getLogger(__name__)
 
@@ -67,24 +68,30 @@ def compute(run: Run, micro_batches: list[MicroBatch]) -> None:
     # one pass over all parameters does all that follows
     whole = run.optimizer if isinstance(run.optimizer, AdamWEma) else None
     good = loss.isfinite()
+    limit = run.cfg.optim.clip_grad
     if whole is None:
         with scope("gradient norm, accumulation"):
-            norms = torch._foreach_norm([p.grad for p in run.trained if p.grad is not None])
+            norms = torch._foreach_norm([local(p.grad) for p in run.trained if p.grad is not None])
             norm = torch.linalg.vector_norm(torch.stack(norms))
-            if run.cfg.optim.clip_grad:
-                torch.nn.utils.clip_grads_with_norm_(run.trained, run.cfg.optim.clip_grad, norm)
         good &= norm.isfinite()
     # a step that is bad on one process is skipped on all
     dtype = run.counters.tensor.dtype
-    bad, loss = run.world.sum(torch.stack([1 - good.to(dtype), loss.to(dtype)]))
+    shared = [1 - good.to(dtype), loss.to(dtype)]
+    if run.resolved.sharded:
+        # each process has the norm of its part
+        shared.append(norm.to(dtype).square())
+    bad, loss, *squares = run.world.sum(torch.stack(shared))
     bad, loss = (bad > 0).to(dtype), loss / run.world.size
     if whole is None:
+        if squares:
+            norm = squares[0].sqrt().to(norm.dtype)
+        if limit:
+            torch.nn.utils.clip_grads_with_norm_(run.trained, limit, norm)
         update(run, bad)
     else:
         with scope("optimizer and EMA"):
             # all processes have the same gradients, and so the same norm
-            limit = run.cfg.optim.clip_grad or math.inf
-            whole.step(momentum_weight=run.teacher_weight, found_inf=bad, max_norm=limit)
+            whole.step(momentum_weight=run.teacher_weight, found_inf=bad, max_norm=limit or math.inf)
             assert whole.grad_norm is not None and whole.skipped is not None
             norm, bad = whole.grad_norm, whole.skipped
     run.counters.add(loss, norm, bad)
@@ -203,7 +210,7 @@ def wrap(run: Run) -> None:
         torch._inductor.config.static_launch_user_defined_triton_kernels = True
     if mode == "block":
         run.method.compile_regions(**options)
-    run.student = run.world.wrap(run.method.student_branch)
+    run.student = run.world.wrap(run.method.student_branch, REDUCE[run.cfg.system.reduce])
     if mode == "step":
         run.compiled_loss = torch.compile(_loss_of(run), **options)
     if run.resolved.cuda_graph:

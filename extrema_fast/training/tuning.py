@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -249,9 +249,9 @@ def gradients(run: Run, micro_batches: list[Labelled]) -> Tensor:
     return total
 
 
-def evaluate(run: Run, test: ImageSource | None) -> dict[str, float | int]:
+def evaluate(run: Run, method: Any, test: ImageSource | None) -> dict[str, float | int]:
     """Accuracy and loss on test images: at most `eval.max_test` of them, at the end all; then a file has the rest."""
-    cfg, encoder = run.cfg, run.method.teacher
+    cfg, encoder = run.cfg, method.teacher
     if test is None:
         return {}
     source = test if run.last else cap(test, cfg.eval.max_test, cfg.train.seed)

@@ -1,0 +1,162 @@
+"""Weights spread over processes (FSDP2), and DistributedDataParallel, over gloo against one process.
+
+Covers: gradients, norm and clipping of two and of four equal those of one with the whole batch, in fp64, compiled too;
+what a part holds; a bad loss on one rank; a checkpoint read and saved by another number of processes; whole runs equal
+to rounding, continued bit for bit, weights as usual; what cannot be sharded.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import extrema_fast
+from extrema_fast.config import to_dict
+from extrema_fast.errors import UsageError
+from extrema_fast.training.resolve import resolve
+from tests.dist.test_two_processes import RUN, STEPS, assert_close
+from tests.training.conftest import command, final_hash, tiny
+
+__all__ = ["command"]
+
+# one batch in fp64 on all processes and on one
+STEP = """
+import json, os
+import torch
+from extrema_fast.config import from_dict, smoke
+from extrema_fast.distributed import World, local, start, whole
+from extrema_fast.training import run as runs, step
+from extrema_fast.training.draw import MicroBatch
+step.BACKEND = "eager"
+
+ours = from_dict(json.loads(os.environ["CONFIG"]), smoke())
+B, V, N, K = ours.train.batch_size, ours.mask.views, ours.model.num_patches, ours.num_keep
+g = torch.Generator().manual_seed(3)
+patches = torch.randn(B, N, 3 * ours.model.patch_size**2, generator=g, dtype=torch.float64)
+keep = torch.stack([torch.stack([torch.randperm(N, generator=g)[:K] for _ in range(B)]) for _ in range(V)])
+kept = lambda run, m: (torch.cat([torch.stack([x[k] for x, k in zip(m.images, some)]) for some in m.keep]), m.images)
+step.color_views = kept
+
+def begin(world, **system):
+    parts = ours.train.accumulation if world.size > 1 else 1
+    cfg = from_dict({"system": system, "train": {"accumulation": parts, "compile": "none"}}, ours)
+    if system.get("parallel") == "fsdp" and world.size == 2:
+        cfg = from_dict({"train": {"compile": "block"}}, cfg)
+    run = runs.build(cfg, world, runs.open_train(cfg))
+    run.method.double()
+    runs.shard(run)
+    run.followed = run.method.ema_pairs()
+    step.wrap(run)
+    size = B // world.size // parts
+    first = range(B)[world.rank * B // world.size:][:B // world.size:size]
+    micro = [MicroBatch(patches[i : i + size], None, keep[:, i : i + size], None) for i in first]
+    return run, micro
+
+def gradients(run, micro):
+    step.compute(run, micro)
+    found = {n: whole(p.grad) for n, p in run.method.student_parameters()}
+    return found, run.counters.read().values()
+
+with start("cpu") as world:
+    found = {}
+    for parallel in ("fsdp", "ddp"):
+        run, micro = begin(world, parallel=parallel)
+        held = sum(local(p).numel() for p in run.method.parameters())
+        found[parallel] = gradients(run, micro), held / sum(p.numel() for p in run.method.parameters())
+        if parallel == "fsdp":
+            before = [local(t).clone() for t in run.method.state_dict().values()]
+            if world.rank == 1:
+                loss = run.method.loss
+                run.method.loss = lambda *args: loss(*args) * float("nan")
+            step.compute(run, micro)
+            after = [local(t) for t in run.method.state_dict().values()]
+            assert all(torch.equal(a, b) for a, b in zip(before, after)) and run.counters.in_a_row() == 1
+    if os.environ["SAVED"]:
+        # of another number of processes
+        cfg = from_dict({"out": os.environ["SAVED"]}, ours)
+        run = runs.build(cfg, world, runs.open_train(cfg), continued=True)
+        runs.shard(run)
+        runs.resume(run, True)
+        again = runs.held(run)
+        if world.is_rank_zero:
+            saved = runs.newest(runs.Path(cfg.out)).tensors()
+            assert saved.keys() == again.keys() and all(torch.equal(saved[n], again[n]) for n in saved)
+    if world.is_rank_zero:
+        step.gather_targets = lambda own: (own, 0)
+        wanted, values = gradients(*begin(World(world.device)))
+        size = max(t.abs().max() for t in wanted.values())
+        for parallel, ((grads, mine), share) in found.items():
+            assert grads.keys() == wanted.keys()
+            worst = max((grads[n] - wanted[n]).abs().max() / size for n in wanted)
+            differ = max(abs(mine[k] / values[k] - 1) for k in ("loss", "grad_norm"))
+            print("RESULT", json.dumps([parallel, float(worst), differ, mine["grad_norm"] / float(size), share]))
+"""
+
+
+def steps(run_cli, processes: int, saved: Path | str = "", **head) -> None:
+    # clipped, so that the share of each process is scaled by the norm of all
+    change = {"model": {"drop_path": 0.0}, "optim": {"clip_grad": 1e-3}, "head": head}
+    cfg = tiny("unused", RUN, change, FSDP, train={"accumulation": processes // 2})
+    env = {"CONFIG": json.dumps(to_dict(cfg)), "SAVED": str(saved)}
+    codes, text = run_cli("--version", processes=processes, setup=STEP, env=env)
+    assert codes == [0] * processes, text
+    results = [json.loads(line[7:]) for line in text.splitlines() if line.startswith("RESULT ")]
+    assert [r[0] for r in results] == ["fsdp", "ddp"], text
+    for parallel, worst, differ, norm, share in results:
+        # the loss is summed in fp32
+        assert worst < 1e-10 and differ < 1e-6 and norm > 1e3, (parallel, text)
+        assert share == pytest.approx(1 / processes if parallel == "fsdp" else 1, rel=0.01)
+
+
+FSDP = {"system": {"parallel": "fsdp", "device": "cpu"}}
+
+
+@pytest.fixture
+def pretrain(command, tmp_path):
+    """`pretrain(folder, processes)` -> (its output, the folder)."""
+
+    def run(name: str, processes: int) -> tuple[str, Path]:
+        # an evaluation at both ends
+        codes, text = command(tiny(tmp_path / name, RUN, FSDP), processes=processes)
+        assert codes == [0] * processes, text
+        return text, tmp_path / name
+
+    return run
+
+
+def test_two_equal_one(run_cli):
+    steps(run_cli, 2)
+
+
+def test_runs_and_four_that_read_what_two_have_saved(pretrain, run_cli, tmp_path):
+    (_, one), (_, two) = pretrain("one", 1), pretrain("two", 2)
+    assert_close(one, two)
+    env = json.loads((two / "env.json").read_text())
+    assert (
+        env["resolved"]["sharded"] and not json.loads((one / "env.json").read_text())["resolved"]["sharded"]
+    )
+    weights = [extrema_fast.load_encoder(run).state_dict() for run in (one, two)]
+    for name, w in weights[0].items():
+        torch.testing.assert_close(weights[1][name], w, rtol=1e-4, atol=1e-6, msg=name)
+    steps(run_cli, 4, two, loss="infonce")
+    ended = final_hash(two, STEPS)
+    shutil.rmtree(two / "checkpoints" / f"step_{STEPS:08d}")
+    text, _ = pretrain("two", 2)
+    assert "continuing at step 4 of 6" in text and final_hash(two, STEPS) == ended
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"optim": {"name": "lars"}}, "optim.name: lars"),
+        ({"train": {"fp8": "teacher"}}, "train.fp8: teacher"),
+        ({"train": {"compile": "step"}}, "use train.compile block"),
+    ],
+)
+def test_what_cannot_be_sharded(change, words):
+    with pytest.raises(UsageError, match=words):
+        resolve(tiny("unused", FSDP, change), torch.device("cpu"), world_size=2)
