@@ -232,6 +232,8 @@ def memory_remedy(run: Run) -> str:
     if r.recompute != "norm":
         remedies.append("--train.recompute norm (a quarter less of the trunk's)")
     remedies.append(f"--train.batch-size {max(1, cfg.train.batch_size // 2)}")
+    if run.world.size > 1 and not r.sharded:
+        remedies.append("--system.parallel fsdp (weights and moments are spread over the processes)")
     remedies.append(f"more processes (torchrun --nproc-per-node {2 * run.world.size})")
     if r.precision == "fp32":
         remedies.append("--train.precision bf16")
