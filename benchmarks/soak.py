@@ -4,6 +4,8 @@ A tiny run in a process of its own, by the product's own command, with saves and
 unreadable one after the other while it goes on; read from /proc (Linux):
 
 python -m benchmarks soak
+
+Ctrl-C ends it early, with a record of the steps until then.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from extrema_fast.errors import UsageError
+from extrema_fast.errors import Preempted, UsageError
 from extrema_fast.files import read_text
 from extrema_fast.training.logging import parse_records, read_log
 
@@ -109,7 +111,7 @@ def write_images(folder: Path, count: int) -> list[Path]:
 
 
 def watch(command: list[str], out: Path, images: list[Path]) -> dict[str, Any]:
-    """Runs the command to its end, reads its process every `READ` steps and spoils an image every `BREAK`."""
+    """Runs the command to its end or a Ctrl-C; reads its process every `READ` steps, spoils an image every `BREAK`."""
     began = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = out.with_suffix(".txt")
@@ -128,17 +130,20 @@ def watch(command: list[str], out: Path, images: list[Path]) -> dict[str, Any]:
                     images[7 * broken % len(images)].write_bytes(b"broken")
                     broken += 1
                 time.sleep(0.5)
+        except KeyboardInterrupt:
+            harness.say("soak: ended early")
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 process.wait()
-    if process.returncode:
+    if process.returncode not in (0, Preempted.exit_code):
         raise UsageError(f"soak: the run ended with code {process.returncode}: {log.read_text()[-600:]}")
     records = read_log(out / "log.jsonl")
     kinds = {kind: sum(r["kind"] == kind for r in records) for kind in ("train", "eval", "warning")}
     last = [r for r in records if r["kind"] == "train"][-1]
     return {
         "samples": samples,
+        "steps": int(last["step"]),
         "log": kinds,
         "saves": int(last["step"]) // SAVE,
         "bad_images": last["bad_images"],
@@ -203,7 +208,7 @@ def headline(record: dict[str, Any]) -> str:
     """What came of it, in a line."""
     grown = {g["name"]: g["found"] for g in record["gates"]}
     return (
-        f"{record['settings']['steps']} steps, {record['saves']} saves, {record['log']['eval']} evaluations, "
+        f"{record['steps']} steps, {record['saves']} saves, {record['log']['eval']} evaluations, "
         f"{record['bad_images']:.0f} images failing: memory {grown['rss_mb']}, descriptors "
         f"{grown['descriptors']}, threads {grown['threads']} after the warm-up"
     )

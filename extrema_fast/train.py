@@ -6,6 +6,7 @@ checkpoint holds tensors and a step number; nothing draws from a global generato
 
 from __future__ import annotations
 
+import gc
 import logging
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -74,6 +75,9 @@ from .training.trackers import Trackers, check_installed
 __all__ = ["finetune", "pretrain", "train_step"]
 
 log = logging.getLogger(__name__)
+
+# steps between two collections of Python's garbage
+COLLECT_STEPS = 20
 
 
 class _Task(NamedTuple):
@@ -418,8 +422,8 @@ def _loop(
     if stop:
         raise Preempted(f"stopped by a signal at step {run.step}, before another was taken: nothing to save")
     try:
-        with saver:
-            _steps(run, task, loader, train_log, test, signals, saver)
+        with saver, _collecting() as collect:
+            _steps(run, task, loader, train_log, test, signals, saver, collect)
     except DataError as error:
         if loader.bad.failed:
             raise
@@ -470,6 +474,29 @@ def _save_first(run: Run, saver: Saver, tensors: dict[str, Tensor], folder: RunF
     return f"; step {run.step} is saved in {run.cfg.out}"
 
 
+@contextmanager
+def _collecting() -> Iterator[Callable[[int], None]]:
+    """Context that gives what collects Python's garbage, called after each step: at the same steps on all processes.
+
+    Objects that are there after the first steps, some 300,000 of torch, are not looked through again until the end: a
+    collection takes less than a millisecond instead of a quarter of a second, for which all processes would wait.
+    """
+    begun = False
+
+    def collect(step: int) -> None:
+        nonlocal begun
+        if step % COLLECT_STEPS == 0:
+            gc.collect()
+            if not begun:
+                gc.freeze()
+            begun = True
+
+    try:
+        yield collect
+    finally:
+        gc.unfreeze()
+
+
 def _steps(
     run: Run,
     task: _Task,
@@ -478,12 +505,14 @@ def _steps(
     test: ImageSource | None,
     signals: Signals,
     saver: Saver,
+    collect: Callable[[int], None],
 ) -> None:
     folder, world, postponed = train_log.folder, run.world, False
     fed = task.batches(run, loader)
     while not run.last:
         stats = _step(run, fed, train_log.dog)
         run.step += 1
+        collect(run.step)
         signals.stop |= train_log.progress.broken or saver.failed
         stop = signals.stop_agreed(world, train_log.due()) and not run.last
         saves = run.saves() or stop or postponed

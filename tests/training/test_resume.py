@@ -14,7 +14,9 @@ import os
 import shutil
 import signal
 import threading
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +99,10 @@ def state(run: Path, step: int) -> dict:
 @pytest.mark.parametrize("step", [5, 1, 11])
 def test_stopped_and_continued_is_bit_equal(tmp_path, monkeypatch, straight, step):
     run = tmp_path / "run"
+    calls: list[str] = []
+    spy = {name: partial(calls.append, name) for name in ("collect", "freeze", "unfreeze")}
+    monkeypatch.setattr(train, "gc", SimpleNamespace(**spy))
+    monkeypatch.setattr(train, "COLLECT_STEPS", 3)
     with monkeypatch.context() as m:
         stop_at(step, m)
         with pytest.raises(Preempted, match=f"after step {step} of {STEPS}") as error:
@@ -110,6 +116,10 @@ def test_stopped_and_continued_is_bit_equal(tmp_path, monkeypatch, straight, ste
     assert state(run, STEPS)["ema_ahead"] is False
     attempts = [r["attempt"] for r in history(run / "log.jsonl", "train", STEPS)]
     assert attempts[-1] == 2 and (step < 3 or attempts[0] == 1)
+    # garbage: after steps 3, 6, 9 and 12, wherever the run began
+    first, second = ["collect", "freeze"] * (step >= 3), ["collect", "freeze"]
+    before, after = max(0, step // 3 - 1), 3 - step // 3
+    assert calls == [*first, *["collect"] * before, "unfreeze", *second, *["collect"] * after, "unfreeze"]
 
 
 # the pass at which each point strikes lies between the first save and the end
