@@ -498,7 +498,7 @@ class SystemConfig:
     reduce: Literal["fp32", "bf16"] = "fp32"
     """In what gradients are summed over processes; `bf16` halves their traffic and rounds them."""
     deterministic: bool = False
-    """Use torch's deterministic algorithms."""
+    """The same bits again on the same hardware: torch's deterministic algorithms, nothing measured or tuned."""
 
     def __post_init__(self) -> None:
         _at_least("system", self, threads=0)

@@ -459,9 +459,13 @@ def forced(op: str, config: dict[str, int], key: str = "") -> Iterator[None]:
 
 
 def settings(op: str, key: str, device: torch.device, default: dict[str, int]) -> dict[str, int]:
-    """Blocks, warps and stages of one shape (`config_key`): on a GPU what tuning found there, else the default."""
+    """Blocks, warps and stages of one shape (`config_key`): on a GPU what tuning found there, else the default.
+
+    Other settings sum in another order: with torch's deterministic algorithms it is the default, tuned or not.
+    """
     leaner, chosen = _leaner.get(op, 0), default
-    if device.type == "cuda" and not leaner and key in (found := tuned(op, str(device))):
+    tunes = device.type == "cuda" and not leaner and not torch.are_deterministic_algorithms_enabled()
+    if tunes and key in (found := tuned(op, str(device))):
         _takes_tuned.add(op)
         chosen = default | found[key]
     if leaner > 1:

@@ -553,6 +553,7 @@ def describe(run: Run, folder: RunFolder, test: ImageSource | None) -> None:
         "device": str(device),
         "gpu": _gpu(device),
         "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "world_size": run.world.size,
         "ops": ops.choices(device),
         "loader": run.resolved.loader,

@@ -1,8 +1,8 @@
 """Values, checkpoints, clocks and images that go wrong under a run: named, nothing lost, continued to the same bits.
 
 Covers: NaN and infinities in weights of student and teacher, in gradients of one step and of all, in the pixels of
-files; `replay` names the module of each; the newest checkpoint damaged in seven ways; a clock set back, while a run goes
-on and between two starts; an image deleted, replaced or added between two starts.
+files; `replay` names the module of each; the newest checkpoint damaged in seven ways; a clock set back, while a run
+goes on and between two starts; an image deleted, replaced or added between two starts.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def spoil(patch: pytest.MonkeyPatch, step: int, count: int, name: str, value: fl
             if gradient:
 
                 def in_gradient(grad):
-                    grad = grad.clone()
+                    grad = grad.clone(memory_format=torch.contiguous_format)
                     grad.view(-1)[at] = value
                     return grad
 

@@ -320,6 +320,26 @@ def test_an_empty_batch(op):
     assert out.shape[0] == 0 and not any(g.any() for g in gradients)
 
 
+def test_deterministic_runs_take_the_default_settings(monkeypatch):
+    monkeypatch.setattr(_launch, "tuned", lambda op, device: {"k": {"BLOCK": 64}})
+    gpu, default = torch.device("cuda", 0), {"BLOCK": 32}
+    assert _launch.settings("mlp", "k", gpu, default) == {"BLOCK": 64}
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert _launch.settings("mlp", "k", gpu, default) == default
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_no_kernel_uses_atomics(repository):
+    files = sorted((repository / "kernels").rglob("*.py"))
+    names = {
+        n.attr for f in files for n in ast.walk(ast.parse(f.read_text())) if isinstance(n, ast.Attribute)
+    }
+    # their sums would have any order
+    assert "sum" in names and "store" in names and not {n for n in names if n.startswith("atomic")}
+
+
 def test_a_kernel_that_does_not_fit_runs_with_leaner_settings_and_says_so(monkeypatch, caplog):
     from triton.runtime.errors import OutOfResources
 

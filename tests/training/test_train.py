@@ -35,7 +35,7 @@ from extrema_fast.training.counters import LOSS, Counters
 from extrema_fast.training.optim import Schedule, build_optimizer
 from extrema_fast.training.resolve import Resolved, flops_per_image, headline
 from extrema_fast.training.run import Run, build, open_loader, open_train
-from tests.training.conftest import status, tiny
+from tests.training.conftest import final_hash, status, tiny
 
 
 def begin(**change) -> tuple[Run, TrainLoader]:
@@ -337,6 +337,27 @@ def test_bf16(tmp_path):
     fp32 = train.pretrain(tiny(tmp_path / "fp32"), progress=False)
     a, b = logged(out, "train")[0]["loss"], logged(fp32, "train")[0]["loss"]
     assert a != b and a == pytest.approx(b, rel=0.02)
+
+
+@pytest.mark.parametrize("loss", ["byol", "infonce"])
+def test_deterministic_runs_are_bit_equal(tmp_path, monkeypatch, loss):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    hashes = []
+    change = {
+        "system": {"deterministic": True},
+        "head": {"loss": loss, "targets": "whitened" if loss == "byol" else "plain"},
+        "train": {"precision": "bf16", "accumulation": 2, "epochs": 1},
+        "data": {"policy": "spatial+color"},
+    }
+    try:
+        for name in "ab":
+            out = train.pretrain(tiny(tmp_path / name, change), progress=False)
+            env = json.loads((out / "env.json").read_text())
+            assert env["deterministic"]
+            hashes.append(final_hash(out, 3))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert hashes[0] == hashes[1]
 
 
 def test_compile_keeps_the_names_of_weights(monkeypatch):
