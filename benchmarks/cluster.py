@@ -38,8 +38,8 @@ UPDATE = 36
 MODELS: dict[str, dict[str, Any]] = {
     "base/16": {"size": "base"},
     "large/16": {"size": "large"},
-    "huge/14": {"width": 1280, "depth": 32, "heads": 16, "patch_size": 14},
-    "giant/14": {"width": 1408, "depth": 40, "heads": 16, "patch_size": 14, "mlp_ratio": 48 / 11},
+    "huge/14": {"size": "huge", "patch_size": 14},
+    "giant/14": {"size": "giant", "patch_size": 14},
 }
 # name -> bytes of a weight that is gathered, of a gradient that is summed
 WAYS = {"ddp fp32": (0, 4), "ddp bf16": (0, 2), "fsdp fp32": (2, 4), "fsdp bf16": (2, 2)}
@@ -52,6 +52,8 @@ class Size:
     student: int
     """parameters that are trained"""
     teacher: int
+    trunk: int
+    """of them in the blocks of each trunk"""
     depth: int
     flops: float
     """of a step, per image"""
@@ -73,19 +75,27 @@ class Hardware:
         return sent / slowest + collectives * self.latency
 
 
-def sent(weight: int, gradient: int, student: float, teacher: float, gpus: int) -> float:
+def sent(weight: int, gradient: int, size: Size, gpus: int) -> float:
     """Bytes that one process sends in a step.
 
     An all-gather or a reduce-scatter of S bytes on a ring sends S (G - 1) / G from each of G processes, an all-reduce
-    both (Patarasu and Yuan, 2009). DDP all-reduces the gradients. FSDP2 gathers the student's weights for its forward
-    and again for its backward pass and the teacher's for its forward pass, and reduce-scatters the gradients.
+    both (Patarasu and Yuan, 2009). DDP all-reduces the gradients. FSDP2 gathers the blocks for each pass, twice for the
+    student and once for the teacher, the rest of both once in fp32, and reduce-scatters the gradients.
 
     Args:
         weight, gradient: bytes of one, as in `WAYS`.
-        student, teacher: their parameters.
     """
-    whole = (2 * weight + gradient) * student + weight * teacher if weight else 2 * gradient * student
-    return whole * (gpus - 1) / gpus
+    return sum(bytes_ for bytes_ in passes(weight, gradient, size)) * (gpus - 1) / gpus
+
+
+def passes(weight: int, gradient: int, size: Size) -> tuple[float, float, float]:
+    """Bytes of teacher, student forward and student backward, on endlessly many processes."""
+    if not weight:
+        return 0, 0, 2 * gradient * size.student
+    blocks = weight * size.trunk
+    rest = (4 * (n - size.trunk) for n in (size.teacher, size.student))
+    teacher, student = (blocks + r for r in rest)
+    return teacher, student, blocks + gradient * size.student
 
 
 def state_bytes(way: str, size: Size, gpus: int) -> float:
@@ -103,20 +113,13 @@ def step(way: str, size: Size, gpus: int, images: float, machine: Hardware) -> d
     """
     compute = size.flops * images / (PEAK * machine.utilization)
     update = UPDATE * size.student / MEMORY / (gpus if way.startswith("fsdp") else 1)
-    weight, gradient = WAYS[way]
-    share, pieces = (gpus - 1) / gpus, size.depth
-    if weight:
-        phases = [
-            (compute / 4, weight * size.teacher * share, 1),
-            (compute / 4, weight * size.student * share, 1),
-            (compute / 2, (weight + gradient) * size.student * share, 2),
-        ]
-    else:
-        pieces = max(1, math.ceil(4 * size.student / BUCKET))
-        phases = [(compute / 2, 2 * gradient * size.student * share, 1)]
+    sharded = bool(WAYS[way][0])
+    pieces = size.depth if sharded else max(1, math.ceil(4 * size.student / BUCKET))
+    shares, collectives = (compute / 4, compute / 4, compute / 2), (1, 1, 2) if sharded else (0, 0, 1)
+    bytes_sent = (bytes_ * (gpus - 1) / gpus for bytes_ in passes(*WAYS[way], size))
     sending, waiting = 0.0, 0.0
-    for during, bytes_, collectives in phases:
-        time = machine.ring(gpus, bytes_, collectives * pieces)
+    for during, bytes_, count in zip(shares, bytes_sent, collectives, strict=True):
+        time = machine.ring(gpus, bytes_, count * pieces)
         sending += time
         waiting += max(time / pieces, time - during * (1 - 1 / pieces))
     return {"compute": compute, "update": update, "sending": sending, "waiting": waiting}
@@ -129,7 +132,8 @@ def count(model: dict[str, Any]) -> Size:
         method = ExtreMA(cfg)
     student = sum(p.numel() for _, p in method.student_parameters())
     teacher = sum(p.numel() for p in method.teacher_branch.parameters())
-    return Size(student, teacher, cfg.model.shape[1], flops_per_image(cfg))
+    trunk = sum(p.numel() for p in method.student.blocks.parameters())
+    return Size(student, teacher, trunk, cfg.model.shape[1], flops_per_image(cfg))
 
 
 # ---- the command ----------------------------------------------------------------------------------
@@ -213,7 +217,7 @@ def row(
         "ports": ports,
         "images": images,
         "state_gb": state_bytes(way, size, gpus) / 1e9,
-        "sent_mb": sent(*WAYS[way], size.student, size.teacher, gpus) / 1e6,
+        "sent_mb": sent(*WAYS[way], size, gpus) / 1e6,
         **{f"{key}_ms": 1000 * seconds for key, seconds in times.items()},
         "efficiency": times["compute"] / (busy + times["waiting"]),
         "rate": rate,
@@ -249,11 +253,12 @@ def page(record: Record, args: argparse.Namespace) -> list[str]:
             "model=model",
             "trained parameters=student:,",
             "teacher's=teacher:,",
+            "in blocks=trunk:,",
             "GFLOP per image=gflops:.0f",
         ),
         "## MB that one GPU sends in a step",
         grid(rows, "sent_mb", ".0f", args.ports[0], True),
-        "Weights are gathered in bf16; fp32 and bf16 are those of the gradients.",
+        "Weights of blocks are gathered in bf16, others in fp32; fp32 and bf16 are those of the gradients.",
         "## GB of weights, gradients, moments and averages on one GPU",
         grid(rows, "state_gb", ".2f", args.ports[0], True),
     ]

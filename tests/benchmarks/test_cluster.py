@@ -57,10 +57,12 @@ def test_bytes_on_the_wire(run_cli, tmp_path, processes):
     found = [tuple(map(float, line)) for line in re.findall(r"counted (\d+) (\d+) (\S+)", text)]
     assert len(found) == processes
     for student, teacher, given in found:
-        assert given == pytest.approx(sent(*WAYS["ddp fp32"], student, teacher, processes), rel=0.02)
+        assert given == pytest.approx(
+            sent(*WAYS["ddp fp32"], Size(int(student), int(teacher), 0, 1, 0), processes), rel=0.02
+        )
 
 
-SIZE = Size(100_000_000, 90_000_000, 12, 35e9)
+SIZE = Size(100_000_000, 90_000_000, 80_000_000, 12, 35e9)
 MACHINE = Hardware(0.4, 1, 50e9, 0.0)
 
 
@@ -71,7 +73,12 @@ def test_what_hides_sending(way):
     assert alone["waiting"] == pytest.approx(alone["sending"]) == pytest.approx(covered["sending"])
     assert covered["waiting"] == pytest.approx(covered["sending"] / pieces)
     # a port of 50 GB/s is the narrowest
-    assert alone["sending"] == pytest.approx(sent(*WAYS[way], SIZE.student, SIZE.teacher, 64) / 50e9)
+    assert alone["sending"] == pytest.approx(sent(*WAYS[way], SIZE, 64) / 50e9)
+
+
+def test_what_shards_send():
+    # of a block: gathered in bf16 for three passes, its gradient in fp32; of the rest in fp32 once for each network
+    assert sent(2, 4, Size(110, 105, 100, 1, 0), 2) == (3 * 2 * 100 + 4 * 10 + 4 * 5 + 4 * 110) / 2
 
 
 def test_more_gpus_for_the_same_batch_compute_less_of_the_time(tmp_path):
@@ -91,15 +98,16 @@ def test_more_gpus_for_the_same_batch_compute_less_of_the_time(tmp_path):
     assert "Nothing here was measured on a GPU" in page and page.count("| giant/14, fsdp bf16 |") == 6
 
 
-WIDTHS = {"base/16": (768, 4), "large/16": (1024, 4), "huge/14": (1280, 4), "giant/14": (1408, 48 / 11)}
+WIDTHS = {"base/16": (768, 4), "large/16": (1024, 4), "huge/14": (1280, 4), "giant/14": (1536, 4)}
 
 
 def test_models():
     # the published sizes of the trunks, in millions; then pooling and heads
-    for (name, model), trunk in zip(MODELS.items(), (86, 304, 632, 1011), strict=True):
+    for (name, model), trunk in zip(MODELS.items(), (86, 304, 632, 1135), strict=True):
         size, width, ratio = count(model), *WIDTHS[name]
         pooling, heads = 2 * (4 + 2 * ratio) * width**2, 4096 * (width + 4096 + 3 * 256)
         assert size.student == pytest.approx(1e6 * trunk + pooling + heads, rel=0.01)
+        assert size.trunk == pytest.approx(1e6 * trunk, rel=0.02)
         # the predictor, which the teacher has not
         assert size.student - size.teacher == pytest.approx(2 * 256 * 4096, rel=0.01)
 
