@@ -268,7 +268,7 @@ def test_what_changes_while_a_save_is_written(tmp_path, monkeypatch):
 
     def held(tensors, path):
         reached.set()
-        assert free.wait(30)
+        assert free.wait(240)
         original(tensors, path)
 
     def weights(folder: Path, tensors: dict) -> None:
@@ -279,7 +279,7 @@ def test_what_changes_while_a_save_is_written(tmp_path, monkeypatch):
     threads = threading.active_count()
     with checkpoint.Saver(tmp_path, CheckpointConfig(), 10) as saver:
         saver.save(1, live, STATE, weights)
-        assert reached.wait(30) and newest(tmp_path) is None
+        assert reached.wait(240) and newest(tmp_path) is None
         memory = [t.data_ptr() for t in saver._snapshot._kept.values()]
         for t in live.values():
             t += 1

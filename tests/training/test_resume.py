@@ -238,7 +238,7 @@ def test_a_run_that_breaks_waits_for_the_save_under_way(tmp_path, monkeypatch, s
         return original(run, batch)
 
     def waiting(*args):
-        assert broken.wait(30)
+        assert broken.wait(240)
         write(*args)
 
     with monkeypatch.context() as m:
