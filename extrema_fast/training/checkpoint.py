@@ -106,7 +106,8 @@ class Snapshot:
             }
         gpu = [t.device for t in tensors.values() if t.is_cuda]
         # MPS has no events to wait for
-        torch._foreach_copy_(list(self._kept.values()), list(tensors.values()), non_blocking=bool(gpu))
+        for name, t in tensors.items():
+            self._kept[name].copy_(t, non_blocking=bool(gpu))
         self._arrived = torch.cuda.current_stream(gpu[0]).record_event() if gpu else None
 
     def tensors(self) -> dict[str, Tensor]:

@@ -63,7 +63,8 @@ class Counters:
         self._all = torch.zeros(8, dtype=wide(device), device=device)
         self.tensor = self._all[:6]
         # what a skipped step adds to the sums
-        self._skipped = self._all.new_tensor([0.0, 0.0, 0.0, 1.0])
+        self._skipped = torch.zeros(4, dtype=self._all.dtype, device=device)
+        self._skipped[SKIPPED] = 1
 
     def add(self, loss: Tensor, norm: Tensor, bad: Tensor) -> None:
         """Adds a step: scalar loss and gradient norm; `bad` is 1 when the step was skipped."""

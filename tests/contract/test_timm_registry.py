@@ -205,7 +205,7 @@ def test_a_script_that_has_never_heard_of_these_models(tmp_path, run_cli):
         )
 
     codes, out = run(script)
-    assert codes == [0] and out.splitlines()[0] == "4 True" and "Overwriting" not in out, out
+    assert codes == [0] and out.splitlines()[0] == "6 True" and "Overwriting" not in out, out
     codes, out = run(tmp_path / "none.py")
     assert codes == [1] and "none.py: no such script" in out
 

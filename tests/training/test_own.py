@@ -361,7 +361,10 @@ def test_all_processes_take_what_the_first_has_chosen(folder, monkeypatch):
     first = to_dict(chosen({"data.train": folder, "train.epochs": 9}))
     world = SimpleNamespace(
         size=2,
+        rank=1,
         is_rank_zero=False,
+        waits=False,
+        agree=lambda what, value, remedy: None,
         broadcast=lambda x: first if isinstance(x, dict) else x,
         rank_zero_only=lambda call: call(),
     )
