@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import hashlib
 import json
 import logging
@@ -735,10 +736,13 @@ def _scaled_warmup(base: Config, data: dict[str, Any]) -> dict[str, Any]:
     return data | {"optim": optim | {"warmup_epochs": scaled}}
 
 
+_hints = functools.cache(get_type_hints)
+
+
 def _replace(obj: Any, data: dict[str, Any], prefix: str, recorded: bool) -> Any:
     if not isinstance(data, dict):
         raise UsageError(f"{prefix.rstrip('.') or 'config'}: expected a table of options, got {data!r}")
-    hints = get_type_hints(type(obj))
+    hints = _hints(type(obj))
     changed = {}
     for key, value in data.items():
         name = key.replace("-", "_")
@@ -927,6 +931,7 @@ def changed_maths(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in names if a.get(k) != b.get(k)]
 
 
+@functools.lru_cache
 def config_hash(cfg: Config) -> str:
     """Short hash over the fields that change what is learned."""
     # through `from_dict`, so that 1 and 1.0 are the same number

@@ -8,6 +8,7 @@ Only folders that hold the marker are ever written to or moved.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -123,6 +124,7 @@ def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Installed versions of what a result can depend on."""
     names = "extrema-fast torch numpy safetensors triton pillow scikit-image"
