@@ -23,7 +23,7 @@ from extrema_fast.distributed import start
 from extrema_fast.train import train_step
 from extrema_fast.training.checkpoint import Saver
 from extrema_fast.training.resolve import checkpoint_bytes
-from extrema_fast.training.run import Run, build, held, open_loader, open_train, prepare_torch, save
+from extrema_fast.training.run import Run, build, open_loader, open_train, prepare_torch, save
 from extrema_fast.training.step import batches, wrap
 
 from . import harness
@@ -114,7 +114,7 @@ def measure(case: str, out: Path, rounds: int, steps: int, threads: int) -> list
                 run.step += 1
                 if run.step % EVERY == 0 and way != WAYS[0]:
                     before = time.perf_counter()
-                    save(run, saver, held(run), 1, must=way == WAYS[2])
+                    save(run, saver, 1, must=way == WAYS[2])
                     calls.append(1000 * (time.perf_counter() - before))
             saver.wait()
             return {

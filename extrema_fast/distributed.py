@@ -93,13 +93,20 @@ def whole(x: Any) -> Tensor:
     return x.detach().full_tensor() if is_sharded(x) else x
 
 
-def part_of(x: Tensor, like: Any) -> Tensor:
-    """`x`, the whole of it on every process, sharded as `like` is; nothing is sent."""
-    if not is_sharded(like):
-        return x
-    from torch.distributed.tensor import distribute_tensor
+def rows_of(like: Any) -> tuple[int, int]:
+    """First and last (exclusive) row of a sharded tensor that are on this process: `torch.chunk`'s."""
+    mesh, rows = like.device_mesh, like.shape[0]
+    size = -(-rows // mesh.size())
+    begin = min(mesh.get_local_rank() * size, rows)
+    return begin, min(begin + size, rows)
 
-    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+
+def sharded_as(rows: Tensor, like: Any) -> Tensor:
+    """The tensor of which each process has its `rows`, sharded as `like` is; nothing is sent."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, shape, stride = like.device_mesh, like.shape, like.stride()
+    return DTensor.from_local(rows, mesh, like.placements, run_check=False, shape=shape, stride=stride)
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,41 @@ class World:
             with self.waiting():
                 dist.all_gather_object(values, value)
         return values
+
+    def hand_in(self, key: str, value: Any, until: Callable[[], float]) -> list[Any]:
+        """Gives a value (plain data) to process 0 by the store, for threads, which have no collectives.
+
+        Args:
+            key: the same on all processes; used once.
+            until: time (of `time.monotonic`) to which process 0 waits for the others.
+
+        Returns:
+            On process 0 the values of all, in rank order; elsewhere nothing.
+
+        Raises:
+            OSError: process 0 has waited in vain, or the store is gone.
+        """
+        if self.size == 1:
+            return [value]
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        keys, pause = [f"{key}/{n}" for n in range(self.size)], 0.001
+        try:
+            store = _get_default_store()
+            store.set(keys[self.rank], json.dumps(value))
+            if not self.is_rank_zero:
+                return []
+            while missing := [n for n, k in enumerate(keys) if not store.check([k])]:
+                if time.monotonic() > until():
+                    raise TimeoutError(f"nothing was heard from process {missing[0]} of {self.size}")
+                time.sleep(pause)
+                pause = min(2 * pause, 0.25)
+            found = [json.loads(store.get(k)) for k in keys]
+            for k in keys:
+                store.delete_key(k)
+        except RuntimeError as error:
+            raise ConnectionError(one_line(error)) from None
+        return found
 
     def rank_zero_only(self, function: Callable[[], T]) -> T | None:
         """Runs `function()` on rank 0: its result there, None elsewhere, its ExtremaError or OSError everywhere."""

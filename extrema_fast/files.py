@@ -224,18 +224,33 @@ def new_folder(out: Path, check: Callable[[Path], None] = lambda out: None) -> I
     Raises:
         StorageError: it cannot be written; an old folder is then untouched.
     """
+    new = begin_folder(out, check)
+    with filled_folder(new, out, check):
+        yield new
+
+
+def begin_folder(out: Path, check: Callable[[Path], None] = lambda out: None) -> Path:
+    """The first half of `new_folder`: the temporary folder, for others to write into as well."""
     try:
         # not through a link at its end, which is replaced
         out = out.parent.resolve() / out.name
         _tidy(out)
         check(out)
-        new, old = (out.with_name(f"{prefix}{out.name}-{os.getpid()}") for prefix in (_NEW, _OLD))
+        new = out.with_name(f"{_NEW}{out.name}-{os.getpid()}")
         new.mkdir(parents=True)
     # before Python 3.13 a loop of links is a RuntimeError
     except (OSError, RuntimeError) as error:
         raise StorageError(f"{out}: cannot be written ({error})") from None
+    return new
+
+
+@contextmanager
+def filled_folder(new: Path, out: Path, check: Callable[[Path], None] = lambda out: None) -> Iterator[None]:
+    """The second half of `new_folder`: the block fills what `begin_folder` has made."""
+    out = new.with_name(out.name)
+    old = out.with_name(f"{_OLD}{out.name}-{os.getpid()}")
     try:
-        yield new
+        yield
         for path in (*new.iterdir(), new):
             sync(path)
         # a long write: the place may have been taken since

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from .config import Config, FinetuneConfig, differing, flatten, from_dict, local_batch, nested, to_dict
 from .data.bad_images import BAD_ROWS
@@ -52,9 +51,9 @@ from .training.resolve import headline, settle_channels
 from .training.run import (
     Run,
     build,
+    check_shared,
     describe,
     gathered,
-    held,
     init_weights,
     is_finished,
     open_loader,
@@ -75,6 +74,7 @@ from .training.trackers import Trackers, check_installed
 __all__ = ["finetune", "pretrain", "train_step"]
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # steps between two collections of Python's garbage
 COLLECT_STEPS = 20
@@ -321,6 +321,8 @@ def _train(
             # random ones may differ by rounding between processors
             world.share(run.method.state_dict().values())
             shard(run)
+            if run.resolved.sharded:
+                check_shared(world, out)
             resume(run, allow_config_change)
             wrap(run)
             signals.raises = False
@@ -403,7 +405,8 @@ def _loop(
     signals: Signals,
 ) -> None:
     folder, world = train_log.folder, run.world
-    saver = Saver(Path(run.cfg.out), run.cfg.ckpt, run.schedule.steps_per_epoch, run.step)
+    together = world if run.resolved.sharded else None
+    saver = Saver(Path(run.cfg.out), run.cfg.ckpt, run.schedule.steps_per_epoch, run.step, together)
     text = "\n".join(filter(None, (task.headline(run), left_out(run.source)))) + origin(run)
     train_log.start(text, loader.remedy())
     world.rank_zero_only(lambda: describe(run, folder, test) if folder else None)
@@ -428,8 +431,7 @@ def _loop(
         if loader.bad.failed:
             raise
         # raised on all processes: what was learned is kept
-        tensors = held(run)
-        where = world.rank_zero_only(partial(_save_first, run, saver, tensors, folder))
+        where = _by_writers(run, partial(_save_first, run, saver, folder))
         raise DataError(f"{error}{world.broadcast(where)}") from None
     except RuntimeError as error:
         if not is_lost(error):
@@ -457,18 +459,23 @@ def _save_alone(run: Run, saver: Saver, folder: RunFolder | None) -> str:
     if run.resolved.sharded:
         return "; not saved: the weights were spread over the processes"
     try:
-        return _save_first(run, saver, held(run), folder)
+        return _save_first(run, saver, folder)
     # a GPU may be lost with the other process
     except RuntimeError as error:
         return f"; not saved: {one_line(error)}"
 
 
-def _save_first(run: Run, saver: Saver, tensors: dict[str, Tensor], folder: RunFolder | None) -> str:
+def _by_writers(run: Run, function: Callable[[], T]) -> T | None:
+    """Calls what saves: on all processes of a sharded run, each of which writes its part, else on rank 0."""
+    return function() if run.resolved.sharded else run.world.rank_zero_only(function)
+
+
+def _save_first(run: Run, saver: Saver, folder: RunFolder | None) -> str:
     """Saves before a run ends for want of images or of a process, unless its last steps were skipped; says where."""
     try:
         if not run.step or run.counters.in_a_row():
             return ""
-        save(run, saver, tensors, folder.attempt if folder else 0, must=True)
+        save(run, saver, folder.attempt if folder else 0, must=True)
     except (StorageError, NonFiniteError) as error:
         return f"; not saved: {one_line(error)}"
     return f"; step {run.step} is saved in {run.cfg.out}"
@@ -529,8 +536,7 @@ def _steps(
                 # the counters are the same on all processes
                 waits = not must and run.counters.in_a_row() > 0
                 if not waits:
-                    tensors = held(run)
-                    world.rank_zero_only(partial(save, run, saver, tensors, attempt, must=must))
+                    _by_writers(run, partial(save, run, saver, attempt, must=must))
                 elif not postponed and world.is_rank_zero:
                     log.warning("step %d was skipped: the checkpoint waits for a good step", run.step)
                 postponed = waits

@@ -9,6 +9,16 @@
 A save writes a temporary folder, syncs it and renames it; a folder counts only when its files match `COMPLETE` and
 its weights are finite. Nothing is removed that this run has neither read nor written. Steps go on while a thread writes
 what was copied; a run that ends, or stops, waits for it.
+
+Of a run spread over N processes each writes its rows of every tensor that is spread, in order of the processes:
+
+    checkpoints/step_00000100/state-00001-of-00004.safetensors   those of process 0
+                              state.safetensors                  what all processes have alike
+                              state.json                         also `parts`: names, sizes and sha256 of the N
+
+and tells process 0, which assembles the weights from the files and completes the folder. Any number of processes reads
+either kind. `torch.distributed.checkpoint` would need collectives in the thread that writes, whose order with those of
+the steps nobody keeps, and neither checks what it reads nor renames what is whole.
 `EXTREMA_FAULT=point:n` kills the process at the n-th pass of a named point (tests).
 """
 
@@ -17,32 +27,38 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import CheckpointConfig, Config, changed_maths, to_dict
-from ..distributed import TELL_S, double, is_sharded, part_of, whole
-from ..errors import NonFiniteError, StorageError, UsageError, one_line
-from ..files import fits, new_folder, read_json, remove, sync, write_file
+from ..distributed import LEAVE_S, TELL_S, WAIT_S, World, double, is_sharded, local, rows_of, sharded_as
+from ..errors import ExtremaError, NonFiniteError, StorageError, UsageError, one_line
+from ..files import begin_folder, filled_folder, fits, new_folder, read_json, remove, sync, write_file
 from ..models.extrema import StudentTeacher
+from ..weights.folder import Renamed
 from .counters import GOOD, SKIPPED, Counters
 from .optim import FAMILIES, KEPT, check_family
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+# of one file, and with parts
+FORMAT, FORMAT_PARTS = 1, 2
 TENSORS, STATE, COMPLETE = "state.safetensors", "state.json", "COMPLETE"
 _hits: dict[str, int] = {}
 
@@ -67,10 +83,9 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.state["step"])
 
-    def tensors(self, copy: bool = True) -> dict[str, Tensor]:
-        """Everything in state.safetensors, copied to CPU memory, or as it is in the file."""
-        found = load_file(self.path / TENSORS)
-        return {name: t.clone() for name, t in found.items()} if copy else found
+    def tensors(self) -> Stored:
+        """Everything that it holds, read when it is asked for."""
+        return Stored(self.path, self.state.get("parts", ()))
 
 
 # ---- what is saved ---------------------------------------------------------------------------------
@@ -79,7 +94,7 @@ class Checkpoint:
 def collect(method: StudentTeacher, optimizer: torch.optim.Optimizer, counters: Tensor) -> dict[str, Tensor]:
     """Name -> tensor of everything that resuming needs; optimizer state by parameter name.
 
-    Live tensors, no copies; sharded ones are gathered on the CPU, for which all processes call this.
+    Live tensors, no copies; of a sharded run this process's side of them.
     """
     tensors = {f"method.{name}": t for name, t in method.state_dict().items()}
     for name, p in method.student_parameters():
@@ -87,7 +102,7 @@ def collect(method: StudentTeacher, optimizer: torch.optim.Optimizer, counters: 
             tensors[f"optimizer.{name}.{key}"] = value
     # of any device the same
     tensors["counters"] = double(counters)
-    return {name: whole(t).cpu() if is_sharded(t) else t.detach() for name, t in tensors.items()}
+    return {name: t.detach() for name, t in tensors.items()}
 
 
 class Snapshot:
@@ -117,13 +132,82 @@ class Snapshot:
         return self._kept
 
 
-def weights_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def weights_of(tensors: Mapping[str, Tensor]) -> Renamed:
     """The `state_dict()` of student and teacher in what `collect` has named."""
-    return {n.removeprefix("method."): t for n, t in tensors.items() if n.startswith("method.")}
+    return Renamed(tensors, {n.removeprefix("method."): n for n in tensors if n.startswith("method.")})
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of a checkpoint, read when they are asked for; whole, whatever number of parts holds their rows.
+
+    What is in one file is that file's memory: copy what is to stay, or changes.
+
+    Args:
+        folder: a checkpoint's, complete or not.
+        parts: names of the files with rows, in order.
+
+    Raises:
+        StorageError: files that cannot be read, or do not fit together.
+    """
+
+    def __init__(self, folder: Path, parts: Collection[str] = ()) -> None:
+        try:
+            first, *others = (safe_open(folder / name, "pt") for name in (TENSORS, *parts))
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"{folder}: cannot be read ({one_line(error)})") from None
+        names = [list(f.keys()) for f in (first, *others)]
+        self._files = {name: [first] for name in names[0]}
+        self._shapes = {name: first.get_slice(name).get_shape() for name in names[0]}
+        for name in dict.fromkeys(n for some in names[1:] for n in some):
+            held = [f.get_slice(name) for f, some in zip(others, names[1:], strict=True) if name in some]
+            shapes = [h.get_shape() for h in held]
+            alike = len({(h.get_dtype(), *shape[1:]) for h, shape in zip(held, shapes, strict=True)}) == 1
+            if name in self._files or len(held) < len(others) or not alike or not all(shapes):
+                raise StorageError(f"{folder}: parts of {name} do not fit together")
+            self._files[name] = others
+            self._shapes[name] = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = [f.get_tensor(name) for f in self._files[name]]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def shape(self, name: str) -> torch.Size:
+        """Of the whole tensor, without reading it."""
+        return torch.Size(self._shapes[name])
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        """A copy of some rows; nothing else is read."""
+        found, at = [], 0
+        for file in self._files[name]:
+            part = file.get_tensor(name)
+            found.append(part[max(begin - at, 0) : max(end - at, 0)])
+            at += len(part)
+        return torch.cat(found)
+
+
+def _copied(tensors: Mapping[str, Tensor], name: str, like: Any) -> Tensor:
+    """A copy of a tensor, sharded as `like` is: of a file's only what this process keeps is read."""
+    if not is_sharded(like):
+        return tensors[name].clone()
+    stored = tensors if isinstance(tensors, Stored) else None
+    shape = stored.shape(name) if stored else tensors[name].shape
+    if shape != like.shape:
+        raise UsageError(
+            f"checkpoint: another architecture ({name} is {list(shape)}, not {list(like.shape)})"
+        )
+    begin, end = rows_of(like)
+    rows = stored.rows(name, begin, end) if stored else tensors[name][begin:end].clone()
+    return sharded_as(rows, like)
 
 
 def restore(
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     method: StudentTeacher,
     optimizer: torch.optim.Optimizer,
     counters: Tensor,
@@ -141,18 +225,20 @@ def restore(
         check_family(saved_by, optimizer)
     try:
         now = method.state_dict()
-        method.load_state_dict({n: part_of(t, now.get(n)) for n, t in weights_of(tensors).items()})
+        names = {n: f"method.{n}" for n in weights_of(tensors)}
+        method.load_state_dict({n: _copied(tensors, full, now.get(n)) for n, full in names.items()})
     except RuntimeError as error:
         raise UsageError(f"checkpoint: another architecture ({one_line(error, 300)})") from None
     params = dict(method.student_parameters())
-    names = {p: name for name, p in params.items()}
-    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    by_param = {p: name for name, p in params.items()}
+    order = [by_param[p] for group in optimizer.param_groups for p in group["params"]]
     by_name: dict[str, dict[str, Tensor]] = {}
-    for full, value in tensors.items():
+    for full in tensors:
         if full.startswith("optimizer."):
             # keys hold no dot
             name, _, key = full.removeprefix("optimizer.").rpartition(".")
-            by_name.setdefault(name, {})[key] = value if key == "step" else part_of(value, params.get(name))
+            like = None if key == "step" else params.get(name)
+            by_name.setdefault(name, {})[key] = _copied(tensors, full, like)
     state = {i: by_name[name] for i, name in enumerate(order) if name in by_name}
     rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -228,30 +314,58 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-    """Writes checkpoints/step_*/ and `latest`.
+def part_names(size: int) -> list[str]:
+    """Files of the rows of each of `size` processes."""
+    return [f"state-{n:05d}-of-{size:05d}.safetensors" for n in range(1, size + 1)]
+
+
+def write(
+    folder: Path, tensors: Mapping[str, Tensor], rows: Collection[str] = (), rank: int = 0, size: int = 1
+) -> dict[str, dict[str, Any]]:
+    """Writes what one process has of a checkpoint into its folder, onto the disk.
+
+    Args:
+        tensors: on the CPU.
+        rows: names of those of which this is the process's rows; the others are written by process 0.
+
+    Returns:
+        Size and sha256 of each file, by name.
 
     Raises:
-        StorageError, OSError, SafetensorError: it could not be written; nothing incomplete is left.
+        OSError, SafetensorError: it could not be written.
     """
-    fault("begin")
-    target = run / "checkpoints" / f"step_{step:08d}"
-    with new_folder(target) as new:
-        save_file(tensors, new / TENSORS)
-        fault("tensors")
-        (new / STATE).write_text(
-            json.dumps(state | {"format": FORMAT, "step": step}, indent=1), encoding="utf-8"
-        )
-        fault("state")
-        files = {n: {"size": (new / n).stat().st_size, "sha256": _digest(new / n)} for n in (TENSORS, STATE)}
-        for name in files:
-            sync(new / name)
-        (new / COMPLETE).write_text(json.dumps(files), encoding="utf-8")
-        fault("complete")
-    fault("renamed")
-    write_file(run / "latest", target.name + "\n")
-    fault("latest")
-    return target
+    files = {TENSORS: {n: t for n, t in tensors.items() if n not in rows}} if rank == 0 else {}
+    if rows:
+        files[part_names(size)[rank]] = {n: tensors[n] for n in rows}
+    for name, some in files.items():
+        save_file(some, folder / name)
+        sync(folder / name)
+    fault("tensors")
+    return {name: _mark(folder / name) for name in files}
+
+
+def _mark(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": _digest(path)}
+
+
+def complete(folder: Path, step: int, state: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+    """Describes a checkpoint whose tensors are written, and marks it as complete.
+
+    Args:
+        files: what `write` has returned, of all processes in order.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    parts = {name: mark for name, mark in files.items() if name != TENSORS}
+    # an older version reads this far, and says that it cannot read the format
+    more = {"format": FORMAT_PARTS, "parts": parts} if parts else {"format": FORMAT}
+    (folder / STATE).write_text(json.dumps(state | more | {"step": step}, indent=1), encoding="utf-8")
+    fault("state")
+    sync(folder / STATE)
+    marks = {TENSORS: files[TENSORS], STATE: _mark(folder / STATE)}
+    (folder / COMPLETE).write_text(json.dumps(marks), encoding="utf-8")
+    fault("complete")
 
 
 def step_folders(parent: Path) -> dict[int, Path]:
@@ -282,10 +396,19 @@ class Saver:
 
     Args:
         resumed: step of the checkpoint that was read.
+        world: the processes of a sharded run, each of which has a saver and writes its part; None: one writes all.
     """
 
-    def __init__(self, run: Path, cfg: CheckpointConfig, steps_per_epoch: int, resumed: int = -1) -> None:
+    def __init__(
+        self,
+        run: Path,
+        cfg: CheckpointConfig,
+        steps_per_epoch: int,
+        resumed: int = -1,
+        world: World | None = None,
+    ) -> None:
         self.run, self.cfg = run, cfg
+        self.world = world or World(torch.device("cpu"))
         self.milestone = cfg.milestone_epochs * steps_per_epoch
         self.failures = 0
         self.last_step = -1
@@ -293,7 +416,7 @@ class Saver:
         self._usable = {resumed: True}
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
-        self._began = 0.0
+        self._began, self._until, self._saves = 0.0, math.inf, 0
         self._error: BaseException | None = None
 
     def save(
@@ -307,23 +430,38 @@ class Saver:
     ) -> None:
         """Writes the weights, then the checkpoint, so that a run that counts as finished has its weights.
 
+        All processes that write a part call this. Nothing happens where this step has been saved.
+
         Args:
             tensors: on any device; unless this is the final save they are copied, and written while the run goes on.
             export: writes the weights files into a folder, from these tensors on the CPU.
             final: whether to wait until all is written, and a failure is an error already now.
 
         Raises:
-            StorageError: the third save in a row failed, or a final one.
+            StorageError: the third save in a row failed, or a final one; on all processes, as the next.
             NonFiniteError: the weights of a final one are not finite.
         """
+        world = self.world
+        new = world.broadcast(world.rank_zero_only(partial(self._begin, step, final)))
+        # of another process than 0: it has nothing left to wait for
         self.wait()
-        if final:
-            self._save(step, {n: t.cpu().contiguous() for n, t in tensors.items()}, state, export, final)
+        if not new:
             return
-        self._snapshot.take(tensors)
-        # a process that is about to end waits for it: no daemon
-        self._thread = threading.Thread(target=self._in_thread, args=(step, state, export), name="save")
+        self._saves += 1
         self._began = time.monotonic()
+        self._until = self._began + WAIT_S
+        rows = [n for n, t in tensors.items() if is_sharded(t)]
+        own = {n: local(t) for n, t in tensors.items() if world.is_rank_zero or is_sharded(t)}
+        act = partial(self._save, self._folder(step).with_name(new), step, rows, state, export, final)
+        if final:
+            own = {n: t.cpu().contiguous() for n, t in own.items()}
+            if not world.is_rank_zero:
+                act(own)
+            world.rank_zero_only(partial(act, own))
+            return
+        self._snapshot.take(own)
+        # a process that is about to end waits for it: no daemon
+        self._thread = threading.Thread(target=self._in_thread, args=(act,), name="save")
         self._thread.start()
 
     def wait(self) -> None:
@@ -352,6 +490,9 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> None:
+        if error is not None and not isinstance(error, ExtremaError):
+            # others may be gone, and their parts with them
+            self._until = time.monotonic() + LEAVE_S
         try:
             self.wait()
         except StorageError as failure:
@@ -359,40 +500,105 @@ class Saver:
                 raise
             log.warning("%s", failure)
 
-    def _in_thread(self, step: int, state: dict[str, Any], export: Export) -> None:
+    def _folder(self, step: int) -> Path:
+        return self.run / "checkpoints" / f"step_{step:08d}"
+
+    def _begin(self, step: int, final: bool) -> str:
+        """Name of the folder that all write into, on process 0; empty: nothing is to be saved, or can be."""
+        self.wait()
+        if self.last_step == step:
+            return ""
+        fault("begin")
         try:
-            self._save(step, self._snapshot.tensors(), state, export, False)
+            return begin_folder(self._folder(step)).name
+        except StorageError as error:
+            self._failed(step, error, final)
+            return ""
+
+    def _in_thread(self, act: Callable[[Mapping[str, Tensor]], None]) -> None:
+        try:
+            act(self._snapshot.tensors())
         except BaseException as error:
             self._error = error
 
     def _save(
-        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], export: Export, final: bool
+        self,
+        new: Path,
+        step: int,
+        rows: Collection[str],
+        state: dict[str, Any],
+        export: Export,
+        final: bool,
+        own: Mapping[str, Tensor],
     ) -> None:
-        if name := not_finite(tensors):
-            text = f"step {step}: {name} is not finite: nothing was saved, earlier checkpoints are untouched"
-            remedy = "continue from the last one with a lower optim.base_lr and --allow-config-change"
-            if final:
-                raise NonFiniteError(f"{text}; {remedy}")
-            log.warning("%s; %s", text, remedy)
+        if not self.world.is_rank_zero:
+            with suppress(OSError):
+                self._hand_in(new, own, rows, final)
             return
         try:
-            with new_folder(self.run / "weights" / f"step_{step:08d}") as new:
-                export(new, tensors)
-                fault("weights")
-            write(self.run, step, tensors, state)
+            with filled_folder(new, self._folder(step)):
+                files = self._files(new, step, self._hand_in(new, own, rows, final))
+                parts = [name for name in files if name != TENSORS]
+                with new_folder(self.run / "weights" / f"step_{step:08d}") as weights:
+                    export(weights, Stored(new, parts) if parts else own)
+                    fault("weights")
+                complete(new, step, state, files)
+            fault("renamed")
+            write_file(self.run / "latest", self._folder(step).name + "\n")
+            fault("latest")
             self._usable[step] = True
+        except NonFiniteError as error:
+            if final:
+                raise
+            log.warning("%s", error)
         except (OSError, SafetensorError, StorageError) as error:
-            self.failures += 1
-            text = f"checkpoint of step {step} in {self.run} failed ({one_line(error, 300)})"
-            if final or self.failures >= 3:
-                raise StorageError(f"{text}; free some space, then run the same command again") from None
-            log.warning("%s; training goes on, earlier checkpoints are untouched", text)
+            self._failed(step, error, final)
         else:
             self.failures, self.last_step = 0, step
             try:
                 self._prune(step)
             except OSError as error:
                 log.warning("%s: old checkpoints cannot be removed (%s)", self.run, one_line(error))
+
+    def _hand_in(
+        self, new: Path, own: Mapping[str, Tensor], rows: Collection[str], final: bool
+    ) -> list[dict[str, Any]]:
+        """Writes what this process has, and what came of it goes to process 0, which gets that of all."""
+        world, mine = self.world, dict[str, Any]()
+        who = f" (process {world.rank} on {socket.gethostname()})" if world.size > 1 else ""
+        try:
+            if name := not_finite(own):
+                mine["not_finite"] = name
+            else:
+                mine["files"] = write(new, own, rows, world.rank, world.size)
+        except (OSError, SafetensorError) as error:
+            mine["failed"] = one_line(error, 300) + who
+        # only the final save is the main thread's
+        with world.waiting() if final else nullcontext():
+            return world.hand_in(f"{new.name}/{self._saves}", mine, lambda: self._until)
+
+    def _files(self, new: Path, step: int, told: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The files of all processes; an error where one of them has failed."""
+        for mine in told:
+            if "failed" in mine:
+                raise StorageError(mine["failed"])
+        for mine in told:
+            if "not_finite" in mine:
+                raise NonFiniteError(
+                    f"step {step}: {mine['not_finite']} is not finite: nothing was saved, earlier checkpoints are "
+                    "untouched; continue from the last one with a lower optim.base_lr and --allow-config-change"
+                )
+        files = {name: mark for mine in told for name, mark in mine["files"].items()}
+        if len(told) > 1 and (reason := _changed(new, files, digests=False)):
+            raise StorageError(f"{new}: {reason}; put --out on a disk that all nodes share")
+        return files
+
+    def _failed(self, step: int, error: Exception, final: bool) -> None:
+        self.failures += 1
+        text = f"checkpoint of step {step} in {self.run} failed ({one_line(error, 300)})"
+        if final or self.failures >= 3:
+            raise StorageError(f"{text}; free some space, then run the same command again") from None
+        log.warning("%s; training goes on, earlier checkpoints are untouched", text)
 
     def _prune(self, step: int) -> None:
         folders, weights = (step_folders(self.run / name) for name in ("checkpoints", "weights"))
@@ -423,7 +629,7 @@ def damage(folder: Path) -> str:
     """Why a checkpoint cannot be continued from; empty when it can."""
     try:
         return _damage(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, StorageError) as error:
         return one_line(error)
 
 
@@ -436,6 +642,7 @@ _STATE: dict[str, Any] = IMAGES | {
     "config": dict,
     "optimizer?": str,
     "init_from?": (dict, None),
+    "parts?": dict,
 }
 
 
@@ -443,29 +650,41 @@ def _damage(folder: Path) -> str:
     files = read_json(folder / COMPLETE, {})
     if set(files) != {TENSORS, STATE}:
         return "not marked complete"
-    for name, expected in files.items():
-        path = folder / name
-        if not isinstance(expected, dict):
-            return "not marked complete"
-        size = path.stat().st_size if path.is_file() else -1
-        if size != expected.get("size"):
-            return f"{name} has {size} bytes instead of {expected.get('size')}"
-        if _digest(path) != expected.get("sha256"):
-            return f"{name} has changed since it was written"
+    if reason := _changed(folder, files):
+        return reason
     if other_format(folder):
         return ""
     state = read_json(folder / STATE, {})
-    step = int(folder.name.removeprefix("step_"))
+    step, parts = int(folder.name.removeprefix("step_")), state.get("parts", {})
     if not fits(state, _STATE) or state["step"] != step or not 0 < step <= state["total_steps"]:
         return f"{STATE} makes no sense"
-    name = not_finite(load_file(folder / TENSORS))
+    if list(parts) != part_names(len(parts)):
+        return f"{STATE} makes no sense"
+    if reason := _changed(folder, parts):
+        return reason
+    name = not_finite(Stored(folder, parts))
     return f"{name} is not finite" if name else ""
+
+
+def _changed(folder: Path, files: dict[str, Any], digests: bool = True) -> str:
+    """How files differ from their marks; empty: they do not."""
+    for name, expected in files.items():
+        path = folder / name
+        if not fits(expected, {"size": int, "sha256": str}):
+            return "not marked complete"
+        size = path.stat().st_size if path.is_file() else -1
+        if size != expected["size"]:
+            return f"{name} has {size} bytes instead of {expected['size']}"
+        if digests and _digest(path) != expected["sha256"]:
+            return f"{name} has changed since it was written"
+    return ""
 
 
 def other_format(folder: Path) -> str:
     """How the format of an undamaged checkpoint differs from this version's; empty when it does not."""
     found = read_json(folder / STATE, {}).get("format")
-    return "" if found == FORMAT else f"checkpoint format {found}, this version reads {FORMAT}"
+    known = f"this version reads {FORMAT} and {FORMAT_PARTS}"
+    return "" if found in (FORMAT, FORMAT_PARTS) else f"checkpoint format {found}, {known}"
 
 
 def newest(run: Path, check: Callable[[Checkpoint], str] = lambda found: "") -> Checkpoint | None:

@@ -12,8 +12,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from importlib import metadata
@@ -31,10 +32,10 @@ from ..data.order import epoch_length
 from ..data.resident import Place, choose_place
 from ..data.sources import BUILT_IN, ImageSource, open_source
 from ..distributed import World, cores, whole, wide
-from ..errors import NonFiniteError, UsageError, counted
+from ..errors import NonFiniteError, UsageError, counted, one_line
 from ..evaluation.features import Embedded
 from ..evaluation.probes import batch_spread
-from ..files import fits, read_json
+from ..files import fits, read_json, remove
 from ..models.extrema import ExtreMA, StudentTeacher
 from ..ops import dispatch as ops
 from ..ops.fp8 import apply_fp8
@@ -437,6 +438,33 @@ def init_weights(run: Run, path: str | Path, overwrite: bool) -> None:
         raise NonFiniteError(f"--init-from {path}: {name} is not finite; use weights of an earlier step")
 
 
+def check_shared(world: World, out: Path) -> None:
+    """Makes sure that all processes write into one folder, as those of a sharded run do.
+
+    Raises:
+        UsageError: a process cannot write where process 0 does.
+    """
+    name, host = world.broadcast((f".tmp-shared-{uuid.uuid4().hex}", socket.gethostname()))
+    folder = out / name
+    world.rank_zero_only(folder.mkdir)
+
+    def write() -> None:
+        try:
+            (folder / str(world.rank)).touch()
+        except OSError as error:
+            raise UsageError(
+                f"--out {out}: with system.parallel fsdp each process writes its part of a checkpoint, and this one "
+                f"cannot write where process 0 on {host} does ({one_line(error)}); put --out on a disk that all nodes "
+                "share, or use --system.parallel ddp"
+            ) from None
+
+    try:
+        world.everywhere(write)
+    finally:
+        if world.is_rank_zero:
+            remove(folder)
+
+
 def resume(run: Run, allow: bool) -> None:
     """Brings a run to the newest undamaged, finite checkpoint of its folder; a new run stays at step 0.
 
@@ -455,7 +483,8 @@ def resume(run: Run, allow: bool) -> None:
     # a node may have a folder of that name on a disk of its own
     whole, remedy = read_json(path / COMPLETE, {}), "put --out on a disk that all nodes share"
     run.world.agree(where, flatten(whole), remedy)
-    go_on(run, found or Checkpoint(path, read_json(path / "state.json")))
+    there = found or Checkpoint(path, read_json(path / "state.json"))
+    run.world.everywhere(lambda: go_on(run, there))
     log.info("continuing at step %d of %d (%s)", run.step, run.schedule.total_steps, where)
 
 
@@ -512,7 +541,7 @@ def _unfit(run: Run, found: Checkpoint) -> str:
         return ""
     if not changes and found.step > steps:
         return f"is of step {found.step}, the run has {steps}"
-    return unfit(found.tensors(copy=False), found.step, run.method, run.optimizer)
+    return unfit(found.tensors(), found.step, run.method, run.optimizer)
 
 
 def origin(run: Run) -> str:
@@ -627,26 +656,12 @@ def warn_of_space(run: Run) -> None:
             )
 
 
-def held(run: Run) -> dict[str, Tensor]:
-    """What a checkpoint holds, on rank 0; empty on the others, which call this too."""
-    if not (run.world.is_rank_zero or run.resolved.sharded):
-        return {}
-    # without shards nobody is waited for, also while a process is being ended
-    with run.world.waiting() if run.resolved.sharded else nullcontext():
-        return collect(run.method, run.optimizer, run.counters.tensor)
+def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:
+    """Saves checkpoint and weights of this step: with `must` before it returns, else while the run goes on.
 
-
-def save(run: Run, saver: Saver, tensors: dict[str, Tensor], attempt: int, *, must: bool) -> None:
-    """Saves checkpoint and weights of this step (on rank 0): with `must` before it returns, else while the run goes on.
-
-    Errors as of `Saver.save`; weights that are not finite are never written.
-
-    Args:
-        tensors: `held` of this step.
+    All processes of a sharded run call this, of any other rank 0 alone, which waits for nobody. Errors as of
+    `Saver.save`; weights that are not finite are never written.
     """
-    saver.wait()
-    if saver.last_step == run.step:
-        return
     state: dict[str, Any] = {
         "attempt": attempt,
         "total_steps": run.schedule.total_steps,
@@ -660,6 +675,7 @@ def save(run: Run, saver: Saver, tensors: dict[str, Tensor], attempt: int, *, mu
         "versions": versions(),
         "init_from": run.began_from,
     }
+    tensors = collect(run.method, run.optimizer, run.counters.tensor)
     saver.save(run.step, tensors, state, partial(run.export or _export, run, run.step), final=must)
 
 

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,38 @@ OWN_FILES = (
 # ---- writing --------------------------------------------------------------------------------------
 
 
-def method_tensors(state: Mapping[str, Tensor], which: str) -> dict[str, Tensor]:
+class Renamed(Mapping[str, Tensor]):
+    """Some tensors of a mapping by other names, looked up when they are asked for: they may be in a file.
+
+    Args:
+        names: new name -> name in `tensors`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self.tensors, self.names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self.names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def method_tensors(state: Mapping[str, Tensor], which: str) -> Renamed:
     """One network's tensors by the names of a weights file, no copies; `state`: `state_dict()` of an `ExtreMA`."""
     names = {"encoder.": "", "projector.": "head.", "predictor.": "predictor."}
-    return {
-        new + name.removeprefix(old): t
-        for part, new in names.items()
-        for name, t in state.items()
-        if name.startswith(old := f"{which}_branch.{part}")
-    }
+    return Renamed(
+        state,
+        {
+            new + name.removeprefix(old): name
+            for part, new in names.items()
+            for name in state
+            if name.startswith(old := f"{which}_branch.{part}")
+        },
+    )
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -33,15 +33,14 @@ os.chdir(f"{node}{rank}")
 def more(*words):
     main = cli.main
     cli.main = lambda args: main([*args, *words])
-wrap, resume = train.wrap, train.resume
+wrap, share = train.wrap, distributed.World.share
 def told(run):
     print("begins with", sum(float(p.detach().double().sum()) for p in run.method.parameters()), flush=True)
     return wrap(run)
 train.wrap = told
-def moved(run, allow):
-    resume(run, allow)
-    for p in run.method.parameters():
-        p.data.add_(1)
+def moved(world, tensors):
+    tensors = [x.add_(1) for x in tensors]
+    share(world, tensors)
 if rank == "1":
     CHANGE
 """
@@ -99,16 +98,19 @@ def test_one_error_and_one_exit_code(pretrain, nodes, change, node, words):
 
 
 def test_a_run_folder_that_is_not_shared(pretrain, nodes):
-    late = "import time; t = time.time; time.time = lambda: t() - 60; train.resume = moved"
+    late = "import time; t = time.time; time.time = lambda: t() - 60; distributed.World.share = moved"
     codes, text = pretrain(late)
     assert codes == [0, 0], text
     assert text.count("the clock of node1 is 60 s behind that of node0") == 1
     begins = [line for line in text.splitlines() if line.startswith("begins with")]
     assert len(begins) == 2 and len(set(begins)) == 1, text
     longer = ("--train.epochs", "3", "--allow-config-change")
-    codes, text = pretrain("pass", *longer)
     words = "run/checkpoints/step_00000002: state.safetensors.size is None for process 1 on node1"
-    assert codes == [2, 2] and words in text, text
+    spread = "this one cannot write where process 0 on node0 does ("
+    for flags, told in (((), words), (("--system.parallel", "fsdp"), spread)):
+        codes, text = pretrain("pass", *longer, *flags)
+        assert codes == [2, 2] and told in text and "put --out on a disk that all nodes share" in text, text
+    assert not [*(nodes / "node0/run").glob(".tmp-*")]
     shutil.copytree(nodes / "node0/run", nodes / "node1/run")
     codes, text = pretrain("pass", *longer)
     assert codes == [0, 0] and "continuing at step 2 of 3" in text, text

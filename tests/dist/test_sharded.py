@@ -1,8 +1,9 @@
 """Weights spread over processes (FSDP2), and DistributedDataParallel, over gloo against one process.
 
 Covers: gradients, norm and clipping of two and of four equal those of one with the whole batch, in fp64, compiled too;
-what a part holds; a bad loss on one rank; a checkpoint read and saved by another number of processes; whole runs equal
-to rounding, continued bit for bit, weights as usual; what cannot be sharded.
+what a part holds; a bad loss on one rank; whole runs equal to rounding, weights as usual; checkpoints in parts read by
+one, two and four processes, with shards and without, continued bit for bit; a signal to one process, its death in a save,
+a disk that is full for it; what cannot be sharded.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import extrema_fast
 from extrema_fast.config import to_dict
 from extrema_fast.errors import UsageError
 from extrema_fast.training.resolve import resolve
-from tests.dist.test_two_processes import RUN, STEPS, assert_close
+from tests.dist.test_two_processes import RUN, STEPS, STOP_ONE, assert_close
 from tests.training.conftest import command, final_hash, tiny
 
 __all__ = ["command"]
@@ -81,10 +82,9 @@ with start("cpu") as world:
         run = runs.build(cfg, world, runs.open_train(cfg), continued=True)
         runs.shard(run)
         runs.resume(run, True)
-        again = runs.held(run)
-        if world.is_rank_zero:
-            saved = runs.newest(runs.Path(cfg.out)).tensors()
-            assert saved.keys() == again.keys() and all(torch.equal(saved[n], again[n]) for n in saved)
+        again = runs.collect(run.method, run.optimizer, run.counters.tensor)
+        saved = runs.newest(runs.Path(cfg.out)).tensors()
+        assert saved.keys() == again.keys() and all(torch.equal(saved[n], whole(again[n])) for n in saved)
     if world.is_rank_zero:
         step.gather_targets = lambda own: (own, 0)
         wanted, values = gradients(*begin(World(world.device)))
@@ -112,41 +112,88 @@ def steps(run_cli, processes: int, saved: Path | str = "", **head) -> None:
         assert share == pytest.approx(1 / processes if parallel == "fsdp" else 1, rel=0.01)
 
 
-FSDP = {"system": {"parallel": "fsdp", "device": "cpu"}}
+# 6 rows are spread over four processes as 2, 2, 2, 0
+FSDP = {"system": {"parallel": "fsdp", "device": "cpu"}, "head": {"out": 6}}
 
 
 @pytest.fixture
 def pretrain(command, tmp_path):
-    """`pretrain(folder, processes)` -> (its output, the folder)."""
+    """`pretrain(folder, processes, *flags, ...)` -> (exit codes, its output, the folder)."""
 
-    def run(name: str, processes: int) -> tuple[str, Path]:
+    def run(name: str, processes: int, *flags: str, **options):
         # an evaluation at both ends
-        codes, text = command(tiny(tmp_path / name, RUN, FSDP), processes=processes)
-        assert codes == [0] * processes, text
-        return text, tmp_path / name
+        return *command(tiny(tmp_path / name, RUN, FSDP), *flags, processes=processes, **options), tmp_path / name
 
     return run
+
+
+def go_back(run: Path, step: int) -> None:
+    """A run as if it had been killed after a step."""
+    for folder in run.glob("checkpoints/step_*"):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
 
 
 def test_two_equal_one(run_cli):
     steps(run_cli, 2)
 
 
-def test_runs_and_four_that_read_what_two_have_saved(pretrain, run_cli, tmp_path):
-    (_, one), (_, two) = pretrain("one", 1), pretrain("two", 2)
+LEAVES = "from extrema_fast.training import checkpoint\ncheckpoint.LEAVE_S = 0.2\n"
+# process 1 cannot write
+FULL = """
+import errno, os
+from extrema_fast.training import checkpoint
+if os.environ["RANK"] == "1":
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    checkpoint.save_file = full
+"""
+
+
+def test_runs_saved_in_parts_and_read_by_others(pretrain, run_cli, tmp_path):
+    (codes, text, one), (codes2, text2, two) = pretrain("one", 1), pretrain("two", 2)
+    assert codes == [0] and codes2 == [0, 0], text + text2
     assert_close(one, two)
-    env = json.loads((two / "env.json").read_text())
-    assert (
-        env["resolved"]["sharded"] and not json.loads((one / "env.json").read_text())["resolved"]["sharded"]
-    )
+    parts = [f"step_{step:08d}/state-0000{n}-of-00002.safetensors" for step in (4, STEPS) for n in (1, 2)]
+    files = two.glob("checkpoints/*/state-*")
+    assert sorted(str(p.relative_to(two / "checkpoints")) for p in files) == parts
+    env = [json.loads((run / "env.json").read_text())["resolved"]["sharded"] for run in (one, two)]
+    assert env == [False, True] and not [*one.glob("checkpoints/*/state-*")]
     weights = [extrema_fast.load_encoder(run).state_dict() for run in (one, two)]
     for name, w in weights[0].items():
         torch.testing.assert_close(weights[1][name], w, rtol=1e-4, atol=1e-6, msg=name)
     steps(run_cli, 4, two, loss="infonce")
     ended = final_hash(two, STEPS)
-    shutil.rmtree(two / "checkpoints" / f"step_{STEPS:08d}")
-    text, _ = pretrain("two", 2)
-    assert "continuing at step 4 of 6" in text and final_hash(two, STEPS) == ended
+    go_back(two, 4)
+    # parts by one process and by DistributedDataParallel; one file by two that spread it; the same again
+    for name, begun, processes, flags in (
+        ("alone", two, 1, ()),
+        ("ddp", two, 2, ("--system.parallel", "ddp")),
+        ("spread", one, 2, ()),
+        ("two", two, 2, ()),
+    ):
+        if name != "two":
+            shutil.copytree(begun, tmp_path / name)
+            go_back(tmp_path / name, 4)
+        codes, text, out = pretrain(name, processes, *flags)
+        assert codes == [0] * processes and "continuing at step 4 of 6" in text, text
+        assert_close(one, out)
+    assert final_hash(two, STEPS) == ended
+
+    # a signal to process 1; its death in a save; then to the same end
+    codes, text, out = pretrain("run", 2, setup=STOP_ONE)
+    assert codes == [75, 75] and len([*out.glob("checkpoints/step_00000003/state-*")]) == 2, text
+    codes, text, out = pretrain("run", 2, setup=LEAVES, env=[{}, {"EXTREMA_FAULT": "tensors:1"}])
+    assert codes == [6, -9] and "not saved: the weights were spread over" in text, text
+    assert {p.name for p in out.glob("checkpoints/step_*")} == {"step_00000002", "step_00000003"}
+    codes, text, out = pretrain("run", 2)
+    assert codes == [0, 0] and "continuing at step 3 of 6" in text, text
+    assert final_hash(out, STEPS) == ended and not [*out.glob("*/.tmp-*")]
+
+    # what process 1 cannot write is told by process 0, and ends both
+    codes, text, out = pretrain("full", 2, setup=FULL)
+    assert codes == [5, 5] and text.count("No space left on device (process 1 on ") == 3, text
+    assert not [*out.glob("*/*step_*")]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from extrema_fast.tools.replay import replay
 from extrema_fast.training.logging import history
-from tests.training.conftest import command, final_hash, status, tiny
+from tests.training.conftest import command, final_hash, saved, status, tiny
 from tests.weights._weights import foreign_vit
 
 __all__ = ["command"]
@@ -49,7 +49,7 @@ def assert_close(a: Path, b: Path) -> None:
     for x, y in zip(*(history(p / "log.jsonl", "train", STEPS) for p in (a, b)), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
-    one, two = (load_file(p / "checkpoints" / f"step_{STEPS:08d}" / "state.safetensors") for p in (a, b))
+    one, two = saved(a, STEPS), saved(b, STEPS)
     assert one.keys() == two.keys()
     moved = 0
     for name in one:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from extrema_fast.config import Config, from_dict, smoke, to_dict
+from extrema_fast.training.checkpoint import Checkpoint, Stored
 
 TINY = {
     "data": {"loader": "pil", "threads": 1, "limit": 24},
@@ -37,8 +38,16 @@ def status(run: Path) -> dict:
 
 def final_hash(run: Path, step: int) -> str:
     """sha256 of a checkpoint's tensors: weights, teacher, moments, counters."""
-    done = json.loads((run / "checkpoints" / f"step_{step:08d}" / "COMPLETE").read_text())
-    return done["state.safetensors"]["sha256"]
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    done, state = (json.loads((folder / name).read_text()) for name in ("COMPLETE", "state.json"))
+    parts = [mark["sha256"] for mark in state.get("parts", {}).values()]
+    return " ".join([done["state.safetensors"]["sha256"], *parts])
+
+
+def saved(run: Path, step: int) -> Stored:
+    """The tensors of a checkpoint."""
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    return Checkpoint(folder, json.loads((folder / "state.json").read_text())).tensors()
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from extrema_fast.config import CheckpointConfig, config_hash, from_dict, smoke, to_dict
 from extrema_fast.errors import NonFiniteError, StorageError, UsageError
+from extrema_fast.files import new_folder
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.training import checkpoint
 from extrema_fast.training.checkpoint import (
@@ -31,7 +32,6 @@ from extrema_fast.training.checkpoint import (
     newest,
     remove_temporaries,
     restore,
-    write,
 )
 from extrema_fast.training.counters import Counters
 from extrema_fast.training.optim import build_optimizer
@@ -60,8 +60,15 @@ def trained(cfg=CFG, steps: int = 2):
     return method, optimizer, counters
 
 
+def put(run: Path, step: int, tensors: dict, state: dict = STATE) -> Path:
+    """A checkpoint of these tensors, whatever they are."""
+    with new_folder(run / "checkpoints" / f"step_{step:08d}") as new:
+        checkpoint.complete(new, step, state, checkpoint.write(new, tensors))
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
 def save(run: Path, step: int) -> Path:
-    return write(run, step, SMALL, STATE)
+    return put(run, step, SMALL)
 
 
 def export(folder: Path, tensors: dict) -> None:
@@ -82,7 +89,7 @@ def files(run: Path) -> set[str]:
 
 def test_everything_is_restored(tmp_path):
     method, optimizer, counters = trained()
-    write(tmp_path, 7, collect(method, optimizer, counters.tensor), STATE | {"note": "x"})
+    put(tmp_path, 7, collect(method, optimizer, counters.tensor), STATE | {"note": "x"})
     found = newest(tmp_path)
     assert found.step == 7 and found.state["note"] == "x"
 
@@ -107,11 +114,11 @@ def test_before_the_first_step_and_other_shapes():
 
 
 def test_what_a_checkpoint_holds(tmp_path):
-    folder = save(tmp_path, 12)
-    assert folder.name == "step_00000012"
+    Saver(tmp_path, CheckpointConfig(), 10).save(12, SMALL, STATE, export)
+    folder = tmp_path / "checkpoints" / "step_00000012"
     assert (tmp_path / "latest").read_text().strip() == folder.name
     inside = {f"checkpoints/{folder.name}/{n}" for n in ("COMPLETE", "state.json", "state.safetensors")}
-    assert files(tmp_path) == {"latest"} | inside
+    assert files(tmp_path) == {"latest", f"weights/{folder.name}/w"} | inside
     marks = json.loads((folder / "COMPLETE").read_text())
     for name, mark in marks.items():
         assert mark["size"] == (folder / name).stat().st_size and len(mark["sha256"]) == 64
@@ -135,8 +142,8 @@ DAMAGES = {
     ),
     "torn COMPLETE": lambda folder: os.truncate(folder / "COMPLETE", 20),
     "no tensors": lambda folder: (folder / "state.safetensors").unlink(),
-    "not finite": lambda folder: write(
-        folder.parents[1], int(folder.name[5:]), SMALL | {"method.w": torch.tensor([1, float("nan")])}, STATE
+    "not finite": lambda folder: put(
+        folder.parents[1], int(folder.name[5:]), SMALL | {"method.w": torch.tensor([1, float("nan")])}
     ),
 }
 
@@ -160,7 +167,7 @@ def test_another_format_stops(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(checkpoint, "FORMAT", 9)
         save(tmp_path, 2)
-    with pytest.raises(StorageError, match="step_00000002: checkpoint format 9, this version reads 1"):
+    with pytest.raises(StorageError, match="step_00000002: checkpoint format 9, this version reads 1 and 2"):
         newest(tmp_path)
 
 
@@ -320,7 +327,7 @@ def test_an_error_of_the_thread_is_not_lost(tmp_path):
 @pytest.mark.parametrize(("share", "told"), [(1.9, True), (2.1, False)])
 def test_little_space_is_told(tmp_path, monkeypatch, caplog, share, told):
     method, optimizer, counters = trained()
-    path = write(tmp_path, 1, collect(method, optimizer, counters.tensor), STATE)
+    path = put(tmp_path, 1, collect(method, optimizer, counters.tensor))
     save_weights(path, method, {})
     size = sum(file.stat().st_size for file in path.iterdir())
     # headers and descriptions are beside the tensors
