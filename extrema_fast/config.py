@@ -794,20 +794,14 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     return value
 
 
-def load_config(path: str | Path, base: Config | None = None) -> Config:
-    """Reads a TOML (or .json) file that changes `base`, or else what its top-level `preset = "name"` names.
+def read_config(path: str | Path) -> tuple[Any, dict[str, Any]]:
+    """The name after `preset` in a TOML (or .json) file, None without one, and its options, nested; not checked.
 
     The output of `--print-config` is such a file: its `config` holds every setting.
 
     Raises:
-        UsageError: for a missing or malformed file and for unknown keys.
+        UsageError: for a missing or malformed file.
     """
-    name, data = read_config(path)
-    return from_dict(data, preset(name) if base is None and name is not None else base)
-
-
-def read_config(path: str | Path) -> tuple[Any, dict[str, Any]]:
-    """The name after `preset` in a configuration file, None without one, and its options, nested; not checked."""
     path = Path(path)
     try:
         text = read_text(path)

@@ -83,12 +83,13 @@ def _watch(receiving: int, left: threading.Event, farewell: Callable[[], None]) 
                 first = now
         else:
             return
-    if left.wait(GRACE_S):
-        return
-    last = threading.Thread(target=farewell, daemon=True)
-    last.start()
-    last.join(1.0)
-    os._exit(128 + stopping[-1])
+        # read from until the end: Python would tell of every further signal that nobody reads it
+        if left.wait(GRACE_S):
+            return
+        last = threading.Thread(target=farewell, daemon=True)
+        last.start()
+        last.join(1.0)
+        os._exit(128 + stopping[-1])
 
 
 class Signals:

@@ -220,7 +220,7 @@ def _pretraining(init_from: str | Path | None) -> _Task:
             init_weights(run, init_from, overwrite)
 
     def evaluate(run: Run, method: Any, test: ImageSource | None) -> dict[str, float | int]:
-        found = online_eval(method, run.source, test, run.cfg, run.world.device)
+        found = online_eval(method, run.source, test, run.cfg, run.world.device, run.told)
         run.embedded = (found.test, found.bank) if run.last else None
         return found.values
 

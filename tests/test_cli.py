@@ -116,15 +116,22 @@ def test_errors_are_one_line(capsys, monkeypatch, tmp_path, args, words):
 
 
 def test_a_bad_file_names_the_key(capsys, tmp_path):
-    for text, words in (
-        ("[mask]\nration = 0.5", "mask.ration; did you mean 'ratio'"),
-        ("a = [", "not valid TOML"),
-        ("train:\n  epochs: 3", "not valid TOML"),
-        ('{"train": {"epochs": 3', "not valid JSON"),
-        ('{"a":' * 100_000, "nested too deeply"),
+    for name, text, words in (
+        ("c.txt", "[mask]\nration = 0.5", "mask.ration; did you mean 'ratio'"),
+        ("c.txt", "a = [", "c.txt: not valid TOML"),
+        ("c.txt", "train:\n  epochs: 3", "not valid TOML"),
+        ("c.txt", '{"train": {"epochs": 3', "not valid JSON"),
+        ("c.txt", '{"a":' * 100_000, "nested too deeply"),
+        ("a.json", "{,}", "a.json: not valid JSON"),
+        ("a.json", "[1]", "a.json: expected a table"),
+        ("a.toml", 'preset = "phots"', "'phots'; did you mean 'photos'"),
+        ("a.json", '{"optim": {"base_lr": 1e999}}', "optim.base_lr: "),
+        ("a.toml", b"\xff\xfe\x00", "a.toml: cannot be read"),
+        (".", None, "cannot be read"),
     ):
-        file = tmp_path / "c.txt"
-        file.write_text(text)
+        file = tmp_path / name
+        if text is not None:
+            file.write_bytes(text if isinstance(text, bytes) else text.encode())
         assert words in fails(capsys, "pretrain", "--config", str(file))
 
 
@@ -147,7 +154,11 @@ def test_print_config_reloads_to_itself(capsys, tmp_path):
 
 def test_print_config_derives_and_names_sources(capsys, tmp_path):
     file = tmp_path / "c.toml"
-    file.write_text("[train]\nbatch_size = 32\nepochs = 5\n[mask]\nviews = 2\n")
+    # a preset named on the command line goes before the file's own
+    file.write_text('preset = "cifar10"\n[train]\nbatch_size = 32\nepochs = 5\n[mask]\nviews = 2\n')
+    assert (
+        print_config(capsys, "--config", str(file))["config"]["model"] == to_dict(preset("cifar10"))["model"]
+    )
     shown = print_config(
         capsys, "smoke", "--config", str(file), "--train.epochs=7", "--data.exif", "--data.limit", "64"
     )

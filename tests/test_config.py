@@ -1,6 +1,6 @@
 """The configuration.
 
-Covers: every preset; the paper's numbers; TOML and JSON files; round trips; unknown keys with suggestions; wrong types
+Covers: every preset; the paper's numbers; round trips; unknown keys with suggestions; wrong types
 (a bool is no number); every check on one field and between fields, whose message names value and remedy, and whose
 remedy works; what may change in a resumed run; the batch per process.
 """
@@ -130,43 +130,6 @@ def test_whole_numbers_are_fine_where_floats_are_wanted():
     # 1 and 1.0 are the same configuration
     by_hand = dataclasses.replace(base, data=dataclasses.replace(base.data, area=(1, 1)))
     assert c.config_hash(by_hand) == c.config_hash(c.from_dict({"data": {"area": [1.0, 1.0]}}, base))
-
-
-def test_files(tmp_path):
-    toml = tmp_path / "run.toml"
-    toml.write_text(
-        'preset = "smoke"\nout = "here"\n[mask]\nviews = 3\n[data]\narea = [0.5, 1]\n', encoding="utf-8"
-    )
-    cfg = c.load_config(toml)
-    assert (cfg.out, cfg.mask.views, cfg.data.area) == ("here", 3, (0.5, 1.0))
-    assert cfg.model == c.smoke().model
-    as_json = tmp_path / "run.json"
-    as_json.write_text(json.dumps({"preset": "smoke", **c.to_dict(cfg)}), encoding="utf-8")
-    assert c.load_config(as_json) == cfg
-    # a base given by the caller (a preset named on the command line) goes before the file's own
-    assert c.load_config(toml, c.photos()).model == c.photos().model
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "words"),
-    [
-        ("a.toml", "mask = [", "a.toml: not valid TOML"),
-        ("a.json", "{,}", "a.json: not valid JSON"),
-        ("a.json", "[1]", "a.json: expected a table"),
-        ("a.toml", "[mask]\nrato = 0.5", "mask.rato; did you mean 'ratio'"),
-        ("a.toml", 'preset = "phots"', "'phots'; did you mean 'photos'"),
-        ("a.json", '{"preset": 3}', "unknown preset 3; known: cifar10, .*photos"),
-        ("a.json", '{"optim": {"base_lr": 1e999}}', "optim.base_lr: .*inf"),
-        ("a.toml", b"\xff\xfe\x00", "a.toml: cannot be read"),
-        ("a.toml", None, "a.toml: cannot be read"),
-        (".", None, "cannot be read"),
-    ],
-)
-def test_bad_files(tmp_path, name, text, words):
-    if text is not None:
-        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UsageError, match=words):
-        c.load_config(tmp_path / name)
 
 
 # ---- values ---------------------------------------------------------------------------------------

@@ -90,6 +90,18 @@ class BadRows:
                 "(another --out) with --data.train M.tsv"
             )
 
+    def tell(self, told: set[str] | None = None) -> None:
+        """Logs how many rows an evaluation has left out, if any are not among those `told`; adds them to these."""
+        names = {self.source.title(row) for row in self.reasons}
+        if names <= (told or set()):
+            return
+        if told is not None:
+            told |= names
+        log.warning(
+            "%s: %d of %d images cannot be decoded and are left out, first: %s",
+            *(self.source.name, len(self), len(self.source), next(iter(self.reasons.values()))),
+        )
+
     def agree(self, world: World, failure: str = "") -> int:
         """Exchanges what each process has found since the last call; all call it after the same step.
 

@@ -241,11 +241,14 @@ class ImageFiles:
 
 
 def hash_sample(files: ImageFiles) -> dict[str, str]:
-    """Row -> beginning of the sha256 of its bytes, for up to 64 rows, always the same of a set; no unreadable ones.
+    """Row -> beginning of the sha256 of its bytes, for 64 rows, always the same of a set, or all of fewer.
+
+    Unreadable ones are left out.
 
     Names and sizes of all images do not show that some were replaced in place by others of the same size.
     """
-    rows = _sampled(len(files.source))
+    count = len(files.source)
+    rows = _sampled(count) if count > _SAMPLED else range(count)
     with ThreadPoolExecutor(_READERS, thread_name_prefix="hash") as pool:
         hashes = pool.map(lambda row: _hash(files, row), rows)
         return {str(row): value for row, value in zip(rows, hashes, strict=True) if value}

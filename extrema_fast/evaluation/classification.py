@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +19,6 @@ from ..models.encoder import Encoder
 from ..ops import dispatch as ops
 from ..progress import ImageProgress
 from .result import per_class
-
-log = logging.getLogger(__name__)
 
 # classes up to which a result holds the whole table of confusions
 MATRIX = 30
@@ -57,6 +54,7 @@ def classify(
     *,
     batch_size: int = 256,
     device: str | torch.device = "cpu",
+    told: set[str] | None = None,
 ) -> Classified:
     """Classes of all images that can be read, by an encoder with a head; its training flags are restored.
 
@@ -64,6 +62,7 @@ def classify(
         encoder: on `device`.
         source: images with labels, numbered as the head's outputs are.
         cfg: how they are read and normalized.
+        told: of `BadRows.tell`: names of images that the log need not say again.
 
     Raises:
         NonFiniteError: logits that are not finite.
@@ -104,10 +103,7 @@ def classify(
     finally:
         for module, mode in modes:
             module.training = mode
-    if bad:
-        log.warning(
-            "%s: %d of %d images cannot be decoded and are left out", source.name, len(bad), len(source)
-        )
+    bad.tell(told)
     truth = source.labels[torch.cat(rows)]
     return Classified(torch.cat(predicted), truth, top5, total / len(truth))
 

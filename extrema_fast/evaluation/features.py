@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ from ..progress import ImageProgress
 
 if TYPE_CHECKING:
     from ..models.encoder import Encoder
-
-log = logging.getLogger(__name__)
 
 # numbers a raw-pixel matrix may hold; beyond that images are averaged to a coarser grid
 PIXEL_BUDGET = 4e8
@@ -61,6 +58,7 @@ def extract(
     device: str | torch.device = "cpu",
     strict: bool = True,
     resizing: Resizing | None = None,
+    told: set[str] | None = None,
 ) -> Features:
     """Class token and mean of the patch tokens, both after the final norm, of every image in order.
 
@@ -72,6 +70,7 @@ def extract(
         device: Where to compute.
         strict: An image that cannot be decoded is a DataError; otherwise it is left out, and the log says how many.
         resizing: of the images; None: the encoder's.
+        told: of `BadRows.tell`: names of images that the log need not say again.
     """
     resizing = resizing or encoder.resizing()
     bad = None if strict else BadRows(source, 1.0, warn=False)
@@ -93,13 +92,7 @@ def extract(
         for module, mode in modes:
             module.training = mode
     if bad:
-        log.warning(
-            "%s: %d of %d images cannot be decoded and are left out, first: %s",
-            source.name,
-            len(bad),
-            len(source),
-            next(iter(bad.reasons.values())),
-        )
+        bad.tell(told)
     kept = torch.cat(rows)
     labels = None if source.labels is None else source.labels[kept]
     return Features(torch.cat(cls), torch.cat(mean), labels, kept)

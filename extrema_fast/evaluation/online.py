@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from .probes import attention_entropy, indicators, knn
 
 if TYPE_CHECKING:
     from ..models.extrema import ExtreMA
+
+log = logging.getLogger(__name__)
 
 STUDENT_IMAGES = 512
 VIEW_IMAGES = 256
@@ -41,6 +44,7 @@ def online_eval(
     test_source: ImageSource | None,
     cfg: Config,
     device: str | torch.device = "cpu",
+    told: set[str] | None = None,
 ) -> OnlineEval:
     """k-NN and collapse indicators of student and teacher on fixed subsets; draws no random numbers.
 
@@ -52,6 +56,7 @@ def online_eval(
         test_source: Test images; None: the indicators use training images.
         cfg: The run's configuration.
         device: Where to compute.
+        told: What the log need not say again, for the evaluations of a run; what is said is added.
 
     Returns:
         `values`: knn_cls, knn_mean; {teacher,teacher_proj,student,student_proj}_{std,rank,cosine}; view_cosine,
@@ -63,6 +68,7 @@ def online_eval(
     held = test_source if test_source is not None else train_source
     if held is None:
         raise UsageError("online evaluation: neither training nor test images were given")
+    told = set() if told is None else told
     seed, size = cfg.train.seed, cfg.model.img_size
     modes = [(m, m.training) for m in method.modules()]
     method.eval()
@@ -70,6 +76,7 @@ def online_eval(
         test = cap(held, cfg.eval.max_test, seed)
         # a file that breaks while training does not end the run
         args: dict[str, Any] = {"batch_size": cfg.eval.batch_size, "device": device, "strict": False}
+        args["told"] = told
         features = extract(method.teacher, test, cfg.data, **args)
         if len(features.rows) < 2:
             raise UsageError(
@@ -85,6 +92,11 @@ def online_eval(
             compared = cap(both[0], cfg.eval.max_train, seed)
             bank = extract(method.teacher, compared, cfg.data, **args)
             known = Embedded(subset(compared, bank.rows), bank.cls)
+            if len(bank.rows) < cfg.eval.k and "eval.k" not in told:
+                told.add("eval.k")
+                log.warning(
+                    "eval.k: %d, and k-NN has %d images: all of them vote", cfg.eval.k, len(bank.rows)
+                )
             for name in ("cls", "mean"):
                 a, b = (getattr(f, name).to(device) for f in (bank, features))
                 assert labels is not None and bank.labels is not None

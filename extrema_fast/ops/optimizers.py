@@ -193,18 +193,23 @@ _descend = partial(
 
 
 @torch.no_grad()
-def ema_(teacher: list[Tensor], student: list[Tensor], weight: float | Tensor) -> None:
+def ema_(
+    teacher: list[Tensor], student: list[Tensor], weight: float | Tensor, skip: Tensor | None = None
+) -> None:
     """EMA update in place: `teacher += weight (student - teacher)`.
 
     Args:
         teacher: tensors of one device and dtype.
         student: those they follow.
-        weight: 1 - momentum; a 0-d tensor is read on its device, without waiting.
+        weight: 1 - momentum; a 0-d tensor is read on its device, without waiting on CUDA.
+        skip: 0-d fp32, read in the same way; where it is 1 the teacher keeps its bits, whatever the student holds. A
+            weight of 0 would not do: 0 times infinity is NaN.
     """
     first = teacher[0]
     weight = torch.as_tensor(weight, dtype=first.dtype, device=first.device)
     if first.device.type != "cuda":
-        torch._foreach_lerp_(teacher, student, [weight] * len(teacher))
+        if skip is None or not skip:
+            torch._foreach_lerp_(teacher, student, [weight] * len(teacher))
     else:
         # on a GPU a weight that is a tensor makes `lerp` a launch per tensor
         _descend(
@@ -214,7 +219,7 @@ def ema_(teacher: list[Tensor], student: list[Tensor], weight: float | Tensor) -
             momentum=0.0,
             lr=weight,
             maximize=False,
-            found_inf=None,
+            found_inf=skip,
         )
 
 

@@ -296,7 +296,8 @@ class TrainLog:
 class DataWaitWarning:
     """Decides when to warn that steps wait for images: in two intervals in a row, and again when it has doubled.
 
-    The first interval (files not cached, kernels not compiled) and those below a second are left out.
+    The first interval (files not cached, kernels not compiled) and those below a second are left out. Without a remedy
+    nothing is said: the log has the share.
     """
 
     LIMIT, SHORTEST_S = 0.05, 1.0
@@ -310,7 +311,7 @@ class DataWaitWarning:
         if first or seconds < self.SHORTEST_S:
             return ""
         share, self.last = min(share, self.last), share
-        if share <= max(self.LIMIT, 2 * self.warned):
+        if not self.remedy or share <= max(self.LIMIT, 2 * self.warned):
             return ""
         self.warned = share
         return f"steps wait for images {100 * share:.0f} % of the time; {self.remedy}"

@@ -112,6 +112,8 @@ class Run:
     """steps taken"""
     embedded: tuple[Embedded, Embedded] | None = None
     """test and training images as the final weights have encoded them for the last evaluation; None: not made here"""
+    told: set[str] = field(default_factory=set)
+    """what evaluations have said, and need not say again"""
     made_from: dict[str, Any] | None = None
     """name of the preset that the configuration was made from, and the preset's values where it differs"""
     began_from: dict[str, str] | None = None

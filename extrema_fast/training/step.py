@@ -177,15 +177,15 @@ def update(run: Run, bad: Tensor) -> None:
     The released code updates the teacher at the start of a step, with the weights that the step before left;
     here the same update ends that step.
     """
-    weight, optimizer = run.teacher_weight, run.optimizer
+    optimizer, skip = run.optimizer, bad.float()
     if gates_on_device(optimizer):
         # where this is 1, weights, moments and step count keep their bits
-        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
         optimizer.step()
-    elif not bad:
+    elif not skip:
         optimizer.step()
     if run.followed[0]:
-        ema_(*run.followed, weight * (1 - bad))
+        ema_(*run.followed, run.teacher_weight, skip)
     run.method.sync_shadow_weights()
 
 

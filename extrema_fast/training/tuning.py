@@ -255,7 +255,12 @@ def evaluate(run: Run, method: Any, test: ImageSource | None) -> dict[str, float
     if test is None:
         return {}
     source = test if run.last else cap(test, cfg.eval.max_test, cfg.train.seed)
-    found = classify(encoder, source, cfg.data, batch_size=cfg.eval.batch_size, device=run.world.device)
+    options: dict[str, Any] = {
+        "batch_size": cfg.eval.batch_size,
+        "device": run.world.device,
+        "told": run.told,
+    }
+    found = classify(encoder, source, cfg.data, **options)
     if run.last:
         result = describe(found, run.source.classes, run.step)
         write_file(Path(cfg.out) / RESULT, json.dumps(result, indent=1) + "\n")

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load, save
 
 from extrema_fast import train
-from extrema_fast.config import load_config
+from extrema_fast.config import from_dict, read_config
 from extrema_fast.data.sources import open_source
 from extrema_fast.distributed import World
 from extrema_fast.errors import StorageError, UsageError
@@ -243,6 +243,10 @@ def start_from(s: Any) -> None:
     assert not not_finite(run.method.state_dict())
 
 
+def configured(file: Path) -> None:
+    from_dict(read_config(file)[1])
+
+
 def read_source(path: str) -> Callable[[Any], None]:
     def read(s: Any) -> None:
         source = open_source(str(s.root / path))
@@ -310,8 +314,8 @@ ROWS = {
     "tar index": Row("shards/a.idx", read_source("shards"), TABLE, 20),
     "list": Row("list.txt", read_source("list.txt"), TABLE, 20),
     "mixture": Row("mix.toml", read_source("mix.toml"), BYTES, 20),
-    "configuration": Row("c.toml", lambda s: load_config(s.root / "c.toml"), BYTES, 20),
-    "JSON configuration": Row("c.json", lambda s: load_config(s.root / "c.json"), JSON, 30),
+    "configuration": Row("c.toml", lambda s: configured(s.root / "c.toml"), BYTES, 20),
+    "JSON configuration": Row("c.json", lambda s: configured(s.root / "c.json"), JSON, 30),
 }
 
 
@@ -462,7 +466,7 @@ CLAIMS = {
 READER = """
 import resource
 from extrema_fast import train
-from extrema_fast.config import load_config
+from extrema_fast.config import from_dict, read_config
 from extrema_fast.errors import ExtremaError
 from extrema_fast.weights.load import load_encoder
 resource.setrlimit(resource.RLIMIT_AS, (48 << 30, 48 << 30))
@@ -471,7 +475,7 @@ def peak():
 for path in PATHS:
     before = peak()
     try:
-        (load_config if path.endswith((".toml", ".json")) else load_encoder)(path)
+        from_dict(read_config(path)[1]) if path.endswith((".toml", ".json")) else load_encoder(path)
         what = "read"
     except ExtremaError as error:
         what = f"{type(error).__name__} {str(error)[:200]}"

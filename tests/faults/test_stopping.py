@@ -1,14 +1,18 @@
 """Runs that are killed, signalled, or lose the reader of their output: saved, said, and continued to the same bits.
 
-Covers: every signal of `STOPPING` at a step, before the first, in an evaluation and while saving; a dead pipe; a
-second signal in a wait; a hang in reading, a step, an evaluation or a save; death at every named point of a save and
-after a random time; two processes of which one is signalled, dies, is stopped or hangs.
+Covers: every signal of `STOPPING`, and a storm of them, at a step, before the first, in an evaluation and while
+saving; a dead pipe; a second signal in a wait; a hang in reading, a step, an evaluation or a save; saves by the thread
+that fail; death at every named point of a save and after a random time; two processes of which one is signalled, dies,
+is stopped or hangs; death of one or all of two, with whole and with sharded weights.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -29,12 +33,18 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signals.TOGETHER_S, signals.GRACE_S = 0.05, 0.3
 def send(module, name, passes, numbers, gap=0.0):
     original, calls = getattr(module, name), []
+    def storm():
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(gap)
     def sending(*args, **options):
         calls.append(1)
         if len(calls) == passes and os.environ.get("RANK", "0") == "0":
-            for number in numbers:
-                os.kill(os.getpid(), number)
-                time.sleep(gap)
+            if gap:
+                # those after the first would end the function that sends them
+                threading.Thread(target=storm, daemon=True).start()
+            else:
+                storm()
         return original(*args, **options)
     setattr(module, name, sending)
 """
@@ -49,9 +59,12 @@ def pretrain(originals, run_cli, tmp_path_factory):
     cfg = originals.config(train={"epochs": 2}, ckpt={"every_steps": 3})
     (root / "c.json").write_text(json.dumps(to_dict(cfg)))
 
-    def run(name: str, **options):
+    def run(name: str, *flags: str, fails: str = "", **options):
         out = root / name
-        return *run_cli("pretrain", "--config", root / "c.json", "--out", out, **options), out
+        if fails:
+            # of tests/faults/shim.c, below the run's folder
+            options["env"] = {"SHIM": f"{out}/{fails}"}
+        return *run_cli("pretrain", "--config", root / "c.json", "--out", out, *flags, **options), out
 
     return run
 
@@ -64,9 +77,10 @@ def straight(pretrain) -> str:
 
 
 def check(tries, pretrain, straight, name, what, codes, text, out, code=75, processes=1) -> None:
-    """The run ended with `code` and says so, and is continued to the same bits, with each evaluation once."""
+    """The run ended with (one of) `code` and says so, and is continued to the same bits, with each evaluation once."""
+    wanted, code = code if isinstance(code, tuple) else (code,), codes[0]
     state = "preempted" if code == 75 else "failed"
-    held = set(codes) == {code} and "Traceback" not in text
+    held = code in wanted and set(codes) == {code} and "Traceback" not in text
     if (out / "status.json").exists():
         held = held and (code < 0 or status(out)["state"] == state)
     if code == 75:
@@ -87,18 +101,28 @@ PLACES = {
     "while saving": ("checkpoint", "save_file"),
 }
 
+STORM = [signal.SIGTERM, signal.SIGHUP] * 10
+
 
 def test_signals(tries, pretrain, straight):
-    cases = [(place, number) for place in PLACES for number in STOPPING]
+    cases = [(place, [number] * 2) for place in PLACES for number in STOPPING]
+    cases += [(place, STORM) for place in PLACES]
     if tries.factor == 1:
         # two places, and a signal of six
-        cases = [(place, STOPPING[tries.rng.integers(6)]) for place in tries.rng.permutation([*PLACES])[:2]]
-    for i, (place, number) in enumerate(cases):
+        one, two = tries.rng.permutation([*PLACES])[:2]
+        cases = [(one, [STOPPING[tries.rng.integers(6)]] * 2), (two, STORM)]
+    for i, (place, numbers) in enumerate(cases):
         module, name = PLACES[place]
-        passes = 1 if place == "before the first step" else int(tries.rng.integers(1, 4))
-        setup = f"{SENDS}\nsend({module}, {name!r}, {passes}, [{int(number)}] * 2)"
-        what = f"{signal.Signals(number).name} {place}, pass {passes}"
-        check(tries, pretrain, straight, f"signal{i}", what, *pretrain(f"signal{i}", setup=setup))
+        # the run is complete with its third save
+        passes = 1 if place == "before the first step" else int(tries.rng.integers(1, 3))
+        # together they are one request; a storm lasts
+        gap = 0.02 if numbers is STORM else 0.0
+        setup = f"{SENDS}\nsend({module}, {name!r}, {passes}, {[*map(int, numbers)]}, {gap})"
+        many = "a storm" if numbers is STORM else signal.Signals(numbers[0]).name
+        # what comes later than together ends the run at once
+        code = (75, *(128 + n for n in STORM)) if numbers is STORM else 75
+        what, name = f"{many} {place}, pass {passes}", f"signal{i}"
+        check(tries, pretrain, straight, name, what, *pretrain(name, setup=setup), code=code)
 
 
 def test_a_dead_pipe(tries, pretrain, straight):
@@ -178,6 +202,31 @@ def test_a_hang(tries, pretrain, straight):
         check(tries, pretrain, straight, f"hang{i}", f"{place} hangs", codes, text, out, code=6)
 
 
+# calls of the thread that saves, and where
+FAILING = {
+    "a full disk": f"checkpoints:write:{errno.ENOSPC}",
+    "a full disk, weights": f"weights:write:{errno.ENOSPC}",
+    "rename": f"checkpoints:rename:{errno.EIO}",
+    "rename, weights": f"weights:rename:{errno.EIO}",
+    "fsync": f"checkpoints:fsync:{errno.EIO}",
+    "open": f"checkpoints:open:{errno.EROFS}",
+}
+
+
+def test_saves_that_fail(shim, tries, pretrain, straight):
+    """The final one, too: the run is not complete, and what was saved before goes on."""
+    if shim is None:
+        pytest.skip("needs Linux and a C compiler")
+    for n, what in enumerate(FAILING if tries.factor > 1 else ["rename"]):
+        after = int(tries.rng.integers(0, 3))
+        codes, text, out = pretrain(f"save{n}", fails=f"{FAILING[what]}:{after}")
+        what = f"{what} fails after {after}"
+        tries.expect(
+            f"{what}: said", text.count("extrema-fast: error: ") == 1 and "step 8" in text, text[-500:]
+        )
+        check(tries, pretrain, straight, f"save{n}", what, codes, text, out, code=5)
+
+
 def test_death(tries, pretrain, straight):
     """Without any cleaning up, at the points of a save and at random times."""
     points = tries.rng.permutation(POINTS)[: None if tries.factor > 1 else 1]
@@ -217,3 +266,54 @@ def test_one_of_two_processes_is_lost(full_table, tries, pretrain):
             codes, text, out = pretrain(name, processes=2)
             same = codes == [0, 0] and final_hash(out, STEPS) == wanted
             tries.expect(f"{what}: continued to the same bits", same, f"exit codes {codes}: {text[-500:]}")
+
+
+# one of two processes dies once it has used some processor time, without any cleaning up; waits are short
+DIES = """
+import os, signal
+from extrema_fast import distributed
+distributed.ASK_S, distributed.TELL_S, distributed.LOST_S = 0.3, 0.6, 5.0
+distributed.JOIN_S = distributed.WAIT_S = 20.0
+distributed.STACKS_S = 0.6
+if os.environ["RANK"] in RANKS:
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+"""
+
+
+def weights(out: Path) -> dict[str, str]:
+    """Name -> sha256 of the files of the final weights, which every layout of checkpoints leads to."""
+    files = sorted((out / "weights" / f"step_{STEPS:08d}").glob("*.safetensors"))
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_or_all_of_two_processes_die(full_table, tries, pretrain, parallel):
+    flags = ("--system.parallel", parallel)
+    codes, text, out = pretrain(parallel, *flags, processes=2)
+    assert codes == [0, 0], text
+    wanted = weights(out)
+    assert len(wanted) == 2
+    # at a point of the save, which the thread of process 0 passes, and of others where these save, too
+    deaths = {}
+    for n, point in enumerate(tries.rng.permutation(POINTS)[: 2 * tries.factor]):
+        at = f"{point}:{1 + n % 2}"
+        deaths[f"at {at}"] = {"env": {"EXTREMA_FAULT": at}, "setup": dies("", 1)}
+    for _ in range(tries.factor):
+        for ranks, who in (("0", "0"), ("1", "1"), ("01", "both")):
+            seconds = float(tries.rng.uniform(0.02, 1.5))
+            deaths[f"{who} after {seconds:.3f} s of work"] = {"setup": dies(ranks, seconds)}
+    for n, (when, options) in enumerate(deaths.items()):
+        name = f"{parallel} dies {n}"
+        codes, text, out = pretrain(name, *flags, processes=2, **options)
+        # those that were killed, ended before that, or lost the other
+        held = set(codes) <= {-signal.SIGKILL, -signal.SIGPROF, 0, 2, 6} and "Traceback" not in text
+        tries.expect(f"{parallel}, {when}: ended", held, f"exit codes {codes}: {text[-500:]}")
+        codes, text, out = pretrain(name, *flags, processes=2)
+        same = codes == [0, 0] and weights(out) == wanted
+        tries.expect(
+            f"{parallel}, {when}: continued to the same bits", same, f"exit codes {codes}: {text[-500:]}"
+        )
+
+
+def dies(ranks: str, seconds: float) -> str:
+    return DIES.replace("RANKS", repr(ranks)).replace("SECONDS", str(seconds))

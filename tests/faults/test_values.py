@@ -2,7 +2,7 @@
 
 Covers: NaN and infinities in weights of student and teacher, in gradients of one step and of all, in the pixels of
 files; `replay` names the module of each; the newest checkpoint damaged in seven ways; a clock set back, while a run
-goes on and between two starts; an image deleted, replaced or added between two starts.
+goes on and between two starts; an image deleted, replaced or added between two starts, or a byte of one changed.
 """
 
 from __future__ import annotations
@@ -213,9 +213,17 @@ def deleted(file: Path) -> None:
 
 
 def replaced(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[-20] ^= 255
-    file.write_bytes(data)
+    """Another image that can be decoded, of as many bytes."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    size, image = file.stat().st_size, Image.new("RGB", Image.open(file).size, "gray")
+    for pad in (1, 0):
+        info = PngInfo()
+        # not compressed
+        info.add_text("pad", "x" * (pad or 1 + size - file.stat().st_size))
+        image.save(file, pnginfo=info)
+    assert file.stat().st_size == size
 
 
 def added(file: Path) -> None:
@@ -232,9 +240,29 @@ def test_images_change_between_two_starts(full_table, things, tries, pretrain):
         before = file.read_bytes()
         ways[what](file)
         codes, text, out = pretrain(name)
-        held = codes == [2] and text.count("error:") == 1 and "other images" in text
-        tries.expect(f"{what}: refused", held, f"exit codes {codes}: {text[-500:]}")
+        tries.expect(f"{what}: refused", refused(codes, text), f"exit codes {codes}: {text[-500:]}")
         file.write_bytes(before)
         (file.parent / "new.png").unlink(missing_ok=True)
         codes, text, out = pretrain(name)
         ends_like(tries, f"{what}, then as they were", codes, text, out, straight(things))
+
+
+def test_a_byte_changes_between_two_starts(full_table, things, tries, pretrain):
+    """What can still be decoded is another image; what cannot is replaced by another one, if its turn comes."""
+    files = sorted(things.images.rglob("*.png"))
+    for n in range(3 * tries.factor):
+        name, file = f"byte {n}", files[tries.rng.integers(len(files))]
+        pretrain(name, **DEAD)
+        before = file.read_bytes()
+        data, at = bytearray(before), tries.rng.integers(len(before))
+        data[at] ^= int(tries.rng.integers(1, 256))
+        file.write_bytes(data)
+        codes, text, out = pretrain(name)
+        file.write_bytes(before)
+        held = refused(codes, text) or f"left out from now on: {file}" in text
+        held = held or (codes == [0] and final_hash(out, STEPS) == straight(things))
+        tries.expect(f"byte {at} of {file.name}", held, f"exit codes {codes}: {text[-500:]}")
+
+
+def refused(codes: list[int], text: str) -> bool:
+    return codes == [2] and text.count("error:") == 1 and "other images" in text

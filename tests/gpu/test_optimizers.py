@@ -7,6 +7,7 @@ GPUs that have them.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -56,6 +57,15 @@ def test_the_ema_update_is_that_of_lerp(weight):
     ema_(teacher, student, torch.tensor(weight, dtype=torch.float64, device="cuda"))
     for t, e in zip(teacher, expected, strict=True):
         torch.testing.assert_close(t, e, rtol=1e-6, atol=1e-7)
+    # of a skipped step
+    before = [t.clone() for t in teacher]
+    ema_(
+        teacher,
+        [s * math.inf for s in student],
+        torch.tensor(weight, device="cuda"),
+        torch.ones((), device="cuda"),
+    )
+    assert all(map(torch.equal, teacher, before))
 
 
 @pytest.mark.parametrize("name", MAKE)

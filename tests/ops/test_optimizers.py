@@ -1,9 +1,9 @@
 """LAMB, LARS, the implementations of AdamW, and NVIDIA apex where it works.
 
 Covers: LAMB and LARS against the papers' formulas in float64, with a changing rate, odd shapes, zero norms, rates in
-tensors; steps gated on the device, bit for bit; nothing read by the CPU; what is an error; every optimizer of a
-configuration: its options, its gate, checkpoints that continue under another implementation, other families; an apex
-that is absent, wrong, broken or works; whole runs, stopped and continued bit for bit.
+tensors; steps gated on the device, bit for bit, the teacher too; nothing read by the CPU; what is an error; every
+optimizer of a configuration: its options, its gate, checkpoints that continue under another implementation, other
+families; an apex that is absent, wrong, broken or works; whole runs, stopped and continued bit for bit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from extrema_fast.errors import Preempted, UsageError
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.ops import dispatch as ops
 from extrema_fast.ops import optimizers
-from extrema_fast.ops.optimizers import Lamb, Lars
+from extrema_fast.ops.optimizers import Lamb, Lars, ema_
 from extrema_fast.training.checkpoint import collect, restore
 from extrema_fast.training.counters import Counters
 from extrema_fast.training.logging import history
@@ -156,6 +156,18 @@ def test_a_gated_step_changes_no_bit(name, first):
     run_steps(optimizer, groups)
     run_steps(other, others)
     assert bits(groups, optimizer) == bits(others, other)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_a_skipped_ema_update_reads_no_student(weight):
+    student = [torch.tensor([1.0, float("nan"), float("inf"), -float("inf")])]
+    teacher = [torch.tensor([1.0, -0.0, 2.0, 3.0])]
+    before = teacher[0].clone()
+    ema_(teacher, student, torch.tensor(weight), torch.ones(()))
+    assert torch.equal(teacher[0], before) and torch.equal(teacher[0].signbit(), before.signbit())
+    student = [torch.tensor([2.0, 1.0, -3.0, 0.5])]
+    ema_(teacher, student, torch.tensor(weight), torch.zeros(()))
+    assert torch.equal(teacher[0], before.lerp(student[0], weight))
 
 
 @pytest.mark.parametrize("name", MAKE)

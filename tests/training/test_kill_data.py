@@ -174,10 +174,12 @@ def test_files_that_break_under_a_run_and_its_evaluation(pretrain, tmp_path):
             path.write_bytes(png(row))
 
     write_images()
-    flags = ("--data.test", str(folder), "--eval.every-epochs", "1", "--eval.k", "3")
+    flags = ("--data.test", str(folder), "--eval.every-epochs", "1", "--eval.k", "99")
     code, text, out = pretrain("run", *flags, data=folder, extra=BREAK_TWO)
     assert code == 0 and text.count("left out from now on") == 2, text
-    assert "2 of 44 images cannot be decoded and are left out" in text
+    # by the first of three evaluations alone
+    assert text.count("2 of 44 images cannot be decoded and are left out") == 1
+    assert text.count("eval.k: 99, and k-NN has 44 images") == 1
     evals = [r for r in read_log(out / "log.jsonl") if r["kind"] == "eval"]
     assert [r["images"] for r in evals] == [44, 42, 42, 42]
     assert not {5, 6} & {r for line in samples(out)[8:] for r in line[1]}

@@ -306,7 +306,9 @@ def test_changed_settings(half, caplog):
 def test_a_longer_run_makes_up_for_the_last_ema_update(copy, monkeypatch):
     weights = []
     for module in (extrema, step):
-        monkeypatch.setattr(module, "ema_", lambda t, s, w: (weights.append(float(w)), ema_(t, s, w))[1])
+        monkeypatch.setattr(
+            module, "ema_", lambda t, s, w, *skip: (weights.append(float(w)), ema_(t, s, w, *skip))[1]
+        )
     pretrain(copy, {"train": {"epochs": 4}}, allow_config_change=True)
     # the one left out at step 12, then one per step; the last has no weight
     assert len(weights) == 1 + 4 and weights[-1] == 0 and all(weights[:-1])
