@@ -329,6 +329,9 @@ class HeadConfig:
     """Of InfoNCE."""
     targets: Literal["plain", "whitened"] = "plain"
     """Of BYOL: as they are (the paper's), or `whitened` over the batch, for small batches and short runs."""
+    decorrelation: float = 0.0
+    """Weight of squared correlations between dimensions of the student's class token (`models.extrema.correlation`);
+    0: none (the paper's). About 0.01 where a run is short and the encoder small."""
     hidden: int = 4096
     """Hidden units of the projector."""
     out: int = 256
@@ -342,7 +345,7 @@ class HeadConfig:
             self.loss == "byol" or self.targets == "plain",
             f"head.targets: {self.targets} is for head.loss byol, got {self.loss}; use head.targets plain",
         )
-        _at_least("head", self, hidden=1, out=1, predictor_hidden=1)
+        _at_least("head", self, hidden=1, out=1, predictor_hidden=1, decorrelation=0)
         _at_most("head", self, hidden=MAX_UNITS, out=MAX_UNITS, predictor_hidden=MAX_UNITS)
 
     @property
@@ -545,6 +548,11 @@ class Config:
             raise UsageError(
                 "train.batch_size: InfoNCE and whitened targets compare an image with the others of its batch, and 1 "
                 "leaves none; use at least 2, or head.loss byol with head.targets plain"
+            )
+        if self.head.decorrelation and self.train.accumulation > 1:
+            raise UsageError(
+                f"head.decorrelation: correlations are those of the whole batch, which {self.train.accumulation} "
+                "micro-batches do not show; use train.accumulation 1 (and more processes), or head.decorrelation 0"
             )
         if self.optim.warmup_epochs >= self.train.epochs:
             raise UsageError(

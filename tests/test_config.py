@@ -207,6 +207,7 @@ def test_losses_that_compare_images():
     refused({"head": whitened | {"loss": "infonce"}}, "head.targets")
     for head in (whitened, {"loss": "infonce"}):
         refused({"head": head, "train": {"batch_size": 1}}, "train.batch_size")
+    refused({"head": {"decorrelation": 0.1}, "train": {"accumulation": 2}}, "head.decorrelation")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 100, 196, 10000, 20001])
@@ -338,6 +339,7 @@ def test_every_other_field_is_reported_with_both_values():
         "head.loss": "infonce",
         "head.temperature": 0.3,
         "head.targets": "whitened",
+        "head.decorrelation": 0.1,
         "head.hidden": 8,
         "head.out": 8,
         "head.predictor_hidden": 8,

@@ -110,6 +110,43 @@ def infonce_loss(
     return 2 * temperature * F.cross_entropy(logits, label.repeat(q.shape[0] // images))
 
 
+def correlation(features: Tensor) -> Tensor:
+    """How much dimensions of class tokens repeat each other: squared correlations of all pairs, per dimension.
+
+    The covariance term of VICReg (arXiv 2105.04906, equation 3) on standardized dimensions, so that it moves no scale.
+    Without it a few directions hold most of the variance of a small encoder, and these decide who is near whom.
+
+    features [R, D] of this process, R the same on all -> scalar of the rows of all processes, at least fp32.
+    """
+    z = features if features.dtype == torch.float64 else features.float()
+    with torch.autocast(z.device.type, enabled=False):
+        z = z - _over_processes(z.mean(0))
+        c = _over_processes(z.T @ z / len(z))
+        # a dimension without variance correlates with none
+        scale = (c.diagonal() + 1e-4).rsqrt()
+        c = c * scale * scale[:, None]
+        return (c.square().sum() - c.diagonal().square().sum()) / len(c)
+
+
+class _Mean(torch.autograd.Function):
+    """The mean of a tensor over processes, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _Mean.forward(ctx, gradient)
+
+
+def _over_processes(x: Tensor) -> Tensor:
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return _Mean.apply(x) if several else x
+
+
 def gather_targets(target: Tensor) -> tuple[Tensor, int]:
     """All-gather of [b, d] without gradient: [world b, d], and the row of this process's first image in it."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
@@ -138,6 +175,8 @@ class Branch(nn.Module):
     """Encoder and heads: images in, projection and class token out; `name` is that of the branch in profiles."""
 
     name: str
+    # whether the class token that `forward` returns has a gradient
+    features_learn = False
 
     def __init__(self, encoder: Encoder, projector: nn.Module) -> None:
         super().__init__()
@@ -150,8 +189,8 @@ class Branch(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """images [b, C, H, W], keep [V, b, K] or None (all tokens) -> (output of the heads, class token).
 
-        [V b, d], and [V b, D] after the final norm without a gradient. Instead of images their patches, as `keep`
-        picks them, [V b, K, C P P].
+        [V b, d], and [V b, D] after the final norm, without a gradient unless `features_learn`. Instead of images
+        their patches, as `keep` picks them, [V b, K, C P P].
         """
         with scope(f"{self.name}/embed"):
             tokens = self.embed(images, keep)
@@ -187,7 +226,7 @@ class Branch(nn.Module):
         with scope(f"{self.name}/pooling"):
             cls = self.encoder.norm(self.encoder.pool(tokens)[0])
         with scope(f"{self.name}/heads"):
-            return self.heads(cls), cls.detach()
+            return self.heads(cls), cls if self.features_learn else cls.detach()
 
     def heads(self, cls: Tensor) -> Tensor:
         """[V b, D] -> [V b, d]."""
@@ -375,6 +414,7 @@ class ExtreMA(StudentTeacher):
             projector = mlp_head(width, h.hidden, h.hidden, h.out)
             predictor = mlp_head(h.out, h.predictor_hidden, h.out)
         self.student_branch = StudentBranch(encoder, projector, predictor)
+        self.student_branch.features_learn = h.decorrelation > 0
         self.teacher_branch = TeacherBranch(copy.deepcopy(encoder), copy.deepcopy(projector))
         self._byol_loss: Callable[[Tensor, Tensor], Tensor] = byol_loss
 
@@ -400,13 +440,29 @@ class ExtreMA(StudentTeacher):
         self._byol_loss = torch.compile(self._byol_loss, **options)
 
     @scoped("loss")
-    def loss(self, prediction: Tensor, targets: Tensor, images: int, offset: int = 0) -> Tensor:
-        """The loss of a micro-batch of b `images`, the first of which has row `offset` in `targets` [M, d]."""
-        if self.head_config.loss == "byol":
-            if self.head_config.targets == "whitened":
+    def loss(
+        self,
+        prediction: Tensor,
+        targets: Tensor,
+        images: int,
+        offset: int = 0,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a micro-batch of b `images`, the first of which has row `offset` in `targets` [M, d].
+
+        `features` [V b, D]: class tokens of the student, for `head.decorrelation`; without it not needed.
+        """
+        head = self.head_config
+        if head.loss == "byol":
+            if head.targets == "whitened":
                 targets = whiten(targets)
-            return self._byol_loss(prediction, targets[offset : offset + images])
-        return infonce_loss(prediction, targets, self.head_config.temperature, images, offset)
+            loss = self._byol_loss(prediction, targets[offset : offset + images])
+        else:
+            loss = infonce_loss(prediction, targets, head.temperature, images, offset)
+        if not head.decorrelation:
+            return loss
+        assert features is not None
+        return loss + head.decorrelation * correlation(features)
 
     def forward(
         self, student_images: Tensor, teacher_images: Tensor, keep: Tensor, path: Tensor | None = None
@@ -422,5 +478,5 @@ class ExtreMA(StudentTeacher):
         target, teacher_features = self.teacher_branch(teacher_images)
         targets, offset = gather_targets(target) if self.head_config.whole_batch else (target, 0)
         prediction, features = self.student_branch(student_images, keep, path)
-        loss = self.loss(prediction, targets, len(teacher_images), offset)
+        loss = self.loss(prediction, targets, len(teacher_images), offset, features)
         return Output(loss, prediction.detach(), target, features.detach(), teacher_features)

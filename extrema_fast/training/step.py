@@ -164,9 +164,9 @@ def micro_batch_loss(
     with autocast():
         if targets is None:
             targets, _ = method.teacher_branch(teacher_patches)
-        prediction, _ = student(student_patches, keep, drop_path)
+        prediction, features = student(student_patches, keep, drop_path)
     images = len(teacher_patches)
-    loss = method.loss(prediction, targets, images, offset)
+    loss = method.loss(prediction, targets, images, offset, features)
     return loss, prediction.detach(), targets[offset : offset + images]
 
 

@@ -135,7 +135,7 @@ def go_back(run: Path, step: int) -> None:
 
 
 def test_two_equal_one(run_cli):
-    steps(run_cli, 2)
+    steps(run_cli, 2, decorrelation=0.3)
 
 
 LEAVES = "from extrema_fast.training import checkpoint\ncheckpoint.LEAVE_S = 0.2\n"

@@ -15,7 +15,7 @@ import textwrap
 import pytest
 import torch
 
-from extrema_fast.models.extrema import byol_loss, infonce_loss, whiten
+from extrema_fast.models.extrema import byol_loss, correlation, infonce_loss, whiten
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
@@ -131,6 +131,19 @@ def test_a_zero_vector_gives_no_nan(loss):
     value = loss(q, torch.zeros(2, 8))
     value.backward()
     assert value.isfinite() and q.grad.isfinite().all()
+
+
+def test_correlation_by_hand():
+    z = torch.randn(9, 4, dtype=torch.float64) @ torch.randn(4, 4, dtype=torch.float64) * 3 + 5
+    # one that never moves, one that repeats another
+    z = torch.cat([z, torch.full((9, 1), 7.0).double(), -2 * z[:, :1]], 1).requires_grad_()
+    c = z.detach().T.cov(correction=0)
+    c = c / (c.diagonal() + 1e-4).sqrt().outer((c.diagonal() + 1e-4).sqrt())
+    wanted = sum(c[i, j] ** 2 for i in range(6) for j in range(6) if i != j) / 6
+    assert torch.allclose(correlation(z), wanted, rtol=1e-12) and wanted > 1 / 3
+    assert torch.autograd.gradcheck(correlation, z)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert correlation(z.float()).item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
 RANK = """

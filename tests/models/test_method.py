@@ -15,7 +15,7 @@ from extrema_fast.kernels.patch_gather import gather_patches
 from extrema_fast import config as c
 from extrema_fast.models.drop_path import drop_path_scale
 from extrema_fast.models.encoder import build_encoder
-from extrema_fast.models.extrema import ExtreMA, mlp_head
+from extrema_fast.models.extrema import ExtreMA, correlation, mlp_head
 from extrema_fast.models.masking import draw_views
 
 
@@ -109,6 +109,22 @@ def test_a_step_by_hand(loss, targets):
             total += -2 * 0.2 * torch.log_softmax(cos / 0.2, -1).diagonal().mean() / 3
     assert torch.allclose(out.loss, total, rtol=1e-12)
     assert not any(x.requires_grad for x in out[1:]) and out.loss.requires_grad
+
+
+@pytest.mark.parametrize("loss", ["byol", "infonce"])
+def test_decorrelation(loss):
+    outs = []
+    for weight in (0.0, 0.3):
+        cfg = c.from_dict({"head": {"decorrelation": weight}}, tiny(loss))
+        torch.manual_seed(0)
+        method = apart(ExtreMA(cfg))
+        outs.append(method(*batch(cfg)))
+        outs[-1].loss.backward()
+        outs.append(method.student.cls_token.grad)
+    plain, gradient, out, other = outs
+    assert torch.allclose(out.loss, plain.loss + 0.3 * correlation(out.student_features), rtol=1e-12)
+    assert not torch.allclose(gradient, other)
+    assert not any(x.requires_grad for x in out[1:])
 
 
 @pytest.mark.parametrize("loss", ["byol", "infonce"])
