@@ -33,6 +33,7 @@ from .image_source import ImageSource
 from .order import Order
 from .preprocess import KEEP_EXACT, Resizing, center_of, scaled_size
 from .resident import HeldDecoder, Place, hold
+from .sources import BUILT_IN
 
 log = logging.getLogger(__name__)
 
@@ -339,13 +340,13 @@ class TrainLoader(_Loader):
     def remedy(self) -> str:
         """What makes waiting for images shorter, on this machine with these settings; empty: nothing that is known."""
         cores, ways = decoding_threads(0), []
-        from_files = self.resident == "off"
+        # for the small built-in ones steps wait for a busy processor: it is the same with all of them held
+        from_files = self.resident == "off" and self._cfg.train not in BUILT_IN
         if from_files and (self.kind, self._settings.device.type) == ("dali", "cpu"):
             ways.append("hold the images decoded, if they fit into memory (--data.resident host)")
         if self._settings.threads < cores:
             ways.append(f"raise data.threads from {self._settings.threads} to {cores}")
         if not from_files:
-            # each is decoded already; what is left is cropping
             return "; ".join(ways)
         if self.kind == "pil":
             ways.append(f"install DALI ({install('dali-cuda13')})")

@@ -11,7 +11,8 @@ import contextlib
 import itertools
 import time
 from functools import partial
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -37,8 +38,8 @@ TINY = {
 }
 
 
-def begin() -> run_module.Run:
-    cfg = from_dict(TINY, smoke())
+def begin(**data: Any) -> run_module.Run:
+    cfg = from_dict({"data": data}, from_dict(TINY, smoke()))
     return run_module.build(cfg, World(torch.device("cpu")), run_module.open_train(cfg))
 
 
@@ -136,11 +137,19 @@ def test_waiting_is_told_once_and_again_when_worse():
     assert [watch.check(share, 60) for share in (0.07, 0.01, 0.14, 0.14, 0.15)] == [""] * 5
     assert watch.check(0.16, 60).startswith("steps wait for images 15 %")
     assert watch.check(0.16, 60) == ""
+    silent = DataWaitWarning()
+    assert [silent.check(0.9, 60) for _ in range(3)] == [""] * 3
 
 
 def test_the_remedy_fits(monkeypatch):
     run = begin()
+    # built in, then as a folder of the user's, as it is and held
+    folder = str(Path(run.source.paths[0]).parents[1])
+    built_in, held, run = run, begin(train=folder, resident="host"), begin(train=folder)
     monkeypatch.setattr(data, "decoding_threads", lambda wanted: wanted or 7)
+    for few in (built_in, held):
+        with run_module.open_loader(few) as loader:
+            assert loader.remedy() == "raise data.threads from 1 to 7"
     with run_module.open_loader(run) as loader:
         assert loader.remedy() == (
             f"raise data.threads from 1 to 7; install DALI ({install('dali-cuda13')}); "
@@ -149,6 +158,8 @@ def test_the_remedy_fits(monkeypatch):
     monkeypatch.setattr(data, "decoding_threads", lambda wanted: 1)
     with run_module.open_loader(run) as loader:
         assert "data.threads" not in loader.remedy()
+    with run_module.open_loader(built_in) as loader:
+        assert loader.remedy() == ""
 
 
 @pytest.mark.parametrize(

@@ -115,9 +115,10 @@ def test_signals(tries, pretrain, straight):
         module, name = PLACES[place]
         # the run is complete with its third save
         passes = 1 if place == "before the first step" else int(tries.rng.integers(1, 3))
-        # together they are one request; a storm lasts
-        gap = 0.02 if numbers is STORM else 0.0
-        setup = f"{SENDS}\nsend({module}, {name!r}, {passes}, {[*map(int, numbers)]}, {gap})"
+        # two are one request, also where much time passes between them under load; a storm lasts
+        gap, together = (0.02, 0.05) if numbers is STORM else (0.0, 60.0)
+        call = f"send({module}, {name!r}, {passes}, {[*map(int, numbers)]}, {gap})"
+        setup = f"{SENDS}\nsignals.TOGETHER_S = {together}\n{call}"
         many = "a storm" if numbers is STORM else signal.Signals(numbers[0]).name
         # what comes later than together ends the run at once
         code = (75, *(128 + n for n in STORM)) if numbers is STORM else 75
