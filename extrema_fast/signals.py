@@ -95,8 +95,8 @@ def _watch(receiving: int, left: threading.Event, farewell: Callable[[], None]) 
 class Signals:
     """Context in which the signals of `STOPPING` only set a flag: the loop finishes its step, saves and stops.
 
-    A second signal raises `Stopped` at once, and ends the process where that cannot be raised. SIGHUP stays ignored
-    where it is (nohup). No effect outside the main thread.
+    A second signal raises `Stopped` at once, and ends the process where that cannot be raised; others do
+    nothing. SIGHUP stays ignored where it is (nohup). No effect outside the main thread.
 
     Attributes:
         stop: whether a signal has come; may be set for another reason to stop.
@@ -108,7 +108,7 @@ class Signals:
         self.stop = False
         self.raises = False
         self.farewell: Callable[[], None] = lambda: None
-        self._at = 0.0
+        self._at, self._forced = 0.0, False
         self._previous: dict[int, Any] = {}
         self._watched = watched(lambda: self.farewell())
 
@@ -160,5 +160,7 @@ class Signals:
             previous(number, frame)
         if first and self.raises:
             raise Stopped(number, forced=False)
-        if not first and now - self._at > TOGETHER_S:
+        if not first and not self._forced and now - self._at > TOGETHER_S:
+            # once: what records the end is not interrupted by further ones
+            self._forced = True
             raise Stopped(number, forced=True)

@@ -37,6 +37,8 @@ def test_the_first_sets_a_flag_and_a_second_raises(monkeypatch, number):
         with pytest.raises(Stopped) as e:
             send(number)
         assert e.value.forced and e.value.number == number
+        # what the second began is not interrupted
+        send(number)
     assert signal.getsignal(number) is before
 
 

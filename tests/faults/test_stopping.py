@@ -120,8 +120,8 @@ def test_signals(tries, pretrain, straight):
         call = f"send({module}, {name!r}, {passes}, {[*map(int, numbers)]}, {gap})"
         setup = f"{SENDS}\nsignals.TOGETHER_S = {together}\n{call}"
         many = "a storm" if numbers is STORM else signal.Signals(numbers[0]).name
-        # what comes later than together ends the run at once
-        code = (75, *(128 + n for n in STORM)) if numbers is STORM else 75
+        # what comes later than together ends the run at once, and what comes after its end the process
+        code = (75, *(128 + n for n in STORM), *(-n for n in STORM)) if numbers is STORM else 75
         what, name = f"{many} {place}, pass {passes}", f"signal{i}"
         check(tries, pretrain, straight, name, what, *pretrain(name, setup=setup), code=code)
 
