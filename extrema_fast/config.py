@@ -744,13 +744,10 @@ def _scaled_warmup(base: Config, data: dict[str, Any]) -> dict[str, Any]:
     return data | {"optim": optim | {"warmup_epochs": scaled}}
 
 
-_hints = functools.cache(get_type_hints)
-
-
 def _replace(obj: Any, data: dict[str, Any], prefix: str, recorded: bool) -> Any:
     if not isinstance(data, dict):
         raise UsageError(f"{prefix.rstrip('.') or 'config'}: expected a table of options, got {data!r}")
-    hints = _hints(type(obj))
+    hints = get_type_hints(type(obj))
     changed = {}
     for key, value in data.items():
         name = key.replace("-", "_")
