@@ -106,7 +106,8 @@ def _notes(runs: Sequence[RunRecord]) -> list[str]:
     """What cannot be compared."""
     notes = []
     heads = [r.cfg.head for r in runs]
-    if len({(h.loss, h.targets, h.temperature * (h.loss == "infonce")) for h in heads}) > 1:
+    losses = {(h.loss, h.targets, h.temperature * (h.loss == "infonce"), h.decorrelation) for h in heads}
+    if len(losses) > 1:
         notes.append("The runs have different losses, whose values say nothing about one another.")
     tests = {(r.cfg.data.test or r.cfg.data.train, r.cfg.data.holdout, r.cfg.eval.max_test) for r in runs}
     rules = {(r.cfg.eval.k, r.cfg.eval.temperature, r.cfg.eval.max_train) for r in runs}
