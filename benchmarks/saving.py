@@ -60,6 +60,8 @@ def main(argv: list[str]) -> int:
     args.device, args.threads = "cpu", args.threads or 1
     harness.settle(args)
     rounds, steps = args.rounds or (2 if args.quick else 10), args.steps or 2 * EVERY
+    if steps < EVERY:
+        p.error(f"--steps {steps}: no save in it; give {EVERY} or more")
     cases = args.cases[-1:] if args.quick else args.cases
     if args.list:
         print(
