@@ -332,6 +332,8 @@ class HeadConfig:
     decorrelation: float = 0.0
     """Weight of squared correlations between dimensions of the student's class token (`models.extrema.correlation`);
     0: none (the paper's). About 0.01 where a run is short and the encoder small."""
+    norm: Literal["layer", "batch"] = "layer"
+    """Of the hidden layers: `layer` (the released code's), or `batch`, over the whole batch of all processes."""
     hidden: int = 4096
     """Hidden units of the projector."""
     out: int = 256
@@ -352,6 +354,11 @@ class HeadConfig:
     def whole_batch(self) -> bool:
         """Whether the loss of an image depends on the targets of all images of the step."""
         return self.loss == "infonce" or self.targets != "plain"
+
+    @property
+    def at_once(self) -> str:
+        """The option by which all rows of a step must be there at once; empty: none."""
+        return "decorrelation" if self.decorrelation else "norm" if self.norm == "batch" else ""
 
 
 @dataclass(frozen=True)
@@ -544,15 +551,17 @@ class Config:
             )
         local_batch(self, 1)
         self._check_channels()
-        if self.head.whole_batch and self.train.batch_size == 1:
+        if (self.head.whole_batch or self.head.norm == "batch") and self.train.batch_size == 1:
             raise UsageError(
-                "train.batch_size: InfoNCE and whitened targets compare an image with the others of its batch, and 1 "
-                "leaves none; use at least 2, or head.loss byol with head.targets plain"
+                "train.batch_size: InfoNCE, whitened targets and batch norm compare an image with the others of its "
+                "batch, and 1 leaves none; use at least 2, or head.loss byol with head.targets plain and head.norm "
+                "layer"
             )
-        if self.head.decorrelation and self.train.accumulation > 1:
+        if (name := self.head.at_once) and self.train.accumulation > 1:
             raise UsageError(
-                f"head.decorrelation: correlations are those of the whole batch, which {self.train.accumulation} "
-                "micro-batches do not show; use train.accumulation 1 (and more processes), or head.decorrelation 0"
+                f"head.{name}: its statistics are those of the whole batch, which {self.train.accumulation} "
+                f"micro-batches do not show; use train.accumulation 1 (and more processes), or head.{name} "
+                f"{HeadConfig.__dataclass_fields__[name].default}"
             )
         if self.optim.warmup_epochs >= self.train.epochs:
             raise UsageError(

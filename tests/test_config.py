@@ -205,9 +205,10 @@ def test_losses_that_compare_images():
     whitened = {"targets": "whitened"}
     assert c.from_dict({"head": whitened}, SMOKE).head.whole_batch and not SMOKE.head.whole_batch
     refused({"head": whitened | {"loss": "infonce"}}, "head.targets")
-    for head in (whitened, {"loss": "infonce"}):
+    for head in (whitened, {"loss": "infonce"}, {"norm": "batch"}):
         refused({"head": head, "train": {"batch_size": 1}}, "train.batch_size")
-    refused({"head": {"decorrelation": 0.1}, "train": {"accumulation": 2}}, "head.decorrelation")
+    for head in ({"decorrelation": 0.1}, {"norm": "batch"}):
+        refused({"head": head, "train": {"accumulation": 2}}, f"head.{next(iter(head))}")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 100, 196, 10000, 20001])
@@ -340,6 +341,7 @@ def test_every_other_field_is_reported_with_both_values():
         "head.temperature": 0.3,
         "head.targets": "whitened",
         "head.decorrelation": 0.1,
+        "head.norm": "batch",
         "head.hidden": 8,
         "head.out": 8,
         "head.predictor_hidden": 8,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,11 @@ from ..config import Config
 from ..data.augment import normalize
 from ..data.sources import ImageSource, subset
 from ..errors import UsageError
+from ..models.extrema import ExtreMA, alone
 from ..models.masking import sample_views
 from ..ops import dispatch as ops
 from .features import Embedded, cap, extract, labelled, load_batch
 from .probes import attention_entropy, indicators, knn
-
-if TYPE_CHECKING:
-    from ..models.extrema import ExtreMA
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +35,7 @@ class OnlineEval(NamedTuple):
 
 
 @ops.allow_fallback()
+@alone()
 @torch.inference_mode()
 def online_eval(
     method: ExtreMA,

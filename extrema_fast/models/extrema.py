@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -34,15 +35,33 @@ TOGETHER = 4
 # ---- heads and losses -------------------------------------------------------------------------------
 
 
-def mlp_head(*widths: int) -> nn.Sequential:
-    """Linear layers between `widths`; LayerNorm (eps 1e-5) and GELU after all but the last.
+class BatchNorm(nn.Module):
+    """Batch norm with the statistics of the rows at hand, on all processes; none are kept for later.
+
+    Its weights are not called as those of a LayerNorm, so that neither is filled with the other's unnoticed.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [R, D], R the same on all processes -> the same, in its dtype."""
+        y = x if x.dtype == torch.float64 else x.float()
+        y = y - _over_processes(y.mean(0))
+        y = y * (_over_processes(y.square().mean(0)) + 1e-5).rsqrt()
+        return (y * self.scale + self.shift).to(x.dtype)
+
+
+def mlp_head(*widths: int, norm: str = "layer") -> nn.Sequential:
+    """Linear layers between `widths`; after all but the last a norm (eps 1e-5), `layer` or `batch`, and GELU.
 
     Sub-module numbers are those of the released checkpoints (`head.{0,1,3,4,6}`, `predictor.{0,1,3}`).
     """
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
         if i:
-            layers += [nn.LayerNorm(fan_in, eps=1e-5), nn.GELU()]
+            layers += [BatchNorm(fan_in) if norm == "batch" else nn.LayerNorm(fan_in, eps=1e-5), nn.GELU()]
         linear = Linear(fan_in, fan_out)
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
@@ -142,8 +161,22 @@ class _Mean(torch.autograd.Function):
         return _Mean.forward(ctx, gradient)
 
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Context of what one process does without the others: statistics of a batch are those of its rows."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def _over_processes(x: Tensor) -> Tensor:
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    several = not _alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return _Mean.apply(x) if several else x
 
 
@@ -411,8 +444,8 @@ class ExtreMA(StudentTeacher):
             torch.manual_seed(cfg.train.seed)
             encoder = Encoder(cfg.model)
             encoder.mean, encoder.std = cfg.data.mean, cfg.data.std
-            projector = mlp_head(width, h.hidden, h.hidden, h.out)
-            predictor = mlp_head(h.out, h.predictor_hidden, h.out)
+            projector = mlp_head(width, h.hidden, h.hidden, h.out, norm=h.norm)
+            predictor = mlp_head(h.out, h.predictor_hidden, h.out, norm=h.norm)
         self.student_branch = StudentBranch(encoder, projector, predictor)
         self.student_branch.features_learn = h.decorrelation > 0
         self.teacher_branch = TeacherBranch(copy.deepcopy(encoder), copy.deepcopy(projector))

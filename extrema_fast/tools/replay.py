@@ -152,7 +152,7 @@ def _find(path: Path, step: int | None) -> tuple[Path, Capture | None]:
 def _on_one_device(cfg: Config, processes: Any, device: str | None) -> tuple[Config, int]:
     """The configuration that cuts a batch into the parts that each process had, on one device; how many had one."""
     parts = processes if isinstance(processes, int) and processes > 0 else 1
-    if cfg.train.batch_size % (parts * cfg.train.accumulation):
+    if cfg.train.batch_size % (parts * cfg.train.accumulation) or cfg.head.at_once:
         parts = 1
     train = replace(cfg.train, accumulation=cfg.train.accumulation * parts)
     system = cfg.system if device is None else replace(cfg.system, device=device)

@@ -70,6 +70,42 @@ def test_head_layers():
         assert 0.9 * bound < m.weight.detach().abs().max() <= bound and not m.bias.any()
 
 
+def test_batch_norm():
+    head = mlp_head(8, 16, 4, norm="batch").double()
+    assert head[1].state_dict().keys() == {"scale", "shift"}
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        head[1].scale.normal_()
+        head[1].shift.normal_()
+
+    def torchs(x, scale, shift):
+        return F.batch_norm(x, None, None, scale, shift, training=True, eps=1e-5)
+
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        out = head[1].float()(x.to(dtype)) if dtype != torch.float64 else head[1](x)
+        assert out.dtype == dtype
+        expected = torchs(x, *(p.double() for p in head[1].parameters()))
+        assert torch.allclose(
+            out.double(), expected, **{torch.float64: {"rtol": 1e-12}}.get(dtype, {"atol": 0.05})
+        )
+    head.double()
+    weights = [x, *head[1].parameters()]
+    weight = torch.randn(5, 16, dtype=torch.float64)
+    own = torch.autograd.grad((head[1](x) * weight).sum(), weights)
+    theirs = torch.autograd.grad((torchs(*weights) * weight).sum(), weights)
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(own, theirs, strict=True))
+
+
+def test_heads_with_batch_norm():
+    cfg = c.from_dict({"head": {"norm": "batch"}}, tiny())
+    method = ExtreMA(cfg)
+    kinds = [
+        [type(m).__name__ for m in head]
+        for head in (method.projector, method.teacher_projector, method.predictor)
+    ]
+    assert [k.count("BatchNorm") for k in kinds] == [2, 2, 1] and not any("LayerNorm" in k for k in kinds)
+
+
 # ---- one step -------------------------------------------------------------------------------------
 
 

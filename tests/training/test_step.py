@@ -108,8 +108,10 @@ def same(a: Run, b: Run, rtol: float = 1e-4, atol: float = 1e-5) -> None:
 def test_compiled_steps_equal_plain_ones(counting, mode, loss, accumulation, monkeypatch):
     # stretches of two blocks and of one
     monkeypatch.setattr(extrema, "TOGETHER", 2)
-    # InfoNCE with the class token in the loss
-    head = {"loss": loss, "decorrelation": 0.1 * (loss == "infonce")}
+    # InfoNCE with the class token in the loss, and batch norm
+    head = {"loss": loss}
+    if loss == "infonce":
+        head |= {"decorrelation": 0.1, "norm": "batch"}
     change = {"head": head, "train": {"accumulation": accumulation}, "model": {"depth": 5}}
     plain = begin(**change)
     change["train"]["compile"] = mode
