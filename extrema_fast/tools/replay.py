@@ -95,12 +95,11 @@ def replay(
     micro_batches = list(batch.micro_batches)
     first_row, size = 0, len(micro_batches[0].images)
     if rank is not None:
+        if cfg.head.at_once or (cfg.head.whole_batch and parts > 1):
+            what = cfg.head.at_once or f"loss {cfg.head.loss} with these targets"
+            raise UsageError(f"--rank: head.{what} needs the whole batch; leave --rank out")
         if not 0 <= rank < parts:
             raise UsageError(f"--rank: {rank} is none of the {parts} processes of the run")
-        if cfg.head.whole_batch and parts > 1:
-            raise UsageError(
-                f"--rank: head.loss {cfg.head.loss} with these targets needs the whole batch; leave --rank out"
-            )
         count = len(micro_batches) // parts
         micro_batches, first_row = micro_batches[rank * count :][:count], rank * count * size
     images = [int(i) for i in batch.index[first_row:][: size * len(micro_batches)]]

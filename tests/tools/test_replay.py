@@ -164,6 +164,18 @@ def test_any_step_of_a_run(tmp_path):
         replay(tmp_path, 1)
 
 
+def test_a_batch_that_several_processes_shared(tmp_path):
+    head = {"loss": "infonce", "decorrelation": 0.1, "norm": "batch"}
+    out = train.pretrain(tiny(tmp_path / "run", RUN, head=head), progress=False)
+    env = json.loads((out / "env.json").read_text())
+    (out / "env.json").write_text(json.dumps(env | {"world_size": 2}))
+    # statistics over their rows: it stays whole
+    loss = history(out / "log.jsonl", "train", 6)[1]["loss"]
+    assert replay(out, 2)["as_run"]["loss"] == loss
+    with pytest.raises(UsageError, match=r"--rank: head\.decorrelation needs the whole batch"):
+        replay(out, 2, rank=1)
+
+
 def test_a_fine_tuning(tmp_path, monkeypatch):
     def spoil_one(out):
         out = out.clone()
