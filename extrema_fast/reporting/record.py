@@ -290,6 +290,7 @@ def _training(run: RunRecord) -> list[str]:
     loss = f"InfoNCE, temperature {cfg.head.temperature:g}" if cfg.head.loss == "infonce" else "BYOL"
     loss += "" if cfg.head.targets == "plain" else f", {cfg.head.targets} targets"
     loss += f", decorrelation {cfg.head.decorrelation:g}" if cfg.head.decorrelation else ""
+    loss += ", batch norm in the heads" if cfg.head.norm == "batch" else ""
     if isinstance(cfg, FinetuneConfig):
         loss = f"fine-tuning, cross-entropy, layer decay {cfg.tune.layer_decay:g}"
     precision = run.env.get("resolved", {}).get("precision", cfg.train.precision)
