@@ -42,7 +42,7 @@ def states(*names: str) -> dict[str, Finding]:
 
 def test_a_crash_takes_no_other_check_along(broken):
     broken(
-        torchvision="import os; print('from C'); os.abort()",
+        torchvision="import os; print('from C', flush=True); os.abort()",
         xformers="raise ImportError('libcudart.so.11: no such file')",
         timm="raise SystemExit(3)",
     )
