@@ -35,6 +35,10 @@ TOGETHER = 4
 # ---- heads and losses -------------------------------------------------------------------------------
 
 
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class BatchNorm(nn.Module):
     """Batch norm with the statistics of the rows at hand, on all processes; none are kept for later.
 
@@ -47,7 +51,7 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [R, D], R the same on all processes -> the same, in its dtype."""
-        y = x if x.dtype == torch.float64 else x.float()
+        y = _at_least_fp32(x)
         y = y - _over_processes(y.mean(0))
         y = y * (_over_processes(y.square().mean(0)) + 1e-5).rsqrt()
         return (y * self.scale + self.shift).to(x.dtype)
@@ -70,7 +74,7 @@ def mlp_head(*widths: int, norm: str = "layer") -> nn.Sequential:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    return F.normalize(_at_least_fp32(x), dim=-1)
 
 
 def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -95,8 +99,7 @@ def whiten(targets: Tensor, shrinkage: float = 0.01) -> Tensor:
     Returns:
         [M, d], at least fp32, up to one factor.
     """
-    k = targets.detach()
-    k = k if k.dtype == torch.float64 else k.float()
+    k = _at_least_fp32(targets.detach())
     with torch.autocast(k.device.type, enabled=False):
         k = k - k.mean(0)
         # (K K' + s I)^-1/2 K is the same: the smaller of both
@@ -137,7 +140,7 @@ def correlation(features: Tensor) -> Tensor:
 
     features [R, D] of this process, R the same on all -> scalar of the rows of all processes, at least fp32.
     """
-    z = features if features.dtype == torch.float64 else features.float()
+    z = _at_least_fp32(features)
     with torch.autocast(z.device.type, enabled=False):
         z = z - _over_processes(z.mean(0))
         c = _over_processes(z.T @ z / len(z))

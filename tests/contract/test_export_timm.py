@@ -115,7 +115,7 @@ define_torchvision_operators()
 import timm, torch
 from PIL import Image
 root = {root!r}
-images, out = torch.load(root + "/images.pt"), {{}}
+images, out = torch.load(root + "/images.pt", weights_only=True), {{}}
 with torch.no_grad():
     model = timm.create_model(f"local-dir:{{root}}/vit", pretrained=True).eval()
     out["class"], out["timm"] = type(model).__module__, model(images).flatten()[:5].tolist()

@@ -81,6 +81,12 @@ def test_two_equal_one(pretrain, tmp_path, loss, accumulation, begun):
     assert text.count("the trunk rests for 1 step,") == text.count("left out         class token") == begun
 
 
+def test_process_0_evaluates_heads_with_batch_norm_alone(pretrain):
+    codes, text, out = pretrain("run", "--head.norm", "batch", processes=2)
+    assert codes == [0, 0], text
+    assert all("teacher_proj_std" in r for r in history(out / "log.jsonl", "eval", STEPS))
+
+
 # graphs without code generation
 EAGER_BACKEND = """
 from extrema_fast.training import step
