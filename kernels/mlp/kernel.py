@@ -192,7 +192,8 @@ def gelu_bwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    total = tl.zeros([BLOCK_N], ACC)
+    # summed over a tile's rows once, at the end: threads of other warps hold them
+    total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     low = dh_ptr.dtype.element_ty
     for start in tl.range(row * BLOCK_M, tokens, ROWS * BLOCK_M, num_stages=STAGES):
         offs_m = start + tl.arange(0, BLOCK_M)
@@ -201,8 +202,8 @@ def gelu_bwd_kernel(
         slope = _dgelu(tl.load(h_ptr + at, mask=mask, other=0.0).to(ACC), ACC)
         dh = tl.load(dg_ptr + at, mask=mask, other=0.0).to(ACC) * slope
         tl.store(dh_ptr + at, dh.to(low), mask=mask)
-        total += tl.sum(dh, 0)
-    tl.store(sums_ptr + row * N + offs_n, total, mask=mask_n)
+        total += dh
+    tl.store(sums_ptr + row * N + offs_n, tl.sum(total, 0), mask=mask_n)
 
 
 # ---- launchers ------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def heuristic(direction: str, itemsize: int, large: bool = False) -> dict[str, i
     if direction == "gelu":
         return {"BLOCK": 1024, "num_warps": 4}
     if direction == "dgelu":
-        return {"BLOCK_M": 8, "BLOCK_N": 512 // itemsize, "STAGES": 3, "num_warps": 4}
+        return {"BLOCK_M": 16, "BLOCK_N": 512 // itemsize, "STAGES": 2, "num_warps": 4}
     steps = {"BLOCK_K": 64, "num_stages": 3} if large else {"BLOCK_K": 32, "num_stages": 4}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8} | steps
 
