@@ -181,14 +181,16 @@ def residual_norm_bwd_kernel(
 def heuristic(direction: str, width: int, itemsize: int) -> dict[str, int]:
     """Settings where nothing was measured: a thread holds 16 bytes of each of its tokens' rows."""
     row = _launch.power_of_two(width, 16) * itemsize
-    chosen = {"BLOCK_R": 4 if row <= 2048 else 2, "num_warps": min(8, max(1, row // 512))}
+    # narrow rows leave one warp, which spills four of them in the backward pass
+    block = 4 if (1024 if direction == "bwd" else 0) <= row <= 2048 else 2
+    chosen = {"BLOCK_R": block, "num_warps": min(8, max(1, row // 512))}
     # two tiles are on their way while one is computed with
     return chosen | ({"STAGES": 3} if direction == "bwd" else {})
 
 
-def programs(device: torch.device) -> int:
-    """Programs, and so partial rows, of the backward pass: two per multiprocessor of a GPU."""
-    return 2 * _multiprocessors(device) if device.type == "cuda" else 8
+def programs(device: torch.device, warps: int) -> int:
+    """Programs, and so partial rows, of the backward pass; on a GPU 8 warps a multiprocessor, in 2 or more."""
+    return max(2, 8 // warps) * _multiprocessors(device) if device.type == "cuda" else 8
 
 
 @functools.cache
@@ -290,7 +292,7 @@ def backward(
         "HAS_SCALE": scale is not None,
         "HAS_BIAS": bias,
     } | _options("bwd", like)
-    count = min(programs(like.device), triton.cdiv(tokens, options["BLOCK_R"]))
+    count = min(programs(like.device, options["num_warps"]), triton.cdiv(tokens, options["BLOCK_R"]))
     sums = _launch.empty((count, 2 * norm + bias, width), like, _launch.wide(like.dtype))
     pointers = _given((du, dout, out, mean, rstd, gain, scale, dx, dbranch, sums), like)
     _launch.launch(residual_norm_bwd_kernel, (count,), like, *pointers, tokens, n, PROGRAMS=count, **options)

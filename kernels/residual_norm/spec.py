@@ -18,6 +18,7 @@ def variants() -> dict[str, Launch]:
     found: dict[str, Launch] = {}
     for dtype, width in (
         (torch.bfloat16, 768),
+        (torch.bfloat16, 192),
         (torch.bfloat16, 384),
         (torch.bfloat16, 1280),
         (torch.float32, 768),
