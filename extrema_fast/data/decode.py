@@ -84,6 +84,16 @@ class Settings(NamedTuple):
     interpolation: str = "bilinear"
 
 
+def useful_threads(threads: int, sizes: np.ndarray) -> int:
+    """How many of `threads` decode images of these sizes ([n, 2]) with Pillow no slower than fewer.
+
+    About 0.1 ms of an image is Python, which one thread runs at a time; what others run meanwhile is 0.01 us a pixel.
+    With 16 threads, 32 x 32 pixels take several times as long as with one.
+    """
+    pixels = float(sizes.astype(np.int64).prod(1).mean()) if len(sizes) else 0.0
+    return min(threads, 1 + int(pixels / 10_000))
+
+
 def take_ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
     """The same items, taken from their iterator `count` items early; an error comes after the items before it."""
     waiting: deque[Any] = deque()
@@ -143,7 +153,8 @@ class PilDecoder:
                     failed[i] = e
             return failed
 
-        running = [self._pool.submit(decode, range(i, count, s.threads)) for i in range(s.threads)]
+        threads = useful_threads(s.threads, self.files.sizes[work.rows])
+        running = [self._pool.submit(decode, range(i, count, threads)) for i in range(threads)]
         return lambda: Decoded(images, {i: e for done in running for i, e in done.result().items()})
 
     def _crop(self, work: Work, place: int) -> np.ndarray:

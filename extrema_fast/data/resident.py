@@ -25,7 +25,7 @@ from ..errors import DataError, UsageError
 from ..kernels.crop_resize import COLUMNS
 from ..ops import dispatch as ops
 from ..progress import ImageProgress
-from .decode import AHEAD, Decoded, Settings, Work, take_ahead
+from .decode import AHEAD, Decoded, Settings, Work, take_ahead, useful_threads
 from .image_files import ImageFiles
 from .image_source import ImageSource
 
@@ -180,6 +180,7 @@ def hold(
             bar.advance(len(rows))
     files.close()
     todo = todo[~np.isin(todo, list(failed))]
+    threads = useful_threads(threads, files.sizes[todo])
     lengths = channels * files.sizes[todo].astype(np.int64).prod(1)
     ends = np.cumsum(lengths)
     starts = np.zeros(len(source), np.int64)
