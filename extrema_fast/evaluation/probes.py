@@ -259,7 +259,8 @@ def indicators(x: Tensor) -> dict[str, float]:
     off_diagonal = x.sum(0).square().sum() - x.square().sum()
     return {
         "std": float(math.sqrt(d) * x.std(0, correction=0).mean()),
-        "rank": float(torch.special.entr(p).sum().exp()),
+        # not torch.special.entr, which compiles code for a GPU
+        "rank": float((-torch.xlogy(p, p).sum()).exp()),
         "cosine": float(off_diagonal / (n * (n - 1))),
     }
 

@@ -252,11 +252,17 @@ def _xformers_missing() -> str:
     """Imports xformers; why its attention cannot be used, empty when trying it decides."""
     if importlib.util.find_spec("xformers") is None:
         return f"xformers is not installed ({install('xformers')})"
+    # its words about a library that does not load take five lines; ours below take one
+    words = logging.getLogger("xformers")
+    level = words.level
+    words.setLevel(logging.ERROR)
     try:
         lib = importlib.import_module("xformers._cpp_lib")
     except Exception:
         # another version's layout
         lib = None
+    finally:
+        words.setLevel(level)
     error = getattr(lib, "_cpp_library_load_exception", None)
     cause = f"its C++ library does not load with this PyTorch ({_first_line(error)})"
     if error is not None and hasattr(lib, "_built_with_cuda"):

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import uuid
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -172,6 +173,8 @@ def prepare_torch(cfg: SystemConfig) -> None:
         torch.set_num_threads(cfg.threads)
     if not torch.cuda.is_available():
         keep_freed_memory()
+    # the first matmul of torch's backward thread finds no context there, and makes it: nothing is wrong
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
