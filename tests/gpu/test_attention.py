@@ -66,7 +66,8 @@ def compare(name: str, qkv: Tensor, upstream: Tensor, some: Tensor | slice = sli
     exact = with_gradient(plain, qkv[some].double(), upstream[some])
     for ours, theirs, wanted in zip(got, same, exact, strict=True):
         assert bool(ours.isfinite().all())
-        assert_as_good(ours[some], theirs, wanted, 256)
+        # of one token the definition is exact; kernels take exponentials of 2, to 2e-6
+        assert_as_good(ours[some], theirs, wanted, 1024)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -77,7 +78,7 @@ def test_against_float64(name, n, dtype, device):
     qkv, upstream = randn(33, n, 3, 6, 64, dtype=dtype), randn(33, n, 6, 64, dtype=dtype)
     compare(name, qkv, upstream)
     with torch.no_grad():
-        assert_as_good(ops.attention(qkv, name), plain(qkv), plain(qkv.double()), 256)
+        assert_as_good(ops.attention(qkv, name), plain(qkv), plain(qkv.double()), 1024)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,8 @@ def test_the_ema_update_is_that_of_lerp(weight):
     expected = [t.lerp(s, weight) for t, s in zip(teacher, student, strict=True)]
     ema_(teacher, student, torch.tensor(weight, dtype=torch.float64, device="cuda"))
     for t, e in zip(teacher, expected, strict=True):
-        torch.testing.assert_close(t, e, rtol=1e-6, atol=1e-7)
+        # two roundings of numbers up to 4
+        torch.testing.assert_close(t, e, rtol=1e-6, atol=5e-7)
     # of a skipped step
     before = [t.clone() for t in teacher]
     ema_(
