@@ -56,7 +56,6 @@ OPTIONAL = {
     "PIL": "no images can be read: no run, no loader benchmark",
     "nvidia.dali": "no loader benchmark",
     "xformers": "its attention is no candidate",
-    "tyro": "`extrema-fast` itself does not run",
 }
 
 

@@ -44,6 +44,7 @@ class Worker:
         args: picklable arguments.
         environment: variables of the process in addition to ours.
         group: the process leads its own group, so that it can be stopped together with its children.
+        wait: until the object is built; else `ready` does.
 
     Raises:
         WorkerError: the object cannot be built, a call fails, or the process ends or does not answer.
@@ -55,6 +56,7 @@ class Worker:
         *args: Any,
         environment: dict[str, str] | None = None,
         group: bool = False,
+        wait: bool = True,
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
@@ -62,8 +64,14 @@ class Worker:
         with patch.dict(os.environ, environment or {}):
             self.process.start()
         theirs.close()
+        self.built: dict[str, Any] = {}
+        if wait:
+            self.ready()
+
+    def ready(self) -> None:
+        """Waits until the object is built; raises as building it here would."""
         try:
-            self.built: dict[str, Any] = self._receive("start")
+            self.built = self._receive("start")
         except BaseException:
             self.close()
             raise
@@ -156,12 +164,23 @@ class Turns:
             worker.close()
 
     def start(
-        self, key: str, factory: Callable[..., Any], *args: Any, environment: dict[str, str] | None = None
+        self,
+        key: str,
+        factory: Callable[..., Any],
+        *args: Any,
+        environment: dict[str, str] | None = None,
+        wait: bool = True,
     ) -> None:
-        """Starts a worker; `built` goes to its row."""
+        """Starts a worker; `built` goes to its row, with `wait` false when `ready` is called."""
         say(f"starting {key}")
+        self.workers[key] = Worker(factory, *args, environment=environment, group=self.pause, wait=False)
+        if wait:
+            self.ready(key)
+
+    def ready(self, key: str) -> None:
+        """Waits for a worker that was started without waiting."""
         try:
-            self.workers[key] = Worker(factory, *args, environment=environment, group=self.pause)
+            self.workers[key].ready()
             self.rows[key] |= self.workers[key].built
         except WorkerError as error:
             self._failed(key, error)

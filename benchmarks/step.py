@@ -541,12 +541,23 @@ def measure(
         except WorkerError as error:
             raise UsageError(f"the comparison with ours failed: {error}") from None
         save(found(), "nothing was timed")
+
+        def begin(turns: Turns, job: Job, wait: bool = True) -> None:
+            start = weights if job in same else None
+            turns.start(job.key, Stepping, job, start, environment=job.provider.environment, wait=wait)
+
         with Worker(Rates, args.device, sorted({j.precision for j in jobs}), args.threads) as rates:
             for group in groups:
                 with Turns(rows) as turns:
+                    # a GPU's time is dear: all compile at once there
+                    at_once = args.device.startswith("cuda")
+                    for job in group if at_once else ():
+                        begin(turns, job, wait=False)
                     for job in group:
-                        start = weights if job in same else None
-                        turns.start(job.key, Stepping, job, start, environment=job.provider.environment)
+                        if at_once:
+                            turns.ready(job.key)
+                        else:
+                            begin(turns, job)
                         # for a record that is cut off while the next one compiles; it is not kept
                         rows[job.key] |= turns.ask(job.key, "turn", warm, args.steps)
                         save(found(), f"{job.key} had one turn of its own, and no one waited for the others")
