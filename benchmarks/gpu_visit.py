@@ -22,6 +22,7 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -102,7 +103,9 @@ def plan() -> list[Part]:
 
     return [
         _call("environment", "GPU, driver, versions, what is missing", 60, "environment()"),
-        _call("measure", "what `auto` takes for the ViT-B step; used from here on", 180, "measure_step()"),
+        _call(
+            "measure", "what `auto` takes for the ViT-B step; used from here on", 180, "measure_step('{out}')"
+        ),
         _call(
             "pretrain",
             "ten steps from images to a checkpoint",
@@ -181,7 +184,7 @@ def plan() -> list[Part]:
             )
             for tool in ("memcheck", "racecheck")
         ),
-        _call("tune", "launch settings of the ViT-B step", 600, "measure_step(tune=True)"),
+        _call("tune", "launch settings of the ViT-B step", 600, "measure_step('{out}', tune=True)"),
         _python("encode", "inference", 200, "-m benchmarks encode --quick --out {out}", optional=True),
         _python("scaling", "how a step grows", 900, f"{STEP} scaling --scaling --model base", optional=True),
     ]
@@ -370,9 +373,14 @@ def environment() -> None:
             print(f"{MARK}without {package}: {lost}")
 
 
-def measure_step(*, tune: bool = False) -> None:
-    """Measures what `auto` takes for the step of `benchmarks step --model base`; `tune`: launch settings first."""
+def measure_step(folder: str, *, tune: bool = False) -> None:
+    """Measures what `auto` takes for the step of `benchmarks step --model base`; `tune`: launch settings first.
+
+    Writes a record of it into `folder`.
+    """
     import torch
+    from extrema_fast.kernels import _cache
+    from extrema_fast.kernels._spec import OPS
 
     from extrema_fast.distributed import World
     from extrema_fast.ops import measure
@@ -394,6 +402,36 @@ def measure_step(*, tune: bool = False) -> None:
         return found
 
     resolve(configuration("base", batch=BATCH, color=True), device, choose=choose)
+    entries = [entry for op in OPS for entry in _cache.entries(str(device), op)]
+    write_choices(entries, Path(folder), "tuned" if tune else "choices")
+
+
+def write_choices(entries: list[tuple[dict[str, Any], dict[str, Any]]], out: Path, name: str) -> Path:
+    """Writes a record of what was measured for `auto`, from the (key, value) pairs of the cache; returns its folder."""
+    rows, taken = [], []
+    for key, value in entries:
+        if "choice" not in key:
+            continue
+        taken.append(f"{key['choice']} {key['label']}".strip() + f": {value['implementation']}")
+        for case, times in value["times"].items():
+            for implementation, us in sorted(times.items(), key=lambda item: statistics.median(item[1])):
+                samples = [x / 1000 for x in us]
+                mark = "taken" if implementation == value["implementation"] else ""
+                rows.append(
+                    {
+                        "key": f"{key['choice']}, {case}, {implementation}",
+                        "taken": mark,
+                        "samples_ms": samples,
+                    }
+                    | harness.percentiles(samples)
+                )
+    what = f"what `auto` takes: ViT-base/16, 80 % x 5, {BATCH} images"
+    record = harness.new_record(
+        what, "gpu_visit", ["--only", "measure"], rows=rows, headline="; ".join(taken)
+    )
+    text = "Forward and backward pass of one call, student or teacher; a candidate far behind has one sample."
+    table = harness.columns(rows, "op, case, implementation=key", *harness.TIMES, "auto=taken")
+    return harness.write_record(record, [text, table], argparse.Namespace(out=out, name=name))
 
 
 def short_run(folder: str, steps: int, *, after: int = 0, graph: bool = False) -> None:

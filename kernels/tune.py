@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import time
@@ -87,7 +88,7 @@ def run_case(
     outs = tuple(o.detach() if at is None else o.detach()[at] for o in outs)
     if not (case.backward and leaves):
         return outs
-    upstream = torch.linspace(-1, 1, outs[0].numel(), device=first.device).view(outs[0].shape).to(first.dtype)
+    upstream = _upstream(outs[0].shape, first.dtype, first.device)
     if at is not None:
         upstream = torch.zeros_like(first).index_copy_(0, at, upstream)
     # a bias of keys cancels: torch sends noise, the kernel zero; `allow_unused` for none at all
@@ -98,6 +99,12 @@ def run_case(
         if g is not None
     ]
     return (*outs, *picked)
+
+
+@functools.lru_cache(maxsize=1)
+def _upstream(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # made once: on a GPU it took longer than several of the ops that are timed
+    return torch.linspace(-1, 1, shape.numel(), device=device).view(shape).to(dtype)
 
 
 class _Check:

@@ -1,8 +1,8 @@
 """The runner of a GPU visit, with parts made up; no GPU is used.
 
 Covers: parts that pass, fail, hang, lack a program or package or find no time left, and the summary; parts at the same
-time, shared caches; an interruption; what is read from records and test results; a folder in use; no GPU; a run that is
-continued; that every part of the plan is a command its program understands.
+time, shared caches; an interruption; what is read from records and test results; the record of what `auto` takes; a
+folder in use; no GPU; a run that is continued; that every part of the plan is a command its program understands.
 """
 
 from __future__ import annotations
@@ -128,6 +128,17 @@ def test_findings(tmp_path):
     assert findings(tmp_path, "failed") == {"found": [*lines, "FAILED t.a::bad"], "state": "failed"}
     (tmp_path / "junit.xml").write_text('<testsuite><testcase name="a"><skipped/></testcase></testsuite>')
     assert findings(tmp_path, "passed")["state"] == "failed: no test has run"
+
+
+def test_the_record_of_what_auto_takes(tmp_path):
+    times = {"student": {"flash": [300.0, 200.0, 220.0], "short": [100.0, 90.0, 110.0]}}
+    measured = {"choice": "attention", "label": "student"}, {"implementation": "short", "times": times}
+    folder = gpu_visit.write_choices([measured, ({"launch": "fwd"}, {"config": {}})], tmp_path, "choices")
+    record = json.loads((folder / "record.json").read_text())
+    assert record["headline"] == "attention student: short"
+    found = [(row["key"], row["taken"], row["p50_ms"]) for row in record["rows"]]
+    assert found == [("attention, student, short", "taken", 0.1), ("attention, student, flash", "", 0.22)]
+    assert "| attention, student, short | 0.09 | 0.10 | 0.11 | taken |" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
