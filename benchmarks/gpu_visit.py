@@ -406,32 +406,38 @@ def measure_step(folder: str, *, tune: bool = False) -> None:
     write_choices(entries, Path(folder), "tuned" if tune else "choices")
 
 
-def write_choices(entries: list[tuple[dict[str, Any], dict[str, Any]]], out: Path, name: str) -> Path:
+def write_choices(
+    entries: list[tuple[dict[str, Any], dict[str, Any]]], out: Path, name_of_record: str
+) -> Path:
     """Writes a record of what was measured for `auto`, from the (key, value) pairs of the cache; returns its folder."""
-    rows, taken = [], []
+    rows, choices = [], []
     for key, value in entries:
         if "choice" not in key:
             continue
-        taken.append(f"{key['choice']} {key['label']}".strip() + f": {value['implementation']}")
+        name = f"{key['choice']} {key['label']}".strip()
+        choices.append(
+            {"key": name, "taken": value["implementation"] or "the rule's", "why": value["reason"]}
+        )
         for case, times in value["times"].items():
+            best = min(map(statistics.median, times.values()))
             for implementation, us in sorted(times.items(), key=lambda item: statistics.median(item[1])):
-                samples = [x / 1000 for x in us]
-                mark = "taken" if implementation == value["implementation"] else ""
-                rows.append(
-                    {
-                        "key": f"{key['choice']}, {case}, {implementation}",
-                        "taken": mark,
-                        "samples_ms": samples,
-                    }
-                    | harness.percentiles(samples)
-                )
+                row = {
+                    "key": f"{key['choice']}, {case}, {implementation}",
+                    "samples_ms": [x / 1000 for x in us],
+                }
+                row |= harness.percentiles(row["samples_ms"]) | {"of_best": statistics.median(us) / best}
+                rows.append(row)
     what = f"what `auto` takes: ViT-base/16, 80 % x 5, {BATCH} images"
-    record = harness.new_record(
-        what, "gpu_visit", ["--only", "measure"], rows=rows, headline="; ".join(taken)
-    )
-    text = "Forward and backward pass of one call, student or teacher; a candidate far behind has one sample."
-    table = harness.columns(rows, "op, case, implementation=key", *harness.TIMES, "auto=taken")
-    return harness.write_record(record, [text, table], argparse.Namespace(out=out, name=name))
+    record = harness.new_record(what, "gpu_visit", ["--only", "measure"], choices=choices, rows=rows)
+    record["headline"] = "; ".join(f"{c['key']}: {c['taken']}" for c in choices)
+    page = [
+        harness.columns(choices, "op=key", "taken=taken", "why=why"),
+        "Forward and backward pass of one call, student or teacher; a candidate far behind has one sample.",
+        harness.columns(
+            rows, "op, case, implementation=key", *harness.TIMES, "times the fastest=of_best:.2f"
+        ),
+    ]
+    return harness.write_record(record, page, argparse.Namespace(out=out, name=name_of_record))
 
 
 def short_run(folder: str, steps: int, *, after: int = 0, graph: bool = False) -> None:

@@ -182,7 +182,7 @@ def benchmarks() -> str:
         [
             WIDE + "# Benchmarks",
             f"{MADE}: the time of the other program over ours, its 95 % interval, and the verdict on ours. On the "
-            "machines that the records name; no GPU was among them unless a record's name says so. "
+            "machines that the records name. "
             "[Performance](performance.md) explains them.",
             table(["record", "compared", "ratio", "interval", "verdict"], rows),
             "## Counted, and measured in other ways",

@@ -134,8 +134,8 @@ tags:
 # {name}
 
 Triton kernels of masked training with few kept patches (ExtreMA, arXiv 2206.04667), each next to its plain PyTorch
-definition, which runs where Triton cannot. They need a GPU of compute capability 8.0 or newer. Not timed on a GPU by
-their authors yet: `kernels benchmark` times them on yours, next to these definitions.
+definition, which runs where Triton cannot. They need a GPU of compute capability 8.0 or newer. `kernels benchmark`
+times them on yours, next to these definitions.
 
 ```python
 from kernels import get_kernel

@@ -132,13 +132,16 @@ def test_findings(tmp_path):
 
 def test_the_record_of_what_auto_takes(tmp_path):
     times = {"student": {"flash": [300.0, 200.0, 220.0], "short": [100.0, 90.0, 110.0]}}
-    measured = {"choice": "attention", "label": "student"}, {"implementation": "short", "times": times}
+    found = {"implementation": "short", "reason": "100 us", "times": times}
+    measured = {"choice": "attention", "label": "student"}, found
     folder = gpu_visit.write_choices([measured, ({"launch": "fwd"}, {"config": {}})], tmp_path, "choices")
     record = json.loads((folder / "record.json").read_text())
     assert record["headline"] == "attention student: short"
-    found = [(row["key"], row["taken"], row["p50_ms"]) for row in record["rows"]]
-    assert found == [("attention, student, short", "taken", 0.1), ("attention, student, flash", "", 0.22)]
-    assert "| attention, student, short | 0.09 | 0.10 | 0.11 | taken |" in (folder / "README.md").read_text()
+    rows = [(row["key"], row["p50_ms"], row["of_best"]) for row in record["rows"]]
+    assert rows == [("attention, student, short", 0.1, 1), ("attention, student, flash", 0.22, 2.2)]
+    text = (folder / "README.md").read_text()
+    assert "| attention student | short | 100 us |" in text
+    assert "| attention, student, flash | 0.21 | 0.22 | 0.27 | 2.20 |" in text
 
 
 @pytest.mark.parametrize(
