@@ -454,7 +454,12 @@ def short_run(folder: str, steps: int, *, after: int = 0, graph: bool = False) -
         "out": folder,
         "data": {"limit": 90, "loader": "pil"},
         "eval": {"every_epochs": 0},
-        "train": {"batch_size": 9, "epochs": steps // 10, "cuda_graph": graph, "precision": "auto"},
+        "train": {
+            "batch_size": 9,
+            "epochs": steps // 10,
+            "cuda_graph": "on" if graph else "off",
+            "precision": "auto",
+        },
         "system": {"backend": "fixed"},
     }
     pretrain(from_dict(change, preset("smoke")), allow_config_change=after > 0, progress=False)

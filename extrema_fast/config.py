@@ -407,8 +407,9 @@ class TrainConfig:
     compile: Literal["auto", "none", "block", "step"] = "auto"
     """torch.compile of a few trunk blocks at a time (`block`), or of teacher, student and loss as one graph (`step`).
     `auto`: `block` on a GPU, none on a CPU."""
-    cuda_graph: bool = False
-    """Record the whole step, optimizer and EMA update included, as one CUDA graph and replay it."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Record the whole step, optimizer and EMA update included, as one CUDA graph and replay it (one process). `auto`:
+    on a GPU, steps that it would compute faster than the CPU launches them."""
     recompute: Literal["auto", "none", "gelu", "norm"] = "auto"
     """What the backward pass recomputes instead of keeping: `gelu`: GELU outputs, `norm`: these and LayerNorm
     outputs. `auto`: `norm` on a CPU, nothing on a GPU."""
@@ -771,7 +772,7 @@ def _replace(obj: Any, data: dict[str, Any], prefix: str, recorded: bool) -> Any
         if dataclasses.is_dataclass(hints[name]):
             changed[name] = _replace(getattr(obj, name), value, f"{option}.", recorded)
             continue
-        if isinstance(value, str) and (now := RENAMED_VALUES.get(option, {}).get(value)):
+        if isinstance(value, str | bool) and (now := RENAMED_VALUES.get(option, {}).get(value)):
             if not recorded:
                 raise UsageError(f"{option}: {value!r} is called {now!r} now; use {now}")
             value = now
@@ -896,8 +897,9 @@ REMOVED: dict[str, tuple[Any, str]] = {
 }
 
 # option -> its values of older versions -> what they are called now
-RENAMED_VALUES = {
+RENAMED_VALUES: dict[str, dict[Any, str]] = {
     "train.compile": {"loss": "step"},
+    "train.cuda_graph": {False: "off", True: "on"},
     "system.attention": {"products": "matmul", "fa3": "xformers"},
     "system.attention_teacher": {"products": "matmul", "fa3": "xformers"},
 }

@@ -277,7 +277,7 @@ def test_what_may_change_in_a_resumed_run():
         "eval": {"k": 3},
         "system": {"threads": 3, "deterministic": True, "backend": "reference", "attention": "sdpa"},
         "data": {"loader": "pil", "threads": 7, "test": "elsewhere"},
-        "train": {"compile": "block", "cuda_graph": True, "recompute": "gelu"},
+        "train": {"compile": "block", "cuda_graph": "on", "recompute": "gelu"},
     }
     cfg = c.from_dict(free, SMOKE)
     assert c.changed_maths(c.to_dict(SMOKE), c.to_dict(cfg)) == []
@@ -288,13 +288,14 @@ def test_options_of_older_versions():
     old = c.to_dict(SMOKE)
     old["train"]["compact"] = old["log"]["tensorboard"] = False
     assert c.from_dict(old) == SMOKE and c.changed_maths(old, c.to_dict(SMOKE)) == []
-    old["train"] |= {"compact": True, "compile": "loss"}
+    old["train"] |= {"compact": True, "compile": "loss", "cuda_graph": False}
     old["log"]["tensorboard"] = True
-    renamed = c.from_dict({"train": {"compile": "step"}}, SMOKE)
+    renamed = c.from_dict({"train": {"compile": "step", "cuda_graph": "off"}}, SMOKE)
     assert c.from_dict(old, recorded=True) == renamed and c.changed_maths(old, c.to_dict(SMOKE)) == []
     for change, words in (
         ({"compact": True}, "train.compact"),
         ({"compile": "loss"}, "'loss' is called 'step'"),
+        ({"cuda_graph": True}, "True is called 'on'"),
     ):
         refused({"train": change}, words)
     refused({"log": {"tensorboard": True}}, "use log.tracker tensorboard")

@@ -145,7 +145,7 @@ def _measure(run: Run, given: Iterator[Batch], steps: int, warmup: int) -> tuple
         return 1000 * (time.perf_counter() - began) / count
 
     # capture follows a few eager steps, up to 11 with several processes
-    warmup = max(warmup, 15) if run.cfg.train.cuda_graph else warmup
+    warmup = max(warmup, 15) if run.resolved.cuda_graph else warmup
     # lines, not a bar, whose thread would be in the times
     log.info("%d steps to warm up", warmup)
     each = timed(warmup)

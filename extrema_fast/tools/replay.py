@@ -86,7 +86,7 @@ def replay(
         weights = {name: t.clone() for name, t in run.method.state_dict().items()}
         del run
     # one step: nothing is compiled, recorded, or recomputed
-    plain = replace(cfg.train, compile="none", cuda_graph=False, recompute="none")
+    plain = replace(cfg.train, compile="none", cuda_graph="off", recompute="none")
     run = task.build(replace(cfg, train=plain), world, source, continued=True)
     run.method.load_state_dict(weights)
     run.method.sync_shadow_weights()

@@ -25,6 +25,9 @@ from .optim import Schedule
 
 log = logging.getLogger(__name__)
 
+# what the CPU takes to launch a step, at most, and what a GPU computes in a second (`is_short`)
+LAUNCHES_S, GPU_FLOPS = 0.04, 4.5e14
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -92,6 +95,7 @@ def resolve(
     elif kind == "cuda" and (reason := ops.unsupported("attention_pool", "triton", device)):
         log.warning("plain torch runs in place of the kernels: %s", reason)
     _check_modes(cfg, mode, kind, world_size)
+    one_gpu = kind == "cuda" and world_size == 1
     dtype_name = precision(train.precision, kind)
     dtype = torch.bfloat16 if dtype_name == "bf16" else torch.float32
     sharded = system.parallel == "fsdp" and world_size > 1
@@ -112,6 +116,7 @@ def resolve(
         )
         ops.use(problems, choose(problems) if problems else {})
         ops.probe(device, sizes, dtype_name, unused)
+    implementations = {op: choice["implementation"] for op, choice in ops.choices(device).items()}
     return Resolved(
         device=kind,
         precision=dtype_name,
@@ -119,14 +124,21 @@ def resolve(
         # what gathers shards makes them bf16
         shadow_weights=kind == "cuda" and dtype_name == "bf16" and not sharded,
         compile=mode,
-        cuda_graph=train.cuda_graph,
+        cuda_graph=train.cuda_graph == "on"
+        # the plain optimizers wait for the device, and cannot be recorded
+        or (
+            train.cuda_graph == "auto"
+            and one_gpu
+            and implementations["adamw_ema"] == "triton"
+            and is_short(cfg)
+        ),
         # no cost could be measured on a CPU (record `memory`)
         recompute={"auto": "norm" if kind == "cpu" else "none"}.get(train.recompute, train.recompute),
         attention=ops.check_attention(system.attention, device, dtype, cfg.num_keep, width // heads, True),
         attention_teacher=ops.check_attention(
             teacher, device, dtype, cfg.model.num_patches, width // heads, False
         ),
-        ops={op: choice["implementation"] for op, choice in ops.choices(device).items()},
+        ops=implementations,
         loader=choose_loader(cfg.data.loader),
         decoding_threads=decoding_threads(cfg.data.threads),
         torch_threads=system.threads or torch.get_num_threads(),
@@ -178,6 +190,19 @@ def settle_channels(cfg: Config, source: ImageSource | None, *, continued: bool 
     return replace(cfg, data=replace(data, **new, **found))
 
 
+def is_short(cfg: Config) -> bool:
+    """Whether a GPU computes a step of one process in less time than a CPU needs to launch it.
+
+    The launches take up to 40 ms (35 in record 2026-11-27_nvidia-h200_step_base, whose GPU computes 464 TFLOP/s).
+    """
+    return (
+        not isinstance(cfg, FinetuneConfig)
+        and cfg.optim.name == "adamw"
+        and cfg.train.fp8 == "off"
+        and flops_per_image(cfg) * cfg.train.batch_size < LAUNCHES_S * GPU_FLOPS
+    )
+
+
 def step_sizes(cfg: Config, world_size: int) -> Sizes:
     """What one process computes in one forward and backward pass."""
     model = cfg.model
@@ -200,7 +225,8 @@ def step_sizes(cfg: Config, world_size: int) -> Sizes:
 
 def _check_modes(cfg: Config, mode: str, kind: str, world_size: int) -> None:
     train = cfg.train
-    if train.cuda_graph and kind != "cuda":
+    recorded = train.cuda_graph == "on"
+    if recorded and kind != "cuda":
         raise UsageError(
             f"train.cuda_graph: needs a CUDA device, this run is on {kind}; use train.compile instead"
         )
@@ -208,7 +234,7 @@ def _check_modes(cfg: Config, mode: str, kind: str, world_size: int) -> None:
         raise UsageError(
             f"optim.name: {cfg.optim.name} is not made for MPS; use optim.name adamw, or system.device cpu"
         )
-    for name, on in (("cuda_graph", train.cuda_graph), ("compile step", mode == "step")):
+    for name, on in (("cuda_graph", recorded), ("compile step", mode == "step")):
         if on and world_size > 1:
             raise UsageError(
                 f"train.{name}: bypasses the all-reduce of gradients between {world_size} processes; "

@@ -285,8 +285,8 @@ def test_plans(form):
 
 
 def test_settings_as_text():
-    text = "train.compile=step,train.accumulation=2,system.backend=lamb=foreach,adamw_ema=fused,train.cuda_graph=true"
-    wanted = {"train.compile": "step", "train.accumulation": 2, "train.cuda_graph": True}
+    text = "train.compile=step,train.accumulation=2,system.backend=lamb=foreach,adamw_ema=fused,train.cuda_graph=on"
+    wanted = {"train.compile": "step", "train.accumulation": 2, "train.cuda_graph": "on"}
     assert step.parse_settings(text) == wanted | {"system.backend": "lamb=foreach,adamw_ema=fused"}
     able, _ = chosen(["ours"], "cpu", extra=["train.recompute=gelu"])
     assert able[-1].name == "ours train.recompute=gelu" and able[-1].family == "ours"

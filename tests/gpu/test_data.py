@@ -138,7 +138,7 @@ def test_the_host_only_enqueues():
 @pytest.mark.parametrize(
     "change",
     # the plain optimizer waits for the device, which a graph cannot
-    [{}, {"train": {"cuda_graph": True}, "system": {"backend": "fixed"}}],
+    [{}, {"train": {"cuda_graph": "on"}, "system": {"backend": "fixed"}}],
     ids=["plain", "graph"],
 )
 def test_prefetched_batches_give_the_same_steps(change):

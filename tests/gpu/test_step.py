@@ -49,11 +49,12 @@ TINY = {
         "epochs": 4,
         "batch_size": 16,
         "compile": "none",
+        "cuda_graph": "off",
         "recompute": "none",
         "precision": "fp32",
     },
 }
-GRAPH = {"train": {"cuda_graph": True}}
+GRAPH = {"train": {"cuda_graph": "on"}}
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +165,9 @@ BF16 = {"train": {"precision": "bf16"}}
 MODES: dict[str, list[dict]] = {
     "plain": [{}],
     "bf16": [BF16],
-    "defaults": [{"train": {"precision": "auto", "compile": "auto", "recompute": "auto"}}],
+    "defaults, a graph": [
+        {"train": {"precision": "auto", "compile": "auto", "cuda_graph": "auto", "recompute": "auto"}}
+    ],
     "block": [BF16, {"train": {"compile": "block"}}],
     "step": [BF16, {"train": {"compile": "step"}}],
     "graph": [BF16, GRAPH],
@@ -181,7 +184,7 @@ MODES: dict[str, list[dict]] = {
     "triton graph": [BF16, GRAPH, {"system": {"backend": "triton"}}],
 }
 # a GPU compiles these
-COMPILING = ("defaults", "block", "step", "graph of blocks")
+COMPILING = ("defaults, a graph", "block", "step", "graph of blocks")
 
 
 @gpu

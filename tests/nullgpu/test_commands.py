@@ -17,9 +17,9 @@ from extrema_fast.config import smoke
 from tests.weights._weights import foreign_vit
 
 MODES = {
-    "plain": ["--train.compile", "none"],
-    "block": ["--train.compile", "block"],
-    "graph": ["--train.compile", "none", "--train.cuda-graph"],
+    "plain": ["--train.compile", "none", "--train.cuda-graph", "off"],
+    "block": ["--train.compile", "block", "--train.cuda-graph", "off"],
+    "graph": ["--train.compile", "none", "--train.cuda-graph", "on"],
 }
 # the loader of the smallest environment; nothing to measure; evaluations need values
 COMMON = ["--data.loader", "pil", "--system.backend", "fixed", "--eval.every-epochs", "0"]

@@ -40,7 +40,7 @@ def test_bash(scripts):
         "extrema-fast pretrain ph": ({"photos"}, "cifar10"),
         "extrema-fast pretrain paper_base_80x5 --data.re": ({"--data.resident"}, "--data.train"),
         "extrema-fast pretrain --data.resident ": ({"auto", "gpu", "host", "off"}, "dali"),
-        "extrema-fast pretrain --train.no-c": ({"--train.no-cuda-graph"}, "--train.compile"),
+        "extrema-fast pretrain --train.cuda-graph ": ({"auto", "on", "off"}, "block"),
         "extrema-fast profile --preset ": (set(PRESETS), "base"),
         "extrema-fast finetune runs/a --preset ": ({"small", "paper"}, "photos"),
         "extrema-fast pretrain --config ph": ({"photos.toml"}, "zsh"),

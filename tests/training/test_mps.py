@@ -188,7 +188,7 @@ def test_settings():
     assert not settled.shadow_weights and settled.ops["adamw_ema"] == "reference"
     assert settled.attention == "sdpa" and precision("bf16", "mps") == "bf16"
     for changes, word in (
-        ({"train": {"cuda_graph": True}}, "cuda_graph"),
+        ({"train": {"cuda_graph": "on"}}, "cuda_graph"),
         ({"optim": {"name": "lamb"}}, "optim.name"),
         ({"system": {"backend": "token_gather=triton"}}, "token_gather"),
     ):

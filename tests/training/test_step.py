@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from extrema_fast.kernels import _launch
 
-from extrema_fast.config import Config, from_dict, smoke
+from extrema_fast.config import Config, FinetuneConfig, from_dict, preset, smoke
 from extrema_fast.data.loader import Batch
 from extrema_fast.distributed import World
 from extrema_fast.errors import UsageError
@@ -174,8 +174,8 @@ def test_generated_code_equals_the_plain_step():
 @pytest.mark.parametrize(
     ("change", "device", "processes", "words"),
     [
-        ({"train": {"cuda_graph": True}}, "cpu", 1, r"train\.cuda_graph: needs a CUDA device"),
-        ({"train": {"cuda_graph": True}}, "cuda", 2, r"train\.cuda_graph: .* between 2 processes"),
+        ({"train": {"cuda_graph": "on"}}, "cpu", 1, r"train\.cuda_graph: needs a CUDA device"),
+        ({"train": {"cuda_graph": "on"}}, "cuda", 2, r"train\.cuda_graph: .* between 2 processes"),
         ({"train": {"compile": "step"}}, "cuda", 2, r"train\.compile step: .* between 2 processes"),
         (
             {"train": {"compile": "step", "accumulation": 2}, "head": {"loss": "infonce"}},
@@ -199,6 +199,26 @@ def test_auto_is_settled_by_device(monkeypatch):
     teacher = {"attention": "short", "attention_teacher": "sdpa"}
     found = resolve(tiny(system=teacher), torch.device("cpu"))
     assert (found.attention, found.attention_teacher) == ("short", "sdpa")
+
+
+def test_short_steps_are_recorded_on_one_gpu(monkeypatch):
+    monkeypatch.setattr(ops, "check_attention", lambda backend, *args: backend)
+    cuda, small, base = torch.device("cuda"), *(preset(f"paper_{size}_80x5") for size in ("small", "base"))
+    for optimizer in ("fused", "triton"):
+        chosen = {"adamw_ema": {"implementation": optimizer}}
+        monkeypatch.setattr(ops, "choices", lambda device, chosen=chosen: chosen)
+        assert resolve(tiny(), cuda).cuda_graph == (optimizer == "triton")
+        assert resolve(tiny(train={"cuda_graph": "on"}), cuda).cuda_graph
+    for cfg, processes in (
+        (tiny(), 2),
+        (tiny(train={"cuda_graph": "off"}), 1),
+        (tiny(optim={"name": "lamb"}), 1),
+        (FinetuneConfig(), 1),
+        (replace(base, train=replace(base.train, batch_size=256)), 1),
+    ):
+        assert not resolve(cfg, cuda, processes).cuda_graph
+    assert resolve(replace(small, train=replace(small.train, batch_size=256)), cuda).cuda_graph
+    assert not resolve(tiny(), torch.device("cpu")).cuda_graph
 
 
 @pytest.mark.parametrize(
