@@ -47,8 +47,8 @@ PYTEST = (
 STEP = "-m benchmarks step --quick --out {out} --name"
 # what a part's program prints for the summary begins with this
 MARK = "found: "
-# test processes at a time
-PROCESSES = 4
+# test processes at a time, each with its own file, and with pytest-xdist
+PROCESSES, SPREAD = 4, 8
 # images of a batch, model and masks of the step that is measured, timed and profiled
 BATCH = 256
 # optional packages -> what is missing without them
@@ -95,6 +95,9 @@ def plan() -> list[Part]:
     sanitized = "from benchmarks import gpu_visit; gpu_visit.every_kernel()"
 
     def tested(name: str, about: str, seconds: float, which: str) -> list[Part]:
+        if _is_installed("xdist"):
+            spread = ("-n", str(SPREAD), "--dist", "worksteal", "tests/gpu")
+            return [_python(name, about, seconds, PYTEST, which, *spread)]
         return [
             _python(f"{name}-{i + 1}", about, seconds, PYTEST, which, *files, group=name)
             for i in range(PROCESSES)

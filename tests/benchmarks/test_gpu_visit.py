@@ -171,7 +171,9 @@ def test_a_short_run_stops_and_goes_on(tmp_path, capsys):
         gpu_visit.short_run(folder, 20, after=10)
 
 
-def test_every_part_is_a_command_its_program_understands(capsys, repository):
+@pytest.mark.parametrize("xdist", [True, False])
+def test_every_part_is_a_command_its_program_understands(xdist, capsys, repository, monkeypatch):
+    monkeypatch.setattr(gpu_visit, "_is_installed", lambda package: xdist)
     tested = {"gpu and slow": [], "gpu and not slow": []}
     names = [p.name for p in plan()]
     assert len(set(names)) == len(names)
@@ -188,4 +190,5 @@ def test_every_part_is_a_command_its_program_understands(capsys, repository):
             (which,) = tested.keys() & set(words)
             tested[which] += [w for w in words if w.startswith("tests/")]
     files = sorted(f"tests/gpu/{f.name}" for f in (repository / "tests/gpu").glob("test_*.py"))
+    files = ["tests/gpu"] if xdist else files
     assert all(sorted(found) == files for found in tested.values())
