@@ -71,7 +71,7 @@ def script(
 def _values(action: argparse.Action, shtab: object) -> None:
     """Says what completes an action's value, as its help names it."""
     if action.help == argparse.SUPPRESS:
-        # `--train.no-cuda-graph`, of which the help shows the positive
+        # `--data.no-exif`, of which the help shows the positive
         action.help = "not so"
     metavar = action.metavar if isinstance(action.metavar, str) else ""
     if metavar.startswith("{"):
