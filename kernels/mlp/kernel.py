@@ -217,7 +217,7 @@ def heuristic(direction: str, itemsize: int, large: bool = False) -> dict[str, i
     if direction == "gelu":
         return {"BLOCK": 1024, "num_warps": 4}
     if direction == "dgelu":
-        return {"BLOCK_M": 16, "BLOCK_N": 512 // itemsize, "STAGES": 2, "num_warps": 4}
+        return {"BLOCK_M": 16, "BLOCK_N": 512 // itemsize, "STAGES": 3, "num_warps": 4}
     steps = {"BLOCK_K": 64, "num_stages": 3} if large else {"BLOCK_K": 32, "num_stages": 4}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8} | steps
 
