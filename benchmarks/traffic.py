@@ -64,14 +64,19 @@ def _own_bytes(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int | 
         # beyond dy, weight and dh: h, and a partial row for each 128 tokens
         dy, _, h = inputs
         return _bytes([h]) + 2 * -(-dy[..., 0].numel() // 128) * _bytes(outputs[1:])
-    if name == "residual_norm_bwd":
-        from extrema_fast.kernels.residual_norm.kernel import programs
-    elif name == "gelu_bwd":
-        from extrema_fast.kernels.mlp.kernel import programs
-    else:
+    if name not in ("residual_norm_bwd", "gelu_bwd"):
         return None
     sums = outputs[-1]
-    rows = programs(sums.device) // (1 if name == "residual_norm_bwd" else -(-sums.numel() // 256))
+    if name == "residual_norm_bwd":
+        from extrema_fast.kernels.residual_norm import kernel
+
+        x = next(t for t in inputs if t.dim() > 2)
+        settings = kernel.heuristic("bwd", x.shape[-1], x.element_size())
+        rows = kernel.programs(sums.device, settings["num_warps"])
+    else:
+        from extrema_fast.kernels.mlp.kernel import programs
+
+        rows = programs(sums.device) // -(-sums.numel() // 256)
     return _bytes(inputs + outputs) + 2 * max(rows, 1) * _bytes([sums])
 
 
