@@ -125,6 +125,8 @@ def test_its_code_runs(folder, tmp_path, format):
 
 
 def test_a_card_that_was_edited_stays(folder, tmp_path, caplog):
+    # whatever a test before has set
+    caplog.set_level("WARNING", "extrema_fast")
     out = export(folder, tmp_path / "out").folder
     written = card(out)
     export(folder, out, force=True)
