@@ -329,11 +329,14 @@ def _train(
             dog.debug = out / DEBUG
             if world.watch is not None:
                 world.watch.debug = out / DEBUG
-            with (
-                TrainLog(run, folder, progress, trackers.wake, dog) as train_log,
-                open_loader(run, out / BAD_ROWS, on_cpu=task.on_cpu) as loader,
-            ):
-                _loop(run, task, loader, train_log, test, signals)
+            train_log = TrainLog(run, folder, progress, trackers.wake, dog)
+            try:
+                with train_log, open_loader(run, out / BAD_ROWS, on_cpu=task.on_cpu) as loader:
+                    _loop(run, task, loader, train_log, test, signals)
+            except Stopped as error:
+                # a second signal may have come while the run wrote how it ends, or after that
+                train_log.interrupted(str(error), 128 + error.number)
+                raise
             if folder is not None:
                 # a signal ends this at once: the run is complete
                 with suppress(Stopped), signals.interruptible():

@@ -7,6 +7,7 @@ has left its context is not.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,8 +17,11 @@ import time
 
 import pytest
 
+from extrema_fast import pretrain
 from extrema_fast import signals as module
+from extrema_fast.config import from_dict, smoke
 from extrema_fast.signals import STOPPING, Signals, Stopped
+from extrema_fast.training.logging import TrainLog
 
 
 def send(number: int) -> None:
@@ -143,3 +147,18 @@ def test_the_thread_that_watches_ends_with_the_context():
         assert "signals" not in [t.name for t in threading.enumerate()]
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_a_signal_after_the_end_was_written_is_what_status_says(tmp_path, monkeypatch):
+    leave = TrainLog.__exit__
+
+    def late(self, *args):
+        leave(self, *args)
+        raise Stopped(signal.SIGHUP, forced=True)
+
+    monkeypatch.setattr(TrainLog, "__exit__", late)
+    change = {"out": str(tmp_path / "run"), "train": {"epochs": 1}, "eval": {"every_epochs": 0}}
+    with pytest.raises(Stopped):
+        pretrain(from_dict(change, smoke()), progress=False)
+    found = json.loads((tmp_path / "run/status.json").read_text())
+    assert (found["state"], found["exit_code"]) == ("failed", 128 + signal.SIGHUP)
