@@ -337,6 +337,7 @@ def test_every_other_field_is_reported_with_both_values():
         "model.mlp_ratio": 2.0,
         "model.pool_depth": 1,
         "model.layer_scale": 0.2,
+        "model.patch_init": "whitened",
         "model.drop_path": 0.2,
         "head.loss": "infonce",
         "head.temperature": 0.3,

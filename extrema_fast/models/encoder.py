@@ -32,6 +32,7 @@ from .layers import (
     fit,
     pair,
     square_patch,
+    whiten_kernel,
 )
 from .masking import check_keep, image_major
 from .positions import SinCos, are_equal, check_chans
@@ -151,7 +152,7 @@ class Encoder(TimmInterface):
         return f"img_size={self.img_size}, patch={self.patch_size}, grid={self.grid}, pool={self.global_pool}"
 
     def init_weights(self) -> None:
-        """Xavier-uniform matrices, zero biases, LayerNorm (1, 0), class token N(0, 0.02)."""
+        """Xavier-uniform matrices, zero biases, class token N(0, 0.02); `patch_init whitened`: `whiten_kernel`."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -159,6 +160,8 @@ class Encoder(TimmInterface):
         kernel = self.patch_embed.proj.weight
         # the patch bias keeps the convolution's default, as in the release
         nn.init.xavier_uniform_(kernel.data.view(kernel.shape[0], -1))
+        if self.config.patch_init == "whitened" and not kernel.is_meta:
+            kernel.data.copy_(whiten_kernel(kernel))
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
         if isinstance(self.head, nn.Linear):

@@ -71,6 +71,34 @@ def check_sides(size: Sequence[int], patch: int, name: str = "images") -> tuple[
     return size[0] // patch, size[1] // patch
 
 
+def whiten_kernel(kernel: Tensor) -> Tensor:
+    """A patch kernel that sees patches of natural images with their directions of about equal variance.
+
+    Pixels next to each other are nearly equal. Tokens of a random kernel therefore differ by brightness above all, and
+    edges and colors have to be learned before they count. The kernel is multiplied by (C + s I)^-1/2, s a thousandth of
+    the largest eigenvalue of C, which stands for the covariance of any images: pixels at a distance of a quarter of
+    the patch side correlate with exp(-1/10), channels with 0.9. Measured covariances of CIFAR-10 learn no better.
+
+    Args:
+        kernel: [D, C, P, P].
+
+    Returns:
+        [D, C, P, P] in its dtype, on its device; the mean variance of its outputs by C is as before.
+    """
+    _, chans, p, _ = kernel.shape
+    at = torch.arange(p, dtype=torch.float64, device="cpu")
+    at = torch.cartesian_prod(at, at)
+    pixels = torch.exp(-torch.cdist(at, at) / (2.5 * p))
+    channels = torch.full((chans, chans), 0.9, dtype=torch.float64, device="cpu").fill_diagonal_(1)
+    covariance = torch.kron(channels, pixels)
+    values, vectors = torch.linalg.eigh(covariance)
+    root = (vectors * (values + 1e-3 * values.max()).rsqrt()) @ vectors.T
+    old = kernel.detach().to("cpu", torch.float64).flatten(1)
+    new = old @ root
+    before, after = (torch.einsum("di,ij,dj->", k, covariance, k) for k in (old, new))
+    return (new * (before / after).sqrt()).view_as(kernel).to(kernel)
+
+
 class PatchEmbed(nn.Module):
     """The patch convolution (stride = kernel), and the input size it is meant for, with the attributes of timm's class.
 

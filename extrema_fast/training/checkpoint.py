@@ -725,7 +725,7 @@ def newest(run: Path, check: Callable[[Checkpoint], str] = lambda found: "") -> 
 
 # options that set the shapes of tensors: a run cannot continue with others
 _SHAPES = ("model.", "head.norm", "head.hidden", "head.out", "head.predictor_hidden", "tune.pool")
-_NOT_SHAPES = ("model.drop_path", "model.layer_scale")
+_NOT_SHAPES = ("model.drop_path", "model.layer_scale", "model.patch_init")
 
 
 def other_shapes(changes: list[str]) -> list[str]:

@@ -1,14 +1,15 @@
 """The encoder: building, `encode`, attention maps, positions, drop-path.
 
-Covers: names and suggestions; released state-dict names; deterministic building, initialization; `encode` for every
-shape of `keep` against embed-all-then-gather, views, permuted and repeated indices; 1 to 5 channels; the position
-table against an independent formula; attention maps; mean pooling; gradcheck; the drop-path law; errors; torch.compile;
-torch.func.
+Covers: names and suggestions; released state-dict names; deterministic building, initialization, whitened kernels;
+`encode` for every shape of `keep` against embed-all-then-gather, views, permuted and repeated indices; 1 to 5
+channels; the position table against an independent formula; attention maps; mean pooling; gradcheck; the drop-path
+law; errors; torch.compile; torch.func.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from extrema_fast.config import ModelConfig
 from extrema_fast.errors import UsageError
 from extrema_fast.models.drop_path import drop_path_scale
 from extrema_fast.models.encoder import Encoder, build_encoder, create_encoder, list_models, model_args
+from extrema_fast.models.layers import whiten_kernel
 from extrema_fast.models.positions import sincos_table
 from extrema_fast.ops import dispatch as ops
 from tests.encoders import close, randomized
@@ -159,6 +161,33 @@ def test_initialisation():
     assert 0.8 / math.sqrt(fan_in) < float(bias.abs().max()) <= 1 / math.sqrt(fan_in)
     wide = build_encoder(ModelConfig(img_size=(32, 32), patch_size=16, width=1024, depth=1, heads=16), seed=0)
     assert float(wide.cls_token.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize(("chans", "patch"), [(1, 8), (3, 4), (3, 16), (5, 7)])
+def test_a_whitened_kernel_sees_the_directions_of_natural_patches_alike(chans, patch):
+    size = {"img_size": (2 * patch, 3 * patch), "in_chans": chans, "patch_size": patch, "width": 64}
+    config = ModelConfig(**size, depth=1, heads=1)
+    plain, white = (build_encoder(replace(config, patch_init=i), seed=3) for i in ("xavier", "whitened"))
+    for (name, x), y in zip(plain.state_dict().items(), white.state_dict().values(), strict=True):
+        assert torch.equal(x, y) == (name != "patch_embed.proj.weight"), name
+    # random walks over pixels are smooth, as images are: nothing of the model of `whiten_kernel` is in them
+    shared, own = torch.randn(4000, 1, patch, patch), torch.randn(4000, chans, patch, patch)
+    patches = (shared + 0.3 * own).cumsum(2).cumsum(3).flatten(1)
+    patches = (patches - patches.mean(0)) / patches.std()
+
+    def seen(encoder: Encoder) -> torch.Tensor:
+        """Eigenvalues of the covariance of tokens, as shares."""
+        e = torch.linalg.eigvalsh(
+            torch.cov((patches @ encoder.patch_embed.proj.weight.detach().flatten(1).T).T)
+        )
+        return e / e.sum()
+
+    # effective number of directions: exp of the entropy of the shares
+    before, after = (float(torch.special.entr(seen(e).clamp(min=0)).sum().exp()) for e in (plain, white))
+    assert after > 2 * before and after > 4
+    again = whiten_kernel(plain.patch_embed.proj.weight.bfloat16())
+    assert again.dtype == torch.bfloat16
+    assert close(again.float(), white.patch_embed.proj.weight, 0.02 * float(again.float().abs().max()))
 
 
 # ---- encode ---------------------------------------------------------------------------------------

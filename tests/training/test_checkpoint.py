@@ -364,6 +364,7 @@ OLD = {"fingerprint": "aaa", "images": 9, "shards": 0}
         ({"model": {"width": 32}}, OLD, True, "another architecture"),
         ({"head": {"out": 16}}, OLD, True, "another architecture"),
         ({"model": {"drop_path": 0.0}}, OLD, True, None),
+        ({"model": {"patch_init": "whitened"}}, OLD, True, None),
         ({}, OLD | {"fingerprint": "b"}, True, None),
         (
             {},
