@@ -134,7 +134,9 @@ class DataConfig:
     holdout: float = 0.0
     """Share of the training images that are kept as test images instead, chosen by their names; 0: none."""
     policy: Literal["spatial", "spatial+color", "centercrop"] = "spatial+color"
-    """Random crop and flip, the same for student and teacher; `+color` jitters each separately."""
+    """Random crop and flip; `+color` jitters student's and teacher's version separately."""
+    crop: Literal["shared", "separate"] = "shared"
+    """One crop of an image for student and teacher, or a `separate` one for each (paper, Table 4: two pictures)."""
     area: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest area of a crop, as a share of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -187,6 +189,10 @@ class DataConfig:
             f"data.jitter: expected strengths of at least 0 with hue <= 0.5, got {self.jitter}",
         )
         _require(min(self.std) > 0, f"data.std: expected numbers above 0, got {self.std}")
+        _require(
+            self.crop == "shared" or self.policy != "centercrop",
+            "data.crop: separate crops are random ones, got data.policy centercrop; use --data.policy spatial",
+        )
         _share("data", self, "flip", "jitter_prob", "gray_prob", "hw_decoder_load", "bad_budget")
         _require(
             0 <= self.holdout < 1, f"data.holdout: expected a share from 0 to below 1, got {self.holdout}"
@@ -652,7 +658,7 @@ _TUNE_SECTIONS: dict[str, Callable[[], Any]] = {
 NOT_TUNED = (
     *(f"mask.{f.name}" for f in dataclasses.fields(MaskConfig)),
     *(f"head.{f.name}" for f in dataclasses.fields(HeadConfig)),
-    *("data.policy", "data.jitter", "data.jitter_prob", "data.gray_prob"),
+    *("data.policy", "data.crop", "data.jitter", "data.jitter_prob", "data.gray_prob"),
     *(
         "optim.momentum",
         "train.fp8",

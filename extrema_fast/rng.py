@@ -17,6 +17,8 @@ __all__ = ["permutation", "philox", "uniform", "words"]
 ORDER, CROP, COLOR_STUDENT, COLOR_TEACHER, MASK, DROP_PATH, INIT, PASS, SHARD, SUBSTITUTE = range(10)
 # of fine-tuning: RandAugment and random erasing; mixup and cutmix
 AUGMENT, MIX = 10, 11
+# the teacher's, where it has a crop of its own
+CROP_TEACHER = 12
 
 # rows drawn at a time: whole tables of counters need tens of times the memory of the result
 _CHUNK = 1 << 16

@@ -211,6 +211,11 @@ def test_losses_that_compare_images():
         refused({"head": head, "train": {"accumulation": 2}}, f"head.{next(iter(head))}")
 
 
+def test_separate_crops_are_random_ones():
+    refused({"data": {"crop": "separate", "policy": "centercrop"}}, "data.crop")
+    assert c.from_dict({"data": {"crop": "separate", "policy": "spatial"}}, SMOKE).data.crop == "separate"
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 100, 196, 10000, 20001])
 def test_the_largest_ratio_named_keeps_a_token(n):
     model = c.ModelConfig(img_size=(1, n), patch_size=1)
@@ -323,6 +328,7 @@ def test_every_other_field_is_reported_with_both_values():
         "data.order": "shards",
         "data.window": 2,
         "data.max_pixels": 10**6,
+        "data.crop": "separate",
         "mask.ratio": 0.8,
         "mask.views": 1,
         "mask.mode": "independent",

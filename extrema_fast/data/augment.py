@@ -1,4 +1,4 @@
-"""Color jitter: two differently jittered copies of each crop, made on the device, with torchvision's semantics.
+"""Color jitter: differently jittered views of student and teacher, made on the device, with torchvision's semantics.
 
 The random parameters are keyed by (seed, sample row, epoch, view), see `extrema_fast.rng`; the operations are defined
 in `kernels/color_views/reference.py`.
@@ -48,18 +48,18 @@ def color_jitter(
     keep: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Student's and teacher's version of each crop: jittered, then normalized.
+    """Student's and teacher's version of each crop, or each one's own crop: jittered, then normalized.
 
     Args:
-        images: [B, H, W, 3] uint8.
+        images: [B, H, W, 3] uint8; [B, 2, H, W, 3]: the student's crop of each image, and the teacher's.
         params: from `jitter_params`, on the device of `images`; None: no jitter.
         patch: side P of the patches that both are cut into; 0: images.
         keep: [V, B, K] int32, the student's patches; None: all.
         dtype: of the result.
 
     Returns:
-        Two tensors [B, C, H, W], without `params` the same one twice; with `patch` the student's [V B, K, C P P] and
-        the teacher's [B, N, C P P], which `Encoder.embed` takes.
+        Two tensors [B, C, H, W], of one crop without `params` the same one twice; with `patch` the student's
+        [V B, K, C P P] and the teacher's [B, N, C P P], which `Encoder.embed` takes.
     """
     options = {"channels": in_chans, "dtype": dtype, "patch": patch, "keep": keep}
     return ops.color_views(images, params, cfg.mean, cfg.std, **options)

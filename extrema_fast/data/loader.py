@@ -44,7 +44,8 @@ class Batch(NamedTuple):
     """One process's part of a global batch.
 
     Attributes:
-        images: [b, H, W, C] uint8, one crop per image (on the GPU when DALI decodes there).
+        images: [b, H, W, C] uint8, one crop per image (on the GPU when DALI decodes there); with separate crops
+            [b, 2, H, W, C], the student's and the teacher's.
         index: [b] int64 row numbers in the source, on the CPU.
         micro_batches: the same images cut into micro-batches, with their random parameters; set by `prefetch`.
         waited: seconds that the step waited for a batch (on a GPU one of a few steps before); set by `prefetch`.
@@ -59,14 +60,14 @@ class Batch(NamedTuple):
 
 
 def random_boxes(
-    sizes: np.ndarray, rows: np.ndarray, cfg: DataConfig, *, seed: int, epoch: int
+    sizes: np.ndarray, rows: np.ndarray, cfg: DataConfig, *, seed: int, epoch: int, stream: int = rng.CROP
 ) -> tuple[np.ndarray, np.ndarray]:
     """Crop boxes by torchvision's RandomResizedCrop rule, and flips, for images of `sizes` [b, 2] (height, width).
 
     Area uniform, log of the ratio uniform, at most 10 tries; then the largest centered box whose ratio is allowed.
     Returns [b, 4] float64 of whole pixels (top, left, bottom, right), inside the image and not empty, and [b] bool.
     """
-    u = rng.uniform(torch.from_numpy(rows), 2 * _TRIES + 3, seed=seed, epoch=epoch, stream=rng.CROP)
+    u = rng.uniform(torch.from_numpy(rows), 2 * _TRIES + 3, seed=seed, epoch=epoch, stream=stream)
     u = u.numpy().astype(np.float64)
     height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
     area = height * width * (cfg.area[0] + (cfg.area[1] - cfg.area[0]) * u[:, :_TRIES])
@@ -143,7 +144,7 @@ class _Loader(ABC):
         """[b] int64 rows of a batch, without those known to be unusable."""
 
     def _crops(self, sizes: np.ndarray, rows: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes and flips of images of these sizes."""
+        """Boxes and flips of images of these sizes; of several crops of each image one after the other."""
         boxes = center_boxes(sizes, self._settings.img_size, self._resizing)
         return boxes, np.zeros(len(rows), bool)
 
@@ -152,7 +153,11 @@ class _Loader(ABC):
             rows = self._rows(step)
             headers = self._files.read_headers(rows, with_bytes=self.resident == "off")
             if not headers.failed:
-                return Work(rows, *self._crops(headers.sizes, rows, step), headers.data, step)
+                boxes, flips = self._crops(headers.sizes, rows, step)
+                crops, data = len(boxes) // max(1, len(rows)), headers.data
+                if crops > 1:
+                    rows, data = np.repeat(rows, crops), data and [d for d in data for _ in range(crops)]
+                return Work(rows, boxes, flips, data, step)
             self._add_bad(rows, headers.failed)
 
     def _add_bad(self, rows: np.ndarray, failed: dict[int, DataError]) -> None:
@@ -254,8 +259,10 @@ class TrainLoader(_Loader):
             raise UsageError(f"train.batch_size: {batch_size} is not a multiple of the {world} processes")
         bad = BadRows(source, cfg.bad_budget) if bad is None else bad
         whole, size = cfg.policy == "centercrop", batch_size // world
+        self._size, self._streams = size, (rng.CROP, rng.CROP_TEACHER)[: 1 + (cfg.crop == "separate")]
+        decoded = size * len(self._streams)
         super().__init__(
-            source, cfg, img_size, size, device, bad, whole=whole, pinned=pinned, resident=resident
+            source, cfg, img_size, decoded, device, bad, whole=whole, pinned=pinned, resident=resident
         )
         self._order = Order(source, cfg, batch_size, seed)
         self.steps_per_epoch = self._order.steps
@@ -270,7 +277,7 @@ class TrainLoader(_Loader):
         if epoch != self._epoch and self.resident == "off":
             self._epoch = epoch
             self.bad.try_again(self._files)
-        return self._replaced(self._order, step, batch, self._first, self._settings.batch)
+        return self._replaced(self._order, step, batch, self._first, self._size)
 
     def global_rows(self, step: int) -> np.ndarray:
         """The rows of a step's batch on all processes, by what is known of unusable ones now."""
@@ -299,7 +306,10 @@ class TrainLoader(_Loader):
     def _crops(self, sizes: np.ndarray, rows: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
         if self._settings.whole:
             return super()._crops(sizes, rows, step)
-        return random_boxes(sizes, rows, self._cfg, seed=self._seed, epoch=step // self.steps_per_epoch)
+        keys = {"seed": self._seed, "epoch": step // self.steps_per_epoch}
+        drawn = [random_boxes(sizes, rows, self._cfg, **keys, stream=s) for s in self._streams]
+        boxes, flips = (np.stack(d, 1) for d in zip(*drawn, strict=True))
+        return boxes.reshape(-1, 4), flips.reshape(-1)
 
     def __iter__(self) -> TrainLoader:
         return self
@@ -312,7 +322,10 @@ class TrainLoader(_Loader):
         if not self._failure:
             try:
                 work, images = next(self._batches)
-                index = torch.from_numpy(work.rows)
+                crops = len(self._streams)
+                index = torch.from_numpy(work.rows[::crops].copy())
+                if crops > 1:
+                    images = images.unflatten(0, (-1, crops))
                 return Batch(images, index.pin_memory() if self._settings.pinned else index, epoch, step)
             except DataError as error:
                 self._failure = str(error)
@@ -322,9 +335,10 @@ class TrainLoader(_Loader):
         if self._world == 1:
             raise DataError(self._failure)
         s = self._settings
-        shape = (s.batch, *s.img_size, self._files.read_channels)
+        per_image = (2,) if len(self._streams) > 1 else ()
+        shape = (self._size, *per_image, *s.img_size, self._files.read_channels)
         images = torch.zeros(shape, dtype=torch.uint8, device=s.device)
-        return Batch(images, torch.zeros(s.batch, dtype=torch.int64), epoch, step)
+        return Batch(images, torch.zeros(self._size, dtype=torch.int64), epoch, step)
 
     def agree(self, world: World) -> int:
         """Exchanges unusable rows between the processes; see `BadRows.agree`.

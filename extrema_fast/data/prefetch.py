@@ -46,7 +46,7 @@ def prefetch(loader: Iterable[Batch], draw: Draw, device: torch.device) -> Itera
 
     Args:
         loader: batches on the CPU, or on the GPU when images are decoded there.
-        draw: (images [b, H, W, 3] uint8 on the device, index [b] int64 on the CPU, epoch) -> `Batch.micro_batches`,
+        draw: (images as of `Batch` on the device, index [b] int64 on the CPU, epoch) -> `Batch.micro_batches`,
             tensors in any nesting.
         device: where the step runs. On a GPU a batch is valid until the next one is asked for: its images are
             then overwritten.

@@ -16,7 +16,7 @@ class MicroBatch(NamedTuple):
     """Images of one forward and backward pass, with their random parameters, all on the device."""
 
     images: Tensor
-    """[b, H, W, 3] uint8"""
+    """[b, H, W, 3] uint8; with separate crops [b, 2, H, W, 3], the student's and the teacher's"""
     jitter: Tensor | None
     """[b, 2, 10] parameters of the color jitter; None without"""
     keep: Tensor
@@ -29,7 +29,7 @@ def draw(cfg: Config, images: Tensor, index: Tensor, epoch: int) -> list[MicroBa
     """The micro-batches of one process's images; every number is a function of (seed, row, epoch).
 
     Args:
-        images: [B, H, W, 3] uint8 on the device of the step.
+        images: [B, H, W, 3] uint8 on the device of the step, or [B, 2, H, W, 3].
         index: [B] int64 sample rows, on the CPU.
     """
     mask, model = cfg.mask, cfg.model

@@ -155,10 +155,11 @@ def _pixels(images_ptr, image, first, inside, PIXELS: tl.constexpr, RUN: tl.cons
 
 @triton.jit
 def color_sums_kernel(
-    # uint8 [B, H, W, 3], or its int32 words [B, 3 H W / 4]; fp32 [B, 2, 10]; fp32 [B, 2, TILES]
+    # uint8 [B, CROPS, H, W, 3], or its int32 words [B, CROPS, 3 H W / 4]; fp32 [B, 2, 10]; fp32 [B, 2, TILES]
     images_ptr,
     params_ptr,
     sums_ptr,
+    CROPS: tl.constexpr,
     PIXELS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -170,9 +171,11 @@ def color_sums_kernel(
     both = params_ptr + image * (2 * COLUMNS)
     if (tl.load(both) > 0.0) | (tl.load(both + COLUMNS) > 0.0):
         first = tile * BLOCK + RUN * tl.arange(0, BLOCK // RUN)
-        r, g, b = _pixels(images_ptr, image, first, first < PIXELS, PIXELS, RUN)
+        r, g, b = _pixels(images_ptr, image * CROPS, first, first < PIXELS, PIXELS, RUN)
         for view in tl.static_range(2):
             row_ptr = both + view * COLUMNS
+            if CROPS == 2 and view == 1:
+                r, g, b = _pixels(images_ptr, image * CROPS + view, first, first < PIXELS, PIXELS, RUN)
             if tl.load(row_ptr) > 0.0:
                 x, y, z = jitter(r, g, b, row_ptr, 0.0, True)
                 # what lies beyond the image is black
@@ -199,6 +202,7 @@ def color_views_kernel(
     # V B and B
     rows,
     batch,
+    CROPS: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     PH: tl.constexpr,
@@ -238,7 +242,10 @@ def color_views_kernel(
     gx = j - gy * (W // PW)
     py = rest // PW
     first = (gy * PH + py) * W + gx * PW + (rest - py * PW)
-    r, g, b = _pixels(images_ptr, image, first, inside, H * W, RUN)
+    crop = image
+    if CROPS == 2:
+        crop = image * 2 + tl.where(is_student, 0, 1)
+    r, g, b = _pixels(images_ptr, crop, first, inside, H * W, RUN)
     if JITTER:
         which = image * 2 + tl.where(is_student, 0, 1)
         row_ptr = params_ptr + which * COLUMNS
@@ -346,7 +353,7 @@ def render(
     patch: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Student's and teacher's view of images uint8 [B, H, W, 3] with params [B, 2, 10].
+    """Student's and teacher's view of images uint8 [B, H, W, 3] or [B, 2, H, W, 3] with params [B, 2, 10].
 
     patch 0: images [B, C, H, W]; else patches, [V B, K, C P P] of keep [V, B, K] (None: all) and [B, N, C P P].
     """
@@ -355,7 +362,7 @@ def render(
     # numbers, not a tensor: copying one to a GPU waits, and cannot be captured in a graph
     norm = (*(1 / s for s in std), *(-m / s for m, s in zip(mean, std)))
     images = _launch.rows_ready(images.contiguous())
-    batch, height, width, _ = images.shape
+    batch, *crops, height, width, _ = images.shape
     # an image is a patch of its size
     ph, pw = (patch, patch) if patch else (height, width)
     pixels, n = height * width, (height // ph) * (width // pw)
@@ -365,10 +372,10 @@ def render(
     run, tiles = min(8, pw & -pw), triton.cdiv(pixels, BLOCK)
     if run == 8:
         # words of eight pixels each
-        images = images.view(batch, 3 * pixels).view(torch.int32)
+        images = images.view(batch, -1).view(torch.int32)
     options = {"num_warps": 4, "num_stages": 1}
     options = _launch.settings("color_views", f"both|n{pixels}", images.device, options)
-    options |= {"TILES": tiles, "BLOCK": BLOCK, "COLUMNS": COLUMNS, "RUN": run}
+    options |= {"CROPS": 2 if crops else 1, "TILES": tiles, "BLOCK": BLOCK, "COLUMNS": COLUMNS, "RUN": run}
     sums = images
     if params is not None:
         params, sums = params.contiguous(), _launch.empty((batch, 2, tiles), images, torch.float32)

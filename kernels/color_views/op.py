@@ -71,7 +71,7 @@ def color_params(
     "render",
 )
 def _views(images, params, keep, mean, std, channels, patch, dtype):
-    batch, height, width, _ = images.shape
+    batch, (height, width) = images.shape[0], images.shape[-3:-1]
     if not patch:
         shapes = ((batch, channels, height, width),) * 2
     else:
@@ -92,13 +92,14 @@ def color_views(
     patch: int = 0,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Two color-jittered, normalized versions of each crop, ExtreMA's student and teacher view of a shared crop.
+    """Color-jittered, normalized views of student and teacher: two of one crop, or one each of two crops.
 
     Maths: README.md in this folder. Runs the plain PyTorch definition where Triton cannot run, for float64, above
     4 million pixels and for other channels than RGB.
 
     Args:
-        images: [B, H, W, 3] uint8, or [B, H, W, C] with `channels` C.
+        images: [B, H, W, 3] uint8, or [B, H, W, C] with `channels` C; [B, 2, H, W, C]: the student's crop of each
+            image, and the teacher's.
         params: [B, 2, 10] fp32, of `color_params`; None: both are only normalized.
         mean: of the images' channels, in [0, 1].
         std: standard deviation of the images' channels.
@@ -121,7 +122,8 @@ def color_views(
     if channels < 1:
         raise ValueError(f"channels: expected at least 1, got {channels}")
     colors = 3 if channels == 1 else channels
-    check("images", images, ("B", "H", "W", colors), (torch.uint8,))
+    crops = (2,) if isinstance(images, Tensor) and images.dim() == 5 else ()
+    check("images", images, ("B", *crops, "H", "W", colors), (torch.uint8,))
     if params is not None and colors != 3:
         raise ValueError(f"params: color jitter is defined for RGB, got {channels} channels; use params=None")
     if params is not None:
@@ -130,7 +132,7 @@ def color_views(
         raise ValueError(f"mean, std: expected {colors} numbers each, got {mean} and {std}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
-    batch, height, width, _ = images.shape
+    batch, (height, width) = images.shape[0], images.shape[-3:-1]
     if patch < 0 or (patch and (height % patch or width % patch)):
         raise ValueError(f"patch: expected 0 or a divisor of {height} and {width}, got {patch}")
     if keep is not None:

@@ -146,9 +146,9 @@ def color_views_reference(
     """Arguments and result as `color_views`, computed in fp32 (fp64 for fp64)."""
     if params is None:
         return _in_patches(_normalized(images, mean, std, channels, dtype), patch, keep)
-    x = images.permute(0, 3, 1, 2).to(torch.float64 if dtype == torch.float64 else torch.float32) / 255
+    crops = images.movedim(-1, -3).to(torch.float64 if dtype == torch.float64 else torch.float32) / 255
     out = []
-    for p in params.unbind(1):
+    for x, p in zip(_of_views(crops), params.unbind(1)):
         on = p[:, ON] > 0
         if images.device.type == "cpu" and not torch.compiler.is_compiling():
             rows = on.nonzero()[:, 0]
@@ -160,14 +160,23 @@ def color_views_reference(
     return _in_patches(out, patch, keep)
 
 
+def _of_views(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Student's and teacher's crops: those of [B, 2, ...], or the same ones twice."""
+    if images.dim() == 4:
+        return images, images
+    student, teacher = images.unbind(1)
+    return student, teacher
+
+
 def _normalized(
     images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], channels: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    crops = images.flatten(0, -4)
     if dtype == torch.float64:
-        x = _finish(images.permute(0, 3, 1, 2).double() / 255, mean, std, channels)
+        x = _finish(crops.permute(0, 3, 1, 2).double() / 255, mean, std, channels)
     else:
-        x = normalize(images, mean, std, channels).to(dtype)
-    return x, x
+        x = normalize(crops, mean, std, channels).to(dtype)
+    return _of_views(x.unflatten(0, images.shape[:-3]))
 
 
 def _in_patches(views: Sequence[Tensor], patch: int, keep: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -261,7 +270,7 @@ def color_views_by_image(
     parameters ask for (README.md). Brightness and contrast are numbers (scale, offset) carried along until something
     needs the pixels; a clamp is left out where values cannot leave their range.
     """
-    batch, height, width, _ = images.shape
+    batch, (height, width) = images.shape[0], images.shape[-3:-1]
     pixels = height * width
     if channels == 1:
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
@@ -271,10 +280,12 @@ def color_views_by_image(
     out = torch.empty(2, batch, channels, pixels, dtype=dtype)
     pieces = [_Piece(min(size, pixels - i), scratch) for i in range(0, pixels, size)]
     for image, rows, targets in zip(images, params.tolist(), out.unbind(1)):
-        for piece, part in zip(pieces, image.reshape(pixels, 3).split(size)):
-            for k, plane in enumerate(piece.crop):
-                plane.copy_(part[:, k])
-        for row, target in zip(rows, targets):
+        for view, (row, target) in enumerate(zip(rows, targets)):
+            if view == 0 or image.dim() == 4:
+                crop = image[view] if image.dim() == 4 else image
+                for piece, part in zip(pieces, crop.reshape(pixels, 3).split(size)):
+                    for k, plane in enumerate(piece.crop):
+                        plane.copy_(part[:, k])
             _view(pieces, row, target.split(size, 1), mean, std)
     return _in_patches(out.view(2, batch, channels, height, width).unbind(0), patch, keep)
 
@@ -335,7 +346,7 @@ def color_views_plain(
     images: Tensor, params: Tensor | None, mean: tuple[float, ...], std: tuple[float, ...], **options: Any
 ) -> tuple[Tensor, Tensor]:
     """`color_views` in plain torch: image by image on a CPU, where that is faster, else the batch definition."""
-    many = images.shape[1] * images.shape[2] >= FEW_PIXELS
+    many = images.shape[-3] * images.shape[-2] >= FEW_PIXELS
     on_cpu = images.device.type == "cpu" and not torch.compiler.is_compiling()
     if params is not None and many and on_cpu:
         return color_views_by_image(images, params, mean, std, **options)

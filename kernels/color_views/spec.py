@@ -14,21 +14,26 @@ STRENGTH = (0.4, 0.4, 0.2, 0.1)
 
 
 def variants() -> dict[str, Launch]:
-    """224-pixel crops: the sums; patches of 16 pixels in bf16, five views of 39, and of 14; fp32 images; parameters."""
+    """224-pixel crops, one or two of each image: sums; patches of 16 pixels in bf16, five views of 39, and of 14; fp32
+    images; parameters."""
     from . import kernel
 
     bf16, fp32 = torch.bfloat16, torch.float32
     images, params = meta(torch.uint8, 3, 224, 224, 3), meta(fp32, 3, 2, 10)
+    crops = meta(torch.uint8, 3, 2, 224, 224, 3)
 
-    def views(kept, patch, dtype, params=params):
+    def views(kept, patch, dtype, params=params, images=images):
         keep = meta(torch.int32, 5, 3, kept) if kept else None
         return launches(kernel.render, images, params, keep, MEAN, STD, 3, patch, dtype)
 
     sums, patches = views(39, 16, bf16)
+    two_sums, two_crops = views(39, 16, bf16, images=crops)
     (index,) = launches(kernel.draw_params, meta(torch.int64, 3), STRENGTH, 0.8, 0.2, 3, 1, STREAMS)
     return {
         "sums n50176": sums,
         "views bf16 P16 K39": patches,
+        "sums n50176 two crops": two_sums,
+        "views bf16 P16 K39 two crops": two_crops,
         "views bf16 P16 K39 plain": views(39, 16, bf16, None)[0],
         "views bf16 P14 K51": views(51, 14, bf16)[1],
         "views fp32 n50176": views(0, 0, fp32)[1],

@@ -1,5 +1,5 @@
-"""The loaders: order, epochs, worlds, resume, DALI against PIL, policies, EXIF, evaluation (also beside
-`preprocess`), shutdown."""
+"""The loaders: order, epochs, worlds, resume, DALI against PIL, policies, separate crops, EXIF, evaluation (also
+beside `preprocess`), shutdown."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from extrema_fast import rng
 from extrema_fast.data import loader as data
 from extrema_fast.data.loader import EvalLoader, TrainLoader
 from extrema_fast.data.preprocess import KEEP_EXACT, Resizing, resize_crop
@@ -50,11 +51,12 @@ def test_every_epoch_has_each_row_once(tree, config, kind):
     assert not set.intersection(*left_out)
 
 
-@pytest.fixture(params=["files", "shards"])
+@pytest.fixture(params=["files", "separate crops", "shards"])
 def setup(request, tree, shards, config, kind):
     """(source, settings): files in the global order, and tar shards in the order by shards."""
-    if request.param == "files":
-        return open_source(str(tree)), config(loader=kind)
+    if request.param != "shards":
+        crop = "separate" if request.param == "separate crops" else "shared"
+        return open_source(str(tree)), config(loader=kind, crop=crop)
     return open_source(str(shards)), config(loader=kind, order="shards", window=2)
 
 
@@ -94,22 +96,28 @@ def test_dali_and_pil_give_the_same_pictures(tree, config, policy):
         assert shifted.mean() > 3 * gap.mean(), "the test cannot tell a shift of one pixel"
 
 
-def test_crops_and_flips_are_those_of_the_plan(tree, config, kind):
-    """Each image against PIL by hand: its box, its flip, its row."""
-    source, cfg = open_source(str(tree)), config(loader=kind)
-    flipped = 0
+@pytest.mark.parametrize("crop", ["shared", "separate"])
+def test_crops_and_flips_are_those_of_the_plan(tree, config, kind, crop):
+    """Each image against PIL by hand: its box, its flip, its row; the teacher's crop too, where it has its own."""
+    source, cfg = open_source(str(tree)), config(loader=kind, crop=crop)
+    flipped, same = 0, 0
     # 3 steps per epoch: two epochs, since a row's crop changes with the epoch
     for batch in batches(source, cfg, 5):
         rows = batch.index.numpy()
         opened = [Image.open(source.paths[r]).convert("RGB") for r in rows]
         sizes = np.array([im.size[::-1] for im in opened])
-        boxes, flips = data.random_boxes(sizes, rows, cfg, seed=3, epoch=batch.epoch)
-        for im, (top, left, bottom, right), flip, got in zip(opened, boxes, flips, batch.images, strict=True):
-            want = im.crop((left, top, right, bottom)).resize(SIZE[::-1], Image.Resampling.BILINEAR)
-            want = np.asarray(want)[:, ::-1] if flip else np.asarray(want)
-            assert np.abs(want.astype(int) - got.numpy()).mean() < 2
-            flipped += flip
-    assert 0 < flipped < 30
+        keys, before = {"seed": 3, "epoch": batch.epoch}, None
+        crops = batch.images.unbind(1) if crop == "separate" else [batch.images]
+        for images, stream in zip(crops, (rng.CROP, rng.CROP_TEACHER), strict=False):
+            boxes, flips = data.random_boxes(sizes, rows, cfg, **keys, stream=stream)
+            for im, (top, left, bottom, right), flip, got in zip(opened, boxes, flips, images, strict=True):
+                want = im.crop((left, top, right, bottom)).resize(SIZE[::-1], Image.Resampling.BILINEAR)
+                want = np.asarray(want)[:, ::-1] if flip else np.asarray(want)
+                assert np.abs(want.astype(int) - got.numpy()).mean() < 2
+                flipped += flip
+            same += 0 if before is None else int((before == boxes).all(1).sum())
+            before = boxes
+    assert 0 < flipped < 30 * len(crops) and same == 0
 
 
 def test_centercrop_is_never_random(tree, config, kind):

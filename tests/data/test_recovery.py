@@ -71,11 +71,14 @@ def assert_only(places, clean, replaced):
     return changed
 
 
-@pytest.mark.parametrize("how", ["text", "cut", "empty", "gone"])
-def test_all_other_samples_are_undisturbed(images, config, kind, how, caplog):
+@pytest.mark.parametrize(
+    ("how", "crop"),
+    [("text", "shared"), ("cut", "shared"), ("cut", "separate"), ("empty", "shared"), ("gone", "shared")],
+)
+def test_all_other_samples_are_undisturbed(images, config, kind, how, crop, caplog):
     # a JPEG and a PNG file
     bad = [7, 12]
-    source, cfg = open_source(str(images)), config(loader=kind, bad_budget=0.1)
+    source, cfg = open_source(str(images)), config(loader=kind, bad_budget=0.1, crop=crop)
     clean, _ = batches(source, cfg, 12)
     for row in bad:
         spoil(images / source.paths[row], how)
@@ -257,16 +260,18 @@ def test_everything_gone(images, config, kind):
         batches(source, cfg, 5)
 
 
-def test_one_process_of_several_waits_for_the_others(images, config, kind):
+@pytest.mark.parametrize("crop", ["shared", "separate"])
+def test_one_process_of_several_waits_for_the_others(images, config, kind, crop):
     """It yields empty images; `agree` is where all learn of it."""
     source = open_source(str(images))
     for path in images.iterdir():
         path.unlink()
-    cfg = config(loader=kind)
+    cfg, crops = config(loader=kind, crop=crop), (2,) if crop == "separate" else ()
     with TrainLoader(source, cfg, SIZE, batch_size=6, seed=3, rank=1, world=2) as loader:
         for step in range(3):
             batch = next(loader)
-            assert batch.step == step and batch.images.shape == (3, *SIZE, 3) and not batch.images.any()
+            assert batch.step == step and batch.images.shape == (3, *crops, *SIZE, 3)
+            assert len(batch.index) == 3 and not batch.images.any()
         with pytest.raises(DataError, match=r"\d+ of 23 images cannot be used"):
             loader.agree(World(torch.device("cpu")))
 

@@ -55,16 +55,19 @@ def source(request, tree, small, shards, tmp_path):
     return open_source(str({"folder": tree, "small": small, "shards": shards}[request.param]))
 
 
-def batches(source, count, place="host", policy="spatial", **kw):
-    cfg = DataConfig(loader="pil", threads=2, policy=policy, bad_budget=0.3)
+def batches(source, count, place="host", policy="spatial", crop="shared", **kw):
+    cfg = DataConfig(loader="pil", threads=2, policy=policy, crop=crop, bad_budget=0.3)
     kw = {"batch_size": 6, "seed": 3, **kw}
     with TrainLoader(source, cfg, SIZE, resident=place, device="cpu", **kw) as loader:
         return list(itertools.islice(loader, count))
 
 
-@pytest.mark.parametrize("policy", ["spatial", "centercrop"])
-def test_the_batches_of_the_pil_loader(source, policy):
-    assert_same(batches(source, 8, policy=policy), batches(source, 8, "off", policy=policy))
+@pytest.mark.parametrize(
+    ("policy", "crop"), [("spatial", "shared"), ("spatial", "separate"), ("centercrop", "shared")]
+)
+def test_the_batches_of_the_pil_loader(source, policy, crop):
+    options = {"policy": policy, "crop": crop}
+    assert_same(batches(source, 8, **options), batches(source, 8, "off", **options))
 
 
 def test_restarts_and_two_processes(small, tree):

@@ -1,10 +1,11 @@
 """color_views and color_params against their plain definitions (torchvision's semantics: tests/data/test_augment.py).
 
 Covers: every order of operations, color jitter on, off and absent, gray, hues up to half a turn; odd sizes over
-several tiles; patches, kept ones and all; the error against fp64 by the rule of all ops; black, white and gray images;
-one channel; fp16; the form without nonzero; one graph; layouts; poison; empty batches; parameters bit by bit; errors.
-The form for CPUs against the definition in fp64: sizes below, at and above a piece, every order, factors of 0, hues up
-to half a turn, flat images, switches, channels, dtypes; where it is taken; that it computes on one thread.
+several tiles; patches, kept ones and all; the error against fp64 by the rule of all ops; black, white and gray
+images; one channel; two crops of each image; fp16; the form without nonzero; one graph; layouts; poison; empty
+batches; parameters bit by bit; errors.
+The form for CPUs against the definition in fp64: sizes below, at and above a piece, every order, factors of 0, hues
+up to half a turn, flat images, switches, channels, dtypes; where it is taken; that it computes on one thread.
 """
 
 from __future__ import annotations
@@ -141,6 +142,40 @@ def test_other_channels_are_normalized_alone():
     close((student, teacher), (kept, cut))
 
 
+def separate(function, images, p, **options):
+    """What two crops of each image give is what each alone gives."""
+    found = function(images, p, MEAN, STD, **options)
+    for view in range(2):
+        alone = function(images[:, view].contiguous(), p, MEAN, STD, **options)[view]
+        assert torch.equal(found[view], alone)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "kept", "given", "channels"),
+    [
+        ((32, 48), 16, 2, params(4), 3),
+        ((24, 40), 8, 0, wild_params(4), 1),
+        ((28, 42), 14, 4, None, 3),
+        ((40, 33), 0, 0, wild_params(4), 3),
+    ],
+)
+def test_two_crops_of_each_image(size, patch, kept, given, channels, poisoned):
+    images = draw(8, *size).view(4, 2, *size, 3)
+    keep = draw_keep(4, size[0] * size[1] // patch**2, 2, kept) if kept else None
+    options = {"patch": patch, "keep": keep, "channels": channels}
+    separate(color_views, images, given, **options)
+    separate(color_views_reference, images, given, **options)
+    agree(images, given, **options)
+
+
+def test_two_crops_of_other_channels():
+    images = torch.randint(0, 256, (2, 2, 8, 12, 5), dtype=torch.uint8)
+    found = color_views(images, None, [0.5] * 5, [0.2] * 5, channels=5)
+    for view in range(2):
+        alone = color_views(images[:, view], None, [0.5] * 5, [0.2] * 5, channels=5)[view]
+        assert torch.equal(found[view], alone)
+
+
 def test_the_plain_path_and_fp64(plain):
     images = draw(3, 9, 7)
     a, b = color_views(images, params(3), MEAN, STD), color_views_plain(images, params(3), MEAN, STD)
@@ -176,6 +211,7 @@ def test_errors():
     cases = [
         ((images.float(), params(2), MEAN, STD), {}, r"images: expected uint8 \[B, H, W, 3\], got float32"),
         ((images, params(3), MEAN, STD), {}, r"params: expected float32 \[2, 2, 10\]"),
+        ((images[:, None], params(2), MEAN, STD), {}, r"images: expected uint8 \[B, 2, H, W, 3\]"),
         ((images, params(2), MEAN[:1], STD), {}, "mean, std: expected 3 numbers"),
         ((images, params(2), MEAN, STD), {"channels": 0}, "channels: expected at least 1, got 0"),
         ((images, None, MEAN, STD), {"channels": 2}, "images: expected uint8 .B, H, W, 2"),
@@ -210,6 +246,15 @@ def test_image_by_image_is_the_definition(size):
     assert all(v.dtype == torch.float32 and v.is_contiguous() for v in found)
     close(found, exact)
     assert torch.equal(images, before)
+
+
+@pytest.mark.plain
+def test_image_by_image_of_two_crops():
+    images = draw(8, 48, 64).view(4, 2, 48, 64, 3)
+    separate(color_views_by_image, images, wild_params(4), patch=16)
+    # what a CPU takes for images of this size
+    found, taken = (f(images, params(4), MEAN, STD) for f in (color_views_by_image, color_views_plain))
+    assert all(torch.equal(a, b) for a, b in zip(found, taken, strict=True))
 
 
 @pytest.mark.plain

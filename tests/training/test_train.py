@@ -117,6 +117,36 @@ def test_accumulation_equals_the_whole_batch(head):
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6 * one["grad_norm"], msg=name)
 
 
+@pytest.mark.parametrize("policy", ["spatial", "spatial+color"])
+def test_separate_crops(policy):
+    """The student learns from its crops and the teacher sees its own, with micro-batches too."""
+    found = []
+    for parts in (1, 2):
+        run, loader = begin(
+            data={"crop": "separate", "policy": policy},
+            model={"drop_path": 0.0},
+            train={"accumulation": parts},
+        )
+        with (
+            loader,
+            TrainLoader(
+                run.source, run.cfg.data, run.cfg.model.img_size, batch_size=8, seed=run.cfg.train.seed
+            ) as again,
+        ):
+            batch, method, data = next(again), ExtreMA(run.cfg), run.cfg.data
+            params = jitter_params(batch.index, data, seed=run.cfg.train.seed, epoch=0)
+            crops = batch.images.unbind(1)
+            student, teacher = (color_jitter(crop, params, data)[i] for i, crop in enumerate(crops))
+            assert not torch.equal(student, teacher)
+            keep = draw_views(batch.index, 4, 2, 2, mode="disjoint", seed=run.cfg.train.seed, epoch=0)
+            wanted = method(student, teacher, keep).loss.item()
+            steps(run, loader, 1)
+            values = run.counters.read().values()
+            assert values["loss"] == pytest.approx(wanted, rel=1e-5)
+            found.append(values["grad_norm"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 def test_gradient_clipping():
     run, loader = begin(optim={"clip_grad": 1e-3})
     with loader:
