@@ -336,6 +336,9 @@ class HeadConfig:
     """`byol`: squared distance of normalized vectors; `infonce`: contrastive over the batch."""
     temperature: float = 0.2
     """Of InfoNCE."""
+    queue: int = 0
+    """Targets of earlier steps that InfoNCE compares with beside those of the batch (MoCo); 0: none (the paper's).
+    For small batches, among which an image is found too easily."""
     targets: Literal["plain", "whitened"] = "plain"
     """Of BYOL: as they are (the paper's), or `whitened` over the batch, for small batches and short runs."""
     decorrelation: float = 0.0
@@ -356,8 +359,12 @@ class HeadConfig:
             self.loss == "byol" or self.targets == "plain",
             f"head.targets: {self.targets} is for head.loss byol, got {self.loss}; use head.targets plain",
         )
-        _at_least("head", self, hidden=1, out=1, predictor_hidden=1, decorrelation=0)
-        _at_most("head", self, hidden=MAX_UNITS, out=MAX_UNITS, predictor_hidden=MAX_UNITS)
+        _require(
+            self.loss == "infonce" or not self.queue,
+            f"head.queue: {self.queue} is for head.loss infonce, got {self.loss}; use head.queue 0",
+        )
+        _at_least("head", self, hidden=1, out=1, predictor_hidden=1, decorrelation=0, queue=0)
+        _at_most("head", self, hidden=MAX_UNITS, out=MAX_UNITS, predictor_hidden=MAX_UNITS, queue=MAX_UNITS)
 
     @property
     def whole_batch(self) -> bool:

@@ -117,17 +117,25 @@ def whiten(targets: Tensor, shrinkage: float = 0.01) -> Tensor:
 
 
 def infonce_loss(
-    prediction: Tensor, targets: Tensor, temperature: float, images: int, offset: int = 0
+    prediction: Tensor,
+    targets: Tensor,
+    temperature: float,
+    images: int,
+    offset: int = 0,
+    queue: Tensor | None = None,
 ) -> Tensor:
     """InfoNCE: the mean of -2T log softmax_j(q . k_j / T) at the image's own target k.
 
     prediction [V b, d] q of b `images`, view-major; targets [M, d] of the step on all processes, without gradient,
-    `offset` the row of the first of these images -> scalar, at least fp32.
+    `offset` the row of the first of these images; queue [Q, d] unit targets of other images, which j runs over, too
+    -> scalar, at least fp32.
     """
-    q = _unit(prediction)
+    q, keys = _unit(prediction), _unit(targets.detach())
+    if queue is not None:
+        keys = torch.cat([keys, queue.to(keys.dtype)])
     # autocast would turn this matmul, the input of the softmax, into bf16
     with torch.autocast(q.device.type, enabled=False):
-        logits = q @ _unit(targets.detach()).T / temperature
+        logits = q @ keys.T / temperature
     label = torch.arange(images, device=q.device) + offset
     return 2 * temperature * F.cross_entropy(logits, label.repeat(q.shape[0] // images))
 
@@ -436,7 +444,13 @@ class ExtreMA(StudentTeacher):
     `forward` is the arithmetic of a whole step, for small batches and tests. The training step calls
     `teacher_branch`, `student_branch` and `loss` itself, so that the teacher covers the batch before the first
     micro-batch. The initial weights depend on `cfg.train.seed` alone.
+
+    Attributes:
+        queue: [head.queue, d] fp32 unit targets of earlier steps, the latest first (MoCo, arXiv 1911.05722); the same
+            on all processes, and part of checkpoints; None without.
     """
+
+    queue: Tensor | None
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -449,6 +463,8 @@ class ExtreMA(StudentTeacher):
             encoder.mean, encoder.std = cfg.data.mean, cfg.data.std
             projector = mlp_head(width, h.hidden, h.hidden, h.out, norm=h.norm)
             predictor = mlp_head(h.out, h.predictor_hidden, h.out, norm=h.norm)
+            # until there are targets, directions that no image has (MoCo)
+            self.register_buffer("queue", _unit(torch.randn(h.queue, h.out)) if h.queue else None)
         self.student_branch = StudentBranch(encoder, projector, predictor)
         self.student_branch.features_learn = h.decorrelation > 0
         self.teacher_branch = TeacherBranch(copy.deepcopy(encoder), copy.deepcopy(projector))
@@ -494,11 +510,18 @@ class ExtreMA(StudentTeacher):
                 targets = whiten(targets)
             loss = self._byol_loss(prediction, targets[offset : offset + images])
         else:
-            loss = infonce_loss(prediction, targets, head.temperature, images, offset)
+            loss = infonce_loss(prediction, targets, head.temperature, images, offset, self.queue)
         if not head.decorrelation:
             return loss
         assert features is not None
         return loss + head.decorrelation * correlation(features)
+
+    @torch.no_grad()
+    def enqueue(self, targets: Tensor, skip: Tensor) -> None:
+        """Puts the targets [M, d] of a step on all processes into the queue, unless `skip`, a scalar, is 1."""
+        assert self.queue is not None
+        moved = torch.cat([_unit(targets), self.queue])[: len(self.queue)]
+        self.queue.copy_(torch.where(skip > 0, self.queue, moved))
 
     def forward(
         self, student_images: Tensor, teacher_images: Tensor, keep: Tensor, path: Tensor | None = None

@@ -106,7 +106,9 @@ def _notes(runs: Sequence[RunRecord]) -> list[str]:
     """What cannot be compared."""
     notes = []
     heads = [r.cfg.head for r in runs]
-    losses = {(h.loss, h.targets, h.temperature * (h.loss == "infonce"), h.decorrelation) for h in heads}
+    losses = {
+        (h.loss, h.targets, h.temperature * (h.loss == "infonce"), h.queue, h.decorrelation) for h in heads
+    }
     if len(losses) > 1:
         notes.append("The runs have different losses, whose values say nothing about one another.")
     tests = {(r.cfg.data.test or r.cfg.data.train, r.cfg.data.holdout, r.cfg.eval.max_test) for r in runs}

@@ -288,6 +288,7 @@ def _counts(about: Mapping[str, Any]) -> str:
 def _training(run: RunRecord) -> list[str]:
     cfg = run.cfg
     loss = f"InfoNCE, temperature {cfg.head.temperature:g}" if cfg.head.loss == "infonce" else "BYOL"
+    loss += f", {cfg.head.queue:,} earlier targets" if cfg.head.queue else ""
     loss += "" if cfg.head.targets == "plain" else f", {cfg.head.targets} targets"
     loss += f", decorrelation {cfg.head.decorrelation:g}" if cfg.head.decorrelation else ""
     loss += ", batch norm in the heads" if cfg.head.norm == "batch" else ""

@@ -724,7 +724,15 @@ def newest(run: Path, check: Callable[[Checkpoint], str] = lambda found: "") -> 
 
 
 # options that set the shapes of tensors: a run cannot continue with others
-_SHAPES = ("model.", "head.norm", "head.hidden", "head.out", "head.predictor_hidden", "tune.pool")
+_SHAPES = (
+    "model.",
+    "head.norm",
+    "head.queue",
+    "head.hidden",
+    "head.out",
+    "head.predictor_hidden",
+    "tune.pool",
+)
 _NOT_SHAPES = ("model.drop_path", "model.layer_scale", "model.patch_init")
 
 

@@ -109,6 +109,8 @@ class Run:
     """`step.compute` of this run as a CUDA graph; None: as it is"""
     outputs: list[Tensor] = field(default_factory=list)
     """predictions [V b, d] and targets [b, d] of the last micro-batch of pretraining, on the device"""
+    targets: Tensor | None = None
+    """[M, d] targets of the last step, on all processes where the loss takes those"""
     step: int = 0
     """steps taken"""
     embedded: tuple[Embedded, Embedded] | None = None

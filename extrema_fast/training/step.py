@@ -94,6 +94,8 @@ def compute(run: Run, micro_batches: list[MicroBatch]) -> None:
             whole.step(momentum_weight=run.teacher_weight, found_inf=bad, max_norm=limit or math.inf)
             assert whole.grad_norm is not None and whole.skipped is not None
             norm, bad = whole.grad_norm, whole.skipped
+    if run.targets is not None and run.cfg.head.queue:
+        run.method.enqueue(run.targets, bad)
     run.counters.add(loss, norm, bad)
 
 
@@ -119,6 +121,8 @@ def gradients(run: Run, micro_batches: list[MicroBatch]) -> Tensor:
             loss.backward()
         total += loss.detach()
     run.outputs += outputs
+    # of the whole batch, where the loss takes those
+    run.targets = others.get("targets", outputs[1])
     return total
 
 

@@ -14,6 +14,7 @@ import textwrap
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from extrema_fast.models.extrema import byol_loss, correlation, infonce_loss, whiten
 
@@ -56,6 +57,13 @@ def test_byol_is_the_written_formula(views, b, d):
 def test_infonce_is_the_written_formula(views, b, d, t):
     q, k = torch.randn(views * b, d).double(), torch.randn(b, d).double()
     assert float(infonce_loss(q, k, t, b)) == pytest.approx(infonce_by_hand(q, k, t, b), rel=1e-10, abs=1e-12)
+
+
+def test_infonce_compares_with_the_queue():
+    q, k, queue = torch.randn(15, 8).double(), torch.randn(3, 8).double(), torch.randn(7, 8).double()
+    found = float(infonce_loss(q, k, 0.2, 3, queue=F.normalize(queue)))
+    assert found == pytest.approx(infonce_by_hand(q, torch.cat([k, queue]), 0.2, 3), rel=1e-10)
+    assert found > float(infonce_loss(q, k, 0.2, 3))
 
 
 def test_infonce_offset_points_at_this_parts_images():

@@ -116,6 +116,7 @@ def test_what_is_missing_or_damaged(tmp_path, no_charts):
     [
         ({"head": {"loss": "infonce"}}, "losses"),
         ({"head": {"targets": "whitened"}}, "losses"),
+        ({"head": {"loss": "infonce", "queue": 8}}, "losses"),
         ({"head": {"decorrelation": 0.1}}, "losses"),
         ({"data": {"test": "elsewhere"}}, "test images"),
         ({"eval": {"k": 7}}, "k-NN"),

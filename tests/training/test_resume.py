@@ -35,7 +35,8 @@ from tests.training.conftest import final_hash, status, tiny
 # 34 images: 4 steps an epoch, two images left out each time
 RUN = {
     "data": {"limit": 34},
-    "head": {"loss": "infonce"},
+    # a step and a half
+    "head": {"loss": "infonce", "queue": 12},
     "train": {"epochs": 3},
     "ckpt": {"every_steps": 3},
     "log": {"every_steps": 3},

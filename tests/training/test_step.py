@@ -111,7 +111,7 @@ def test_compiled_steps_equal_plain_ones(counting, mode, loss, accumulation, mon
     # InfoNCE with the class token in the loss, and batch norm
     head = {"loss": loss}
     if loss == "infonce":
-        head |= {"decorrelation": 0.1, "norm": "batch"}
+        head |= {"decorrelation": 0.1, "norm": "batch", "queue": 12}
     change = {"head": head, "train": {"accumulation": accumulation}, "model": {"depth": 5}}
     plain = begin(**change)
     change["train"]["compile"] = mode

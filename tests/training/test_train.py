@@ -117,6 +117,31 @@ def test_accumulation_equals_the_whole_batch(head):
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6 * one["grad_norm"], msg=name)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_queue_holds_the_latest_targets(monkeypatch, parts):
+    head = {"loss": "infonce", "queue": 20}
+    run, loader = begin(head=head, train={"accumulation": parts})
+    plain, _ = begin(head={"loss": "infonce"})
+    first, seen = run.method.queue.clone(), []
+    torch.testing.assert_close(first.norm(dim=1), torch.ones(20))
+    for name, value in plain.method.state_dict().items():
+        assert torch.equal(run.method.state_dict()[name], value), name
+    original = ExtreMA.enqueue
+    monkeypatch.setattr(ExtreMA, "enqueue", lambda self, t, skip: (seen.append(t), original(self, t, skip)))
+    with loader:
+        for kept in (12, 4):
+            steps(run, loader, 1)
+            latest = torch.cat([torch.nn.functional.normalize(t) for t in reversed(seen)])
+            torch.testing.assert_close(run.method.queue, torch.cat([latest, first[:kept]]))
+        before = run.method.queue.clone()
+        # a step that is not finite leaves it alone
+        loss = ExtreMA.loss
+        monkeypatch.setattr(ExtreMA, "loss", lambda self, *args: loss(self, *args) * float("nan"))
+        steps(run, loader, 1)
+    assert len(seen) == 3 and torch.equal(run.method.queue, before)
+    assert all(len(t) == 8 for t in seen)
+
+
 @pytest.mark.parametrize("policy", ["spatial", "spatial+color"])
 def test_separate_crops(policy):
     """The student learns from its crops and the teacher sees its own, with micro-batches too."""
