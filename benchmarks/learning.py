@@ -53,17 +53,13 @@ def main(argv: list[str]) -> int:
     )
     p.add_argument("--max-train", type=int, default=0, help="training images of the evaluation (0: all)")
     p.add_argument("--max-test", type=int, default=0)
-    p.add_argument(
-        "--crop-pct", type=float, help="of the evaluation's center crop; default: that of the weights"
-    )
     args = p.parse_args(argv[:split])
     preset, seeds = ("smoke", [0]) if args.quick else (args.preset, args.seeds)
     args.name = preset if args.name == "learning" else args.name
     if args.list:
         print(f"  {preset}, seeds {seeds}, {' '.join(overrides) or 'no overrides'}")
         return 0
-    given = {"max-train": args.max_train, "max-test": args.max_test, "crop-pct": args.crop_pct}
-    limits = [f"--{name}={value}" for name, value in given.items() if value]
+    limits = [f"--max-{name}={n}" for name, n in (("train", args.max_train), ("test", args.max_test)) if n]
     if args.settings:
         return search(preset, seeds, overrides, limits, args, argv)
     record = harness.new_record(f"learning: {preset}", "learning", argv, args.note, overrides=overrides)

@@ -262,7 +262,7 @@ class ModelConfig:
     """Initial layer scale of the class-attention blocks (not 0, which makes the pooled output constant)."""
     patch_init: Literal["xavier", "whitened"] = "xavier"
     """Initial patch kernel: `xavier` (the paper's), or `whitened`, that times what gives the directions of natural
-    patches about equal variance (`models.layers.whiten_kernel`). For short runs and small encoders."""
+    patches about equal variance (`models.layers.whiten_kernel`). For short runs of small encoders on color images."""
     drop_path: float = 0.1
     """Drop-path rate of the student's last trunk block; rises linearly from 0 at the first."""
 

@@ -139,12 +139,15 @@ class _Loader(ABC):
             resizing.interpolation,
         )
 
+    # crops of each image, one after the other in boxes and flips
+    _per_image = 1
+
     @abstractmethod
     def _rows(self, step: int) -> np.ndarray:
         """[b] int64 rows of a batch, without those known to be unusable."""
 
     def _crops(self, sizes: np.ndarray, rows: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes and flips of images of these sizes; of several crops of each image one after the other."""
+        """Boxes and flips of the `_per_image` crops of images of these sizes."""
         boxes = center_boxes(sizes, self._settings.img_size, self._resizing)
         return boxes, np.zeros(len(rows), bool)
 
@@ -154,10 +157,8 @@ class _Loader(ABC):
             headers = self._files.read_headers(rows, with_bytes=self.resident == "off")
             if not headers.failed:
                 boxes, flips = self._crops(headers.sizes, rows, step)
-                crops, data = len(boxes) // max(1, len(rows)), headers.data
-                if crops > 1:
-                    rows, data = np.repeat(rows, crops), data and [d for d in data for _ in range(crops)]
-                return Work(rows, boxes, flips, data, step)
+                data = headers.data and [d for d in headers.data for _ in range(self._per_image)]
+                return Work(np.repeat(rows, self._per_image), boxes, flips, data, step)
             self._add_bad(rows, headers.failed)
 
     def _add_bad(self, rows: np.ndarray, failed: dict[int, DataError]) -> None:
@@ -259,8 +260,9 @@ class TrainLoader(_Loader):
             raise UsageError(f"train.batch_size: {batch_size} is not a multiple of the {world} processes")
         bad = BadRows(source, cfg.bad_budget) if bad is None else bad
         whole, size = cfg.policy == "centercrop", batch_size // world
-        self._size, self._streams = size, (rng.CROP, rng.CROP_TEACHER)[: 1 + (cfg.crop == "separate")]
-        decoded = size * len(self._streams)
+        self._streams = (rng.CROP, rng.CROP_TEACHER) if cfg.crop == "separate" else (rng.CROP,)
+        self._size, self._per_image = size, len(self._streams)
+        decoded = size * self._per_image
         super().__init__(
             source, cfg, img_size, decoded, device, bad, whole=whole, pinned=pinned, resident=resident
         )
@@ -322,10 +324,9 @@ class TrainLoader(_Loader):
         if not self._failure:
             try:
                 work, images = next(self._batches)
-                crops = len(self._streams)
-                index = torch.from_numpy(work.rows[::crops].copy())
-                if crops > 1:
-                    images = images.unflatten(0, (-1, crops))
+                index = torch.from_numpy(work.rows[:: self._per_image].copy())
+                if self._per_image > 1:
+                    images = images.unflatten(0, (-1, self._per_image))
                 return Batch(images, index.pin_memory() if self._settings.pinned else index, epoch, step)
             except DataError as error:
                 self._failure = str(error)
@@ -335,8 +336,8 @@ class TrainLoader(_Loader):
         if self._world == 1:
             raise DataError(self._failure)
         s = self._settings
-        per_image = (2,) if len(self._streams) > 1 else ()
-        shape = (self._size, *per_image, *s.img_size, self._files.read_channels)
+        crops = (self._per_image,) if self._per_image > 1 else ()
+        shape = (self._size, *crops, *s.img_size, self._files.read_channels)
         images = torch.zeros(shape, dtype=torch.uint8, device=s.device)
         return Batch(images, torch.zeros(self._size, dtype=torch.int64), epoch, step)
 
