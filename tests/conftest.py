@@ -130,6 +130,9 @@ for line in sys.stdin:
             os.environ.update(env)
             out = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1), os.dup2(out, 2)
+            # whole lines at once even under PYTHONUNBUFFERED: several processes write to this file
+            for stream in sys.stdout, sys.stderr:
+                stream.reconfigure(line_buffering=True, write_through=False)
             code = 1
             try:
                 exec(job["setup"], {})
