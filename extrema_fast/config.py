@@ -342,8 +342,9 @@ class HeadConfig:
     targets: Literal["plain", "whitened"] = "plain"
     """Of BYOL: as they are (the paper's), or `whitened` over the batch, for small batches and short runs."""
     decorrelation: float = 0.0
-    """Weight of squared correlations between dimensions of the student's class token (`models.extrema.correlation`);
-    0: none (the paper's). About 0.01 where a run is short and the encoder small."""
+    """Weight of squared correlations between dimensions of the student's class token, and of what all class
+    tokens share (`models.extrema.correlation`); 0: none (the paper's). About 0.01 where a run is short and the encoder
+    small."""
     norm: Literal["layer", "batch"] = "layer"
     """Of the hidden layers: `layer` (the released code's), or `batch`, over the whole batch of all processes."""
     hidden: int = 4096
