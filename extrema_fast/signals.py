@@ -101,12 +101,14 @@ class Signals:
     Attributes:
         stop: whether a signal has come; may be set for another reason to stop.
         raises: whether the first signal, too, raises `Stopped`: where there is nothing to save.
+        ended: whether the program has recorded how it ends: a second signal raises nothing any more.
         farewell: called before a process that hangs is ended.
     """
 
     def __init__(self) -> None:
         self.stop = False
         self.raises = False
+        self.ended = False
         self.farewell: Callable[[], None] = lambda: None
         self._at, self._forced = 0.0, False
         self._previous: dict[int, Any] = {}
@@ -160,7 +162,7 @@ class Signals:
             previous(number, frame)
         if first and self.raises:
             raise Stopped(number, forced=False)
-        if not first and not self._forced and now - self._at > TOGETHER_S:
+        if not first and not self._forced and not self.ended and now - self._at > TOGETHER_S:
             # once: what records the end is not interrupted by further ones
             self._forced = True
             raise Stopped(number, forced=True)

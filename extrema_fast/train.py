@@ -331,10 +331,14 @@ def _train(
                 world.watch.debug = out / DEBUG
             train_log = TrainLog(run, folder, progress, trackers.wake, dog)
             try:
-                with train_log, open_loader(run, out / BAD_ROWS, on_cpu=task.on_cpu) as loader:
-                    _loop(run, task, loader, train_log, test, signals)
+                try:
+                    with train_log, open_loader(run, out / BAD_ROWS, on_cpu=task.on_cpu) as loader:
+                        _loop(run, task, loader, train_log, test, signals)
+                finally:
+                    # how it ends stands in status.json, and is so
+                    signals.ended = True
             except Stopped as error:
-                # a second signal may have come while the run wrote how it ends, or after that
+                # a second signal came before that
                 train_log.interrupted(str(error), 128 + error.number)
                 raise
             if folder is not None:

@@ -167,6 +167,23 @@ def test_a_second_signal_ends_a_wait(tries, pretrain, straight):
         check(tries, pretrain, straight, f"wait{i}", what, *result, code=128 + number)
 
 
+# the first signal at a step, the second once the run has recorded that it was preempted
+LATE = """
+send(train, "train_step", 2, [15])
+leave = train.Trackers.__exit__
+def late(*args):
+    time.sleep(0.1)
+    os.kill(os.getpid(), 15)
+    time.sleep(0.1)
+    return leave(*args)
+train.Trackers.__exit__ = late
+"""
+
+
+def test_a_second_signal_after_the_end_was_recorded(tries, pretrain, straight):
+    check(tries, pretrain, straight, "late", "a second signal late", *pretrain("late", setup=SENDS + LATE))
+
+
 # a function that never returns, when it is called for the n-th time
 HANGS = """
 import threading
