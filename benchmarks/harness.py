@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -55,7 +56,7 @@ def parser(name: str, summary: str | None, *, timed: bool = True) -> argparse.Ar
         "--out", type=Path, default=RECORDS, metavar="FOLDER", help="where the record's folder goes"
     )
     p.add_argument("--name", default=name, help="last part of the record's name (default: %(default)s)")
-    p.add_argument("--note", default="", help="a line for the record's page and the index")
+    p.add_argument("--note", default="", help="for the record's page; its first paragraph also for the index")
     p.add_argument("--list", action="store_true", help="print what would be measured and stop")
     if timed:
         p.add_argument("--rounds", type=int, default=0, help="turns of every provider (0: the default)")
@@ -210,7 +211,8 @@ def lost(record: Record) -> list[str]:
 
 def new_record(what: str, name: str, argv: list[str], note: str = "", **measured: Any) -> Record:
     """Returns a record: question, command, date and machine, then what was measured."""
-    command = " ".join(["python -m benchmarks", name, *argv])
+    at = argv.index("--note") if "--note" in argv else len(argv)  # it stands on the page anyway
+    command = "python -m benchmarks " + shlex.join([name, *argv[:at], *argv[at + 2 :]])
     head = {"what": what, "benchmark": name, "command": command, "date": date.today().isoformat()}
     return {**head, "note": note, "machine": machine(), **measured}
 
@@ -276,7 +278,8 @@ def write_index(out: Path) -> Path:
     text += "| record | what | result, note |\n| --- | --- | --- |\n"
     for file in sorted(out.glob("*/record.json")):
         record, name = read_record(file), file.parent.name
-        result = "; ".join(filter(None, [record.get("headline"), record["note"]])).replace(" | ", ", ")
+        summary = record["note"].partition("\n\n")[0]
+        result = "; ".join(filter(None, [record.get("headline"), summary])).replace(" | ", ", ")
         text += f"| [{name}]({name}/README.md) | {record['what']} | {result} |\n"
     (out / "README.md").write_text(text, encoding="utf-8")
     return out / "README.md"

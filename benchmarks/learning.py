@@ -85,6 +85,12 @@ def page(record: dict[str, Any], runs: list[dict[str, Any]], begun: list[dict[st
             found, {k: v for k, v in summary(begun).items() if "random init" not in k and "raw" not in k}
         )
     record["summary"] = found
+    record["headline"] = "; ".join(
+        f"{name}k-NN {found[f'{key}knn | pretrained | class token']['mean']:.1%}, "
+        f"probe {found[f'{key}probe | pretrained | class token']['mean']:.1%}"
+        for name, key in {"": "", "begun from weights ": "begun | "}.items()
+        if not key or begun
+    )
     seeds = [r["seed"] for r in runs]
     text = f"Mean and standard deviation over seeds {seeds}; accuracies are shares of the test images."
     lines = [
@@ -114,6 +120,8 @@ def search(
         out = args.runs / f"{args.name}-{len(record['rows']):03d}"
         done = run(preset, s, out, [*overrides, *shlex.split(settings)], limits)
         record["rows"].append({"settings": settings, **row(done)})
+        k, p = ([r[f"cls_{metric}"]["pretrained"] for r in record["rows"]] for metric in ("knn", "probe"))
+        record["headline"] = f"runs: {len(k)}; k-NN at most {max(k):.1f}%, probe at most {max(p):.1f}%"
         harness.write_record(record, [table(record["rows"])], args)
     return 0
 

@@ -36,10 +36,14 @@ def test_ratio(a, b, ratio, verdict):
     assert found["low"] <= found["ratio"] <= found["high"]
 
 
+NOTE = "a note\n\nand more of it"
+
+
 def record(samples: list[float] = FAST, **more) -> dict:
     row = {"key": "ours", "batch": 4, "samples_ms": samples, "peak_mb": 100.0}
     harness.speed(row)
-    return harness.new_record("a", "step", ["--quick"], "a note", rows=[row], headline="2x") | more
+    argv, note = ["--quick", "--note", NOTE, "--batch", "1 2"], NOTE
+    return harness.new_record("a", "step", argv, note, rows=[row], headline="2x") | more
 
 
 def test_record_is_written_read_and_indexed(tmp_path, capsys):
@@ -49,14 +53,17 @@ def test_record_is_written_read_and_indexed(tmp_path, capsys):
     found = harness.read_record(folder)
     assert found == harness.read_record(folder / "record.json")
     assert found["rows"][0]["samples_ms"] == FAST and found["rates"] == {"copy_gb_per_s": 12.1235}
-    assert found["command"] == "python -m benchmarks step --quick" and found["machine"]["versions"]["torch"]
+    assert found["command"] == "python -m benchmarks step --quick --batch '1 2'"
+    assert found["machine"]["versions"]["torch"]
     # lists of numbers take one line
     assert "10.0, 10.1, 9.9, 10.0, 10.0" in (folder / "record.json").read_text()
     assert "a table" in capsys.readouterr().out
     pictures = [p.name for p in folder.glob("*.png")]
     assert all(f"({p})" in (folder / "README.md").read_text() for p in pictures)
     assert main(["index", "--out", str(tmp_path)]) == 0
-    assert f"[{folder.name}]" in (tmp_path / "README.md").read_text()
+    line = f"[{folder.name}]({folder.name}/README.md) | a | 2x; a note |\n"
+    assert line in (tmp_path / "README.md").read_text()
+    assert (folder / "README.md").read_text().count(NOTE) == 1
 
 
 def test_picture(tmp_path):

@@ -31,7 +31,7 @@ def test_a_search_continues(tmp_path, monkeypatch):
         ]
         at = {f"teacher{p}_{k}": 0.1 for p in ("", "_proj") for k in ("std", "rank", "cosine")}
         curve = [{"epoch": 0, **at}, {"epoch": 2, **at, "teacher_rank": 7.0}]
-        seconds = {"pretrain_s": 2.0, "pretrain_cpu_s": 1.0}
+        seconds = {"pretrain_s": 2.0, "pretrain_cpu_s": 1.0, "evaluate_s": 0.5}
         return {"seed": seed, "evaluation": {"step": 8, "rows": rows}, "curve": curve, **seconds}
 
     monkeypatch.setattr(learning, "run", run)
@@ -64,6 +64,10 @@ def test_a_search_continues(tmp_path, monkeypatch):
         ("--c '3 4'", 1),
     ]
     assert round(rows[0]["cls_knn"]["gain"], 6) == 30 and rows[0]["rank"] == {"first": 0.1, "last": 7.0}
+    assert learning.main(["smoke", "--seeds", "0", "1", "--name", "both", "--out", str(tmp_path)]) == 0
+    index = (tmp_path / "README.md").read_text()
+    assert "runs: 4; k-NN at most 60.0%, probe at most 50.0%" in index
+    assert "_both/README.md) | learning: smoke | k-NN 55.0%, probe 50.0% |" in index
     page = (folder / "README.md").read_text()
     assert "| --b 2 | 0 | 8 | 1 | 20.0 | 50.0 | +30.0 |" in page
     # seed 1 is ten points better

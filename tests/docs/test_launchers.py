@@ -94,7 +94,10 @@ def sbatch(programs, tmp_path, run_cli):
         envs = [step | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)} for n in range(tasks)]
 
         def serve(server: socket.socket) -> None:
-            connection, _ = server.accept()
+            try:
+                connection, _ = server.accept()
+            except OSError:  # the script ended without asking
+                return
             with connection, connection.makefile() as lines:
                 words = json.loads(lines.readline())
                 codes, text = ([answer], "") if answer else run_cli(*words, env=envs, setup=setup)
@@ -107,11 +110,15 @@ def sbatch(programs, tmp_path, run_cli):
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(address)
             server.listen()
-            threading.Thread(target=serve, args=(server,), daemon=True).start()
+            thread = threading.Thread(target=serve, args=(server,), daemon=True)
+            thread.start()
             command = ["bash", RECIPES / "slurm.sbatch", *map(str, words)]
             done = subprocess.run(
                 command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=200
             )
+            # wakes `accept`, whose number would be another file's once the socket is closed
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
         os.unlink(address)
         queue = programs / "requeued"
         requeued = queue.exists() and queue.read_text() == f"{job}\n"
