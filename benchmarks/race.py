@@ -729,7 +729,8 @@ def page(record: harness.Record) -> list[str]:
         lines.append(
             entry
             | {
-                "final": f"{100 * end['mean']:.1f} ± {100 * end['stdev']:.1f}",
+                "final": f"{100 * end['mean']:.1f}"
+                + (f" ± {100 * end['stdev']:.1f}" if len(entry["seeds"]) > 1 else ""),
                 "course": curve,
                 "both": f"{100 * entry['cls']:.1f} / {100 * entry['mean']:.1f}",
                 "n": len(entry["seeds"]),
