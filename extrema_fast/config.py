@@ -1025,17 +1025,26 @@ def cifar10() -> Config:
 def own() -> Config:
     """Your own images: `training.own` sizes it by them and by the machine. This is what it begins with.
 
-    The short recipe of `cifar10` with the smaller encoder of record 2026-11-23_cpu1_cifar10_10k.
+    The short recipe of record 2026-11-27_cpu1_own_search, without what not every loss and batch has: `training.own`
+    adds queue, batch norm and decorrelation.
     """
     return Config(
         out="runs/own",
         data=DataConfig(train="", policy="spatial", area=(0.4, 1.0)),
-        mask=MaskConfig(ratio=0.8, views=5),
+        mask=MaskConfig(ratio=0.9, views=5),
         model=ModelConfig(
-            size="tiny", img_size=(64, 64), patch_size=8, width=128, depth=4, heads=2, drop_path=0.0
+            size="tiny",
+            img_size=(64, 64),
+            patch_size=8,
+            width=128,
+            depth=2,
+            heads=2,
+            mlp_ratio=2.0,
+            patch_init="whitened",
+            drop_path=0.0,
         ),
         head=HeadConfig(loss="infonce", temperature=0.1, hidden=512, out=128, predictor_hidden=512),
-        optim=OptimConfig(base_lr=5.6e-3, warmup_epochs=2, momentum=0.98),
+        optim=OptimConfig(base_lr=5.6e-3, warmup_epochs=2, momentum=0.9),
         train=TrainConfig(epochs=34, batch_size=32),
     )
 

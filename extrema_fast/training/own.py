@@ -1,9 +1,8 @@
 """The preset `own`: settings for any images, from their number and sizes and from the machine.
 
 `choose` settles them once, where a run begins; the run's `config.json` keeps them, and the same command later takes
-them from there. There are two recipes: the paper's, for large sets of photographs on a GPU, and else the short one of
-the preset `cifar10` and of an earlier `photos`, which learns in minutes (records 2026-11-23_cpu1_photos_search,
-_cifar10_10k and 2026-11-24_cpu1_photos_infonce). What is given stands, and what depends on it follows.
+them from there. There are two recipes: the paper's, for large sets of photographs on a GPU, and else a short one, which
+learns in minutes (record 2026-11-27_cpu1_own_search). What is given stands, and what depends on it follows.
 """
 
 from __future__ import annotations
@@ -42,7 +41,9 @@ STEP_BYTES, STEP_SHARE = {"small": 30e6, "base": 60e6}, 0.7
 # the short recipe: patches down and across, images seen on a GPU, images seen and epochs at least, epochs at most
 GRID, GPU_SEEN, LEAST_SEEN, LEAST_EPOCHS, MOST_EPOCHS = 8, 1_000_000, 15_000, 5, 400
 # tokens of a view at least
-LEAST_KEPT = 8
+LEAST_KEPT = 6
+# images from which a batch says how the dimensions of tokens vary; targets of earlier steps to compare with, at most
+ENOUGH, QUEUE = 64, 1024
 # on a CPU: seconds of a run, FLOP/s of a core in steps of such sizes (bf16: 88e9 and 102e9 in the records; fp32: 38e9
 # on a busy machine), pixels of JPEG files that it decodes in a second; further cores add less, in the end nothing
 SECONDS, CORE_FLOPS, CORE_PIXELS = 480, {"bf16": 90e9, "fp32": 40e9}, 150e6
@@ -352,10 +353,11 @@ class Settings:
         keep, ratio = self.given.get("mask.keep", 0), self.given.get("mask.ratio")
         kept = keep or (LEAST_KEPT if ratio is None else keep_count(tokens, ratio))
         views = self._pick("mask.views", min(5, max(1, tokens // max(kept, 1))))
-        fits = views <= 5 and keep_count(tokens, 0.8) >= LEAST_KEPT
-        ratio = self._pick("mask.ratio", 0.8 if fits else 1 - 1 / max(views, 1))
+        wanted = 0.8 if self.long else 0.9
+        fits = views <= 5 and keep_count(tokens, wanted) >= LEAST_KEPT
+        ratio = self._pick("mask.ratio", wanted if fits else 1 - 1 / max(views, 1))
         value = f"{views} of {keep or keep_count(tokens, ratio)} of {tokens} tokens"
-        why = "the paper's 80 % x 5" if fits else f"at least {LEAST_KEPT} tokens each"
+        why = "the paper's 80 % x 5" if fits and self.long else f"at least {LEAST_KEPT} tokens each"
         self._say("views", value, why, "mask.views", "mask.ratio")
 
     def _encoder(self) -> None:
@@ -363,15 +365,17 @@ class Settings:
         large = self.long and images.total >= BASE_IMAGES and machine.bytes >= BASE_BYTES
         self._pick("model.size", "base" if large else "small" if self.long else "tiny")
         few = machine.kind == "cpu" and machine.cores < MANY_CORES
-        width, depth, heads = (128, 4, 2) if few else (192, 12 if machine.kind == "cuda" else 6, 3)
-        if self.long or "model.size" in self.given:
-            # those of the size
+        width, depth, heads = (128, 2, 2) if few else (192, 12 if machine.kind == "cuda" else 6, 3)
+        of_size = self.long or "model.size" in self.given
+        if of_size:
             width = depth = heads = 0
         self._pick("model.width", width)
         self._pick("model.depth", depth)
+        self._pick("model.mlp_ratio", 2.0 if few and not of_size else 4.0)
         # of a width that is given: 64 each
         self._pick("model.heads", 0 if "model.width" in self.given else heads)
         self._pick("model.drop_path", 0.1 if self.long else 0.0)
+        self._pick("model.patch_init", "xavier" if self.long else "whitened")
         width, depth, _ = self._so_far.model.shape
         hidden = 4096 if self.long else 512 if width <= 128 else 1024
         self._pick("head.hidden", hidden)
@@ -381,16 +385,25 @@ class Settings:
         self._say("encoder", f"width {width}, depth {depth}", why, "model.size")
 
     def _loss(self) -> None:
+        images = self.images
         loss = self._pick("head.loss", "byol" if self.long else "infonce")
         self._pick("head.temperature", 0.2 if self.long else 0.1)
         self._pick("data.policy", "spatial+color" if self.long else "spatial")
         self._pick("data.area", (0.2, 1.0) if self.long else (0.4, 1.0))
+        # statistics of a step, whose rows must be there at once
+        at_once = self.given.get("train.accumulation", 1) == 1 and images.total >= ENOUGH and not self.long
+        self._pick("head.norm", "batch" if at_once else "layer")
+        self._pick("head.decorrelation", 0.03 if at_once else 0.0)
+        # a quarter of the images: an image's own earlier target is no other image
+        earlier = min(QUEUE, 2 ** int(math.log2(images.total / 4))) if images.total >= ENOUGH else 0
+        queue = self._pick("head.queue", earlier if loss == "infonce" and not self.long else 0)
+        value = f"{loss}, beside {queue} earlier targets" if queue else loss
         why = (
             "as in the paper"
             if self.long
-            else "in short runs it learns more than BYOL, and without color jitter"
+            else "in short runs more than BYOL; no jitter, for colors may count"
         )
-        self._say("loss", loss, why, "head.loss")
+        self._say("loss", value, why, "head.loss")
 
     def _batch(self) -> int:
         images, machine, cfg = self.images, self.machine, self._so_far
@@ -429,7 +442,7 @@ class Settings:
         share = 40 / 300 if self.long else 2 / 34
         self._pick("optim.warmup_epochs", float(f"{share * epochs:.3g}"))
         steps = max(1, epochs * (images.total // max(batch, 1)))
-        self._pick("optim.momentum", 0.996 if self.long else round(min(0.996, max(0.98, 1 - 100 / steps)), 4))
+        self._pick("optim.momentum", 0.996 if self.long else round(min(0.996, max(0.9, 1 - 1000 / steps)), 4))
         seen = epochs * images.total
         if seconds:
             minutes = seen * seconds / 60
