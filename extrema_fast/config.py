@@ -1025,8 +1025,8 @@ def cifar10() -> Config:
 def own() -> Config:
     """Your own images: `training.own` sizes it by them and by the machine. This is what it begins with.
 
-    The short recipe of record 2026-11-27_cpu1_own_search, without what not every loss and batch has: `training.own`
-    adds queue, batch norm and decorrelation.
+    The short recipe of record 2026-11-27_cpu1_own_search, to which `training.own` adds what depends on the images, and
+    what the recorded settings of earlier runs do not name: queue, batch norm, decorrelation, the initial patch kernel.
     """
     return Config(
         out="runs/own",
@@ -1040,7 +1040,6 @@ def own() -> Config:
             depth=2,
             heads=2,
             mlp_ratio=2.0,
-            patch_init="whitened",
             drop_path=0.0,
         ),
         head=HeadConfig(loss="infonce", temperature=0.1, hidden=512, out=128, predictor_hidden=512),
