@@ -745,13 +745,15 @@ def from_dict(data: dict[str, Any], base: Config | None = None, *, recorded: boo
     Args:
         data: as `to_dict` returns it.
         base: the configuration that `data` changes; None: `photos()`, or that of a fine-tuning if `data` is one's.
-        recorded: `data` was recorded by a run, so options that were removed since are ignored.
+        recorded: `data` was recorded by a run, so options that were removed since are ignored, and those that came
+            since have, without a base, their defaults: new options are off.
 
     Raises:
         UsageError: for an unknown key (with the nearest one), a value of the wrong type, or a removed option.
     """
     if base is None:
-        base = FinetuneConfig() if isinstance(data, dict) and "tune" in data else photos()
+        tune = isinstance(data, dict) and "tune" in data
+        base = FinetuneConfig() if tune else Config() if recorded else photos()
     return _replace(base, _scaled_warmup(base, data), "", recorded)
 
 

@@ -77,6 +77,8 @@ def test_only_the_named_options_change():
     cfg = c.from_dict({"mask": {"views": 3}, "out": "x"}, SMOKE)
     assert cfg == dataclasses.replace(SMOKE, out="x", mask=dataclasses.replace(SMOKE.mask, views=3))
     assert c.from_dict({}, SMOKE) == SMOKE and c.from_dict({}) == c.photos()
+    # what a run has not recorded was not there yet
+    assert c.from_dict({}, recorded=True) == c.Config()
     # dashes as on the command line
     assert c.from_dict({"train": {"batch-size": 32}}, SMOKE).train.batch_size == 32
 
