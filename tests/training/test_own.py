@@ -138,7 +138,8 @@ def test_every_choice_can_run():
             {"train__accumulation": 3},
             {"train.batch_size": 24, "head.norm": "layer", "head.decorrelation": 0.0, "head.queue": 256},
         ),
-        ({"head__loss": "byol"}, {"head.queue": 0, "head.norm": "batch", "head.decorrelation": 0.03}),
+        ({"head__loss": "byol"}, {"head.queue": 0, "head.norm": "batch", "model.patch_init": "xavier"}),
+        ({"head__temperature": 0.2}, {"head.queue": 256, "model.patch_init": "whitened"}),
         ({"train__epochs": 500}, {"optim.momentum": 0.9677}),
     ],
 )
