@@ -152,7 +152,8 @@ def results() -> str:
             )
         if summary:
             command = f": `{record['command']}`" if "command" in record else ""
-            notes.append(f"* {link(name)}{command}{'. ' + record['note'] if record.get('note') else ''}")
+            about = record.get("note", "").partition("\n\n")[0]
+            notes.append(f"* {link(name)}{command}{'. ' + about if about else ''}")
     heads = ["record", "preset", "k-NN", "random", "pixels", "probe", "random", "pixels", "seconds", "seeds"]
     return "\n\n".join(
         [
@@ -176,7 +177,8 @@ def benchmarks() -> str:
             interval = f"{r['low']:.2f} to {r['high']:.2f}" if "low" in r else ""
             rows.append([link(name), what, f"{r['ratio']:.2f}", interval, r.get("verdict", "")])
         if not record.get("ratios") and "summary" not in record:
-            result = (record.get("headline") or record.get("note") or "").replace(" | ", ", ")
+            result = record.get("headline") or record.get("note", "").partition("\n\n")[0]
+            result = result.replace(" | ", ", ")
             notes.append(f"* {link(name)}: {record['what']}{'. ' + result if result else ''}")
     return "\n\n".join(
         [
