@@ -114,6 +114,11 @@ def link(name: str) -> str:
     return f"[{name.split('_', 2)[-1]}](../{RECORDS}/{name}/README.md)"
 
 
+def first(record: dict[str, Any]) -> str:
+    """The first paragraph of a record's note; empty without one."""
+    return record.get("note", "").partition("\n\n")[0]
+
+
 def percent(summary: dict[str, Any], key: str) -> str:
     """Mean and standard deviation of a quantity, in %."""
     if key not in summary:
@@ -152,8 +157,7 @@ def results() -> str:
             )
         if summary:
             command = f": `{record['command']}`" if "command" in record else ""
-            about = record.get("note", "").partition("\n\n")[0]
-            notes.append(f"* {link(name)}{command}{'. ' + about if about else ''}")
+            notes.append(f"* {link(name)}{command}{'. ' * bool(first(record))}{first(record)}")
     heads = ["record", "preset", "k-NN", "random", "pixels", "probe", "random", "pixels", "seconds", "seeds"]
     return "\n\n".join(
         [
@@ -177,8 +181,7 @@ def benchmarks() -> str:
             interval = f"{r['low']:.2f} to {r['high']:.2f}" if "low" in r else ""
             rows.append([link(name), what, f"{r['ratio']:.2f}", interval, r.get("verdict", "")])
         if not record.get("ratios") and "summary" not in record:
-            result = record.get("headline") or record.get("note", "").partition("\n\n")[0]
-            result = result.replace(" | ", ", ")
+            result = (record.get("headline") or first(record)).replace(" | ", ", ")
             notes.append(f"* {link(name)}: {record['what']}{'. ' + result if result else ''}")
     return "\n\n".join(
         [

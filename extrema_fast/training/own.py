@@ -375,7 +375,7 @@ class Settings:
         # of a width that is given: 64 each
         self._pick("model.heads", 0 if "model.width" in self.given else heads)
         self._pick("model.drop_path", 0.1 if self.long else 0.0)
-        # BYOL learns next to nothing from a whitened kernel (record 2026-11-27_cpu1_photos_byol90)
+        # on `photos` BYOL learns next to nothing with a whitened kernel (record 2026-11-27_cpu1_photos_byol90)
         contrastive = not self.long and self.given.get("head.loss", "infonce") == "infonce"
         self._pick("model.patch_init", "whitened" if contrastive else "xavier")
         width, depth, _ = self._so_far.model.shape
