@@ -1,7 +1,8 @@
 """The race between methods: what it does without lightly, with it, and what it says of the results.
 
 Covers: others are left out with a line where lightly is missing, and finished runs are taken as they are; the rules
-that scale published settings; a step of every method moves student and teacher; standings over seeds and settings.
+that scale published settings, and whitened patch kernels; a step of every method moves student and teacher; standings
+over seeds and settings.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from benchmarks import race
 from benchmarks.__main__ import main
 from benchmarks.harness import read_record
 from extrema_fast.config import from_dict, nested, preset
+from extrema_fast.models.layers import whiten_kernel
 
 
 def test_without_lightly_ours_races_and_is_kept(tmp_path, monkeypatch, capsys):
@@ -88,6 +90,29 @@ def test_a_step_moves_student_and_teacher(method, settings):
     assert not teacher or any(not torch.equal(a, b) for a, b in zip(teacher, after, strict=True))
     out = racer.encoder.encode(torch.zeros(2, 3, 32, 32))
     assert out.cls.shape == (2, 64) and out.patches.shape == (2, 16, 64) and out.cls.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["simclr", "dino"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_whitened_changes_the_patch_kernels_alone(method):
+    pytest.importorskip("lightly")
+    pytest.importorskip("timm")
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        made.append(race.THEIRS[method](preset("smoke")))
+    before, after = made
+    race.whiten(after)
+    modules = [[*parts.trained, *(teacher for _, teacher in parts.followed)] for parts in made]
+    kernels = 0
+    for old, new in zip(*modules, strict=True):
+        want = old.state_dict()
+        for name in want:
+            if name.endswith("patch_embed.proj.weight"):
+                want[name], kernels = whiten_kernel(want[name]), kernels + 1
+        torch.testing.assert_close(new.state_dict(), want, rtol=0, atol=0)
+    # dino has a teacher
+    assert kernels == (2 if method == "dino" else 1)
 
 
 def row(method: str, settings: str, seed: int, start: float, end: float) -> dict:
