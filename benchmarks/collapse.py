@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 from extrema_fast.config import Config, from_dict, nested, preset, typed
 from extrema_fast.errors import UsageError, install
-from extrema_fast.files import read_json
+from extrema_fast.files import read_json, read_log
 from extrema_fast.train import pretrain
-from extrema_fast.training.logging import read_log
 
 from . import harness
 

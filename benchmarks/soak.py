@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 
 from extrema_fast.errors import Preempted, UsageError
-from extrema_fast.files import read_text
-from extrema_fast.training.logging import parse_records, read_log
+from extrema_fast.files import parse_records, read_log, read_text
 
 from . import harness
 

@@ -1,4 +1,4 @@
-"""Files and folders that a reader finds whole or not at all, locks between processes, and JSON read with care.
+"""Files and folders that a reader finds whole or not at all, locks between processes, JSON and logs read with care.
 
 Nothing here follows a symbolic link where it writes or removes: a link is replaced, removed or refused, and what it
 points to stays as it is.
@@ -207,6 +207,37 @@ def fits(value: Any, shape: Any) -> bool:
     if shape is float:
         return type(value) in (int, float) and abs(value) < math.inf
     return type(value) is shape
+
+
+# a record: what is not named is a number, or null where it was not finite
+_NAMED = ("kind", "step", "attempt", "text")
+_RECORD = {"kind": str, "step": int, "attempt?": int, "text?": str}
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log.jsonl, oldest first; lines cut off by a crash are left out."""
+    if not path.is_file():
+        return []
+    return list(parse_records(path.read_text(encoding="utf-8", errors="replace").splitlines()))
+
+
+def parse_records(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The records that lines of a log.jsonl hold; other lines are left out."""
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if fits(record, _RECORD):
+            yield {k: v for k, v in record.items() if k in _NAMED or fits(v, (float, None))}
+
+
+def history(path: Path, kind: str, up_to: int) -> list[dict[str, Any]]:
+    """Records of one kind up to a step, ascending; the last one of a step that was repeated."""
+    found = {
+        r["step"]: r for r in read_log(path) if r.get("kind") == kind and r.get("step", math.inf) <= up_to
+    }
+    return [found[step] for step in sorted(found)]
 
 
 # ---- whole folders --------------------------------------------------------------------------------

@@ -19,11 +19,10 @@ from ..errors import UsageError, counted
 from ..evaluation.classification import is_classification
 from ..evaluation.result import is_result, is_segmentation
 from ..evaluation.subject import run_config
-from ..files import fits, read_json
+from ..files import fits, read_json, read_log
 from ..models.classifier import Classifier
 from ..models.encoder import build_encoder
 from ..progress import duration
-from ..training.logging import read_log
 from ..training.run_folder import STATUS
 
 log = logging.getLogger(__name__)

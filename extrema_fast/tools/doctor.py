@@ -485,9 +485,9 @@ def _self_test() -> Finding:
     import torch
 
     from ..config import from_dict, preset
+    from ..files import read_log
     from ..train import pretrain
     from ..training.checkpoint import newest, step_folders
-    from ..training.logging import read_log
 
     changes = {
         "train": {"epochs": 1, "compile": "none"},

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, one_line
-from ..files import fits, holder, open_plain, read_json
-from ..training.logging import parse_records
+from ..files import fits, holder, open_plain, parse_records, read_json
 from ..training.run_folder import LOCK, MARKER, STATUS
 
 # folders below the one that was given

@@ -28,9 +28,8 @@ from typing import Any, NamedTuple
 
 from ..config import LogConfig, flatten
 from ..errors import UsageError, install, one_line
-from ..files import fits, open_new, open_plain, open_to_append, read_json
+from ..files import fits, open_new, open_plain, open_to_append, parse_records, read_json
 from ..signals import STOPPING
-from .logging import parse_records
 from .run_folder import RunFolder
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config import FREE_FIELDS, NOT_TUNED, Config, FinetuneConfig, flatten
 from ..errors import printable
-from ..files import fits, read_json
+from ..files import fits, history, read_json
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +33,43 @@ _RESULT = {
     "which": str,
     "step": int,
 }
+# k-NN of training itself, at its first evaluation and at these weights
+_ONLINE = {"rows": [{"encoder": str, "feature": str, "knn": float}], "test": int, "k": int}
 # what an export keeps of a run
 _RECORD = {
     "data?": {"train?": _COUNT, "test?": (_COUNT, None)},
     "recipe?": {},
     "results?": [_RESULT],
+    "online?": _ONLINE,
     "begun_from?": str,
     "classified?": {"accuracy": float, "images": int},
+}
+# settings that other tables of a card hold, and folders
+_ELSEWHERE = (
+    *("data.train", "data.mean", "data.std", "train.seed", "tune.weights", "model.size", "model.img_size"),
+    *("model.patch_size", "model.in_chans", "model.width", "model.depth", "model.mlp_ratio"),
+)
+# of the settings that every card has
+_WORDS = {
+    "head.loss": "loss",
+    "mask.ratio": "share of the patches that a view drops",
+    "mask.views": "views per image",
+    "data.policy": "augmentation",
+    "data.area": "smallest and largest area of a crop",
+    "train.epochs": "epochs",
+    "train.batch_size": "batch size",
+    "optim.name": "optimizer",
+    "optim.base_lr": "learning rate for a batch of 256",
+    "optim.warmup_epochs": "warm-up epochs",
+    "optim.weight_decay": "weight decay",
+    "optim.momentum": "teacher momentum",
+    "tune.layer_decay": "layer decay",
+    "tune.mixup": "mixup",
+    "tune.cutmix": "cutmix",
+    "tune.smoothing": "label smoothing",
+    "tune.rand_augment": "RandAugment",
+    "tune.erasing": "random erasing",
+    "tune.ema": "average of the weights",
 }
 _TITLES = {"knn": "k-NN", "probe": "linear probe"}
 
@@ -79,6 +110,8 @@ def run_record(weights: Path, meta: Mapping[str, Any], which: str | None) -> dic
             and (r["step"], r["which"]) == (meta.get("step"), which)
         ],
     }
+    if which != "student" and (online := _online(folder, cfg, meta.get("step"))):
+        found["online"] = online
     if isinstance(begun := env.get("init_from"), dict) and isinstance(begun.get("weights"), str):
         found["begun_from"] = _short(begun["weights"])
     # the test of a fine-tuning, of the network that is loaded by default
@@ -87,6 +120,22 @@ def run_record(weights: Path, meta: Mapping[str, Any], which: str | None) -> dic
         if which != "student":
             found["classified"] = {k: test[k] for k in ("accuracy", "images")}
     return found if fits(found, _RECORD) else None
+
+
+def _online(folder: Path, cfg: Mapping[str, Any], step: Any) -> dict[str, Any] | None:
+    """What training itself has measured of a teacher at a step, next to that of its beginning."""
+    evals = history(folder / "log.jsonl", "eval", step) if fits(step, int) else []
+    if not evals or evals[-1]["step"] != step:
+        return None
+    names = {"knn_cls": "class token", "knn_mean": "mean of patches"}
+    at = {"pretrained": evals[-1]} | ({"at the beginning": evals[0]} if evals[0]["step"] == 0 < step else {})
+    rows = [
+        {"encoder": encoder, "feature": feature, "knn": found.get(key)}
+        for encoder, found in at.items()
+        for key, feature in names.items()
+    ]
+    online = {"rows": rows, "test": evals[-1].get("images"), "k": flatten(cfg).get("eval.k")}
+    return online if fits(online, _ONLINE) else None
 
 
 def _bare(key: str) -> str:
@@ -105,32 +154,26 @@ def _named(count: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recipe(cfg: Mapping[str, Any], env: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(words, value) of the settings that make a recipe, as far as both files hold them."""
+    """(words, value) of what makes a recipe, as far as both files hold it; settings without words: by their option."""
     of_run = {
         "preset": ("preset", "name"),
         "precision": ("resolved", "precision"),
         "commit": ("code", "commit"),
         "torch": ("versions", "torch"),
     }
-    of_settings = {
-        "loss": ("head", "loss"),
-        "share of the patches that a view drops": ("mask", "ratio"),
-        "views per image": ("mask", "views"),
-        "augmentation": ("data", "policy"),
-        "smallest and largest area of a crop": ("data", "area"),
-        "epochs": ("train", "epochs"),
-        "batch size": ("train", "batch_size"),
-        "optimizer": ("optim", "name"),
-        "learning rate for a batch of 256": ("optim", "base_lr"),
-        "warm-up epochs": ("optim", "warmup_epochs"),
-        "weight decay": ("optim", "weight_decay"),
-        "teacher momentum": ("optim", "momentum"),
-    }
-    for source, names in ((env, of_run), (cfg, of_settings)):
-        for words, (section, name) in names.items():
-            value = source.get(section)
-            if isinstance(value, dict) and isinstance(value.get(name), (str, int, float, list)):
-                yield words, value[name]
+    for words, (section, name) in of_run.items():
+        value = env.get(section)
+        if isinstance(value, dict) and fits(value.get(name), str):
+            yield words, value[name]
+    tuned = "tune" in cfg
+    found, defaults = flatten(cfg), flatten(FinetuneConfig() if tuned else Config())
+    without = (*FREE_FIELDS, *_ELSEWHERE, *(NOT_TUNED if tuned else ()))
+    for option in dict.fromkeys([*_WORDS, *found]):
+        value = found.get(option)
+        if option.startswith(without) or not isinstance(value, (str, int, float, list)):
+            continue
+        if option in _WORDS or (option in defaults and value != defaults[option]):
+            yield _WORDS.get(option, option), value
 
 
 # ---- the card ---------------------------------------------------------------------------------------
@@ -338,7 +381,8 @@ def _data(record: Mapping[str, Any], classifies: bool) -> str:
 
 def _recipe_table(own: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     rows = {
-        k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in record.get("recipe", {}).items()
+        k: ", ".join(map(str, v)) if isinstance(v, list) else "none" if v == "" else v
+        for k, v in record.get("recipe", {}).items()
     }
     rows |= {"begun from": record["begun_from"]} if "begun_from" in record else {}
     rows |= {
@@ -356,23 +400,39 @@ def _results(record: Mapping[str, Any]) -> str:
         parts = [
             f"Accuracy as a classifier: {100 * test['accuracy']:.1f} % of {test['images']:,} test images."
         ]
-    for result in record.get("results", []):
-        metrics = [m for m in _TITLES if any(m in row for row in result["rows"])]
-        lines = ["| encoder | feature | " + " | ".join(f"{_TITLES[m]}, %" for m in metrics) + " |"]
-        lines.append("|---|---|" + "---:|" * len(metrics))
-        for row in result["rows"]:
-            cells = [_plain(row["encoder"]), _plain(row["feature"])]
-            lines.append(
-                f"| {' | '.join(cells + [f'{100 * row[m]:.1f}' if m in row else '' for m in metrics])} |"
-            )
+    results, online = record.get("results", []), record.get("online")
+    for result in results:
         counts, test = result["counts"], _plain(result.get("test", UNKNOWN))
-        neighbors = f" k-NN with {result['k']} neighbors." if "k" in result and "knn" in metrics else ""
+        neighbors = (
+            f" k-NN with {result['k']} neighbors." if "k" in result and "knn" in _metrics(result) else ""
+        )
         parts += [
             f"Frozen features on {test}: {counts['train']:,} labeled training and {counts['test']:,} test images, "
             f"{counts['classes']} classes.{neighbors}",
-            "\n".join(lines),
+            _scores(result),
+        ]
+    if online and not results:
+        parts += [
+            f"k-NN with {online['k']} neighbors, measured while training, of {online['test']:,} test images.",
+            _scores(online),
         ]
     return "\n\n".join(parts) or "These weights were not evaluated."
+
+
+def _metrics(result: Mapping[str, Any]) -> list[str]:
+    return [m for m in _TITLES if any(m in row for row in result["rows"])]
+
+
+def _scores(result: Mapping[str, Any]) -> str:
+    """A table of the metrics of each encoder and feature."""
+    metrics = _metrics(result)
+    lines = ["| encoder | feature | " + " | ".join(f"{_TITLES[m]}, %" for m in metrics) + " |"]
+    lines.append("|---|---|" + "---:|" * len(metrics))
+    for row in result["rows"]:
+        cells = [_plain(row["encoder"]), _plain(row["feature"])]
+        cells += [f"{100 * row[m]:.1f}" if m in row else "" for m in metrics]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _model(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extrema_fast.training.logging import read_log
+from extrema_fast.files import read_log
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from extrema_fast.tools.replay import replay
-from extrema_fast.training.logging import history
+from extrema_fast.files import history
 from tests.training.conftest import command, final_hash, saved, status, tiny
 from tests.weights._weights import foreign_vit
 

@@ -13,7 +13,7 @@ from extrema_fast import pretrain
 from extrema_fast.config import from_dict, nested, preset, typed
 from extrema_fast.evaluation.collapse import OUTPUTS, checks_spread, spread_warning
 from extrema_fast.evaluation.probes import batch_spread, indicators
-from extrema_fast.training.logging import read_log
+from extrema_fast.files import read_log
 
 
 def test_spread_and_directions_by_definition():

@@ -29,12 +29,12 @@ from extrema_fast.distributed import World
 from extrema_fast.errors import StorageError, UsageError
 from extrema_fast.evaluation import evaluate as evals
 from extrema_fast.evaluation.result import format_table
+from extrema_fast.files import history
 from extrema_fast.reporting import report as pages
 from extrema_fast.reporting.figures import Series
 from extrema_fast.reporting.report import report
 from extrema_fast.tools.embeddings import load_embeddings
 from extrema_fast.training.checkpoint import collect, newest, not_finite
-from extrema_fast.training.logging import history
 from extrema_fast.training.run import build, init_weights, is_finished, open_train, resume
 from extrema_fast.training.run_folder import RunFolder
 from extrema_fast.training.step import update

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from extrema_fast.config import to_dict
+from extrema_fast.files import history
 from extrema_fast.signals import STOPPING
-from extrema_fast.training.logging import history
 from tests.dist.test_two_processes import LOSES, LOST
 from tests.training.conftest import final_hash, status
 

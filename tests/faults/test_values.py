@@ -20,9 +20,9 @@ from extrema_fast import train
 from extrema_fast.config import to_dict
 from extrema_fast.distributed import World
 from extrema_fast.errors import NonFiniteError
+from extrema_fast.files import history
 from extrema_fast.tools.replay import replay
 from extrema_fast.training.capture import captured, read
-from extrema_fast.training.logging import history
 from extrema_fast.training.run import build, open_train
 from tests.training.conftest import final_hash
 from tests.training.test_checkpoint import DAMAGES

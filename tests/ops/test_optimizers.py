@@ -21,13 +21,13 @@ from torch import Tensor
 from extrema_fast import config as c
 from extrema_fast import train
 from extrema_fast.errors import Preempted, UsageError
+from extrema_fast.files import history
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.ops import dispatch as ops
 from extrema_fast.ops import optimizers
 from extrema_fast.ops.optimizers import Lamb, Lars, ema_
 from extrema_fast.training.checkpoint import collect, restore
 from extrema_fast.training.counters import Counters
-from extrema_fast.training.logging import history
 from extrema_fast.training.optim import FAMILIES, build_optimizer, gates_on_device, set_lr
 
 

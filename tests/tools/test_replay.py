@@ -17,11 +17,11 @@ from extrema_fast import train
 from extrema_fast.cli import main
 from extrema_fast.config import FINETUNE_PRESETS, from_dict
 from extrema_fast.errors import NonFiniteError, UsageError
+from extrema_fast.files import history
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.models.layers import Mlp
 from extrema_fast.tools.replay import describe, replay
 from extrema_fast.training import capture
-from extrema_fast.training.logging import history
 from tests.training.conftest import TINY, tiny
 
 INF = float("inf")

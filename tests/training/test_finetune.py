@@ -21,11 +21,11 @@ from extrema_fast.cli import main
 from extrema_fast.config import FinetuneConfig, config_hash, from_dict, to_dict
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import NonFiniteError, UsageError
+from extrema_fast.files import history
 from extrema_fast.models.classifier import Classifier
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.reporting.report import report
 from extrema_fast.training import step
-from extrema_fast.training.logging import history
 from extrema_fast.training.optim import build_optimizer, set_lr
 from extrema_fast.training.tuning import RESULT, begin_config
 from extrema_fast.weights.folder import save_weights, weights_meta

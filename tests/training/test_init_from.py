@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from extrema_fast import train
 from extrema_fast.errors import Preempted
+from extrema_fast.files import history
 from extrema_fast.tools.dry_run import dry_run
-from extrema_fast.training.logging import history
 from extrema_fast.weights.load import load_encoder
 from tests.training.conftest import final_hash, tiny
 from tests.training.test_resume import stop_at

@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from extrema_fast.distributed import double, pick_device, wide
 from extrema_fast.errors import UsageError
+from extrema_fast.files import read_log
 from extrema_fast.models.positions import resample_patch_kernel
 from extrema_fast.ops import stock
 from extrema_fast.train import pretrain
 from extrema_fast.training.checkpoint import newest
-from extrema_fast.training.logging import read_log
 from extrema_fast.training.resolve import precision, resolve
 from tests.training.conftest import tiny
 

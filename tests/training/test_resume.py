@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 
 from extrema_fast import train
 from extrema_fast.errors import NonFiniteError, Preempted, StorageError, UsageError
+from extrema_fast.files import history
 from extrema_fast.models import extrema
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.ops.optimizers import ema_
 from extrema_fast.training import checkpoint, step
-from extrema_fast.training.logging import history
 from extrema_fast.weights.load import load_encoder
 from tests.training.conftest import final_hash, status, tiny
 

@@ -25,6 +25,7 @@ from extrema_fast.data.loader import TrainLoader
 from extrema_fast.data.sources import open_source
 from extrema_fast.distributed import World
 from extrema_fast.errors import NonFiniteError, OutOfMemoryError, UsageError
+from extrema_fast.files import history, read_log
 from extrema_fast.models.drop_path import drop_path_scale
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.models.masking import draw_views
@@ -59,7 +60,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def logged(run: Path, kind: str) -> list[dict]:
-    return [r for r in train_logging.read_log(run / "log.jsonl") if r["kind"] == kind]
+    return [r for r in read_log(run / "log.jsonl") if r["kind"] == kind]
 
 
 # ---- the step --------------------------------------------------------------------------------------
@@ -349,7 +350,7 @@ def test_a_spike_is_told(tmp_path, monkeypatch):
     assert [r["step"] for r in logged(out, "train") if r.get("spike")] == [13]
     assert [r["step"] for r in logged(out, "warning") if "a spike: loss " in r["text"]] == [13]
     # what an earlier start has logged counts
-    past = train_logging.history(out / "log.jsonl", "train", 12)
+    past = history(out / "log.jsonl", "train", 12)
     watch, last = train_logging.SpikeWarning(past), past[-1]
     assert not watch.check(last) and not watch.check({"loss": None, "grad_norm": None})
     assert "grad_norm" in watch.check(last | {"grad_norm": 9 * last["grad_norm"]})
@@ -492,8 +493,8 @@ def test_a_torn_log_line(tmp_path):
     log.write({"kind": "train", "step": 1, "loss": float("nan")})
     log.write({"kind": "train", "step": 2, "loss": 0.1})
     log.close()
-    assert [r["step"] for r in train_logging.read_log(path)] == [1, 1, 2]
-    assert train_logging.history(path, "train", 1) == [{"kind": "train", "step": 1, "loss": None}]
+    assert [r["step"] for r in read_log(path)] == [1, 1, 2]
+    assert history(path, "train", 1) == [{"kind": "train", "step": 1, "loss": None}]
 
 
 def test_flops_of_the_paper_recipe():

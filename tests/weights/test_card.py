@@ -11,7 +11,7 @@ import json
 
 import pytest
 
-from extrema_fast.config import config_hash, to_dict
+from extrema_fast.config import FinetuneConfig, config_hash, from_dict, nested, to_dict
 from extrema_fast.weights.export import export
 from extrema_fast.weights.folder import save_weights, weights_meta
 from extrema_fast.weights.load import import_released
@@ -83,6 +83,70 @@ def test_what_the_run_has_recorded(run, tmp_path):
     # an export of an export
     export(tmp_path / "out", tmp_path / "again", img_size=24)
     assert "birds/train" in card(tmp_path / "again") and "| 62.5 | 75.0 |" in card(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "rows", "absent"),
+    [
+        (
+            CFG,
+            {"head.loss": "infonce", "head.queue": 512, "model.patch_init": "whitened"},
+            ("loss | infonce", "head.queue | 512", r"model.patch\_init | whitened"),
+            ("head.targets", "mixup", "model.width"),
+        ),
+        (
+            FinetuneConfig(),
+            {
+                "tune.weights": "/home/ann/mae.pth",
+                "tune.erasing": 0.0,
+                "tune.rand_augment": "",
+                "data.flip": 0.0,
+            },
+            ("random erasing | 0.0", "mixup | 0.8", "RandAugment | none", "data.flip | 0.0"),
+            # what pretraining alone has
+            ("loss", "views", "momentum", "data.policy"),
+        ),
+    ],
+    ids=["pretraining", "fine-tuning"],
+)
+def test_the_recipe_has_every_setting_that_is_not_the_default(run, tmp_path, base, options, rows, absent):
+    (run / "config.json").write_text(json.dumps(to_dict(from_dict(nested(options), base))))
+    export(run, tmp_path / "out")
+    recipe = card(tmp_path / "out").split("## Recipe")[1].split("## Results")[0]
+    assert [row for row in rows if f"| {row} |" not in recipe] == []
+    assert [word for word in (*absent, "/home", "system.") if word in recipe] == []
+
+
+def test_what_training_has_measured_stands_where_nothing_else_was(run, tmp_path):
+    lines = [
+        {"kind": "eval", "step": step, "attempt": 1, "knn_cls": knn, "knn_mean": knn / 2, "images": 300}
+        for step, knn in ((0, 0.25), (5, 0.375), (7, 0.5), (9, 0.875))
+    ]
+    log = run / "log.jsonl"
+    log.write_text("\n".join(map(json.dumps, lines)) + "\n{")
+    export(run, tmp_path / "both")
+    assert "62.5" in card(tmp_path / "both") and "while training" not in card(tmp_path / "both")
+    for file in run.glob("reports/evaluation*"):
+        file.unlink()
+    said = f"k-NN with {CFG.eval.k} neighbors, measured while training, of 300 test images."
+    for out in ("online", "again"):
+        export(run if out == "online" else tmp_path / "online", tmp_path / out)
+        text = card(tmp_path / out)
+        assert said in text and "not evaluated" not in text
+        assert [
+            row for row in text.splitlines() if "| class token |" in row or "| mean of patches |" in row
+        ] == [
+            "| pretrained | class token | 50.0 |",
+            "| pretrained | mean of patches | 25.0 |",
+            "| at the beginning | class token | 25.0 |",
+            "| at the beginning | mean of patches | 12.5 |",
+        ]
+    # of the student, and of this step, nothing was measured
+    export(run, tmp_path / "student", which="student")
+    log.write_text("\n".join(json.dumps(line) for line in lines if line["step"] != 7))
+    export(run, tmp_path / "other")
+    for out in ("student", "other"):
+        assert "These weights were not evaluated." in card(tmp_path / out)
 
 
 def test_what_is_unknown_is_said(run, folder, file, tmp_path):
