@@ -75,7 +75,7 @@ def collapse_warnings(
     """What the latest evaluation says about collapse, one sentence per broken rule; the first says what to try.
 
     Args:
-        history: Results of `online_eval`, oldest first. history[0] is step 0, the random encoder, and the yardstick:
+        history: Results of `online_eval`, oldest first. history[0] is step 0, mostly a random encoder, the yardstick:
             a random encoder alone looks nearly collapsed (cosine .99), so an absolute limit counts only where the run
             has not moved away from its start.
         warmup_epochs: Rules for the end of warm-up wait for it.
@@ -144,9 +144,7 @@ def _knn_warnings(history: Sequence[dict[str, Any]], warm: bool) -> list[str]:
         p, images = curve[0], history[-1].get("images") or math.inf
         noise = max(0.01, 1.5 * math.sqrt(p * (1 - p) / images))
         if warm and curve[-1] < curve[0] - noise:
-            warnings.append(
-                f"k-NN of the {words} is {curve[-1]:.1%}, below the random encoder's {curve[0]:.1%}"
-            )
+            warnings.append(f"k-NN of the {words} is {curve[-1]:.1%}, below the {curve[0]:.1%} it began with")
         tail = curve[-4:]
         falling = len(tail) == 4 and all(b < a for a, b in itertools.pairwise(tail))
         if falling and tail[0] - tail[-1] > noise:

@@ -139,6 +139,11 @@ def _where(run: RunRecord) -> str:
     return "; ".join(p for p in parts if p)
 
 
+def _beginning(run: RunRecord) -> str:
+    """What the encoder of step 0 is; where other weights were begun from, it is not random."""
+    return "step 0" if run.env.get("init_from") else "random init"
+
+
 def _cards(run: RunRecord) -> list[Record]:
     cards, train, result = [], run.train, run.result
 
@@ -154,13 +159,16 @@ def _cards(run: RunRecord) -> list[Record]:
     pixels = _row(result, PIXELS, "pixels")
     for key, title in (("knn", "k-NN accuracy"), ("probe", "linear probe accuracy")):
         ours, start = _row(result, PRETRAINED, CLS).get(key), _row(result, RANDOM, CLS).get(key)
-        below = [f"random init {percent(start)}", f"raw pixels {percent(pixels.get(key))}"]
+        base, below = (
+            "random init",
+            [f"random init {percent(start)}", f"raw pixels {percent(pixels.get(key))}"],
+        )
         if ours is None and key == "knn":
-            known = [r["knn_cls"] for r in run.evals if r.get("knn_cls") is not None]
-            ours, start = (known[-1], known[0]) if known else (None, None)
-            below = [f"step 0: {percent(start)}", "measured while training"]
+            known = {r["step"]: r["knn_cls"] for r in run.evals if r.get("knn_cls") is not None}
+            ours, start = (known[max(known)], known.get(0)) if known else (None, None)
+            base, below = _beginning(run), [f"{_beginning(run)} {percent(start)}", "measured while training"]
         if ours is not None:
-            gain = "" if start is None else f"{100 * (ours - start):+.1f} points over random init"
+            gain = "" if start is None else f"{100 * (ours - start):+.1f} points over {base}"
             card(title, percent(ours), gain, *below)
     if speeds := [r["images_per_s"] for r in train if r.get("images_per_s")]:
         card("images per second", f"{np.median(speeds):,.0f}", "median while training")
@@ -194,8 +202,8 @@ def _learning(run: RunRecord) -> list[Record]:
     accuracy = [
         Series(CLS, curve(run, "eval", "knn_cls"), 0),
         Series(MEAN, curve(run, "eval", "knn_mean"), 1),
-        level(f"{CLS}, random init", first.get("knn_cls"), 0),
-        level(f"{MEAN}, random init", first.get("knn_mean"), 1),
+        level(f"{CLS}, {_beginning(run)}", first.get("knn_cls"), 0),
+        level(f"{MEAN}, {_beginning(run)}", first.get("knn_mean"), 1),
         level(f"{PIXELS} (final evaluation)", _row(result, PIXELS, "pixels").get("knn"), 5),
     ]
     points = curve(run, "train", "loss")

@@ -244,7 +244,7 @@ def test_published_collapse_is_caught_and_published_health_is_not():
 @pytest.mark.parametrize(
     ("curve", "more", "words"),
     [
-        ((0.30, 0.25), {}, "below the random encoder"),
+        ((0.30, 0.25), {}, "below the 30.0% it began with"),
         ((0.30, 0.295), {}, ""),
         # noise of few images
         ((0.29, 0.275), {"images": 400}, ""),

@@ -410,6 +410,16 @@ def test_report_of_a_run_that_has_only_begun_and_of_gone_images(images, cache, t
     assert "Left out:" in page.text and "Loss" in page.text
 
 
+@pytest.mark.parametrize(("begun", "first"), [(None, "random init"), ({"weights": "mae.pth"}, "step 0")])
+def test_what_training_has_measured_is_compared_with_its_beginning(images, cache, tmp_path, begun, first):
+    folder = fabricate(tmp_path / "run", config(images), records=log_records(), weights=False)
+    if begun:
+        (folder / "env.json").write_text(json.dumps({"init_from": begun}))
+    text = Reader(report(folder, images=0).read_text()).text
+    assert f"+40.0 points over {first}" in text and f"{first} 20.0 %" in text
+    assert f"class token, {first}: 20.0%" in text and ("random init" in text) == (first == "random init")
+
+
 def test_report_without_pictures_and_of_unlabelled_images(images, cache, tmp_path):
     cfg = config(images)
     flat = str(images / "test" / "dark")
