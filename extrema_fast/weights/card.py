@@ -182,8 +182,9 @@ _WITHOUT_HEAD = """This is the trunk with mean-pooled patch tokens, as a stock t
 It loads without this project, whose class-attention head is left out (an export with the class token needs the package
 extrema_fast, from its repository)."""
 
-_WITH_HEAD = """This is the whole encoder with its class-attention head, a model that timm does not know by itself:
+_WITH_HEAD = """This is the whole encoder with {head}, a model that timm does not know by itself:
 install the package extrema_fast from its repository{extra} before loading."""
+_HEADS = {"token": "its class-attention head", "avg": "mean-pooled patch tokens"}
 
 _GRAPH = (
     "This is the whole encoder as a graph for one image size and any batch; it needs no code of this project."
@@ -223,6 +224,33 @@ features = session.run(None, {{"images": images}})    # {outputs}""",
 program = torch.export.load("path/to/this/folder/model.pt2").module()
 images = torch.zeros(1, {size})       # prepared as the table below says
 features = program(images)             # {outputs}""",
+}
+
+# of a classifier, instead
+_CLASSIFY = {
+    "hf": """{registers}from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained("path/to/this/folder").eval()
+photo = Image.open("photo.jpg"){convert}
+images = AutoImageProcessor.from_pretrained("path/to/this/folder")(photo)
+logits = model(**images).logits        # [1, classes]
+name = model.config.id2label[int(logits.argmax())]""",
+    "extrema": """import torch
+from extrema_fast import load_encoder
+
+classifier = load_encoder("path/to/this/folder")
+images = torch.zeros(1, {size})       # of photographs: classifier.preprocess()(photo)[None]
+logits = classifier(images)            # [1, classes]
+name = classifier.classes[int(logits.argmax())]
+features = classifier.encode(images)   # features.cls [1, width], features.patches [1, patches, width]""",
+    "vit": """import timm
+import torch
+
+model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()
+images = torch.zeros(1, {size})       # prepared as the table below says
+logits = model(images)                 # [1, classes]
+name = model.pretrained_cfg["label_names"][int(logits.argmax())]""",
 }
 
 _LIBRARY = {
@@ -298,11 +326,13 @@ def model_card(config: Mapping[str, Any]) -> str:
         about = _GRAPH
     elif whole:
         about = _WITH_HEAD.format(
-            extra=", with the extra `hf`, and `import extrema_fast.timm`" if form == "hf" else ""
+            head=_HEADS[own["encoder"]["global_pool"]],
+            extra=", with the extra `hf`, and `import extrema_fast.timm`" if form == "hf" else "",
         )
     else:
         about = _WITHOUT_HEAD
-    use = _USE[form].format(
+    named = bool(own.get("classes"))
+    use = (_CLASSIFY if named and form in _CLASSIFY else _USE)[form].format(
         registers="import extrema_fast.timm\n" if whole else "",
         convert=f'.convert("{mode}")' if mode else "",
         tokens="[1, 1 + patches, width]: class token, then patch tokens" if whole else "[1, patches, width]",
@@ -322,7 +352,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         data=_data(record, bool(classes)),
         recipe=_recipe_table(own, record),
         results=_results(record),
-        classes=f" It tells {classes} classes apart." if classes else " It is no classifier by itself.",
+        classes=_told_apart(classes, named),
         rows=_model(config, own, image, model),
     )
 
@@ -367,6 +397,13 @@ def _begun(own: Mapping[str, Any]) -> str:
     if not isinstance(begun, dict):
         return "How these weights were trained is not recorded."
     return f"A classifier, fine-tuned by extrema_fast from these weights: {_plain(_short(str(begun.get('weights'))))}."
+
+
+def _told_apart(classes: int, named: bool) -> str:
+    if not classes:
+        return " It is no classifier by itself."
+    names = "; `label_names` in `config.json` names them in their order" if named else ""
+    return f" It tells {classes} classes apart{names}."
 
 
 def _data(record: Mapping[str, Any], classifies: bool) -> str:

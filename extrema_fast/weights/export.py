@@ -152,7 +152,9 @@ def export(
     log.info("writing %s, then comparing it with the encoder on random images", name)
     with new_folder(out, partial(check_replaceable, force=force)) as folder:
         job = Job(encoder, folder, description, options, images)
-        config = {**form.write(job), "extrema_fast": description}
+        # where timm and transformers look for them
+        names = {"label_names": encoder.classes} if encoder.classes else {}
+        config = {**form.write(job), **names, "extrema_fast": description}
         write_json(folder / "config.json", config)
         differences = description["export"]["differences"] = _compare(name, job)
         write_json(folder / "config.json", config)
@@ -186,6 +188,7 @@ def _description(encoder: Encoder, meta: Mapping[str, Any], export: dict[str, An
             "data": data_meta(encoder.mean, encoder.std, encoder.value_range),
             "input": {**image, "patch_size": encoder.patch_size},
             **{k: meta[k] for k in origin if meta.get(k) is not None},
+            **({"classes": encoder.classes} if encoder.classes else {}),
             "export": export,
         }
     )

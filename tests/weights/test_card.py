@@ -2,7 +2,8 @@
 
 Covers: data, recipe and results of the run around the weights, without folders of its author; evaluations of another
 step or network, and runs of another configuration, are left out; an export of an export still has them; what is unknown
-is said; the head as Hugging Face reads it; the lines of code run; a card that its user edited stays.
+is said; the head as Hugging Face reads it; the lines of code run, of a classifier with the names of its classes; a card
+that its user edited stays.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from extrema_fast.config import FinetuneConfig, config_hash, from_dict, nested, to_dict
 from extrema_fast.weights.export import export
 from extrema_fast.weights.folder import save_weights, weights_meta
-from extrema_fast.weights.load import import_released
-from tests.weights._weights import CFG
+from extrema_fast.weights.load import import_released, load_encoder
+from tests.weights._weights import CFG, ENCODERS, perturbed
 
 ROWS = [
     {"encoder": "pretrained", "feature": "class token", "knn": 0.625, "probe": 0.75},
@@ -216,3 +218,32 @@ def test_a_classifier(run, tmp_path):
     assert "Accuracy as a classifier: 87.5 % of 40 test images." in text
     export(run, tmp_path / "student", which="student")
     assert "87.5" not in card(tmp_path / "student")
+
+
+@pytest.mark.parametrize("format", ["extrema", "vit", "hf"])
+def test_a_classifier_names_its_classes(tmp_path, format):
+    for package in {"vit": ("timm",), "hf": ("timm", "transformers")}.get(format, ()):
+        pytest.importorskip(package)
+    encoder, names = perturbed(ENCODERS["fine-tuned"]()), ["ant", "bee", "cat", "dog", "eel"]
+    torch.save(encoder.state_dict(), tmp_path / "bare.pth")
+    weights = import_released(tmp_path / "bare.pth", tmp_path / "weights")
+    meta = json.loads((weights / "config.json").read_text())
+    (weights / "config.json").write_text(json.dumps(meta | {"classes": names}))
+    out = tmp_path / "out"
+    # an export of an export, too
+    export(weights, tmp_path / "first")
+    export(tmp_path / "first", out, format)
+    assert load_encoder(out).classes == json.loads((out / "config.json").read_text())["label_names"] == names
+    assert "with its class-attention head" not in card(out) and "`label_names` in `config.json`" in card(out)
+    # the image that the code of the card is about
+    numpy = pytest.importorskip("numpy")
+    Image = pytest.importorskip("PIL.Image")
+    Image.fromarray(numpy.full((16, 16, 3), 200, "uint8")).save(tmp_path / "photo.png")
+    code = card(out).split("```python\n")[1].split("```")[0]
+    for name, value in (("path/to/this/folder", out), ("photo.jpg", tmp_path / "photo.png")):
+        code = code.replace(name, str(value))
+    found: dict = {}
+    exec(code, found)
+    wanted = encoder(found["images"]["pixel_values"] if format == "hf" else found["images"])
+    torch.testing.assert_close(found["logits"], wanted, rtol=0, atol=1e-5)
+    assert found["name"] == names[int(wanted.argmax())]
