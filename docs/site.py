@@ -29,6 +29,7 @@ ALONE = ("tests/nullgpu/README.md", "LICENSE")
 GUIDES = (
     "recipes",
     "training",
+    "learning",
     "distributed",
     "data",
     "finetuning",
