@@ -1,12 +1,13 @@
 """The model card of an export: README.md, with a head that Hugging Face reads, from what is known and nothing else.
 
 What a run knows about its weights (`run_record`) travels in the description of an export, so that an export of an
-export still tells it. A card is a function of `config.json` alone: one that differs from it was edited, and stays
-(`kept_card`).
+export still tells it. A card is a function of `config.json`, which keeps its hash: one that differs was edited, and
+stays (`kept_card`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -500,17 +501,23 @@ def _model(
     return _table(rows)
 
 
+def card_hash(card: bytes) -> str:
+    """By which an untouched card is known."""
+    return hashlib.sha256(card).hexdigest()
+
+
 def kept_card(folder: Path) -> bytes | None:
     """The card of an earlier export that its user edited; None where there is none, or it is as it was written."""
     file = folder / CARD
     if not file.is_file():
         return None
-    found = file.read_bytes()
+    found, config = file.read_bytes(), read_json(folder / "config.json", {})
     try:
-        as_written = model_card(read_json(folder / "config.json", {})).encode()
+        # without a hash it was written by an older version
+        as_written = config["extrema_fast"]["export"].get("card") or card_hash(model_card(config).encode())
     except (KeyError, TypeError, ValueError, AttributeError):
-        as_written = b""
-    if found == as_written:
+        as_written = ""
+    if card_hash(found) == as_written:
         return None
     log.warning("%s: is not as it was written and stays; remove it for a new one", file)
     return found

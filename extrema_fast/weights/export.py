@@ -32,7 +32,7 @@ from ..errors import ExtremaError, NonFiniteError, UsageError, cannot_import
 from ..files import new_folder
 from ..models.encoder import Encoder, model_args, timm_config
 from ..ops import dispatch as ops
-from .card import CARD, kept_card, model_card, run_record
+from .card import CARD, card_hash, kept_card, model_card, run_record
 from .folder import (
     ENCODER_OPTIONS,
     SINGLE,
@@ -157,8 +157,10 @@ def export(
         config = {**form.write(job), **names, "extrema_fast": description}
         write_json(folder / "config.json", config)
         differences = description["export"]["differences"] = _compare(name, job)
+        card = model_card(config).encode()
+        description["export"]["card"] = card_hash(card)
         write_json(folder / "config.json", config)
-        (folder / CARD).write_bytes(model_card(config).encode() if kept is None else kept)
+        (folder / CARD).write_bytes(card if kept is None else kept)
         files = sorted(p.name for p in folder.iterdir())
     return Exported(out, files, differences)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from extrema_fast.config import FinetuneConfig, config_hash, from_dict, nested, to_dict
+from extrema_fast.weights.card import card_hash
 from extrema_fast.weights.export import export
 from extrema_fast.weights.folder import save_weights, weights_meta
 from extrema_fast.weights.load import import_released, load_encoder
@@ -195,6 +196,13 @@ def test_a_card_that_was_edited_stays(folder, tmp_path, caplog):
     caplog.set_level("WARNING", "extrema_fast")
     out = export(folder, tmp_path / "out").folder
     written = card(out)
+    export(folder, out, force=True)
+    assert card(out) == written and not caplog.text
+    # that of another version, which has other words
+    (out / "README.md").write_text(written.replace("Limits", "Borders"))
+    config = json.loads((out / "config.json").read_text())
+    config["extrema_fast"]["export"]["card"] = card_hash((out / "README.md").read_bytes())
+    (out / "config.json").write_text(json.dumps(config))
     export(folder, out, force=True)
     assert card(out) == written and not caplog.text
     edited = written.replace("# license: the publisher's choice", "license: mit  #").encode() + b"\xff"
