@@ -422,7 +422,9 @@ def _configure(p: _Parser, args: list[str]) -> _Configured:
     if name.replace("-", "_") == "own":
         from .training.own import choose
 
-        cfg, base = choose(options | flags, overwrite=getattr(ours, "overwrite", False))
+        # `profile` and `tune` begin nothing
+        overwrite, init_from = getattr(ours, "overwrite", False), getattr(ours, "init_from", None)
+        cfg, base = choose(options | flags, overwrite=overwrite, init_from=init_from)
     else:
         cfg = from_dict(nested(flags), from_dict(in_file, base))
     return _Configured(ours, cfg, name, base, flags, options)

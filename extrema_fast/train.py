@@ -122,7 +122,8 @@ def pretrain(
         out: run folder, in the place of `cfg.out`; without `cfg` it is `runs/<name of data>` by default.
         epochs: in the place of `cfg.train.epochs`.
         preset: name and configuration of the preset that `cfg` was made from, for the record; None: not known.
-        init_from: weights to start from at step 0; ignored once the run has a checkpoint.
+        init_from: weights to start from at step 0, whose encoder it is without `cfg`; ignored once the run has a
+            checkpoint.
         overwrite: moves a run in `cfg.out` aside and starts again.
         allow_config_change: continues although settings that change the mathematics differ.
         progress: shows a progress bar on a terminal, else some lines on standard output.
@@ -142,7 +143,7 @@ def pretrain(
     named = {"data.train": data and str(data), "out": out and str(out), "train.epochs": epochs}
     options = {name: value for name, value in named.items() if value is not None}
     if cfg is None:
-        cfg, chosen = choose(options, overwrite=overwrite)
+        cfg, chosen = choose(options, overwrite=overwrite, init_from=init_from)
         preset = "own", chosen
     else:
         cfg = from_dict(nested(options), cfg)

@@ -28,6 +28,8 @@ from ..data.sources import BUILT_IN, ImageSource, open_source, split_folders
 from ..distributed import cores, detect, pick_device
 from ..errors import UsageError, counted
 from ..files import fits, read_json
+from ..weights.folder import model_config
+from ..weights.load import open_weights
 from .resolve import flops_per_image, precision
 from .run_folder import check
 
@@ -116,20 +118,23 @@ class Machine(NamedTuple):
 _READING = ("train.seed", "model.in_chans")
 
 
-def choose(given: Mapping[str, Any], *, overwrite: bool = False) -> tuple[Config, Config]:
+def choose(
+    given: Mapping[str, Any], *, overwrite: bool = False, init_from: str | Path | None = None
+) -> tuple[Config, Config]:
     """The configuration of a run on one's own images; logs what was chosen and why.
 
     Args:
         given: options by dotted name that stand as they are; `data.train` names the images, a folder that may hold
             `train` and `test` (or `val`).
         overwrite: a run that is in the folder does not count.
+        init_from: weights that the run begins with: the encoder is theirs.
 
     Returns:
         The configuration, and the same without what is given. Where a run was begun in the folder they are that
         run's, the first changed by `given`.
 
     Raises:
-        UsageError: no images, not what is expected, or options that do not fit.
+        UsageError: no images, not what is expected, options that do not fit, or weights that cannot be read.
         DataError: images that cannot be read.
     """
     given = typed(given)
@@ -151,6 +156,7 @@ def choose(given: Mapping[str, Any], *, overwrite: bool = False) -> tuple[Config
         return from_dict(nested(given), before), _valid(changes, before)
     if not data:
         raise UsageError(f"own: no images, and no run in {out} that names them; add --data.train FOLDER")
+    theirs = _shapes_of(init_from, given) if init_from else {}
     rank, processes, local = detect(os.environ)
     simple = {k: v for k, v in given.items() if k.startswith(("data.", "system.")) or k in _READING}
     asked = from_dict(nested(simple), preset("own"))
@@ -169,11 +175,25 @@ def choose(given: Mapping[str, Any], *, overwrite: bool = False) -> tuple[Config
         _memory(device),
         precision(given.get("train.precision", "auto"), device.type),
     )
-    settings = Settings(images, machine, given)
+    settings = Settings(images, machine, given, theirs, str(init_from or ""))
     cfg = settings.settle()
     if rank == 0:
         log.info("%s\n%s", f"settings for {cfg.data.train} on {machine}, into {out}:", settings.table())
     return cfg, _valid(settings.chosen | {k: given[k] for k in ("data.train", "out")}, preset("own"), cfg)
+
+
+def _shapes_of(weights: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, where they are not given, with which an encoder, and a run's crops and heads, fit some weights."""
+    meta = open_weights(weights, num_heads=given.get("model.heads") or None).meta
+    model, head = model_config(meta), meta.get("head", {})
+    shapes: dict[str, Any] = {"model.mlp_ratio": model.mlp_ratio, "model.pool_depth": model.pool_depth}
+    if "model.size" not in given:
+        shapes |= dict(zip(("model.width", "model.depth", "model.heads"), model.shape, strict=True))
+    if fits(head, {"hidden": int, "out": int, "predictor_hidden": int}):
+        # a run's networks go on as they are
+        shapes |= {"model.img_size": model.img_size, "model.patch_size": model.patch_size}
+        shapes |= {f"head.{k}": head[k] for k in ("hidden", "out", "predictor_hidden")}
+    return {k: v for k, v in shapes.items() if k not in given}
 
 
 def _valid(options: Mapping[str, Any], base: Config, otherwise: Config | None = None) -> Config:
@@ -269,10 +289,19 @@ class Settings:
 
     Args:
         given: options by dotted name, typed.
+        theirs: others that the weights have which the run begins with, and the name of these; empty: none.
     """
 
-    def __init__(self, images: Images, machine: Machine, given: Mapping[str, Any]) -> None:
-        self.images, self.machine, self.given = images, machine, given
+    def __init__(
+        self,
+        images: Images,
+        machine: Machine,
+        given: Mapping[str, Any],
+        theirs: Mapping[str, Any] | None = None,
+        weights: str = "",
+    ) -> None:
+        self.theirs, self.weights = theirs or {}, weights
+        self.images, self.machine, self.given = images, machine, {**self.theirs, **given}
         self.chosen: dict[str, Any] = {}
         self.lines: list[tuple[str, str, str]] = []
         self.long = machine.kind == "cuda" and images.total >= LONG_IMAGES and images.side >= LONG_SIDE
@@ -301,8 +330,9 @@ class Settings:
         return value
 
     def _say(self, setting: str, value: str, reason: str, *names: str) -> None:
-        given = bool(names) and all(name in self.given for name in names)
-        self.lines.append((setting, value, "given" if given else reason))
+        if names and all(name in self.given for name in names):
+            reason = f"as {self.weights} has it" if any(name in self.theirs for name in names) else "given"
+        self.lines.append((setting, value, reason))
 
     def _config(self, rest: Mapping[str, Any]) -> Config:
         options = {**self.chosen, **self.given, **rest}
@@ -377,14 +407,15 @@ class Settings:
         self._pick("model.drop_path", 0.1 if self.long else 0.0)
         # on `photos` BYOL learns next to nothing with a whitened kernel (record 2026-11-27_cpu1_photos_byol90)
         contrastive = not self.long and self.given.get("head.loss", "infonce") == "infonce"
-        self._pick("model.patch_init", "whitened" if contrastive else "xavier")
+        self._pick("model.patch_init", "whitened" if contrastive and not self.weights else "xavier")
         width, depth, _ = self._so_far.model.shape
         hidden = 4096 if self.long else 512 if width <= 128 else 1024
         self._pick("head.hidden", hidden)
         self._pick("head.predictor_hidden", hidden)
         self._pick("head.out", 256 if self.long else 128)
         why = f"{counted(images.total, 'image')}, {machine}"
-        self._say("encoder", f"width {width}, depth {depth}", why, "model.size")
+        names = ("model.width", "model.depth") if "model.width" in self.theirs else ("model.size",)
+        self._say("encoder", f"width {width}, depth {depth}", why, *names)
 
     def _loss(self) -> None:
         images = self.images

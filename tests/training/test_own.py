@@ -1,8 +1,8 @@
 """The preset `own`: what is chosen for which images and machine, what is given and follows, and that it stays chosen.
 
 Covers: the rules, over sets and machines of every size; options that are given, and those that follow; folders with and
-without test images; the run folder, which keeps the choice; the command, with folders, wrong words, several
-processes.
+without test images; the run folder, which keeps the choice; weights to begin with; the command, with folders, wrong
+words, several processes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import re
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -19,14 +20,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import extrema_fast
 from extrema_fast import cli, train
 from extrema_fast.config import Config, flatten, from_dict, preset, to_dict
 from extrema_fast.errors import UsageError
+from extrema_fast.models.encoder import Encoder
+from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.training import own
 from extrema_fast.training.own import Images, Machine, Settings, choose, run_name
+from extrema_fast.weights.folder import save_weights, weights_meta
 
 CPU = Machine("cpu", 1, 2, 8e9, "fp32")
 GPU = Machine("cuda", 1, 16, 80e9, "bf16")
@@ -269,6 +274,41 @@ def test_other_runs_and_folders_are_not_touched(tmp_path, folder):
     tree(tmp_path / "one", classes=1, each=1)
     with pytest.raises(UsageError, match="one: 1 image to train on; a run needs at least 2"):
         chosen({"data.train": "one"})
+
+
+def test_weights_to_begin_with_bring_their_shapes(tmp_path, folder, caplog):
+    shapes = {"width": 96, "depth": 3, "heads": 3, "mlp_ratio": 3.0, "pool_depth": 1}
+    heads = {"hidden": 40, "out": 24, "predictor_hidden": 48}
+    begun = from_dict({"model": shapes, "head": heads}, preset("smoke"))
+    save_weights(tmp_path / "run", ExtreMA(begun), weights_meta(begun, 7))
+    theirs = from_dict(
+        {"model": {"width": 128, "depth": 1, "patch_size": 16, "pool_depth": 3}}, preset("smoke")
+    )
+    torch.save(Encoder(theirs.model).state_dict(), tmp_path / "bare.pth")
+    with caplog.at_level(logging.INFO, "extrema_fast"):
+        cfg = chosen({"data.train": folder}, init_from="run")
+    assert re.search(r"encoder +width 96, depth 3 +as run has it", caplog.text)
+    assert {k: getattr(cfg.model, k) for k in shapes} == shapes and cfg.model.patch_init == "xavier"
+    assert re.search(r"crop .* as run has it", caplog.text)
+    assert {k: getattr(cfg.head, k) for k in heads} == heads
+    assert (cfg.model.img_size, cfg.model.patch_size) == (begun.model.img_size, begun.model.patch_size)
+    cfg = chosen({"data.train": folder}, init_from=tmp_path / "bare.pth")
+    assert cfg.model.shape == (128, 1, 2) and cfg.model.pool_depth == 3
+    # another project's crops and heads are none of a run's
+    assert cfg.head.hidden == 512 and cfg.model.patch_size == 4
+    # what is given stands, and does not fit then
+    for given in ({"model.depth": 2}, {"model.size": "small"}):
+        cfg = chosen({"data.train": folder, **given}, init_from="run")
+        assert cfg.model.depth == given.get("model.depth", 0)
+        with pytest.raises(UsageError, match="another architecture"):
+            train.pretrain(cfg, init_from="run", progress=False)
+    with pytest.raises(UsageError, match="gone: no such file"):
+        chosen({"data.train": folder}, init_from="gone")
+    # the same command later needs the weights no more
+    command = ["pretrain", folder, "--init-from", "run", "--train.epochs", "1", "--log.no-report"]
+    assert cli.main(command) == 0
+    shutil.rmtree(tmp_path / "run")
+    assert cli.main(command) == 0 and json.loads(Path("runs/imgs/env.json").read_text())["init_from"]
 
 
 def test_a_configuration_with_images_and_epochs(tmp_path, folder, monkeypatch):
