@@ -40,7 +40,7 @@ from ..data.manifest import Row, escape, header_lines, is_manifest, row_line
 from ..data.shards import CLASSES
 from ..data.sources import BUILT_IN, MANIFEST, open_source
 from ..distributed import cores
-from ..errors import DataError, ExtremaError, StorageError, UsageError, install
+from ..errors import DataError, ExtremaError, StorageError, UsageError, counted, install
 from ..files import read_json, write_file
 from ..progress import ImageProgress
 from .shard_writer import END, EXTENSIONS, Done, Packed, ShardWriter, pack_image, space
@@ -182,12 +182,14 @@ def describe(result: dict[str, Any]) -> str:
     """The result of `pack` as text."""
     images, size, out = result["images"], result["bytes"], result["out"]
     lines = [
-        f"{out}: {images} images in {result['shards']} shards, {size / MB:.1f} MB, {size / images / 1000:.1f} kB/image"
+        f"{out}: {counted(images, 'image')} in {counted(result['shards'], 'shard')}, {size / MB:.1f} MB, "
+        f"{size / images / 1000:.1f} kB/image"
     ]
     if result["finished_before"]:
         lines[0] += " (was finished already)"
     if result["left_out"]:
-        lines.append(f"left out: {result['left_out']} images that cannot be read, listed in {out}/{LEFT_OUT}")
+        left_out = counted(result["left_out"], "image")
+        lines.append(f"left out, since unreadable: {left_out}, listed in {out}/{LEFT_OUT}")
     if "loader" in result:
         m = result["loader"]
         lines.append(
@@ -317,7 +319,9 @@ def _pack(
     start = done[-1].end if done else 0
     bad = sum(len(d.left_out) for d in done)
     if start:
-        log.info("%s: goes on after %d shards, %d of %d images", out, len(done), start, len(source))
+        log.info(
+            "%s: goes on after %s, %d of %d images", out, counted(len(done), "shard"), start, len(source)
+        )
     order = rng.permutation(len(source), seed=settings.seed, epoch=_PACK_EPOCH)
     width = max(8, len(str(len(source) - 1)))
     shard: ShardWriter | None = None

@@ -454,7 +454,7 @@ def test_bad_images_are_left_out_and_listed(some_bad, tmp_path):
     # with a larger budget it goes on
     result = pack(str(some_bad), out, **SMALL, max_bad=0.2)
     assert result["images"] == 10 and result["left_out"] == 2
-    assert f"left out: 2 images that cannot be read, listed in {out}/left_out.tsv" in describe(result)
+    assert f"left out, since unreadable: 2 images, listed in {out}/left_out.tsv" in describe(result)
     lines = [line.split("\t") for line in (out / "left_out.tsv").read_text().splitlines()]
     assert lines[0] == ["row", "image", "reason"]
     assert {(int(r), n) for r, n, _ in lines[1:]} == {(i, str(some_bad / f"{i:02d}.jpg")) for i in (3, 7)}
@@ -498,7 +498,7 @@ def test_command(tree, tmp_path, capsys):
     out = str(tmp_path / "set")
     assert cli.main(["pack", str(tree), out, "--size", "32", "--threads", "1"]) == 0
     printed = capsys.readouterr()
-    assert f"{out}: 23 images in 1 shards" in printed.out and "kB/image" in printed.out
+    assert f"{out}: 23 images in 1 shard," in printed.out and "kB/image" in printed.out
     assert "images/s, decode and crop to 224, measured now over" in printed.out
     assert f"(extrema-fast index {tree}" in printed.err
     assert cli.main(["pack", str(tree), out, "--size", "32", "--json", "--no-measure", "--quiet"]) == 0
