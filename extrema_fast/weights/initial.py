@@ -29,8 +29,8 @@ def load_method_weights(method: Any, path: str | Path) -> Parts:
     """Fills an `ExtreMA` from `path`.
 
     Of a run, and of a pretraining checkpoint of the released code, both networks and their heads, which must fit; of
-    one with other channels, and of anything else that `load_encoder` reads, its trunk, and the pooling and heads that
-    it has and that fit.
+    one with other channels, another patch size or grid, and of anything else that `load_encoder` reads, its trunk, and
+    the pooling and heads that it has and that fit.
 
     Returns:
         What was done, by part.
@@ -41,8 +41,8 @@ def load_method_weights(method: Any, path: str | Path) -> Parts:
     weights, option = open_weights(path, assumed=_assumed(method.student)), f"--init-from {path}"
     networks = {which: weights.read(which) for which in WHICH if which in weights.networks}
     whole = len(networks) == 2 and all(any(map(is_projector, tensors)) for tensors in networks.values())
-    if whole and model_config(weights.meta).in_chans == method.student.in_chans:
-        _copy_whole(method, networks, option)
+    whole = whole and model_config(weights.meta).in_chans == method.student.in_chans
+    if whole and _copy_whole(method, networks, option):
         return {"student and teacher": f"{KEPT}, with their heads"}
     found: list[Parts] = []
     for which, branch in (("student", method.student_branch), ("teacher", method.teacher_branch)):
@@ -62,12 +62,19 @@ def load_method_weights(method: Any, path: str | Path) -> Parts:
     return found[0] | ({"left out": left_out} if left_out else {})
 
 
-def _copy_whole(method: Any, networks: Mapping[str, Mapping[str, Tensor]], option: str) -> None:
+# of other shapes with another patch size or grid, to which they are adapted
+_ADAPTED = ("patch_embed.proj.weight", "pos_embed")
+
+
+def _copy_whole(method: Any, networks: Mapping[str, Mapping[str, Tensor]], option: str) -> bool:
+    """Whether both networks were copied; not where they have to be adapted."""
     pairs = [(networks[which], method_tensors(method.state_dict(), which)) for which in WHICH]
     for tensors, wanted in pairs:
         found, expected = ({k: list(v.shape) for k, v in d.items()} for d in (tensors, wanted))
         if bad := sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k)):
-            k = bad[0]
+            if all(k in _ADAPTED for k in bad):
+                return False
+            k = next((k for k in bad if k not in _ADAPTED), bad[0])
             raise UsageError(
                 f"{option}: another architecture: {k} is {found.get(k, 'nothing')} there, "
                 f"{expected.get(k, 'nothing')} in this configuration"
@@ -77,6 +84,7 @@ def _copy_whole(method: Any, networks: Mapping[str, Mapping[str, Tensor]], optio
         for tensors, wanted in pairs:
             for k, v in wanted.items():
                 v.copy_(tensors[k])
+    return True
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Starting from the trunk of another project's vision transformer, or from parts of our own weights.
 
 Covers: what is kept, resampled, adapted and fresh, and what is said of it; the same tokens of an image normalized in
-another way; trunks that do not fit. (In a run: tests/training/test_init_from.py.)
+another way; runs of other crops; trunks that do not fit. (In a run: tests/training/test_init_from.py.)
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from extrema_fast import config as c
+from extrema_fast.errors import UsageError
 from extrema_fast.models.encoder import Encoder
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.models.positions import resample_table
+from extrema_fast.weights.folder import save_weights, weights_meta
 from extrema_fast.weights.initial import load_method_weights, load_trunk
 from extrema_fast.weights.load import import_released, load_encoder
 from extrema_fast.weights.released import IMAGENET
@@ -95,6 +97,26 @@ def test_another_patch_grid_and_channels(tmp_path):
     assert load_trunk(encoder, file)["positions"] == "fixed table of 8 x 4 patches"
     assert torch.equal(encoder.pos_embed, Encoder(encoder.config).pos_embed)
     assert not torch.equal(encoder.pos_embed, before)
+
+
+@torch.no_grad()
+def test_a_run_of_another_patch_size_and_grid(tmp_path, method):
+    run = save_weights(tmp_path / "run", method, weights_meta(CFG, 7))
+    cfg = c.from_dict({"model": {"img_size": [24, 16], "patch_size": 4}, "mask": {"keep": 2}}, CFG)
+    found = ExtreMA(cfg)
+    parts = load_method_weights(found, run)
+    assert list(parts) == PARTS[:-1] and parts["patch embedding"] == "kept, resampled from 8 to 4 pixels"
+    assert parts["positions"] == "fixed table of 6 x 4 patches"
+    assert {parts[p] for p in ("final norm", "pooling", "projector", "predictor")} == {"kept"}
+    own, theirs = found.state_dict(), method.state_dict()
+    changed = {k for k in own if own[k].shape != theirs[k].shape or not torch.equal(own[k], theirs[k])}
+    assert {k.partition(".encoder.")[2] for k in changed} == {"patch_embed.proj.weight", "pos_embed"}
+    for which in ("student", "teacher"):
+        wanted = load_encoder(run, which, img_size=(24, 16), patch_size=4)
+        assert same(getattr(found, which), wanted)
+    # heads of other sizes are still no run to go on with
+    with pytest.raises(UsageError, match=r"another architecture: head\.0\.bias is .* \(and \d+ more\)"):
+        load_method_weights(ExtreMA(c.from_dict({"head": {"hidden": 32}}, cfg)), run)
 
 
 def test_pooling_of_our_own_without_heads(tmp_path, method):
