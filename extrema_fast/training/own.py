@@ -331,7 +331,8 @@ class Settings:
 
     def _say(self, setting: str, value: str, reason: str, *names: str) -> None:
         if names and all(name in self.given for name in names):
-            reason = f"as {self.weights} has it" if any(name in self.theirs for name in names) else "given"
+            theirs, has = [name in self.theirs for name in names], f"as {self.weights} has it"
+            reason = has if all(theirs) else f"given, the rest {has}" if any(theirs) else "given"
         self.lines.append((setting, value, reason))
 
     def _config(self, rest: Mapping[str, Any]) -> Config:

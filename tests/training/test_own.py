@@ -292,6 +292,11 @@ def test_weights_to_begin_with_bring_their_shapes(tmp_path, folder, caplog):
     assert re.search(r"crop .* as run has it", caplog.text)
     assert {k: getattr(cfg.head, k) for k in heads} == heads
     assert (cfg.model.img_size, cfg.model.patch_size) == (begun.model.img_size, begun.model.patch_size)
+    with caplog.at_level(logging.INFO, "extrema_fast"):
+        assert (
+            chosen({"data.train": folder, "model.img_size": (48, 48)}, init_from="run").model.patch_size == 8
+        )
+    assert re.search(r"crop +48 x 48 px, patches of 8 +given, the rest as run has it", caplog.text)
     cfg = chosen({"data.train": folder}, init_from=tmp_path / "bare.pth")
     assert cfg.model.shape == (128, 1, 2) and cfg.model.pool_depth == 3
     # another project's crops and heads are none of a run's
