@@ -193,6 +193,8 @@ def _shapes_of(weights: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
         # a run's networks go on as they are
         shapes |= {"model.img_size": model.img_size, "model.patch_size": model.patch_size}
         shapes |= {f"head.{k}": head[k] for k in ("hidden", "out", "predictor_hidden")}
+        # of another norm they have other parameters; of older runs it was this one
+        shapes["head.norm"] = head.get("norm", "layer")
     return {k: v for k, v in shapes.items() if k not in given}
 
 
