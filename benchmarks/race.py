@@ -8,7 +8,7 @@ passed, so that each method ends its own schedule with its last minute.
 
 Others race with each of `--settings`, and the best counts; from the second seed on, only that of the first seed races:
 
-* published: as in lightly's benchmarks or the authors' configuration (`PUBLISHED`), by their rule for the batch size;
+* published: as in lightly's benchmarks or the authors' configuration (`published`), by their rule for the batch size;
 * short: optimizer, learning rate, weight decay, warm-up, first momentum and crops of our preset, no color augmentation,
   few small crops;
 * whitened: published, with the patch kernel of our `model.patch_init whitened`; only where it is asked for.

@@ -159,17 +159,14 @@ def _cards(run: RunRecord) -> list[Record]:
     pixels = _row(result, PIXELS, "pixels")
     for key, title in (("knn", "k-NN accuracy"), ("probe", "linear probe accuracy")):
         ours, start = _row(result, PRETRAINED, CLS).get(key), _row(result, RANDOM, CLS).get(key)
-        base, below = (
-            "random init",
-            [f"random init {percent(start)}", f"raw pixels {percent(pixels.get(key))}"],
-        )
+        base, second = "random init", f"raw pixels {percent(pixels.get(key))}"
         if ours is None and key == "knn":
             known = {r["step"]: r["knn_cls"] for r in run.evals if r.get("knn_cls") is not None}
             ours, start = (known[max(known)], known.get(0)) if known else (None, None)
-            base, below = _beginning(run), [f"{_beginning(run)} {percent(start)}", "measured while training"]
+            base, second = _beginning(run), "measured while training"
         if ours is not None:
             gain = "" if start is None else f"{100 * (ours - start):+.1f} points over {base}"
-            card(title, percent(ours), gain, *below)
+            card(title, percent(ours), gain, f"{base} {percent(start)}", second)
     if speeds := [r["images_per_s"] for r in train if r.get("images_per_s")]:
         card("images per second", f"{np.median(speeds):,.0f}", "median while training")
     if spent := seconds(train)[-1:]:
