@@ -125,6 +125,8 @@ def build_optimizer(method: StudentTeacher, cfg: Config, *, tensor_lr: bool = Fa
     lr: float | Tensor = cfg.peak_lr
     if tensor_lr:
         lr = torch.tensor(cfg.peak_lr, dtype=torch.float32, device=named[0][1].device)
+        # groups with a scale have one each, which `set_lr` writes; the others share one
+        groups = [{**g, "lr": lr.clone()} if "scale" in g else g for g in groups]
     if o.name != "adamw" and not o.weight_decay:
         raise UsageError(
             f"optim.weight_decay: 0 switches the layer-wise rates of optim.name={o.name} off; use a small value, "

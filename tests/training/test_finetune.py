@@ -156,14 +156,15 @@ def test_from_a_foreign_vit_and_from_none(config, tmp_path):
     assert load_encoder(out).classes
 
 
-def test_layer_decay_is_timms(config):
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_layer_decay_is_timms(config, tensor_lr):
     timm_optim = pytest.importorskip("timm.optim", exc_type=ImportError)
     for pool in ("mean", "class"):
         cfg = config("groups", {"tune": {"pool": pool}, "system": {"backend": "reference"}})
         method = Classifier(cfg, ["a", "b", "c"])
-        optimizer = build_optimizer(method, cfg)
+        optimizer = build_optimizer(method, cfg, tensor_lr=tensor_lr)
         set_lr(optimizer, 1.0)
-        ours = {p: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+        ours = {p: (float(g["lr"]), g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
         encoder = method.student
         groups = timm_optim.param_groups_layer_decay(
             encoder, cfg.optim.weight_decay, encoder.no_weight_decay(), layer_decay=cfg.tune.layer_decay
