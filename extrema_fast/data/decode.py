@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import io
+import importlib.metadata
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,8 @@ from .pixels import as_image
 AHEAD = 2
 # batches in a row that DALI may lose without a broken file: those in the pipeline when one failed
 _MAX_LOST = AHEAD + 1
+# images that DALI alone cannot decode, one after the other, until it is the cause and not they
+_ALL_FAIL = 4
 # what DALI says when memory or the GPU is at fault, not an image
 _DEVICE_ERROR = re.compile(
     r"CUDA (runtime |driver )?(API )?error|CUDA allocation failed|cudaError|CUDA_ERROR|out of memory|bad_alloc"
@@ -50,11 +53,11 @@ class Work(NamedTuple):
     data: list[np.ndarray] | None
     step: int
 
-    def only(self, place: int) -> Work:
-        """The batch of one of its images."""
-        one = slice(place, place + 1)
-        data = None if self.data is None else self.data[one]
-        return Work(self.rows[one], self.boxes[one], self.flips[one], data, self.step)
+    def only(self, places: Sequence[int]) -> Work:
+        """The batch of some of its images."""
+        data = None if self.data is None else [self.data[i] for i in places]
+        some = list(places)
+        return Work(self.rows[some], self.boxes[some], self.flips[some], data, self.step)
 
 
 class Decoded(NamedTuple):
@@ -82,6 +85,8 @@ class Settings(NamedTuple):
     pinned: bool
     # `bilinear` or `bicubic`
     interpolation: str = "bilinear"
+    # DALI decodes only the boxes; else whole images, of which it then cuts them
+    regions: bool = True
 
 
 def useful_threads(threads: int, sizes: np.ndarray) -> int:
@@ -288,15 +293,32 @@ class DaliDecoder:
 
         with ThreadPoolExecutor(self.settings.threads) as pool:
             by_pil = list(pool.map(try_pil, range(len(work.rows))))
-        # what PIL cannot decode is nearly always all of it, and DALI has the last word
         failed: dict[int, DataError] = {}
-        for suspected in (True, False):
-            for i in [i for i, error in enumerate(by_pil) if bool(error) == suspected and not failed]:
-                try:
-                    self._decode(work.only(i))
-                except _DaliError as e:
-                    reason = f"by DALI, {_reason(e)}; PIL can: --data.loader pil"
-                    failed[i] = by_pil[i] or self.files.error(int(work.rows[i]), reason)
+        decoded = False
+
+        def search(places: list[int]) -> None:
+            nonlocal decoded
+            if not places:
+                return
+            try:
+                self._decode(work.only(places))
+                decoded = True
+            except _DaliError as e:
+                if len(places) > 1:
+                    half = len(places) // 2
+                    search(places[:half])
+                    search(places[half:])
+                    return
+                (i,) = places
+                reason = f"by DALI, {reason_of(e)}; PIL can: --data.loader pil"
+                failed[i] = by_pil[i] or self.files.error(int(work.rows[i]), reason)
+                if len(failed) == _ALL_FAIL and not decoded and not any(by_pil):
+                    raise _not_a_file(e) from e
+
+        # what PIL cannot decode is nearly always all of it, and DALI has the last word
+        search([i for i, error in enumerate(by_pil) if error])
+        if not failed:
+            search([i for i, error in enumerate(by_pil) if not error])
         return failed
 
     def _arguments(self, work: Work) -> tuple[Any, ...]:
@@ -318,8 +340,11 @@ class DaliDecoder:
         decoder: dict[str, Any] = {"device": "cpu", "adjust_orientation": self.files.exif}
         gpu = None
         if s.device.type == "cuda":
-            # chroma as on the CPU
-            decoder |= {"device": "mixed", "hw_decoder_load": s.hw, "jpeg_fancy_upsampling": True}
+            decoder |= {
+                "device": "mixed",
+                "hw_decoder_load": s.hw,
+                "jpeg_fancy_upsampling": _chroma_as_on_cpu(),
+            }
             gpu = torch.cuda.current_device() if s.device.index is None else s.device.index
         pipe = dali.Pipeline(
             batch_size=batch, num_threads=s.threads, device_id=gpu, prefetch_queue_depth=AHEAD
@@ -334,9 +359,11 @@ class DaliDecoder:
                 images = fn.decoders.image(encoded, **decoder)
                 images = fn.resize(images, roi_start=start, roi_end=extent, **resize)
             else:
-                images = fn.decoders.image_slice(
-                    encoded, start=start, shape=extent, axis_names="HW", **decoder
-                )
+                box = dict(start=start, shape=extent, axis_names="HW")
+                if s.regions:
+                    images = fn.decoders.image_slice(encoded, **box, **decoder)
+                else:
+                    images = fn.slice(fn.decoders.image(encoded, **decoder), **box)
                 images = fn.resize(images, **resize)
                 images = fn.flip(images, horizontal=flip[0])
             pipe.set_outputs(images)
@@ -362,33 +389,33 @@ class DaliDecoder:
         return torch.empty(images.shape, dtype=images.dtype, pin_memory=True).copy_(images)
 
 
-@functools.cache
-def gpu_unsupported(device: torch.device) -> str:
-    """Why DALI cannot decode on a GPU, found with one small image; empty when it can."""
-    from PIL import Image
+# what decodes, by the CUDA it is built for
+PACKAGES = {
+    "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+    "nvimgcodec": ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"),
+    "nvjpeg": ("nvidia-nvjpeg", "nvidia-nvjpeg-cu12"),
+}
 
-    dali, fn = (importlib.import_module(f"nvidia.dali{name}") for name in ("", ".fn"))
-    file = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(file, "JPEG")
-    encoded = [np.frombuffer(file.getvalue(), np.uint8)]
-    gpu = torch.cuda.current_device() if device.index is None else device.index
-    try:
-        pipe = dali.Pipeline(batch_size=1, num_threads=1, device_id=gpu)
-        with pipe:
-            image = fn.decoders.image(fn.external_source(source=lambda: encoded), device="mixed")
-            pipe.set_outputs(fn.resize(image, size=(8, 8)))
-        pipe.build()
-        pipe.run()
-    except Exception as error:
-        # a driver, a GPU or a CUDA version that this DALI is not built for; no memory
-        return _reason(error)
+
+def version(*packages: str) -> str:
+    """Of the first of these packages that is installed; empty: none."""
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
     return ""
 
 
+@functools.cache
+def _chroma_as_on_cpu() -> bool:
+    """Whether a GPU makes a CPU's chroma in regions: nvJPEG before 13.2 does not, and leaves such images to the CPU."""
+    numbers = re.findall(r"\d+", version(*PACKAGES["nvjpeg"]))
+    return tuple(map(int, numbers[:2])) >= (13, 2)
+
+
 def _not_a_file(error: Exception) -> DataError:
-    return DataError(f"DALI stopped, but not because of a file: {_reason(error)}; try --data.loader pil")
+    return DataError(f"DALI stopped, but not because of a file: {reason_of(error)}; try --data.loader pil")
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     # the operator and its traceback come first
     return " ".join(str(error).split("encountered:")[-1].split("Current pipeline")[0].split())[:300]

@@ -27,7 +27,8 @@ from ..config import DataConfig
 from ..distributed import World, cores
 from ..errors import DataError, UsageError, install
 from .bad_images import BadRows
-from .decode import DaliDecoder, PilDecoder, Settings, Work, gpu_unsupported
+from .dali_on_gpu import decoding_on, most_images, release_memory
+from .decode import DaliDecoder, PilDecoder, Settings, Work
 from .image_files import ALONE, REMEDY, TIFF, ImageFiles, check_depth, deep_range
 from .image_source import ImageSource
 from .order import Order
@@ -126,8 +127,22 @@ class _Loader(ABC):
         self._files, self.bad, self.resident = ImageFiles(source, cfg), bad, resident
         self.kind, self._world = loader_for(source, cfg), 1
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        regions = True
         if resident == "off":
-            device = _decoding_device(self.kind, cfg.loader, device)
+            device, regions = _decoding_device(self.kind, cfg, device)
+        if resident == "off" and device.type == "cuda":
+            area = sum(cfg.area) / 2 if regions and not whole else 1.0
+            most = most_images(self._files, device, area)
+            if most < batch and self._any_batch:
+                batch = max(1, most)
+            elif most < batch:
+                device = torch.device("cpu")
+                _warn_once(
+                    "%s: images are decoded on the CPU: batches of %d would take more than a fifth of the GPU's "
+                    "memory; packed smaller they fit (extrema-fast pack)",
+                    source.name,
+                    batch,
+                )
         self._settings = Settings(
             img_size,
             batch,
@@ -137,10 +152,13 @@ class _Loader(ABC):
             cfg.hw_decoder_load,
             pinned,
             resizing.interpolation,
+            regions,
         )
 
     # crops of each image, one after the other in boxes and flips
     _per_image = 1
+    # whether batches may be smaller than asked for
+    _any_batch = False
 
     @abstractmethod
     def _rows(self, step: int) -> np.ndarray:
@@ -368,6 +386,9 @@ class TrainLoader(_Loader):
         if self._files.as_bytes:
             ways.append("put the shards on a faster disk")
         else:
+            if self.kind == "dali" and not self._files.sizes.all():
+                # their headers are read in Python, in the first epoch
+                ways.append("index the images once (extrema-fast index) and train on the manifest")
             ways.append("pack the images (extrema-fast pack), or put them on a faster disk")
         return "; ".join(ways)
 
@@ -409,7 +430,7 @@ class EvalLoader(_Loader):
         bad: BadRows | None = None,
         resizing: Resizing = KEEP_EXACT,
     ) -> None:
-        batch = min(batch_size, max(1, len(source)))
+        batch, self._any_batch = min(batch_size, max(1, len(source))), True
         super().__init__(source, cfg, img_size, batch, device, bad, whole=True, resizing=resizing)
         self._length = len(source)
 
@@ -427,6 +448,8 @@ class EvalLoader(_Loader):
             for work, images in batches:
                 if len(work.rows):
                     yield images, torch.from_numpy(work.rows)
+        if self._settings.device.type == "cuda":
+            release_memory()
         if self.bad and len(self.bad) == self._length:
             raise DataError(f"{next(iter(self.bad.reasons.values()))}; nor can any other of {self._length}")
 
@@ -514,16 +537,19 @@ def choose_loader(wanted: str) -> Literal["dali", "pil"]:
     return "pil"
 
 
-def _decoding_device(kind: str, wanted: str, device: torch.device) -> torch.device:
-    """Where a loader decodes for `device`: there by DALI, where it can; says once why it cannot."""
+def _decoding_device(kind: str, cfg: DataConfig, device: torch.device) -> tuple[torch.device, bool]:
+    """Where a loader decodes for `device`, and `Settings.regions`: there by DALI, or it says once why not."""
     if kind == "pil" or device.type != "cuda":
-        return torch.device("cpu")
-    if not (reason := gpu_unsupported(device)):
-        return device
+        return torch.device("cpu"), True
+    way, reason = decoding_on(device, cfg.hw_decoder_load)
+    if way:
+        if reason:
+            _warn_once("DALI decodes %s on this GPU, which takes longer and more memory (%s)", way, reason)
+        return device, way == "regions"
     remedy = f"install the DALI of the driver's CUDA ({install('dali-cuda12')}, or ...-cuda130)"
-    if wanted == "dali":
+    if cfg.loader == "dali":
         raise UsageError(
             f"data.loader: DALI cannot decode on this GPU ({reason}); {remedy}, or --data.loader pil"
         )
     _warn_once("images are decoded on the CPU: DALI cannot decode on this GPU (%s); %s", reason, remedy)
-    return torch.device("cpu")
+    return torch.device("cpu"), True

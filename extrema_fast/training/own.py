@@ -218,6 +218,11 @@ def run_name(data: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name).strip("._") or "own"
 
 
+def _time(seconds: float) -> str:
+    minutes = seconds / 60
+    return counted(max(1, round(minutes)), "minute") if minutes < 100 else f"{minutes / 60:.2g} hours"
+
+
 def _plain(data: str) -> str:
     """A path without what makes two spellings of one: `imgs/` and `./imgs` are `imgs`."""
     path = data if data in BUILT_IN or "://" in data else os.path.normpath(data)
@@ -481,13 +486,15 @@ class Settings:
         self._pick("optim.momentum", 0.996 if self.long else round(min(0.996, max(0.9, 1 - 1000 / steps)), 4))
         seen = epochs * images.total
         if seconds:
-            minutes = seen * seconds / 60
-            time = counted(max(1, round(minutes)), "minute") if minutes < 100 else f"{minutes / 60:.2g} hours"
-            why = f"about {time}: an estimate from {flops * seen / 1e12:.3g} TFLOP and decoding"
+            why = f"about {_time(seen * seconds)}: an estimate from {flops * seen / 1e12:.3g} TFLOP and decoding"
             if decoded > flops / machine.flops:
                 why += "; packed smaller, they are read faster: extrema-fast pack"
         else:
             why = f"{flops * seen:.2g} FLOP; the time was never measured on a GPU"
+            # held images are decoded once
+            if images.bytes > HELD * machine.bytes:
+                time = _time(seen * decoded / machine.processes)
+                why += f"; decoding on the CPU takes about {time}, of packed images less"
         self._say("length", f"{counted(epochs, 'epoch')} of {steps // max(epochs, 1)} steps", why)
         return epochs
 

@@ -345,6 +345,18 @@ def test_dali_loses_batches_without_a_file_to_blame(images, config, monkeypatch)
         batches(source, cfg, 12)
 
 
+def test_sound_images_are_not_blamed_for_dali(images, config, monkeypatch):
+    """Whatever it cannot decode here, it is not these files."""
+    pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
+    source, cfg, decoder = open_source(str(images)), config(loader="dali"), data_decode.DaliDecoder
+    real, made = decoder._pipeline, []
+    monkeypatch.setattr(decoder, "_pipeline", losing(real, lambda n: made.append(n) or True, "failure: '#8'"))
+    loader = TrainLoader(source, cfg, SIZE, batch_size=16, seed=3)
+    with pytest.raises(DataError, match=r"not because of a file: failure: '#8'; try --data\.loader pil"):
+        next(loader)
+    assert not loader.bad and len(made) == 11
+
+
 def losing(real, lost, message="lost again"):
     """`real`, whose pipelines raise as DALI does where `lost(number of images)` says so."""
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from extrema_fast.config import DataConfig
+from extrema_fast.data import dali_on_gpu
 from extrema_fast.data.loader import Batch, TrainLoader
 from extrema_fast.data.prefetch import prefetch
 from extrema_fast.data.sources import open_source
@@ -192,7 +193,9 @@ def images(tmp_path) -> Path:
         y, x = np.mgrid[0 : 90 + 7 * i, 0 : 110 + 5 * i] / 17
         pixels = 127 + 100 * np.stack([np.sin(y + i), np.sin(x), np.sin(x + y)], -1)
         suffix = "jpg" if i % 2 else "png"
-        image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{i:02d}.{suffix}", quality=95)
+        # chroma of every kind, and progressive files
+        kind = {"subsampling": i % 3, "progressive": i % 5 == 0} if suffix == "jpg" else {}
+        image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{i:02d}.{suffix}", quality=95, **kind)
     return tmp_path
 
 
@@ -269,6 +272,16 @@ def test_the_gpu_decodes_what_the_cpu_decodes(images, policy, load):
         assert gap.mean() < 2, gap.mean()
 
 
+@pytest.mark.parametrize("regions", [True, False])
+@pytest.mark.parametrize("load", [0.0, 0.65])
+def test_large_batches_of_every_kind_of_jpeg(load, regions):
+    """What decides how a run decodes: whole batches, regions of images."""
+    pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
+    if counters.active():
+        pytest.skip("DALI has a CUDA runtime of its own, which the null GPU does not replace")
+    assert dali_on_gpu._wrong(torch.device("cuda", 0), load, regions) == ""
+
+
 def test_restarts_are_exact(images):
     source = open_source(str(images))
     whole, _ = batches(source, 10)
@@ -316,11 +329,12 @@ def test_every_odd_file_is_used_or_named(images):
     assert not set(rows) & set(bad.reasons)
 
 
-def test_a_consumer_that_is_far_behind(images):
+@pytest.mark.parametrize("load", [0.0, 0.65, 1.0])
+def test_a_consumer_that_is_far_behind(images, load):
     """Batches stay what they were although the stream that reads them is busy while DALI continues."""
     source = open_source(str(images))
-    want, _ = batches(source, 8)
-    cfg = DataConfig(loader="dali", threads=2, hw_decoder_load=0.0)
+    want, _ = batches(source, 8, hw_decoder_load=load)
+    cfg = DataConfig(loader="dali", threads=2, hw_decoder_load=load)
     sums = []
     with TrainLoader(source, cfg, SIZE, batch_size=5, seed=3, device="cuda") as loader:
         for batch in itertools.islice(loader, 8):

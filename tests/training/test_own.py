@@ -103,6 +103,17 @@ def test_what_is_chosen(total, side, machine, want):
     assert {k: found[k] for k in want} == want
 
 
+def test_a_gpu_may_wait_for_the_cpu():
+    def length(total: int, side: int) -> str:
+        settings = Settings(images(total, side), GPU, {})
+        settings.settle()
+        return settings.table()
+
+    # a million of 17 megapixels at 1.5 gigapixels a second; what is held is decoded once
+    assert "decoding on the CPU takes about 3.2 hours" in length(10_000, 3500)
+    assert "decoding" not in length(10_000, 375)
+
+
 def test_every_choice_can_run():
     totals, sides = (2, 17, 999, 2_000_000), (1, 33, 4000)
     machines = [CPU, CPU._replace(cores=64), CPU._replace(cores=1, processes=2), GPU, GPU._replace(bytes=6e9)]
