@@ -193,7 +193,7 @@ class Accelerated:
             grid = self._stock_grid(images)
         else:
             embedded, grid = self._embed_all(images)
-        rows = check_keep(keep, b, grid[0] * grid[1])
+        rows = check_keep(keep, b, grid[0] * grid[1], images.device)
         pos = self._positions(grid)
         shared = 0 if vit.no_embed_class else vit.num_prefix_tokens
         patch_pos = None if pos is None else pos[shared:]
@@ -499,4 +499,4 @@ def _square_grid(n: int, height: int, width: int) -> tuple[int, int]:
 
 def _add_positions(tokens: Tensor, keep: Tensor, pos: Tensor | None) -> Tensor:
     """tokens [R, K, D], keep [V, B, K], pos [N, D]."""
-    return tokens if pos is None else tokens + F.embedding(keep.flatten(0, 1), pos)
+    return tokens if pos is None else tokens + F.embedding(keep.flatten(0, 1).long(), pos)

@@ -35,7 +35,7 @@ from .layers import (
     whiten_kernel,
 )
 from .masking import check_keep, image_major
-from .positions import SinCos, are_equal, check_chans
+from .positions import SinCos, are_equal, check_chans, resample_table
 from .timm_interface import TimmInterface, check_head
 
 if TYPE_CHECKING:
@@ -88,11 +88,13 @@ class Encoder(TimmInterface):
         norm_eps: float = NORM_EPS,
         in_chans: int | None = None,
         drop_rate: float = 0.0,
+        dynamic_img_size: bool = False,
     ) -> None:
         super().__init__()
         check_head(num_classes, global_pool)
         if pos_embed not in ("sincos", "learned"):
             raise UsageError(f"pos_embed: expected 'sincos' or 'learned', got {pos_embed!r}")
+        fc_norm = global_pool == "avg" if fc_norm is None else fc_norm
         if fc_norm and global_pool != "avg":
             raise UsageError("fc_norm: only with global_pool='avg'")
         in_chans = config.in_chans if in_chans is None else in_chans
@@ -111,6 +113,7 @@ class Encoder(TimmInterface):
         # of other sizes than the name says, see `model_args`
         self.architecture = model_name(config.size)
         self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
+        self.dynamic_img_size = dynamic_img_size
         self.drop_path_rate, self.grad_checkpointing = config.drop_path, False
         self.mean: tuple[float, ...] = IMAGENET[0]
         self.std: tuple[float, ...] = IMAGENET[1]
@@ -202,11 +205,13 @@ class Encoder(TimmInterface):
         own = (*self.grid, self.pos_embed.shape[1])
         if are_equal((*grid, grid[0] * grid[1]), own, guess=not learned):
             return self.pos_embed[0]
+        if learned and self.dynamic_img_size:
+            return resample_table(self.pos_embed[0], self.grid, grid)
         if learned:
             size = tuple(g * self.patch_size for g in grid)
             raise UsageError(
                 f"images: {size} is not the size {self.img_size} of the learned position table; "
-                f"encoder.set_input_size({size}) resamples it"
+                f"encoder.set_input_size({size}) resamples it once, encoder.dynamic_img_size = True at every call"
             )
         return self.sincos.table(grid, self.pos_embed)
 
@@ -259,8 +264,10 @@ class Encoder(TimmInterface):
     def pool(self, tokens: Tensor, return_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
         """tokens [R, n, D] -> (class token before the final norm [R, D], [R, H, 1 + n] per block if asked for)."""
         assert self.cls_token is not None and self.blocks_token is not None
-        # without gradients a view of a parameter still says that it has one, which counters of FLOPs believe
-        token = self.cls_token if torch.is_grad_enabled() else self.cls_token.detach()
+        # without gradients a view of a parameter still says that it has one, which counters of FLOPs believe; a trace
+        # is the same with and without
+        plain = torch.is_grad_enabled() or torch.jit.is_tracing()
+        token = self.cls_token if plain else self.cls_token.detach()
         cls = token[:, 0].expand(tokens.shape[0], -1)
         maps, stats = [], None
         for i, block in enumerate(self.blocks_token):
@@ -283,7 +290,8 @@ class Encoder(TimmInterface):
         Args:
             images: [B, C, H, W] float, normalized; sides multiples of the patch size (other grids than the model's
                 use the sin-cos table of that grid).
-            keep: None (all), [B, K], or [B, V, K] integer in [0, N); order is kept, repeats are allowed.
+            keep: None (all), [B, K], or [B, V, K] integer in [0, N); order is kept, repeats are allowed. Compiled code
+                does not check it.
             norm: apply the final LayerNorm (False: raw tokens, as the paper's linear probe uses).
 
         Returns:
@@ -304,7 +312,8 @@ class Encoder(TimmInterface):
         else:
             cls, patches = self.pool(tokens)[0], tokens
             cls, patches = (self.norm(cls), self.norm(patches)) if norm else (cls, patches)
-        return Encoded(image_major(cls, keep), image_major(patches, keep), keep, grid)
+        # a CPU's autocast leaves the norm of 16-bit tokens in 16 bits
+        return Encoded(image_major(cls, keep), image_major(patches, keep).to(cls.dtype), keep, grid)
 
     def get_attention(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Attention of the class token in each of the P pooling blocks; arguments as of `encode`.
@@ -325,7 +334,7 @@ class Encoder(TimmInterface):
         """(trunk tokens of the view-major rows [V*B, K, D], keep as given or all, grid)."""
         grid = self.check_images(images)
         b, n = images.shape[0], grid[0] * grid[1]
-        rows = None if keep is None else check_keep(keep, b, n)
+        rows = None if keep is None else check_keep(keep, b, n, images.device)
         tokens = self.trunk(self.embed(images, rows))
         return tokens, torch.arange(n, device=images.device).expand(b, n) if keep is None else keep, grid
 
@@ -391,7 +400,6 @@ _SHAPE = ("width", "depth", "heads", "mlp_ratio", "pool_depth", "layer_scale")
 # arguments of timm's VisionTransformer: those of other names here, and those with the values that hold here
 _TIMM_NAMES = {"embed_dim": "width", "num_heads": "heads"}
 _TIMM_VALUES: dict[str, tuple[Any, ...]] = {
-    "dynamic_img_size": (True, False),
     "dynamic_img_pad": (False,),
     "class_token": (True,),
     "reg_tokens": (0,),
@@ -440,6 +448,7 @@ def create_encoder(
     pos_grid: Sequence[int] | None = None,
     final_norm: bool = True,
     norm_eps: float = NORM_EPS,
+    dynamic_img_size: bool = False,
     drop_rate: float = 0.0,
     **shape: Any,
 ) -> Encoder:
@@ -454,16 +463,18 @@ def create_encoder(
         patch_size: pixels; None: those of the name.
         global_pool: 'token' (class head), 'avg' (mean of patch tokens, no class head), or '' (class head; `forward`
             gives all tokens).
-        fc_norm: with 'avg': normalize after pooling instead of before (the paper's fine-tuning).
+        fc_norm: with 'avg': normalize after pooling instead of before (the paper's fine-tuning); None, as timm: with
+            'avg' True.
         pos_embed: 'sincos' (fixed) or 'learned' (a parameter that starts from the table).
         pos_coords: 'absolute' or 'rescaled': coordinates of grids other than `pos_grid` (`positions.SinCos`).
         pos_grid: (rows, columns) trained on; default: that of `img_size`.
         final_norm: False: tokens are not normalized at the end (the released code's linear probe).
         norm_eps: added to the variance by every LayerNorm (Hugging Face's ViT: 1e-12).
+        dynamic_img_size: images of other sizes than `img_size` resample a learned table at every call, as timm does; a
+            sin-cos table takes any size.
         drop_rate: dropout before the linear head.
         **shape: width, depth, heads, mlp_ratio, pool_depth, layer_scale in place of those of the name. Of timm's
-            VisionTransformer: `embed_dim`, `num_heads`; `dynamic_img_size` (any size works); others at the value that
-            holds here.
+            VisionTransformer: `embed_dim`, `num_heads`; others at the value that holds here.
 
     Raises:
         UsageError: an unknown name or keyword (with the nearest), or a size that does not divide.
@@ -480,6 +491,7 @@ def create_encoder(
             "pos_grid",
             "final_norm",
             "norm_eps",
+            "dynamic_img_size",
             "drop_rate",
             "drop_path_rate",
         ]
@@ -505,13 +517,14 @@ def create_encoder(
         norm_eps=norm_eps,
         in_chans=in_chans,
         drop_rate=drop_rate,
+        dynamic_img_size=dynamic_img_size,
     )
 
 
 def model_args(encoder: Encoder) -> dict[str, Any]:
     """The arguments, plain JSON, with which `create_encoder(encoder.architecture, ...)` builds it again.
 
-    Without number of classes, drop rates and pruning.
+    Without number of classes, drop rates, `dynamic_img_size` and pruning.
     """
     config, plain = encoder.config, ModelConfig(size=encoder.config.size)
     args: dict[str, Any] = {

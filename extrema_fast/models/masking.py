@@ -29,14 +29,15 @@ def sample_views(
     """Random keep indices of every view, keyed by sample: the same for any batch or process layout.
 
     Args:
-        index: [B] int64 row numbers of the images in their data set (their device is the result's), or B.
+        index: [B] int64 row numbers of the images in their data set (their device is the result's), or B: rows 0 to
+            B - 1, which have the same views at every call with the same epoch.
         num_patches: N.
         num_keep: K.
         num_views: V.
         mode: `disjoint`: one permutation per image, view v takes entries [v K, (v + 1) K); `independent`: one
             permutation per view, its first K entries.
         seed: the same seed gives the same views.
-        epoch: another epoch gives other views.
+        epoch: another epoch gives other views; in a loop without row numbers, the number of the step.
 
     Returns:
         [B, V, K] int32; an entry is row * grid_width + column.
@@ -74,11 +75,11 @@ def draw_views(
     return ops.sample_views(index, num_patches, num_keep, num_views, mode=mode, **keys)
 
 
-def check_keep(keep: Tensor, batch: int, num_patches: int) -> Tensor:
+def check_keep(keep: Tensor, batch: int, num_patches: int, device: torch.device | None = None) -> Tensor:
     """Keep indices [B, K] or [B, V, K] of B images as view-major [V, B, K].
 
     Raises:
-        UsageError: another type, dtype or shape, or on a CPU an index out of range.
+        UsageError: another type, dtype, shape or device, or on a CPU, but in compiled code, an index out of range.
     """
     if not isinstance(keep, Tensor):
         raise UsageError(
@@ -90,6 +91,10 @@ def check_keep(keep: Tensor, batch: int, num_patches: int) -> Tensor:
         raise UsageError(
             f"keep: expected [{batch}, K] or [{batch}, V, K] with V and K >= 1, got {list(keep.shape)}"
         )
+    if device is not None and keep.device != device:
+        raise UsageError(
+            f"keep: expected indices on {device}, as the images, got {keep.device}; use keep.to(images)"
+        )
     # on a GPU the check would wait for the device (there the gather itself asserts); torch.compile and torch.func
     # cannot branch on values
     if (
@@ -97,7 +102,8 @@ def check_keep(keep: Tensor, batch: int, num_patches: int) -> Tensor:
         and keep.numel()
         and not (torch.compiler.is_compiling() or ops.transforming())
     ):
-        least, most = int(keep.min()), int(keep.max())
+        # not all integers have a minimum
+        least, most = int(keep.long().min()), int(keep.long().max())
         if least < 0 or most >= num_patches:
             raise UsageError(
                 f"keep: expected indices in [0, {num_patches}), which count patches only, got {least} to {most}"

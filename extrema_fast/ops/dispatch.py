@@ -669,8 +669,12 @@ def patch_gather(
 def token_gather(tokens: Tensor, keep: Tensor, pos: Tensor | None = None) -> Tensor:
     """Kept rows of embedded tokens plus positions; tokens [B, N, D], keep [V, B, K], pos [N, D] -> [V*B, K, D].
 
-    With `triton`, an index that is twice within a view gets one of its gradients only.
+    The kernel's backward pass expects no index twice within a view, which a user's may have: with gradients `auto`
+    takes the plain definition. No training step of this project calls this.
     """
+    trains = torch.is_grad_enabled() and (tokens.requires_grad or (pos is not None and pos.requires_grad))
+    if trains and _requested("token_gather")[0] == "auto":
+        return token_gather_reference(tokens, keep, pos)
     return _run("token_gather", tokens, keep, pos)
 
 

@@ -216,7 +216,7 @@ class _Linear(torch.autograd.Function):
                 dweight = weight_gradient(flat, u, ctx.wide)
             if ctx.has_bias and needs[2]:
                 dbias = flat.sum(0).to(ctx.wide)
-            if needs[0] or needs[3]:
+            if needs[0] or needs[3] or needs[4]:
                 du = dy @ w.to(dtype)
                 if ctx.kind == "gelu":
                     dx = torch.ops.aten.gelu_backward.default(du.to(x.dtype), x)
@@ -229,10 +229,10 @@ class _Linear(torch.autograd.Function):
 
 
 def _norm_backward(
-    du: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor, shift: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    du: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor, shift: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     if not (_eager_bf16_on_cpu(x) and gain.dtype == torch.float32):
         du, x = du.to(gain.dtype), x.to(gain.dtype)
     return torch.ops.aten.native_layer_norm_backward.default(
-        du, x, (x.shape[-1],), mean, rstd, gain, shift, [True, True, True]
+        du, x, (x.shape[-1],), mean, rstd, gain, shift, [True, True, shift is not None]
     )

@@ -638,6 +638,7 @@ IMAGES, KEEP = torch.zeros(2, 3, *SIZE), torch.zeros(2, 4, dtype=torch.long)
         (IMAGES.double(), KEEP, "images: .*torch.float64"),
         (IMAGES, KEEP.float(), "keep: .*torch.float32"),
         (IMAGES, KEEP + 15, "keep: .*15 to 15"),
+        (IMAGES, KEEP.to("meta"), "keep: .*meta"),
     ],
 )
 def test_bad_input(images, keep, words):
@@ -657,6 +658,14 @@ def test_patch_dropout_is_refused_where_it_is_active():
     for call in (lambda: accelerate(vit), lambda: fast.encode(images), lambda: fast.encode(images, KEEP)):
         with pytest.raises(UsageError, match="PatchDropout is active"):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_indices_of_any_integers(dtype):
+    fast, keep = accelerate(build(torch.float32)), torch.arange(8).view(2, 4)
+    x = torch.randn(2, 3, *SIZE)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast.encode(x, keep.to(dtype)).tokens, fast.encode(x, keep).tokens)
 
 
 def test_more_bad_input(monkeypatch):

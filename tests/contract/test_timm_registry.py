@@ -375,6 +375,7 @@ def test_arguments_of_timms_vision_transformer():
         TINY, img_size=32, dynamic_img_size=True, embed_dim=64, num_heads=2, depth=1, qkv_bias=True
     )
     assert model.config.shape == (64, 1, 2) and model(torch.zeros(1, 3, 48, 32)).shape == (1, 64)
+    assert model.dynamic_img_size
     for options, named in (
         ({"dynamic_img_pad": True}, "dynamic_img_pad"),
         ({"init_values": 1e-5}, "init_values"),

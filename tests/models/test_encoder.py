@@ -455,6 +455,8 @@ IMAGES, KEEP = torch.zeros(2, 3, 24, 40), torch.zeros(2, 4, dtype=torch.int64)
         (IMAGES, KEEP[0], r"keep: .*\[4\]"),
         (IMAGES, KEEP[:, None][:, :0], r"keep: .*\[2, 0, 4\]"),
         (IMAGES, KEEP.tolist(), "keep: .*list.*as_tensor"),
+        (IMAGES, KEEP.to("meta"), "keep: .*cpu.*meta.*keep.to"),
+        (IMAGES, (KEEP + 15).to(torch.uint16), "keep: .*15 to 15"),
     ],
 )
 def test_errors_of_encode(x, keep, words):
@@ -492,6 +494,45 @@ def test_building_errors(options, words):
 
 
 # ---- other modes of use ---------------------------------------------------------------------------
+
+
+def test_outputs_under_autocast_have_one_type():
+    encoder, keep = Encoder(SMALL), torch.arange(8).view(2, 4)
+    for pool in ("token", "avg"):
+        encoder = Encoder(SMALL, global_pool=pool)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = encoder.encode(images().float(), keep)
+        assert out.cls.dtype == out.patches.dtype
+
+
+def test_traced_by_torchscript():
+    encoder = Encoder(SMALL).eval()
+    x = images().float()
+    traced = torch.jit.trace(encoder, x)
+    assert torch.equal(traced(x + 1), encoder(x + 1))
+
+
+def test_a_learned_table_at_any_size():
+    encoder = make(pos_embed="learned")
+    x = images(h=32, w=24)
+    with pytest.raises(UsageError, match=r"set_input_size.*dynamic_img_size"):
+        encoder(x)
+    encoder.dynamic_img_size = True
+    found = encoder(x)
+    encoder.set_input_size((32, 24))
+    close(found, encoder(x))
+    encoder = create_encoder(
+        "extrema_vit_tiny_patch16_224", depth=1, pos_embed="learned", dynamic_img_size=True
+    )
+    encoder(torch.zeros(1, 3, 96, 64)).sum().backward()
+    assert encoder.pos_embed.grad.abs().sum() > 0
+
+
+def test_a_norm_after_pooling_by_timms_rule():
+    for pool in ("avg", "token"):
+        after = Encoder(SMALL, global_pool=pool, fc_norm=None)
+        assert isinstance(after.fc_norm, torch.nn.LayerNorm) == (pool == "avg")
+        assert isinstance(after.norm, torch.nn.LayerNorm) == (pool == "token")
 
 
 def test_no_images_and_shapes_without_memory():

@@ -102,6 +102,16 @@ def test_errors(setting, words, monkeypatch):
         ops.choice("attention")
 
 
+def test_an_index_twice_in_a_view_gets_all_its_gradients(monkeypatch):
+    """Where the kernel, which does not sum them, would be taken."""
+    monkeypatch.setattr(ops, "_run", lambda *args: pytest.fail("the kernel has a gradient"))
+    tokens, keep = torch.randn(1, 5, 3, requires_grad=True), torch.tensor([[[2, 2, 0]]])
+    ops.token_gather(tokens, keep, torch.zeros(5, 3)).sum().backward()
+    assert tokens.grad.sum(-1).tolist() == [[3, 0, 6, 0, 0]]
+    with pytest.raises(pytest.fail.Exception), torch.no_grad():
+        ops.token_gather(tokens, keep)
+
+
 @pytest.mark.parametrize("setting", ["auto", "reference"])
 def test_the_public_functions_run_what_was_chosen(setting, monkeypatch):
     ops.set_backend(setting)

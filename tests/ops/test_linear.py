@@ -76,6 +76,20 @@ def test_layers_without_gradients_or_bias():
     assert dx.dtype == torch.float32 and dx.shape == x.shape
 
 
+def test_a_shift_that_trains_alone_and_a_norm_without_one():
+    layer, norm = Linear(16, 8).requires_grad_(False), prologue("norm", 16)
+    x = torch.randn(3, 16)
+    norm.weight.requires_grad_(False)
+    with torch.autocast("cpu", LOW):
+        linear(x, layer, norm).float().sum().backward()
+    want = 3 * layer.weight.sum(0)
+    assert (norm.bias.grad - want).abs().max() < 0.02 * want.abs().max()
+    norm = nn.LayerNorm(16, bias=False)
+    with torch.autocast("cpu", LOW):
+        linear(x, layer, norm).float().sum().backward()
+    assert norm.weight.grad.abs().sum() > 0
+
+
 def test_full_precision_is_the_plain_formula():
     layer, norm = Linear(6, 5).double(), prologue("norm", 6).double()
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
