@@ -435,7 +435,8 @@ def write_choices(
     record["headline"] = "; ".join(f"{c['key']}: {c['taken']}" for c in choices)
     page = [
         harness.columns(choices, "op=key", "taken=taken", "why=why"),
-        "Forward and backward pass of one call, student or teacher; a candidate far behind has one sample.",
+        "Forward and backward pass of one call, student or teacher; adamw_ema: the tensors of four blocks; a "
+        "candidate far behind has one sample.",
         harness.columns(
             rows, "op, case, implementation=key", *harness.TIMES, "times the fastest=of_best:.2f"
         ),

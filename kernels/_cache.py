@@ -2,8 +2,8 @@
 
     $XDG_CACHE_HOME/extrema_fast/gpu/HASH.json      {"key": {...}, "value": {...}}
 
-A key names the GPU, its driver, the versions of CUDA, torch, Triton and this package, and what was measured. Files of
-other GPUs or versions are left alone and not used; one that cannot be read counts as absent.
+A key names the GPU, its driver, the versions of CUDA, torch, Triton and this package, the op's code and what was
+measured. Files of other GPUs or versions are left alone and not used; one that cannot be read counts as absent.
 """
 
 from __future__ import annotations
@@ -58,9 +58,19 @@ def _version(package: str) -> str:
         return ""
 
 
+@functools.cache
+def _source(op: str) -> str:
+    """Digest of an op's code: faster kernels, or settings of other names, are measured again."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in (here / "_launch.py", *sorted((here / op).glob("*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def key(device: str, op: str, **what: Any) -> Key:
     """The key of a measurement of an op (a folder of kernels)."""
-    return {**environment(device), "op": op, "version": spec(op).version, **what}
+    return {**environment(device), "op": op, "version": spec(op).version, "source": _source(op), **what}
 
 
 def file(key: Key) -> Path:

@@ -467,7 +467,7 @@ def settings(op: str, key: str, device: torch.device, default: dict[str, int]) -
     tunes = device.type == "cuda" and not leaner and not torch.are_deterministic_algorithms_enabled()
     if tunes and key in (found := tuned(op, str(device))):
         _takes_tuned.add(op)
-        chosen = default | found[key]
+        chosen = default | {name: value for name, value in found[key].items() if name in default}
     if leaner > 1:
         # of the launch, and those of a loop
         chosen = chosen | {name: 1 for name in ("num_stages", *({"STAGES"} & chosen.keys()))}

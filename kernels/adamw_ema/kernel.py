@@ -8,6 +8,7 @@ Order: norm (per chunk), prepare (one program), update (per chunk), their launch
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _launch
-from .op import rows, tables
+from .op import LOW, rows, tables
 
 BLOCK = 2048
 COLUMNS = 11
@@ -247,6 +248,25 @@ def update(
     run("update", adamw_ema_kernel, count, table, chunks, *results, **types)
 
 
+_NAMES = ("params", "exp_avg", "exp_avg_sq", "step", "teacher", "shadow", "teacher_shadow")
+
+
+def _check(params: list[Tensor], columns: Sequence[Sequence[Tensor | None]]) -> None:
+    """ValueError for a tensor that no longer is what the kernels take: they know addresses alone."""
+    first = params[0]
+    for name, column in zip(_NAMES, columns):
+        for p, t in zip(params, column):
+            if t is None:
+                continue
+            dtypes = LOW if "shadow" in name else (torch.float32,) if name == "step" else (first.dtype,)
+            fits = t.numel() == 1 if name == "step" else t.shape == p.shape
+            if not fits or t.dtype not in dtypes or t.device != first.device or not t.is_contiguous():
+                raise ValueError(
+                    f"{name}: {_launch.describe(t)} on {t.device} belongs to {_launch.describe(p)} on {p.device}, and "
+                    "was converted, moved or laid out anew since; make the optimizer after that"
+                )
+
+
 def step(
     params: list[Tensor],
     grads: list[Tensor],
@@ -266,9 +286,10 @@ def step(
     """One optimizer step, in place; arguments as `adamw_ema_reference`, and what is kept for the next one."""
     changed = (params, exp_avg, exp_avg_sq, steps, teacher, shadow, teacher_shadow)
     tensors = [t for column in changed for t in column]
-    # of those that others may give new storage; the rest is this optimizer's, or was made for it
-    addresses = [0 if t is None else t.data_ptr() for t in (*params, *teacher)]
+    # of those that others may give new storage, of another type too; the rest is this optimizer's, or was made for it
+    addresses = [0 if t is None else (t.data_ptr(), t.dtype) for t in (*params, *teacher)]
     if kept.get("addresses") != addresses or not all(map(operator.is_, tensors, kept["tensors"])):
+        _check(params, changed)
         columns = [[0 if t is None else t.data_ptr() for t in column] for column in changed]
         kept["sizes"] = tuple(p.numel() for p in params)
         kept["rows"] = rows([*columns, list(kept["sizes"]), group])

@@ -258,6 +258,9 @@ class AdamWEma(torch.optim.AdamW):
             settings = _send(values, torch.float64, device)
             if not _capturing(device):
                 self._settings, self._written = settings, numbers
+        if _capturing(device):
+            # the graph goes on reading them when other numbers have taken their place here
+            _captured.append((settings, settings))
         for i, row in enumerate(rows):
             for k, x in enumerate(row):
                 if isinstance(x, Tensor):

@@ -360,6 +360,41 @@ def test_poisoned_buffers_and_repeats(poisoned):
     assert_repeats(run)
 
 
+@pytest.mark.parametrize("change", ["teacher.half", "double", "channels_last"])
+def test_a_module_converted_after_its_optimizer_was_made_is_an_error(change):
+    student, teacher = (torch.nn.Conv2d(3, 4, (2, 3)) for _ in range(2))
+    pairs = zip(student.parameters(), teacher.parameters(), strict=True)
+    ours = AdamWEma(student.parameters(), teacher=pairs, **OPTIONS)
+    set_grads(list(student.parameters()))
+    ours.step(momentum_weight=0.1)
+    {
+        "teacher.half": teacher.half,
+        "double": student.double,
+        "channels_last": lambda: student.to(memory_format=torch.channels_last),
+    }[change]()
+    for p in student.parameters():
+        p.grad = torch.ones_like(p)
+    before = [p.clone() for p in student.parameters()]
+    with pytest.raises(ValueError, match="make the optimizer after that"):
+        ours.step(momentum_weight=0.1)
+    assert all(map(torch.equal, before, student.parameters()))
+
+
+def test_a_graph_keeps_the_numbers_it_reads(monkeypatch):
+    (p,) = make(sizes=[(5,)])[0]
+    ours = AdamWEma([p], **OPTIONS)
+    set_grads([p])
+    ours.step(max_norm=1.0)
+    monkeypatch.setattr(op, "_captured", [])
+    with monkeypatch.context() as recording:
+        recording.setattr(op, "_capturing", lambda device: True)
+        ours.step(max_norm=1.0)
+    read = ours._settings
+    ours.param_groups[0]["lr"] = 2e-2
+    ours.step(max_norm=1.0)
+    assert read is not ours._settings and any(read is t for pair in op._captured for t in pair)
+
+
 def test_errors():
     (p, q), low = make(sizes=[(5,), (5,)])[0], torch.zeros(5, dtype=torch.bfloat16)
     cases = [

@@ -260,13 +260,15 @@ def keep(problem=POOL, name="absorbed") -> Path:
     return _cache.file(key)
 
 
-@pytest.mark.parametrize("part", [*MACHINE, "version", "dtype", "images"])
+@pytest.mark.parametrize("part", [*MACHINE, "version", "source", "dtype", "images"])
 def test_measurements_of_other_machines_versions_and_shapes_are_not_used(part, monkeypatch):
     file = keep()
     assert measure.cached([POOL], "cpu") == {POOL.name: Choice("absorbed", "10 us")}
     other = POOL
     if part in MACHINE:
         monkeypatch.setattr(_cache, "environment", lambda device: MACHINE | {part: "other"})
+    elif part == "source":
+        monkeypatch.setattr(_cache, "_source", lambda op: "edited")
     elif part == "version":
         monkeypatch.setattr(_cache, "spec", lambda op: replace(measure.spec(op), version=99))
     else:
