@@ -406,7 +406,8 @@ def _configure(p: _Parser, args: list[str]) -> _Configured:
     if by_position and ours.preset and by_position != ours.preset:
         raise UsageError(f"two presets, {by_position!r} and {ours.preset!r}; give one")
     of_preset, in_file = read_config(ours.config) if ours.config else (None, {})
-    name = str(by_position or ours.preset or ("own" if images else of_preset or "photos"))
+    own = images or (not ours.config and _of_user(getattr(ours, "data.train", "")))
+    name = str(by_position or ours.preset or ("own" if own else of_preset or "photos"))
     base = preset(name)
     if len(wanted) < len(args):
         values = flatten(from_dict(in_file, base))
@@ -428,6 +429,15 @@ def _configure(p: _Parser, args: list[str]) -> _Configured:
     else:
         cfg = from_dict(nested(flags), from_dict(in_file, base))
     return _Configured(ours, cfg, name, base, flags, options)
+
+
+def _of_user(images: str) -> bool:
+    """Whether `--data.train` names images, and not built-in ones."""
+    if not images:
+        return False
+    from .data.sources import BUILT_IN
+
+    return images not in BUILT_IN
 
 
 def _names_images(word: str) -> bool:

@@ -121,7 +121,7 @@ def install(extra: str) -> str:
 def cannot_import(package: str, error: Exception, extra: str) -> str:
     """Why an optional package cannot be imported, and what helps; `extra` of this project brings it."""
     remedy = install(extra)
-    if "torchvision::" in str(error):
+    if "torchvision::" in str(error) or "custom C++ ops" in str(error):
         remedy = "torchvision was built for another torch; install both from the same index"
     return f"{package} cannot be imported ({one_line(error)}); {remedy}"
 

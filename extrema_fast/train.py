@@ -417,6 +417,8 @@ def _loop(
     saver = Saver(Path(run.cfg.out), run.cfg.ckpt, run.schedule.steps_per_epoch, run.step, together)
     text = "\n".join(filter(None, (task.headline(run), left_out(run.source)))) + origin(run)
     train_log.start(text, loader.remedy())
+    if run.other_images:
+        train_log.warn([run.other_images])
     world.rank_zero_only(lambda: describe(run, folder, test) if folder else None)
     world.rank_zero_only(lambda: warn_of_space(run))
     # evaluations and weights are made there

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,8 +87,8 @@ class BadRows:
             raise DataError(
                 f"{self.source.name}: {len(self)} of {len(self.source)} images cannot be used, data.bad_budget allows "
                 f"{self.limit}; first: {first}; to continue without them: --data.bad-budget {self._enough():g}; "
-                f"or `extrema-fast index {self.source.name} --out M.tsv`, which lists what is wrong, then a new run "
-                "(another --out) with --data.train M.tsv"
+                f"or `extrema-fast index {shlex.quote(self.source.name)} --out M.tsv`, which lists what is wrong, then "
+                "a new run (another --out) with --data.train M.tsv"
             )
 
     def tell(self, told: set[str] | None = None) -> None:

@@ -227,7 +227,7 @@ def hold(
     log.info(
         "%s: %d images decoded in %.1f s: %.3g GB",
         source.name,
-        len(todo),
+        len(todo) - sum(int(row) in failed for row in todo),
         time.perf_counter() - began,
         len(pixels) / 1e9,
     )

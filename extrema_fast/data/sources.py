@@ -73,6 +73,7 @@ _EXPECTED = (
 )
 # folder names of each part of a data set
 SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+_SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 # no epoch of training has this number, so `limit` does not repeat the order of one
 _LIMIT_EPOCH = 2**32 - 1
 
@@ -216,14 +217,26 @@ def _archive_of(path: Path) -> Path | None:
 def split_folders(spec: str) -> tuple[str, str]:
     """(training images, test images) of a folder that holds `train`, and `test` or `val`; else (spec, "").
 
-    Without either of these the test images are "".
+    Without either of these the test images are "". Capitals do not count. A zip archive may hold them, too, in a folder
+    around them or not.
     """
-    root = Path(spec).expanduser()
+    root, around = Path(spec).expanduser(), Path(spec)
+    if spec in BUILT_IN:
+        return spec, ""
+    if root.is_file() and root.suffix.lower() == ".zip":
+        folders = [Path(m.name).parts[:-1] for m in members(str(root), (*EXTENSIONS, *plugins(), NPY))[0]]
+        if len({f[:1] for f in folders}) == 1 and folders[0] and folders[0][0].lower() not in _SPLIT_NAMES:
+            around = around / folders[0][0]
+            folders = [f[1:] for f in folders]
+        names = {f[0] for f in folders if f}
+    else:
+        names = {e.name for e in os.scandir(root) if e.is_dir()} if root.is_dir() else set()
 
     def first(split: str) -> str:
-        return next((str(Path(spec) / name) for name in SPLITS[split] if (root / name).is_dir()), "")
+        found = [name for wanted in SPLITS[split] for name in sorted(names) if name.lower() == wanted]
+        return str(around / found[0]) if found else ""
 
-    train = "" if spec in BUILT_IN else first("train")
+    train = first("train")
     return (train, first("test")) if train else (spec, "")
 
 
@@ -382,7 +395,7 @@ def _suffix(name: str) -> str:
 
 def _reject_splits(name: str, root: Path, folders: list[str], split: str) -> None:
     # the root of a data set instead of one of its splits: `train` and `test` would become the classes
-    splits = [f for f in folders if any(f.lower() in names for names in SPLITS.values())]
+    splits = [f for f in folders if f.lower() in _SPLIT_NAMES]
     if splits and (len(splits) == len(folders) or len(splits) > 1):
         match = next((f for f in splits if f.lower() in SPLITS[split]), splits[0])
         raise UsageError(

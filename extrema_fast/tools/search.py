@@ -80,24 +80,28 @@ def search(
     if out is not None:
         check_target(Path(out), force)
     where = pick_device(device)
-    own = _own_row(embeddings, str(query))
-    if own is not None:
-        queries, names, images = _feature(embeddings, own[0]), [own[1].path], None
+    own = _own_rows(embeddings, [str(query)])
+    (named,) = own
+    if named is not None:
+        queries, names, images = _feature(embeddings, named[0]), [named[1].path], None
     else:
         images = _query_images(str(query))
         names = [images.title(i) for i in range(len(images))]
-    there = len(embeddings) - (own is not None)
+        own = _own_rows(embeddings, names)
+    # a query that is in the index is not its own neighbor
+    held = any(own)
+    there = len(embeddings) - held
     if k is None:
         k = min(NEIGHBORS, there)
     if not 1 <= k <= there:
-        raise UsageError(
-            f"--k: expected 1 to {there}, the {'other ' * (own is not None)}images of {index}, got {k}"
-        )
+        raise UsageError(f"--k: expected 1 to {there}, the {'other ' * held}images of {index}, got {k}")
     if images is not None:
         queries = _encode(embeddings, images, weights, where)
-    scores, places = nearest(queries, embeddings, k + (own is not None), where)
-    if own is not None:
-        scores, places = _without(scores, places, own[0])
+    scores, places = nearest(queries, embeddings, k + held, where)
+    if held:
+        scores, places = _without(
+            scores, places, torch.tensor([-1 if row is None else row[0] for row in own])
+        )
     rows = _rows_at(embeddings, {int(p) for p in places.flatten()})
     result = [
         {
@@ -110,7 +114,7 @@ def search(
         for name, found_scores, found_places in zip(names, scores.tolist(), places.tolist(), strict=True)
     ]
     if out is not None:
-        _draw(Path(out), result, images, own, embeddings)
+        _draw(Path(out), result, images, named, embeddings)
     return result
 
 
@@ -153,13 +157,15 @@ def _shown(embeddings: Embeddings) -> Iterator[tuple[int, Tensor]]:
 # ---- the query ------------------------------------------------------------------------------------
 
 
-def _own_row(embeddings: Embeddings, query: str) -> tuple[int, Row] | None:
-    """(feature row, image) that `query` names in the index, literally or as the same file."""
-    wanted = {query, os.path.abspath(query)}
+def _own_rows(embeddings: Embeddings, names: list[str]) -> list[tuple[int, Row] | None]:
+    """(feature row, image) that each name has in the index, literally or as the same file; None: it is not there."""
+    spellings = [(name, os.path.abspath(name)) for name in names]
+    wanted = {spelling for both in spellings for spelling in both}
+    found: dict[str, tuple[int, Row]] = {}
     for place, row in enumerate(embeddings.rows()):
         if row.path in wanted:
-            return place, row
-    return None
+            found.setdefault(row.path, (place, row))
+    return [found.get(name) or found.get(path) for name, path in spellings]
 
 
 def _feature(embeddings: Embeddings, place: int) -> Tensor:
@@ -226,12 +232,11 @@ def _encode(
 # ---- the result -----------------------------------------------------------------------------------
 
 
-def _without(scores: Tensor, places: Tensor, own: int) -> tuple[Tensor, Tensor]:
-    """One query's results less itself, or the last where enough equal images came before it."""
-    others = places[0] != own
-    if others.all():
-        others[-1] = False
-    return scores[:, others], places[:, others]
+def _without(scores: Tensor, places: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """The results of each query less itself (own: [Q]), or the last where it is not among them."""
+    others = places != own[:, None]
+    others[:, -1] &= ~others.all(1)
+    return scores[others].view(len(own), -1), places[others].view(len(own), -1)
 
 
 def _rows_at(embeddings: Embeddings, places: set[int]) -> dict[int, Row]:

@@ -143,7 +143,9 @@ def choose(
         if test and not given.get("data.holdout"):
             given.setdefault("data.test", test)
     elif "out" not in given:
-        raise UsageError("own: no images; name them: extrema-fast pretrain FOLDER, or --data.train FOLDER")
+        raise UsageError(
+            "own: no images; name them in its place (extrema-fast pretrain FOLDER) or by --data.train"
+        )
     out = given.setdefault("out", f"runs/{run_name(data or '')}")
     begun = {} if overwrite or not check(Path(out)) else read_json(Path(out) / "config.json", {})
     if begun:
@@ -458,6 +460,10 @@ class Settings:
         # a power of two for each process and micro-batch
         parts = machine.processes * cfg.train.accumulation
         batch = self._pick("train.batch_size", parts * 2 ** max(0, math.floor(math.log2(most / parts))))
+        if batch > images.total:
+            raise UsageError(
+                f"train.batch_size: {batch} is more than the {counted(images.total, 'image')} to train on"
+            )
         if self.long:
             self._pick("optim.base_lr", 1.5e-4)
         else:

@@ -119,6 +119,8 @@ class Run:
     """what evaluations have said, and need not say again"""
     made_from: dict[str, Any] | None = None
     """name of the preset that the configuration was made from, and the preset's values where it differs"""
+    other_images: str = ""
+    """what is said of images that are not those it began with (`--allow-config-change`)"""
     began_from: dict[str, str] | None = None
     """weights given by `--init-from`, and what was done with each part; None: random ones"""
 
@@ -520,6 +522,10 @@ def _find_checkpoint(run: Run, allow: bool) -> Checkpoint | None:
         changed = [run.source.title(row) for row in (replaced(files, sample) if same else [])]
         for change in check_same(run.cfg, config, allow, known, now | {"replaced": changed}):
             log.warning("--allow-config-change: %s", change)
+        if known.get("fingerprint") and not same:
+            run.other_images = (
+                "continued on other images: what is before, and k-NN of step 0, are of the first ones"
+            )
         files.close()
     return found
 

@@ -14,7 +14,7 @@ import pytest
 
 from extrema_fast.data.image_files import ImageFiles
 from extrema_fast.data.loader import TrainLoader
-from extrema_fast.data.sources import EXTENSIONS, open_source
+from extrema_fast.data.sources import EXTENSIONS, open_source, split_folders
 from extrema_fast.data.zips import members
 from extrema_fast.errors import DataError, UsageError
 from extrema_fast.tools.index import index
@@ -187,3 +187,24 @@ def test_loaders_and_index_read_archives_like_folders(tmp_path, tree, config, ki
     assert_same(straight, batches(tmp_path / "m.tsv"))
     manifest = open_source(str(tmp_path / "m.tsv"))
     assert manifest.names == open_source(str(path)).names and manifest.classes == ["ape", "bee", "cat"]
+
+
+@pytest.mark.parametrize(("around", "train", "test"), [("", "train", "val"), ("set/", "Train", "TEST")])
+def test_training_and_test_images_in_one_archive(tmp_path, around, train, test):
+    """As in a folder; capitals do not count."""
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name in (train, test):
+            for i in range(2):
+                member = f"{around}{name}/c{i}/{i}.png"
+                (tmp_path / member).parent.mkdir(parents=True, exist_ok=True)
+                image.new("RGB", (8, 8)).save(tmp_path / member)
+                archive.write(tmp_path / member, member)
+    for root in (f"{tmp_path}/set.zip/{around}", f"{tmp_path}/{around}"):
+        spec = f"{tmp_path}/set.zip" if ".zip" in root else root
+        assert split_folders(spec) == (f"{root}{train}", f"{root}{test}")
+    for found in split_folders(f"{tmp_path}/set.zip"):
+        assert open_source(found).classes == ["c0", "c1"]
+    with zipfile.ZipFile(tmp_path / "flat.zip", "w") as archive:
+        archive.write(tmp_path / member, "0.png")
+    assert split_folders(f"{tmp_path}/flat.zip") == (f"{tmp_path}/flat.zip", "")

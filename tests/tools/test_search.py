@@ -143,18 +143,33 @@ def test_path_among_equal_images(tmp_path, made):
     assert [n["row"] for n in found["neighbours"]] == [0, 2, 3, 4]
 
 
-def test_folder_of_queries(made):
-    found = search(made / "images", made / "index", k=1)
+def test_folder_of_queries(made, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(made / "images", copy)
+    found = search(copy, made / "index", k=1)
     assert [f["neighbours"][0]["row"] for f in found] == list(range(13))
     assert all(f["neighbours"][0]["score"] == pytest.approx(1, abs=1e-5) for f in found)
     table = format_table(found)
-    assert table.count("+1.0000  ape  ") == 7 and table.splitlines()[0] == str(made / "images/ape/00.png")
+    assert table.count("+1.0000  ape  ") == 7 and table.splitlines()[0] == str(copy / "ape/00.png")
+    # none of those in the index is its own neighbor, of a folder as alone
+    names = [str(path) for path in sorted((made / "images/ape").iterdir())]
+    alone = [search(name, made / "index", k=3)[0] for name in names]
+    assert search(made / "images/ape", made / "index", k=3) == alone
+    assert all(i not in [n["row"] for n in one["neighbours"]] for i, one in enumerate(alone))
+    # one of them, and one that is new
+    shutil.move(copy / "ape/00.png", tmp_path / "new.png")
+    (tmp_path / "two.tsv").write_text(f"{names[4]}\n{tmp_path / 'new.png'}\n")
+    mixed = search(tmp_path / "two.tsv", made / "index", k=2)
+    first = [one["neighbours"][0]["row"] for one in mixed]
+    assert first == [alone[4]["neighbours"][0]["row"], 0]
+    assert {len(one["neighbours"]) for one in mixed} == {2}
 
 
 def test_means_and_short_types(made, tmp_path):
     for i, options in enumerate(({"tokens": "mean"}, {"dtype": "bf16", "format": "safetensors"})):
         embed(str(made / "images"), tmp_path / f"{i}", made / "weights", **options, **SMALL)
-        found = search(made / "images/ape", tmp_path / f"{i}", k=1)
+        shutil.copytree(made / "images/ape", tmp_path / "ape", dirs_exist_ok=True)
+        found = search(tmp_path / "ape", tmp_path / f"{i}", k=1)
         assert [f["neighbours"][0]["row"] for f in found] == list(range(7))
 
 

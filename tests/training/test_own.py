@@ -353,6 +353,10 @@ def test_a_folder_in_the_place_of_a_preset(tmp_path, folder, capsys):
     assert shown["sources"]["train.epochs"] == "flag" and shown["sources"]["model.width"] == "preset own"
     same, _ = printed(capsys, "own", "--data.train", folder, "--train.epochs", "5", "--out", "runs/x")
     assert same["config"] == shown["config"]
+    same, _ = printed(capsys, "--data.train", folder, "--train.epochs", "5", "--out", "runs/x")
+    assert same["config"] == shown["config"]
+    # built-in images are no one's own
+    assert printed(capsys, "--data.train", "synthetic")[0]["preset"] == "photos"
     # what was printed is the same run, wherever it is read
     (tmp_path / "c.json").write_text(json.dumps(shown))
     again, _ = printed(capsys, "--config", "c.json")
@@ -371,6 +375,7 @@ def test_a_folder_in_the_place_of_a_preset(tmp_path, folder, capsys):
         ("./nothere/imgs", "no such file or folder, and no preset"),
         ("imgs.tar", "no such file or folder, and no preset"),
         ("own", "own: no images"),
+        ("imgs --train.batch-size 1000", "train.batch_size: 1000 is more than the 15 images to train on"),
         ("imgs --data.train x", "images are named twice"),
         ("imgs --preset own --train.epochs 0", "train.epochs: expected at least 1, got 0"),
         ("missing/{00..09}.tar", "missing/{00..09}.tar"),

@@ -302,6 +302,14 @@ def test_changed_settings(half, caplog):
     assert {p: p.read_bytes() for p in half.rglob("*") if p.is_file()} == contents
     pretrain(half, {"optim": {"weight_decay": 0.0}}, allow_config_change=True)
     assert "optim.weight_decay: 0.1 -> 0.0" in caplog.text and status(half)["state"] == "complete"
+    assert "continued on other images" not in caplog.text
+
+
+def test_other_images_are_said_in_the_log(half):
+    pretrain(half, {"data": {"limit": 40}}, allow_config_change=True)
+    lines = map(json.loads, (half / "log.jsonl").read_text().splitlines())
+    said = [line["text"] for line in lines if line["kind"] == "warning"]
+    assert any("continued on other images" in text for text in said)
 
 
 def test_a_longer_run_makes_up_for_the_last_ema_update(copy, monkeypatch):
