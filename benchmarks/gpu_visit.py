@@ -130,6 +130,13 @@ def plan() -> list[Part]:
             "short_run('{out}/run', 30, graph=True)",
             needs=("PIL",),
         ),
+        _call(
+            "pretrain-dali",
+            "30 steps and evaluations with DALI, JPEG files of every kind",
+            120,
+            "short_run('{out}/run', 30, dali=True)",
+            needs=("PIL", "nvidia.dali"),
+        ),
         _python(
             "kernels",
             "ops of the step: correct? then times",
@@ -444,22 +451,31 @@ def write_choices(
     return harness.write_record(record, page, argparse.Namespace(out=out, name=name_of_record))
 
 
-def short_run(folder: str, steps: int, *, after: int = 0, graph: bool = False) -> None:
+def short_run(folder: str, steps: int, *, after: int = 0, graph: bool = False, dali: bool = False) -> None:
     """Pretrains the smallest model to `steps` on made images, from a checkpoint at step `after` where that is not 0.
+
+    With `dali` on JPEG files, evaluated at the end of each epoch.
 
     Raises:
         RuntimeError: another number of steps was made, or a loss is not finite (on a null GPU none is a number).
     """
     from extrema_fast import pretrain
     from extrema_fast.config import from_dict, preset
+    from extrema_fast.data.dali_on_gpu import write_jpegs
 
-    # ten batches an epoch. Without measuring, DALI and k-NN, which other parts and the tests cover
+    # without measuring, which another part covers
+    batch, data = 9, {"loader": "pil"}
+    if dali:
+        batch, images = 32, Path(folder).with_name("images")
+        images.mkdir(parents=True)
+        write_jpegs(str(images), 10 * batch)
+        data = {"loader": "dali", "train": str(images), "test": "", "resident": "off"}
     change: dict[str, Any] = {
         "out": folder,
-        "data": {"limit": 90, "loader": "pil"},
-        "eval": {"every_epochs": 0},
+        "data": {"limit": 10 * batch, **data},
+        "eval": {"every_epochs": int(dali)},
         "train": {
-            "batch_size": 9,
+            "batch_size": batch,
             "epochs": steps // 10,
             "cuda_graph": "on" if graph else "off",
             "precision": "auto",

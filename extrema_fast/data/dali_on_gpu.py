@@ -9,7 +9,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -122,19 +122,24 @@ def try_ways(device: str, hw: float, skip: int = 0) -> None:
     print(f"{_SIGN}{found}|{'; '.join(told)}", flush=True)
 
 
-def _wrong(device: torch.device, hw: float, regions: bool) -> str:
-    """What is wrong with crops that DALI decodes of JPEG files of every kind; empty: nothing."""
+def write_jpegs(folder: str, count: int) -> None:
+    """Writes JPEG files of odd sizes: chroma of every kind, gray, some progressive."""
     from PIL import Image
 
-    # more than nvImageCodec decodes image by image; odd sizes
+    for i in range(count):
+        y, x = np.mgrid[0 : 200 + 7 * (i % 32), 0 : 231 + 5 * (i % 32)] / 29
+        pixels = (127 + 100 * np.stack([np.sin(y + i), np.sin(x), np.sin(x + y)], -1)).astype(np.uint8)
+        image = Image.fromarray(pixels).convert("L" if i % 4 == 3 else "RGB")
+        options: dict[str, Any] = {"subsampling": i % 4} if i % 4 < 3 else {}
+        image.save(Path(folder, f"{i:03d}.jpg"), quality=90, progressive=i % 8 > 4, **options)
+
+
+def _wrong(device: torch.device, hw: float, regions: bool) -> str:
+    """What is wrong with crops that DALI decodes of JPEG files of every kind; empty: nothing."""
+    # more than nvImageCodec decodes image by image
     count, places = 32, np.arange(32)
     with tempfile.TemporaryDirectory() as folder:
-        for i in places.tolist():
-            y, x = np.mgrid[0 : 200 + 7 * i, 0 : 231 + 5 * i] / 29
-            pixels = (127 + 100 * np.stack([np.sin(y + i), np.sin(x), np.sin(x + y)], -1)).astype(np.uint8)
-            image = Image.fromarray(pixels).convert("L" if i % 4 == 3 else "RGB")
-            options = {"subsampling": i % 4} if i % 4 < 3 else {}
-            image.save(Path(folder, f"{i:02d}.jpg"), quality=90, progressive=i % 8 > 4, **options)
+        write_jpegs(folder, count)
         files = ImageFiles(open_source(folder), DataConfig())
         try:
             sizes = files.read_headers(places, with_bytes=False).sizes

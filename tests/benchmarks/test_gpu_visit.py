@@ -171,6 +171,15 @@ def test_a_short_run_stops_and_goes_on(tmp_path, capsys):
         gpu_visit.short_run(folder, 20, after=10)
 
 
+@pytest.mark.slow
+def test_a_short_run_with_dali(tmp_path, capsys):
+    pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
+    gpu_visit.short_run(str(tmp_path / "run"), 10, dali=True)
+    assert "found: steps 1 to 10, loss" in capsys.readouterr().out
+    lines = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [0, 10]
+
+
 @pytest.mark.parametrize("xdist", [True, False])
 def test_every_part_is_a_command_its_program_understands(xdist, capsys, repository, monkeypatch):
     monkeypatch.setattr(gpu_visit, "_is_installed", lambda package: xdist)
