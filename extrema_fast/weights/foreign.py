@@ -7,6 +7,8 @@ position table, and so are their heads. What this trunk cannot compute is refuse
 
 from __future__ import annotations
 
+import inspect
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,9 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..config import MODELS, SIZES
+from ..errors import UsageError, cannot_import, one_line
 from ..files import fits, read_json
 from ..models.layers import NORM_EPS
+
+log = logging.getLogger(__name__)
 
 # the patch kernel, which every layout has: what is before its name is what wraps the network
 _KERNELS = r"patch_embed\.proj|embeddings\.patch_embeddings(\.projection)?|conv_proj"
@@ -99,24 +104,19 @@ class Described(NamedTuple):
     interpolation: str | None = None
     crop_pct: float = 0.875
     norm_eps: float = NORM_EPS
+    width: int | None = None
 
 
 def read_folder(folder: Path) -> Described | None:
     """What `config.json` and `preprocessor_config.json` of transformers or timm say; None for another folder.
 
     Raises:
-        UsageError: the MLP is not one that this trunk can compute.
+        UsageError: the trunk is not one that this one can compute.
     """
     config = read_json(folder / "config.json", {})
     timm = config.get("pretrained_cfg")
     if not (fits(config, {"model_type": str, "hidden_size": int}) or isinstance(timm, dict)):
         return None
-    if (act := config.get("hidden_act", "gelu")) != "gelu":
-        raise UsageError(
-            f"{folder}: its MLP has the activation {str(act)[:40]!r}, which this encoder's trunk cannot represent"
-        )
-    image, patch = (_pair(config.get(name)) for name in ("image_size", "patch_size"))
-    heads, eps = config.get("num_attention_heads"), config.get("layer_norm_eps", NORM_EPS)
     prep = read_json(folder / "preprocessor_config.json", {})
     # checked below
     mean: Any = prep.get("image_mean")
@@ -131,6 +131,14 @@ def read_folder(folder: Path) -> Described | None:
         crop = prep["crop_size"]["height"] / max(prep["size"]["shortest_edge"], 1) if cropped else 1.0
     if isinstance(timm, dict):
         mean, std, interpolation, crop = (timm.get(k) for k in ("mean", "std", "interpolation", "crop_pct"))
+        config = _by_timm(config, folder)
+    if (act := config.get("hidden_act", "gelu")) != "gelu":
+        raise UsageError(
+            f"{folder}: its MLP has the activation {str(act)[:40]!r}, which this encoder's trunk cannot represent"
+        )
+    image, patch = (_pair(config.get(name)) for name in ("image_size", "patch_size"))
+    heads, width = (config.get(name) for name in ("num_attention_heads", "hidden_size"))
+    eps = config.get("layer_norm_eps", NORM_EPS)
     known = all(fits(v, [float]) and v for v in (mean, std)) and min(std) > 0
     return Described(
         heads if fits(heads, int) else None,
@@ -139,7 +147,89 @@ def read_folder(folder: Path) -> Described | None:
         interpolation if fits(interpolation, str) else None,
         crop if fits(crop, float) and 0 < crop <= 1 else 0.875,
         eps if fits(eps, float) and 0 < eps < 1 else NORM_EPS,
+        width if fits(width, int) else None,
     )
+
+
+# models of timm that have the heads of their size; others of such names may not (`gap`: 16 in place of 12)
+_PLAIN = re.compile(r"(?:vit|deit3?)_(tiny|small|base|large|huge)_patch\d+_\d+")
+
+
+def _by_timm(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What `architecture` and `model_args` say, by the names of transformers; a model without weights is built.
+
+    Raises:
+        UsageError: the blocks are others than ours.
+    """
+    name, args = (config.get(k) for k in ("architecture", "model_args"))
+    name, args = name if isinstance(name, str) else "", args if isinstance(args, dict) else {}
+    said: dict[str, Any] = {
+        "num_attention_heads": args.get("num_heads", args.get("heads")),
+        "hidden_size": args.get("embed_dim", args.get("width")),
+        "image_size": args.get("img_size"),
+        "patch_size": args.get("patch_size"),
+        "layer_norm_eps": args.get("norm_eps"),
+        "hidden_act": args.get("act_layer"),
+    }
+    said = {k: v for k, v in said.items() if v is not None}
+    # ours need no timm
+    if name in MODELS:
+        width, _, heads = SIZES[MODELS[name]]
+        if fits(given := said.get("hidden_size", 0), int) and given:
+            heads = max(1, given // 64)
+        patch = 14 if "_patch14_" in name else 16
+        return {"num_attention_heads": heads, "hidden_size": width, "patch_size": patch} | said
+    try:
+        return said | _built(name, args, folder)
+    except (ImportError, RuntimeError) as error:
+        log.info("%s: not built to see its heads (%s)", folder, cannot_import("timm", error, "timm"))
+    if plain := _PLAIN.fullmatch(name):
+        size: Any = plain[1]
+        said.setdefault("num_attention_heads", SIZES[size][2])
+    return said
+
+
+# timm's blocks, and parts of them, that compute what ours do
+_STOCK = ("Block", "EvaBlock", "Attention", "EvaAttention", "Mlp")
+
+
+def _built(name: str, args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """`_by_timm` from one block of timm's own model; {} where timm cannot build it."""
+    from timm.models import is_model, model_entrypoint
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    if not is_model(name):
+        return {}
+    # others could name files to read; one block, however many the file claims
+    known = {p for kind in (VisionTransformer, Eva) for p in inspect.signature(kind).parameters}
+    try:
+        with torch.device("meta"):
+            vit = model_entrypoint(name)(**{**{k: v for k, v in args.items() if k in known}, "depth": 1})
+    except Exception as error:
+        log.info("%s: timm cannot build its %s (%s)", folder, name, one_line(error))
+        return {}
+    if not isinstance(vit, (VisionTransformer, Eva)):
+        return {}
+    block: Any = vit.blocks[0]
+    parts = (block, getattr(block, "attn", None), getattr(block, "mlp", None))
+    others = [type(p).__name__ for p in parts if p is not None and type(p).__name__ not in _STOCK]
+    if getattr(vit, "rope", None) is not None:
+        # its angles are not among the tensors
+        others.append("rotary positions (RoPE)")
+    if others:
+        raise UsageError(
+            f"{folder}: timm's {name} has {', '.join(others)}, which this encoder's trunk cannot represent"
+        )
+    act = block.mlp.act
+    exact = type(act).__name__ == "GELU" and getattr(act, "approximate", "none") == "none"
+    return {
+        "num_attention_heads": block.attn.num_heads,
+        "hidden_size": vit.embed_dim,
+        "patch_size": list(vit.patch_embed.patch_size),
+        "layer_norm_eps": block.norm1.eps,
+        "hidden_act": "gelu" if exact else type(act).__name__,
+    }
 
 
 def _pair(value: Any) -> tuple[int, int] | None:

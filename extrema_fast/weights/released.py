@@ -82,6 +82,7 @@ def read_checkpoint(
     Raises:
         UsageError: The file cannot be read safely, is incomplete, or is another project's.
     """
+    in_folder = described is not None
     described, assumed = described or Described(), assumed or Described()
     data, state = _read(file)
     found = _networks(state, file, grid or described.grid)
@@ -90,14 +91,26 @@ def read_checkpoint(
     left_out = next(reversed(found.values())).left_out
     main = networks.get("teacher", next(iter(networks.values())))
     epoch, arch = data.get("epoch"), data.get("arch")
-    width, known, stats = len(main.get("patch_embed.proj.weight", ())), None, described.data or IMAGENET
-    if left_out:
-        stats = described.data or assumed.data or IMAGENET
+    width, known = len(main.get("patch_embed.proj.weight", ())), None
+    if described.width not in (None, width):
+        raise UsageError(
+            f"{file}: its tensors are of width {width}, config.json next to it says {described.width}; correct that"
+        )
+    stats = described.data or (left_out and assumed.data) or IMAGENET
+    if not any(k.startswith("blocks_token.") for k in main):
         # the small model of MoCo v3 has 12
         known = 12 if SINGLE not in networks and (arch, width) == ("vit_small", 384) else HEADS.get(width)
     taken = assumed.heads if assumed.heads and width % assumed.heads == 0 else None
     num_heads = next((n for n in (num_heads, described.heads, known, taken) if n is not None), None)
     model, options = _infer_architecture(main, str(file), grid or described.grid, num_heads)
+    shape = model["width"], model["depth"], model["heads"]
+    # a folder that should say it is of a model that is not known here
+    if num_heads is None and (in_folder or shape not in SIZES.values()):
+        log.warning(
+            "%s: nothing says how many heads it has, taken are %d; if it has others, give num_heads",
+            file,
+            shape[2],
+        )
     if described.norm_eps != NORM_EPS:
         options["norm_eps"] = described.norm_eps
     if options["fc_norm"] and "norm.weight" in main:

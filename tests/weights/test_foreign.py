@@ -1,13 +1,15 @@
 """Trunks of other projects' vision transformers, in files of their layouts with random weights.
 
 Covers: timm, MAE, DINO, DINOv2, MoCo v3, torchvision, Hugging Face; the reference is their own modules, run without
-class token; what wraps them; folders of transformers and timm; the whole ViT as timm's; what is refused by name;
-damaged files; tables without a class row, not square.
+class token; what wraps them; folders of transformers and timm, and what they say of heads, eps and activation; heads
+that nothing says; the whole ViT as timm's; what is refused by name; damaged files; tables without a class row, not
+square.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -229,22 +231,109 @@ def test_hugging_face(tmp_path, name, eps):
         assert close(alone.encode(IMAGES).patches, encoder.encode(IMAGES).patches, 1e-5) == (eps < 1e-2)
 
 
+def timm_folder(folder, name: str, **args):
+    """A folder as timm writes it, and its model."""
+    import timm
+
+    torch.manual_seed(0)
+    vit = perturbed(timm.create_model(name, num_classes=0, **args))
+    # older versions record no arguments by themselves
+    timm.models.save_for_hf(vit, folder, model_args=args, safe_serialization=True)
+    return vit
+
+
 @torch.no_grad()
 def test_a_folder_of_timm(tmp_path):
-    from timm.models import save_for_hf
-
-    vit = timm_vit()
-    vit.pretrained_cfg = {
-        "architecture": "vit_tiny_patch16_224",
-        "mean": [0.5] * 3,
-        "std": [0.5] * 3,
-        "crop_pct": 0.9,
-    }
-    vit.pretrained_cfg["input_size"] = (3, 24, 24)
-    save_for_hf(vit, tmp_path, safe_serialization=True)
+    vit = timm_folder(tmp_path, "vit_tiny_patch16_224", **SHAPE)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"] |= {"mean": [0.4] * 3, "std": [0.5] * 3, "crop_pct": 0.8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     encoder = load_encoder(tmp_path)
-    assert encoder.mean == (0.5,) * 3 and encoder.crop_pct == 0.9
+    assert encoder.mean == (0.4,) * 3 and encoder.crop_pct == 0.8
     assert close(encoder.encode(IMAGES).patches, trunk_of(vit), 1e-5)
+    config["model_args"]["embed_dim"] = 192
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(lambda: load_encoder(tmp_path), "of width 128", "says 192")
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "heads"),
+    [
+        ("vit_small_patch16_224", {"num_heads": 12}, 12),
+        ("vit_tiny_patch16_224", {"img_size": (16, 64), "patch_size": 8}, 3),
+        ("vit_base_patch16_gap_224", {"embed_dim": 128}, 16),
+        ("test_vit", {"patch_size": 8, "dynamic_img_size": False}, 2),
+        ("deit_tiny_distilled_patch16_224", {"num_heads": 6}, 6),
+    ],
+)
+@torch.no_grad()
+def test_arguments_of_a_folder_of_timm(tmp_path, caplog, name, args, heads):
+    vit = timm_folder(tmp_path, name, **{"img_size": 32, "depth": 2, **args})
+    encoder = load_encoder(tmp_path)
+    assert (encoder.heads, encoder.grid) == (heads, vit.patch_embed.grid_size)
+    images = torch.randn(2, 3, *encoder.img_size)
+    positions = vit.pos_embed[:, -encoder.num_patches :]
+    expected = vit.norm(vit.blocks(vit.patch_embed(images) + positions))
+    assert close(encoder.encode(images).patches, expected, 1e-5)
+    assert "heads" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "word"),
+    [
+        ("vit_tiny_patch16_224", {"act_layer": "quick_gelu"}, "activation 'QuickGELU'"),
+        ("vit_base_patch32_siglip_256", {"embed_dim": 192, "img_size": 64}, "activation 'GELUTanh'"),
+        ("vit_base_patch16_rpn_224", {"embed_dim": 192}, "ResPostBlock"),
+        ("vit_small_patch16_rope_ape_224", {}, "rotary positions"),
+    ],
+)
+def test_a_folder_of_timm_that_the_trunk_cannot_compute(tmp_path, name, args, word):
+    timm_folder(tmp_path, name, **{"img_size": 32, "depth": 1, **args})
+    refused(lambda: load_encoder(tmp_path), str(tmp_path), word)
+
+
+@torch.no_grad()
+def test_a_folder_of_timm_with_our_model(tmp_path):
+    import extrema_fast.timm  # noqa: F401
+
+    args = {
+        "img_size": (16, 48),
+        "depth": 2,
+        "width": 128,
+        "heads": 4,
+        "norm_eps": 1e-3,
+        "pos_embed": "learned",
+    }
+    model = timm_folder(tmp_path, "extrema_vit_tiny_patch16_224", **args)
+    images = torch.randn(2, 3, 16, 48)
+    encoder = load_encoder(tmp_path)
+    assert (encoder.heads, encoder.norm_eps, encoder.grid) == (4, 1e-3, (1, 3))
+    assert torch.equal(encoder(images), model(images))
+
+
+def test_a_folder_of_timm_without_timm(tmp_path, caplog, monkeypatch):
+    shape = {"img_size": 32, "depth": 1, "embed_dim": 192}
+    timm_folder(tmp_path / "gap", "vit_base_patch16_gap_224", **shape)
+    timm_folder(tmp_path / "plain", "vit_base_patch16_224", **shape)
+    timm_folder(tmp_path / "said", "vit_tiny_patch16_224", **shape, num_heads=6)
+    timm_folder(tmp_path / "act", "vit_tiny_patch16_224", **shape, act_layer="quick_gelu")
+    monkeypatch.setitem(sys.modules, "timm.models", None)
+    assert load_encoder(tmp_path / "plain").heads == 12
+    assert load_encoder(tmp_path / "said").heads == 6
+    refused(lambda: load_encoder(tmp_path / "act"), "quick_gelu")
+    assert "num_heads" not in caplog.text
+    assert load_encoder(tmp_path / "gap").heads == 3
+    assert caplog.text.count("taken are 3; if it has others, give num_heads") == 1
+
+
+def test_a_folder_of_timm_asks_for_nothing_else(tmp_path):
+    """Arguments by strangers: nothing is read, downloaded or allocated for them."""
+    timm_folder(tmp_path, "vit_tiny_patch16_224", img_size=32, depth=1)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"] |= {"depth": 10**9, "pretrained": True, "pretrained_cfg": {"file": "/dev/zero"}}
+    config["model_args"] |= {"num_classes": 10**12, "num_heads": 6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_encoder(tmp_path).heads == 6
 
 
 @pytest.mark.parametrize(
@@ -303,6 +392,39 @@ def test_heads_by_width_and_by_name(tmp_path):
     assert load_encoder(tmp_path / "moco.pth").heads == 12
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
     assert load_encoder(tmp_path / "vit.pth").heads == 6
+    # I-JEPA's have no class token, so that nothing is left out
+    for width in (1280, 1408):
+        plain = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
+        vit = timm_vit(embed_dim=width, num_heads=16, depth=1, mlp_ratio=0.1, **plain)
+        torch.save(vit.state_dict(), tmp_path / "vit.pth")
+        assert load_encoder(tmp_path / "vit.pth").heads == 16
+
+
+def test_heads_that_nothing_says(tmp_path, caplog):
+    guess = "if it has others, give num_heads"
+    own = extrema_fast.create_encoder(
+        "extrema_vit_tiny_patch16_224", width=128, depth=1, heads=4, img_size=32
+    )
+    files = {"own": own.state_dict(), "vit": timm_vit(num_heads=4).state_dict()}
+    for name, state in files.items():
+        caplog.clear()
+        torch.save(state, tmp_path / f"{name}.pth")
+        assert load_encoder(tmp_path / f"{name}.pth").heads == 2
+        assert caplog.text.count(f"taken are 2; {guess}") == 1
+    caplog.clear()
+    assert load_encoder(tmp_path / "own.pth", num_heads=4).heads == 4
+    import_released(tmp_path / "own.pth", tmp_path / "imported", num_heads=4)
+    # a description says it, and shapes that have a name are the usual ones
+    assert (
+        load_encoder(tmp_path / "imported").heads
+        == load_encoder(tmp_path / "imported/model.safetensors").heads
+        == 4
+    )
+    torch.save(timm_vit(embed_dim=192, depth=12, num_heads=3).state_dict(), tmp_path / "tiny.pth")
+    assert load_encoder(tmp_path / "tiny.pth").heads == 3
+    # of weights to start from they are those of the run
+    load_trunk(own, tmp_path / "own.pth")
+    assert guess not in caplog.text
 
 
 def cut(file) -> None:
