@@ -211,7 +211,9 @@ def _found_instead(path: Path) -> str:
         if name.startswith("model.") and name.endswith(GRAPHS):
             return f"an exported graph ({name}), {NOT_WEIGHTS}"
         if name.endswith((".safetensors", ".pth", ".pt", ".bin")):
-            return f"no weights folder (config.json is missing); to read one file give {path / name}"
+            described = (path / "config.json").is_file()
+            lacks = "none that config.json describes" if described else "config.json is missing"
+            return f"no weights folder ({lacks}); to read one file give {path / name}"
     wanted = "neither a run folder (weights/step_*/) nor a weights folder (config.json, teacher.safetensors)"
     return f"{wanted}; found: {inside}"
 

@@ -94,6 +94,10 @@ _LEFT_OUT = {
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 
 
+# what transformers and timm write next to `config.json`
+FILES = ("model.safetensors", "pytorch_model.bin")
+
+
 class Described(NamedTuple):
     """What the folder of another project says about its weights."""
 

@@ -37,7 +37,7 @@ from .folder import (
     weights_folder,
     write_folder,
 )
-from .foreign import Described, read_folder
+from .foreign import FILES, Described, read_folder
 from .released import check_architecture, first, is_projector, is_sincos, own_names, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -89,14 +89,14 @@ def open_weights(
             folder, names = path.parent, [path.stem]
             described = path.suffix == ".safetensors" and path.stem in networks_in(folder)
             if not described or not is_own(own_description(folder, {})):
-                return Weights(path, *read_checkpoint(path, grid, num_heads, None, assumed))
+                theirs = read_folder(folder) if path.name in FILES else None
+                return Weights(path, *read_checkpoint(path, grid, num_heads, theirs, assumed))
         else:
+            file = next((path / name for name in FILES if (path / name).is_file()), None)
+            if file and not is_own(own_description(path, {})) and (theirs := read_folder(path)):
+                return Weights(path, *read_checkpoint(file, grid, num_heads, theirs, assumed))
             folder = weights_folder(path)
             names = networks_in(folder)
-            if names == [SINGLE] and not is_own(own_description(folder, {})):
-                if (theirs := read_folder(folder)) is not None:
-                    file = folder / f"{SINGLE}.safetensors"
-                    return Weights(path, *read_checkpoint(file, grid, num_heads, theirs, assumed))
         meta = read_description(folder)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error})") from None

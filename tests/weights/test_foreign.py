@@ -21,7 +21,7 @@ from extrema_fast.weights.initial import load_trunk
 from extrema_fast.weights.load import import_released, load_encoder, load_metadata
 from tests.encoders import close
 from tests.torchvision_operators import define_torchvision_operators
-from tests.weights._weights import CFG, perturbed, refused
+from tests.weights._weights import CFG, Malicious, perturbed, refused, same
 
 define_torchvision_operators()
 pytest.importorskip("timm")
@@ -223,12 +223,34 @@ def test_hugging_face(tmp_path, name, eps):
     export(tmp_path, tmp_path / "out", "extrema")
     again = load_encoder(tmp_path / "out")
     assert torch.equal(again.encode(IMAGES).patches, encoder.encode(IMAGES).patches)
+    # one of its files is read with what the folder says
+    assert same(load_encoder(tmp_path / "model.safetensors"), encoder)
+    assert load_encoder(tmp_path / "model.safetensors").norm_eps == encoder.norm_eps == eps
     # files alone do not say how many heads there are, nor the eps; those of torch.save have newer names
     torch.save(model.state_dict(), tmp_path / "model.pth")
-    for file in ("model.safetensors", "model.pth"):
+    (tmp_path / "model.safetensors").rename(tmp_path / "alone.safetensors")
+    for file in ("alone.safetensors", "model.pth"):
         alone = load_encoder(tmp_path / file, num_heads=4)
         assert torch.equal(alone.encode(IMAGES).patches, encoder.encode(IMAGES).patches) == (eps == 1e-6)
         assert close(alone.encode(IMAGES).patches, encoder.encode(IMAGES).patches, 1e-5) == (eps < 1e-2)
+
+
+@torch.no_grad()
+def test_a_folder_with_pytorch_model_bin(tmp_path):
+    model = hf_model("ViTModel", layer_norm_eps=1e-3)
+    model.save_pretrained(tmp_path)
+    expected = load_encoder(tmp_path).encode(IMAGES).patches
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
+        encoder = load_encoder(path)
+        assert (encoder.heads, encoder.norm_eps) == (4, 1e-3)
+        assert torch.equal(encoder.encode(IMAGES).patches, expected)
+    torch.save({"model": Malicious(tmp_path / "made")}, tmp_path / "pytorch_model.bin")
+    refused(lambda: load_encoder(tmp_path), "pytorch_model.bin", "it holds code")
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "other.bin")
+    assert "config.json is missing" not in refused(lambda: load_encoder(tmp_path), "other.bin")
 
 
 def timm_folder(folder, name: str, **args):
