@@ -135,7 +135,7 @@ def export(
             raise UsageError(f"--format {name}: {cannot_import(package, error, form.extra)}") from None
     out = Path(out)
     check_replaceable(out, force)
-    source = open_weights(weights)
+    source = open_weights(weights, which=which)
     chosen = source.choose(which)
     pooled = name == "vit" or (name == "hf" and not class_token)
     changes: dict[str, Any] = {"global_pool": "avg", "fc_norm": fc_norm} if pooled else {}

@@ -31,7 +31,7 @@ _ROOT = re.compile(rf"^(?P<root>(.*\.)?)(?P<name>{_KERNELS})\.weight$")
 # wrappers that stand anywhere in a name
 _INSIDE = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # which network of several
-_FIRST = ("teacher", "ema", "momentum", "student")
+_FIRST = ("teacher", "ema", "momentum", "target", "student")
 
 _LAYER = r"^(?:encoder\.)?layers?\.(\d+)\."
 _TV_LAYER = r"^encoder\.layers\.encoder_layer_(\d+)\."
@@ -256,11 +256,14 @@ class Trunk(NamedTuple):
     prefix: dict[str, Tensor]
 
 
-def below_root(state: Mapping[str, Tensor], branches: Mapping[str, str]) -> tuple[dict[str, Tensor], str]:
+def below_root(
+    state: Mapping[str, Tensor], branches: Mapping[str, str], which: str | None = None
+) -> tuple[dict[str, Tensor], str]:
     """The tensors of a network by the names they have inside what wraps it, and those wrappers.
 
     Args:
         branches: names of the two networks of a method, which stay in the names.
+        which: `teacher` or `student`, where there are both; None: the teacher.
     """
     names = {_INSIDE.sub("", k): v for k, v in state.items()}
     roots = {m["root"] for k in names if (m := _ROOT.match(k))}
@@ -269,7 +272,7 @@ def below_root(state: Mapping[str, Tensor], branches: Mapping[str, str]) -> tupl
     both = re.compile(rf"(^|(?<=\.))({'|'.join(branches)})\.$")
     outer = {both.sub("", root) for root in roots}
     # where no part has a network's name, the innermost is a part of others
-    order = {r: (_rank(r) if r else 0, r.count("."), r) for r in outer}
+    order = {r: (which and network_name(r) != which, _rank(r) if r else 0, r.count("."), r) for r in outer}
     root = min(outer, key=order.__getitem__)
     return {k.removeprefix(root): v for k, v in names.items() if k.startswith(root)}, root
 

@@ -110,7 +110,9 @@ def load_trunk(
     Raises:
         UsageError: the trunk has another shape; nothing is changed then.
     """
-    weights = path if isinstance(path, Weights) else open_weights(path, assumed=_assumed(encoder))
+    if not isinstance(path, Weights):
+        path = open_weights(path, assumed=_assumed(encoder), which=which)
+    weights: Weights = path
     where = option or str(weights.path)
     theirs_config = model_config(weights.meta)
     _check_trunk(encoder, theirs_config, where)

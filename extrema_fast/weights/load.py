@@ -77,8 +77,12 @@ def open_weights(
     grid: Sequence[int] | None = None,
     num_heads: int | None = None,
     assumed: Described | None = None,
+    which: str | None = None,
 ) -> Weights:
-    """Finds out what `path` holds; arguments and errors as in `load_encoder`, `assumed` as in `read_checkpoint`."""
+    """Finds out what `path` holds; arguments and errors as in `load_encoder`, `assumed` as in `read_checkpoint`.
+
+    With `which`, the other one of another project's two networks is not read.
+    """
     path = Path(path)
     if grid is not None:
         if len(grid) != 2 or not all(isinstance(g, int) and g > 0 for g in grid):
@@ -90,11 +94,11 @@ def open_weights(
             described = path.suffix == ".safetensors" and path.stem in networks_in(folder)
             if not described or not is_own(own_description(folder, {})):
                 theirs = read_folder(folder) if path.name in FILES else None
-                return Weights(path, *read_checkpoint(path, grid, num_heads, theirs, assumed))
+                return Weights(path, *read_checkpoint(path, grid, num_heads, theirs, assumed, which))
         else:
             file = next((path / name for name in FILES if (path / name).is_file()), None)
             if file and not is_own(own_description(path, {})) and (theirs := read_folder(path)):
-                return Weights(path, *read_checkpoint(file, grid, num_heads, theirs, assumed))
+                return Weights(path, *read_checkpoint(file, grid, num_heads, theirs, assumed, which))
             folder = weights_folder(path)
             names = networks_in(folder)
         meta = read_description(folder)
@@ -182,7 +186,7 @@ def load_encoder(
         UsageError: The file is missing, damaged or no ViT whose trunk this is (the message names what was found), or
             the options do not fit it.
     """
-    weights = path if isinstance(path, Weights) else open_weights(path, grid, num_heads)
+    weights = path if isinstance(path, Weights) else open_weights(path, grid, num_heads, which=which)
     if weights is not path and (left_out := weights.meta.get("source", {}).get("left_out")):
         # its features are not those of the model that the file is of
         log.warning("%s: the trunk of another project's ViT, without: %s", path, ", ".join(left_out))
@@ -343,7 +347,7 @@ def import_released(
     """
     file, out = Path(file), Path(out)
     check_replaceable(out, force)
-    weights = open_weights(file, grid, num_heads)
+    weights = open_weights(file, grid, num_heads, which=which)
     if not file.is_file():
         raise UsageError(f"{file}: not a file; a run or weights folder needs no import, see `export`")
     names = list(weights.networks) if which is None else [weights.choose(which)]

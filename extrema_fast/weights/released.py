@@ -32,7 +32,6 @@ from .folder import (
     GRAPHS,
     NOT_WEIGHTS,
     SINGLE,
-    WHICH,
     check_tensors,
     input_meta,
     looks_like,
@@ -67,6 +66,7 @@ def read_checkpoint(
     num_heads: int | None = None,
     described: Described | None = None,
     assumed: Described | None = None,
+    which: str | None = None,
 ) -> tuple[dict[str, Any], Networks, Networks]:
     """The description and the networks (student and teacher, or one `model`) of a file without a description.
 
@@ -78,14 +78,15 @@ def read_checkpoint(
         num_heads: Heads of the trunk, where that is not width / 64.
         described: What the folder of another project says of it.
         assumed: What is taken for heads and, of another project, for mean and standard deviation where nothing says.
+        which: Of another project's two networks, the one that is read; None: the teacher.
 
     Raises:
         UsageError: The file cannot be read safely, is incomplete, or is another project's.
     """
     in_folder = described is not None
     described, assumed = described or Described(), assumed or Described()
-    data, state = _read(file)
-    found = _networks(state, file, grid or described.grid)
+    data, state = _read(file, which)
+    found = _networks(state, file, grid or described.grid, which)
     networks = {name: trunk.tensors for name, trunk in found.items()}
     prefixes = {name: trunk.prefix for name, trunk in found.items() if trunk.prefix}
     left_out = next(reversed(found.values())).left_out
@@ -138,8 +139,12 @@ def read_checkpoint(
 # ---- the state dict -------------------------------------------------------------------------------
 
 
-def _read(file: Path) -> tuple[dict[Any, Any], dict[str, Tensor]]:
-    """Everything in the file, and its state dict."""
+# what training scripts save next to each other: DINO, I-JEPA
+_NESTED = {"teacher": "teacher", "target_encoder": "teacher", "student": "student", "encoder": "student"}
+
+
+def _read(file: Path, which: str | None) -> tuple[dict[Any, Any], dict[str, Tensor]]:
+    """Everything in the file, and its state dict: of two, that of `which`."""
     if file.suffix in GRAPHS:
         raise UsageError(f"{file}: an exported graph, {NOT_WEIGHTS}")
     with open(file, "rb") as f:
@@ -149,13 +154,14 @@ def _read(file: Path) -> tuple[dict[Any, Any], dict[str, Tensor]]:
     found, nested = type(data).__name__, []
     if isinstance(data, dict):
         # nested ones first: next to them are epoch, optimizer, arguments
-        for key in ("state_dict", "model", "teacher", "student", None):
+        wanted = sorted(_NESTED, key=lambda key: _NESTED[key] != (which or "teacher"))
+        for key in ("state_dict", "model", *wanted, None):
             state = data if key is None else data.get(key)
             if isinstance(state, dict) and state and _are_tensors(state):
                 # BatchNorm's number of batches, which nothing needs
                 state = {k: v for k, v in state.items() if not k.endswith(".num_batches_tracked")}
                 check_tensors(state, file)
-                return data, {f"{key}.{k}": v for k, v in state.items()} if key in WHICH else state
+                return data, {f"{_NESTED[key]}.{k}": v for k, v in state.items()} if key in _NESTED else state
         found = first(data, 6) or "nothing"
         nested = [str(k) for value in data.values() if isinstance(value, dict) for k in value]
     raise UsageError(
@@ -167,8 +173,10 @@ def _are_tensors(state: Mapping[Any, Any]) -> bool:
     return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
 
 
-def _networks(state: Mapping[str, Tensor], file: Path, grid: tuple[int, int] | None) -> dict[str, Trunk]:
-    state, root = below_root(state, _BRANCHES)
+def _networks(
+    state: Mapping[str, Tensor], file: Path, grid: tuple[int, int] | None, which: str | None
+) -> dict[str, Trunk]:
+    state, root = below_root(state, _BRANCHES, which)
     if root.strip("."):
         log.info("%s: takes %s*", file.name, root)
     if not any(k.partition(".")[0] in _BRANCHES for k in state):

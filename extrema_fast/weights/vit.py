@@ -44,7 +44,7 @@ def load_vit(
         from timm.models.vision_transformer import VisionTransformer
     except (ImportError, RuntimeError) as error:
         raise UsageError(f"load_vit: {cannot_import('timm', error, 'timm')}") from error
-    weights = open_weights(path, grid, num_heads)
+    weights = open_weights(path, grid, num_heads, which=which)
     name = weights.choose(which)
     # checked, and with the options that the tensors show
     encoder = load_encoder(weights, which, num_classes=0)

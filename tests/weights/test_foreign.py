@@ -153,10 +153,25 @@ def test_which_network(tmp_path):
     torch.save(moco()[1], file)
     teacher, student = (load_encoder(file, which) for which in ("teacher", "student"))
     assert torch.equal(teacher.norm.bias + 1, student.norm.bias)
-    # of DINO's two the teacher is read, and the student not taken for it
+    # of DINO's two, and I-JEPA's, the teacher is read where nothing else is asked for
     vit, data = dino()
-    torch.save(data, file)
-    assert torch.equal(load_encoder(file).norm.bias, vit.norm.bias)
+    own = vit.state_dict()
+    jepa = {
+        name: {f"module.{k}": v + i for k, v in own.items()}
+        for i, name in enumerate(("target_encoder", "encoder"))
+    }
+    jepa |= {"predictor": {"module.predictor_embed.weight": torch.ones(2, 2)}, "opt": {}, "epoch": 3}
+    flat = {f"{outer}.{k}": v for outer in ("student", "teacher") for k, v in data[outer].items()}
+    for saved in (data, jepa, {"state_dict": flat}):
+        torch.save(saved, file)
+        for which, more in ((None, 0), ("teacher", 0), ("student", 1)):
+            assert torch.equal(load_encoder(file, which).norm.bias, vit.norm.bias + more)
+            assert torch.equal(extrema_fast.load_vit(file, which).norm.bias, vit.norm.bias + more)
+        assert import_released(file, tmp_path / "out", which="student", force=True)
+        assert torch.equal(load_encoder(tmp_path / "out").norm.bias, vit.norm.bias + 1)
+        load_trunk(encoder := load_encoder(file), file, "student")
+        assert torch.equal(encoder.norm.bias, vit.norm.bias + 1)
+    torch.save({"teacher": data["teacher"]}, file)
     refused(lambda: load_encoder(file, "student"), "no student weights", "teacher")
     state = {f"student_net.{k}": v + 1 for k, v in vit.state_dict().items()}
     torch.save({"state_dict": state}, file)
