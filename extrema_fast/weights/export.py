@@ -13,6 +13,7 @@ card made of it (`card.py`).
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import json
@@ -31,6 +32,7 @@ from ..config import did_you_mean, to_dict
 from ..errors import ExtremaError, NonFiniteError, UsageError, cannot_import
 from ..files import new_folder
 from ..models.encoder import Encoder, model_args, timm_config
+from ..models.layers import NORM_EPS
 from ..ops import dispatch as ops
 from .card import CARD, card_hash, kept_card, model_card, run_record
 from .folder import (
@@ -149,6 +151,8 @@ def export(
         torch.randn(b, encoder.in_chans, *encoder.img_size, generator=torch.Generator().manual_seed(b))
         for b in _BATCHES
     ]
+    if pooled and encoder.norm_eps != NORM_EPS:
+        _check_eps(name, encoder, images)
     log.info("writing %s, then comparing it with the encoder on random images", name)
     with new_folder(out, partial(check_replaceable, force=force)) as folder:
         job = Job(encoder, folder, description, options, images)
@@ -163,6 +167,22 @@ def export(
         (folder / CARD).write_bytes(card if kept is None else kept)
         files = sorted(p.name for p in folder.iterdir())
     return Exported(out, files, differences)
+
+
+def _check_eps(name: str, encoder: Encoder, images: list[Tensor]) -> None:
+    """Raises UsageError where the eps of timm's VisionTransformer, which no `config.json` sets, changes features."""
+    stock = copy.deepcopy(encoder)
+    for module in stock.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = NORM_EPS
+    with torch.no_grad():
+        difference = _outputs_differ(Job(encoder, Path(), {}, {}, images), stock)
+    if difference > FORMATS[name].limit:
+        raise UsageError(
+            f"--format {name}: the norms of these weights have eps {encoder.norm_eps:g}, those of timm's "
+            f"VisionTransformer {NORM_EPS:g}, which changes features by {difference:.1e}; use --format extrema, onnx, "
+            "torch-export, or hf with --class-token"
+        )
 
 
 def _format_name(format: str) -> str:

@@ -1,8 +1,8 @@
 """Exports for timm and Hugging Face, read back by what they are for.
 
-Covers: timm's `local-dir:` of our own format and of the stock ViT, for every variant of the encoder; all formats in a
-process that cannot import this project; the whole encoder through AutoModel; the model card; pickles and descriptions
-by strangers.
+Covers: timm's `local-dir:` of our own format and of the stock ViT, for every variant of the encoder; an eps that the
+stock ViT cannot have; all formats in a process that cannot import this project; the whole encoder through AutoModel;
+the model card; pickles and descriptions by strangers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 
 from extrema_fast.models.encoder import Encoder
 from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.weights import export as export_module
 from extrema_fast.weights.export import export
 from extrema_fast.weights.folder import save_weights, weights_meta
 from extrema_fast.weights.load import import_released, load_encoder
-from tests.weights._weights import CFG, ENCODERS, IMAGES, Malicious, perturbed, same, trained
+from tests.weights._weights import CFG, ENCODERS, IMAGES, Malicious, perturbed, refused, same, trained
 
 timm = pytest.importorskip("timm")
 
@@ -99,6 +100,29 @@ def test_a_fresh_norm_after_pooling(weights, method, tmp_path):
     with torch.no_grad():
         raw = method.student.encode(IMAGES, norm=False).patches.mean(1)
         assert torch.allclose(model(IMAGES), torch.nn.functional.layer_norm(raw, (64,), eps=1e-6), atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["vit", "hf"])
+def test_an_eps_that_a_stock_vit_cannot_have(tmp_path, monkeypatch, format):
+    if format == "hf":
+        pytest.importorskip("transformers")
+    folder = import_released(bare(tmp_path, Encoder(CFG.model)), tmp_path / "imported")
+    config = json.loads((folder / "config.json").read_text())
+
+    def with_eps(eps: float):
+        config["encoder"]["norm_eps"] = eps
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    # Hugging Face's, which changes no feature by more than a comparison accepts
+    export(with_eps(1e-12), tmp_path / "out", format)
+    if format == "hf":
+        export(with_eps(1e-2), tmp_path / "whole", format, class_token=True)
+        assert load_encoder(tmp_path / "whole").norm_eps == 1e-2
+    # before anything is written
+    monkeypatch.setattr(export_module, "new_folder", None)
+    words = f"--format {format}", "eps 0.01", "1e-06", "use --format extrema, onnx"
+    refused(lambda: export(with_eps(1e-2), tmp_path / "out", format, force=True), *words)
 
 
 # what a user without this project types; prints a few numbers
