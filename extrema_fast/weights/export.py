@@ -46,7 +46,7 @@ from .folder import (
     write_json,
     write_tensors,
 )
-from .load import load_encoder, open_weights
+from .load import Weights, load_encoder, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Format(NamedTuple):
 
 
 def export(
-    weights: str | Path,
+    weights: str | Path | Encoder,
     out: str | Path,
     format: str = "extrema",
     *,
@@ -105,7 +105,7 @@ def export(
     """Writes an encoder for another program, and compares its outputs on random images before it is kept.
 
     Args:
-        weights: What `load_encoder` takes; `which` and `img_size` as there.
+        weights: What `load_encoder` takes, or an encoder, which stays as it is; `which` and `img_size` as there.
         out: The new folder.
         format: `extrema` (= `timm`), `vit`, `hf`, `onnx`, `torch-export`.
         fc_norm: vit, hf: a fresh norm after pooling replaces the final norm (start of the paper's fine-tuning).
@@ -137,7 +137,7 @@ def export(
             raise UsageError(f"--format {name}: {cannot_import(package, error, form.extra)}") from None
     out = Path(out)
     check_replaceable(out, force)
-    source = open_weights(weights, which=which)
+    source = _in_memory(weights) if isinstance(weights, Encoder) else open_weights(weights, which=which)
     chosen = source.choose(which)
     pooled = name == "vit" or (name == "hf" and not class_token)
     changes: dict[str, Any] = {"global_pool": "avg", "fc_norm": fc_norm} if pooled else {}
@@ -145,7 +145,9 @@ def export(
     if encoder_options(source.meta)["num_classes"] and not encoder.num_classes:
         log.info("the classifier is left out: it was trained on another pooled feature")
     meta = {**source.meta, "which": None if chosen == SINGLE else chosen}
-    meta["record"], kept = run_record(Path(weights), source.meta, chosen), kept_card(out)
+    kept = kept_card(out)
+    if not isinstance(weights, Encoder):
+        meta["record"] = run_record(Path(weights), source.meta, chosen)
     description = _description(encoder, meta, {"format": name, **options})
     images = [
         torch.randn(b, encoder.in_chans, *encoder.img_size, generator=torch.Generator().manual_seed(b))
@@ -167,6 +169,13 @@ def export(
         (folder / CARD).write_bytes(card if kept is None else kept)
         files = sorted(p.name for p in folder.iterdir())
     return Exported(out, files, differences)
+
+
+def _in_memory(encoder: Encoder) -> Weights:
+    """An encoder as what is read from a file; nothing is known of its training."""
+    name = "an encoder in memory"
+    tensors = {k: v.detach().cpu() for k, v in encoder.state_dict().items()}
+    return Weights(Path(name), _description(encoder, {"source": {"file": name}}, {}), {SINGLE: tensors})
 
 
 def _check_eps(name: str, encoder: Encoder, images: list[Tensor]) -> None:

@@ -253,7 +253,9 @@ def _build(
     kernel = "patch_embed.proj.weight"
     state[kernel] = adapt_in_chans(state[kernel].float(), options["in_chans"] or config.in_chans)
     encoder = Encoder(config, **{**options, "pos_grid": trained})
-    if saved["pos_embed"] == "sincos" and options["pos_coords"] != saved["pos_coords"]:
+    # of half precision it is rounded
+    exact = options["pos_coords"] == saved["pos_coords"] and state["pos_embed"].element_size() > 2
+    if saved["pos_embed"] == "sincos" and not exact:
         state["pos_embed"] = encoder.pos_embed.detach()
     # what this variant does not have is left out
     unused = {

@@ -1,13 +1,15 @@
 """Exports that need the core installation alone, and the rules that all formats share.
 
-Covers: our own format and torch.export for every variant of the encoder; metadata; folders of older versions; unknown
-formats and options, missing packages; `--force`; a comparison that fails, a full disk, an interrupt; the command line.
+Covers: our own format and torch.export for every variant of the encoder; encoders in memory; metadata; folders of older
+versions; unknown formats and options, missing packages; `--force`; a comparison that fails, a full disk, an interrupt;
+the command line.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from extrema_fast.__main__ import main
 from extrema_fast.config import config_hash
 from extrema_fast.errors import ExtremaError, NonFiniteError, StorageError, cannot_import, install
+from extrema_fast.models.encoder import Encoder
 from extrema_fast.weights import export as export_module
 from extrema_fast.weights.export import FORMATS, export
 from extrema_fast.weights.load import load_encoder
@@ -45,6 +48,51 @@ def test_round_trip(folder, method, tmp_path, which):
         assert same(load_encoder(source), getattr(method, which))
     other = "student" if which == "teacher" else "teacher"
     refused(lambda: load_encoder(result.folder, other), f"no {other} weights", which)
+
+
+@pytest.mark.parametrize("format", ["extrema", "torch-export"])
+@torch.no_grad()
+def test_an_encoder_in_memory(tmp_path, format):
+    model = replace(CFG.model, img_size=(16, 24), heads=2, pool_depth=1)
+    encoder = perturbed(Encoder(model, norm_eps=1e-3, pos_coords="rescaled")).train()
+    encoder.set_input_size((24, 40))
+    encoder.mean, encoder.std, encoder.value_range = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (0.0, 4095.0)
+    encoder.interpolation, encoder.crop_pct = "bicubic", 0.9
+    export(encoder, tmp_path / "out", format)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "How these weights were trained is not recorded." in card and "an encoder in memory" in card
+    assert encoder.training and all(p.requires_grad for p in encoder.parameters())
+    if format == "extrema":
+        loaded = load_encoder(tmp_path / "out")
+        for name in ("heads", "norm_eps", "grid", "mean", "std", "value_range", "interpolation", "crop_pct"):
+            assert getattr(loaded, name) == getattr(encoder, name)
+        for size in ((24, 40), (32, 16)):
+            images = torch.randn(2, 3, *size)
+            assert torch.equal(loaded(images), encoder.eval()(images))
+    encoder.blocks[0].mlp.extra = torch.nn.Linear(2, 2)
+    refused(
+        lambda: export(encoder, tmp_path / "other"), "an encoder in memory", "unknown: blocks.0.mlp.extra"
+    )
+
+
+@pytest.mark.parametrize("variant", ENCODERS)
+@torch.no_grad()
+def test_every_encoder_in_memory(tmp_path, variant):
+    encoder = perturbed(ENCODERS[variant]())
+    encoder.classes = [f"class {i}" for i in range(encoder.num_classes)]
+    export(encoder, tmp_path / "out")
+    loaded = load_encoder(tmp_path / "out")
+    assert same(loaded, encoder) and loaded.classes == encoder.classes
+
+
+def test_half_precision(tmp_path):
+    """The rounded table is still the fixed one, in a file and in memory."""
+    encoder = Encoder(CFG.model).bfloat16()
+    torch.save(encoder.state_dict(), tmp_path / "half.pth")
+    for i, source in enumerate((encoder, tmp_path / "half.pth")):
+        loaded = load_encoder(export(source, tmp_path / str(i)).folder)
+        assert torch.equal(loaded.pos_embed, Encoder(CFG.model).pos_embed)
+        assert torch.equal(loaded.blocks[1].mlp.fc1.weight.bfloat16(), encoder.blocks[1].mlp.fc1.weight)
 
 
 def test_metadata_and_an_exported_size(folder, tmp_path):
