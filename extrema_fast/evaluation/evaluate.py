@@ -38,7 +38,17 @@ from .result import (
     is_result,
     per_class,
 )
-from .subject import FORMAT, keep_result, known_result, open_subject, resolve_data, result_file, result_key
+from .subject import (
+    FORMAT,
+    keep_result,
+    known_result,
+    open_subject,
+    resolve_data,
+    result_file,
+    result_key,
+    run_data,
+    same_images,
+)
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +83,8 @@ def evaluate(
         path: Run folder, weights folder or released `.pth`.
         train: Training images; None: those of the run. One folder that holds train/ and test/ is enough.
         test: Test images; None: those of the run.
-        out: Result file (JSON); None: in a run folder `reports/evaluation.json`, or with other images or settings
-            than the run's `reports/evaluation-KEY.json`; else none.
+        out: Result file (JSON); None: in a run folder `reports/evaluation.json`, or with other images, settings or
+            seeds than the run's `reports/evaluation-KEY.json`; else none.
         which: `teacher` or `student`.
         metrics: Any of `knn`, `probe`.
         max_train: Training images used (0: all).
@@ -126,11 +136,16 @@ def evaluate(
     subject = open_subject(path, which)
     path, cfg, encoder, meta, data = subject
     rule = cfg.eval if cfg is not None else EvalConfig()
-    resizing = encoder.resizing(crop_pct)
+    # what is named and equal to the run's own is the run's own, so that its result has the same key
+    own_resizing, given = encoder.resizing(), encoder.resizing(crop_pct)
+    resizing = own_resizing if given == own_resizing else given
+    temperature = rule.temperature if temperature in (None, rule.temperature) else temperature
+    own, images, unnamed = run_data(cfg), resolve_data(cfg, train, test), train is None and test is None
+    own_images = own is not None and (unnamed or same_images(own, images))
+    (train, rest), (test, held) = own if own is not None and own_images else images
     # what evaluation.json of a run holds: the result of `evaluate RUN`
-    plain = all(x is None for x in (train, test, k, temperature, crop_pct, labels))
-    plain &= (which, protocol, seeds) == ("teacher", "paper", 1)
-    (train, rest), (test, held) = resolve_data(cfg, train, test)
+    plain = own_images and k in (None, rule.k) and temperature == rule.temperature and labels is None
+    plain &= resizing == own_resizing and (which, protocol, seed, seeds) == ("teacher", "paper", 0, 1)
     try:
         bank = open_source(train, "train", limit=max_train, seed=seed, holdout=rest)
         queries = open_source(test, "test", limit=max_test, seed=seed, holdout=held)
@@ -138,7 +153,7 @@ def evaluate(
         queries = labelled(bank, queries)
         bank, queries = (read_as(s, encoder.in_chans) for s in (bank, queries))
     except UsageError as error:
-        if plain and "does not exist" in str(error):
+        if unnamed and "does not exist" in str(error):
             error = UsageError(f"{path} was trained on images that are gone; name them with --data: {error}")
         raise error from None
     plain &= not (0 < max_train <= len(bank) or 0 < max_test <= len(queries))
@@ -161,7 +176,7 @@ def evaluate(
         "which": which,
         "metrics": sorted(metrics),
         "k": k or rule.k,
-        "temperature": temperature or rule.temperature,
+        "temperature": temperature,
         "seed": seed,
         "train": train,
         "test": test,
@@ -185,7 +200,7 @@ def evaluate(
     if out is None and cfg is not None and len(set(metrics)) == 2:
         out = result_file(path, "evaluation.json" if plain else f"evaluation-{key}.json")
         if not plain:
-            log.info("other images or settings than the run's: the result goes to %s", out)
+            log.info("other images, settings or seeds than the run's: the result goes to %s", out)
     # results of older versions have no classes
     if out is not None and not force:
         if known := known_result(Path(out), key, lambda d: is_result(d) and "per_class" in d):

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,9 +89,11 @@ def _found(spec: str, folders: Sequence[Path]) -> str:
     return next((str(f / spec) for f in folders if is_there(str(f / spec))), spec)
 
 
-def resolve_data(
-    cfg: Config | None, train: str | None, test: str | None
-) -> tuple[tuple[str, float], tuple[str, float]]:
+# (training images, share held out), (test images, the same)
+Images = tuple[tuple[str, float], tuple[str, float]]
+
+
+def resolve_data(cfg: Config | None, train: str | None, test: str | None) -> Images:
     """(training images, share held out), (test images, the same) to evaluate on: what was given, else the run's own.
 
     A folder given as `train` alone may hold both (`train` and `test` or `val`); else the run's share of it is held out.
@@ -113,6 +116,23 @@ def resolve_data(
                 "--train FOLDER --test FOLDER"
             )
     return (train, holdout), (test or train, 0.0 if test else holdout)
+
+
+def run_data(cfg: Config | None) -> Images | None:
+    """The images that a run is evaluated on by itself; None: not a run, or one without test images."""
+    try:
+        return None if cfg is None else resolve_data(cfg, None, None)
+    except UsageError:
+        return None
+
+
+def same_images(a: Images, b: Images) -> bool:
+    """Whether both name the same files, in whatever words."""
+
+    def resolved(spec: str) -> str:
+        return spec if spec in BUILT_IN else os.path.realpath(os.path.expanduser(spec))
+
+    return all(resolved(x) == resolved(y) and m == n for (x, m), (y, n) in zip(a, b, strict=True))
 
 
 def weights_hash(encoder: Encoder) -> str:

@@ -512,6 +512,40 @@ def test_a_partial_evaluation_has_a_file_of_its_own(run):
     assert len(list((run / "reports").iterdir())) == 2
 
 
+def test_the_runs_own_values_are_its_own_when_they_are_named(run, images, monkeypatch):
+    train, test = str(images / "train"), str(images / "test")
+    whole = evals.evaluate(run, device="cpu")
+    monkeypatch.setattr(evals, "extract", None)
+    for named in (
+        {"train": str(images)},
+        {"train": f"{train}/", "test": test},
+        {"test": os.path.relpath(test)},
+        {"train": train, "test": str(images / "train" / ".." / "test")},
+        {"k": 5},
+        {"temperature": 0.07},
+        {"crop_pct": 0.875, "train": train, "test": test, "k": 5},
+    ):
+        assert evals.evaluate(run, **named, device="cpu") == whole, named
+    # a value that is the run's is no weaker as an option
+    with pytest.raises(UsageError, match="use at most 3"):
+        evals.evaluate(run, k=5, max_train=3, device="cpu")
+    assert [f.name for f in (run / "reports").iterdir()] == ["evaluation.json"]
+    # a result that named values alone have made is the run's, too
+    monkeypatch.undo()
+    (run / "reports" / "evaluation.json").unlink()
+    assert evals.evaluate(run, str(images), k=5, device="cpu")["key"] == whole["key"]
+    assert [f.name for f in (run / "reports").iterdir()] == ["evaluation.json"]
+
+
+@pytest.mark.parametrize("change", [{"seed": 5}, {"temperature": 0.5}, {"crop_pct": 1}, {"k": 4}])
+def test_another_rule_leaves_the_runs_own_result_as_it_is(run, change):
+    whole = evals.evaluate(run, device="cpu")
+    other = evals.evaluate(run, **change, device="cpu")
+    files = sorted(f.name for f in (run / "reports").iterdir())
+    assert files == [f"evaluation-{other['key']}.json", "evaluation.json"]
+    assert json.loads((run / "reports" / "evaluation.json").read_text()) == whole
+
+
 def test_test_images_among_the_training_images_are_noticed(run, images, tmp_path):
     train, test = str(images / "train"), tmp_path / "test"
     assert not overlap(open_source(train), open_source(str(images / "test")))
