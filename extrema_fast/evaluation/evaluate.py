@@ -23,7 +23,7 @@ from ..data.sources import ImageSource, open_source, subset
 from ..distributed import pick_device
 from ..errors import UsageError, counted
 from .collapse import collapse_warnings
-from .features import Features, extract, labelled, load_batch, overlap, raw_pixels
+from .features import Features, content_hash, extract, labelled, load_batch, overlap, raw_pixels
 from .probes import accuracy, attention_entropy, indicators, knn_predictions
 from .protocols import Probed, few_labels, only, probe
 from .result import (
@@ -197,13 +197,14 @@ def evaluate(
     if encoder.value_range:
         settings["range"] = list(encoder.value_range)
     key = result_key(settings, encoder, bank.fingerprint, queries.fingerprint, list(encoder.img_size))
+    hashes = {"train": content_hash(bank), "test": content_hash(queries)}
     if out is None and cfg is not None and len(set(metrics)) == 2:
         out = result_file(path, "evaluation.json" if plain else f"evaluation-{key}.json")
         if not plain:
             log.info("other images, settings or seeds than the run's: the result goes to %s", out)
     # results of older versions have no classes
     if out is not None and not force:
-        if known := known_result(Path(out), key, lambda d: is_result(d) and "per_class" in d):
+        if known := known_result(Path(out), key, lambda d: is_result(d) and "per_class" in d, hashes):
             return known
 
     started = time.monotonic()
@@ -267,6 +268,7 @@ def evaluate(
         "path": str(path),
         "step": meta.get("step"),
         **settings,
+        "images": hashes,
         "img_size": list(encoder.img_size),
         "resized": str(resizing),
         "counts": {"train": fewest_left, "test": len(queries), "classes": len(bank.classes)}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -196,6 +198,27 @@ def overlap(train: ImageSource, test: ImageSource, seed: int = 0) -> list[str]:
     ]
 
 
+def content_hash(source: ImageSource, masks: Sequence[str] = ()) -> str:
+    """Short hash of the images of a source: its fingerprint, and the bytes of a few images (and of their masks).
+
+    Uncompressed images of one shape have the same size, and so the same fingerprint where their names are equal.
+    """
+    digest = hashlib.sha256(source.fingerprint.encode())
+    for row in _spread(len(source), 16):
+        # one that cannot be read is left out of results, too
+        with suppress(OSError):
+            digest.update(hashlib.sha256(source.read(row)).digest())
+            if masks:
+                digest.update(hashlib.sha256(Path(masks[row]).read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def _spread(n: int, count: int) -> list[int]:
+    """At most `count` evenly spaced rows of n."""
+    count = min(count, n)
+    return [int((j + 0.5) * n / count) for j in range(count)]
+
+
 def load_batch(
     source: ImageSource,
     cfg: DataConfig,
@@ -209,8 +232,6 @@ def load_batch(
 
     `strict` and `resizing` as for `extract`.
     """
-    n = len(source)
-    count = min(count, n)
-    few = subset(source, torch.tensor([int((j + 0.5) * n / count) for j in range(count)]))
+    few = subset(source, torch.tensor(_spread(len(source), count)))
     bad = None if strict else BadRows(few, 1.0, warn=False)
     return torch.cat([images for images, _ in EvalLoader(few, cfg, img_size, bad=bad, resizing=resizing)])

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.preprocess import CROP_PCT
 from ..files import fits
+from ..weights.card import PROTOCOLS, rules
 
 PRETRAINED, RANDOM, PIXELS = "pretrained", "random init", "raw pixels"
 CLS, MEAN, BOTH = FEATURES = "class token", "mean of patches", "class and mean"
 # of a segmentation
 TOKENS = "patch tokens"
-# of the linear probe -> its title
-PROTOCOLS = {"paper": "linear probe", "grid": "linear probe, best rate", "logistic": "logistic regression"}
 # pairs of classes that are taken for each other most often, in a result
 CONFUSIONS = 10
 
@@ -45,6 +47,8 @@ def per_class(predicted: dict[str, Tensor], labels: Tensor, classes: Sequence[st
     return out
 
 
+# of the images of an evaluation (`features.content_hash`); results of older versions have none
+_IMAGES = {"train": str, "test": str}
 _ACCURACIES = {"knn?": float, "probe?": float}
 _ROW = {
     "encoder": str,
@@ -63,10 +67,18 @@ _RESULT = {
     "which": str,
     "step": (int, None),
     "k": int,
+    "temperature?": float,
     "resized?": str,
+    "crop_pct?": float,
+    "interpolation?": str,
+    "train?": str,
+    "test?": str,
+    "holdout?": float,
+    "images?": _IMAGES,
     "protocol?": str,
     "labels?": str,
     "labelled?": {"of": int, "rows": [str]},
+    "seed?": int,
     "seeds?": int,
     "per_class?": {
         "feature": str,
@@ -102,6 +114,9 @@ _SEGMENTATION = {
     "which": str,
     "step": (int, None),
     "data": str,
+    "img_size?": [int],
+    "images?": _IMAGES,
+    "seed?": int,
     "seeds?": int,
 }
 
@@ -144,6 +159,23 @@ def best_feature(result: dict[str, Any], encoder: str = PRETRAINED) -> str:
     return str(best["feature"])
 
 
+# of a result: by what rules it was made
+_RULES = ["kind", "which", "protocol", "labels", "k", "temperature", "seed", "seeds"]
+_RULES += ["crop_pct", "interpolation", "resized"]
+# paths that it names
+_PATHS = ("train", "test", "data", "labels")
+
+
+def result_id(result: dict[str, Any]) -> str:
+    """Equal for two results alone that are of the same images and by the same rules, of whatever weights."""
+    named = [str(result.get(k, "")).rstrip("/") for k in ("train", "test", "data")]
+    images = result.get("images", [*named, result.get("holdout")])
+    counts = [result["counts"][k] for k in ("train", "test")]
+    # only a segmentation chooses its size, the other results have that of the encoder
+    size = result.get("img_size") if "kind" in result else None
+    return json.dumps([images, counts, size, *(result.get(k) for k in _RULES)], sort_keys=True)
+
+
 def summary(result: dict[str, Any]) -> dict[str, Any]:
     """A result of `evaluate` or `segment` in a line.
 
@@ -151,27 +183,68 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
         `what`: what was measured, in words; `feature`: of the row; `scores`: by metric `title`, `text` with standard
         deviation over seeds, and `gain` over random init in points.
     """
-    if "kind" in result:
-        parts = [f"segmentation of {_short(result['data'])}"]
-    else:
-        places = [_short(str(result[k])) for k in ("train", "test") if k in result]
-        parts = [" / ".join(dict.fromkeys(places)), PROTOCOLS[result.get("protocol", "paper")]]
-        parts += [f"labels {_short(result['labels'])}"] if "labels" in result else []
-        parts += [f"k = {result['k']}", f"{result['counts']['train']} training images"]
-    parts += [result["which"]] if result["which"] != "teacher" else []
-    parts += [f"{result['seeds']} seeds"] if "seeds" in result else []
     feature = best_feature(result)
     row = next(r for r in result["rows"] if (r["encoder"], r["feature"]) == (PRETRAINED, feature))
     scores = {
         m: {"title": title, "text": shown(row, m), "gain": 100 * result["gain"].get(feature, {}).get(m, 0.0)}
         for m, title in titles(result).items()
     }
-    return {"what": ", ".join(filter(None, parts)), "feature": feature, "scores": scores}
+    return {"what": _what(result), "feature": feature, "scores": scores}
 
 
-def _short(path: str) -> str:
-    """The last two parts of a path, which tell `set/train` from `set/test`."""
-    return "/".join(path.rstrip("/").split("/")[-2:])
+def summaries(results: Sequence[dict[str, Any]], step: int | None = None) -> list[dict[str, Any]]:
+    """The `summary` of each; results on different images or by different rules have different words.
+
+    Args:
+        results: Of `evaluate` and `segment`, those that one page shows.
+        step: Results of other steps say which; None: none does.
+    """
+    whats, of = [_what(r) for r in results], [result_id(r) for r in results]
+
+    def ambiguous() -> set[str]:
+        first = dict(zip(reversed(whats), reversed(of), strict=True))
+        return {what for what, of_one in zip(whats, of, strict=True) if first[what] != of_one}
+
+    longest = max((str(r.get(k, "")).count("/") + 1 for r in results for k in _PATHS), default=0)
+    for parts in range(3, longest + 1):
+        if same := ambiguous():
+            whats = [_what(r, parts) if w in same else w for r, w in zip(results, whats, strict=True)]
+    # other images at the same path
+    if same := ambiguous():
+        whats = [f"{w}, {_mark(r)}" if w in same else w for r, w in zip(results, whats, strict=True)]
+    if step is not None:
+        late = [r["step"] not in (None, step) for r in results]
+        whats = [f"{w}, step {r['step']:,}" if x else w for r, w, x in zip(results, whats, late, strict=True)]
+    return [summary(r) | {"what": what} for r, what in zip(results, whats, strict=True)]
+
+
+def _mark(result: dict[str, Any]) -> str:
+    if "images" not in result:
+        return "images not recorded"
+    return f"images {hashlib.sha256(json.dumps(result['images'], sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def _what(result: dict[str, Any], parts: int = 2) -> str:
+    """What was measured, with the last `parts` of paths: two tell `set/train` from `set/test`."""
+
+    def short(path: str) -> str:
+        return "/".join(path.rstrip("/").split("/")[-parts:])
+
+    if "kind" in result:
+        words = [f"segmentation of {short(result['data'])}"]
+        words += [f"{' x '.join(map(str, result['img_size']))} pixels"] if "img_size" in result else []
+    else:
+        places = " / ".join(dict.fromkeys(short(result[k]) for k in ("train", "test") if k in result))
+        held = f"{100 * result['holdout']:g} % held out" if "holdout" in result else ""
+        words = [places, held, PROTOCOLS[result.get("protocol", "paper")]]
+        words += [f"labels {short(result['labels'])}"] if "labels" in result else []
+        words += [f"k = {result['k']}"]
+    words += [f"{result['counts']['train']} training and {result['counts']['test']} test images"]
+    words += [result["which"]] if result["which"] != "teacher" else []
+    words += rules(result, CROP_PCT)
+    # older weights
+    words += ["images of the encoder's size whole"] if "whole" in result.get("resized", "") else []
+    return ", ".join(filter(None, words))
 
 
 def shown(row: dict[str, Any], metric: str) -> str:

@@ -32,6 +32,7 @@ from ..distributed import pick_device
 from ..errors import UsageError, cannot_import, counted
 from ..models.encoder import Encoder
 from ..progress import ImageProgress
+from .features import content_hash
 from .masks import IGNORED, MaskSet, confusion, intersection_over_union, mean_iou, open_masks, shares
 from .probes import Heads, train_heads
 from .result import PIXELS, PRETRAINED, RANDOM, TOKENS, is_segmentation
@@ -126,7 +127,8 @@ def segment(
     if out is None and subject.cfg is not None:
         out = result_file(subject.path, f"segmentation-{key}.json")
         log.info("the result goes to %s", out)
-    if out is not None and not force and (known := known_result(Path(out), key, is_segmentation)):
+    images = {name: content_hash(m.source, m.masks) for name, m in (("train", train), ("test", test))}
+    if out is not None and not force and (known := known_result(Path(out), key, is_segmentation, images)):
         return known
 
     started = time.monotonic()
@@ -179,6 +181,7 @@ def segment(
         "path": str(subject.path),
         "step": subject.meta.get("step"),
         **settings,
+        "images": images,
         "layout": train.layout,
         "img_size": list(encoder.img_size),
         "grid": list(size),

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,12 +160,18 @@ def result_file(run: Path, name: str) -> Path:
     return run / "reports" / name
 
 
-def known_result(out: Path, key: str, makes_sense: Callable[[Any], bool]) -> dict[str, Any] | None:
-    """The result that a file holds, if it has this key."""
+def known_result(
+    out: Path, key: str, makes_sense: Callable[[Any], bool], images: dict[str, str]
+) -> dict[str, Any] | None:
+    """The result that a file holds, if it has this key; results of older versions get the hashes of their images."""
     known = read_json(out, {})
     if known.get("key") != key or not makes_sense(known):
         return None
     log.info("%s: weights, images and settings are unchanged, nothing to compute", out)
+    if "images" not in known:
+        known["images"] = images
+        with suppress(StorageError):
+            keep_result(out, known)
     return known
 
 

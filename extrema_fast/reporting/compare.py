@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import FinetuneConfig, flatten
 from ..errors import UsageError
-from ..evaluation.result import CLS, MEAN, PRETRAINED, summary
+from ..evaluation.result import CLS, MEAN, PRETRAINED, result_id, summaries
 from ..files import read_text, write_file
 from ..progress import duration
 from .figures import Series, line_chart
@@ -93,13 +93,25 @@ def _different(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
 
 def _more(runs: Sequence[RunRecord]) -> dict[str, list[str | None]]:
     """{evaluation and metric: [value per run]} of what was measured besides the run's own evaluation."""
-    found: list[dict[str, str]] = []
-    for run in runs:
-        lines = [summary(result) for result in run.more]
-        # of the same evaluation that of the last step
-        found.append({f"{s['what']}: {v['title']}": v["text"] for s in lines for v in s["scores"].values()})
-    names = dict.fromkeys(name for of_run in found for name in of_run)
-    return {name: [of_run.get(name) for of_run in found] for name in names}
+    others = {result_id(result) for run in runs for result in run.more}
+    # the run's own evaluation, too, where another run has it as one of these
+    shown = [[r for r in (*run.more, run.result) if r and result_id(r) in others] for run in runs]
+    lines = iter(summaries([result for of_run in shown for result in of_run]))
+    names: dict[tuple[str, str], str] = {}
+    found: list[dict[tuple[str, str], str]] = []
+    for of_run in shown:
+        values, steps = dict[tuple[str, str], str](), dict[str, int]()
+        for result in of_run:
+            line, of, step = next(lines), result_id(result), result["step"] or 0
+            # of the same evaluation that of the last step
+            if step < steps.get(of, 0):
+                continue
+            steps[of] = step
+            for v in line["scores"].values():
+                names.setdefault((of, v["title"]), f"{line['what']}: {v['title']}")
+                values[of, v["title"]] = v["text"]
+        found.append(values)
+    return {name: [of_run.get(row) for of_run in found] for row, name in names.items()}
 
 
 def _notes(runs: Sequence[RunRecord]) -> list[str]:
@@ -113,11 +125,18 @@ def _notes(runs: Sequence[RunRecord]) -> list[str]:
         notes.append("The runs have different losses, whose values say nothing about one another.")
     tests = {(r.cfg.data.test or r.cfg.data.train, r.cfg.data.holdout, r.cfg.eval.max_test) for r in runs}
     rules = {(r.cfg.eval.k, r.cfg.eval.temperature, r.cfg.eval.max_train) for r in runs}
-    if len(tests) > 1:
+    results = [r.result for r in runs if r.result]
+    # of what was at one path at different times, too
+    hashes = {r["images"]["test"] for r in results if "images" in r}
+    if len(tests) > 1 or len(hashes) > 1:
         notes.append("The runs are evaluated on different test images: their accuracies cannot be compared.")
     elif len(rules) > 1:
         notes.append(
             "k-NN follows different rules (eval.*): small differences in accuracy may come from that."
+        )
+    if len({(r.get("crop_pct"), r.get("interpolation")) for r in results}) > 1:
+        notes.append(
+            "Final evaluations resize images by different rules (crop share): differences may come from that."
         )
     if len({(r.env.get("gpu") or r.env.get("device"), r.env.get("host")) for r in runs}) > 1:
         notes.append(

@@ -17,7 +17,7 @@ from ..config import SIZES, Config, FinetuneConfig, differing, flatten, nearest_
 from ..data.sources import BUILT_IN
 from ..errors import UsageError, counted
 from ..evaluation.classification import is_classification
-from ..evaluation.result import is_result, is_segmentation
+from ..evaluation.result import is_result, is_segmentation, result_id
 from ..evaluation.subject import run_config
 from ..files import fits, read_json, read_log
 from ..models.classifier import Classifier
@@ -102,6 +102,7 @@ def read_run(folder: str | Path) -> RunRecord:
         raise UsageError(f"{folder}: not a run folder (no config.json of a run in it)")
     env = read_json(path / "env.json", {})
     train, evals, warnings = last_attempts(read_log(path / "log.jsonl"))
+    result = _read(path / "reports" / "evaluation.json", is_result)
     return RunRecord(
         path,
         cfg,
@@ -111,16 +112,19 @@ def read_run(folder: str | Path) -> RunRecord:
         train,
         evals,
         warnings,
-        _read(path / "reports" / "evaluation.json", is_result),
-        _more(path / "reports"),
+        result,
+        _more(path / "reports", result),
         _read(path / "reports" / "classification.json", is_classification),
     )
 
 
-def _more(reports: Path) -> list[Record]:
+def _more(reports: Path, own: Record) -> list[Record]:
     kinds = {"evaluation-*.json": is_result, "segmentation-*.json": is_segmentation}
     found = [_read(file, fit) for kind, fit in kinds.items() for file in sorted(reports.glob(kind))]
-    return sorted(filter(None, found), key=lambda result: result["step"] or 0)
+    # older versions kept the run's own in a second file where its images were named
+    known = [(result_id(own), own["step"])] if own else []
+    others = [r for r in found if r and (result_id(r), r["step"]) not in known]
+    return sorted(others, key=lambda result: result["step"] or 0)
 
 
 def _read(path: Path, makes_sense: Callable[[Record], bool]) -> Record:

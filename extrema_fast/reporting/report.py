@@ -19,7 +19,7 @@ from ..data.image_files import read_as
 from ..data.sources import open_source
 from ..errors import UsageError, cannot_import, one_line
 from ..evaluation.features import Embedded
-from ..evaluation.result import CLS, MEAN, PIXELS, PRETRAINED, RANDOM, summary
+from ..evaluation.result import CLS, MEAN, PIXELS, PRETRAINED, RANDOM, summaries
 from ..evaluation.subject import resolve_data
 from ..files import no_links, write_file
 from ..progress import duration
@@ -99,7 +99,7 @@ def report(
         + [f"evaluation: {t}" for t in run.result.get("warnings", [])],
         result={"rows": []} | run.result,
         tuned=tuned,
-        more=[summary(result) for result in run.more],
+        more=summaries(run.more, run.step),
         classified=run.classified,
         shades=_shades(run.classified),
         classes=_classes(run.classified or run.result),

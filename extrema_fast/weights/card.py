@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import FREE_FIELDS, NOT_TUNED, Config, FinetuneConfig, flatten
+from ..config import FREE_FIELDS, NOT_TUNED, Config, EvalConfig, FinetuneConfig, flatten
 from ..errors import printable
 from ..files import fits, history, read_json
 
@@ -73,6 +73,31 @@ _WORDS = {
     "tune.ema": "average of the weights",
 }
 _TITLES = {"knn": "k-NN", "probe": "linear probe"}
+# of the linear probe of an evaluation -> its title
+PROTOCOLS = {"paper": "linear probe", "grid": "linear probe, best rate", "logistic": "logistic regression"}
+
+
+def rules(result: Mapping[str, Any], crop_pct: float | None = None) -> list[str]:
+    """In words by what rules an evaluation was made, where these are not the usual ones: k-NN, resizing, seeds.
+
+    Args:
+        result: Of `evaluate` or `segment`, or what a record keeps of it.
+        crop_pct: The usual one; None: any is named.
+    """
+    temperature, crop = result.get("temperature"), result.get("crop_pct")
+    seed, seeds = result.get("seed", 0), result.get("seeds", 1)
+    words = []
+    if temperature not in (None, EvalConfig.temperature):
+        words.append(f"temperature {temperature}")
+    if crop not in (None, crop_pct):
+        words.append(f"crop share {crop}")
+    if result.get("interpolation", "bilinear") != "bilinear":
+        words.append(result["interpolation"])
+    if seeds > 1:
+        words.append(f"{seeds} seeds" + (f" from {seed}" if seed else ""))
+    elif seed:
+        words.append(f"seed {seed}")
+    return words
 
 
 # ---- what a run knows -------------------------------------------------------------------------------

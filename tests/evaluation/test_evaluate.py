@@ -2,7 +2,7 @@
 
 Covers: k-NN against a plain loop; the probe against the paper's rule written out with torch's own optimizer; bad
 features, labels and classes; indicators of constant, low-rank and isotropic features; warnings loud on collapse and
-silent on health; the result file's cache; nothing random consumed.
+silent on health; the result file's cache, which file it is, and what a line says of it; nothing random consumed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from extrema_fast.evaluation.collapse import collapse_warnings
 from extrema_fast.evaluation.features import extract, overlap, raw_pixels
 from extrema_fast.evaluation.online import online_eval
 from extrema_fast.evaluation.probes import attention_entropy, indicators, knn, linear_probe
-from extrema_fast.evaluation.result import format_table, is_result, per_class
+from extrema_fast.evaluation.result import format_table, is_result, per_class, result_id, summaries
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.progress import ImageProgress
 from extrema_fast.training.run import build, open_test, open_train, take_cropped_whole
@@ -544,6 +544,71 @@ def test_another_rule_leaves_the_runs_own_result_as_it_is(run, change):
     files = sorted(f.name for f in (run / "reports").iterdir())
     assert files == [f"evaluation-{other['key']}.json", "evaluation.json"]
     assert json.loads((run / "reports" / "evaluation.json").read_text()) == whole
+
+
+def test_other_images_of_equal_names_and_sizes_are_other_images(run, images, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for version, level in (("v1", 0), ("v2", 9)):
+        for file in sorted(images.rglob("*.png")):
+            to = tmp_path / version / "pets" / file.relative_to(images).with_suffix(".bmp")
+            to.parent.mkdir(parents=True, exist_ok=True)
+            pixels = torch.full((32, 32, 3), 20 * (ord(file.parent.name) - 96) + level, dtype=torch.uint8)
+            image.fromarray(pixels.numpy()).save(to)
+    shutil.copytree(tmp_path / "v1" / "pets", tmp_path / "moved")
+    first, second, moved = (
+        evals.evaluate(run, str(tmp_path / data), metrics=("knn",), device="cpu")
+        for data in ("v1/pets", "v2/pets", "moved")
+    )
+    assert result_id(first) != result_id(second) and result_id(first) == result_id(moved)
+    a, b = (s["what"] for s in summaries([first, second]))
+    assert (a, b) == tuple(
+        f"{v}/pets/train / {v}/pets/test, linear probe, k = 5, 30 training and 15 test images"
+        for v in ("v1", "v2")
+    )
+
+
+def test_a_result_of_an_older_version_gets_the_hashes_of_its_images(run, monkeypatch):
+    whole = evals.evaluate(run, device="cpu")
+    file = run / "reports" / "evaluation.json"
+    old = {name: value for name, value in whole.items() if name != "images"}
+    file.write_text(json.dumps(old))
+    monkeypatch.setattr(evals, "extract", None)
+    assert evals.evaluate(run, device="cpu") == whole == json.loads(file.read_text())
+
+
+RESULT = {"metrics": ["knn"], "k": 5, "which": "teacher", "step": 7, "temperature": 0.07, "seed": 0}
+RESULT |= {"rows": [{"encoder": "pretrained", "feature": "class token", "knn": 0.5}], "gain": {}}
+RESULT |= {"counts": {"train": 30, "test": 15, "classes": 3}, "crop_pct": 0.875, "interpolation": "bilinear"}
+RESULT |= {"train": "/a/pets/train", "test": "/a/pets/test", "images": {"train": "1", "test": "2"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"temperature": 1.0}, ", temperature 1.0"),
+        ({"seed": 5}, ", seed 5"),
+        ({"seeds": 3}, ", 3 seeds"),
+        ({"seeds": 3, "seed": 5}, ", 3 seeds from 5"),
+        ({"crop_pct": 1.0}, ", crop share 1.0"),
+        ({"interpolation": "bicubic"}, ", bicubic"),
+        ({"counts": {"train": 30, "test": 6, "classes": 3}}, "30 training and 6 test images"),
+        ({"which": "student"}, ", student"),
+        ({"images": {"train": "1", "test": "3"}}, ", images 8edc8095"),
+        ({"images": None}, ", images not recorded"),
+        ({"images": None, "test": "/b/pets/test"}, "/ b/pets/test, "),
+        ({"images": None, "holdout": 0.2}, ", 20 % held out"),
+        ({"resized": "... which are taken whole", "crop_pct": None}, "size whole"),
+    ],
+)
+def test_results_on_other_images_or_by_other_rules_have_other_words(change, words):
+    other = {name: value for name, value in (RESULT | change).items() if value is not None}
+    assert result_id(other) != result_id(RESULT)
+    plain, said = (s["what"] for s in summaries([RESULT, other]))
+    assert plain != said and words in said and words not in plain
+    # of other weights, and of the same images elsewhere
+    moved = RESULT | {"step": 9, "path": "other", "train": "/c/train"}
+    assert result_id(moved) == result_id(RESULT)
+    assert [s["what"].endswith("step 9") for s in summaries([moved, RESULT], 7)] == [True, False]
 
 
 def test_test_images_among_the_training_images_are_noticed(run, images, tmp_path):

@@ -244,7 +244,7 @@ def test_other_evaluations_are_in_report_and_comparison(run):
     pytest.importorskip("matplotlib", reason="reports need matplotlib (extra: train)")
     result = evals.evaluate(run, labels="0.5", seeds=2, protocol="logistic", device="cpu")
     found = summary(result)
-    assert "logistic regression, labels 0.5, k = 5, 18 training images, 2 seeds" in found["what"]
+    assert "logistic regression, labels 0.5, k = 5, 18 training and 15 test images, 2 seeds" in found["what"]
     assert found["feature"] == best_feature(result) and "±" in found["scores"]["probe"]["text"]
     other = shutil.copytree(run, run.parent / "other")
     for file in (other / "reports").glob("evaluation-*.json"):

@@ -1,7 +1,8 @@
 """The page about several runs.
 
 Covers: runs that are finished, evaluated, continued, empty or alike in name; curves by step, epoch and minutes; the
-settings that differ, alone; what cannot be compared is said; balanced tags, nothing external; what it refuses.
+settings that differ, alone; what cannot be compared is said, and has no row in common; balanced tags, nothing external;
+what it refuses.
 """
 
 from __future__ import annotations
@@ -128,6 +129,67 @@ def test_what_cannot_be_compared_is_said(tmp_path, no_charts, changes, words):
     html = compare([a, b], tmp_path / "page.html").read_text()
     notes = re.findall(r'<p class="warn">(.*?)</p>', html)
     assert len(notes) == bool(words) and all(words in note for note in notes)
+
+
+def evaluated(run: Path, name: str, knn: float, **changes: object) -> None:
+    rows = [{"encoder": "pretrained", "feature": "class token", "knn": knn}]
+    result = {"metrics": ["knn"], "rows": rows, "gain": {"mean of patches": {"knn": 0.0}}, "warnings": []}
+    result |= {"counts": {"train": 30, "test": 15, "classes": 3}, "which": "teacher", "step": 1, "k": 5}
+    result |= {"temperature": 0.07, "seed": 0, "train": "/a/pets/train", "test": "/a/pets/test"}
+    result |= {"images": {"train": "1", "test": "2"}} | changes
+    (run / "reports").mkdir(exist_ok=True)
+    (run / "reports" / f"evaluation{name}.json").write_text(json.dumps(result))
+
+
+def test_a_row_holds_one_evaluation_alone(tmp_path, no_charts):
+    a, b = make(tmp_path / "a", 1), make(tmp_path / "b", 1)
+    evaluated(a, "-1", 0.101)
+    evaluated(a, "-2", 0.102, temperature=1.0)
+    evaluated(a, "-3", 0.103, seed=5)
+    # the same images elsewhere; others of that name, at another path and at the same one
+    evaluated(b, "-1", 0.201, train="/b/pets/train", test="/b/pets/test")
+    evaluated(
+        b, "-2", 0.202, train="/c/v2/pets/train", test="/c/v2/pets/test", images=dict(train="3", test="4")
+    )
+    evaluated(b, "-3", 0.203, images=dict(train="5", test="6"))
+    # an older one of an earlier step, and the run's own, which another run has as one of others
+    evaluated(b, "-4", 0.204, step=0)
+    evaluated(b, "", 0.205, seed=5)
+    rows = module._more([module.read_run(a), module.read_run(b)])
+    assert sorted(rows.values(), key=str) == sorted(
+        [["10.1 %", "20.1 %"], ["10.2 %", None], ["10.3 %", "20.5 %"], [None, "20.2 %"], [None, "20.3 %"]],
+        key=str,
+    )
+    for words, values in (
+        ("temperature 1.0", ["10.2 %", None]),
+        ("seed 5", ["10.3 %", "20.5 %"]),
+        ("v2/pets/test", [None, "20.2 %"]),
+    ):
+        assert [v for name, v in rows.items() if words in name] == [values]
+    page = compare([a, b], tmp_path / "page.html").read_text()
+    assert all(name in page for name in rows)
+
+
+def test_final_evaluations_of_other_images_or_resizing_are_said(tmp_path, no_charts):
+    a, b = make(tmp_path / "a", 1), make(tmp_path / "b", 1)
+    evaluated(a, "", 0.1)
+    for change, words in (
+        ({"images": dict(train="1", test="9")}, "different test images"),
+        ({"crop_pct": 1.0}, "resize images by different rules"),
+        ({}, ""),
+    ):
+        evaluated(b, "", 0.2, **change)
+        html = compare([a, b], tmp_path / "page.html").read_text()
+        notes = re.findall(r'<p class="warn">(.*?)</p>', html)
+        assert len(notes) == bool(words) and all(words in note for note in notes)
+
+
+def test_the_runs_own_evaluation_is_listed_once(tmp_path, no_charts):
+    a = make(tmp_path / "a", 1)
+    for name in ("", "-1"):
+        evaluated(a, name, 0.1)
+    evaluated(a, "-2", 0.1, step=0)
+    assert [result["step"] for result in module.read_run(a).more] == [0]
 
 
 def test_refusals(tmp_path, no_charts):
