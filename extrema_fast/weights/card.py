@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,21 @@ CARD = "README.md"
 UNKNOWN = "not recorded"
 
 _COUNT = {"name?": str, "images?": int, "classes?": int}
+_SCORES = {"knn?": float, "probe?": float}
 _RESULT = {
-    "rows": [{"encoder": str, "feature": str, "knn?": float, "probe?": float}],
+    "rows": [{"encoder": str, "feature": str, **_SCORES, "spread?": _SCORES}],
     "counts": {"train": int, "test": int, "classes": int},
     "train?": str,
     "test?": str,
     "k?": int,
+    "temperature?": float,
+    "crop_pct?": float,
+    "interpolation?": str,
+    "protocol?": str,
+    "labels?": str,
+    "labelled?": {"of": int},
+    "seed?": int,
+    "seeds?": int,
     "which": str,
     "step": int,
 }
@@ -125,16 +134,7 @@ def run_record(weights: Path, meta: Mapping[str, Any], which: str | None) -> dic
             k: _named(v) for k, v in env.get("data", {}).items() if fits(v, _COUNT) and k in ("train", "test")
         },
         "recipe": dict(_recipe(cfg, env)),
-        "results": [
-            {
-                **{k: r[k] for k in map(_bare, _RESULT) if k in r},
-                "train": _short(r["train"]),
-                "test": _short(r["test"]),
-            }
-            for r in (read_json(p, {}) for p in sorted(folder.glob("reports/evaluation*.json")))
-            if fits(r, {**_RESULT, "train": str, "test": str})
-            and (r["step"], r["which"]) == (meta.get("step"), which)
-        ],
+        "results": _evaluations(folder, meta, which),
     }
     if which != "student" and (online := _online(folder, cfg, meta.get("step"))):
         found["online"] = online
@@ -162,6 +162,52 @@ def _online(folder: Path, cfg: Mapping[str, Any], step: Any) -> dict[str, Any] |
     ]
     online = {"rows": rows, "test": evals[-1].get("images"), "k": flatten(cfg).get("eval.k")}
     return online if fits(online, _ONLINE) else None
+
+
+def _evaluations(folder: Path, meta: Mapping[str, Any], which: str | None) -> list[dict[str, Any]]:
+    """The evaluations of these weights, that of `evaluate RUN` first, each once."""
+    shape = {**_RESULT, "train": str, "test": str}
+    files = sorted(folder.glob("reports/evaluation*.json"), key=lambda p: (p.stem != "evaluation", p.name))
+    read = [r for r in (read_json(p, {}) for p in files) if fits(r, shape)]
+    found: list[dict[str, Any]] = []
+    for r in read:
+        if (r["step"], r["which"]) == (meta.get("step"), which) and not any(
+            _same(r, other) for other in found
+        ):
+            found.append(r)
+    image = meta.get("input", {})
+    # older weights, without `crop_mode`, take images of their size whole
+    own = {k: image.get(k) if "crop_mode" in image else None for k in ("crop_pct", "interpolation")}
+    names: dict[str, list[str]] = {}
+    kept = []
+    for r in found:
+        out = {k: r[k] for k in map(_bare, _RESULT) if k in r}
+        # resized as the table of the model says
+        if own == {k: r.get(k) for k in own}:
+            out = {k: v for k, v in out.items() if k not in own}
+        for k in ("train", "test"):
+            # other images may have the same name, since their folders are not told
+            of_name = names.setdefault(_short(r[k]), [])
+            if (path := r[k].rstrip("/")) not in of_name:
+                of_name.append(path)
+            n = of_name.index(path)
+            out[k] = _short(r[k]) + (f" ({n + 1})" if n else "")
+        if "labels" in r:
+            out["labels"] = _short(r["labels"])
+        if "labelled" in r:
+            out["labelled"] = {"of": r["labelled"]["of"]}
+        kept.append(out)
+    return kept
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two result files hold one result; in older versions its images could have another path in each."""
+    measured = [k for k in map(_bare, _RESULT) if k not in ("train", "test")]
+    return (
+        all(a.get(k) == b.get(k) for k in measured)
+        and all(Path(a[k]).name == Path(b[k]).name for k in ("train", "test"))
+        and ("images" not in a or "images" not in b or a["images"] == b["images"])
+    )
 
 
 def _bare(key: str) -> str:
@@ -397,20 +443,48 @@ def _head(form: str, classifies: bool, ours: bool, record: Mapping[str, Any]) ->
         "# license: the publisher's choice, such as apache-2.0 or cc-by-nc-4.0",
     ]
     if found := record.get("results"):
-        entries = []
-        for result in found:
-            name = result.get("test", UNKNOWN)
-            metrics = [
-                {"type": "accuracy", "name": f"{title}, {row['feature']}", "value": round(100 * row[key], 2)}
-                for row in result["rows"]
-                if row["encoder"] == "pretrained"
-                for key, title in _TITLES.items()
-                if key in row
-            ]
-            task = {"type": "image-classification", "name": "frozen features"}
-            entries.append({"task": task, "dataset": {"type": name, "name": name}, "metrics": metrics})
-        lines.append(f"model-index: {json.dumps([{'name': 'encoder', 'results': entries}])}")
+        lines.append(f"model-index: {json.dumps([{'name': 'encoder', 'results': _index(found)}])}")
     return "\n".join(lines)
+
+
+def _index(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of `model-index`: under one name of a metric a data set has one value."""
+    entries, known = [], dict[tuple[str, str], float]()
+    for result in results:
+        counts, metrics, data = result["counts"], [], result.get("test", UNKNOWN)
+        for row, key in ((r, m) for r in result["rows"] if r["encoder"] == "pretrained" for m in _TITLES):
+            if key not in row:
+                continue
+            title = f"k-NN (k={result['k']})" if key == "knn" and "k" in result else _title(result, key)
+            name = ", ".join([title, row["feature"], *_words(result, results, key)])
+            value = round(100 * row[key], 2)
+            # what names and rules do not tell apart, the numbers of images may
+            counted = f"{name}, {counts['train']} training and {counts['test']} test images"
+            names = [name, counted, *(f"{counted} ({n})" for n in range(2, len(results) + 1))]
+            name = next(n for n in names if known.get((data, n), value) == value)
+            if (data, name) not in known:
+                metrics.append({"type": "accuracy", "name": name, "value": value})
+            known[data, name] = value
+        if metrics:
+            task = {"type": "image-classification", "name": "frozen features"}
+            entries.append({"task": task, "dataset": {"type": data, "name": data}, "metrics": metrics})
+    return entries
+
+
+def _title(result: Mapping[str, Any], metric: str) -> str:
+    protocol = result.get("protocol", "paper")
+    return PROTOCOLS.get(protocol, protocol) if metric == "probe" else _TITLES[metric]
+
+
+def _words(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]], metric: str = "") -> list[str]:
+    """How a result was made, besides its protocol, where that is not as usual: labels, training images, rules."""
+    words = [f"labels {result['labels']}"] if "labels" in result else []
+    first = next(r for r in results if r.get("test") == result.get("test"))
+    if (train := result.get("train")) != first.get("train"):
+        words.append(f"learned from {train}")
+    # of k-NN alone
+    skipped = "temperature" if metric == "probe" else ""
+    return words + rules({k: v for k, v in result.items() if k != skipped})
 
 
 def _table(rows: Mapping[str, Any]) -> str:
@@ -469,9 +543,14 @@ def _results(record: Mapping[str, Any]) -> str:
         neighbors = (
             f" k-NN with {result['k']} neighbors." if "k" in result and "knn" in _metrics(result) else ""
         )
+        how = [_title(result, "probe")] if result.get("protocol", "paper") != "paper" else []
+        how = [_plain(word) for word in how + _words(result, results)]
+        told = f" ({'; '.join(how)})" if how else ""
+        of = f" (of {result['labelled']['of']:,})" if "labelled" in result else ""
+        spread = " ±: standard deviation over the seeds." if "seeds" in result else ""
         parts += [
-            f"Frozen features on {test}: {counts['train']:,} labeled training and {counts['test']:,} test images, "
-            f"{counts['classes']} classes.{neighbors}",
+            f"Frozen features on {test}{told}: {counts['train']:,} labeled "
+            f"training{of} and {counts['test']:,} test images, {counts['classes']} classes.{neighbors}{spread}",
             _scores(result),
         ]
     if online and not results:
@@ -489,11 +568,15 @@ def _metrics(result: Mapping[str, Any]) -> list[str]:
 def _scores(result: Mapping[str, Any]) -> str:
     """A table of the metrics of each encoder and feature."""
     metrics = _metrics(result)
-    lines = ["| encoder | feature | " + " | ".join(f"{_TITLES[m]}, %" for m in metrics) + " |"]
+    lines = ["| encoder | feature | " + " | ".join(f"{_plain(_title(result, m))}, %" for m in metrics) + " |"]
     lines.append("|---|---|" + "---:|" * len(metrics))
     for row in result["rows"]:
         cells = [_plain(row["encoder"]), _plain(row["feature"])]
-        cells += [f"{100 * row[m]:.1f}" if m in row else "" for m in metrics]
+        spread = row.get("spread", {})
+        cells += [
+            f"{100 * row[m]:.1f}" + (f" ± {100 * spread[m]:.1f}" if m in spread else "") if m in row else ""
+            for m in metrics
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

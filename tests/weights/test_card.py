@@ -1,9 +1,9 @@
 """The card of an export: what the run has recorded, and nothing else.
 
 Covers: data, recipe and results of the run around the weights, without folders of its author; evaluations of another
-step or network, and runs of another configuration, are left out; an export of an export still has them; what is unknown
-is said; the head as Hugging Face reads it; the lines of code run, of a classifier with the names of its classes; a card
-that its user edited stays.
+step or network, and runs of another configuration, are left out; evaluations by different rules are told apart; an
+export of an export still has them; what is unknown is said; the head as Hugging Face reads it; the lines of code run,
+of a classifier with the names of its classes; a card that its user edited stays.
 """
 
 from __future__ import annotations
@@ -174,9 +174,65 @@ def test_the_head_as_hugging_face_reads_it(run, tmp_path):
     assert data.license is None and "extrema" in data.tags
     found = {(r.dataset_name, r.metric_name): r.metric_value for r in data.eval_results}
     assert found == {
-        ("birds/test", "k-NN, class token"): 62.5,
+        ("birds/test", "k-NN (k=20), class token"): 62.5,
         ("birds/test", "linear probe, class token"): 75.0,
     }
+
+
+def kept(run, name: str, knn: float, **changes: object) -> None:
+    """An evaluation of these weights, in a file of its own."""
+    rows = [{"encoder": "pretrained", "feature": "class token", "knn": knn, "probe": knn + 0.1}]
+    result = RESULT | {"train": "/home/ann/birds/train", "test": "/home/ann/birds/test", "rows": rows}
+    (run / "reports" / f"evaluation{name}.json").write_text(json.dumps(result | changes))
+
+
+def test_evaluations_by_different_rules_are_told_apart(run, tmp_path):
+    own = json.loads((run / "reports" / "evaluation.json").read_text())
+    seeds = {"rows": [own["rows"][0] | {"spread": {"knn": 0.01, "probe": 0.02}}], "seeds": 3}
+    few = {"labels": "0.1", "labelled": {"of": 900, "rows": ["1 2", "3 4"]}}
+    image = {"crop_pct": 0.875, "interpolation": "bilinear"}
+    for name, knn, change in (
+        ("-0", 0.1, {"protocol": "grid"} | image),
+        ("-1", 0.2, few | {"protocol": "logistic"} | seeds),
+        ("-2", 0.3, {"temperature": 1.0, "k": 7}),
+        ("-3", 0.4, {"crop_pct": 1.0, "interpolation": "bilinear", "seed": 5}),
+        ("-4", 0.5, {"test": "/mnt/other/birds/test"}),
+        ("-5", 0.6, {"train": "/home/ann/more/train"}),
+        # the first again, as older versions kept it where its images were named
+        ("-6", 0.0, own | {"train": "birds/train"}),
+    ):
+        kept(run, name, knn, **change)
+    export(run, tmp_path / "out")
+    text = card(tmp_path / "out")
+    counted = "90 labeled training and 40 test images, 3 classes."
+    assert [line for line in text.splitlines() if line.startswith("Frozen")] == [
+        f"Frozen features on birds/test: {counted} k-NN with 20 neighbors.",
+        f"Frozen features on birds/test (linear probe, best rate): {counted} k-NN with 20 neighbors.",
+        "Frozen features on birds/test (logistic regression; labels 0.1; 3 seeds): 90 labeled training (of 900) and 40 "
+        "test images, 3 classes. k-NN with 20 neighbors. ±: standard deviation over the seeds.",
+        f"Frozen features on birds/test (temperature 1.0): {counted} k-NN with 7 neighbors.",
+        f"Frozen features on birds/test (crop share 1.0; seed 5): {counted} k-NN with 20 neighbors.",
+        f"Frozen features on birds/test (2): {counted} k-NN with 20 neighbors.",
+        f"Frozen features on birds/test (learned from more/train): {counted} k-NN with 20 neighbors.",
+    ]
+    assert "| encoder | feature | k-NN, % | logistic regression, % |" in text
+    assert "| pretrained | class token | 62.5 ± 1.0 | 75.0 ± 2.0 |" in text
+    assert "/home" not in text and "/mnt" not in text and "1 2" not in text
+    index = json.loads(text.split("model-index: ")[1].splitlines()[0])[0]["results"]
+    names = [(entry["dataset"]["name"], m["name"]) for entry in index for m in entry["metrics"]]
+    assert len(set(names)) == len(names)
+    for name in (
+        "k-NN (k=20), class token",
+        "linear probe, best rate, class token",
+        "logistic regression, class token, labels 0.1, 3 seeds",
+        "k-NN (k=7), class token, temperature 1.0",
+        "linear probe, class token, crop share 1.0, seed 5",
+        "k-NN (k=20), class token, learned from more/train",
+    ):
+        assert ("birds/test", name) in names
+    # what neither names nor rules tell apart: here both probes by the paper's rule, of other neighbors
+    again = "linear probe, class token, 90 training and 40 test images"
+    assert ("birds/test", again) in names and ("birds/test (2)", "linear probe, class token") in names
 
 
 @pytest.mark.parametrize("format", ["extrema", "vit"])
