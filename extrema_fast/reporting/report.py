@@ -20,7 +20,7 @@ from ..data.sources import open_source
 from ..errors import UsageError, cannot_import, one_line
 from ..evaluation.features import Embedded
 from ..evaluation.result import CLS, MEAN, PIXELS, PRETRAINED, RANDOM, summaries
-from ..evaluation.subject import resolve_data
+from ..evaluation.subject import resolve_data, run_data
 from ..files import no_links, write_file
 from ..progress import duration
 from ..weights import load as convert
@@ -98,6 +98,7 @@ def report(
         warnings=[f"step {r['step']:,}: {r.get('text', '')}" for r in run.warnings]
         + [f"evaluation: {t}" for t in run.result.get("warnings", [])],
         result={"rows": []} | run.result,
+        lacks=_lacks(run),
         tuned=tuned,
         more=summaries(run.more, run.step),
         classified=run.classified,
@@ -137,6 +138,15 @@ def _where(run: RunRecord) -> str:
     total = run.status.get("total_steps")
     parts = [f"step {run.step:,}" + (f" of {total:,}" if total else ""), str(run.status.get("reason") or "")]
     return "; ".join(p for p in parts if p)
+
+
+def _lacks(run: RunRecord) -> str:
+    """In words what `evaluate` needs and the run's own images lack; empty where nothing is known to be missing."""
+    counts = [c for c in run.env.get("data", {}).values() if c]
+    # a count with a name and without classes is of images without labels
+    if any("name" in c and "classes" not in c for c in counts):
+        return "The run's images have no labels"
+    return "" if len(counts) > 1 or run_data(run.cfg) else "The run has no test images"
 
 
 def _beginning(run: RunRecord) -> str:

@@ -440,6 +440,30 @@ def test_report_without_pictures_and_of_unlabelled_images(images, cache, tmp_pat
     assert len(images) == 6 and all(len(row) == 6 and row[0] not in row[1:] for row in images)
 
 
+@pytest.mark.parametrize("lacking", ["labels", "test images", ""])
+def test_what_evaluate_would_refuse_is_not_advised(images, cache, tmp_path, lacking):
+    cfg = config(images)
+    if lacking == "labels":
+        flat = {split: str(images / split / "dark") for split in ("train", "test")}
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **flat))
+    if lacking == "test images":
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, test=""))
+    cfg = dataclasses.replace(cfg, out=str(tmp_path / "run"))
+    folder = pretrain(cfg, progress=False)
+    (note,) = re.findall(r'<p class="note">([^<]*).*?evaluate', report(folder, images=0).read_text())
+    if not lacking:
+        assert note.startswith("Not evaluated yet")
+        return
+    assert f"no {lacking}: with labelled images" in note
+    assert "evaluate RUN --data FOLDER" in report(folder, images=0).read_text()
+    with pytest.raises(UsageError):
+        evals.evaluate(folder, device="cpu")
+    # what it advises works, and is not advised any more
+    evals.evaluate(folder, str(images), device="cpu")
+    text = report(folder, images=0).read_text()
+    assert "--data FOLDER" not in text and "Not evaluated" not in text and "More evaluations" in text
+
+
 def test_broken_images_take_no_others_out(images, cache, tmp_path):
     copy = shutil.copytree(images, tmp_path / "images")
     cfg = config(copy)
