@@ -199,23 +199,36 @@ def summaries(results: Sequence[dict[str, Any]], step: int | None = None) -> lis
         results: Of `evaluate` and `segment`, those that one page shows.
         step: Results of other steps say which; None: none does.
     """
-    whats, of = [_what(r) for r in results], [result_id(r) for r in results]
-
-    def ambiguous() -> set[str]:
-        first = dict(zip(reversed(whats), reversed(of), strict=True))
-        return {what for what, of_one in zip(whats, of, strict=True) if first[what] != of_one}
-
-    longest = max((str(r.get(k, "")).count("/") + 1 for r in results for k in _PATHS), default=0)
-    for parts in range(3, longest + 1):
-        if same := ambiguous():
-            whats = [_what(r, parts) if w in same else w for r, w in zip(results, whats, strict=True)]
+    parts = [2] * len(results)
+    for longer in range(3, max((_path(r, k).count("/") + 2 for r in results for k in _PATHS), default=0)):
+        found = list(zip(results, parts, strict=True))
+        parts = [longer if any(_ambiguous(r, other, n, m) for other, m in found) else n for r, n in found]
+    whats = [_what(r, n) for r, n in zip(results, parts, strict=True)]
     # other images at the same path
-    if same := ambiguous():
-        whats = [f"{w}, {_mark(r)}" if w in same else w for r, w in zip(results, whats, strict=True)]
+    of: dict[str, set[str]] = {}
+    for what, r in zip(whats, results, strict=True):
+        of.setdefault(what, set()).add(result_id(r))
+    whats = [f"{w}, {_mark(r)}" if len(of[w]) > 1 else w for w, r in zip(whats, results, strict=True)]
     if step is not None:
         late = [r["step"] not in (None, step) for r in results]
         whats = [f"{w}, step {r['step']:,}" if x else w for r, w, x in zip(results, whats, late, strict=True)]
     return [summary(r) | {"what": what} for r, what in zip(results, whats, strict=True)]
+
+
+def _path(result: dict[str, Any], name: str) -> str:
+    return str(result.get(name, "")).rstrip("/")
+
+
+def _short(path: str, parts: int) -> str:
+    return "/".join(path.rstrip("/").split("/")[-parts:])
+
+
+def _ambiguous(a: dict[str, Any], b: dict[str, Any], parts: int, of_b: int) -> bool:
+    """Whether a path of both has the same short name and is another, not known to hold the same images."""
+    if "images" in a and a["images"] == b.get("images"):
+        return False
+    paths = [(_path(a, k), _path(b, k)) for k in _PATHS]
+    return any(p != q and _short(p, parts) == _short(q, of_b) for p, q in paths)
 
 
 def _mark(result: dict[str, Any]) -> str:
@@ -226,18 +239,14 @@ def _mark(result: dict[str, Any]) -> str:
 
 def _what(result: dict[str, Any], parts: int = 2) -> str:
     """What was measured, with the last `parts` of paths: two tell `set/train` from `set/test`."""
-
-    def short(path: str) -> str:
-        return "/".join(path.rstrip("/").split("/")[-parts:])
-
     if "kind" in result:
-        words = [f"segmentation of {short(result['data'])}"]
+        words = [f"segmentation of {_short(result['data'], parts)}"]
         words += [f"{' x '.join(map(str, result['img_size']))} pixels"] if "img_size" in result else []
     else:
-        places = " / ".join(dict.fromkeys(short(result[k]) for k in ("train", "test") if k in result))
+        places = " / ".join(dict.fromkeys(_short(result[k], parts) for k in ("train", "test") if k in result))
         held = f"{100 * result['holdout']:g} % held out" if "holdout" in result else ""
         words = [places, held, PROTOCOLS[result.get("protocol", "paper")]]
-        words += [f"labels {short(result['labels'])}"] if "labels" in result else []
+        words += [f"labels {_short(result['labels'], parts)}"] if "labels" in result else []
         words += [f"k = {result['k']}"]
     words += [f"{result['counts']['train']} training and {result['counts']['test']} test images"]
     words += [result["which"]] if result["which"] != "teacher" else []

@@ -605,6 +605,12 @@ def test_results_on_other_images_or_by_other_rules_have_other_words(change, word
     assert result_id(other) != result_id(RESULT)
     plain, said = (s["what"] for s in summaries([RESULT, other]))
     assert plain != said and words in said and words not in plain
+    # of one page's images of one name every line says which
+    elsewhere = {"train": "/v2/pets/train", "test": "/v2/pets/test", "images": {"train": "3", "test": "4"}}
+    lines = [s["what"] for s in summaries([RESULT, RESULT | elsewhere, RESULT | {"labels": "0.1"}])]
+    assert [line.split(",")[0] for line in lines] == [
+        f"{v}/pets/train / {v}/pets/test" for v in ("a", "v2", "a")
+    ]
     # of other weights, and of the same images elsewhere
     moved = RESULT | {"step": 9, "path": "other", "train": "/c/train"}
     assert result_id(moved) == result_id(RESULT)
