@@ -203,16 +203,16 @@ def summaries(results: Sequence[dict[str, Any]], step: int | None = None) -> lis
     for longer in range(3, max((_path(r, k).count("/") + 2 for r in results for k in _PATHS), default=0)):
         found = list(zip(results, parts, strict=True))
         parts = [longer if any(_ambiguous(r, other, n, m) for other, m in found) else n for r, n in found]
-    whats = [_what(r, n) for r, n in zip(results, parts, strict=True)]
+    texts = [_what(r, n) for r, n in zip(results, parts, strict=True)]
     # other images at the same path
     of: dict[str, set[str]] = {}
-    for what, r in zip(whats, results, strict=True):
+    for what, r in zip(texts, results, strict=True):
         of.setdefault(what, set()).add(result_id(r))
-    whats = [f"{w}, {_mark(r)}" if len(of[w]) > 1 else w for w, r in zip(whats, results, strict=True)]
+    texts = [f"{w}, {_mark(r)}" if len(of[w]) > 1 else w for w, r in zip(texts, results, strict=True)]
     if step is not None:
         late = [r["step"] not in (None, step) for r in results]
-        whats = [f"{w}, step {r['step']:,}" if x else w for r, w, x in zip(results, whats, late, strict=True)]
-    return [summary(r) | {"what": what} for r, what in zip(results, whats, strict=True)]
+        texts = [f"{w}, step {r['step']:,}" if x else w for r, w, x in zip(results, texts, late, strict=True)]
+    return [summary(r) | {"what": what} for r, what in zip(results, texts, strict=True)]
 
 
 def _path(result: dict[str, Any], name: str) -> str:
