@@ -570,6 +570,7 @@ def test_other_images_of_equal_names_and_sizes_are_other_images(run, images, tmp
 def test_a_result_of_an_older_version_gets_the_hashes_of_its_images(run, monkeypatch):
     whole = evals.evaluate(run, device="cpu")
     file = run / "reports" / "evaluation.json"
+    assert whole["images"]["train"] != whole["images"]["test"]
     old = {name: value for name, value in whole.items() if name != "images"}
     file.write_text(json.dumps(old))
     monkeypatch.setattr(evals, "extract", None)
