@@ -394,7 +394,11 @@ def _configure(p: _Parser, args: list[str]) -> _Configured:
     """Preset (or images, for the preset `own`), file and dotted options next to the options of `p`."""
     dotted = _add_dotted(p)
     p.usage = f"{p.prog} [PRESET or IMAGES] [options] [--dotted.option VALUE ...]"
-    p.add("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}; default own for images of your own, else photos")
+    p.add(
+        "--preset",
+        metavar="NAME",
+        help=f"{', '.join(PRESETS)}; default own for images of your own, else photos",
+    )
     p.add("--config", metavar="FILE", help="TOML or JSON file that changes the preset")
     args = _dashed(args)
     # a preset or images by position come first: later words may be values
