@@ -386,7 +386,15 @@ def published(method: str, cfg: Config) -> Rule:
 def short(method: str, cfg: Config) -> Rule:
     """The settings that our preset has been tuned to, for another method."""
     o, decay, least = cfg.optim, cfg.optim.weight_decay, cfg.data.area[0]
-    plain = {"cj_prob": 0.0, "random_gray_scale": 0.0}
+    plain: dict[str, Any] = {"cj_prob": 0.0, "random_gray_scale": 0.0}
+    if cfg.data.policy == "spatial+color":
+        strength = dict(zip(("cj_bright", "cj_contrast", "cj_sat", "cj_hue"), cfg.data.jitter, strict=True))
+        plain = {
+            "cj_prob": cfg.data.jitter_prob,
+            "random_gray_scale": cfg.data.gray_prob,
+            "cj_strength": 1.0,
+            **strength,
+        }
     few = published(method, cfg).views
     views: dict[str, dict[str, Any]] = {
         "mae": {"min_scale": least},
@@ -757,7 +765,7 @@ def page(record: harness.Record) -> list[str]:
         lines,
         *("method=method", "settings=settings", "k-NN, %=final", "class token / mean of patches=both"),
         *("course=course", "seeds=n", "steps=steps:.0f", "epochs=epochs:.1f"),
-        *("augmentation=augmentation", "clock, s=clock_s:.0f"),
+        *("augmentation=augmentation", "clock, s=clock_s:.0f", "parameters=parameters:,"),
     )
     return [
         f"![k-NN against minutes]({FIGURE})",
@@ -774,8 +782,8 @@ def page(record: harness.Record) -> list[str]:
 
 
 LABELS = {
-    "extrema_infonce": "ExtreMA, InfoNCE (ours)",
-    "extrema_byol": "ExtreMA, BYOL (ours)",
+    "extrema_infonce": "ours, InfoNCE",
+    "extrema_byol": "ours, BYOL",
     "mae": "MAE",
     "simclr": "SimCLR",
     "byol": "BYOL",

@@ -419,6 +419,12 @@ def _loop(
     train_log.start(text, loader.remedy())
     if run.other_images:
         train_log.warn([run.other_images])
+    queue, images = run.cfg.head.queue, len(run.source)
+    if queue > images // 4 and world.is_rank_zero:
+        log.warning(
+            "head.queue: %d earlier targets of %d images: many are an image's own; take at most a quarter",
+            *(queue, images),
+        )
     world.rank_zero_only(lambda: describe(run, folder, test) if folder else None)
     world.rank_zero_only(lambda: warn_of_space(run))
     # evaluations and weights are made there

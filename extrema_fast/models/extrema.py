@@ -93,8 +93,9 @@ def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
 def whiten(targets: Tensor, shrinkage: float = 0.01) -> Tensor:
     """Centers targets over the batch and gives their directions about equal variance.
 
-    `(K - mean) (C + s I)^-1/2` of the covariance C of K, s = `shrinkage` times its mean eigenvalue; directions of less
-    variance than s keep less. The root comes from Newton-Schulz iterations: matmuls alone, and no wait for a GPU.
+    `(K - mean) (C + s I)^-1/2` of the covariance C of K, s = `shrinkage` times the mean of its min(M, d) largest
+    eigenvalues; directions of less variance than s keep less. The root comes from Newton-Schulz iterations: matmuls
+    alone, and no wait for a GPU.
 
     Args:
         targets: [M, d], of the step on all processes, without gradient.

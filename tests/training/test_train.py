@@ -118,6 +118,19 @@ def test_accumulation_equals_the_whole_batch(head):
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6 * one["grad_norm"], msg=name)
 
 
+def test_a_queue_of_an_images_own_targets_is_said(tmp_path, caplog):
+    for queue, said in ((4, False), (12, True)):
+        change = {
+            "out": str(tmp_path / str(queue)),
+            "data": {"limit": 24},
+            "train": {"epochs": 1, "batch_size": 8},
+        }
+        change |= {"head": {"loss": "infonce", "queue": queue}, "eval": {"every_epochs": 0}}
+        change |= {"optim": {"warmup_epochs": 0.0}}
+        train.pretrain(from_dict(change | {"log": {"report": False}}, preset("smoke")), progress=False)
+        assert ("head.queue: 12 earlier targets of 24 images" in caplog.text) == said
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_queue_holds_the_latest_targets(monkeypatch, parts):
     head = {"loss": "infonce", "queue": 20}
