@@ -377,7 +377,8 @@ def backward(
     x, xh0, u = _ready(x, xh0, u)
     dx, du = _launch.empty(x.shape, x), _launch.empty(dz.shape, x)
     dxh0 = _launch.empty((0,) if xh0 is None else (x.shape[0], x.shape[2]), x)
-    others = (dz.contiguous(), scores, lse, mu.contiguous(), rstd.contiguous(), dx, du, dxh0)
+    dense = (t.contiguous() for t in (dz, scores, lse, mu, rstd))
+    others = (*dense, dx, du, dxh0)
     # as the forward pass left them
     norm = mu.dim() == 2
     _launch_on("bwd", attention_pool_bwd_kernel, x, xh0, u, others, NORM=norm)

@@ -247,7 +247,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> t
     h = _launch.empty(g.shape, x) if keep else x.new_empty(0)
     options = _options("fc1", x, N=width, K=inner) | {"HAS_BIAS": bias is not None, "KEEP": keep}
     grid = (triton.cdiv(tokens, options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"]),)
-    pointers = (x, weight, x if bias is None else bias, h, g)
+    pointers = (x, weight, x if bias is None else bias.contiguous(), h, g)
     _launch.launch(linear_gelu_kernel, grid, x, *pointers, tokens, **options)
     return g, h
 

@@ -69,7 +69,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> t
     matmul(
         rows,
         weight.t(),
-        bias=bias,
+        bias=None if bias is None else bias.contiguous(),
         activation=ACTIVATION,
         preact_out=h,
         postact_out=g,

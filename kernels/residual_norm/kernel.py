@@ -232,7 +232,7 @@ def forward(
     if gain is not None:
         u = _launch.empty(x.shape, x, dtype)
         mean, rstd = (_launch.empty(x.shape[:2], x, _launch.wide(x.dtype)) for _ in range(2))
-    pointers = (x, branch, bias, scale, gain, shift, out, u, mean, rstd)
+    inputs = _given((x, branch, bias, scale, gain, shift), x)
     options = {
         "EPS": eps,
         "HAS_BRANCH": branch is not None,
@@ -242,13 +242,13 @@ def forward(
         "HAS_SHIFT": shift is not None,
     } | _options("fwd", x)
     grid = (triton.cdiv(tokens, options["BLOCK_R"]),)
-    _launch.launch(residual_norm_fwd_kernel, grid, x, *_given(pointers, x), tokens, n, **options)
+    _launch.launch(residual_norm_fwd_kernel, grid, x, *inputs, out, u, mean, rstd, tokens, n, **options)
     return out, u, mean, rstd
 
 
-def _given(pointers: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
-    # an absent argument is never read; its place takes any tensor
-    return [like if p is None else p for p in pointers]
+def _given(inputs: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
+    # an absent argument is never read; its place takes any tensor. Vectors are read as dense
+    return [like if p is None else p.contiguous() for p in inputs]
 
 
 def again(
@@ -258,10 +258,10 @@ def again(
     out = _ready(out)
     tokens = out.shape[0] * out.shape[1]
     u = _launch.empty(out.shape, out, dtype)
-    pointers = _given((out, mean, rstd, gain, shift, u), out)
+    inputs = _given((out, mean, rstd, gain, shift), out)
     options = {"HAS_SHIFT": shift is not None} | _options("fwd", out)
     grid = (triton.cdiv(tokens, options["BLOCK_R"]),)
-    _launch.launch(residual_norm_again_kernel, grid, out, *pointers, tokens, **options)
+    _launch.launch(residual_norm_again_kernel, grid, out, *inputs, u, tokens, **options)
     return u
 
 
@@ -294,7 +294,8 @@ def backward(
     } | _options("bwd", like)
     count = min(programs(like.device, options["num_warps"]), triton.cdiv(tokens, options["BLOCK_R"]))
     sums = _launch.empty((count, 2 * norm + bias, width), like, _launch.wide(like.dtype))
-    pointers = _given((du, dout, out, mean, rstd, gain, scale, dx, dbranch, sums), like)
-    _launch.launch(residual_norm_bwd_kernel, (count,), like, *pointers, tokens, n, PROGRAMS=count, **options)
+    inputs = _given((du, dout, out, mean, rstd, gain, scale), like)
+    args = (*inputs, dx, dbranch, sums, tokens, n)
+    _launch.launch(residual_norm_bwd_kernel, (count,), like, *args, PROGRAMS=count, **options)
     # one sum over the programs in their order: the same bits in every run
     return dx, dbranch, sums.sum(0)

@@ -129,7 +129,7 @@ def drop_path(index: Tensor, table: Tensor, num_views: int, seed: int, epoch: in
     """Factors [L, 2, V B] fp32 of index [B] int64, table [2, L] fp32."""
     batch, depth = index.shape[0], table.shape[1]
     out = _launch.empty((depth, 2, num_views * batch), index, torch.float32)
-    args = (index.contiguous(), table, out, batch, seed, epoch)
+    args = (index.contiguous(), table.contiguous(), out, batch, seed, epoch)
     options = {"V": num_views, "L": depth, "STREAM": stream, "BLOCK": 128, "num_warps": 4}
     _launch.launch(drop_path_kernel, (batch,), index, *args, **options)
     return out

@@ -35,6 +35,7 @@ def gemm_act(
 ) -> tuple[Tensor | None, Tensor]:
     """act(A B + bias), for [M, K] and [K, N]; also what comes before the activation."""
     assert activation == "gelu_erf" and postact_out is not None and not tuned
+    assert bias is None or bias.is_contiguous()
     h = torch.addmm(bias.to(A.dtype), A, B) if bias is not None else A @ B
     if store_preact:
         assert preact_out is not None

@@ -1,10 +1,10 @@
 """What every op has, and what holds for all of them at small sizes.
 
 Covers: the registry against the folders; public names exported and documented; README sections and examples; every
-kernel in a compiled variant; source rules; the quick cases through the interpreter; the registered ops' schemas and
-fakes; of the ops with gradients gradcheck, one graph, layouts, poisoned outputs and repeatability, empty batches,
-torch.func's transforms, refused second derivatives; kernels that do not fit or compile; the listing; tuning with an
-injected timer; a GPU on which Triton fails.
+kernel in a compiled variant; source rules; the quick cases through the interpreter; the registered ops' schemas,
+fakes and layouts of every argument; of the ops with gradients gradcheck, one graph, layouts, poisoned outputs and
+repeatability, empty batches, torch.func's transforms, refused second derivatives; kernels that do not fit or compile;
+the listing; tuning with an injected timer; a GPU on which Triton fails.
 """
 
 from __future__ import annotations
@@ -158,6 +158,34 @@ def test_schemas_and_fakes_of_registered_ops(rows, fake_quack):
     assert found == {name for op in OPS for name in spec(op).torch_ops}
 
 
+def strided(x):
+    """x in every other place of memory whose other places hold x, too, in reverse: indices stay indices."""
+    return torch.stack([x, x.flip(0)], -1)[..., 0] if isinstance(x, torch.Tensor) else x
+
+
+def expanded(x):
+    """The first number of a vector throughout, with stride 0; what is no vector of numbers as it is."""
+    vector = isinstance(x, torch.Tensor) and x.dim() == 1 and x.dtype.is_floating_point
+    return x[:1].expand(x.shape) if vector else x
+
+
+def dense(x):
+    return x.contiguous() if isinstance(x, torch.Tensor) else x
+
+
+def test_registered_ops_take_every_argument_in_any_layout(fake_quack):
+    for name, args in calls(3):
+        op = getattr(torch.ops.extrema_fast, name).default
+        for layout in (strided, expanded):
+            given = [layout(x) for x in args]
+            if name == "crop_resize":
+                # whose public function asks for contiguous bytes
+                given[0] = args[0]
+            same = [dense(x) for x in given]
+            if any(x is not y for x, y in zip(given, same, strict=True)):
+                torch.testing.assert_close(op(*given), op(*same), msg=lambda m, n=name: f"{n}: {m}")
+
+
 # ---- ops with gradients ---------------------------------------------------------------------------
 
 GRADIENTS = pytest.mark.parametrize(
@@ -199,12 +227,12 @@ def example(op, dtype=torch.float64, rows=2, n=6):
         return projected, [draw(rows, n, 3, 2, 16), draw(96)]
     if op == "residual_norm":
 
-        def both(x, branch, bias, gain, shift):
-            scale = torch.linspace(0, 1.5, len(x), dtype=torch.float64)
+        def both(x, branch, bias, gain, shift, scale):
             out, u = kernels.residual_norm(x, gain, shift, branch=branch, bias=bias, scale=scale)
             return kernels.residual_norm(u + out, branch=u, bias=bias)[0]
 
-        return both, [draw(rows, n, 16), draw(rows, n, 16), *(draw(16) for _ in range(3))]
+        vectors = [draw(16) for _ in range(3)]
+        return both, [draw(rows, n, 16), draw(rows, n, 16), *vectors, torch.linspace(0, 1.5, rows)]
     if op == "mlp":
         weights = [draw(32, 16, scale=0.25), draw(32), draw(16, 32, scale=0.25), draw(16)]
         return kernels.mlp, [draw(rows, n, 16), *weights]
@@ -305,6 +333,14 @@ def test_layouts(op):
         out, *gradients = results(f, [same, *rest])
         assert torch.equal(out, wanted[0]), name
         torch.testing.assert_close(gradients, list(wanted[1:]), msg=lambda m, n=name: f"{n}: {m}")
+    for layout in (strided, expanded):
+        given = [layout(t.detach()) for t in rest]
+        pair = (
+            [t.requires_grad_(r.requires_grad) for t, r in zip(g, rest, strict=True)]
+            for g in (given, map(dense, given))
+        )
+        found, wanted = (results(f, [x, *g]) for g in pair)
+        torch.testing.assert_close(found, wanted, msg=lambda m, n=layout.__name__: f"{n}: {m}")
     one = x.detach()[:1]
     torch.testing.assert_close(f(one.expand(x.shape), *rest), f(one.repeat(2, *[1] * (x.dim() - 1)), *rest))
 
