@@ -105,7 +105,8 @@ def short_attention_fwd_kernel(
     source = qkv_ptr + head * stride_h + row * stride_r + token * stride_n + offs_d
     q = tl.load(source, mask=mask, other=0.0)
     k = tl.load(source + stride_3, mask=mask, other=0.0)
-    v = tl.load(source + 2 * stride_3, mask=mask, other=0.0)
+    # not 2 * stride_3, which 32 bits do not always hold
+    v = tl.load(source + stride_3 + stride_3, mask=mask, other=0.0)
     e, inverse = _weights(q, k, attends, SCALE, PACK, ACC)
     o = tl.dot(e.to(v.dtype), v, input_precision="ieee", out_dtype=ACC) * inverse[:, None]
     target = out_ptr + (row * n + token) * (H * D) + head * D + offs_d
@@ -143,7 +144,8 @@ def short_attention_bwd_kernel(
     # all loads before the first product, so that the memory is waited for once
     q = tl.load(source, mask=mask, other=0.0)
     k = tl.load(source + stride_3, mask=mask, other=0.0)
-    v = tl.load(source + 2 * stride_3, mask=mask, other=0.0)
+    # not 2 * stride_3, which 32 bits do not always hold
+    v = tl.load(source + stride_3 + stride_3, mask=mask, other=0.0)
     do = tl.load(dout_ptr + dense, mask=mask, other=0.0)
     e, inverse = _weights(q, k, attends, SCALE, PACK, ACC)
     p = e * inverse[:, None]

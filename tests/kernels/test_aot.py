@@ -4,13 +4,16 @@ Compiled are those whose source is not the one that the committed table (benchma
 of, and one of each op. (`python -m benchmarks registers` compiles all for all, in minutes.)
 
 Covers: no spills, no local memory, shared memory within each chip's limit; the table names every variant and none has
-become worse (registers, shared memory, programs per multiprocessor, accesses below 16 bytes); how a launch becomes a
-signature.
+become worse (registers, shared memory, programs per multiprocessor, accesses below 16 bytes); strides multiplied in
+64 bits; how a launch becomes a signature.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +54,17 @@ def test_everything_compiles_within_limits_and_no_worse_than_before(repository):
         if narrow or more or row["ctas"] < was["ctas"]:
             worse.append(f"{name}: {was} before, now {row}")
     assert not worse, f"\nif this is meant, {REMAKE}\n" + "\n".join(worse)
+
+
+def test_strides_are_multiplied_in_64_bits(repository):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels._strides"]
+    done = subprocess.run(command, env=env, cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    # q, k and v as planes of a large tensor are this far from each other
+    assert any(line.startswith("short_attention_fwd_kernel") for line in lines)
+    assert not [line for line in lines if "\t" in line]
 
 
 def test_spills_and_too_much_shared_memory_are_problems():
