@@ -276,12 +276,12 @@ def attention_pool_bwd_kernel(
 # ---- launchers ------------------------------------------------------------------------------------
 
 
-def heuristic(direction: str, n: int, width: int, itemsize: int) -> dict[str, int]:
+def heuristic(direction: str, n: int, width: int, itemsize: int, heads: int) -> dict[str, int]:
     """Settings where nothing was measured: none spills (benchmarks/records/registers.md)."""
     # the largest power of two up to 64 that divides the width: no column is ever masked
     block = min(64, width & -width)
-    if itemsize > 2:
-        # fp32 tiles of 64 columns spill
+    if itemsize > 2 or (direction == "bwd" and n > 128 and heads == HEADS):
+        # tiles of 64 columns spill in fp32, and where no head is padding
         return {"BLOCK_D": min(block, 32), "num_warps": 8, "num_stages": 1}
     # with more than one stage these spill a word on one architecture or another
     one = n <= 128 and (block < 64 or (direction == "fwd" and n > 64))
@@ -304,7 +304,7 @@ def _launch_on(
     rows, n, width = x.shape
     heads, tile = u.shape[0], _launch.power_of_two(n, 16)
     key = _launch.config_key(direction, x.dtype, D=width, H=heads, n=tile)
-    default = heuristic(direction, n, width, x.element_size())
+    default = heuristic(direction, n, width, x.element_size(), heads)
     options |= _launch.settings("attention_pool", key, x.device, default)
     options |= {
         "n": n,

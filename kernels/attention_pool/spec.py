@@ -12,7 +12,7 @@ from .reference import PoolWeights, attention_pool_absorbed, attention_pool_refe
 
 
 def variants() -> dict[str, Launch]:
-    """Views and whole images of ViT-S, B and L, bf16 everywhere, fp16 and fp32 once; tokens alone, without a norm."""
+    """Views and whole images of ViT-S, B, L and H, bf16 everywhere, fp16 and fp32 once; tokens alone without a norm."""
     from . import kernel
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -24,6 +24,8 @@ def variants() -> dict[str, Launch]:
         (bf16, 39, 768, 12),
         (bf16, 196, 768, 12),
         (bf16, 39, 1024, 16),
+        (bf16, 196, 1024, 16),
+        (bf16, 256, 1280, 16),
         (fp16, 39, 384, 6),
         (fp32, 39, 384, 6),
     ):
