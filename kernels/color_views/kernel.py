@@ -372,7 +372,7 @@ def render(
     run, tiles = min(8, pw & -pw), triton.cdiv(pixels, BLOCK)
     if run == 8:
         # words of eight pixels each
-        images = images.view(batch, -1).view(torch.int32)
+        images = images.flatten(1).view(torch.int32)
     options = {"num_warps": 4, "num_stages": 1}
     options = _launch.settings("color_views", f"both|n{pixels}", images.device, options)
     options |= {"CROPS": 2 if crops else 1, "TILES": tiles, "BLOCK": BLOCK, "COLUMNS": COLUMNS, "RUN": run}

@@ -2,9 +2,9 @@
 
 Covers: the registry against the folders; public names exported and documented; README sections and examples; every
 kernel in a compiled variant; source rules; the quick cases through the interpreter; the registered ops' schemas,
-fakes and layouts of every argument; of the ops with gradients gradcheck, one graph, layouts, poisoned outputs and
-repeatability, empty batches, torch.func's transforms, refused second derivatives; kernels that do not fit or compile;
-the listing; tuning with an injected timer; a GPU on which Triton fails.
+fakes and layouts of every argument; empty batches; of the ops with gradients gradcheck, one graph, layouts, poisoned
+outputs and repeatability, torch.func's transforms, refused second derivatives; kernels that do not fit or compile; the
+listing; tuning with an injected timer; a GPU on which Triton fails.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from extrema_fast.kernels import _launch, tune
 from extrema_fast.kernels._spec import OPS, Case, Spec, grid, spec
 from extrema_fast.kernels.color_views import color_params
+from extrema_fast.kernels.sample_views import drop_path_factors
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -141,6 +142,8 @@ def calls(rows):
     for given in ((params, keep, 4), (None, None, 4), (params, None, 0)):
         p, k, patch = given
         yield "color_views", (pixels, p, k, [0.5] * 3, [0.2] * 3, 3, patch, torch.float32)
+    # rows of eight pixels are read as words
+    yield "color_views", (pixels.transpose(1, 2), params, None, [0.5] * 3, [0.2] * 3, 3, 0, torch.float32)
     crops = torch.tensor([[3.0, 36, 7, 11, 0.5, 0, 7, 10, i % 2] for i in range(rows)]).double().view(rows, 9)
     yield "crop_resize", (torch.randint(0, 256, (288,), dtype=torch.uint8), crops, 5, 40)
     for disjoint in (True, False):
@@ -355,6 +358,20 @@ def test_every_element_is_written_and_runs_repeat_bitwise(op, poisoned):
 def test_an_empty_batch(op):
     out, *gradients = results(*example(op, rows=0))
     assert out.shape[0] == 0 and not any(g.any() for g in gradients)
+
+
+def test_an_empty_batch_of_ops_without_gradients(path):
+    index, pixels = torch.arange(0), torch.zeros(0, 16, 16, 3, dtype=torch.uint8)
+    params = color_params(index, (0.4,) * 4, 0.8, 0.2, seed=0, epoch=0)
+    assert params.shape == (0, 2, 10)
+    for given in (params, None):
+        for patch, shape in ((0, (0, 3, 16, 16)), (8, (0, 4, 192))):
+            views = kernels.color_views(pixels, given, (0.5,) * 3, (0.2,) * 3, patch=patch)
+            assert [v.shape for v in views] == [shape, shape]
+    assert kernels.sample_views(index, 19, 5, 3).shape == (3, 0, 5)
+    assert drop_path_factors(index, 5, 12, 0.1, seed=0, epoch=0).shape == (12, 2, 0)
+    crops = torch.zeros(0, 9, dtype=torch.float64)
+    assert kernels.crop_resize(pixels.flatten(), crops, (8, 8)).shape == (0, 8, 8, 3)
 
 
 def test_deterministic_runs_take_the_default_settings(monkeypatch):
