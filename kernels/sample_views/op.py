@@ -11,8 +11,8 @@ from .. import _launch
 from .reference import DROP_PATH_STREAM, drop_path_reference, sample_views_reference
 
 MAX_PATCHES = 4096
-# a stream has 2^18 words
-MAX_FACTORS = 1 << 18
+# of one sample: what a stream has
+MAX_WORDS = 1 << 18
 
 
 @_launch.op(
@@ -44,7 +44,7 @@ def sample_views(
         num_patches: N, patches per image.
         num_keep: K, kept tokens per view.
         num_views: V.
-        mode: `disjoint`: views share no token (needs V K <= N); or `independent`.
+        mode: `disjoint`: views share no token (needs V K <= N); or `independent` (needs V N <= 2^18).
         seed: 64-bit seed.
         epoch: epoch; another one gives other views.
 
@@ -67,6 +67,12 @@ def sample_views(
         raise ValueError(
             f"num_keep: {num_views} disjoint views of {num_keep} need {num_views * num_keep} tokens, "
             f"there are {num_patches}; use mode='independent'"
+        )
+    # beyond, the counter runs into the next stream
+    if (1 if disjoint else num_views) * num_patches > MAX_WORDS:
+        raise ValueError(
+            f"num_views, num_patches: expected at most {MAX_WORDS} random words per image, one for each patch"
+            f"{'' if disjoint else ' of each view'}, got {num_views}, {num_patches}"
         )
     if not _launch.use_triton(index) or num_patches > MAX_PATCHES:
         return sample_views_reference(
@@ -126,9 +132,9 @@ def drop_path_factors(
     _launch.check("index", index, ("B",), (torch.int64,), hint="global row numbers")
     if not 0 <= rate < 1:
         raise ValueError(f"rate: expected from 0 to below 1, got {rate}")
-    if num_views < 1 or depth < 1 or 2 * num_views * depth > MAX_FACTORS:
+    if num_views < 1 or depth < 1 or 2 * num_views * depth > MAX_WORDS:
         raise ValueError(
-            f"num_views, depth: expected at least 1 and at most {MAX_FACTORS} factors per image, "
+            f"num_views, depth: expected at least 1 and at most {MAX_WORDS} factors per image, "
             f"got {num_views}, {depth}"
         )
     if not _launch.use_triton(index):

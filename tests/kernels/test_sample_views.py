@@ -85,11 +85,19 @@ def test_strided_index_poison_repeats_and_an_empty_batch(poisoned):
     assert sample_views(ROWS[:0], 19, 5, 3).shape == (3, 0, 5)
 
 
-def test_errors():
+def test_errors(path):
+    # 2^18 words are the whole stream
+    assert sample_views(ROWS[:0], 64, 5, 4096, mode="independent").shape == (4096, 0, 5)
     cases = [
         ((ROWS.int(), 19, 5, 3), {}, r"index: expected int64 \[B\], got int32 \[5\]"),
         ((ROWS, 19, 5, 4), {}, "4 disjoint views of 5 need 20 tokens, there are 19"),
         ((ROWS, 19, 0, 3), {}, "num_keep: expected 1..19"),
+        (
+            (ROWS[:0], 64, 5, 4097),
+            {"mode": "independent"},
+            "at most 262144 random words .* of each view, got 4097, 64",
+        ),
+        ((ROWS[:0], 2**18 + 1, 5, 3), {}, "at most 262144 random words per image, .* got 3, 262145"),
         ((ROWS, 19, 5, 3), {"mode": "random"}, "mode: expected 'disjoint' or 'independent'"),
     ]
     assert_errors(sample_views, cases)
