@@ -50,9 +50,8 @@ def crop_resize_kernel(
     TILE_X: tl.constexpr,
 ):
     image = tl.program_id(0).to(tl.int64)
-    across: tl.constexpr = (WIDTH + TILE_X - 1) // TILE_X
-    row = tl.program_id(1) // across * TILE_Y + tl.arange(0, TILE_Y)
-    column = tl.program_id(1) % across * TILE_X + tl.arange(0, TILE_X)
+    row = tl.program_id(1) * TILE_Y + tl.arange(0, TILE_Y)
+    column = tl.program_id(2) * TILE_X + tl.arange(0, TILE_X)
     crop = crops_ptr + image * COLUMNS
     source = pixels_ptr + tl.load(crop).to(tl.int64)
     pitch = tl.load(crop + 1).to(tl.int64)
@@ -127,8 +126,7 @@ def resize(pixels: Tensor, crops: Tensor, height: int, width: int) -> Tensor:
         "TILE_Y": TILE_Y,
         "TILE_X": TILE_X,
     }
-    tiles = triton.cdiv(height, TILE_Y) * triton.cdiv(width, TILE_X)
-    _launch.launch(
-        crop_resize_kernel, (len(crops), tiles), pixels, pixels, crops.contiguous(), out, **options
-    )
+    # an axis of tiles each: one for both would end at 65,535 programs, before 4,096 x 4,096 pixels
+    grid = (len(crops), triton.cdiv(height, TILE_Y), triton.cdiv(width, TILE_X))
+    _launch.launch(crop_resize_kernel, grid, pixels, pixels, crops.contiguous(), out, **options)
     return out

@@ -1,7 +1,8 @@
 """crop_resize: byte for byte what Pillow makes, by the kernel and by the plain definition.
 
 Covers: enlarging, reducing, one axis each way, sides equal, images of one pixel, boxes with fractions, sizes that are
-no whole tiles, flips; images of different sizes in one buffer; poisoned outputs; an empty batch; errors.
+no whole tiles, flips; images of different sizes in one buffer; poisoned outputs; an empty batch; a large result;
+errors.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from extrema_fast.kernels import _launch
+from extrema_fast.kernels._spec import meta
 from extrema_fast.kernels.crop_resize import crop_resize
 
 from tests.kernels._compare import assert_errors, assert_repeats
@@ -84,6 +87,16 @@ def test_every_pixel_is_written_and_an_empty_batch(poisoned):
     pixels, crops = example()
     assert_repeats(lambda: (crop_resize(pixels, crops, (33, 8)),))
     assert crop_resize(pixels, crops[:0], (8, 8)).shape == (0, 8, 8, 3)
+
+
+def test_a_large_result_fits_on_the_grid(monkeypatch):
+    from extrema_fast.kernels.crop_resize import kernel
+
+    grids = []
+    monkeypatch.setattr(_launch, "launch", lambda kernel, grid, *args, **options: grids.append(grid))
+    kernel.resize(meta(torch.uint8, 288), meta(torch.float64, 3, 9), 4096, 4096)
+    # at most 65,535 on the second and third axis
+    assert grids == [(3, 512, 128)]
 
 
 def test_errors():
