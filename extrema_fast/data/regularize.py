@@ -80,7 +80,7 @@ class Augmenter:
     Erased pixels are noise of the training images' mean and standard deviation.
 
     Raises:
-        UsageError: as `load_rand_augment`, or RandAugment for images that are not RGB.
+        UsageError: as `load_rand_augment`.
     """
 
     def __init__(self, cfg: FinetuneConfig) -> None:
@@ -88,11 +88,6 @@ class Augmenter:
         self._size = cfg.model.img_size
         self._own = threading.local()
         if self.tune.rand_augment:
-            if cfg.model.read_chans != 3:
-                raise UsageError(
-                    f"tune.rand_augment: is made for RGB, these images have {cfg.model.read_chans} channels; "
-                    "--tune.rand-augment ''"
-                )
             # a missing package is told before threads begin
             load_rand_augment(self.tune.rand_augment, self.data.mean, self._size)
         self._pool = ThreadPoolExecutor(decoding_threads(self.data.threads), thread_name_prefix="augment")

@@ -49,6 +49,10 @@ class MaskSet(NamedTuple):
     layout: str
     classes: list[str]
 
+    def state(self) -> tuple[str, list[str], list[tuple[int, int]]]:
+        """Layout, classes, and size and time of each mask's file: of masks that were changed another one."""
+        return self.layout, self.classes, [(s.st_size, s.st_mtime_ns) for s in map(os.stat, self.masks)]
+
     def only(self, rows: Tensor) -> MaskSet:
         """The given rows ([k] int64)."""
         return self._replace(source=subset(self.source, rows), masks=[self.masks[r] for r in rows.tolist()])

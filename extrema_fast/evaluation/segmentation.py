@@ -123,6 +123,8 @@ def segment(
         train.source.fingerprint,
         test.source.fingerprint,
         list(encoder.img_size),
+        train.state(),
+        test.state(),
     )
     if out is None and subject.cfg is not None:
         out = result_file(subject.path, f"segmentation-{key}.json")

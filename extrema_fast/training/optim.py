@@ -67,12 +67,19 @@ def param_groups(named: list[tuple[str, torch.nn.Parameter]], weight_decay: floa
 
 
 def layer_groups(
-    named: list[tuple[str, torch.nn.Parameter]], weight_decay: float, layer_decay: float, depth: int
+    named: list[tuple[str, torch.nn.Parameter]],
+    weight_decay: float,
+    layer_decay: float,
+    depth: int,
+    *,
+    trust: bool = False,
 ) -> list[dict]:
     """`param_groups` of each layer (`layer_of`), with its factor of the learning rate in `scale` (`set_lr`).
 
     Args:
         named: names of `Encoder` after `encoder.`.
+        trust: steps are scaled by the norm of the weights, unless there is no decay (LAMB, LARS): the classifier, which
+            begins next to 0 and would stay there, has none.
         layer_decay: the factor from one layer to the one before it; 1 at the norm after pooling and the classifier.
         depth: trunk blocks.
     """
@@ -82,7 +89,8 @@ def layer_groups(
     groups = []
     for layer, members in sorted(layers.items()):
         scale = layer_decay ** (depth + 1 - layer)
-        groups += [g | {"scale": scale} for g in param_groups(members, weight_decay) if g["params"]]
+        decay = 0.0 if trust and layer == depth + 1 else weight_decay
+        groups += [g | {"scale": scale} for g in param_groups(members, decay) if g["params"]]
     return groups
 
 
@@ -119,7 +127,8 @@ def build_optimizer(method: StudentTeacher, cfg: Config, *, tensor_lr: bool = Fa
     o = cfg.optim
     named = method.student_parameters()
     if isinstance(cfg, FinetuneConfig):
-        groups = layer_groups(named, o.weight_decay, cfg.tune.layer_decay, cfg.model.shape[1])
+        trust = o.name != "adamw"
+        groups = layer_groups(named, o.weight_decay, cfg.tune.layer_decay, cfg.model.shape[1], trust=trust)
     else:
         groups = param_groups(named, o.weight_decay)
     lr: float | Tensor = cfg.peak_lr

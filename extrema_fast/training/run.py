@@ -25,7 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PRESETS, Config, SystemConfig, changed_maths, config_hash, flatten, preset, to_dict
+from ..config import (
+    PRESETS,
+    Config,
+    FinetuneConfig,
+    SystemConfig,
+    changed_maths,
+    config_hash,
+    flatten,
+    preset,
+    to_dict,
+)
 from ..data.bad_images import BadRows
 from ..data.image_files import ImageFiles, are_cropped, deep_range, hash_sample, read_as, replaced
 from ..data.loader import TrainLoader, processes_here
@@ -679,7 +689,7 @@ def save(run: Run, saver: Saver, attempt: int, *, must: bool) -> None:
         "attempt": attempt,
         "total_steps": run.schedule.total_steps,
         # the teacher has had the update that the released code makes at the start of the next step
-        "ema_ahead": not run.last,
+        "ema_ahead": not run.last or isinstance(run.cfg, FinetuneConfig),
         "config": to_dict(run.cfg),
         "config_hash": config_hash(run.cfg),
         **run.images,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..config import local_batch
+from ..config import FinetuneConfig, local_batch
 from ..data.augment import color_jitter
 from ..data.loader import Batch
 from ..data.prefetch import prefetch
@@ -53,7 +53,9 @@ def train_step(run: Run, batch: Batch) -> StepStats:
     """Takes one optimizer step on this process's part of a batch, which comes from `batches`."""
     lr, last = run.schedule.lr(run.step), run.step + 1 == run.schedule.total_steps
     set_lr(run.optimizer, lr, lr * run.schedule.trunk_share(run.step))
-    # the released code updates the teacher at the start of the next step, so the last step has no update
+    # the released code updates the teacher at the start of the next step, so the last step has no update; an average of
+    # fine-tuned weights has all of them
+    last &= not isinstance(run.cfg, FinetuneConfig)
     run.teacher_weight.fill_(0.0 if last else 1 - run.schedule.momentum(run.step + 1))
     (run.recorded or partial(compute, run))(batch.micro_batches)
     return StepStats(lr, batch.waited)

@@ -111,7 +111,12 @@ def open_train(cfg: Config) -> ImageSource:
             f"({source.classes[int(source.labels[0])]}); give the folder that holds the class folders"
         )
     if cfg.tune.rand_augment:
-        # a missing package is told before anything is written
+        # what cannot be is told before anything is written
+        if cfg.model.read_chans != 3:
+            raise UsageError(
+                f"tune.rand_augment: is made for RGB, these images have {cfg.model.read_chans} channels; "
+                "--tune.rand-augment ''"
+            )
         load_rand_augment(cfg.tune.rand_augment, cfg.data.mean, cfg.model.img_size)
     return source
 

@@ -108,7 +108,7 @@ def read_checkpoint(
     # a folder that should say it is of a model that is not known here
     if num_heads is None and (in_folder or shape not in SIZES.values()):
         log.warning(
-            "%s: nothing says how many heads it has, taken are %d; if it has others, give num_heads",
+            "%s: nothing says how many heads it has, taken are %d; else give num_heads (in a command --model.heads)",
             file,
             shape[2],
         )

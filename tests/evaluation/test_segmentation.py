@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -195,6 +196,11 @@ def test_textures_are_segmented_above_chance_by_a_random_encoder(textured, monke
     assert "linear probe, mIoU" in table and "12 training and 6 test images, 2 classes" in table
     monkeypatch.setattr(segmentation, "_learn", None)
     assert segment(run, str(data), seeds=2, device="cpu") == result
+    # masks that were changed, in as many bytes, are measured
+    mask = next(p for p in data.rglob("*.png") if "mask" in str(p) or "annotation" in str(p))
+    os.utime(mask, ns=(1, 1))
+    with pytest.raises(TypeError):
+        segment(run, str(data), seeds=2, device="cpu")
     assert not is_segmentation(result | {"per_class": result["per_class"] | {"probe": [1.0]}})
 
 

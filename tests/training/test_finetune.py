@@ -11,6 +11,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -175,6 +176,26 @@ def test_layer_decay_is_timms(config, tensor_lr):
             assert ours[p] == pytest.approx(theirs[p]), name
 
 
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lars"])
+def test_the_classifier_learns_with_every_optimizer(config, name):
+    """It begins next to 0, and trust ratios are of its norm."""
+    change = {"optim": {"name": name, "weight_decay": 0.05, "base_lr": 1.0 if name == "lars" else 0.02}}
+    out = run(config("learns", change, {"tune": {"ema": 0.0}, "eval": {"every_epochs": 0}}, weights="none"))
+    assert load_encoder(out).head.weight.norm() > 0.01
+
+
+def test_the_average_has_the_last_step(config):
+    out = run(config("average", {"eval": {"every_epochs": 0}, "ckpt": {"every_steps": 1, "retain": STEPS}}))
+    before, last = (
+        {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+        for folder in sorted((out / "checkpoints").glob("step_*"))[-2:]
+    )
+    name = "method.teacher_branch.encoder.head.weight"
+    old, new, student = before[name], last[name], last[name.replace("teacher", "student", 1)]
+    decay = min(0.5, (1 + STEPS) / (10 + STEPS))
+    torch.testing.assert_close(new, old + (1 - decay) * (student - old))
+
+
 def test_killed_and_continued_is_bit_equal(config, run_cli, tmp_path, pretrained):
     straight, cfg = run(config("straight")), config("killed")
     file = tmp_path / "config.json"
@@ -260,6 +281,18 @@ def test_errors_are_told_before_anything_is_written(
     assert not [
         p for p in (tmp_path / "wrong").rglob("*") if p.is_file() and p.name not in (".extrema-fast-run",)
     ]
+
+
+def test_color_augmentation_of_four_channels_is_told_before_anything_is_written(config, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(4):
+            np.save(tmp_path / "set" / name / f"{i}.npy", np.full((16, 16, 4), i, np.uint8))
+    change = {"model": {"in_chans": 4}, "tune": {"rand_augment": "rand-m9"}, "train": {"batch_size": 4}}
+    cfg = config("four", change, {"data": {"train": str(tmp_path / "set"), "holdout": 0.25}}, weights="none")
+    with pytest.raises(UsageError, match=r"tune.rand_augment: .* 4 channels"):
+        run(cfg)
+    assert not (tmp_path / "four" / "config.json").exists()
 
 
 def test_other_peoples_folders_and_weights(config, tmp_path, capsys, pretrained):

@@ -360,7 +360,7 @@ def test_a_folder_of_timm_without_timm(tmp_path, caplog, monkeypatch):
     refused(lambda: load_encoder(tmp_path / "act"), "quick_gelu")
     assert "num_heads" not in caplog.text
     assert load_encoder(tmp_path / "gap").heads == 3
-    assert caplog.text.count("taken are 3; if it has others, give num_heads") == 1
+    assert caplog.text.count("taken are 3; else give num_heads") == 1
 
 
 def test_a_folder_of_timm_asks_for_nothing_else(tmp_path):
@@ -438,7 +438,7 @@ def test_heads_by_width_and_by_name(tmp_path):
 
 
 def test_heads_that_nothing_says(tmp_path, caplog):
-    guess = "if it has others, give num_heads"
+    guess = "else give num_heads"
     own = extrema_fast.create_encoder(
         "extrema_vit_tiny_patch16_224", width=128, depth=1, heads=4, img_size=32
     )
