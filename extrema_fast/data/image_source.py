@@ -21,7 +21,7 @@ from torch import Tensor
 from ..config import did_you_mean
 from ..errors import DataError, UsageError, counted
 from ..files import open_plain
-from .zips import read_range
+from .zips import is_zip, read_range, shared_folders
 
 log = logging.getLogger(__name__)
 
@@ -181,8 +181,9 @@ def subset(source: ImageSource, rows: Tensor) -> ImageSource:
 def hold_out(source: ImageSource, share: float) -> tuple[ImageSource, ImageSource]:
     """Splits off a share of a source's images: (the others, the ones held out), each in row order.
 
-    An image is held out by a hash of its name below the root of the set (of its shard and its name there), so it stays
-    where it is when images are added or removed, or the set is moved. Every class (all images, where there are no
+    An image is held out by a hash of its name below the root of the set (in one zip archive below the folder that holds
+    all its images, in other shards of its shard and its name there), so it stays where it is when images are added or
+    removed, or the set is moved. Every class (all images, where there are no
     labels) of at least two names has images on both sides: where the hash alone leaves none on one, the name with the
     smallest or the largest hash changes sides. A class of one name stays with the others.
 
@@ -219,6 +220,12 @@ def _names(source: ImageSource) -> Iterator[str]:
     """The name of each row that stays when the set is moved."""
     # a list may hold absolute paths, and be named by a relative one
     roots = [os.path.join(r, "") for r in (source.root, os.path.abspath(source.root)) if source.root]
+    if len(set(source.paths)) == 1 and source.names is not None and is_zip(source.paths[0]):
+        # as when unpacked
+        members = [name.removeprefix(f"{source.paths[0]}:").split("/") for name in source.names]
+        around = len(shared_folders([parts[:-1] for parts in members]))
+        yield from ("/".join(parts[around:]) for parts in members)
+        return
     for row, path in enumerate(source.paths):
         name = source.title(row)
         if name != path:

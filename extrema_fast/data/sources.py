@@ -16,7 +16,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +44,7 @@ from .pixels import Range, plugins
 from .shards import expand, is_pattern, is_tar, shard_source
 from .tables import SUFFIXES as TABLES
 from .tables import is_table, read_tables, saved_tables
-from .zips import Member, is_hidden, is_zip, members
+from .zips import Member, is_hidden, is_zip, members, shared_folders
 
 __all__ = ["BUILT_IN", "EXTENSIONS", "UNREAD", "ImageSource", "match_classes", "open_source", "subset"]
 
@@ -491,8 +490,7 @@ def _from_zips(
         raise UsageError(_no_images(name, 0, found))
     if check:
         _warn_of_unread(name, found, extensions)
-    ends = [min(parts[:-1] for _, parts, _ in rows), max(parts[:-1] for _, parts, _ in rows)]
-    shared = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False))]
+    shared = shared_folders([parts[:-1] for _, parts, _ in rows])
     rows = sorted((number, parts[len(shared) :], member) for number, parts, member in rows)
     folders = sorted({below[0] for _, below, _ in rows if len(below) > 1})
     _reject_splits(name, Path(paths[0], *shared), folders, split)

@@ -9,6 +9,8 @@ import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import BinaryIO, NamedTuple
 
 from ..errors import DataError, UsageError, counted
@@ -77,6 +79,12 @@ def members(path: str, extensions: tuple[str, ...]) -> tuple[list[Member], list[
 def is_hidden(name: str) -> bool:
     """Whether a file or a folder above it is a desktop's own, such as the copies of attributes in macOS' archives."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def shared_folders(folders: Sequence[list[str]]) -> list[str]:
+    """The folders around all of several, each given as the names on its path."""
+    ends = min(folders), max(folders)
+    return [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False))]
 
 
 # ---- byte ranges ----------------------------------------------------------------------------------

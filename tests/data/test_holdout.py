@@ -11,11 +11,13 @@ import pytest
 from extrema_fast.config import DataConfig
 from extrema_fast.data.manifest import Row, header_lines, row_line, write_lines
 from extrema_fast.data.sources import open_source
+from extrema_fast.data.zips import members
 from extrema_fast.errors import UsageError
 
 from .conftest import fails
 from .tars import write_tar
 from .test_mixture import mixture
+from .test_zips import write_zip
 
 NAMES = [f"{c}/{i:03d}.png" for c in "abc" for i in range(100)]
 
@@ -81,6 +83,22 @@ def test_shards_mixtures_and_the_two_unicode_forms(tmp_path):
         make(tmp_path / form, [unicodedata.normalize(form, f"é/ü{i}.png") for i in range(40)])
     composed, separate = (halves(tmp_path / form)[0][1] for form in ("NFC", "NFD"))
     assert [unicodedata.normalize("NFC", n) for n in separate] == composed
+
+
+@pytest.mark.parametrize("prefix", ["", "d/", "around/d/"])
+def test_a_zip_archive_is_split_like_its_folder(tmp_path, prefix):
+    names = [unicodedata.normalize("NFD", f"{n[0]}é{n[1:]}") for n in NAMES]
+    (_, test), _ = halves(make(tmp_path / "d", names))
+    path = write_zip(tmp_path / "other.zip", {f"{prefix}{n}": n.encode() for n in names})
+    specs = [path, path / prefix.rstrip("/")] if prefix else [path]
+    found = {m.name: m for m in members(str(path), (".png",))[0]}
+    rows = [
+        Row(path.name, m, offset=f.offset, bytes=f.size, width=1, height=1, label=m.split("/")[-2])
+        for m, f in found.items()
+    ]
+    classes = sorted({row.label for row in rows})
+    write_lines(tmp_path / "z.tsv", header_lines(".", classes), map(row_line, rows))
+    assert all(halves(spec)[0][1] == test for spec in [*specs, tmp_path / "z.tsv"])
 
 
 def test_every_class_of_two_is_on_both_sides(tmp_path, caplog):
