@@ -15,7 +15,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -631,9 +632,12 @@ def _mixture(name: str, path: Path, split: str, check: bool, holdout: float) -> 
     entries = _read_mixture(name, path)
     if holdout and split == "test":
         entries = [e._replace(passes=1.0) for e in entries]
-    sources = [
+    opened = [
         _open_entry(f"{name}: source {n}", path, e, split, check, holdout) for n, e in enumerate(entries, 1)
     ]
+    sources = [source for source, _ in opened]
+    if holdout and split == "train":
+        sources = _without_held_out(name, sources, [held for _, held in opened])
     # one block of rows per whole pass, and one for the remaining fraction
     blocks = [
         (source, share)
@@ -700,22 +704,64 @@ def _entry(where: str, fields: dict[str, Any]) -> _Entry:
 
 def _open_entry(
     where: str, mixture: Path, entry: _Entry, split: str, check: bool, holdout: float
-) -> ImageSource:
+) -> tuple[ImageSource, ImageSource | None]:
+    """The images of a source, and those that are held out of it (None: its test images are its own, or none)."""
     spec = entry.path
     refuse_url(spec, f"{where}: ")
     if spec not in BUILT_IN:
         spec = os.path.join(mixture.parent, os.path.expanduser(spec))
     if spec.lower().endswith(".toml"):
         raise UsageError(f"{where}: {entry.path} is a mixture itself; name its sources here")
+    held = None
     try:
-        # the test images of a built-in source are its own
-        source = _open(spec, split, check, 0.0 if spec in BUILT_IN else holdout)
+        source = _open_one(spec, split, check)
+        if holdout and spec not in BUILT_IN:
+            others, held = hold_out(source, holdout)
+            source = held if split == "test" else others
     except UsageError as e:
         raise UsageError(f"{where}: {e}") from e
-    if entry.label is None:
-        return source
-    labels = torch.zeros(len(source), dtype=torch.int64)
-    return dataclasses.replace(source, labels=labels, classes=[entry.label])
+    if entry.label is not None:
+        labels = torch.zeros(len(source), dtype=torch.int64)
+        source = dataclasses.replace(source, labels=labels, classes=[entry.label])
+    return source, held
+
+
+def _without_held_out(
+    name: str, sources: list[ImageSource], held: list[ImageSource | None]
+) -> list[ImageSource]:
+    """The training images of each source without those that another source, under another name, holds out."""
+    holders: dict[tuple[str, int], set[int]] = {}
+    for number, source in enumerate(held):
+        for place in [] if source is None else _places(source):
+            holders.setdefault(place, set()).add(number)
+    found, left_out = list[ImageSource](), 0
+    for number, source in enumerate(sources):
+        rows = [r for r, place in enumerate(_places(source)) if not holders.get(place, set()) - {number}]
+        if not rows:
+            raise UsageError(
+                f"{name}: source {number + 1}: every image of {source.name} is held out as a test image by other "
+                "sources of the mixture; remove it"
+            )
+        left_out += len(source) - len(rows)
+        # a subset has another fingerprint, and other runs would not continue
+        found.append(source if len(rows) == len(source) else subset(source, torch.tensor(rows)))
+    if left_out:
+        log.warning(
+            "%s: left out %s for training that another source of the mixture holds out as test images",
+            name,
+            counted(left_out, "image"),
+        )
+    return found
+
+
+def _places(source: ImageSource) -> Iterator[tuple[str, int]]:
+    """Where each image is, by whatever name: real path of its file, and where in the file it begins."""
+    real = cache(os.path.realpath)
+    offsets = [0] * len(source) if source.spans is None else source.spans[:, 0].tolist()
+    for path, offset in zip(source.paths, offsets, strict=True):
+        folder, name = os.path.split(path)
+        # links are resolved once per folder: there are millions of files in few
+        yield (real(path) if os.path.islink(path) else os.path.join(real(folder), name)), offset
 
 
 def _shares(rows: int, passes: float, where: str) -> list[float]:

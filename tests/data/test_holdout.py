@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import unicodedata
@@ -83,6 +84,48 @@ def test_shards_mixtures_and_the_two_unicode_forms(tmp_path):
         make(tmp_path / form, [unicodedata.normalize(form, f"é/ü{i}.png") for i in range(40)])
     composed, separate = (halves(tmp_path / form)[0][1] for form in ("NFC", "NFD"))
     assert [unicodedata.normalize("NFC", n) for n in separate] == composed
+
+
+def test_sources_of_a_mixture_train_on_no_test_image_of_another(tmp_path, caplog):
+    root = make(tmp_path / "d")
+    (tmp_path / "link").symlink_to(root / "b")
+    write_zip(tmp_path / "z/a.zip", {n: n.encode() for n in NAMES})
+    write_zip(tmp_path / "z/b.zip", {"b/new.png": b"new"})
+    sources = [
+        {"path": "d"},
+        {"path": "d/a", "passes": 2.5, "label": "a"},
+        {"path": "link", "label": "b"},
+        {"path": "z/a.zip"},
+        # other keys, since it has two archives
+        {"path": "z"},
+    ]
+    spec = mixture(tmp_path / "m.toml", *sources)
+    source, tests = (open_source(str(spec), split, holdout=0.2) for split in ("train", "test"))
+
+    def places(source):
+        return {(os.path.realpath(source.paths[r]), int(source.spans[r, 0])) for r in range(len(source))}
+
+    assert not places(source) & places(tests)
+    assert places(source) | places(tests) == places(open_source(str(spec)))
+    left_out = [r.getMessage() for r in caplog.records if "hold" in r.getMessage()]
+    alone = [len(open_source(str(tmp_path / e["path"]), holdout=0.2)) for e in sources]
+    kept = len(source) - 2 * (source.parts[1][1] - source.parts[1][0])
+    assert len(left_out) == 1 and f"left out {sum(alone) - kept} images" in left_out[0]
+    # apart from each other, all is as it was
+    caplog.clear()
+    mixed = open_source(str(mixture(tmp_path / "n.toml", {"path": "d/a"}, {"path": "d/b"})), holdout=0.2)
+    parts = [open_source(str(root / c), holdout=0.2) for c in "ab"]
+    assert mixed.paths == [path for part in parts for path in part.paths] and not caplog.records
+    digest = hashlib.sha256("".join(f"{part.fingerprint}\t1.0\n" for part in parts).encode())
+    assert mixed.fingerprint == digest.hexdigest()
+    # nothing is left of a source
+    make(tmp_path / "e", ["1.png", "2.png"])
+    held = open_source(str(tmp_path / "e"), "test", holdout=0.5).paths[0]
+    (tmp_path / "f").mkdir()
+    for name in ("3.png", "4.png"):
+        os.symlink(held, tmp_path / "f" / name)
+    spec = mixture(tmp_path / "o.toml", {"path": "e"}, {"path": "f"})
+    fails(spec, "source 2: every image of .* is held out", holdout=0.5)
 
 
 @pytest.mark.parametrize("prefix", ["", "d/", "around/d/"])
