@@ -16,8 +16,8 @@ from ..errors import UsageError
 log = logging.getLogger(__name__)
 
 FORMATS = (
-    "one path per line, or path and label: a tab, a comma or a semicolon between (quotes and a header are read; of "
-    "more columns the header names one label), or the label as the last word"
+    "one path per line, or path and label: a tab, a comma or a semicolon between (quotes and a header are read; a "
+    "header names one column label, and more than two columns need one), or the label as the last word"
 )
 LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target")
 PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
@@ -135,15 +135,19 @@ def _reading(name: str, folder: Path, lines: list[Line]) -> _Reading:
 
 
 def _label_column(name: str, line: Line, fields: list[str], column: int, has_header: bool) -> int | None:
-    if len(fields) < 3:
-        return {1: None, 2: 1 - column}[len(fields)]
+    if len(fields) == 1:
+        return None
+    if len(fields) == 2 and not has_header:
+        return 1 - column
     names = [_word(f) for f in fields] if has_header else []
     found = [names.index(word) for word in LABEL_NAMES if word in names]
     if found:
         return found[0]
+    other = fields[1 - column].strip() if has_header and len(fields) == 2 else ""
+    hint = f"; rename {other!r} if it holds the labels, else leave it out" if other else ""
     raise UsageError(
         f"{name}: line {line[0]}: {len(fields)} fields, and no header that names one of them label: "
-        f"{line[1][:80]!r}; a list has {FORMATS}"
+        f"{line[1][:80]!r}{hint}; a list has {FORMATS}"
     )
 
 

@@ -280,6 +280,12 @@ def test_common_list_formats(tmp_path, text, classes):
         ("a.png,c.png\n", "more than one way"),
         ("a.png,8,8\n", r"line 1: 3 fields, and no header that names one of them label: 'a\.png,8,8'"),
         ("image,w,h\na.png,8,8\n", r"line 1: 3 fields, .*'image,w,h'"),
+        (",path\n0,a.png\n1,c.png\n", r"line 1: 2 fields, .*names one of them label: ',path'; a list has"),
+        (
+            "file,width\na.png,8\nc.png,9\n",
+            r"line 1: 2 fields, .*'file,width'; rename 'width' if it holds the labels",
+        ),
+        ("caption;file\nb d;a.png\nd;c.png\n", "line 1: 2 fields, .*; rename 'caption' if it holds"),
         ("list\ndog,a.png\ncat,c.png\n", "line 1: expected a path as in line 1, got 1 fields: 'list'"),
         ("a.png,dog\nc.png,cat,8\n", "line 2: expected a path and a label as in line 1, got 3 fields"),
         ("a.png,dog\nc.png," + "x" * 200_000, "line 2: field larger than"),
