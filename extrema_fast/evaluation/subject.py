@@ -163,11 +163,21 @@ def result_file(run: Path, name: str) -> Path:
 def known_result(
     out: Path, key: str, makes_sense: Callable[[Any], bool], images: dict[str, str]
 ) -> dict[str, Any] | None:
-    """The result that a file holds, if it has this key; results of older versions get the hashes of their images."""
+    """The result that a file holds, if it has this key and these hashes of images.
+
+    Results of older versions have no hashes and get these.
+    """
     known = read_json(out, {})
     if known.get("key") != key or not makes_sense(known):
         return None
-    log.info("%s: weights, images and settings are unchanged, nothing to compute", out)
+    if known.get("images", images) != images:
+        log.info("%s: is of other images of the same names and sizes, and is measured again", out)
+        return None
+    what = ", and the bytes of at most 16 of each set" * ("images" in known)
+    log.info(
+        "%s: unchanged are weights, settings, names, sizes and labels of images%s; nothing to compute",
+        *(out, what),
+    )
     if "images" not in known:
         known["images"] = images
         with suppress(StorageError):

@@ -577,6 +577,31 @@ def test_a_result_of_an_older_version_gets_the_hashes_of_its_images(run, monkeyp
     assert evals.evaluate(run, device="cpu") == whole == json.loads(file.read_text())
 
 
+def test_images_overwritten_by_others_of_their_size_are_measured_again(run, images, tmp_path, caplog):
+    image = pytest.importorskip("PIL.Image")
+    for path in images.rglob("*.png"):
+        copy = tmp_path / "set" / path.relative_to(images).with_suffix(".bmp")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        image.open(path).save(copy)
+
+    def evaluated():
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            found = evals.evaluate(run, str(tmp_path / "set"), out=out, metrics=("knn",), device="cpu")
+        return {k: v for k, v in found.items() if k != "seconds"}, caplog.text
+
+    out = tmp_path / "r.json"
+    first, _ = evaluated()
+    again, text = evaluated()
+    assert again == first and "and the bytes of at most 16 of each set; nothing to compute" in text
+    a, b, c = ((tmp_path / "set/test" / name) for name in ("a", "swapped", "c"))
+    a.rename(b), c.rename(a), b.rename(c)
+    other, text = evaluated()
+    assert other["key"] == first["key"] and other["images"]["train"] == first["images"]["train"]
+    assert other["rows"] != first["rows"] and "r.json: is of other images of the same names and sizes" in text
+    assert evaluated()[0] == other
+
+
 RESULT = {"metrics": ["knn"], "k": 5, "which": "teacher", "step": 7, "temperature": 0.07, "seed": 0}
 RESULT |= {"rows": [{"encoder": "pretrained", "feature": "class token", "knn": 0.5}], "gain": {}}
 RESULT |= {"counts": {"train": 30, "test": 15, "classes": 3}, "crop_pct": 0.875, "interpolation": "bilinear"}
