@@ -27,7 +27,7 @@ from torch import Tensor
 from ..config import DataConfig
 from ..data.augment import normalize
 from ..data.bad_images import BadRows
-from ..data.image_files import deep_range, read_as
+from ..data.image_files import ImageFiles, deep_range, hash_sample, read_as
 from ..data.image_source import ImageSource
 from ..data.loader import EvalLoader, loader_for
 from ..data.manifest import escape, write_lines
@@ -41,6 +41,7 @@ from ..errors import (
     OutOfMemoryError,
     StorageError,
     UsageError,
+    counted,
     is_out_of_memory,
 )
 from ..evaluation.subject import weights_hash
@@ -279,7 +280,7 @@ def embed(
         }
         with ExitStack() as held:
             world.rank_zero_only(lambda: _lock(out, held))
-            todo = world.broadcast(world.rank_zero_only(lambda: _prepare(out, config, force)))
+            todo = world.broadcast(world.rank_zero_only(lambda: _prepare(job, out, config, force)))
             if todo is not None:
                 log.debug("images are %s; --crop-pct sets it", settings.resizing)
                 _make(job, out, todo, progress)
@@ -349,16 +350,23 @@ def _lock(out: Path, held: ExitStack) -> None:
         raise StorageError(f"{out}: cannot be written ({error.strerror})") from None
 
 
-def _prepare(out: Path, config: dict[str, Any], force: bool) -> list[int] | None:
+def _prepare(job: Job, out: Path, config: dict[str, Any], force: bool) -> list[int] | None:
     """Numbers of the parts to make; None when everything is finished."""
     old = read_config(out)
     found = changes(_identity(old), _identity(config)) if old else []
     if old and "range" not in old["settings"]:
         # an older version used that of the images without writing it down
         found = [change for change in found if not change.startswith("range:")]
+    sample = hash_sample(ImageFiles(job.source, job.data))
+    # older versions have none
+    before = old["data"].get("sample", {}) if old else {}
+    other = [row for row, value in before.items() if sample.get(row, value) != value]
+    if other and not found:
+        first = job.source.title(int(other[0]))
+        found = [f"the bytes of {len(other)} of {len(before)} images that were compared, first: {first}"]
     if found and not force:
         raise UsageError(
-            f"{out}: holds features made with other settings ({'; '.join(found)}); give another folder, or "
+            f"{out}: holds features made with other settings or images ({'; '.join(found)}); give another folder, or "
             "--force to replace them"
         )
     if found:
@@ -371,11 +379,16 @@ def _prepare(out: Path, config: dict[str, Any], force: bool) -> list[int] | None
     done = finished(out, old) if old else {}
     todo = [n for n in range(config["part_count"]) if n not in done]
     if not todo and old.get("complete") and (out / ROWS).is_file():
-        log.info("%s: complete; weights, images and settings are unchanged, nothing to compute", out)
+        and_bytes = f", and the bytes of {counted(len(before), 'image')}" if before else ""
+        log.info(
+            "%s: complete; unchanged are weights, settings, names, sizes and labels of images%s; nothing to compute",
+            *(out, and_bytes),
+        )
         Work(out / RECORDS).remove()
         return None
     if old:
         log.info("%s: continues, %d of %d parts are finished", out, len(done), config["part_count"])
+    config = config | {"data": config["data"] | {"sample": sample}}
     write_config(out, config | {"complete": False, "parts": old.get("parts", [])})
     return todo
 

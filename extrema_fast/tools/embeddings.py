@@ -173,7 +173,8 @@ _CONFIG: dict[str, Any] = {
     "shape": [int],
     "parts": [_RECORD],
     "weights": {"path": str, "which": str, "hash": str},
-    "data": {"path": str, "split": str, "limit": int, "fingerprint": str},
+    # of a few rows the hash of their bytes, not in older versions
+    "data": {"path": str, "split": str, "limit": int, "fingerprint": str, "sample?": dict},
     "settings": {
         "tokens": str,
         "norm": bool,

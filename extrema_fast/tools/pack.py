@@ -35,6 +35,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import rng
+from ..config import DataConfig
+from ..data.image_files import ImageFiles, hash_sample
 from ..data.image_source import ImageSource
 from ..data.manifest import Row, escape, header_lines, is_manifest, row_line
 from ..data.shards import CLASSES
@@ -141,18 +143,19 @@ def pack(
         **dataclasses.asdict(settings),
     }
     work = Work(out / WORK)
+    sample = hash_sample(ImageFiles(source, DataConfig()))
     try:
-        finished = _prepare(out, work, about, force)
+        finished = _prepare(source, out, work, about, sample, force)
         if not finished:
             with _locked(out, work):
-                finished = _is_finished(out, about)
+                finished = _is_finished(source, out, about, sample)
                 if not finished:
                     before = read_json(out / ABOUT, {}).get("pillow", pillow)
                     if before != pillow:
                         log.warning("%s: begun with Pillow %s, now %s: bytes may differ", out, before, pillow)
-                    _write_about(out, {**about, "pillow": pillow, "complete": False})
+                    _write_about(out, {**about, "sample": sample, "pillow": pillow, "complete": False})
                     _pack(source, out, work, settings, threads, max_bad, progress)
-                    _finish(source, out, work, about, pillow)
+                    _finish(source, out, work, about, sample, pillow)
     except OSError as e:
         raise StorageError(
             f"{out}: cannot be written ({e.strerror or e}); {len(_finished_shards(out, work))} finished shards stay, "
@@ -245,14 +248,16 @@ def _locked(out: Path, work: Work) -> Any:
     return work.locked(str(out), own=r"shard-\d+\.(tar|json)")
 
 
-def _prepare(out: Path, work: Work, about: dict[str, Any], force: bool) -> bool:
+def _prepare(
+    source: ImageSource, out: Path, work: Work, about: dict[str, Any], sample: dict[str, str], force: bool
+) -> bool:
     """Whether the set is there already; UsageError for a folder that holds anything else."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; give a folder for the shards")
     if not out.is_dir() or not any(out.iterdir()):
         return False
     if not force:
-        return _is_finished(out, about)
+        return _is_finished(source, out, about, sample)
     aside = _aside(out)
     # nobody is packing into it
     with _locked(out, work) if work.folder.is_dir() else nullcontext():
@@ -268,7 +273,7 @@ def _aside(out: Path) -> Path:
     return place
 
 
-def _is_finished(out: Path, about: dict[str, Any]) -> bool:
+def _is_finished(source: ImageSource, out: Path, about: dict[str, Any], sample: dict[str, str]) -> bool:
     """Whether a finished set of this source and these settings is there; UsageError when it is of others."""
     old = read_json(out / ABOUT, {})
     if old.get("format") != FORMAT:
@@ -280,6 +285,12 @@ def _is_finished(out: Path, about: dict[str, Any]) -> bool:
     found = changes(old, {k: v for k, v in about.items() if k != "source"})
     if old.get("source") != about["source"]:
         found.append("the images (names, sizes or labels)")
+    # older versions have none
+    before = old.get("sample", {})
+    other = [row for row, value in before.items() if sample.get(row, value) != value]
+    if other and not found:
+        first = source.title(int(other[0]))
+        found.append(f"the bytes of {len(other)} of {len(before)} images that were compared, first: {first}")
     if found:
         state = "finished" if old.get("complete") else "unfinished"
         raise UsageError(
@@ -295,6 +306,11 @@ def _is_finished(out: Path, about: dict[str, Any]) -> bool:
             f"{out}: the packed set was finished, but {len(broken)} of its files are gone or changed, first: "
             f"{broken[0]}; --force packs again"
         )
+    and_bytes = f", and the bytes of {counted(len(before), 'image')}" if before else ""
+    log.info(
+        "%s: finished; unchanged are settings, names, sizes and labels of images%s; nothing to pack",
+        *(out, and_bytes),
+    )
     return True
 
 
@@ -399,7 +415,9 @@ def _sample(source: ImageSource, row: int, key: str, image: Packed) -> tuple[lis
     return parts, Row(path="", member=member, label=label, **about)
 
 
-def _finish(source: ImageSource, out: Path, work: Work, about: dict[str, Any], pillow: str) -> None:
+def _finish(
+    source: ImageSource, out: Path, work: Work, about: dict[str, Any], sample: dict[str, str], pillow: str
+) -> None:
     """Manifest, classes, checksums; then the folder is marked finished."""
     done = _finished_shards(out, work)
     rows = [row for d in done for row in d.rows]
@@ -434,7 +452,8 @@ def _finish(source: ImageSource, out: Path, work: Work, about: dict[str, Any], p
         "bytes": sum(d.bytes for d in done if d.rows),
         "left_out": len(left_out),
     }
-    _write_about(out, {**about, **counts, "pillow": pillow, "complete": True, "files": files})
+    about = {**about, **counts, "sample": sample, "pillow": pillow}
+    _write_about(out, {**about, "complete": True, "files": files})
     work.remove()
 
 
@@ -455,7 +474,6 @@ def _finished_shards(out: Path, work: Work) -> list[Done]:
 
 def measure_loader(data: str, threads: int) -> dict[str, Any]:
     """The training loader's rate on a few hundred images of `data`: decode, crop to 224 x 224, flip."""
-    from ..config import DataConfig
     from ..data.image_files import count_channels, read_as
     from ..data.loader import TrainLoader
 

@@ -345,6 +345,34 @@ def test_changed_images_and_a_second_job_are_refused(tmp_path, weights, images):
         embed(str(tmp_path / "i"), tmp_path / "f", weights, **SMALL)
 
 
+def test_images_that_were_overwritten_by_others_of_their_size_are_refused(tmp_path, weights, caplog):
+    for i in range(5):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / f"{i}.bmp")
+    spec, out = str(tmp_path), tmp_path / "f"
+    caplog.set_level("INFO")
+    first = embed(spec, out, weights, **SMALL).features()
+    embed(spec, out, weights, **SMALL)
+    assert "names, sizes and labels of images, and the bytes of 5 images; nothing to compute" in caplog.text
+    Image.new("RGB", (40, 40), (200, 9, 9)).save(tmp_path / "3.bmp")
+    before = files(out)
+    with pytest.raises(UsageError, match=r"the bytes of 1 of 5 images that were compared, first: .*3\.bmp"):
+        embed(spec, out, weights, **SMALL)
+    assert files(out) == before
+    # an older version compared no bytes
+    config = json.loads((out / "config.json").read_text())
+    del config["data"]["sample"]
+    (out / "config.json").write_text(json.dumps(config))
+    caplog.clear()
+    assert torch.equal(embed(spec, out, weights, **SMALL).features(), first)
+    assert "names, sizes and labels of images; nothing to compute" in caplog.text
+    again = embed(spec, out, weights, force=True, **SMALL).features()
+    assert torch.equal(again, first)
+    # with a hash the change is found, and --force makes them again
+    (out / "config.json").write_bytes(before["config.json"])
+    again = embed(spec, out, weights, force=True, **SMALL).features()
+    assert [torch.equal(a, b) for a, b in zip(first, again, strict=True)] == [True, True, True, False, True]
+
+
 def test_foreign_folders_are_left_alone(tmp_path, weights, images):
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "config.json").write_text('{"format": "another"}')

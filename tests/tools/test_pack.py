@@ -363,6 +363,29 @@ def test_other_settings_or_images_are_refused(tree, tmp_path, monkeypatch):
     assert (tmp_path / "set.before2" / "pack.json").exists()
 
 
+def test_images_that_were_overwritten_by_others_of_their_size_are_refused(tmp_path, monkeypatch, caplog):
+    for i in range(30):
+        np.save(tmp_path / f"{i:02d}.npy", np.full((24, 20, 5), i, np.uint8))
+    done, begun = tmp_path / "done", tmp_path / "begun"
+    pack(str(tmp_path), done, **SMALL)
+    with monkeypatch.context() as patch:
+        stop_before(patch, 20)
+        with pytest.raises(Stop):
+            pack(str(tmp_path), begun, **SMALL)
+    with caplog.at_level("INFO"):
+        assert pack(str(tmp_path), done, **SMALL)["finished_before"]
+    assert "names, sizes and labels of images, and the bytes of 30 images; nothing to pack" in caplog.text
+    np.save(tmp_path / "07.npy", np.full((24, 20, 5), 99, np.uint8))
+    words = r"differs: the bytes of 1 of 30 images that were compared, first: .*07\.npy;"
+    fails(rf"\(finished\) that {words}", tmp_path, done)
+    fails(rf"\(unfinished\) that {words}", tmp_path, begun)
+    # an older version compared no bytes
+    about = json.loads((done / "pack.json").read_text())
+    del about["sample"]
+    (done / "pack.json").write_text(json.dumps(about))
+    assert pack(str(tmp_path), done, **SMALL)["finished_before"]
+
+
 def test_other_folders_are_left_alone(tree, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("x")
