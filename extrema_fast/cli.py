@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -209,7 +210,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         for word, kind in (("int", "a whole number"), ("float", "a number")):
             message = message.replace(f"invalid {word} value:", f"expected {kind}, got")
-        raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+        message = message.removeprefix("argument ")
+        if found := re.fullmatch(r"(--\S+): ignored explicit argument (.*)", message):
+            message = f"unexpected argument {found[2]}{self._no_value(found[1])}"
+        raise UsageError(f"{message}; see {self.prog} --help")
 
     # shorter, as most lines below begin with it
     add = argparse.ArgumentParser.add_argument
@@ -220,12 +224,15 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_all(self, args: list[str]) -> argparse.Namespace:
         """As parse_args; an unknown option is an error that names the nearest. Logging is set up."""
-        parsed, rest = self.parse_known_args(_dashed(args))
+        words = _dashed(args)
+        parsed, rest = self.parse_known_args(words)
         for word in rest:
             if word.startswith("-"):
                 raise self._unknown(word)
         if rest:
-            self.error(f"unexpected argument {rest[0]!r}{', a preset comes first' * (rest[0] in PRESETS)}")
+            before = (self._no_value(a) for a, b in itertools.pairwise(words) if b == rest[0])
+            hint = ", a preset comes first" if rest[0] in PRESETS else next(filter(None, before), "")
+            self.error(f"unexpected argument {rest[0]!r}{hint}")
         _set_up_logging(parsed.level)
         parsed.progress = parsed.level < logging.WARNING
         del parsed.level
@@ -236,6 +243,14 @@ class _Parser(argparse.ArgumentParser):
         found = vars(self.parse_all(args))
         return found if progress else {k: v for k, v in found.items() if k != "progress"}
 
+    def _no_value(self, word: str) -> str:
+        """`: OPTION takes no value`, and how it is turned off; empty for what is no switch."""
+        action = self._option_string_actions.get(word)
+        if action is None or action.nargs != 0:
+            return ""
+        off = _off(word)
+        return f": {word} takes no value" + f", {off} turns it off" * (off in self._option_string_actions)
+
     def _unknown(self, word: str) -> UsageError:
         known = [s for a in self._actions for s in a.option_strings if s.startswith("--") and s != "--help"]
         name = word.partition("=")[0]
@@ -243,6 +258,8 @@ class _Parser(argparse.ArgumentParser):
         members = [k for k in known if k.startswith(f"{name}.")]
         # the group left out: every option that ends so; else one that differs by a letter or two
         near = [k for k in known if k.endswith(f".{bare}")]
+        # `no` before the group instead of the name
+        near = near or [k for k in known if bare.startswith("no-") and k == _off(bare[3:])]
         near = near or ["--" + n for n in difflib.get_close_matches(bare, [k[2:] for k in known], 1, 0.8)]
         # `--lr` is far from `--optim.base-lr` by letters, but is a word of it
         near = near or [k for k in known if bare in k.rpartition(".")[2].split("-")]
@@ -292,6 +309,12 @@ USED_ELSEWHERE = {
         "evaluation during training: --eval.every-epochs, --eval.k; afterwards: evaluate RUN",
     ),
 }
+
+
+def _off(switch: str) -> str:
+    """The option that turns a switch of the configuration off: `--log.no-report` of `--log.report`."""
+    group, dot, leaf = switch.removeprefix("--").rpartition(".")
+    return f"--{group}{dot}no-{leaf}"
 
 
 def _dashed(args: Sequence[str]) -> list[str]:
@@ -376,7 +399,7 @@ def _add_dotted(
             if hint is bool:
                 actions[name] = group.add_argument(prefix + leaf, action="store_true", **options)
                 options["help"] = argparse.SUPPRESS
-                group.add_argument(f"{prefix}no-{leaf}", action="store_false", **options)
+                group.add_argument(_off(prefix + leaf), action="store_false", **options)
                 continue
             if get_origin(hint) is tuple:
                 args = get_args(hint)
@@ -417,7 +440,8 @@ def _configure(p: _Parser, args: list[str]) -> _Configured:
         values = flatten(from_dict(in_file, base))
         for option, action in dotted.items():
             shown = " ".join(map(str, v)) if isinstance(v := values[option], list) else str(v)
-            action.help = f"{action.help} (now: {shown.replace('%', '%%')})".strip()
+            off = f"; {_off(action.option_strings[0])} turns it off" * (v is True)
+            action.help = f"{action.help} (now: {shown.replace('%', '%%')}{off})".strip()
         p.print_help()
         p.exit()
     flags = {option: getattr(ours, option) for option in dotted if hasattr(ours, option)}
@@ -508,6 +532,10 @@ def _finetune(p: _Parser, args: list[str]) -> None:
     p.switch("--allow-config-change", "continue a run with changed settings")
     p.switch("--print-config", "print every setting, as --config reads it, and stop")
     dotted = _add_dotted(p, FinetuneConfig, [*NOT_TUNED, "tune.weights"])
+    for option, value in flatten(FinetuneConfig()).items():
+        if value is True and option in dotted:
+            action = dotted[option]
+            action.help = f"{action.help} ({_off(action.option_strings[0])} turns it off)"
     ours = p.parse_all(args)
     of_preset, in_file = read_config(ours.config) if ours.config else (None, {})
     flags = {option: getattr(ours, option) for option in dotted if hasattr(ours, option)}

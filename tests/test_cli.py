@@ -84,6 +84,18 @@ def fails(capsys, *args: str) -> str:
         ("pretrain --data.area 0.5", "--data.area: expected 2 arguments"),
         ("pretrain --optim.base-lr nan", "optim.base_lr: expected float, got nan"),
         ("pretrain --data.exif yes", "unexpected argument 'yes'"),
+        (
+            "pretrain --log.report false",
+            "'false': --log.report takes no value, --log.no-report turns it off;",
+        ),
+        (
+            "pretrain --log.report=false",
+            "'false': --log.report takes no value, --log.no-report turns it off;",
+        ),
+        ("finetune x --log.report no", "'no': --log.report takes no value, --log.no-report turns it off;"),
+        ("evaluate x --force yes", "unexpected argument 'yes': --force takes no value;"),
+        ("pretrain --no-log.report", "unknown option --no-log.report; did you mean --log.no-report?"),
+        ("pretrain --no_report", "did you mean --log.no-report?"),
         ("pretrain --log.tensorboard", "this option was removed: use log.tracker tensorboard"),
         ("pretrain --mask.ratio 0.5 photos", "a preset comes first"),
         ("pretrain --mask.ratio 1.5", "error: mask.ratio: expected 0 <= ratio < 1, got 1.5"),
@@ -227,6 +239,8 @@ def test_help_has_an_example(capsys, name):
     assert name is None or ("--quiet" in text and "--verbose" in text)
     if name == "pretrain":
         assert "--overwrite" in text and "--mask.ratio" in text and "paper_base_80x5" in text
+    if name == "finetune":
+        assert "(--log.no-report turns it off)" in " ".join(text.split())
 
 
 def test_lists_and_settings_need_no_torch():
@@ -250,6 +264,7 @@ def test_help_of_every_option_needs_no_torch_and_shows_the_presets_values():
         assert f"--{option.replace('_', '-')} " in text
     assert all(action.help for action in cli._add_dotted(cli._Parser("pretrain")).values())
     assert "(now: runs/smoke)" in text and "Share of the tokens" in text and "(now: 0.2 1.0)" in text
+    assert "(now: True; --log.no-report turns it off)" in text and text.count("turns it off") == 1
 
 
 def test_version():
