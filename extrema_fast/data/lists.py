@@ -143,8 +143,11 @@ def _label_column(name: str, line: Line, fields: list[str], column: int, has_hea
     found = [names.index(word) for word in LABEL_NAMES if word in names]
     if found:
         return found[0]
-    other = fields[1 - column].strip() if has_header and len(fields) == 2 else ""
-    hint = f"; rename {other!r} if it holds the labels, else leave it out" if other else ""
+    hint = ""
+    if len(fields) == 2:
+        other = fields[1 - column].strip()
+        hint = f"; rename {other!r} if it holds the labels, else leave it out"
+        hint = hint if other else "; leave out the column without a name (pandas: index=False)"
     raise UsageError(
         f"{name}: line {line[0]}: {len(fields)} fields, and no header that names one of them label: "
         f"{line[1][:80]!r}{hint}; a list has {FORMATS}"

@@ -280,7 +280,10 @@ def test_common_list_formats(tmp_path, text, classes):
         ("a.png,c.png\n", "more than one way"),
         ("a.png,8,8\n", r"line 1: 3 fields, and no header that names one of them label: 'a\.png,8,8'"),
         ("image,w,h\na.png,8,8\n", r"line 1: 3 fields, .*'image,w,h'"),
-        (",path\n0,a.png\n1,c.png\n", r"line 1: 2 fields, .*names one of them label: ',path'; a list has"),
+        (
+            ",path\n0,a.png\n1,c.png\n",
+            r"line 1: 2 fields, .*names one of them label: ',path'; leave out .*index=False",
+        ),
         (
             "file,width\na.png,8\nc.png,9\n",
             r"line 1: 2 fields, .*'file,width'; rename 'width' if it holds the labels",
