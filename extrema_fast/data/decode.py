@@ -230,7 +230,7 @@ class DaliDecoder:
             while True:
                 failure, ended = None, False
                 try:
-                    images = self._run(pipe)
+                    images, sizes = self._run(pipe)
                 except StopIteration:
                     ended = True
                 except _DaliError as e:
@@ -244,7 +244,8 @@ class DaliDecoder:
                     return
                 if failure is None:
                     lost = 0
-                    yield running.popleft(), Decoded(images, {})
+                    work = running.popleft()
+                    yield work, Decoded(images, self._of_other_size(work, sizes))
                     continue
                 # after an error DALI calls a pipeline invalid: what it had begun goes to a new one
                 pipe, lost = None, lost + 1
@@ -266,7 +267,8 @@ class DaliDecoder:
         if not len(work.rows):
             return Decoded(torch.empty(0), {})
         try:
-            return Decoded(self._decode(work), {})
+            images, sizes = self._run_once(work)
+            return Decoded(images, self._of_other_size(work, sizes))
         except _DaliError as e:
             failed = self._find_failed(work)
             if not failed:
@@ -277,9 +279,28 @@ class DaliDecoder:
         """Nothing to end: pipelines end with `stream`."""
 
     def _decode(self, work: Work) -> Tensor:
+        return self._run_once(work)[0]
+
+    def _run_once(self, work: Work) -> tuple[Tensor, np.ndarray]:
         arguments = self._arguments(work)
         # a lambda without defaults: DALI would pass those
         return self._run(self._pipeline(lambda: arguments, len(work.rows)))
+
+    def _of_other_size(self, work: Work, sizes: np.ndarray) -> dict[int, DataError]:
+        """The places whose images are not as large ([b, 2] `sizes`) as their boxes were planned for."""
+        failed: dict[int, DataError] = {}
+        for i in np.flatnonzero((sizes != self.files.sizes[work.rows]).any(1)).tolist():
+            row, (height, width) = int(work.rows[i]), sizes[i].tolist()
+            try:
+                self.files.image(row, None if work.data is None else work.data[i])
+                # as of a rotation that DALI does not follow
+                reason = (
+                    f"{width} x {height} pixels by DALI, which PIL reads as another size; --data.loader pil"
+                )
+                failed[i] = self.files.error(row, reason)
+            except DataError as e:
+                failed[i] = e
+        return failed
 
     def _find_failed(self, work: Work) -> dict[int, DataError]:
         """The places that DALI cannot decode; for most kinds of damage it names no file itself."""
@@ -335,7 +356,9 @@ class DaliDecoder:
     def _pipeline(self, feed: Callable[[], tuple[Any, ...]], batch: int) -> Any:
         """Reads, decodes (the box only, unless `whole`), resizes and flips what `feed` returns: `_arguments`."""
         # without the types of DALI, which know little of its operators
-        dali, fn, types = (importlib.import_module(f"nvidia.dali{name}") for name in ("", ".fn", ".types"))
+        fn, math, types, dali = (
+            importlib.import_module(f"nvidia.dali{n}") for n in (".fn", ".math", ".types", "")
+        )
         s = self.settings
         decoder: dict[str, Any] = {"device": "cpu", "adjust_orientation": self.files.exif}
         gpu = None
@@ -353,40 +376,45 @@ class DaliDecoder:
             encoded, start, extent, *flip = fn.external_source(source=feed, num_outputs=3 if s.whole else 4)
             if not self.files.as_bytes:
                 encoded = fn.io.file.read(encoded)
+            # a box outside of the image ends the process: a file may have changed since its box was planned
+            size = fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=self.files.exif)[0:2]
+            start = math.min(start, size - 1)
             kernel = types.INTERP_CUBIC if s.interpolation == "bicubic" else types.INTERP_LINEAR
             resize = dict(size=s.img_size, interp_type=kernel, antialias=True)
             if s.whole:
                 images = fn.decoders.image(encoded, **decoder)
-                images = fn.resize(images, roi_start=start, roi_end=extent, **resize)
+                images = fn.resize(images, roi_start=start, roi_end=math.min(extent, size), **resize)
             else:
-                box = dict(start=start, shape=extent, axis_names="HW")
+                box = dict(start=start, shape=math.min(extent, size - start), axis_names="HW")
                 if s.regions:
                     images = fn.decoders.image_slice(encoded, **box, **decoder)
                 else:
                     images = fn.slice(fn.decoders.image(encoded, **decoder), **box)
                 images = fn.resize(images, **resize)
                 images = fn.flip(images, horizontal=flip[0])
-            pipe.set_outputs(images)
+            pipe.set_outputs(images, size)
         pipe.build()
         return pipe
 
-    def _run(self, pipe: Any) -> Tensor:
-        """The next batch; on a GPU the current stream waits for it, not the CPU.
+    def _run(self, pipe: Any) -> tuple[Tensor, np.ndarray]:
+        """The next batch, and [b, 2] height and width of its files; on a GPU the current stream waits, not the CPU.
 
         DALI's default executor leaves a batch's memory alone as long as a tensor holds it; on a GPU it then belongs
         to the stream of this call.
         """
         device = self.settings.device
         try:
-            (out,) = pipe.run(torch.cuda.current_stream(device)) if device.type == "cuda" else pipe.run()
+            stream = [torch.cuda.current_stream(device)] if device.type == "cuda" else []
+            out, sizes = pipe.run(*stream)
+            sizes = np.array(sizes.as_array())
         except RuntimeError as e:
             if _DEVICE_ERROR.search(str(e)):
                 raise
             raise _DaliError(str(e)) from e
         images = torch.from_dlpack(out.as_tensor())
         if not self.settings.pinned or device.type == "cuda":
-            return images
-        return torch.empty(images.shape, dtype=images.dtype, pin_memory=True).copy_(images)
+            return images, sizes
+        return torch.empty(images.shape, dtype=images.dtype, pin_memory=True).copy_(images), sizes
 
 
 # what decodes, by the CUDA it is built for

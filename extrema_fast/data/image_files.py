@@ -75,6 +75,10 @@ class ReadError(DataError):
     """A file that cannot be opened or read, which may be no property of the file."""
 
 
+class SizeError(Exception):
+    """An image has other than the expected width and height; the arguments are those it has."""
+
+
 class Headers(NamedTuple):
     # [b, 2] int32 height and width, after EXIF rotation if that is asked for
     sizes: np.ndarray
@@ -158,6 +162,8 @@ class ImageFiles:
         for wait in (*_WAITS_S, None):
             try:
                 return function()
+            except DataError:
+                raise
             # a broken file makes PIL raise nearly anything: OSError, SyntaxError, ValueError, struct.error
             except Exception as e:
                 _raise_if_lacking(e)
@@ -171,7 +177,12 @@ class ImageFiles:
 
         def load() -> Any:
             file = self.source.paths[row] if data is None else io.BytesIO(data.data)
-            return load_image(file, self.exif, box, self.value_range, self.channels)
+            height, width = self.sizes[row].tolist()
+            size = (width, height) if width else None
+            try:
+                return load_image(file, self.exif, box, self.value_range, self.channels, size)
+            except SizeError as e:
+                raise self.other_size(row, *e.args) from e
 
         return self._try(row, load)
 
@@ -194,6 +205,13 @@ class ImageFiles:
         # errors of the system have a number, those of decoders none
         kind = ReadError if isinstance(reason, OSError) and reason.errno else DataError
         return kind(f"{name}: cannot be decoded ({text}; {size})")
+
+    def other_size(self, row: int, width: int, height: int) -> DataError:
+        """The error for an image of another size than its row's, which crops were planned for."""
+        known, headers = self.sizes[row].tolist(), self.source.headers
+        listed = headers is not None and bool(headers[row, 0])
+        when = "as the manifest says; index again" if listed else "as when its header was read"
+        return self.error(row, f"{width} x {height} pixels, not {known[1]} x {known[0]} {when}")
 
     def why_unusable(self, row: int) -> DataError | None:
         """What decoding a row's image says; its header is read first, and no file whole that has none."""
@@ -323,6 +341,7 @@ def load_image(
     box: tuple[int, int, int, int] | None = None,
     value_range: Range | None = None,
     channels: int = 3,
+    size: tuple[int, int] | None = None,
 ) -> Any:
     """An image file with 8 bits per channel, cut to (left, top, right, bottom).
 
@@ -331,12 +350,14 @@ def load_image(
         exif: rotate by the EXIF tag.
         value_range: of more than 8 bits, as of `to_levels`.
         channels: 1 and 3: as RGB; else those of the file.
+        size: width and height that it must have before the cut; None: any.
 
     Returns:
         An RGB PIL image; with another number of channels `Planes`.
 
     Raises:
         UsageError: the file has other channels, or values that need a range.
+        SizeError: it has another size.
         Exception: nearly anything, for a damaged file.
     """
     from PIL import Image, ImageOps
@@ -346,6 +367,7 @@ def load_image(
         if array := open_array(source, channels, value_range is not None):
             values = array.values(channels)
             _check_count(values.shape[2], channels)
+            _check_size((values.shape[1], values.shape[0]), size)
             # without a range, what is black and white follows from the whole image
             if box is not None and (value_range is not None or values.dtype == np.uint8):
                 values, box = values[box[1] : box[3], box[0] : box[2]], None
@@ -359,6 +381,7 @@ def load_image(
                 # before the cut: what is black and white belongs to the image
                 im = to_8_bit(opened, value_range, name) if colors else opened
                 im = ImageOps.exif_transpose(im) if exif else im
+            _check_size(im.size, size)
             if not colors:
                 pixels = bands(im)
                 _check_count(1 if pixels.ndim == 2 else pixels.shape[2], channels)
@@ -370,6 +393,12 @@ def load_image(
 def _check_count(found: int, channels: int) -> None:
     if found != channels and not (channels in (1, 3) and found in (1, 3)):
         raise UsageError(f"{found} channels, the model takes {channels} (model.in_chans)")
+
+
+def _check_size(found: tuple[int, int], wanted: tuple[int, int] | None) -> None:
+    # Pillow pads a box that lies outside with black
+    if wanted is not None and found != wanted:
+        raise SizeError(*found)
 
 
 # ---- what a set holds ------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def test_the_graph_ends_on_the_device(whole, as_bytes, regions, tmp_path, monkey
     files.as_bytes = as_bytes
     settings = Settings((16, 16), 4, 1, whole, torch.device("cuda", 0), 0.65, False, regions=regions)
     pipe = DaliDecoder(files, settings)._pipeline(lambda: (), 4)
-    assert [out.device for out in pipe._graph_outputs] == ["gpu"] and pipe.device_id == 0
+    assert [out.device for out in pipe._graph_outputs] == ["gpu", "cpu"] and pipe.device_id == 0
     names = " ".join(op.name for op in pipe._ops)
     assert ("ImageSlice" in names) == (regions and not whole) and ("Read" in names) != as_bytes
 

@@ -2,9 +2,9 @@
 
 Covers: one bad file of each kind and moment (never an image, cut, gone, emptied, a shard cut short); all other samples
 identical; the same substitutes whether a row was known, found, or found by another process, after restarts and for
-any world; every good row as itself exactly once per epoch over all broken files, at several batch sizes, and over their
-manifest; the pixel limit; the budget; the list in a file; a process that cannot go on; errors that are no file's
-fault; failures of DALI itself; evaluation; memory.
+any world; images of another size than planned; every good row as itself exactly once per epoch over all broken files, at
+several batch sizes, and over their manifest; the pixel limit; the budget; the list in a file; a process that cannot go
+on; errors that are no file's fault; failures of DALI itself; evaluation; memory.
 """
 
 from __future__ import annotations
@@ -100,6 +100,33 @@ def test_all_other_samples_are_undisturbed(images, config, kind, how, crop, capl
     for step, whole in enumerate(replaced):
         assert torch.equal(torch.cat([p[step].index for p in parts]), whole.index)
         assert torch.equal(torch.cat([p[step].images for p in parts]), whole.images)
+
+
+@pytest.mark.parametrize("size", [(9, 11), (300, 200), (44, 40)])
+@pytest.mark.parametrize("policy", ["spatial+color", "centercrop"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_an_image_of_another_size_than_planned(images, config, kind, size, policy, listed, tmp_path_factory):
+    """Of DALI a box outside of the image ends the process; Pillow pads it with black."""
+    data = images
+    if listed:
+        data = tmp_path_factory.mktemp("manifest") / "m.tsv"
+        index(str(images), data, threads=1, progress=False)
+    source, bad = open_source(str(data)), [7, 12]
+    cfg = config(loader=kind, bad_budget=0.1, policy=policy)
+    clean, _ = batches(source, cfg, 12)
+    with TrainLoader(source, cfg, SIZE, batch_size=5, seed=3) as loader:
+        # headers are known by now
+        loader._files.read_headers(np.arange(23))
+        for row in bad:
+            Image.fromarray(picture(row, *size)).save(source.paths[row])
+        replaced = list(itertools.islice(loader, 12))
+    assert assert_only(bad, clean, replaced) >= 2
+    assert sorted(loader.bad.reasons) == bad
+    when = "as the manifest says; index again" if listed else "as when its header was read"
+    assert all(
+        f"{size[1]} x {size[0]} pixels, not" in text and when in text and "PIL can" not in text
+        for text in loader.bad.reasons.values()
+    )
 
 
 def test_a_cut_jpeg_is_found_whatever_the_crop(images, config, kind):
