@@ -34,6 +34,7 @@ from .pixels import (
     keeps_upper_bits,
     open_array,
     plugins,
+    tiff_shape,
     to_8_bit,
     to_levels,
     warn_of_upper_bits,
@@ -108,6 +109,8 @@ class ImageFiles:
             if cfg.exif:
                 rotated = source.headers[:, 2] >= 5
                 self.sizes[rotated] = self.sizes[rotated, ::-1]
+        # whether DALI decodes, which reads some files otherwise than Pillow
+        self.by_dali = False
         # [n] whether a row's file is known to be a plain one; DALI would wait for a named pipe
         self._plain = np.zeros(len(source), bool)
         self._readers: ThreadPoolExecutor | None = None
@@ -236,10 +239,16 @@ class ImageFiles:
         def read() -> tuple[int, int]:
             with io.BytesIO(data) if self.as_bytes else open_plain(self.source.paths[row]) as f:
                 if array := open_array(f, self.channels, self.value_range is not None):
+                    if self.by_dali:
+                        raise UsageError("DALI does not read these numbers right; --data.loader pil")
                     return array.sizes(self.channels)[:2]
                 with Image.open(f) as im:
                     w, h = im.size
-                    if self.exif and im.getexif().get(_ORIENTATION_TAG, 1) >= 5:
+                    if im.format == "TIFF":
+                        w, h, orientation = tiff_shape(im)
+                        if self.by_dali and orientation != 1 and not self.exif:
+                            raise UsageError("DALI does not follow its orientation tag; --data.loader pil")
+                    elif self.exif and im.getexif().get(_ORIENTATION_TAG, 1) >= 5:
                         w, h = h, w
                     if w * h <= self.max_pixels and im.format in ("JPEG", "MPO") and not _has_end(f):
                         # whether DALI notices depends on the crop; found now, it is the same in every epoch
@@ -475,10 +484,10 @@ _checked: set[str] = set()
 
 
 def check_depth(source: ImageSource, cfg: DataConfig) -> None:
-    """Has `to_levels` warn of 16 bits that are nearly black, for decoders that do not; a few images are read, once.
+    """Has Pillow warn of 16 bits that are nearly black, for DALI, which does not; a few images are read, once.
 
     Raises:
-        DataError: floats that need a range.
+        DataError: floats that need a range; a TIFF file that DALI reads wrongly.
     """
     if source.name in _checked:
         return
@@ -486,17 +495,20 @@ def check_depth(source: ImageSource, cfg: DataConfig) -> None:
     from PIL import Image
 
     files = ImageFiles(source, cfg)
+    files.by_dali, warned = True, False
     rows = np.unique(np.linspace(0, len(source) - 1, _PROBED).astype(int)).tolist()
     for row in rows:
         if not source.title(row).lower().endswith(_MAYBE_DEEP):
             continue
         try:
             data = files.read(row)
+            if source.title(row).lower().endswith(TIFF):
+                files._header(row, data)
             with Image.open(io.BytesIO(data)) as im:
-                deep = is_deep(im)
-            if deep:
+                deep = is_deep(im) or keeps_upper_bits(im)
+            if deep and not warned:
                 files.image(row, np.frombuffer(data, np.uint8))
-                return
+                warned = True
         except Exception as error:
             if isinstance(error.__cause__, UsageError):
                 raise

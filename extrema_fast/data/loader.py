@@ -126,6 +126,7 @@ class _Loader(ABC):
         self._resizing = resizing
         self._files, self.bad, self.resident = ImageFiles(source, cfg), bad, resident
         self.kind, self._world = loader_for(source, cfg), 1
+        self._files.by_dali = self.kind == "dali" and resident == "off"
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         regions = True
         if resident == "off":

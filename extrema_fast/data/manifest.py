@@ -337,6 +337,9 @@ def manifest_source(path: str | os.PathLike[str], *, check: bool = True) -> Imag
         labels = torch.from_numpy(label)
     in_shard, spans, names = offset >= 0, None, None
     kinds = {manifest.kind[r] for r in rows}
+    # sizes of TIFF files are those after rotation, though older versions wrote their orientation
+    tiff = [kind.partition(" ")[0] == "tiff" for kind in manifest.kind]
+    orientation = np.where(tiff, 1, manifest.orientation).astype(np.int32)
     if in_shard.any():
         spans = np.stack([np.maximum(offset, 0), np.where(in_shard, size, -1)], 1)
         members = [manifest.member[r] for r in rows]
@@ -349,7 +352,7 @@ def manifest_source(path: str | os.PathLike[str], *, check: bool = True) -> Imag
         _fingerprint(manifest, rows),
         spans=spans,
         names=names,
-        headers=np.stack([manifest.height, manifest.width, manifest.orientation], 1)[good],
+        headers=np.stack([manifest.height, manifest.width, orientation], 1)[good],
         shards=_shards(paths) if in_shard.all() else None,
         value_range=value_range(kinds) or _range_before(manifest.notes),
         statistics=statistics(manifest.notes),

@@ -30,7 +30,7 @@ USUAL = ((0.0, 1.0), (0.0, 65535.0))
 PALETTES = ("P", "PA", "HSV", "LAB", "YCbCr")
 NPY = b"\x93NUMPY"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_BITS_TAG, _SAMPLES_TAG = 258, 277
+_WIDTH_TAG, _HEIGHT_TAG, _BITS_TAG, _ORIENTATION_TAG, _SAMPLES_TAG = 256, 257, 258, 274, 277
 _warned = False
 
 
@@ -154,8 +154,10 @@ def _warn_once(name: str, high: float) -> None:
 
 
 def keeps_upper_bits(im: Any) -> bool:
-    """Whether Pillow will read the upper 8 bits alone of a color image that is opened and not loaded yet (PNG)."""
-    raw = str(im.tile[0][3]) if im.tile else ""
+    """Whether Pillow will read the upper 8 bits alone of a color image that is opened, not loaded yet (PNG, TIFF)."""
+    raw = im.tile[0][3] if im.tile else ""
+    # of a TIFF the first of several arguments
+    raw = str(raw[0]) if isinstance(raw, tuple) and raw else str(raw)
     return "16" in raw and raw.startswith(("RGB", "LA"))
 
 
@@ -165,11 +167,28 @@ def warn_of_upper_bits(im: Any, name: str) -> None:
     values = np.asarray(im)[..., : 1 if im.mode == "LA" else 3]
     if not _warned and values.max() < 16:
         _warned = True
+        remedy = "store such colors as TIFF, whose range data.range and `extrema-fast index` know"
+        if im.format == "TIFF":
+            white = natural_range(0, 256 * float(values.max()) + 255)[1]
+            remedy = (
+                f"give data.range 0 {white:g}, or list the images with `extrema-fast index`, which finds it"
+            )
         log.warning(
             "%s: nearly black: Pillow reads the upper 8 of its 16 bits per channel, and the values fill fewer than 13; "
-            "store such colors as TIFF, whose range data.range and `extrema-fast index` know",
-            name or "image",
-        )
+            "%s", name or "image", remedy,
+        )  # fmt: skip
+
+
+def tiff_shape(im: Any) -> tuple[int, int, int]:
+    """Width, height and orientation of a TIFF file that Pillow has opened: it rotates the image when it loads it.
+
+    The sizes are those after that, which Pillow's own are only from some version on.
+    """
+    tags = im.tag_v2
+    orientation = tags.get(_ORIENTATION_TAG, 1)
+    sides = tags[_WIDTH_TAG], tags[_HEIGHT_TAG]
+    width, height = sides[::-1] if orientation in range(5, 9) else sides
+    return width, height, orientation
 
 
 # ---- any number of channels -----------------------------------------------------------------------
@@ -351,6 +370,7 @@ def _tiff(f: BinaryIO) -> Array:
         pages = len(series) if len(same) == len(series) else 1
         axes = [(a, n) for a, n in zip(series[0].axes, series[0].shape, strict=True) if a in "YX" or n > 1]
         names, shape = "".join(a for a, _ in axes), [n for _, n in axes]
+        orientation = file.pages.first.tags.valueof(_ORIENTATION_TAG, default=1)
     others = [a for a in names if a not in "YX"]
     if "Y" not in names or "X" not in names or len(others) > 1 or (others and pages > 1):
         raise UsageError(
@@ -360,14 +380,25 @@ def _tiff(f: BinaryIO) -> Array:
         raise UsageError(f"a TIFF file of {series[0].dtype}, expected whole numbers or floats")
     order = [names.index(a) for a in ["Y", "X", *others]]
     sides = tuple(shape[a] for a in order)
+    if orientation in range(5, 9):
+        sides = sides[1], sides[0], *sides[2:]
 
     def read() -> np.ndarray:
         f.seek(0)
         with tifffile.TiffFile(f, name="file.tif") as file:
             found = [s.asarray().reshape(shape).transpose(order) for s in file.series[:pages]]
-        return np.stack(found, -1) if pages > 1 else found[0]
+        return _rotated(np.stack(found, -1) if pages > 1 else found[0], orientation)
 
     return Array((*sides, pages) if pages > 1 else sides, read, ordered=True)
+
+
+def _rotated(values: np.ndarray, orientation: int) -> np.ndarray:
+    """[H, W, ...] as the orientation tag says, which Pillow follows of TIFF files, too."""
+    if orientation in range(5, 9):
+        values = values.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    return values[:, ::-1] if orientation in (2, 3, 6, 7) else values
 
 
 # ---- what the installed libraries read ------------------------------------------------------------

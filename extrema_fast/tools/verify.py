@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import MAX_CHANS
-from ..data.pixels import Array, deep_kind, is_deep, open_array, plugins
+from ..data.pixels import Array, deep_kind, is_deep, open_array, plugins, tiff_shape
 from ..data.zips import read_range
 from ..errors import ExtremaError, UsageError, install
 from ..files import open_plain
@@ -160,10 +160,12 @@ def _shown(start: bytes) -> str:
 
 
 def header(data: bytes) -> tuple[int, int, int]:
-    """Width and height as stored, and the EXIF orientation; raises what Pillow raises."""
+    """Width and height as stored, and the EXIF orientation; 1 for TIFF, always rotated; raises what Pillow raises."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as im:
+        if im.format == "TIFF":
+            return *tiff_shape(im)[:2], 1
         width, height = im.size
         try:
             orientation = im.getexif().get(_ORIENTATION_TAG, 1)

@@ -2,7 +2,7 @@
 
 Covers: 16, 12 and 10 bits in 16-bit PNG and TIFF, floats from 0 to 1 and in another unit; both loaders, the encoder's
 preprocessing, packing and the tiles of search; the range of a set by `index` and by data.range; what cannot be known is
-warned of or refused by name; damaged TIFF files are found.
+warned of or refused by name; damaged TIFF files are found; the orientation of TIFF files of 8 bits and more.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import zlib
 import numpy as np
 import pytest
 
-from extrema_fast.data import image_files, pixels
+from extrema_fast.data import image_files, loader, pixels
 from extrema_fast.data.loader import EvalLoader, loader_for
+from extrema_fast.data.manifest import read_manifest
 from extrema_fast.data.pixels import natural_range, to_8_bit
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import DataError, UsageError
@@ -110,6 +111,82 @@ def test_colors_of_16_bits_in_png(bits, caplog, monkeypatch):
         assert np.abs(im - GRAY[..., None]).max() <= 1 and not caplog.text
     else:
         assert im.max() < 16 and "nearly black" in caplog.text
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_colors_of_16_bits_in_tiff(compression, tmp_path, config, kind, caplog, monkeypatch):
+    tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed (extra: train)")
+    monkeypatch.setattr(pixels, "_warned", False)
+    monkeypatch.setattr(image_files, "_checked", set())
+    values = np.repeat(GRAY[..., None].astype(np.uint32) * 4095 // 255, 3, axis=2).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", compression=compression)
+    assert read(tmp_path, config(loader=kind)).max() <= 16
+    assert (
+        "nearly black" in caplog.text and "data.range 0 4095" in caplog.text and "as TIFF" not in caplog.text
+    )
+    assert np.abs(read(tmp_path, config(range=(0.0, 4095.0))) - GRAY).max() <= 1
+
+
+# how a picture is stored that the orientation shows as it is
+STORED = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: x[:, ::-1].swapaxes(0, 1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: x[::-1].swapaxes(0, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_the_orientation_of_tiff_is_followed_everywhere(orientation, bits, tmp_path, config):
+    tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed (extra: train)")
+    picture = np.stack([GRAY[:20], GRAY[12:], GRAY[:20, ::-1]], -1)
+    stored = STORED[orientation](picture)
+    # Pillow reads the first two, the second without a range alone
+    stored = {8: stored, 16: stored * np.uint16(257), 32: (stored / 255).astype(np.float32)}[bits]
+    folder, manifest = tmp_path / "images", tmp_path / "m.tsv"
+    folder.mkdir()
+    tag = [(274, "H", 1, orientation, True)]
+    tifffile.imwrite(folder / "a.tif", np.ascontiguousarray(stored), photometric="rgb", extratags=tag)
+    index(folder, manifest, threads=1)
+    table = read_manifest(manifest)
+    assert (table.height[0], table.width[0], table.orientation[0]) == (20, SIZE, 1)
+    # as versions before wrote it
+    old = tmp_path / "old.tsv"
+    old.write_text(manifest.read_text().replace(f"\t{SIZE}\t20\t1\t", f"\t{SIZE}\t20\t{orientation}\t"))
+    for data in (folder, manifest, old):
+        for exif in (False, True):
+            for value_range in [(0.0, 0.0)] + [(0.0, 65535.0)] * (bits == 16):
+                cfg = config(exif=exif, range=value_range)
+                ((images, _),) = EvalLoader(open_source(str(data)), cfg, (20, SIZE))
+                assert np.abs(images[0].numpy().astype(int) - picture).max() <= 1
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("what", ["rotated", "floats"])
+def test_dali_refuses_tiff_that_it_would_read_otherwise(what, listed, tmp_path, config, monkeypatch):
+    tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed (extra: train)")
+    pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
+    monkeypatch.setattr(image_files, "_checked", set())
+    colors = np.stack([GRAY] * 3, -1)
+    values, orientation = (colors, 3) if what == "rotated" else ((colors / 255).astype(np.float32), 1)
+    folder, data = tmp_path / "images", tmp_path / "m.tsv"
+    folder.mkdir()
+    tag = [(274, "H", 1, orientation, True)]
+    tifffile.imwrite(folder / "a.tif", values, photometric="rgb", extratags=tag)
+    index(folder, data, threads=1)
+    source, cfg = open_source(str(data if listed else folder)), config(loader="dali")
+    with pytest.raises(DataError, match=r"a\.tif: .*DALI does not .*--data\.loader pil"):
+        loader_for(source, cfg)
+    if not listed:
+        # of many files a few are looked at before
+        monkeypatch.setattr(loader, "check_depth", lambda *args: None)
+        with pytest.raises(DataError, match=r"a\.tif: .*DALI does not .*--data\.loader pil"):
+            read(folder, cfg)
 
 
 def test_dali_by_name_and_a_range_is_an_error(tmp_path, config):

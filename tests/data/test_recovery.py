@@ -2,9 +2,9 @@
 
 Covers: one bad file of each kind and moment (never an image, cut, gone, emptied, a shard cut short); all other samples
 identical; the same substitutes whether a row was known, found, or found by another process, after restarts and for
-any world; images of another size than planned; every good row as itself exactly once per epoch over all broken files, at
-several batch sizes, and over their manifest; the pixel limit; the budget; the list in a file; a process that cannot go
-on; errors that are no file's fault; failures of DALI itself; evaluation; memory.
+any world; images of another size than planned; every good row as itself exactly once per epoch over all broken files,
+at several batch sizes, and over their manifest; the pixel limit; the budget; the list in a file; a process that cannot
+go on; errors that are no file's fault; failures of DALI itself; evaluation; memory.
 """
 
 from __future__ import annotations
