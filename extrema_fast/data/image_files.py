@@ -314,7 +314,9 @@ def replaced(files: ImageFiles, before: dict[str, str]) -> list[int]:
         if row.isdecimal() and len(row) < 12 and int(row) < len(files.source)
     }
     other = [row for row, value in rows.items() if _hash(files, row) not in ("", value)]
-    return [row for row in other if files.why_unusable(row) is None]
+    reasons = {row: files.why_unusable(row) for row in other}
+    # of another size than a manifest says: no training image, but a sound one
+    return [row for row, reason in reasons.items() if not reason or isinstance(reason.__cause__, SizeError)]
 
 
 def _hash(files: ImageFiles, row: int) -> str:

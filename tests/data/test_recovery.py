@@ -24,6 +24,7 @@ import torch
 from extrema_fast.config import DataConfig
 from extrema_fast.data import decode as data_decode
 from extrema_fast.data.bad_images import BAD_ROWS, BadRows
+from extrema_fast.data.image_files import ImageFiles, hash_sample, replaced
 from extrema_fast.data.loader import EvalLoader, TrainLoader
 from extrema_fast.data.order import epoch_length
 from extrema_fast.data.sources import open_source
@@ -127,6 +128,16 @@ def test_an_image_of_another_size_than_planned(images, config, kind, size, polic
         f"{size[1]} x {size[0]} pixels, not" in text and when in text and "PIL can" not in text
         for text in loader.bad.reasons.values()
     )
+
+
+def test_an_image_of_another_size_is_another_image(images, config, tmp_path_factory):
+    manifest = tmp_path_factory.mktemp("manifest") / "m.tsv"
+    index(str(images), manifest, threads=1, progress=False)
+    sources = [open_source(str(data)) for data in (images, manifest)]
+    before = hash_sample(ImageFiles(sources[0], config()))
+    spoil(images / "03.jpg", "cut")
+    Image.fromarray(picture(7, 300, 200)).save(images / "07.jpg")
+    assert [replaced(ImageFiles(source, config()), before) for source in sources] == [[7], [7]]
 
 
 def test_a_cut_jpeg_is_found_whatever_the_crop(images, config, kind):
