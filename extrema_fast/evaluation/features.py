@@ -204,7 +204,7 @@ def content_hash(source: ImageSource, masks: Sequence[str] = ()) -> str:
     Uncompressed images of one shape have the same size, and so the same fingerprint where their names are equal.
     """
     digest = hashlib.sha256(source.fingerprint.encode())
-    for row in _spread(len(source), 16):
+    for row in _spread(len(source), 64):
         # one that cannot be read is left out of results, too
         with suppress(OSError):
             digest.update(hashlib.sha256(source.read(row)).digest())
