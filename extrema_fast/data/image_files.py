@@ -319,6 +319,16 @@ def replaced(files: ImageFiles, before: dict[str, str]) -> list[int]:
     return [row for row, reason in reasons.items() if not reason or isinstance(reason.__cause__, SizeError)]
 
 
+def other_bytes(files: ImageFiles, before: dict[str, str]) -> str:
+    """Of how many images the bytes are others than those of `hash_sample` before, in words; empty: of none."""
+    now = hash_sample(files)
+    other = [int(row) for row, value in before.items() if now.get(row, value) != value]
+    if not other:
+        return ""
+    first = files.source.title(other[0])
+    return f"the bytes of {len(other)} of {len(before)} images that were compared, first: {first}"
+
+
 def _hash(files: ImageFiles, row: int) -> str:
     try:
         return hashlib.sha256(files.read(row)).hexdigest()[:16]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +17,7 @@ from .. import rng
 from ..config import DataConfig
 from ..data.augment import normalize
 from ..data.bad_images import BadRows
-from ..data.image_files import ImageFiles
+from ..data.image_files import ImageFiles, hash_sample
 from ..data.loader import EvalLoader
 from ..data.preprocess import KEEP_EXACT, Resizing
 from ..data.sources import ImageSource, match_classes, subset
@@ -198,25 +197,13 @@ def overlap(train: ImageSource, test: ImageSource, seed: int = 0) -> list[str]:
     ]
 
 
-def content_hash(source: ImageSource, masks: Sequence[str] = ()) -> str:
-    """Short hash of the images of a source: its fingerprint, and the bytes of a few images (and of their masks).
+def content_hash(source: ImageSource) -> str:
+    """Short hash of the images of a source: its fingerprint, and the bytes of a few images (`hash_sample`).
 
     Uncompressed images of one shape have the same size, and so the same fingerprint where their names are equal.
     """
-    digest = hashlib.sha256(source.fingerprint.encode())
-    for row in _spread(len(source), 64):
-        # one that cannot be read is left out of results, too
-        with suppress(OSError):
-            digest.update(hashlib.sha256(source.read(row)).digest())
-            if masks:
-                digest.update(hashlib.sha256(Path(masks[row]).read_bytes()).digest())
-    return digest.hexdigest()[:16]
-
-
-def _spread(n: int, count: int) -> list[int]:
-    """At most `count` evenly spaced rows of n."""
-    count = min(count, n)
-    return [int((j + 0.5) * n / count) for j in range(count)]
+    sample = json.dumps([source.fingerprint, hash_sample(ImageFiles(source, DataConfig()))])
+    return hashlib.sha256(sample.encode()).hexdigest()[:16]
 
 
 def load_batch(
@@ -232,6 +219,8 @@ def load_batch(
 
     `strict` and `resizing` as for `extract`.
     """
-    few = subset(source, torch.tensor(_spread(len(source), count)))
+    n = len(source)
+    count = min(count, n)
+    few = subset(source, torch.tensor([int((j + 0.5) * n / count) for j in range(count)]))
     bad = None if strict else BadRows(few, 1.0, warn=False)
     return torch.cat([images for images, _ in EvalLoader(few, cfg, img_size, bad=bad, resizing=resizing)])

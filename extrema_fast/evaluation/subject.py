@@ -173,7 +173,7 @@ def known_result(
     if known.get("images", images) != images:
         log.info("%s: is of other images of the same names and sizes, and is measured again", out)
         return None
-    what = ", and the bytes of at most 16 of each set" * ("images" in known)
+    what = ", and the bytes of at most 64 of each set" * ("images" in known)
     log.info(
         "%s: unchanged are weights, settings, names, sizes and labels of images%s; nothing to compute",
         *(out, what),

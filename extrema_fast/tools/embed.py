@@ -27,7 +27,7 @@ from torch import Tensor
 from ..config import DataConfig
 from ..data.augment import normalize
 from ..data.bad_images import BadRows
-from ..data.image_files import ImageFiles, deep_range, hash_sample, read_as
+from ..data.image_files import ImageFiles, deep_range, hash_sample, other_bytes, read_as
 from ..data.image_source import ImageSource
 from ..data.loader import EvalLoader, loader_for
 from ..data.manifest import escape, write_lines
@@ -357,13 +357,12 @@ def _prepare(job: Job, out: Path, config: dict[str, Any], force: bool) -> list[i
     if old and "range" not in old["settings"]:
         # an older version used that of the images without writing it down
         found = [change for change in found if not change.startswith("range:")]
-    sample = hash_sample(ImageFiles(job.source, job.data))
+    files = ImageFiles(job.source, job.data)
+    sample = hash_sample(files)
     # older versions have none
     before = old["data"].get("sample", {}) if old else {}
-    other = [row for row, value in before.items() if sample.get(row, value) != value]
-    if other and not found:
-        first = job.source.title(int(other[0]))
-        found = [f"the bytes of {len(other)} of {len(before)} images that were compared, first: {first}"]
+    if not found and (other := other_bytes(files, before)):
+        found = [other]
     if found and not force:
         raise UsageError(
             f"{out}: holds features made with other settings or images ({'; '.join(found)}); give another folder, or "

@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 
 from .. import rng
 from ..config import DataConfig
-from ..data.image_files import ImageFiles, hash_sample
+from ..data.image_files import ImageFiles, hash_sample, other_bytes
 from ..data.image_source import ImageSource
 from ..data.manifest import Row, escape, header_lines, is_manifest, row_line
 from ..data.shards import CLASSES
@@ -145,10 +145,10 @@ def pack(
     work = Work(out / WORK)
     sample = hash_sample(ImageFiles(source, DataConfig()))
     try:
-        finished = _prepare(source, out, work, about, sample, force)
+        finished = _prepare(source, out, work, about, force)
         if not finished:
             with _locked(out, work):
-                finished = _is_finished(source, out, about, sample)
+                finished = _is_finished(source, out, about)
                 if not finished:
                     before = read_json(out / ABOUT, {}).get("pillow", pillow)
                     if before != pillow:
@@ -248,16 +248,14 @@ def _locked(out: Path, work: Work) -> Any:
     return work.locked(str(out), own=r"shard-\d+\.(tar|json)")
 
 
-def _prepare(
-    source: ImageSource, out: Path, work: Work, about: dict[str, Any], sample: dict[str, str], force: bool
-) -> bool:
+def _prepare(source: ImageSource, out: Path, work: Work, about: dict[str, Any], force: bool) -> bool:
     """Whether the set is there already; UsageError for a folder that holds anything else."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; give a folder for the shards")
     if not out.is_dir() or not any(out.iterdir()):
         return False
     if not force:
-        return _is_finished(source, out, about, sample)
+        return _is_finished(source, out, about)
     aside = _aside(out)
     # nobody is packing into it
     with _locked(out, work) if work.folder.is_dir() else nullcontext():
@@ -273,7 +271,7 @@ def _aside(out: Path) -> Path:
     return place
 
 
-def _is_finished(source: ImageSource, out: Path, about: dict[str, Any], sample: dict[str, str]) -> bool:
+def _is_finished(source: ImageSource, out: Path, about: dict[str, Any]) -> bool:
     """Whether a finished set of this source and these settings is there; UsageError when it is of others."""
     old = read_json(out / ABOUT, {})
     if old.get("format") != FORMAT:
@@ -287,10 +285,8 @@ def _is_finished(source: ImageSource, out: Path, about: dict[str, Any], sample: 
         found.append("the images (names, sizes or labels)")
     # older versions have none
     before = old.get("sample", {})
-    other = [row for row, value in before.items() if sample.get(row, value) != value]
-    if other and not found:
-        first = source.title(int(other[0]))
-        found.append(f"the bytes of {len(other)} of {len(before)} images that were compared, first: {first}")
+    if not found and (other := other_bytes(ImageFiles(source, DataConfig()), before)):
+        found.append(other)
     if found:
         state = "finished" if old.get("complete") else "unfinished"
         raise UsageError(

@@ -593,7 +593,7 @@ def test_images_overwritten_by_others_of_their_size_are_measured_again(run, imag
     out = tmp_path / "r.json"
     first, _ = evaluated()
     again, text = evaluated()
-    assert again == first and "and the bytes of at most 16 of each set; nothing to compute" in text
+    assert again == first and "and the bytes of at most 64 of each set; nothing to compute" in text
     a, b, c = ((tmp_path / "set/test" / name) for name in ("a", "swapped", "c"))
     a.rename(b), c.rename(a), b.rename(c)
     other, text = evaluated()
