@@ -106,6 +106,7 @@ def test_a_loader_that_decodes_whole_images(tmp_path, monkeypatch, caplog):
     for regions in (True, False):
         monkeypatch.setattr(loader, "_decoding_device", lambda *args, r=regions: (torch.device("cpu"), r))
         with TrainLoader(source, DataConfig(loader="dali"), (16, 16), batch_size=4, seed=0) as batches:
+            assert batches._settings.regions == regions
             seen.append([next(batches).images for _ in range(4)])
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
     monkeypatch.undo()
