@@ -1,13 +1,15 @@
 """What `make docs` builds: the repository's own pages in their places, and pages made from records and docstrings.
 
 MkDocs calls these functions (`hooks` of mkdocs.yml). A page keeps the path that it has in the repository, so its links
-work on a forge and in the site alike. The pages about results, benchmarks and the Python interface are made here, at
-each build, and are in no checkout.
+work on a forge and in the site alike. The pages about results, benchmarks, settings and the Python interface are made
+here, at each build, and are in no checkout.
 """
 
 from __future__ import annotations
 
 import ast
+import fnmatch
+import itertools
 import json
 import shutil
 import tempfile
@@ -17,6 +19,9 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from extrema_fast.config import PRESETS, Config, FinetuneConfig, flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = "benchmarks/records"
@@ -29,14 +34,14 @@ ALONE = ("tests/nullgpu/README.md", "LICENSE")
 GUIDES = (
     "recipes",
     "training",
-    "learning",
-    "distributed",
     "data",
-    "finetuning",
+    "learning",
     "evaluation",
+    "finetuning",
     "encoder",
-    "visualize",
+    "distributed",
     "troubleshooting",
+    "collapse",
 )
 
 
@@ -59,7 +64,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             ]
         },
         {"Kernels": [{name: f"kernels/{name}/README.md"} for name in kernels] + [f"{RECORDS}/registers.md"]},
-        {"Python": "docs/api.md"},
+        {"Reference": ["docs/settings.md", "docs/api.md"]},
         {"Project": ["CONTRIBUTING.md", "CHANGELOG.md"]},
     ]
     # the package as it is installed: `kernels` is a folder of its own in the repository
@@ -80,9 +85,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             taken.append(
                 File(path.relative_to(ROOT).as_posix(), str(ROOT), config.site_dir, config.use_directory_urls)
             )
-    for name, text in (("results", results()), ("benchmarks", benchmarks()), ("api", api())):
-        taken.append(File.generated(config, f"docs/{name}.md", content=text))
+    for page in (results, benchmarks, settings, api):
+        taken.append(File.generated(config, f"docs/{page.__name__}.md", content=page()))
     return taken
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> None:
+    """The search lists records after the pages that explain."""
+    if page.file.src_uri.startswith(RECORDS):
+        page.meta["search"] = {"boost": 0.3}
 
 
 def on_post_build(config: MkDocsConfig) -> None:
@@ -197,7 +208,54 @@ def benchmarks() -> str:
     )
 
 
-# ---- the Python interface ----------------------------------------------------------------------------
+# ---- settings and the Python interface, from their docstrings -----------------------------------------
+
+
+def settings() -> str:
+    """The page of every setting, its default, and the presets that have another value."""
+    tree = ast.parse((ROOT / "extrema_fast/config.py").read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    presets = {name: flatten(make()) for name, make in PRESETS.items()}
+    parts = [
+        "# Settings",
+        "Of `pretrain`: `--SECTION.NAME VALUE`, or sections with their names in a `--config` file "
+        "([training](training.md)). Each setting with its choices or type, its default, and the presets with another "
+        "value (`own` chooses more for your images). `pretrain --help` and `finetune --help` show the same.",
+    ]
+    values = flatten(FinetuneConfig()) | flatten(Config())
+    for section, kind in {**Config.__annotations__, "tune": "TuneConfig"}.items():
+        if kind not in classes:
+            continue
+        about = (ast.get_docstring(classes[kind]) or "").partition("\n")[0]
+        parts.append(f"## {section}\n\n{about}{' Of `finetune` alone.' * (section == 'tune')}")
+        for member, after in itertools.pairwise(classes[kind].body):
+            if not (isinstance(member, ast.AnnAssign) and isinstance(after, ast.Expr)):
+                continue
+            name, hint = f"{section}.{ast.unparse(member.target)}", ast.unparse(member.annotation)
+            if hint.startswith("Literal["):
+                hint = hint.removeprefix("Literal[").removesuffix("]").replace("'", "`")
+            text = " ".join(ast.literal_eval(after.value).split())
+            others: dict[str, list[str]] = {}
+            for preset, theirs in presets.items():
+                if theirs.get(name, values[name]) != values[name]:
+                    others.setdefault(shown(theirs[name]), []).append(preset)
+            for found in others.values():
+                for pattern in ("paper_*", "paper_*_90x8", "paper_large_*"):
+                    if set(alike := fnmatch.filter(PRESETS, pattern)) <= set(found):
+                        found[:] = [n for n in found if n not in alike] + [pattern.replace("*", "\\*")]
+            theirs = "; ".join(f"{value} {', '.join(found)}" for value, found in others.items())
+            parts.append(
+                f"* **`{name}`** ({hint}; {shown(values[name])}): {text}"
+                + f" Presets: {theirs}." * bool(theirs)
+            )
+    return "\n\n".join(parts)
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed."""
+    if isinstance(value, (list, tuple)):
+        value = " ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
+    return f"`{value}`" if value != "" else "empty"
 
 
 def api() -> str:

@@ -1,8 +1,8 @@
 """`make docs`: the site is built strictly, is complete, and needs nothing from another server.
 
 Covers: no broken link or anchor (strict); a page for every guide, kernel and record; figures of a record on the pages
-made from records; every public name on the Python page; lists and tables that Markdown understood; pictures, styles and
-scripts that lie in the site, none on another server.
+made from records; every setting and every public name on their pages; lists and tables that Markdown understood;
+pictures, styles and scripts that lie in the site, none on another server.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pytest
 
 import extrema_fast
 from extrema_fast import kernels
+from extrema_fast.config import FinetuneConfig, flatten
 
 for package in ("mkdocs", "material", "mkdocstrings_handlers.python"):
     pytest.importorskip(package, reason="the extra `docs`")
@@ -60,6 +61,15 @@ def test_every_public_name_has_its_docstring(site):
     missing = [n for n in extrema_fast.__all__ if not any(i.endswith(f".{n}") for i in ids)]
     missing += [n for n in kernels.__all__ if not any(i.endswith(f".{n}") for i in ids)]
     assert ids and not missing
+
+
+def test_every_setting_is_listed(site):
+    values = flatten(FinetuneConfig())
+    missing = [
+        n for n in values if "." in n and f"<code>{n}</code></strong> (" not in site["docs/settings.html"]
+    ]
+    assert len(values) > 90 and not missing
+    assert "paper_*_90x8" in site["docs/settings.html"]
 
 
 def test_markdown_is_understood(site):
