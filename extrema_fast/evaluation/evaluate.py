@@ -104,11 +104,11 @@ def evaluate(
     Images that cannot be decoded are left out; `counts` and the log say how many.
 
     Returns:
-        Plain data: rows (encoder, feature, knn and probe as shares), gain over random init, `per_class` of the first
-        row and seed, indicators, warnings, counts, and the settings; of `grid` and `logistic` the rate or C that was
-        `chosen` for each seed and the accuracy (`validation`) it was chosen by; of `labels` the rows taken
-        (`labelled`). The file also holds a key over weights, images and settings: an unchanged second call returns
-        what it holds.
+        A dict of plain data with rows (encoder, feature, knn and probe as shares), gain over random init, `per_class`
+        of the first row and seed, indicators, warnings, counts, and the settings; for `grid` and `logistic` the rate
+        or C that was `chosen` for each seed and the accuracy (`validation`) it was chosen by; for `labels` the rows
+        taken (`labelled`). The file also has a key over weights, images and settings, and the same call again returns
+        what is in it.
 
     Raises:
         UsageError: Missing labels, a single class, classes that do not match, fewer images than `k`, unusable paths.

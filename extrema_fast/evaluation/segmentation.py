@@ -81,8 +81,8 @@ def segment(
         force: Compute although the file holds this result.
 
     Returns:
-        Plain data: rows (encoder, mean IoU of `probe` and `kmeans`), gain over random init, `per_class` IoU of the
-        pretrained encoder and first seed (None: neither there nor predicted), warnings, counts, settings, and a key
+        A dict with rows (encoder, mean IoU of `probe` and `kmeans`), gain over random init, `per_class` IoU of the
+        pretrained encoder and first seed (None if neither there nor predicted), warnings, counts, settings, and a key
         over weights, images and settings.
 
     Raises:

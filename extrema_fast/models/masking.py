@@ -151,8 +151,8 @@ def mae_mask(keep: Tensor, num_patches: int) -> tuple[Tensor, Tensor]:
         num_patches: N.
 
     Returns:
-        (mask [..., N] fp32, 0 = kept and 1 = dropped; ids_restore [..., N] int64: where patch j is in kept and dropped
-        patches one after the other, these ascending).
+        (mask [..., N] fp32, 0 = kept and 1 = dropped; ids_restore [..., N] int64, the place of patch j in the kept
+        patches followed by the dropped ones in ascending order).
 
     Raises:
         UsageError: on a CPU an index that is out of range or twice in a row.

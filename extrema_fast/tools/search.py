@@ -65,7 +65,8 @@ def search(
         force: replace a file `out` that is no earlier picture.
 
     Returns:
-        Per query {"query": path, "neighbours": [{"path", "label", "row", "score"}, ...]}, best first.
+        Per query a dict with its path as "query", and "neighbours", a list of {"path", "label", "row", "score"}, best
+        first.
 
     Raises:
         UsageError: what does not fit.

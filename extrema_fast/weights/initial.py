@@ -105,7 +105,7 @@ def load_trunk(
         option: what asked for it, for messages.
 
     Returns:
-        What was done, by part: "patch embedding", "positions", "trunk", "final norm", "pooling", "left out".
+        What was done, for the parts "patch embedding", "positions", "trunk", "final norm", "pooling", "left out".
 
     Raises:
         UsageError: the trunk has another shape; nothing is changed then.

@@ -17,7 +17,21 @@ from .load import load_encoder, open_weights
 
 
 def accelerate(vit: nn.Module | str | Path, *, attention: str = "auto", strict: bool = False) -> Accelerated:
-    """`models.accelerate.accelerate` of a VisionTransformer, or of the one that `load_vit` makes of a path."""
+    """Fast masked and dense encoding with the weights of a timm VisionTransformer, which is left as it is.
+
+    Args:
+        vit: the VisionTransformer, or a subclass that keeps its `forward_features` and `_pos_embed`; or a path, of
+            which `load_vit` makes one.
+        attention: backend of self-attention, as of `Encoder.set_attention`.
+        strict: a part that cannot be replaced is an error, here and at every pass, instead of being called.
+
+    Returns:
+        An object with `encode(images, keep)`, which gives tokens as `Encoder.encode` does, and `report()`, which says
+        what is replaced and why the rest is not.
+
+    Raises:
+        UsageError: another model or an unknown backend, with what is possible.
+    """
     return Accelerated(load_vit(vit) if isinstance(vit, (str, Path)) else vit, attention, strict)
 
 

@@ -112,7 +112,7 @@ def color_views(
             are checked on a CPU, elsewhere with EXTREMA_FAST_CHECK=1.
 
     Returns:
-        (student's, teacher's): each [B, C, H, W]; with `patch` [V B, K, C P P], row v B + b, and [B, N, C P P], as
+        (student's, teacher's), each [B, C, H, W]; with `patch` [V B, K, C P P], row v B + b, and [B, N, C P P], as
         `patch_gather` takes them.
 
     Raises:

@@ -87,7 +87,7 @@ def patch_gather(
         std: C numbers, for uint8 images only.
 
     Returns:
-        [V*B, K, D], row v B + b; dtype: autocast's, else that of float images, the weight's for uint8.
+        [V*B, K, D], row v B + b, in the dtype of autocast, else that of float images, the weight's for uint8.
 
     Raises:
         TypeError: an argument is not a tensor.
