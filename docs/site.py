@@ -141,7 +141,7 @@ def percent(summary: dict[str, Any], key: str) -> str:
 
 
 def results() -> str:
-    """The page of what was learned: every record of `python -m benchmarks learning` and its like."""
+    """The page of accuracies: every record of `python -m benchmarks learning` and its like."""
     rows, notes = [], []
     for name, record in read_records().items():
         summary = record.get("summary", {})
@@ -173,10 +173,10 @@ def results() -> str:
     heads = ["record", "preset", "k-NN", "random", "pixels", "probe", "random", "pixels", "seconds", "seeds"]
     return "\n\n".join(
         [
-            WIDE + "# What was learned",
-            f"{MADE}. Class token, accuracy in %, mean and standard deviation over seeds; next to it the same "
-            "encoder with random weights, and raw pixels. Seconds of pretraining are those of the processor, with * "
-            "those of the clock. Rows of different images cannot be compared.",
+            WIDE + "# Accuracy",
+            f"{MADE}. Accuracy of the class token in %, mean and standard deviation over seeds, next to the same "
+            "encoder with random weights and to raw pixels. Seconds are CPU seconds of pretraining, with * wall-clock "
+            "seconds. Rows on different images cannot be compared.",
             table(heads, rows),
             "\n".join(notes),
         ]
@@ -198,11 +198,10 @@ def benchmarks() -> str:
     return "\n\n".join(
         [
             WIDE + "# Benchmarks",
-            f"{MADE}: the time of the other program over ours, its 95 % interval, and the verdict on ours. On the "
-            "machines that the records name. "
-            "[Performance](performance.md) explains them.",
+            f"{MADE}: the time of the other program divided by ours, its 95 % interval, and the verdict on ours, on "
+            "the machines that the records name. [Performance](performance.md) explains them.",
             table(["record", "compared", "ratio", "interval", "verdict"], rows),
-            "## Counted, and measured in other ways",
+            "## Other measurements, and what was counted",
             "\n".join(notes),
         ]
     )
@@ -218,16 +217,16 @@ def settings() -> str:
     presets = {name: flatten(make()) for name, make in PRESETS.items()}
     parts = [
         "# Settings",
-        "Of `pretrain`: `--SECTION.NAME VALUE`, or sections with their names in a `--config` file "
-        "([training](training.md)). Each setting with its choices or type, its default, and the presets with another "
-        "value (`own` chooses more for your images). `pretrain --help` and `finetune --help` show the same.",
+        "Settings of `pretrain`, given as `--SECTION.NAME VALUE`, or by section in a `--config` file "
+        "([training](training.md)): choices or type, default, meaning, and the presets with another value (`own` "
+        "chooses more for your images). `pretrain --help` and `finetune --help` show the same.",
     ]
     values = flatten(FinetuneConfig()) | flatten(Config())
     for section, kind in {**Config.__annotations__, "tune": "TuneConfig"}.items():
         if kind not in classes:
             continue
         about = (ast.get_docstring(classes[kind]) or "").partition("\n")[0]
-        parts.append(f"## {section}\n\n{about}{' Of `finetune` alone.' * (section == 'tune')}")
+        parts.append(f"## {section}\n\n{about}{' Only of `finetune`.' * (section == 'tune')}")
         for member, after in itertools.pairwise(classes[kind].body):
             if not (isinstance(member, ast.AnnAssign) and isinstance(after, ast.Expr)):
                 continue
@@ -243,9 +242,9 @@ def settings() -> str:
                 for pattern in ("paper_*", "paper_*_90x8", "paper_large_*"):
                     if set(alike := fnmatch.filter(PRESETS, pattern)) <= set(found):
                         found[:] = [n for n in found if n not in alike] + [pattern.replace("*", "\\*")]
-            theirs = "; ".join(f"{value} {', '.join(found)}" for value, found in others.items())
+            theirs = "; ".join(f"{', '.join(found)}: {value}" for value, found in others.items())
             parts.append(
-                f"* **`{name}`** ({hint}; {shown(values[name])}): {text}"
+                f"* **`{name}`** ({hint}; default {shown(values[name])}): {text}"
                 + f" Presets: {theirs}." * bool(theirs)
             )
     return "\n\n".join(parts)
