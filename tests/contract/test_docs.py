@@ -34,7 +34,9 @@ def test_readme(repository):
 
 
 def test_the_encoders_page(repository, tmp_path):
-    weights = tmp_path / "weights.pth"
+    # that of a run of one's own has the size of the name that torch.hub is given
+    demo, weights = tmp_path / "demo.pth", tmp_path / "weights.pth"
+    torch.save(extrema_fast.create_encoder("extrema_vit_small_patch16_224", depth=1).state_dict(), demo)
     torch.save(extrema_fast.create_encoder("extrema_vit_small_patch16_224").state_dict(), weights)
     # of any size, and `export` compares it in float64
     small = extrema_fast.create_encoder("extrema_vit_tiny_patch16_224", img_size=32, depth=1)
@@ -43,7 +45,7 @@ def test_the_encoders_page(repository, tmp_path):
     torch.save(timm.create_model("vit_small_patch16_224").state_dict(), theirs)
     places = {
         "vit_small.pth": theirs,
-        "runs/demo": weights,
+        "runs/demo": demo,
         "runs/mine": weights,
         "EXPORTED": exported,
         "PATH": repository,
