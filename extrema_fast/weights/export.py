@@ -46,6 +46,7 @@ from .folder import (
     write_json,
     write_tensors,
 )
+from .foreign import plain_name
 from .load import Weights, load_encoder, open_weights
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Format(NamedTuple):
 
 
 def export(
-    weights: str | Path | Encoder,
+    weights: str | Path | nn.Module,
     out: str | Path,
     format: str = "extrema",
     *,
@@ -105,7 +106,8 @@ def export(
     """Writes an encoder for another program, and compares its outputs on random images before it is kept.
 
     Args:
-        weights: What `load_encoder` takes, or an encoder, which stays as it is; `which` and `img_size` as there.
+        weights: What `load_encoder` takes, or an encoder, which stays as it is, also inside torch.compile,
+            DistributedDataParallel or `as_dino`; `which` and `img_size` as there.
         out: The new folder.
         format: `extrema` (= `timm`), `vit`, `hf`, `onnx`, `torch-export`.
         fc_norm: vit, hf: a fresh norm after pooling replaces the final norm (start of the paper's fine-tuning).
@@ -137,7 +139,7 @@ def export(
             raise UsageError(f"--format {name}: {cannot_import(package, error, form.extra)}") from None
     out = Path(out)
     check_replaceable(out, force)
-    source = _in_memory(weights) if isinstance(weights, Encoder) else open_weights(weights, which=which)
+    source = open_weights(weights, which=which) if isinstance(weights, (str, Path)) else _in_memory(weights)
     chosen = source.choose(which)
     pooled = name == "vit" or (name == "hf" and not class_token)
     changes: dict[str, Any] = {"global_pool": "avg", "fc_norm": fc_norm} if pooled else {}
@@ -146,8 +148,8 @@ def export(
         log.info("the classifier is left out: it was trained on another pooled feature")
     meta = {**source.meta, "which": None if chosen == SINGLE else chosen}
     kept = kept_card(out)
-    if not isinstance(weights, Encoder):
-        meta["record"] = run_record(Path(weights), source.meta, chosen)
+    if isinstance(weights, (str, Path)):
+        meta["record"] = run_record(source.path, source.meta, chosen)
     description = _description(encoder, meta, {"format": name, **options})
     images = [
         torch.randn(b, encoder.in_chans, *encoder.img_size, generator=torch.Generator().manual_seed(b))
@@ -171,10 +173,16 @@ def export(
     return Exported(out, files, differences)
 
 
-def _in_memory(encoder: Encoder) -> Weights:
+def _in_memory(model: Any) -> Weights:
     """An encoder as what is read from a file; nothing is known of its training."""
-    name = "an encoder in memory"
-    tensors = {k: v.detach().cpu() for k, v in encoder.state_dict().items()}
+    name, encoder = "an encoder in memory", model
+    while not isinstance(encoder, Encoder):
+        # of torch.compile, of DistributedDataParallel and averages, of `Dino`
+        inside = (getattr(encoder, key, None) for key in ("_orig_mod", "module", "encoder"))
+        encoder = next((m for m in inside if isinstance(m, nn.Module)), None)
+        if encoder is None:
+            raise UsageError(f"export: expected a file, a folder or an encoder, got a {type(model).__name__}")
+    tensors = {plain_name(k): v.detach().cpu() for k, v in encoder.state_dict().items()}
     return Weights(Path(name), _description(encoder, {"source": {"file": name}}, {}), {SINGLE: tensors})
 
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -42,6 +43,8 @@ WHICH = ("teacher", "student")
 # name of a network that is not known to be either
 SINGLE = "model"
 GRAPHS = (".onnx", ".pt2", ".ts")
+# how the name of a table of several files ends
+INDEX = ".index.json"
 NOT_WEIGHTS = "which runs without this project; give the weights it came from"
 
 # what `import` and `export` write, in older versions too; `--force` replaces no folder with anything else in it
@@ -207,10 +210,10 @@ def _found_instead(path: Path) -> str:
         return f"this run has saved no weights yet (found: {inside})"
     if {"COMPLETE", "state.safetensors"} & set(names):
         return "a checkpoint of a run; its weights are in the run folder's weights/step_*"
-    for name in names:
+    for name in sorted(names, key=lambda name: not name.endswith(INDEX)):
         if name.startswith("model.") and name.endswith(GRAPHS):
             return f"an exported graph ({name}), {NOT_WEIGHTS}"
-        if name.endswith((".safetensors", ".pth", ".pt", ".bin")):
+        if name.endswith((INDEX, ".safetensors", ".pth", ".pt", ".bin")):
             described = (path / "config.json").is_file()
             lacks = "none that config.json describes" if described else "config.json is missing"
             return f"no weights folder ({lacks}); to read one file give {path / name}"
@@ -389,7 +392,7 @@ def _check_tables(meta: Mapping[str, Any]) -> None:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, checked by `check_tensors`."""
     try:
-        state = load_file(path)
+        state = without_counters(load_file(path))
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{path}: damaged or not a safetensors file ({_line(error)})") from None
     check_tensors(state, path)
@@ -405,11 +408,18 @@ class _Bounded(io.BufferedReader):
         return super().read(size)
 
 
-def read_torch(path: Path) -> Any:
-    """What `torch.save` wrote, if it is tensors and plain data only; tensors may be memory-mapped.
+# plain values that training scripts save with their weights: arguments, and numpy's numbers under both of its paths
+_SCALAR = np.float64().__reduce__()[0]
+_PLAIN_VALUES: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 
-    `argparse.Namespace` is allowed: training scripts save their arguments, and it holds plain values.
-    """
+
+def read_torch(path: Path) -> Any:
+    """What `torch.save` wrote, if it is tensors and plain data only; tensors may be memory-mapped."""
     zipped = zipfile.is_zipfile(path)
     try:
         if zipped:
@@ -417,7 +427,7 @@ def read_torch(path: Path) -> Any:
                 # torch never compresses, and compressed entries could expand to any size
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in z.infolist()):
                     raise ValueError("compressed entries")
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_PLAIN_VALUES):
             if zipped:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             with _Bounded(open(path, "rb", buffering=0)) as f:
@@ -429,6 +439,11 @@ def read_torch(path: Path) -> Any:
             f"it holds code: {code[1]}" if code else f"damaged or not from torch.save: {type(error).__name__}"
         )
         raise UsageError(f"{path}: not a checkpoint that can be read safely ({reason})") from None
+
+
+def without_counters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without BatchNorm's numbers of batches, which are whole and which nothing needs."""
+    return {k: v for k, v in state.items() if not k.endswith(".num_batches_tracked")}
 
 
 def check_tensors(state: Mapping[str, Tensor], path: Path) -> None:

@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from ..config import MODELS, SIZES
 from ..errors import UsageError, cannot_import, one_line
 from ..files import fits, read_json
 from ..models.layers import NORM_EPS
+from .folder import INDEX
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ _RENAMES = (
     (r"^embeddings\.patch_embeddings\.(?:projection\.)?", "patch_embed.proj."),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^(?:embeddings\.)?(?:register|storage)_tokens$", "reg_token"),
     (r"^embeddings\.(\w+)$", r"\1"),
     (rf"{_LAYER}attention\.(?:attention\.query|q_proj)\.", r"blocks.\1.attn.q."),
     (rf"{_LAYER}attention\.(?:attention\.key|k_proj)\.", r"blocks.\1.attn.k."),
@@ -68,9 +70,10 @@ _RENAMES = (
     (r"^encoder\.ln\.", "norm."),
 )
 
-# what a trunk may have that this one cannot compute, by our names
+# what a trunk may have that this one cannot compute, by our names; `load_vit` can compute the first
+_REGISTERS = "register tokens"
 _REFUSED = {
-    "register tokens": r"^(reg_token|register_tokens|storage_tokens)$",
+    _REGISTERS: r"^reg_token$",
     "SwiGLU": r"\.mlp\.(w12|w[123]|weights_in|weights_out|fc1_[gx]|gate_proj)\.",
     "rotary positions (RoPE)": r"(^|\.)(rope|rope_embed|rope_embeddings|rotary)(\.|$)",
     "relative positions": r"relative_position|rel_pos",
@@ -81,6 +84,7 @@ _REFUSED = {
 }
 # left out of the trunk, and what it is called
 _LEFT_OUT = {
+    _REGISTERS: _REFUSED[_REGISTERS],
     "class token": r"^cls_token$",
     "distillation token": r"^dist_token$",
     "mask token": r"^mask_token$",
@@ -94,8 +98,8 @@ _LEFT_OUT = {
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 
 
-# what transformers and timm write next to `config.json`
-FILES = ("model.safetensors", "pytorch_model.bin")
+# what transformers and timm write next to `config.json`: one file, or the index of several
+FILES = ("model.safetensors", "pytorch_model.bin", f"model.safetensors{INDEX}", f"pytorch_model.bin{INDEX}")
 
 
 class Described(NamedTuple):
@@ -118,7 +122,8 @@ def read_folder(folder: Path) -> Described | None:
         UsageError: the trunk is not one that this one can compute.
     """
     config = read_json(folder / "config.json", {})
-    timm = config.get("pretrained_cfg")
+    # flat before timm 0.9; transformers leaves it out where it saves a model of timm
+    timm = config.get("pretrained_cfg") or (config if isinstance(config.get("architecture"), str) else None)
     if not (fits(config, {"model_type": str, "hidden_size": int}) or isinstance(timm, dict)):
         return None
     prep = read_json(folder / "preprocessor_config.json", {})
@@ -242,18 +247,27 @@ def _pair(value: Any) -> tuple[int, int] | None:
     return (sides[0], sides[1]) if fits(sides, [int, int]) and min(sides) > 0 else None
 
 
+# what comes before the patch tokens, by timm's names
+PREFIX = ("cls_token", "dist_token", "reg_token")
+
+
 class Trunk(NamedTuple):
     """A trunk by our names, and what of the file it is without.
 
     Attributes:
         tensors: of the trunk.
         left_out: what is not among them, in words.
-        prefix: class token and distillation token by timm's names, and their rows of the position table.
+        prefix: class token, distillation token and registers by timm's names, and their rows of the position table.
     """
 
     tensors: dict[str, Tensor]
     left_out: list[str]
     prefix: dict[str, Tensor]
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without what torch.compile, FSDP and checkpointing put in between."""
+    return _INSIDE.sub("", name)
 
 
 def below_root(
@@ -265,7 +279,7 @@ def below_root(
         branches: names of the two networks of a method, which stay in the names.
         which: `teacher` or `student`, where there are both; None: the teacher.
     """
-    names = {_INSIDE.sub("", k): v for k, v in state.items()}
+    names = {plain_name(k): v for k, v in state.items()}
     roots = {m["root"] for k in names if (m := _ROOT.match(k))}
     if not roots:
         return names, ""
@@ -287,6 +301,11 @@ def network_name(root: str) -> str:
     """`teacher` or `student` where what wraps a network says so; else empty."""
     rank = _rank(root)
     return "" if rank == len(_FIRST) else "student" if _FIRST[rank] == "student" else "teacher"
+
+
+def has_kernel(names: Iterable[str]) -> bool:
+    """Whether one of these tensors is a patch kernel, which every network has."""
+    return any(_ROOT.match(plain_name(name)) for name in names)
 
 
 def convert(
@@ -311,19 +330,22 @@ def convert(
         for theirs, ours in _RENAMES:
             key = re.sub(theirs, ours, key)
         renamed[key] = value
-    found = {what: [k for k in renamed if re.search(keys, k)] for what, keys in _REFUSED.items()}
+    found = {
+        what: keys[0]
+        for what, name in _REFUSED.items()
+        if (keys := [k for k in renamed if re.search(name, k)])
+    }
     if "pos_embed" not in renamed and any(k.startswith("blocks.0.") for k in renamed):
-        found["no table of absolute positions"] = ["pos_embed is missing"]
-    if named := [f"{what} ({keys[0]})" for what, keys in found.items() if keys]:
-        raise UsageError(
-            f"{source}: this ViT has {', '.join(named)}, which this encoder's trunk cannot represent"
-        )
-    prefix: dict[str, Tensor] = {k: renamed[k] for k in ("cls_token", "dist_token") if k in renamed}
+        found["no table of absolute positions"] = "pos_embed is missing"
+    if found.keys() - {_REGISTERS}:
+        named = ", ".join(f"{what} ({key})" for what, key in found.items())
+        raise UsageError(f"{source}: this ViT has {named}, which this encoder's trunk cannot represent")
+    prefix: dict[str, Tensor] = {k: renamed[k] for k in PREFIX if k in renamed}
     table = renamed.get("pos_embed")
     if table is not None and table.dim() == 3:
         rows = prefix_rows(renamed, grid)
         # the usual, where the grid is not square
-        rows = len(prefix) if rows is None else rows
+        rows = len(prefix.keys() - {"reg_token"}) if rows is None else rows
         prefix["pos_embed"], renamed["pos_embed"] = table[:, :rows], table[:, rows:]
     left_out = {what: [k for k in renamed if re.search(keys, k)] for what, keys in _LEFT_OUT.items()}
     heads = {k for k in renamed if k.startswith("head.")}
@@ -339,15 +361,17 @@ def convert(
 
 
 def prefix_rows(state: Mapping[str, Tensor], grid: tuple[int, int] | None) -> int | None:
-    """Rows of class and distillation token in the position table [1, rows, D]; None where nothing shows it.
+    """Rows of class and distillation token, or of these and registers, in the position table [1, rows, D].
 
-    0 as in timm's no_embed_class, where they have no position.
+    0 as in timm's no_embed_class, where they have no position; None where nothing shows it.
     """
     table = state.get("pos_embed")
     rows = table.shape[1] if table is not None and table.dim() == 3 else 0
     tokens = sum(k in state for k in ("cls_token", "dist_token"))
-    fits = [n for n in (0, tokens) if rows - n == grid[0] * grid[1]] if grid else []
-    fits = fits or [n for n in (0, tokens) if rows > n and math.isqrt(rows - n) ** 2 == rows - n]
+    registers = state.get("reg_token")
+    counts = (0, tokens, tokens + (0 if registers is None else registers.shape[1]))
+    fits = [n for n in counts if rows - n == grid[0] * grid[1]] if grid else []
+    fits = fits or [n for n in counts if rows > n and math.isqrt(rows - n) ** 2 == rows - n]
     return fits[0] if fits else None
 
 

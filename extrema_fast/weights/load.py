@@ -78,10 +78,12 @@ def open_weights(
     num_heads: int | None = None,
     assumed: Described | None = None,
     which: str | None = None,
+    registers: bool = False,
 ) -> Weights:
     """Finds out what `path` holds; arguments and errors as in `load_encoder`, `assumed` as in `read_checkpoint`.
 
-    With `which`, the other one of another project's two networks is not read.
+    With `which`, the other one of another project's two networks is not read. With `registers`, a trunk with register
+    tokens is no error: they are in `prefixes`.
     """
     path = Path(path)
     if grid is not None:
@@ -94,11 +96,13 @@ def open_weights(
             described = path.suffix == ".safetensors" and path.stem in networks_in(folder)
             if not described or not is_own(own_description(folder, {})):
                 theirs = read_folder(folder) if path.name in FILES else None
-                return Weights(path, *read_checkpoint(path, grid, num_heads, theirs, assumed, which))
+                read = read_checkpoint(path, grid, num_heads, theirs, assumed, which, registers)
+                return Weights(path, *read)
         else:
             file = next((path / name for name in FILES if (path / name).is_file()), None)
             if file and not is_own(own_description(path, {})) and (theirs := read_folder(path)):
-                return Weights(path, *read_checkpoint(file, grid, num_heads, theirs, assumed, which))
+                read = read_checkpoint(file, grid, num_heads, theirs, assumed, which, registers)
+                return Weights(path, *read)
             folder = weights_folder(path)
             names = networks_in(folder)
         meta = read_description(folder)

@@ -26,10 +26,12 @@ from torch import Tensor
 
 from ..config import SIZES, ModelConfig, to_dict
 from ..errors import UsageError
+from ..files import fits, read_json
 from ..models.layers import NORM_EPS
 from ..models.positions import sincos_table
 from .folder import (
     GRAPHS,
+    INDEX,
     NOT_WEIGHTS,
     SINGLE,
     check_tensors,
@@ -37,8 +39,18 @@ from .folder import (
     looks_like,
     read_safetensors,
     read_torch,
+    without_counters,
 )
-from .foreign import HEADS, Described, Trunk, below_root, convert, network_name, prefix_rows
+from .foreign import (
+    HEADS,
+    Described,
+    Trunk,
+    below_root,
+    convert,
+    has_kernel,
+    network_name,
+    prefix_rows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +79,7 @@ def read_checkpoint(
     described: Described | None = None,
     assumed: Described | None = None,
     which: str | None = None,
+    registers: bool = False,
 ) -> tuple[dict[str, Any], Networks, Networks]:
     """The description and the networks (student and teacher, or one `model`) of a file without a description.
 
@@ -79,6 +92,7 @@ def read_checkpoint(
         described: What the folder of another project says of it.
         assumed: What is taken for heads and, of another project, for mean and standard deviation where nothing says.
         which: Of another project's two networks, the one that is read; None: the teacher.
+        registers: Whether a trunk may have register tokens, which are then left out.
 
     Raises:
         UsageError: The file cannot be read safely, is incomplete, or is another project's.
@@ -89,6 +103,11 @@ def read_checkpoint(
     found = _networks(state, file, grid or described.grid, which)
     networks = {name: trunk.tensors for name, trunk in found.items()}
     prefixes = {name: trunk.prefix for name, trunk in found.items() if trunk.prefix}
+    if not registers and any("reg_token" in prefix for prefix in prefixes.values()):
+        raise UsageError(
+            f"{file}: this ViT has register tokens, which this encoder's trunk cannot represent; `accelerate` and "
+            "`load_vit` make a timm ViT of it"
+        )
     left_out = next(reversed(found.values())).left_out
     main = networks.get("teacher", next(iter(networks.values())))
     epoch, arch = data.get("epoch"), data.get("arch")
@@ -147,6 +166,8 @@ def _read(file: Path, which: str | None) -> tuple[dict[Any, Any], dict[str, Tens
     """Everything in the file, and its state dict: of two, that of `which`."""
     if file.suffix in GRAPHS:
         raise UsageError(f"{file}: an exported graph, {NOT_WEIGHTS}")
+    if file.name.endswith(INDEX):
+        return {}, _read_shards(file)
     with open(file, "rb") as f:
         if f.read(9)[8:] == b"{":
             return {}, read_safetensors(file)
@@ -155,18 +176,34 @@ def _read(file: Path, which: str | None) -> tuple[dict[Any, Any], dict[str, Tens
     if isinstance(data, dict):
         # nested ones first: next to them are epoch, optimizer, arguments
         wanted = sorted(_NESTED, key=lambda key: _NESTED[key] != (which or "teacher"))
-        for key in ("state_dict", "model", *wanted, None):
+        others = [k for k, v in data.items() if isinstance(v, dict) and _are_tensors(v) and has_kernel(v)]
+        for key in ("state_dict", "model", *wanted, None, *others):
             state = data if key is None else data.get(key)
             if isinstance(state, dict) and state and _are_tensors(state):
-                # BatchNorm's number of batches, which nothing needs
-                state = {k: v for k, v in state.items() if not k.endswith(".num_batches_tracked")}
+                state = without_counters(state)
                 check_tensors(state, file)
                 return data, {f"{_NESTED[key]}.{k}": v for k, v in state.items()} if key in _NESTED else state
         found = first(data, 6) or "nothing"
         nested = [str(k) for value in data.values() if isinstance(value, dict) for k in value]
     raise UsageError(
-        f"{file}: expected a released ExtreMA checkpoint with `state_dict`, found: {found}{looks_like(nested)}"
+        f"{file}: expected the tensors of a network, alone or as `state_dict`, found: {found}{looks_like(nested)}"
     )
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index of transformers names, which are next to it."""
+    table = read_json(index).get("weight_map")
+    names = set(table.values()) if isinstance(table, dict) and fits([*table.values()], [str]) else ()
+    state: dict[str, Tensor] = {}
+    for name in sorted(names):
+        if Path(name).name != name or name.endswith(INDEX):
+            raise UsageError(f"{index}: names {name[:80]!r}, which is no file next to it")
+        if not (index.parent / name).is_file():
+            raise UsageError(f"{index}: {name} is missing")
+        state |= _read(index.parent / name, None)[1]
+    if not state:
+        raise UsageError(f"{index}: names no files of tensors (`weight_map`)")
+    return state
 
 
 def _are_tensors(state: Mapping[Any, Any]) -> bool:

@@ -42,7 +42,7 @@ def load_vit(
     grid: Sequence[int] | None = None,
     num_heads: int | None = None,
 ) -> Any:
-    """A timm VisionTransformer in eval mode with the trunk and the class token of a file or folder.
+    """A timm VisionTransformer in eval mode with the trunk, class token and registers of a file or folder.
 
     Its tokens equal those of the model that the file is of; heads are left out, layer scale is folded in.
 
@@ -58,7 +58,7 @@ def load_vit(
         from timm.models.vision_transformer import VisionTransformer
     except (ImportError, RuntimeError) as error:
         raise UsageError(f"load_vit: {cannot_import('timm', error, 'timm')}") from error
-    weights = open_weights(path, grid, num_heads, which=which)
+    weights = open_weights(path, grid, num_heads, which=which, registers=True)
     name = weights.choose(which)
     # checked, and with the options that the tensors show
     encoder = load_encoder(weights, which, num_classes=0)
@@ -73,10 +73,13 @@ def load_vit(
     config, options = model_config(weights.meta), encoder_options(weights.meta)
     width, depth, heads = config.shape
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("head.")}
-    row = prefix.get("pos_embed", encoder.pos_embed[:, :0]).float()
-    state["pos_embed"] = torch.cat([row, encoder.pos_embed.detach()], 1)
-    if "cls_token" in prefix:
-        state["cls_token"] = prefix["cls_token"].float()
+    rows = prefix.get("pos_embed", encoder.pos_embed[:, :0]).float()
+    state |= {k: v.float() for k, v in prefix.items() if k != "pos_embed"}
+    registers = prefix["reg_token"].shape[1] if "reg_token" in prefix else 0
+    if registers and rows.shape[1] == 1:
+        # of the class token alone, as DINOv2 has it; timm's table has all of them or none
+        state["cls_token"], rows = state["cls_token"] + rows, rows[:, :0]
+    state["pos_embed"] = torch.cat([rows, encoder.pos_embed.detach()], 1)
     vit = VisionTransformer(
         img_size=encoder.img_size,
         patch_size=encoder.patch_size,
@@ -88,7 +91,8 @@ def load_vit(
         num_heads=heads,
         mlp_ratio=config.mlp_ratio,
         class_token="cls_token" in prefix,
-        no_embed_class=row.shape[1] == 0,
+        no_embed_class=rows.shape[1] == 0,
+        reg_tokens=registers,
         fc_norm=options["fc_norm"],
         norm_layer=partial(nn.LayerNorm, eps=encoder.norm_eps),
     )

@@ -1,14 +1,15 @@
 """Exports that need the core installation alone, and the rules that all formats share.
 
-Covers: our own format and torch.export for every variant of the encoder; encoders in memory; metadata; folders of older
-versions; unknown formats and options, missing packages; `--force`; a comparison that fails, a full disk, an interrupt;
-the command line.
+Covers: our own format and torch.export for every variant of the encoder; encoders in memory, inside other modules too;
+metadata; folders of older versions; unknown formats and options, missing packages; `--force`; a comparison that fails,
+a full disk, an interrupt; the command line.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -73,6 +74,18 @@ def test_an_encoder_in_memory(tmp_path, format):
     refused(
         lambda: export(encoder, tmp_path / "other"), "an encoder in memory", "unknown: blocks.0.mlp.extra"
     )
+
+
+def test_an_encoder_inside_other_modules(tmp_path):
+    encoder = perturbed(Encoder(CFG.model))
+    parts = deepcopy(encoder)
+    for i, block in enumerate(parts.blocks):
+        parts.blocks[i] = torch.compile(block, backend="eager")
+    compiled = torch.compile(encoder, backend="eager")
+    for i, model in enumerate((compiled, torch.nn.DataParallel(compiled), encoder.as_dino(), parts)):
+        assert same(load_encoder(export(model, tmp_path / str(i)).folder), encoder)
+    for model in (torch.nn.Linear(2, 2), None):
+        refused(lambda m=model: export(m, tmp_path / "other"), "an encoder, got a", type(model).__name__)
 
 
 @pytest.mark.parametrize("variant", ENCODERS)

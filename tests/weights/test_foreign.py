@@ -1,18 +1,22 @@
 """Trunks of other projects' vision transformers, in files of their layouts with random weights.
 
 Covers: timm, MAE, DINO, DINOv2, MoCo v3, torchvision, Hugging Face; the reference is their own modules, run without
-class token; what wraps them; folders of transformers and timm, and what they say of heads, eps and activation; heads
+class token; what wraps them; folders of transformers and timm, in several files too, and what they say of heads, eps
+and activation; registers; what stands next to the weights; heads
 that nothing says; the whole ViT as timm's; what is refused by name; damaged files; tables without a class row, not
 square.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import extrema_fast
 from extrema_fast.models.encoder import Encoder
@@ -26,6 +30,7 @@ from tests.weights._weights import CFG, Malicious, perturbed, refused, same
 define_torchvision_operators()
 pytest.importorskip("timm")
 SHAPE = {"img_size": 24, "patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
+IMAGENET = (0.485, 0.456, 0.406)
 IMAGES = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
 
 
@@ -268,6 +273,51 @@ def test_a_folder_with_pytorch_model_bin(tmp_path):
     assert "config.json is missing" not in refused(lambda: load_encoder(tmp_path), "other.bin")
 
 
+@torch.no_grad()
+def test_a_folder_of_several_files(tmp_path):
+    model = hf_model("ViTModel", layer_norm_eps=1e-3)
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    model.save_pretrained(tmp_path / "whole")
+    index = tmp_path / "model.safetensors.index.json"
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    for path in (tmp_path, index):
+        encoder = load_encoder(path)
+        assert same(encoder, load_encoder(tmp_path / "whole")) and encoder.norm_eps == 1e-3
+    (tmp_path / "config.json").rename(tmp_path / "other.json")
+    refused(lambda: load_encoder(tmp_path), "config.json is missing", str(index))
+    table = json.loads(index.read_text())
+    first = sorted(table["weight_map"].values())[0]
+    for names, words in (
+        ({"a": "../whole/model.safetensors"}, "'../whole/model.safetensors', which is no file next to it"),
+        ({"a": index.name}, "no file next to it"),
+        ({"a": 3}, "names no files"),
+        ({}, "names no files"),
+        (table["weight_map"], f"{first} is missing"),
+    ):
+        index.write_text(json.dumps({"weight_map": names}))
+        (tmp_path / first).unlink(missing_ok=True)
+        refused(lambda: load_encoder(index), index.name, words)
+
+
+@pytest.mark.parametrize("source", ["Hugging Face", "timm", "timm, no class token"])
+@torch.no_grad()
+def test_registers(tmp_path, source):
+    if source == "Hugging Face":
+        model = hf_model("Dinov2WithRegistersModel")
+        model.save_pretrained(tmp_path)
+        expected = model(IMAGES).last_hidden_state
+    else:
+        plain = {"class_token": False, "global_pool": "avg"} if "no" in source else {}
+        model = timm_vit(reg_tokens=3, no_embed_class=source != "timm", num_classes=0, **plain)
+        torch.save(model.state_dict(), tmp_path / "model.pth")
+        expected = model.forward_features(IMAGES)
+    path = tmp_path if source == "Hugging Face" else tmp_path / "model.pth"
+    fast = extrema_fast.accelerate(path)
+    assert close(fast.encode(IMAGES).tokens, expected, 1e-5)
+    assert fast.vit.num_reg_tokens == (4 if source == "Hugging Face" else 3)
+    refused(lambda: load_encoder(path), "register tokens", "`load_vit`")
+
+
 def timm_folder(folder, name: str, **args):
     """A folder as timm writes it, and its model."""
     import timm
@@ -288,6 +338,12 @@ def test_a_folder_of_timm(tmp_path):
     encoder = load_encoder(tmp_path)
     assert encoder.mean == (0.4,) * 3 and encoder.crop_pct == 0.8
     assert close(encoder.encode(IMAGES).patches, trunk_of(vit), 1e-5)
+    # as timm wrote it before 0.9, and as transformers writes one of timm's models
+    flat = {k: v for k, v in config.items() if k != "pretrained_cfg"}
+    for more, mean in ((config["pretrained_cfg"], (0.4,) * 3), ({"model_type": "timm_wrapper"}, IMAGENET)):
+        (tmp_path / "config.json").write_text(json.dumps(flat | more))
+        again = load_encoder(tmp_path)
+        assert same(again, encoder) and again.heads == 2 and again.mean == mean
     config["model_args"]["embed_dim"] = 192
     (tmp_path / "config.json").write_text(json.dumps(config))
     refused(lambda: load_encoder(tmp_path), "of width 128", "says 192")
@@ -376,7 +432,6 @@ def test_a_folder_of_timm_asks_for_nothing_else(tmp_path):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"reg_tokens": 4}, "register tokens (reg_token)"),
         ({"qk_norm": True}, "norms of queries and keys"),
         ({"pre_norm": True}, "a norm before the trunk"),
         ({"pos_embed": "none"}, "no table of absolute positions"),
@@ -391,7 +446,6 @@ def test_what_the_trunk_cannot_compute(tmp_path, options, word):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("Dinov2WithRegistersModel", {}, ["register tokens"]),
         ("Dinov2Model", {"use_swiglu_ffn": True}, ["SwiGLU"]),
         ("DINOv3ViTModel", {}, ["register tokens", "no table of absolute positions"]),
         ("ViTModel", {"hidden_act": "quick_gelu"}, ["quick_gelu"]),
@@ -417,6 +471,17 @@ def test_tables_without_class_row_and_not_square(tmp_path):
         pos = vit.pos_embed[:, -vit.patch_embed.num_patches :]
         assert close(encoder.encode(x).patches, vit.norm(vit.blocks(vit.patch_embed(x) + pos)), 1e-5)
     refused(lambda: load_encoder(tmp_path / "vit.pth"), "grid=")
+
+
+def test_under_other_names_next_to_other_values(tmp_path):
+    """What training scripts save: counters, metrics of numpy, arguments; the network by any name."""
+    state = timm_vit(num_classes=0).state_dict() | {"head.1.num_batches_tracked": torch.tensor(3)}
+    save_file(state, tmp_path / "vit.safetensors")
+    expected = load_encoder(tmp_path / "vit.safetensors")
+    args = argparse.Namespace(lr=np.float64(0.1), steps=np.int64(3), amp=np.bool_(True))
+    for name in ("model_state_dict", "net", "ema"):
+        torch.save({"args": args, "best": np.float32(0.5), "first": {}, name: state}, tmp_path / "vit.pth")
+        assert same(load_encoder(tmp_path / "vit.pth"), expected)
 
 
 def test_heads_by_width_and_by_name(tmp_path):
