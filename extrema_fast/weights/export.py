@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import did_you_mean, to_dict
+from ..distributed import is_sharded
 from ..errors import ExtremaError, NonFiniteError, UsageError, cannot_import
 from ..files import new_folder
 from ..models.encoder import Encoder, model_args, timm_config
@@ -182,7 +183,13 @@ def _in_memory(model: Any) -> Weights:
         encoder = next((m for m in inside if isinstance(m, nn.Module)), None)
         if encoder is None:
             raise UsageError(f"export: expected a file, a folder or an encoder, got a {type(model).__name__}")
-    tensors = {plain_name(k): v.detach().cpu() for k, v in encoder.state_dict().items()}
+    state = encoder.state_dict()
+    if any(map(is_sharded, state.values())):
+        raise UsageError(
+            "export: the weights of this encoder are spread over processes; save them whole (`full_state_dict` of "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict) and export that file"
+        )
+    tensors = {plain_name(k): v.detach().cpu() for k, v in state.items()}
     return Weights(Path(name), _description(encoder, {"source": {"file": name}}, {}), {SINGLE: tensors})
 
 
@@ -280,7 +287,8 @@ def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> floa
 
 def _outputs_differ(job: Job, model: nn.Module) -> float:
     def outputs(m: Any) -> list[Tensor]:
-        return [y for x in job.images for y in (m.forward_features(x), m(x))]
+        tokens = [m.forward_features(x) for x in job.images]
+        return [*tokens, *map(m.forward_head, tokens)]
 
     return largest_difference(outputs(job.encoder), outputs(model))
 
