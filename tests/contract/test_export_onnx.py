@@ -13,12 +13,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from extrema_fast.config import from_dict
 from extrema_fast.models.encoder import Encoder
+from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.weights import export as export_module
 from extrema_fast.weights.export import export
 from extrema_fast.weights.folder import save_weights, weights_meta
 from extrema_fast.weights.load import load_encoder
-from tests.weights._weights import CFG, ENCODERS, perturbed, refused, trained
+from tests.weights._weights import CFG, ENCODERS, perturbed, refused
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -38,7 +40,8 @@ def opset(model) -> int:
 
 
 def test_an_encoder_in_onnxruntime(tmp_path):
-    weights = save_weights(tmp_path / "w", trained(), weights_meta(CFG, 7))
+    small = from_dict({"model": {"depth": 1, "pool_depth": 1}}, CFG)
+    weights = save_weights(tmp_path / "w", perturbed(ExtreMA(small)), weights_meta(small, 7))
     result = export(weights, tmp_path / "out", "onnx", img_size=(24, 40))
     assert max(result.differences.values()) <= 1e-4
     run = session(tmp_path / "out")
