@@ -37,7 +37,7 @@ from ..models.classifier import Classifier
 from ..models.drop_path import drop_path_scale
 from ..ops.scope import scope
 from ..weights.folder import SINGLE, WHICH, method_tensors, model_config, weights_meta, write_folder
-from ..weights.initial import FRESH, KEPT, load_trunk
+from ..weights.initial import FRESH, KEPT, fill_trunk
 from ..weights.load import open_weights
 from . import resolve
 from . import run as runs
@@ -186,7 +186,7 @@ def begin(run: Run, overwrite: bool) -> None:
     if path == NONE:
         run.began_from = {"weights": "random weights", "trunk": FRESH, "head": head}
         return
-    parts = load_trunk(method.student, path, cfg.tune.which, option=path)
+    parts = fill_trunk(method.student, path, cfg.tune.which, option=path)
     if cfg.tune.pool == "mean":
         # an Identity has nothing to keep
         parts = {k: v for k, v in parts.items() if k not in ("final norm", "pooling")}

@@ -16,7 +16,7 @@ from ..config import SIZES
 from ..errors import UsageError
 from ..models.encoder import Encoder
 from ..models.positions import sincos_table
-from .folder import WHICH, method_tensors, model_config
+from .folder import WHICH, method_tensors, model_config, on_cpu
 from .foreign import Described
 from .load import Weights, load_encoder, open_weights
 from .released import SINCOS_TOLERANCE, is_projector
@@ -48,7 +48,7 @@ def load_method_weights(method: Any, path: str | Path) -> Parts:
     for which, branch in (("student", method.student_branch), ("teacher", method.teacher_branch)):
         # of one network alone both begin
         own = which if len(networks) != 1 else next(iter(networks))
-        parts = load_trunk(branch.encoder, weights, own, option=option)
+        parts = fill_trunk(branch.encoder, weights, own, option=option)
         tensors = weights.read(weights.choose(own))
         heads = {"projector": ("head.", branch.projector)}
         if which == "student":
@@ -87,22 +87,18 @@ def _copy_whole(method: Any, networks: Mapping[str, Mapping[str, Tensor]], optio
     return True
 
 
-@torch.no_grad()
-def load_trunk(
-    encoder: Encoder, path: str | Path | Weights, which: str | None = None, *, option: str = ""
-) -> Parts:
+def load_trunk(encoder: Encoder, path: str | Path, which: str | None = None) -> Parts:
     """Fills an encoder's trunk in place from `path`: of a run, or of another project's vision transformer.
 
     Patch kernel and position table are resampled to this encoder's patch, grid and channels. Where the file says which
     mean and standard deviation its RGB images had, the kernel is adapted to those here; else they are taken to be the
-    same, as are the heads. A table that is not the fixed one is kept. Pooling is kept where the file has one of this
-    shape, else it stays as it is.
+    same, as are the heads. A table that is not the fixed one is kept, as a parameter; in an encoder of the fixed one it
+    has no gradient. Pooling is kept where the file has one of this shape, else it stays as it is.
 
     Args:
         encoder: as of `create_encoder`.
         path: anything that `load_encoder` reads.
         which: 'teacher' or 'student', as in `load_encoder`.
-        option: what asked for it, for messages.
 
     Returns:
         What was done, for the parts "patch embedding", "positions", "trunk", "final norm", "pooling", "left out".
@@ -110,6 +106,19 @@ def load_trunk(
     Raises:
         UsageError: the trunk has another shape; nothing is changed then.
     """
+    parts = fill_trunk(encoder, path, which)
+    if parts["positions"].startswith(KEPT) and not isinstance(encoder.pos_embed, nn.Parameter):
+        # a buffer would be computed again for other image sizes
+        encoder.pos_embed = nn.Parameter(encoder.pos_embed, requires_grad=False)
+    return parts
+
+
+@on_cpu
+@torch.no_grad()
+def fill_trunk(
+    encoder: Encoder, path: str | Path | Weights, which: str | None = None, *, option: str = ""
+) -> Parts:
+    """`load_trunk` that leaves the table a buffer where it is one; `option`: what asked for it, for messages."""
     if not isinstance(path, Weights):
         path = open_weights(path, assumed=_assumed(encoder), which=which)
     weights: Weights = path

@@ -18,6 +18,7 @@ from extrema_fast.errors import UsageError
 from extrema_fast.models.encoder import Encoder
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.models.positions import resample_table
+from extrema_fast.weights.export import export
 from extrema_fast.weights.folder import save_weights, weights_meta
 from extrema_fast.weights.initial import load_method_weights, load_trunk
 from extrema_fast.weights.load import import_released, load_encoder
@@ -90,6 +91,14 @@ def test_another_patch_grid_and_channels(tmp_path):
     assert parts["patch embedding"] == "kept, resampled from 8 to 4 pixels, adapted from 3 to 1 channels"
     assert parts["positions"] == "kept, resampled from 3 x 3 to 8 x 4 patches"
     assert torch.equal(encoder.pos_embed, resample_table(state["pos_embed"][:, 1:], (3, 3), (8, 4)))
+    # a learned table is not replaced by the formula at other sizes either
+    assert isinstance(encoder.pos_embed, torch.nn.Parameter) and not encoder.pos_embed.requires_grad
+    refused(lambda: encoder(torch.zeros(1, 1, 16, 16)), "learned position table", "set_input_size")
+    assert same(load_encoder(export(encoder, tmp_path / "out").folder), encoder)
+    encoder.set_input_size((16, 16))
+    resampled = resample_table(resample_table(state["pos_embed"][:, 1:], (3, 3), (8, 4)), (8, 4), (4, 4))
+    assert torch.equal(encoder.pos_embed, resampled)
+    encoder.set_input_size((32, 16))
     # a fixed table is made for the grid
     fixed = Encoder(model).state_dict()["pos_embed"]
     file = saved(tmp_path, {**state, "pos_embed": torch.cat([torch.zeros(1, 1, 64), fixed], 1)})
