@@ -44,6 +44,7 @@ from .folder import (
     described,
     encoder_options,
     input_meta,
+    on_cpu,
     write_json,
     write_tensors,
 )
@@ -92,6 +93,7 @@ class Format(NamedTuple):
     limit: float = 1e-5
 
 
+@on_cpu
 def export(
     weights: str | Path | nn.Module,
     out: str | Path,

@@ -20,8 +20,9 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -52,6 +53,21 @@ OWN_FILES = (
     "config.json", "README.md", "preprocessor_config.json", "teacher.safetensors", "student.safetensors",
     "model.safetensors", "model.onnx", "model.onnx.data", "model.pt2", "model.ts",
 )  # fmt: skip
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: what the function makes is on the CPU, whatever `torch.set_default_device` says."""
+
+    @wraps(function)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return inner
 
 
 # ---- writing --------------------------------------------------------------------------------------
@@ -184,9 +200,11 @@ def input_meta(
 def weights_folder(path: Path) -> Path:
     """The weights folder meant by `path`: itself, or the newest one of a run folder."""
     if not path.exists():
+        is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists()
+        fix = f"; of the Hugging Face Hub: `hf download {path} --local-dir FOLDER` first" if is_name else ""
         raise UsageError(
             f"{path}: no such file or folder; expected a run folder, a weights folder or file, an exported "
-            "folder or a released .pth"
+            f"folder or a released .pth{fix}"
         )
     if not path.is_dir():
         raise UsageError(f"{path}: neither a file nor a folder")

@@ -31,6 +31,7 @@ from .folder import (
     is_own,
     model_config,
     networks_in,
+    on_cpu,
     own_description,
     read_description,
     read_safetensors,
@@ -72,6 +73,7 @@ class Weights(NamedTuple):
         raise UsageError(f"{self.path}: holds no {meant} weights; it holds: {', '.join(self.networks)}")
 
 
+@on_cpu
 def open_weights(
     path: str | Path,
     grid: Sequence[int] | None = None,
@@ -152,6 +154,7 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
 # ---- encoders -------------------------------------------------------------------------------------
 
 
+@on_cpu
 def load_encoder(
     path: str | Path | Weights,
     which: str | None = None,
@@ -310,6 +313,7 @@ def _set_input(encoder: Encoder, meta: Mapping[str, Any]) -> None:
     encoder.keep_exact = is_own(meta) and "crop_mode" not in meta.get("input", {})
 
 
+@on_cpu
 def random_encoder_like(path: str | Path) -> Encoder:
     """The encoder of `path` with the run's own initial weights (seed from its description), in eval mode."""
     weights = open_weights(path)
@@ -325,6 +329,7 @@ def random_encoder_like(path: str | Path) -> Encoder:
 # ---- folders ----------------------------------------------------------------------------------------
 
 
+@on_cpu
 def import_released(
     file: str | Path,
     out: str | Path,

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import UsageError, cannot_import
 from ..models.accelerate import Accelerated
-from .folder import encoder_options, model_config
+from .folder import encoder_options, model_config, on_cpu
 from .load import load_encoder, open_weights
 
 
@@ -35,6 +35,7 @@ def accelerate(vit: nn.Module | str | Path, *, attention: str = "auto", strict: 
     return Accelerated(load_vit(vit) if isinstance(vit, (str, Path)) else vit, attention, strict)
 
 
+@on_cpu
 def load_vit(
     path: str | Path,
     which: str | None = None,

@@ -1,7 +1,8 @@
 """Weights folders and what `load_encoder` makes of them.
 
 Covers: both networks; run folders; single files with and without their description; every option of loading; the run's
-own initial encoder; filling a method; places without weights. (Damage and files by strangers: test_untrusted.py.)
+own initial encoder; filling a method; another default device; places without weights. (Damage and files by strangers:
+test_untrusted.py.)
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from extrema_fast import config as c
+from extrema_fast.models.encoder import Encoder
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.models.positions import adapt_in_chans, resample_patch_kernel, sincos_table
+from extrema_fast.weights.export import export
 from extrema_fast.weights.folder import save_weights, weights_meta
-from extrema_fast.weights.initial import load_method_weights
-from extrema_fast.weights.load import load_encoder, load_metadata, random_encoder_like
-from tests.weights._weights import CFG, IMAGES, refused, same, trained
+from extrema_fast.weights.initial import load_method_weights, load_trunk
+from extrema_fast.weights.load import import_released, load_encoder, load_metadata, random_encoder_like
+from tests.weights._weights import CFG, IMAGES, foreign_vit, refused, same, trained
 
 
 def test_what_a_weights_folder_holds(folder, method):
@@ -175,8 +178,26 @@ def test_a_run_folder_means_its_newest_complete_weights(tmp_path):
         (folders[step] / "config.json").unlink()
 
 
+def test_another_default_device(folder, tmp_path, method):
+    """As `torch.set_default_device("cuda")` in somebody's program."""
+    vit = foreign_vit(CFG.model)
+    torch.save(vit, tmp_path / "vit.pth")
+    encoder = Encoder(CFG.model)
+    with torch.device("meta"):
+        assert same(load_encoder(folder), method.teacher)
+        assert load_encoder(folder, img_size=32).pos_embed.shape == (1, 16, 64)
+        assert same(load_encoder(export(folder, tmp_path / "out", "extrema").folder), method.teacher)
+        assert export(folder, tmp_path / "program", "torch-export").differences
+        load_trunk(encoder, tmp_path / "vit.pth")
+        imported = load_encoder(import_released(tmp_path / "vit.pth", tmp_path / "imported"))
+    assert torch.equal(encoder.pos_embed, vit["pos_embed"][:, 1:]) and same(encoder.blocks, imported.blocks)
+
+
 def test_places_without_weights(tmp_path):
     refused(lambda: load_encoder(tmp_path / "none"), "none", "no such file or folder")
+    refused(
+        lambda: load_encoder("facebook/dinov2-base"), "no such", "`hf download facebook/dinov2-base --local"
+    )
     refused(lambda: load_encoder(tmp_path), "run folder", "found: nothing")
     save_file({"a": torch.ones(1)}, tmp_path / "alone.safetensors")
     # tensors without a description say how to read them
