@@ -620,12 +620,8 @@ def kept_card(folder: Path) -> bytes | None:
     if not file.is_file():
         return None
     found, config = file.read_bytes(), read_json(folder / "config.json", {})
-    try:
-        # without a hash it was written by an older version
-        as_written = config["extrema_fast"]["export"].get("card") or card_hash(model_card(config).encode())
-    except (KeyError, TypeError, ValueError, AttributeError):
-        as_written = ""
-    if card_hash(found) == as_written:
+    described = fits(config, {"extrema_fast": {"export": {"card": str}}})
+    if described and card_hash(found) == config["extrema_fast"]["export"]["card"]:
         return None
     log.warning("%s: is not as it was written and stays; remove it for a new one", file)
     return found

@@ -342,8 +342,8 @@ def import_released(
     """Converts a released ExtreMA checkpoint, bare encoder weights, or another project's trunk, into a weights folder.
 
     Args:
-        file: As of `load_encoder`, such as a pretraining or fine-tuning checkpoint; the architecture is inferred from
-            the tensors, optimizer and scaler are dropped.
+        file: As of `load_encoder`, such as a pretraining or fine-tuning checkpoint or a folder of Hugging Face; the
+            architecture is inferred from the tensors, optimizer and scaler are dropped.
         out: The new folder.
         which: Keep `teacher` or `student` only; default: all there are, with their training heads.
         grid, num_heads: Where the tensors do not show them, as in `load_encoder`.
@@ -359,8 +359,8 @@ def import_released(
     file, out = Path(file), Path(out)
     check_replaceable(out, force)
     weights = open_weights(file, grid, num_heads, which=which)
-    if not file.is_file():
-        raise UsageError(f"{file}: not a file; a run or weights folder needs no import, see `export`")
+    if not file.is_file() and is_own(weights.meta):
+        raise UsageError(f"{file}: a run or weights folder needs no import, see `export`")
     names = list(weights.networks) if which is None else [weights.choose(which)]
     networks = {name: weights.read(name) for name in names}
     config, saved = model_config(weights.meta), encoder_options(weights.meta)

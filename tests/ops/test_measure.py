@@ -12,9 +12,10 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -361,38 +362,31 @@ def test_unlike_gpus_take_the_rule(measured, monkeypatch, caplog):
     assert "unlike GPUs (A, B)" in caplog.text
 
 
-PROCESS = """
-import sys, torch, torch.distributed as dist
-from extrema_fast import pretrain
-from extrema_fast.distributed import World
-from extrema_fast.kernels import _cache
-from extrema_fast.ops import measure
-from tests.ops.test_measure import POOL, MACHINE
-rank = int(sys.argv[1])
-_cache.environment = lambda device: dict(MACHINE)
-def answer(problems, device):
-    assert rank == 0
-    return {p.name: measure.Choice("absorbed", "on rank 0", {"triton": "x"}) for p in problems}
-measure.measure = answer
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-print(measure.choose([POOL], World(torch.device("cpu"), rank, 2)))
-dist.destroy_process_group()
-"""
+def test_two_processes_choose_alike(monkeypatch):
+    barrier, told, asked = threading.Barrier(2, timeout=60), {}, []
 
+    class Thread(World):
+        """A process of two, as a thread."""
 
-def test_two_processes_choose_alike(repository, tmp_path):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(rank), str(tmp_path / "store")],
-            cwd=repository,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    texts = [p.communicate(timeout=120)[0] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0]
-    assert texts[0] == texts[1] and "absorbed" in texts[0]
+        def all_gather(self, value):
+            told[self.rank] = value
+            barrier.wait()
+            values = [told[0], told[1]]
+            barrier.wait()
+            return values
+
+        def broadcast(self, value):
+            return self.all_gather(value)[0]
+
+    def answer(problems, device):
+        asked.append(problems)
+        return {p.name: Choice("absorbed", "on rank 0", {"triton": "x"}) for p in problems}
+
+    monkeypatch.setattr(measure, "measure", answer)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda rank: measure.choose([POOL], Thread(CPU, rank, 2)), (0, 1)))
+    assert found[0] == found[1] == {POOL.name: Choice("absorbed", "on rank 0", {"triton": "x"})}
+    assert asked == [[POOL]]
 
 
 def problems(**options) -> list[Problem]:

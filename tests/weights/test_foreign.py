@@ -283,6 +283,8 @@ def test_a_folder_of_several_files(tmp_path):
     for path in (tmp_path, index):
         encoder = load_encoder(path)
         assert same(encoder, load_encoder(tmp_path / "whole")) and encoder.norm_eps == 1e-3
+        imported = load_encoder(import_released(path, tmp_path / "imported", force=True))
+        assert same(imported, encoder) and imported.norm_eps == 1e-3
     (tmp_path / "config.json").rename(tmp_path / "other.json")
     refused(lambda: load_encoder(tmp_path), "config.json is missing", str(index))
     table = json.loads(index.read_text())
