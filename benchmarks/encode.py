@@ -24,9 +24,9 @@ from torch import Tensor
 
 from extrema_fast.config import SIZES, did_you_mean, keep_count
 from extrema_fast.errors import UsageError
-from extrema_fast.models.accelerate import accelerate
 from extrema_fast.models.encoder import create_encoder
 from extrema_fast.ops import stock
+from extrema_fast.weights.vit import accelerate
 
 from . import harness
 from .harness import RATIO, TIMES, Record, Row, columns

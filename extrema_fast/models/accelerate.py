@@ -66,26 +66,8 @@ class Report(dict[str, str]):
         return "\n".join([f"{len(self.replaced)} of {len(self)} parts replaced", *lines])
 
 
-def accelerate(vit: nn.Module, *, attention: str = "auto", strict: bool = False) -> Accelerated:
-    """Fast masked and dense encoding with the weights of `vit`, which is left as it is.
-
-        fast = extrema_fast.accelerate(vit)
-        latent = fast.encode(images, keep).tokens            # class token and kept patches
-        loss = decoder(latent, keep)
-
-    Args:
-        vit: a timm VisionTransformer, or a subclass that keeps its `forward_features` and `_pos_embed`.
-        attention: backend of self-attention, as of `Encoder.set_attention`.
-        strict: a part that cannot be replaced is an error, here and at every pass, instead of being called.
-
-    Raises:
-        UsageError: another model or an unknown backend; says what is possible.
-    """
-    return Accelerated(vit, attention, strict)
-
-
 class Accelerated:
-    """What `accelerate` returns; not a Module, so a model that keeps it in an attribute owns no weight twice."""
+    """What `accelerate` (`weights.vit`) returns; not a Module, so a model that keeps it owns no weight twice."""
 
     def __init__(self, vit: nn.Module, attention: str = "auto", strict: bool = False) -> None:
         ops.check_attention_name(attention)

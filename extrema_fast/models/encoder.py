@@ -483,18 +483,7 @@ def create_encoder(
         raise UsageError(f"unknown model {name!r}{did_you_mean(str(name), list_models())}")
     shape = _without_timms(shape)
     if unknown := sorted(shape.keys() - set(_SHAPE)):
-        known = [
-            *_SHAPE,
-            "patch_size",
-            "pos_embed",
-            "pos_coords",
-            "pos_grid",
-            "final_norm",
-            "norm_eps",
-            "dynamic_img_size",
-            "drop_rate",
-            "drop_path_rate",
-        ]
+        known = [*_SHAPE, "drop_path_rate", *(create_encoder.__kwdefaults__ or ())]
         raise UnknownArgumentError(
             f"create_encoder: unknown option {unknown[0]!r}{did_you_mean(unknown[0], known)}"
         )

@@ -446,18 +446,8 @@ class PoolBlock(nn.Module):
         # the op takes square projections: channels of single heads may have been pruned
         whole = is_stock(a, PoolAttention) and _are_whole((norm,), (a.q, a.k, a.v, a.proj))
         if whole and a.proj.in_features == cls.shape[-1]:
-            weights = ops.PoolWeights(
-                norm.weight,
-                norm.bias,
-                a.q.weight,
-                a.q.bias,
-                a.k.weight,
-                a.k.bias,
-                a.v.weight,
-                a.v.bias,
-                a.proj.weight,
-                a.proj.bias,
-            )
+            parts = norm, a.q, a.k, a.v, a.proj
+            weights = ops.PoolWeights(*[p for part in parts for p in (part.weight, part.bias)])
             out, attention, stats = ops.attention_pool(
                 tokens, cls, weights, a.heads, norm.eps, stats=stats, return_weights=return_weights
             )

@@ -17,10 +17,14 @@ from .load import load_encoder, open_weights
 
 
 def accelerate(vit: nn.Module | str | Path, *, attention: str = "auto", strict: bool = False) -> Accelerated:
-    """Fast masked and dense encoding with the weights of a timm VisionTransformer, which is left as it is.
+    """Fast masked and dense encoding with the weights of `vit`, which is left as it is.
+
+        fast = extrema_fast.accelerate(vit)
+        latent = fast.encode(images, keep).tokens            # class token and kept patches
+        loss = decoder(latent, keep)
 
     Args:
-        vit: the VisionTransformer, or a subclass that keeps its `forward_features` and `_pos_embed`; or a path, of
+        vit: a timm VisionTransformer, or a subclass that keeps its `forward_features` and `_pos_embed`; or a path, of
             which `load_vit` makes one.
         attention: backend of self-attention, as of `Encoder.set_attention`.
         strict: a part that cannot be replaced is an error, here and at every pass, instead of being called.

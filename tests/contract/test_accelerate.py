@@ -20,7 +20,7 @@ from torch.nn.utils import prune
 
 import extrema_fast
 from extrema_fast.errors import UsageError
-from extrema_fast.models.accelerate import accelerate
+from extrema_fast.weights.vit import accelerate
 
 timm = pytest.importorskip("timm")
 from timm.layers import GluMlp, PatchEmbed, RmsNorm, SwiGLU, SwiGLUPacked  # noqa: E402
