@@ -530,7 +530,7 @@ FORMATS: dict[str, Format] = {
     ),
     "torch-export": Format(_write_program, _compare_program),
 }
-_ALIASES = {"timm": "extrema", "timm-vit": "vit", "timm-cait": "cait", "torch_export": "torch-export"}
+_ALIASES = {"timm": "extrema"}
 _REMOVED = {
     "torchscript": "onnx or torch-export",
     "cait": "extrema, which timm loads after `import extrema_fast.timm`",

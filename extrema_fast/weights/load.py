@@ -92,19 +92,20 @@ def open_weights(
         if len(grid) != 2 or not all(isinstance(g, int) and g > 0 for g in grid):
             raise UsageError(f"grid: expected (rows, columns) of patches, got {grid!r}")
         grid = (grid[0], grid[1])
+    read = partial(
+        read_checkpoint, grid=grid, num_heads=num_heads, assumed=assumed, which=which, registers=registers
+    )
     try:
         if path.is_file():
             folder, names = path.parent, [path.stem]
             described = path.suffix == ".safetensors" and path.stem in networks_in(folder)
             if not described or not is_own(own_description(folder, {})):
                 theirs = read_folder(folder) if path.name in FILES else None
-                read = read_checkpoint(path, grid, num_heads, theirs, assumed, which, registers)
-                return Weights(path, *read)
+                return Weights(path, *read(path, described=theirs))
         else:
             file = next((path / name for name in FILES if (path / name).is_file()), None)
             if file and not is_own(own_description(path, {})) and (theirs := read_folder(path)):
-                read = read_checkpoint(file, grid, num_heads, theirs, assumed, which, registers)
-                return Weights(path, *read)
+                return Weights(path, *read(file, described=theirs))
             folder = weights_folder(path)
             names = networks_in(folder)
         meta = read_description(folder)

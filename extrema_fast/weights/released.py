@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import SIZES, ModelConfig, to_dict
+from ..config import IMAGENET, SIZES, ModelConfig, to_dict
 from ..errors import UsageError
 from ..files import fits, read_json
 from ..models.layers import NORM_EPS
@@ -35,6 +35,7 @@ from .folder import (
     NOT_WEIGHTS,
     SINGLE,
     check_tensors,
+    data_meta,
     input_meta,
     looks_like,
     read_safetensors,
@@ -54,7 +55,7 @@ from .foreign import (
 
 log = logging.getLogger(__name__)
 
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+STATS = data_meta(*IMAGENET)
 HEAD_DIM = 64
 # a position table this close to the formula is the fixed one (the released files hold it in fp32)
 SINCOS_TOLERANCE = 1e-5
@@ -116,7 +117,7 @@ def read_checkpoint(
         raise UsageError(
             f"{file}: its tensors are of width {width}, config.json next to it says {described.width}; correct that"
         )
-    stats = described.data or (left_out and assumed.data) or IMAGENET
+    stats = described.data or (left_out and assumed.data) or STATS
     if not any(k.startswith("blocks_token.") for k in main):
         # the small model of MoCo v3 has 12
         known = 12 if SINGLE not in networks and (arch, width) == ("vit_small", 384) else HEADS.get(width)

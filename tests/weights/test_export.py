@@ -198,7 +198,7 @@ def test_folders_of_older_versions(folder, method, tmp_path):
     [
         ("onxx", {}, ["'onxx'", "did you mean 'onnx'"]),
         ("torchscript", {}, ["'torchscript'", "onnx or torch-export"]),
-        ("timm-cait", {}, ["'timm-cait'", "extrema"]),
+        ("cait", {}, ["'cait'", "extrema"]),
         ("extrema", {"opset": 18}, ["--opset", "onnx"]),
         ("extrema", {"fc_norm": True}, ["--fc-norm", "vit and hf"]),
         ("vit", {"class_token": True}, ["--class-token", "hf"]),

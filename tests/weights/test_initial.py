@@ -22,7 +22,7 @@ from extrema_fast.weights.export import export
 from extrema_fast.weights.folder import save_weights, weights_meta
 from extrema_fast.weights.initial import load_method_weights, load_trunk
 from extrema_fast.weights.load import import_released, load_encoder
-from extrema_fast.weights.released import IMAGENET
+from extrema_fast.weights.released import STATS
 from tests.encoders import close
 from tests.weights._weights import CFG, IMAGES, foreign_vit, refused, same
 
@@ -180,7 +180,7 @@ def test_an_imported_trunk_says_the_same(tmp_path):
     file = saved(tmp_path, foreign_vit(CFG.model))
     out = import_released(file, tmp_path / "out")
     # what an import takes them to be
-    cfg = c.from_dict({"data": IMAGENET}, CFG)
+    cfg = c.from_dict({"data": STATS}, CFG)
     a, b = ExtreMA(cfg), ExtreMA(cfg)
     assert load_method_weights(a, file) == load_method_weights(b, out)
     assert same(a, b)

@@ -187,7 +187,6 @@ def test_another_default_device(folder, tmp_path, method):
         assert same(load_encoder(folder), method.teacher)
         assert load_encoder(folder, img_size=32).pos_embed.shape == (1, 16, 64)
         assert same(load_encoder(export(folder, tmp_path / "out", "extrema").folder), method.teacher)
-        assert export(folder, tmp_path / "program", "torch-export").differences
         load_trunk(encoder, tmp_path / "vit.pth")
         imported = load_encoder(import_released(tmp_path / "vit.pth", tmp_path / "imported"))
     assert torch.equal(encoder.pos_embed, vit["pos_embed"][:, 1:]) and same(encoder.blocks, imported.blocks)

@@ -127,7 +127,7 @@ def test_force_replaces_an_import_and_nothing_else(file, folder, tmp_path):
     # weights of a run look alike and are not replaced
     refused(lambda: import_released(file, folder, force=True), "--force", "neither")
     refused(lambda: import_released(file, file), "not a folder")
-    refused(lambda: import_released(folder, tmp_path / "b"), "not a file", "export")
+    refused(lambda: import_released(folder, tmp_path / "b"), "needs no import", "export")
     refused(lambda: import_released(tmp_path / "none.pth", tmp_path / "b"), "no such file")
     assert names(out)[1:] == ["notes.txt", "teacher.safetensors"] and load_metadata(folder)["step"] == 7
     assert names(tmp_path) == ["checkpoint.pth", "out", "w"]
