@@ -153,12 +153,16 @@ def in_shards(
     )
 
 
-def number_classes(names: Sequence[str]) -> tuple[Tensor, list[str]]:
-    """Labels ([n] int64) and sorted class names of rows, given the class name of each row."""
-    different = set(names)
+def number_classes(names: Sequence[str], first: Sequence[str] = ()) -> tuple[Tensor, list[str]]:
+    """Labels ([n] int64) and class names of rows, given the class name of each row.
+
+    Args:
+        first: classes that come first, in this order, whether a row has them or not; the others are sorted.
+    """
+    others = set(names) - set(first)
     # numbers in numeric order, so that a label that is a number usually keeps it
-    numeric = all(c.isdecimal() for c in different)
-    classes = sorted(different, key=lambda c: (int(c), c)) if numeric else sorted(different)
+    numeric = all(c.isdecimal() for c in others)
+    classes = [*first, *(sorted(others, key=lambda c: (int(c), c)) if numeric else sorted(others))]
     number_of = {c: i for i, c in enumerate(classes)}
     return torch.tensor([number_of[c] for c in names], dtype=torch.int64), classes
 

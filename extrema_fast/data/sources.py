@@ -514,20 +514,16 @@ def _from_zips(
 def _from_tables(name: str, paths: list[str], check: bool) -> ImageSource:
     """The images in Arrow or Parquet files, in their order."""
     columns, tables = read_tables(name, paths)
-    written = [_label_text(label, columns.classes) for table in tables for label in table.labels]
+    written = [label for table in tables for label in table.labels]
     if not written:
         raise UsageError(f"{name}: no rows in {counted(len(paths), 'table')}")
     labels, classes = None, list[str]()
-    if lacking := written.count(None):
-        if lacking < len(written):
-            what = f"{lacking} of {len(written)} rows have no label in {columns.label!r}"
-            log.warning("%s: %s; used without labels", name, what)
-    elif columns.classes:
-        classes = columns.classes
-        number_of = {c: i for i, c in enumerate(classes)}
-        labels = torch.tensor([number_of[str(text)] for text in written])
-    else:
-        labels, classes = number_classes([str(text) for text in written])
+    given = [label for label in written if label is not None]
+    if len(given) == len(written):
+        labels, classes = number_classes(given, columns.classes)
+    elif given:
+        what = f"{len(written) - len(given)} of {len(written)} rows have no label in {columns.label!r}"
+        log.warning("%s: %s; used without labels", name, what)
     if any(table.files for table in tables):
         folders = [os.path.dirname(path) for path in paths]
         files = [os.path.join(d, f) for d, table in zip(folders, tables, strict=True) for f in table.files]
@@ -543,15 +539,6 @@ def _from_tables(name: str, paths: list[str], check: bool) -> ImageSource:
         for member, (offset, size) in zip(table.names, table.spans.tolist(), strict=True)
     ]
     return in_shards(name, [table.path for table in tables], rows, labels, classes, check=check)
-
-
-def _label_text(label: str | int | None, classes: list[str]) -> str | None:
-    """A label as the name of its class; None: none, as -1 in test sets without labels."""
-    if isinstance(label, int):
-        if label < 0:
-            return None
-        return str(label) if not classes else classes[label] if label < len(classes) else None
-    return (label or "").strip() or None
 
 
 # ---- list files -----------------------------------------------------------------------------------

@@ -13,24 +13,23 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import DataError, ExtremaError, StorageError, UsageError, install
-from ..files import new_file, read_json
-from .lists import LABEL_NAMES
+from ..files import new_file, read_json, remove
+from .lists import LABEL_NAMES, PATH_NAMES
 from .photos import cache_root
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".arrow", ".parquet")
 IMAGE_NAMES = ("image", "img", "picture", "photo")
-# in the schema of a copy: what it was made of
-_OF = b"extrema_fast"
-_ROWS_AT_ONCE = 256
+# of a Parquet file; a row group may be larger than the memory
+_ROWS_AT_ONCE, _READ_AHEAD = 256, 1 << 20
 # of a stream: a message without length
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -41,6 +40,8 @@ class Columns(NamedTuple):
     image: str
     label: str
     classes: list[str]
+    # labels are numbers without names
+    numbers: bool
 
 
 class Table(NamedTuple):
@@ -50,15 +51,15 @@ class Table(NamedTuple):
         path: the Arrow file that `spans` are of.
         names: of each row: the path written with the image where these differ in all rows, else its number.
         spans: [n, 2] int64 offset and length of each image's bytes; 0 0: none.
-        files: the path written with each image, where no row has bytes; else empty.
-        labels: as written, None: none.
+        files: the path written with each image (empty: none), where no row has bytes; else empty.
+        labels: names of classes; None: none.
     """
 
     path: str
     names: list[str]
     spans: np.ndarray
     files: list[str]
-    labels: list[str | int | None]
+    labels: list[str | None]
 
 
 def is_table(path: str | os.PathLike[str]) -> bool:
@@ -77,11 +78,12 @@ def saved_tables(folder: Path) -> list[str] | None:
 
 
 def read_tables(name: str, paths: list[str]) -> tuple[Columns, list[Table]]:
-    """The images in Arrow or Parquet files of the same columns.
+    """The images in Arrow or Parquet files of the same columns, whose classes may have other numbers in each.
 
     The column of images is the one that the data set's own description calls so, else one of bytes or of a struct with
-    `bytes`; of several one named image (img, picture, photo). That of labels is named label (labels, class, class_name,
-    category, target, cls), or is the first with class names.
+    `bytes`, else one of text that is named as paths are in a list; of several the one named image (img, picture,
+    photo). That of labels is named label (labels, class, class_name, category, target, cls), or is the first with class
+    names.
 
     Raises:
         UsageError: pyarrow is missing, a file cannot be read, or the columns do not fit; lists them.
@@ -90,16 +92,15 @@ def read_tables(name: str, paths: list[str]) -> tuple[Columns, list[Table]]:
     """
     pa, pq = _pyarrow(paths[0])
     columns: Columns | None = None
+    classes = dict[str, None]()
     tables = []
     for path in paths:
         try:
+            source = path
             if path.lower().endswith(".parquet"):
-                with pq.ParquetFile(path) as file:
-                    columns = _columns(path, file.schema_arrow, columns)
+                with pq.ParquetFile(path, buffer_size=_READ_AHEAD, pre_buffer=False) as file:
                     source = _copy(path, file, columns)
-            else:
-                source = path
-            tables.append(_read(source, columns, path))
+            columns, table = _read(source, columns, path)
         except ExtremaError:
             raise
         except OSError as e:
@@ -108,7 +109,8 @@ def read_tables(name: str, paths: list[str]) -> tuple[Columns, list[Table]]:
             raise _damaged(path, e) from e
         except (pa.ArrowException, ValueError) as e:
             raise _damaged(path, e) from e
-        columns = columns or tables[-1][0]
+        classes |= dict.fromkeys(columns.classes)
+        tables.append(table)
     assert columns is not None
     log.info(
         "%s: images in column %r, %s",
@@ -116,7 +118,7 @@ def read_tables(name: str, paths: list[str]) -> tuple[Columns, list[Table]]:
         columns.image,
         f"labels in {columns.label!r}" if columns.label else "no column of labels",
     )
-    return columns, [table for _, table in tables]
+    return columns._replace(classes=[*classes]), tables
 
 
 def _damaged(path: str, error: Exception) -> DataError:
@@ -140,53 +142,102 @@ def _pyarrow(path: str) -> tuple[Any, Any]:
 
 def _columns(path: str, schema: Any, before: Columns | None) -> Columns:
     """The columns to read in a table with this schema, or those of the tables before if it has them."""
+    fields = {f.name: f.type for f in schema}
+    described = _described(schema, path)
+    about = ", ".join(f"{f.name} ({str(f.type).partition('<')[0]})" for f in schema)
+    if before is None:
+        image, label = _choose(path, fields, described, about)
+    else:
+        image, label = before.image, before.label
+        for column, fits in ((image, _may_be_image), (label, _may_be_label)):
+            if column and not (column in fields and fits(fields[column])):
+                what = "images" if column == image else "labels"
+                raise UsageError(
+                    f"{path}: no {what} in column {column!r}, as in the table before it; its columns are {about}"
+                )
+    if twice := [c for c in (image, label) if schema.names.count(c) > 1]:
+        raise UsageError(f"{path}: more than one column {twice[0]!r}; its columns are {about}")
+    classes = _names(described.get(label)) or (before.classes if before else [])
+    numbers = bool(label) and not classes and not _is_text(fields[label])
+    if before is not None and numbers != before.numbers:
+        kinds = ("names", "numbers")
+        raise UsageError(
+            f"{path}: labels in {label!r} are {kinds[numbers]}, those of the table before it {kinds[not numbers]}"
+        )
+    return Columns(image, label, classes, numbers)
+
+
+def _choose(path: str, fields: dict[str, Any], described: dict[str, Any], about: str) -> tuple[str, str]:
+    """The columns of images and of labels (empty: none) among columns of these types."""
     import pyarrow.types as types
 
-    about = ", ".join(f"{f.name} ({'struct' if types.is_struct(f.type) else f.type})" for f in schema)
-    if before is not None:
-        missing = [c for c in (before.image, before.label) if c and c not in schema.names]
-        if missing:
-            raise UsageError(
-                f"{path}: no column {missing[0]!r}, as the table before it has; its columns are {about}"
-            )
-        return before
-    described = _described(schema, path)
-    images = [
-        c
-        for c in schema.names
-        if described.get(c, {}).get("_type") == "Image" and _bytes_type(schema.field(c).type)
-    ]
-    images = images or [f.name for f in schema if types.is_struct(f.type) and _bytes_type(f.type)]
-    images = images or [f.name for f in schema if _bytes_type(f.type)]
+    images = [c for c, kind in fields.items() if _holds_bytes(kind)]
+    images = (
+        [c for c in images if described.get(c, {}).get("_type") == "Image"]
+        or [c for c in images if types.is_struct(fields[c])]
+        or images
+        or [c for c, kind in fields.items() if _is_text(kind) and c.lower() in PATH_NAMES]
+    )
     if not images:
         raise UsageError(
-            f"{path}: no column of images (bytes, or a struct of bytes and path); its columns are {about}"
+            f"{path}: no column of images (bytes, or a struct of bytes and path), nor of paths "
+            f"({', '.join(PATH_NAMES)}); its columns are {about}"
         )
-    named = [c for word in IMAGE_NAMES for c in images if c.lower() == word]
+    named = _named(images, (*IMAGE_NAMES, *PATH_NAMES))
     if len(images) > 1 and not named:
         raise UsageError(f"{path}: more than one column of images, none named image; its columns are {about}")
-    fit = [f.name for f in schema if types.is_integer(f.type) or _is_text(f.type)]
-    labels = [c for word in (*LABEL_NAMES, "cls") for c in fit if c.lower() == word]
-    labels += [c for c in fit if _names(described.get(c))]
-    label = labels[0] if labels else ""
-    return Columns((named or images)[0], label, _names(described.get(label)))
+    fit = [c for c, kind in fields.items() if _may_be_label(kind)]
+    wanted = (*LABEL_NAMES, "cls")
+    labels = _named(fit, wanted) + [c for c in fit if _names(described.get(c))]
+    if not labels and (other := _named(fields, wanted)):
+        kind = fields[other[0]]
+        log.warning("%s: no labels in column %r (%s): neither whole numbers nor text", path, other[0], kind)
+    return (named or images)[0], next(iter(labels), "")
 
 
-def _bytes_type(kind: Any) -> bool:
-    """Whether a column of this type may hold images."""
+def _named(columns: Iterable[str], names: Sequence[str]) -> list[str]:
+    """The columns with one of these names, in the order of the names."""
+    return [c for name in names for c in columns if c.lower() == name]
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether the images of a column of this type lie in an Arrow file as they are."""
     import pyarrow.types as types
 
     if types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _bytes_type(kind.field("bytes").type)
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
     return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _may_be_image(kind: Any) -> bool:
+    return _holds_bytes(kind) or _is_text(kind)
+
+
+def _may_be_label(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    return types.is_integer(_plain(kind)) or types.is_boolean(kind) or _is_text(kind)
 
 
 def _is_text(kind: Any) -> bool:
     import pyarrow.types as types
 
-    if types.is_dictionary(kind):
-        return _is_text(kind.value_type)
+    kind = _plain(kind)
     return types.is_string(kind) or types.is_large_string(kind)
+
+
+def _plain(kind: Any) -> Any:
+    """A type without dictionaries and views, which cannot be read in place."""
+    import pyarrow as pa
+
+    types = pa.types
+    if types.is_struct(kind):
+        return pa.struct([field.with_type(_plain(field.type)) for field in kind])
+    if types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if types.is_binary_view(kind):
+        return pa.large_binary()
+    return pa.large_string() if types.is_string_view(kind) else kind
 
 
 def _described(schema: Any, path: str) -> dict[str, dict[str, Any]]:
@@ -225,24 +276,38 @@ def _read(path: str, columns: Columns | None, title: str) -> tuple[Columns, Tabl
         if not is_file and whole[-8:].to_pybytes() != _END:
             log.warning("%s: has no end mark; it may have been cut off", title)
         found = _columns(title, reader.schema, columns)
-        spans, written, labels = [], list[str | None](), list[Any]()
+        spans, written, labels = [], list[str | None](), list[str | None]()
         for batch in _batches(reader):
             # pyarrow would end the process over damaged offsets
             batch.select([c for c in (found.image, found.label) if c]).validate(full=True)
-            images = batch.column(found.image)
-            data, names = images, None
+            images, names = batch.column(found.image), None
             if pa.types.is_struct(images.type):
-                data = images.field("bytes")
-                at = images.type.get_field_index("path")
-                names = images.field("path") if at >= 0 else None
-            spans.append(_spans(data, whole, title))
-            written += [None] * len(data) if names is None else names.to_pylist()
-            labels += batch.column(found.label).to_pylist() if found.label else [None] * len(data)
+                # a row that is null has no bytes, whatever lies below
+                fields = dict(zip((f.name for f in images.type), images.flatten(), strict=True))
+                images, names = fields["bytes"], fields.get("path")
+            elif _is_text(images.type):
+                images, names = None, images
+            spans.append(
+                np.zeros((len(batch), 2), np.int64) if images is None else _spans(images, whole, title)
+            )
+            written += [None] * len(batch) if names is None else names.to_pylist()
+            values = batch.column(found.label).to_pylist() if found.label else [None] * len(batch)
+            text = {value: _label_text(value, found.classes) for value in set(values)}
+            labels += [text[value] for value in values]
         table = np.concatenate([np.zeros((0, 2), np.int64), *spans])
         distinct = None not in written and len(set(written)) == len(written)
         names = [str(w) if distinct else str(row) for row, w in enumerate(written)]
-        files = [] if table.any() or None in written else [str(w) for w in written]
+        files = [] if table.any() or not any(written) else [w or "" for w in written]
     return found, Table(path, names, table, files, labels)
+
+
+def _label_text(label: str | int | None, classes: list[str]) -> str | None:
+    """A label as the name of its class; None: none, as -1 in test sets without labels."""
+    if isinstance(label, int):
+        if label < 0:
+            return None
+        return str(label) if not classes else classes[label] if label < len(classes) else None
+    return (label or "").strip() or None
 
 
 def _batches(reader: Any) -> Iterator[Any]:
@@ -275,32 +340,39 @@ def _spans(data: Any, whole: Any, title: str) -> np.ndarray:
 # ---- Parquet --------------------------------------------------------------------------------------
 
 
-def _copy(path: str, file: Any, columns: Columns) -> str:
+def _copy(path: str, file: Any, before: Columns | None) -> str:
     """The Arrow file with the columns of a Parquet file, written on the first call and after changes of it."""
     import pyarrow as pa
 
-    real, about = os.path.realpath(path), os.stat(path)
-    key = hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
-    copy = cache_root() / "tables" / key / f"{Path(path).stem}.arrow"
+    plain = pa.schema([f.with_type(_plain(f.type)) for f in file.schema_arrow], file.schema_arrow.metadata)
+    columns = _columns(path, plain, before)
     used = [c for c in (columns.image, columns.label) if c]
-    of = json.dumps([about.st_size, about.st_mtime_ns, used]).encode()
-    if _made_of(copy) == of:
+    schema = pa.schema([plain.field(c) for c in used], plain.metadata)
+    about = os.stat(path)
+    # a folder for these columns of the file, and one in it for its state: a copy is never replaced by another one
+    place = cache_root() / "tables" / _digest(os.path.realpath(path), *used)
+    copy = place / _digest(str(about.st_size), str(about.st_mtime_ns)) / f"{Path(path).stem}.arrow"
+    if copy.is_file():
         return str(copy)
-    schema = pa.schema(
-        [file.schema_arrow.field(c) for c in used], metadata={**(file.schema_arrow.metadata or {}), _OF: of}
-    )
     groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
     parts = [g.column(i) for g in groups for i in range(g.num_columns)]
-    size = sum(c.total_uncompressed_size for c in parts if c.path_in_schema.split(".")[0] in used)
+    size = sum(
+        c.total_uncompressed_size
+        for c in parts
+        if f"{c.path_in_schema}.".startswith(tuple(f"{u}." for u in used))
+    )
     log.info("%s: copied once to %s (%.1f MB), to be read in any order", path, copy, size / 1e6)
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(copy.parent).free
+        for old in place.iterdir():
+            if old != copy.parent:
+                remove(old)
+        free = shutil.disk_usage(place).free
         if free < size:
             raise OSError(errno.ENOSPC, f"{free / 1e9:.2g} GB are free, {size / 1e9:.2g} are needed")
         with new_file(copy) as out, pa.ipc.new_stream(out, schema) as writer:
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=used):
-                writer.write_batch(batch.select(used))
+                writer.write_batch(batch.select(used).cast(schema))
     except OSError as e:
         if not e.errno:
             # of pyarrow, about what it reads
@@ -311,12 +383,5 @@ def _copy(path: str, file: Any, columns: Columns) -> str:
     return str(copy)
 
 
-def _made_of(copy: Path) -> bytes | None:
-    """What a copy was made of; None: there is none."""
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(copy)) as file:
-            return (pa.ipc.open_stream(file).schema.metadata or {}).get(_OF)
-    except (OSError, pa.ArrowException):
-        return None
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]

@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,6 +82,9 @@ def test_bytes_are_read_in_place(tmp_path, name, kind):
         (FEATURES, [0, 1, -1, 0], [], None),
         (FEATURES, [0, 1, 2, 0], [], None),
         (None, ["b", "a", "b", " c "], ["a", "b", "c"], [1, 0, 1, 2]),
+        (None, pa.array([5, 7, 5, 5]).dictionary_encode(), ["5", "7"], [0, 1, 0, 0]),
+        (None, pa.array(list("baba"), pa.string_view()), ["a", "b"], [1, 0, 1, 0]),
+        (None, [True, False, True, False], ["False", "True"], [1, 0, 1, 0]),
         (None, ["b", None, "b", "c"], [], None),
         (None, [0.5, 1.0, 2.0, 3.0], [], None),
     ],
@@ -89,7 +94,25 @@ def test_labels(tmp_path, features, labels, classes, numbers, caplog):
         source = open_source(str(write(tmp_path / name, table(features, label=labels))))
         assert source.classes == classes
         assert (source.labels is None) if numbers is None else source.labels.tolist() == numbers
-    assert ("used without labels" in caplog.text) == (numbers is None and labels[0] != 0.5)
+    why = "no labels in column 'label' (double)" if labels[0] == 0.5 else "used without labels"
+    assert (why in caplog.text) == (numbers is None)
+
+
+def test_classes_of_several_tables_are_those_of_the_same_name(tmp_path):
+    others = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    write(tmp_path / "1.arrow", table(FEATURES, label=[0, 1, 1, 0]))
+    write(tmp_path / "2.arrow", table(others, label=[0, 1, 1, 0]))
+    write(tmp_path / "3.arrow", table(None, label=["cat", "cow", "ape", "dog"]))
+    source = open_source(str(tmp_path))
+    assert source.classes == ["dog", "cat", "ape", "cow"]
+    assert source.labels.tolist() == [0, 1, 1, 0, 1, 0, 0, 1, 1, 3, 2, 0]
+    # without names of their own, numbers are those of the table before
+    write(tmp_path / "3.arrow", table(None, label=[0, 1, 1, 0]))
+    assert open_source(str(tmp_path)).labels.tolist() == [0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0, 1]
+    write(tmp_path / "1.arrow", table(None, label=[0, 1, 1, 0]))
+    fails(tmp_path, r"2\.arrow: labels in 'label' are names, those of the table before it numbers")
+    write(tmp_path / "2.arrow", table(None, label=[0.5, 1.0, 1.0, 0.5]))
+    fails(tmp_path, r"2\.arrow: no labels in column 'label', as in the table before .* label \(double\)")
 
 
 def test_columns_by_what_is_written_about_them(tmp_path, caplog):
@@ -113,7 +136,12 @@ def test_columns_by_what_is_written_about_them(tmp_path, caplog):
     )
     write(tmp_path / "s/1.arrow", table(None, label=[1, 2, 3, 4]))
     write(tmp_path / "s/2.arrow", two)
-    fails(tmp_path / "s", r"2\.arrow: no column 'image', as the table before it has; its columns are left")
+    fails(
+        tmp_path / "s",
+        r"2\.arrow: no images in column 'image', as in the table before it; its columns are left",
+    )
+    twice = pa.Table.from_arrays([images(), images()], names=["image", "image"])
+    fails(write(tmp_path / "twice.parquet", twice), "more than one column 'image'; its columns are image")
 
 
 def test_a_data_set_saved_by_the_library(tmp_path):
@@ -149,9 +177,19 @@ def test_rows_without_bytes(tmp_path, caplog):
     source = open_source(str(write(tmp_path / "t.arrow", data)))
     assert read(source) == [b"1", b"", b"3", b""]
     assert f"2 of 4 images are empty (0 bytes), first: {tmp_path}/t.arrow:2" in caplog.text
-    for name in ("t.arrow", "t.parquet"):
-        data = pa.table({"image": images([None] * 2, paths=["a/1.jpg", "b/1.jpg"]), "label": ["x", "y"]})
-        path = write(tmp_path / "by_path" / name, data)
+    # the struct itself is null
+    fields = [pa.array(BYTES), pa.array(list("abcd"))]
+    masked = pa.StructArray.from_arrays(fields, ["bytes", "path"], mask=pa.array([False, True, False, False]))
+    source = open_source(str(write(tmp_path / "masked.arrow", pa.table({"image": masked}))))
+    assert read(source) == [BYTES[0], b"", *BYTES[2:]]
+    paths = ["a/1.jpg", "b/1.jpg"]
+    for name, column, kind in (
+        ("t.arrow", "image", images([None] * 2, paths=paths)),
+        ("t.parquet", "image", images([None] * 2, paths=paths)),
+        ("t.arrow", "file_name", paths),
+        ("t.parquet", "path", pa.array(paths).dictionary_encode()),
+    ):
+        path = write(tmp_path / "by_path" / name, pa.table({column: kind, "label": ["x", "y"]}))
         fails(path, r"2 of 2 files do not exist, first: .*by_path/a/1\.jpg")
         for folder in "ab":
             (path.parent / folder).mkdir()
@@ -182,9 +220,43 @@ def test_a_parquet_file_is_copied_once_and_again_when_it_changed(tmp_path, monke
         assert read(open_source(str(path), s, holdout=0.5)) == read(half)
     write(path, table(FEATURES, label=[0, 1, 1, 1]))
     assert open_source(str(path)).labels.tolist() == [0, 1, 1, 1]
+    # a run that reads the old copy must not get bytes from the new one
+    with pytest.raises(FileNotFoundError):
+        first.read(0)
     (tmp_path / "cache2").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache2"))
     fails(path, "the copy of .* cannot be written .*; XDG_CACHE_HOME names another place", StorageError)
+
+
+def test_a_copy_holds_plain_columns(tmp_path):
+    for data in (pa.array(BYTES, pa.binary_view()), pa.array(BYTES).dictionary_encode()):
+        for column in (data, pa.StructArray.from_arrays([data, pa.array(list("abcd"))], ["bytes", "path"])):
+            path = write(tmp_path / "t.parquet", pa.table({"image": column}), rows=4)
+            assert read(open_source(str(path))) == BYTES
+            path.unlink()
+            shutil.rmtree(tmp_path / "cache")
+
+
+def test_a_large_row_group_is_copied_in_pieces(tmp_path, monkeypatch):
+    total, size = 20_000_000, 2_000
+    noise = os.urandom(total)
+    data = pa.table({"image": [noise[at : at + size] for at in range(0, total, size)]})
+    pq.write_table(data, tmp_path / "t.parquet", use_dictionary=False)
+    before, held, new_stream = pa.total_allocated_bytes(), [], pa.ipc.new_stream
+
+    @contextmanager
+    def watched(out, schema):
+        with new_stream(out, schema) as writer:
+
+            def write_batch(batch):
+                held.append(pa.total_allocated_bytes() - before)
+                writer.write_batch(batch)
+
+            yield SimpleNamespace(write_batch=write_batch)
+
+    monkeypatch.setattr(pa.ipc, "new_stream", watched)
+    assert len(open_source(str(tmp_path / "t.parquet"))) == total // size
+    assert size < max(held) < total / 2
 
 
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, caplog):
