@@ -26,6 +26,7 @@ from ..errors import DataError, UsageError, counted
 from ..files import check_plain, open_plain
 from .image_source import ImageSource
 from .pixels import (
+    NPY,
     PALETTES,
     Range,
     as_image,
@@ -44,11 +45,12 @@ log = logging.getLogger(__name__)
 
 REMEDY = "remove it, or leave it out: `extrema-fast index DATA --out M.tsv`, then M.tsv as the data"
 
-TIFF = (".tif", ".tiff")
+TIFF = frozenset({"tif", "tiff"})
 # what Pillow or this project reads, and DALI does not
 ALONE = frozenset({"avif", "gif", "heic", "heif", "npy"})
-# of more than 8 bits, perhaps
-_MAYBE_DEEP = (".pgm", ".png", ".pnm", *TIFF)
+# formats of any number of channels, and those of more than 8 bits, perhaps
+_ARRAYS = TIFF | {"npy"}
+_MAYBE_DEEP = TIFF | {"pgm", "png", "pnm", "ppm"}
 _ORIENTATION_TAG = 0x0112
 # threads that read files: they wait for disks and networks rather than compute
 _READERS = 8
@@ -425,6 +427,41 @@ def _check_size(found: tuple[int, int], wanted: tuple[int, int] | None) -> None:
 # ---- what a set holds ------------------------------------------------------------------------------
 
 
+def formats(source: ImageSource) -> frozenset[str]:
+    """Formats of a source's images, as its manifest or the endings of their names say; without these, of a few."""
+    if source.kinds:
+        return source.kinds
+    found = {_ending(source.title(row)) for row in range(len(source))}
+    if "" in found:
+        found |= {_format(source, row) for row in _sampled(len(source), _PROBED)}
+    return frozenset(found)
+
+
+def _ending(title: str) -> str:
+    ending = os.path.splitext(title)[1][1:].lower()
+    # a row of a table may have a number alone
+    return "" if ":" in ending else ending
+
+
+def _format(source: ImageSource, row: int) -> str:
+    """The format of a row's image by the ending of its name, else by its bytes; empty: not known."""
+    if ending := _ending(source.title(row)):
+        return ending
+    from PIL import Image
+
+    plugins()
+    try:
+        data = source.read(row)
+        if data.startswith(NPY):
+            return "npy"
+        with Image.open(io.BytesIO(data)) as im:
+            return (im.format or "").lower()
+    # a broken image: the loader's business
+    except Exception as error:
+        _raise_if_lacking(error)
+        return ""
+
+
 def read_as(source: ImageSource, in_chans: int) -> ImageSource:
     """The source, its images read as `in_chans` channels (1 and 3: as RGB).
 
@@ -434,7 +471,7 @@ def read_as(source: ImageSource, in_chans: int) -> ImageSource:
     rows = _sampled(len(source), _PROBED)
     if in_chans in (1, 3):
         # Pillow makes anything else RGB
-        rows = [row for row in rows if source.title(row).lower().endswith((*TIFF, ".npy"))]
+        rows = [row for row in rows if _format(source, row) in _ARRAYS]
     found: list[tuple[int, int]] = []
     problems: list[str] = []
     for row in rows:
@@ -464,7 +501,7 @@ def find_channels(source: ImageSource) -> int:
     found: Counter[int] = Counter()
     for row in _sampled(len(source), _PROBED):
         # Pillow makes anything else RGB
-        if source.title(row).lower().endswith((*TIFF, ".npy")):
+        if _format(source, row) in _ARRAYS:
             try:
                 found[count_channels(source, row, 3)] += 1
             # `read_as` and the loader say what is wrong
@@ -510,11 +547,12 @@ def check_depth(source: ImageSource, cfg: DataConfig) -> None:
     files.by_dali, warned = True, False
     rows = np.unique(np.linspace(0, len(source) - 1, _PROBED).astype(int)).tolist()
     for row in rows:
-        if not source.title(row).lower().endswith(_MAYBE_DEEP):
+        kind = _format(source, row)
+        if kind not in _MAYBE_DEEP:
             continue
         try:
             data = files.read(row)
-            if source.title(row).lower().endswith(TIFF):
+            if kind in TIFF:
                 files._header(row, data)
             with Image.open(io.BytesIO(data)) as im:
                 deep = is_deep(im) or keeps_upper_bits(im)

@@ -29,7 +29,7 @@ from ..errors import DataError, UsageError, install
 from .bad_images import BadRows
 from .dali_on_gpu import decoding_on, most_images, release_memory
 from .decode import DaliDecoder, PilDecoder, Settings, Work
-from .image_files import ALONE, REMEDY, TIFF, ImageFiles, check_depth, deep_range
+from .image_files import ALONE, REMEDY, TIFF, ImageFiles, check_depth, deep_range, formats
 from .image_source import ImageSource
 from .order import Order
 from .preprocess import KEEP_EXACT, Resizing, center_of, scaled_size
@@ -481,22 +481,18 @@ def loader_for(source: ImageSource, cfg: DataConfig) -> Literal["dali", "pil"]:
     """
     if cfg.loader == "pil":
         return choose_loader("pil")
-    what = ""
+    what, found = "", formats(source)
     if source.channels not in (1, 3):
         what = f"images of {source.channels} channels"
     elif deep_range(source, cfg) is not None and (not source.kinds or "deep" in source.kinds):
         what = "images of more than 8 bits with a range"
-    elif kinds := sorted(ALONE & (source.kinds or {_kind(source.title(r)) for r in range(len(source))})):
-        what = f"{', '.join(kinds)} files"
+    elif alone := sorted(ALONE & found):
+        what = f"{', '.join(alone)} files"
     if what and cfg.loader == "dali":
         raise UsageError(
             f"data.loader dali: {source.name} has {what}, which Pillow alone reads; use data.loader auto or pil"
         )
-    if (
-        not what
-        and cfg.loader == "auto"
-        and any(source.title(r).lower().endswith(TIFF) for r in range(len(source)))
-    ):
+    if not what and cfg.loader == "auto" and TIFF & found:
         what = "TIFF files"
     if what:
         _log_once("%s: %s are decoded by Pillow", source.name, what)
@@ -505,10 +501,6 @@ def loader_for(source: ImageSource, cfg: DataConfig) -> Literal["dali", "pil"]:
     if kind == "dali":
         check_depth(source, cfg)
     return kind
-
-
-def _kind(title: str) -> str:
-    return os.path.splitext(title)[1][1:].lower()
 
 
 def choose_loader(wanted: str) -> Literal["dali", "pil"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -10,9 +11,10 @@ import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from extrema_fast.data.loader import TrainLoader
+from extrema_fast.data.loader import TrainLoader, loader_for
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import DataError, StorageError, UsageError
 from extrema_fast.tools.index import index
@@ -321,3 +323,21 @@ def test_loaders_and_index_read_tables_like_folders(tmp_path, tree, config, kind
     result = index(str(parquet), tmp_path / "m.tsv", progress=False, threads=1)
     assert (result.rows, result.good) == (23, 23)
     assert_same(straight, batches(tmp_path / "m.tsv"))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "npy"])
+def test_images_without_names_are_known_by_their_bytes(tmp_path, config, kind, caplog):
+    caplog.set_level(logging.INFO)
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
+    file, pixels = io.BytesIO(), np.zeros((8, 9, 3), np.uint8)
+    if kind == "npy":
+        np.save(file, pixels)
+    else:
+        image.fromarray(pixels).save(file, kind)
+    source = open_source(str(write(tmp_path / "t.arrow", pa.table({"image": [file.getvalue()] * 5}))))
+    assert (
+        loader_for(source, config()) == "pil" and f"{kind.lower()} files are decoded" in caplog.text.lower()
+    )
+    if kind != "TIFF":
+        with pytest.raises(UsageError, match=f"{kind.lower()} files, which Pillow alone reads"):
+            loader_for(source, config(loader="dali"))
