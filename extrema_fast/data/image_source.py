@@ -114,10 +114,13 @@ def left_out(source: ImageSource) -> str:
 def in_shards(
     name: str,
     paths: list[str],
-    rows: list[tuple[int, str, int, int, str]],
+    shards: np.ndarray,
+    members: list[str],
+    spans: np.ndarray,
     labels: Tensor | None,
     classes: list[str],
     *,
+    marks: Sequence[str] = (),
     check: bool,
 ) -> ImageSource:
     """A source of images that are parts of larger files.
@@ -125,31 +128,32 @@ def in_shards(
     Args:
         name: of the set in messages.
         paths: the files.
-        rows: of each image number of its file (non-decreasing), name in it, offset and bytes as of `spans`, and what
-            else tells it from others.
+        shards: [n] the number of the file of each image, non-decreasing; `members`: its name there.
+        spans: as of `ImageSource`.
         labels: [n] int64 index into `classes`; None: no labels.
+        marks: what else tells each image from others.
         check: False: no warning about images of 0 bytes.
     """
     digest = hashlib.sha256()
     for path in paths:
         digest.update(f"{os.path.basename(path)}\n".encode("utf-8", "surrogateescape"))
-    numbers = [-1] * len(rows) if labels is None else labels.tolist()
-    for (number, member, _, size, mark), label in zip(rows, numbers, strict=True):
-        line = f"{number}\t{member}\t{size}\t{mark}\t{classes[label] if label >= 0 else ''}\n"
-        digest.update(line.encode("utf-8", "surrogateescape"))
-    names = [f"{paths[row[0]]}:{row[1]}" for row in rows]
-    if check:
-        empty = [title for title, row in zip(names, rows, strict=True) if not row[3]]
-        warn_of_empty(name, len(empty), len(rows), empty[0] if empty else "")
+    numbers, sizes = shards.tolist(), spans[:, 1]
+    written = [""] * len(members) if labels is None else [classes[label] for label in labels.tolist()]
+    rows = zip(numbers, members, sizes.tolist(), marks or [""] * len(members), written, strict=True)
+    for row in rows:
+        digest.update(("\t".join(map(str, row)) + "\n").encode("utf-8", "surrogateescape"))
+    names = [f"{paths[number]}:{member}" for number, member in zip(numbers, members, strict=True)]
+    if check and not sizes.all():
+        warn_of_empty(name, int((sizes == 0).sum()), len(names), names[int(sizes.argmin())])
     return ImageSource(
         name,
-        [paths[row[0]] for row in rows],
+        [paths[number] for number in numbers],
         labels,
         classes,
         digest.hexdigest(),
-        spans=np.array([row[2:4] for row in rows], np.int64),
+        spans=spans,
         names=names,
-        shards=np.array([row[0] for row in rows], np.int32),
+        shards=shards.astype(np.int32),
     )
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -41,6 +42,8 @@ BLOCK = tarfile.BLOCKSIZE
 _MAX_SHARDS = 1_000_000
 # a label is a few bytes; what is longer is no label
 _MAX_LABEL = 1 << 20
+# where so many first samples of a shard have none, others are not read: all images need one, or none is used
+_UNLABELLED = 64
 _THREADS = 8
 # members whose header is compared when an index is read
 _CHECKED = 8
@@ -198,7 +201,9 @@ def parse_index(text: str) -> list[Member]:
         if len(words) % 4:
             raise ValueError(f"{line[:80]!r}: expected 4 words per file")
         for i in range(0, len(words), 4):
-            name = re.sub(r"\\x(20|09|0a|0b|0c|0d)", lambda m: chr(int(m[1], 16)), words[i + 3])
+            name = words[i + 3]
+            if "\\x" in name:
+                name = re.sub(r"\\x(20|09|0a|0b|0c|0d)", lambda m: chr(int(m[1], 16)), name)
             found.append(Member(name, int(words[i + 1]), int(words[i + 2])))
     return found
 
@@ -322,9 +327,10 @@ def _samples(path: str, found: list[Member], extensions: tuple[str, ...]) -> lis
     no other image, and something next to the image (a mask, a depth map) where it has.
     """
     samples = []
-    for key, group in groupby(found, key=lambda m: split_name(m.name)[0]):
-        parts = [(split_name(m.name)[1].lower(), m) for m in group]
-        images = [m for kind, m in parts if f".{kind}" in extensions]
+    kinds = {extension[1:] for extension in extensions}
+    for key, group in groupby(((*split_name(m.name), m) for m in found), key=itemgetter(0)):
+        parts = [(kind.lower(), m) for _, kind, m in group]
+        images = [m for kind, m in parts if kind in kinds]
         # often something next to the image
         images = images or [m for kind, m in parts if kind == "npy"]
         if len(images) > 1:
@@ -354,10 +360,15 @@ def _open_shard(path: str, extensions: tuple[str, ...], unread: tuple[str, ...])
         found = members(path)
         samples = _samples(path, found, extensions)
         with open_plain(path) as f:
-            labels = [s.label and _label(f.fileno(), s.label) for s in samples]
-            endings = Counter(os.path.splitext(m.name)[1].lower() for m in found)
-            left_out = Counter({kind: endings[kind] for kind in unread if endings[kind]})
-            return _Shard(path, os.fstat(f.fileno()).st_size, samples, labels, left_out)
+            labels = list[str | None]()
+            for s in samples:
+                labels.append(s.label and _label(f.fileno(), s.label))
+                if len(labels) == _UNLABELLED and not any(labels):
+                    labels = [None] * len(samples)
+                    break
+            left_out = (name for m in found if (name := m.name.lower()).endswith(unread))
+            endings = Counter(os.path.splitext(name)[1] for name in left_out)
+            return _Shard(path, os.fstat(f.fileno()).st_size, samples, labels, endings)
     except OSError as e:
         raise UsageError(f"{path}: cannot be read ({e.strerror})") from e
 
@@ -388,7 +399,18 @@ def shard_source(
         extensions: of images, in lower case, with the dot; `unread`: of those that are only counted.
         check: False: no warning about images of 0 bytes.
     """
-    opened = list(_open_shards(name, paths, extensions, unread))
+    opened, damaged = list[_Shard](), list[DataError]()
+    for found in _open_shards(name, paths, extensions, unread):
+        if isinstance(found, DataError):
+            damaged.append(found)
+        else:
+            opened.append(found)
+    if len(damaged) > 1:
+        for error in damaged:
+            log.warning("%s", error)
+        raise DataError(f"{name}: {len(damaged)} of {len(paths)} shards cannot be used, first: {damaged[0]}")
+    if damaged:
+        raise damaged[0]
     shards = [shard for shard in opened if shard.samples]
     if not shards:
         raise UsageError(
@@ -420,11 +442,17 @@ def shard_source(
 
 def _open_shards(
     name: str, paths: list[str], extensions: tuple[str, ...], unread: tuple[str, ...]
-) -> Iterator[_Shard]:
+) -> Iterator[_Shard | DataError]:
+    def open_shard(path: str) -> _Shard | DataError:
+        try:
+            return _open_shard(path, extensions, unread)
+        except DataError as error:
+            return error
+
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="shards")
     try:
         with ImageProgress(f"opening {name}", len(paths), unit="shards") as bar:
-            for shard in pool.map(lambda p: _open_shard(p, extensions, unread), paths):
+            for shard in pool.map(open_shard, paths):
                 bar.advance(1)
                 yield shard
     finally:

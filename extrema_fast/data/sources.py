@@ -503,9 +503,12 @@ def _from_zips(
     source = in_shards(
         name,
         paths,
-        [(number, m.name, m.offset, m.size, f"{m.crc32:08x}") for number, _, m in rows],
+        np.array([number for number, _, _ in rows]),
+        [m.name for _, _, m in rows],
+        np.array([(m.offset, m.size) for _, _, m in rows], np.int64),
         labels,
         [] if loose else folders,
+        marks=[f"{m.crc32:08x}" for _, _, m in rows],
         check=check,
     )
     return dataclasses.replace(source, left_out=_unused(found, extensions))
@@ -533,12 +536,12 @@ def _from_tables(name: str, paths: list[str], check: bool) -> ImageSource:
             )
         root = Path(os.path.commonpath(folders)) if len(set(folders)) > 1 else Path(folders[0])
         return _from_paths(name, root, files, None if labels is None else labels.tolist(), classes, check)
-    rows = [
-        (number, member, offset, size, "")
-        for number, table in enumerate(tables)
-        for member, (offset, size) in zip(table.names, table.spans.tolist(), strict=True)
-    ]
-    return in_shards(name, [table.path for table in tables], rows, labels, classes, check=check)
+    numbers = np.repeat(np.arange(len(tables)), [len(table.names) for table in tables])
+    members = [member for table in tables for member in table.names]
+    spans = np.concatenate([table.spans for table in tables])
+    return in_shards(
+        name, [table.path for table in tables], numbers, members, spans, labels, classes, check=check
+    )
 
 
 # ---- list files -----------------------------------------------------------------------------------

@@ -53,27 +53,29 @@ def members(path: str, extensions: tuple[str, ...]) -> tuple[list[Member], list[
     """
     try:
         with open_plain(path) as f, zipfile.ZipFile(f) as archive:
-            # a name that comes twice is replaced in unpacking, too
-            found = {
-                i.filename: i for i in archive.infolist() if not i.is_dir() and not is_hidden(i.filename)
-            }
+            # some programs begin every name so; one that comes twice is replaced in unpacking, too
+            every = {i.filename.removeprefix("./"): i for i in archive.infolist() if not i.is_dir()}
+            found = {name: i for name, i in every.items() if not is_hidden(name)}
     except OSError as e:
         raise UsageError(f"{path}: cannot be read ({e.strerror})") from e
     # a damaged table makes zipfile raise nearly anything
     except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError, struct.error, UnicodeError) as e:
         raise DataError(f"{path}: not a zip archive, or a damaged one ({e}); copy or write it again") from e
-    images = [i for name, i in found.items() if name.lower().endswith(extensions)]
+    images = {name: i for name, i in found.items() if name.lower().endswith(extensions)}
     for what, odd in (
-        ("encrypted", [i for i in images if i.flag_bits & _ENCRYPTED]),
-        ("compressed in a way that is not read", [i for i in images if i.compress_type not in (0, 8)]),
+        ("encrypted", [i for i in images.values() if i.flag_bits & _ENCRYPTED]),
+        (
+            "compressed in a way that is not read",
+            [i for i in images.values() if i.compress_type not in (0, 8)],
+        ),
     ):
         if odd:
             raise UsageError(
                 f"{path}: {counted(len(odd), 'image')} of {len(images)} {what}, first: {odd[0].filename}; unpack it, "
                 "and give the folder"
             )
-    other = [name for name in found if not name.lower().endswith(extensions)]
-    return [Member(i.filename, i.header_offset, i.file_size, i.CRC) for i in images], other
+    members = [Member(name, i.header_offset, i.file_size, i.CRC) for name, i in images.items()]
+    return members, [name for name in found if name not in images]
 
 
 def is_hidden(name: str) -> bool:

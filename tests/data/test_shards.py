@@ -128,6 +128,15 @@ def test_a_label_that_is_missing_drops_all(tmp_path, caplog, label):
     assert f"1 of 4 images have no label (cls, or label in json), first: {path}:9.jpg" in caplog.text
 
 
+def test_labels_are_not_read_on_where_the_first_samples_have_none(tmp_path, monkeypatch):
+    entries = [(f"{i:03d}.{kind}", b"{}") for i in range(90) for kind in ("jpg", "json")]
+    path = write_tar(tmp_path / "a.tar", entries)
+    label, calls = shards._label, []
+    monkeypatch.setattr(shards, "_label", lambda fd, member: calls.append(member) or label(fd, member))
+    source = open_source(str(path))
+    assert len(source) == 90 and source.labels is None and len(calls) == 64
+
+
 def test_classes_txt_names_the_numbers(tmp_path, caplog):
     path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.cls", b"2"), ("2.jpg", b"x"), ("2.cls", b"0")])
     (tmp_path / "classes.txt").write_text("ape\nbee\ncat\\tfish\ndog\n")
@@ -351,6 +360,15 @@ def test_a_tar_cut_anywhere_is_noticed(tmp_path, fmt, caplog):
         else:
             with pytest.raises(DataError, match=rf"{size}\.tar: (not a tar|truncated or damaged after)"):
                 scan(str(path))
+
+
+def test_all_damaged_shards_are_named(tmp_path, caplog):
+    for i in range(4):
+        path = write_tar(tmp_path / f"{i}.tar", samples(9))
+        if i % 2:
+            path.write_bytes(path.read_bytes()[:5000])
+    fails(tmp_path, r"2 of 4 shards cannot be used, first: .*1\.tar: truncated or damaged", DataError)
+    assert [f"{i}.tar: truncated" in caplog.text for i in range(4)] == [False, True, False, True]
 
 
 def test_a_damaged_header_is_not_the_end(tmp_path):

@@ -54,7 +54,7 @@ def write_zip(path, files, prefix="", streamed=False):
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("prefix", ["", "set/", "my set/train/"])
+@pytest.mark.parametrize("prefix", ["", "set/", "my set/train/", "./set/"])
 def test_rows_are_those_of_the_unpacked_folder(tmp_path, prefix, streamed, caplog):
     files = {name: content(name) for name in NAMES}
     odd = {
@@ -81,7 +81,7 @@ def test_rows_are_those_of_the_unpacked_folder(tmp_path, prefix, streamed, caplo
     assert source.shards.tolist() == [0] * 4
     # a folder in it
     if prefix:
-        inside = open_source(str(tmp_path / "s.zip" / Path(prefix.rstrip("/"))))
+        inside = open_source(str(tmp_path / "s.zip" / Path(prefix)))
         assert inside.names == source.names and inside.classes == source.classes
     assert len(open_source(str(tmp_path / "s.zip" / Path(prefix) / "a"))) == 2
 
