@@ -67,7 +67,7 @@ _PASSING = frozenset(
 _WAITS_S = (0.05, 0.5)
 # rows whose bytes are hashed at a run's start; no epoch of training has this number
 _SAMPLED, _SAMPLE_EPOCH = 64, 2**32 - 2
-# rows whose channels are looked at when a source is opened, and whose pixels give mean and standard deviation
+# rows whose channels are read when a source is opened, and whose pixels give mean and standard deviation
 _PROBED, _MEASURED = 16, 256
 # fewer levels between the hundredths at both ends leave little of a picture
 _FEW_LEVELS = 8

@@ -412,7 +412,7 @@ class EvalLoader(_Loader):
     of images.
 
     Args:
-        resizing: that of an encoder (`Encoder.resizing`) gives the pictures of its `preprocess`; by default images of
+        resizing: that of an encoder (`Encoder.resizing`) gives the images of its `preprocess`; by default images of
             exactly `img_size` are taken whole.
         bad: unreadable images are left out and added here; None: they are errors.
 

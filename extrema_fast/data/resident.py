@@ -278,7 +278,7 @@ class HeldDecoder:
         held, boxes = self.held, work.boxes
         sizes, starts = held.sizes[work.rows].astype(np.int64), held.starts[work.rows]
         if self.settings.whole:
-            # the filter may read beside the box
+            # the filter may read outside the box
             top, left, regions = 0, 0, sizes
             box = np.concatenate([boxes[:, :2], np.minimum(boxes[:, 2:], sizes)], 1)
         else:

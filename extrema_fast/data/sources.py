@@ -279,8 +279,7 @@ def _from_folder(name: str, root: Path, split: str, extensions: tuple[str, ...],
         kinds = ([str(root / f) for f in files if f.lower().endswith(k)] for k in (".tar", ".zip", TABLES))
         shards = saved_tables(root) or next(filter(None, kinds), [])
         if shards:
-            if shards[0].lower().endswith(TABLES):
-                _reject_split_files(name, root, shards, split)
+            _reject_split_files(name, root, shards, split)
             return _from_shards(name, shards, split, extensions, check, root / MANIFEST)
         if found[NPY] and extensions != (NPY,):
             return _from_folder(name, root, split, (NPY,), check)
@@ -405,14 +404,14 @@ def _reject_splits(name: str, root: Path, folders: list[str], split: str) -> Non
 
 
 def _reject_split_files(name: str, root: Path, shards: list[str], split: str) -> None:
-    # as in downloaded data sets: data/train-00000-of-00002.parquet, data/test-00000-of-00001.parquet
-    found = [re.match(r"(train|test|val(?:id(?:ation)?)?)(?=[-_.0-9])", Path(p).name.lower()) for p in shards]
-    splits = sorted({m[1] for m in found if m})
-    if len(splits) > 1:
-        match = next((part for part in splits if part in SPLITS[split]), splits[0])
+    # as in train-00000-of-00002.parquet and test-00000-of-00001.parquet, or in set-train-000.tar and set-val-000.tar
+    words = re.compile(r"(?:^|.*[-_.])(train|test|val(?:id(?:ation)?)?)(?=[-_.0-9])", re.IGNORECASE)
+    begins = {m[1].lower(): m[0] for p in shards if (m := words.match(os.path.basename(p)))}
+    if len(begins) > 1:
+        match = next((begin for part, begin in begins.items() if part in SPLITS[split]), min(begins.values()))
         raise UsageError(
-            f"{name}: holds files of {', '.join(splits)}, which look like the parts of a data set; did you mean "
-            f"'{root / match}*{Path(shards[0]).suffix}'?"
+            f"{name}: holds files of {', '.join(sorted(begins))}, which look like the parts of a data set; did you "
+            f"mean '{root / match}*{Path(shards[0]).suffix}'?"
         )
 
 

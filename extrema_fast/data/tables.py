@@ -13,7 +13,9 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ SUFFIXES = (".arrow", ".parquet")
 IMAGE_NAMES = ("image", "img", "picture", "photo")
 # of a Parquet file; a row group may be larger than the memory
 _ROWS_AT_ONCE, _READ_AHEAD = 256, 1 << 20
+_DEAD_S = 3600.0
 # of a stream: a message without length
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -364,9 +367,11 @@ def _copy(path: str, file: Any, before: Columns | None) -> str:
     log.info("%s: copied once to %s (%.1f MB), to be read in any order", path, copy, size / 1e6)
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        for old in place.iterdir():
-            if old != copy.parent:
-                remove(old)
+        for old in place.glob("*/*"):
+            with suppress(FileNotFoundError):
+                # of another state of the file, or left by a process that was killed: a live one writes all the time
+                if old.parent != copy.parent or time.time() - old.stat().st_mtime > _DEAD_S:
+                    remove(old)
         free = shutil.disk_usage(place).free
         if free < size:
             raise OSError(errno.ENOSPC, f"{free / 1e9:.2g} GB are free, {size / 1e9:.2g} are needed")

@@ -300,6 +300,10 @@ def test_patterns(tmp_path, monkeypatch):
 
 
 def test_bad_patterns(tmp_path):
+    for part in ("train-000", "train-001", "val-000"):
+        write_tar(tmp_path / f"parts/set-{part}.tar", samples(1))
+    fails(tmp_path / "parts", rf"holds files of train, val, .* '{tmp_path}/parts/set-train\*\.tar'\?")
+    assert len(open_source(f"{tmp_path}/parts/*.tar")) == 3
     write_tar(tmp_path / "a0.tar", samples(1))
     (tmp_path / "a0.jpg").write_bytes(b"x")
     fails(tmp_path / "a{0..3}.tar", r"3 of 4 do not exist as files, first: .*a1\.tar")

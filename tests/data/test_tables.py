@@ -170,6 +170,15 @@ def test_a_data_set_saved_by_the_library(tmp_path):
         tmp_path / "hub/data",
         rf"files of test, train.* did you mean '{tmp_path}/hub/data/train\*\.parquet'\?",
     )
+    # in the cache of the library
+    for name in ("my_set-train-00000-of-00002", "my_set-train-00001-of-00002", "my_set-test"):
+        write(tmp_path / f"cached/{name}.arrow", table(FEATURES, label=[0, 1, 1, 0]))
+    fails(tmp_path / "cached", rf"files of test, train.* '{tmp_path}/cached/my_set-train\*\.arrow'\?")
+    fails(
+        tmp_path / "cached",
+        rf"files of test, train.* '{tmp_path}/cached/my_set-test\*\.arrow'\?",
+        split="test",
+    )
     fails(tmp_path / "hub", rf"no images; .*did you mean {tmp_path}/hub/data\?")
     assert len(open_source(f"{tmp_path}/hub/data/train*.parquet")) == 8
 
@@ -220,6 +229,13 @@ def test_a_parquet_file_is_copied_once_and_again_when_it_changed(tmp_path, monke
     (tmp_path / "moved").rename(tmp_path / "d")
     for half, s in zip(halves, ("train", "test"), strict=True):
         assert read(open_source(str(path), s, holdout=0.5)) == read(half)
+    # a copy that was killed, and one that is being written
+    os.remove(copy)
+    dead, alive = (os.path.join(os.path.dirname(copy), f".tmp-t.arrow-{n}") for n in (1, 2))
+    for left in (dead, alive):
+        open(left, "w").close()
+    os.utime(dead, (0, 0))
+    assert read(open_source(str(path))) == BYTES and not os.path.exists(dead) and os.path.exists(alive)
     write(path, table(FEATURES, label=[0, 1, 1, 1]))
     assert open_source(str(path)).labels.tolist() == [0, 1, 1, 1]
     # a run that reads the old copy must not get bytes from the new one
