@@ -60,19 +60,20 @@ def setup(request, tree, shards, config, kind):
     return open_source(str(shards)), config(loader=kind, order="shards", window=2)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_worlds_see_the_same_global_batches(setup, world):
+def test_worlds_see_the_same_global_batches(setup):
     alone = batches(*setup, 5)
-    parts = [batches(*setup, 5, rank=r, world=world) for r in range(world)]
-    for step, whole in enumerate(alone):
-        assert torch.equal(torch.cat([p[step].index for p in parts]), whole.index)
-        assert torch.equal(torch.cat([p[step].images for p in parts]), whole.images)
+    for world in (2, 3):
+        parts = [batches(*setup, 5, rank=r, world=world) for r in range(world)]
+        for step, whole in enumerate(alone):
+            assert torch.equal(torch.cat([p[step].index for p in parts]), whole.index)
+            assert torch.equal(torch.cat([p[step].images for p in parts]), whole.images)
 
 
-@pytest.mark.parametrize("start", [1, 3, 7])
-def test_restart_at_any_step_is_exact(setup, start):
+def test_restart_at_any_step_is_exact(setup):
+    straight = batches(*setup, 8)
     # 3 steps per epoch: the restarts lie before, on and after an epoch's end
-    assert_same(batches(*setup, 8)[start:], batches(*setup, 8 - start, start_step=start))
+    for start in (1, 3, 7):
+        assert_same(straight[start:], batches(*setup, 8 - start, start_step=start))
 
 
 def test_threads_and_seed(tree, config, kind):
