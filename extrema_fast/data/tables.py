@@ -8,6 +8,7 @@ once into an Arrow file in the cache folder. Nothing is downloaded, and no code 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -364,20 +365,26 @@ def _copy(path: str, file: Any, before: Columns | None) -> str:
         for c in parts
         if f"{c.path_in_schema}.".startswith(tuple(f"{u}." for u in used))
     )
-    log.info("%s: copied once to %s (%.1f MB), to be read in any order", path, copy, size / 1e6)
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        for old in place.glob("*/*"):
-            with suppress(FileNotFoundError):
-                # of another state of the file, or left by a process that was killed: a live one writes all the time
-                if old.parent != copy.parent or time.time() - old.stat().st_mtime > _DEAD_S:
-                    remove(old)
-        free = shutil.disk_usage(place).free
-        if free < size:
-            raise OSError(errno.ENOSPC, f"{free / 1e9:.2g} GB are free, {size / 1e9:.2g} are needed")
-        with new_file(copy) as out, pa.ipc.new_stream(out, schema) as writer:
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=used):
-                writer.write_batch(batch.select(used).cast(schema))
+        with open(place / "lock", "wb") as lock:
+            # of several processes one copies; where files cannot be locked, all do
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if copy.is_file():
+                return str(copy)
+            log.info("%s: copied once to %s (%.1f MB), to be read in any order", path, copy, size / 1e6)
+            for old in place.glob("*/*"):
+                with suppress(FileNotFoundError):
+                    # of another state of the file, or left by a process that was killed: a live one writes all the time
+                    if old.parent != copy.parent or time.time() - old.stat().st_mtime > _DEAD_S:
+                        remove(old)
+            free = shutil.disk_usage(place).free
+            if free < size:
+                raise OSError(errno.ENOSPC, f"{free / 1e9:.2g} GB are free, {size / 1e9:.2g} are needed")
+            with new_file(copy) as out, pa.ipc.new_stream(out, schema) as writer:
+                for batch in file.iter_batches(_ROWS_AT_ONCE, columns=used):
+                    writer.write_batch(batch.select(used).cast(schema))
     except OSError as e:
         if not e.errno:
             # of pyarrow, about what it reads

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -213,7 +214,8 @@ def test_rows_without_bytes(tmp_path, caplog):
 def test_a_parquet_file_is_copied_once_and_again_when_it_changed(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     path = write(tmp_path / "d/t.parquet", table(FEATURES, label=[0, 1, 1, 0], text=["long" * 1000] * 4))
-    first = open_source(str(path))
+    with ThreadPoolExecutor(4) as pool:
+        first, *_ = pool.map(open_source, [str(path)] * 4)
     copy = first.paths[0]
     assert copy.startswith(str(tmp_path / "cache")) and os.path.getsize(copy) < 8000
     about = os.stat(copy)
