@@ -399,12 +399,9 @@ def shard_source(
         extensions: of images, in lower case, with the dot; `unread`: of those that are only counted.
         check: False: no warning about images of 0 bytes.
     """
-    opened, damaged = list[_Shard](), list[DataError]()
-    for found in _open_shards(name, paths, extensions, unread):
-        if isinstance(found, DataError):
-            damaged.append(found)
-        else:
-            opened.append(found)
+    found = list(_open_shards(name, paths, extensions, unread))
+    damaged = [shard for shard in found if isinstance(shard, DataError)]
+    opened = [shard for shard in found if isinstance(shard, _Shard)]
     if len(damaged) > 1:
         for error in damaged:
             log.warning("%s", error)

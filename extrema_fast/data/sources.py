@@ -1,9 +1,4 @@
-"""Opens what the user names as images: built-in sets, folders, list files, manifests, shards and mixtures.
-
-A mixture is a TOML file that joins several sources (format: docs/data.md). Whole passes repeat the rows of a source,
-with random parameters of their own; a remaining fraction f is one more copy of the rows, as an entry (first row, end
-row, f) of `ImageSource.parts`: an epoch takes that share of them, so that each comes once in 1/f epochs.
-"""
+"""Opens what the user names as images: built-in sets, folders, list files, manifests, shards and mixtures."""
 
 from __future__ import annotations
 
@@ -11,21 +6,17 @@ import dataclasses
 import errno
 import hashlib
 import logging
-import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .. import rng
-from ..config import did_you_mean, parse_toml
+from ..config import did_you_mean
 from ..errors import UsageError, counted, install
 from ..files import check_plain, read_text
 from ..progress import ImageProgress
@@ -40,8 +31,9 @@ from .image_source import (
 )
 from .lists import Disk, read_list
 from .manifest import is_manifest, manifest_source
+from .mixture import Entry, join, read_mixture, without_held_out
 from .photos import write_photos, write_synthetic
-from .pixels import Range, plugins
+from .pixels import plugins
 from .shards import expand, is_pattern, is_tar, shard_source
 from .tables import SUFFIXES as TABLES
 from .tables import is_table, read_tables, saved_tables
@@ -64,7 +56,6 @@ _NO_IMAGES = (".arw", ".cr2", ".dcm", ".dng", ".eps", ".exr", ".nef", ".pdf")
 SHARDS = (".tar", ".zip", *TABLES)
 # the manifest of a packed set, next to its shards
 MANIFEST = "manifest.tsv"
-MAX_PASSES = 1000
 
 _ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 _EXPECTED = (
@@ -102,7 +93,7 @@ def open_source(
             a .tar, .zip, .arrow or .parquet, a folder of them (without images), or a pattern:
             `set/{0000..0009}.tar`, `set/*.zip`;
             a folder in a .zip: `set.zip/train`;
-            a mixture of these (.toml, see the top of this file).
+            a mixture of these (.toml, see `mixture.py`).
         split: `train` or `test`: which part of a built-in set, or of one that is split by `holdout`.
         limit: only the first `limit` images of a shuffle keyed by `seed`, in row order; 0: all.
         holdout: share of the images that are the split `test`, by their names (`hold_out`), and not in `train`; 0: no
@@ -606,19 +597,9 @@ def _from_paths(
 # ---- mixtures -------------------------------------------------------------------------------------
 
 
-class _Entry(NamedTuple):
-    path: str
-    passes: float
-    label: str | None
-
-
 def _mixture(name: str, path: Path, split: str, check: bool, holdout: float) -> ImageSource:
-    """The sources of a mixture file as one.
-
-    Labels are kept where every source has them: the classes are the union of their names. `shards` is kept where
-    every source has shards.
-    """
-    entries = _read_mixture(name, path)
+    """The sources of a mixture file as one."""
+    entries = read_mixture(name, path)
     if holdout and split == "test":
         entries = [e._replace(passes=1.0) for e in entries]
     opened = [
@@ -626,73 +607,12 @@ def _mixture(name: str, path: Path, split: str, check: bool, holdout: float) -> 
     ]
     sources = [source for source, _ in opened]
     if holdout and split == "train":
-        sources = _without_held_out(name, sources, [held for _, held in opened])
-    # one block of rows per whole pass, and one for the remaining fraction
-    blocks = [
-        (source, share)
-        for n, (source, entry) in enumerate(zip(sources, entries, strict=True), 1)
-        for share in _shares(len(source), entry.passes, f"{name}: source {n}")
-    ]
-    each = [source for source, _ in blocks]
-    ends = np.cumsum([len(source) for source in each]).tolist()
-    labels, classes = _join_labels(name, sources, each)
-    digest = hashlib.sha256()
-    for source, entry in zip(sources, entries, strict=True):
-        digest.update(f"{source.fingerprint}\t{entry.passes!r}\n".encode())
-    if labels is not None:
-        digest.update(labels.numpy().tobytes() + "\n".join(classes).encode("utf-8", "surrogateescape"))
-    named = any(source.names is not None for source in each)
-    return ImageSource(
-        name,
-        [p for source in each for p in source.paths],
-        labels,
-        classes,
-        digest.hexdigest(),
-        spans=_join(each, "spans", (0, -1), np.int64),
-        names=[n for source in each for n in source.names or source.paths] if named else None,
-        headers=_join(each, "headers", (0, 0, 0), np.int32),
-        shards=_join_shards(each),
-        value_range=_join_ranges(name, sources),
-        parts=tuple((end - len(s), end, share) for (s, share), end in zip(blocks, ends, strict=True))
-        if any(share < 1 for _, share in blocks)
-        else (),
-        left_out=dict(sum((Counter(source.left_out) for source in sources), Counter[str]())),
-    )
-
-
-def _read_mixture(name: str, path: Path) -> list[_Entry]:
-    example = 'a mixture has an entry such as [[source]] path = "folder" passes = 1.0 for each source'
-    try:
-        table = parse_toml(read_text(path, "utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{name}: cannot be read ({getattr(e, 'strerror', None) or e})") from e
-    except ValueError as e:
-        raise UsageError(f"{name}: not TOML ({e})") from e
-    for key in table.keys() - {"source"}:
-        raise UsageError(f"{name}: unknown key {key!r}{did_you_mean(key, ['source'])}; {example}")
-    entries = table.get("source")
-    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
-        raise UsageError(f"{name}: no [[source]] in it; {example}")
-    return [_entry(f"{name}: source {number}", e) for number, e in enumerate(entries, 1)]
-
-
-def _entry(where: str, fields: dict[str, Any]) -> _Entry:
-    keys = list(_Entry._fields)
-    for key in fields.keys() - keys:
-        raise UsageError(f"{where}: unknown key {key!r}{did_you_mean(key, keys)}; known: {', '.join(keys)}")
-    path, passes, label = fields.get("path"), fields.get("passes", 1.0), fields.get("label")
-    if not isinstance(path, str) or not path:
-        raise UsageError(f"{where}: path: expected the place of images, got {path!r}")
-    is_number = isinstance(passes, (int, float)) and not isinstance(passes, bool)
-    if not is_number or not 0 < passes <= MAX_PASSES:
-        raise UsageError(f"{where}: passes: expected a number above 0, at most {MAX_PASSES}, got {passes!r}")
-    if label is not None and not (isinstance(label, str) and label.strip()):
-        raise UsageError(f"{where}: label: expected the name of a class as text, got {label!r}")
-    return _Entry(path, float(passes), label)
+        sources = without_held_out(name, sources, [held for _, held in opened])
+    return join(name, sources, [e.passes for e in entries])
 
 
 def _open_entry(
-    where: str, mixture: Path, entry: _Entry, split: str, check: bool, holdout: float
+    where: str, mixture: Path, entry: Entry, split: str, check: bool, holdout: float
 ) -> tuple[ImageSource, ImageSource | None]:
     """The images of a source, and those that are held out of it (None: its test images are its own, or none)."""
     spec = entry.path
@@ -713,109 +633,3 @@ def _open_entry(
         labels = torch.zeros(len(source), dtype=torch.int64)
         source = dataclasses.replace(source, labels=labels, classes=[entry.label])
     return source, held
-
-
-def _without_held_out(
-    name: str, sources: list[ImageSource], held: list[ImageSource | None]
-) -> list[ImageSource]:
-    """The training images of each source without those that another source, under another name, holds out."""
-    holders: dict[tuple[str, int], set[int]] = {}
-    for number, source in enumerate(held):
-        for place in [] if source is None else _places(source):
-            holders.setdefault(place, set()).add(number)
-    found, left_out = list[ImageSource](), 0
-    for number, source in enumerate(sources):
-        rows = [r for r, place in enumerate(_places(source)) if not holders.get(place, set()) - {number}]
-        if not rows:
-            raise UsageError(
-                f"{name}: source {number + 1}: every image of {source.name} is held out as a test image by other "
-                "sources of the mixture; remove it"
-            )
-        left_out += len(source) - len(rows)
-        # a subset has another fingerprint, and other runs would not continue
-        found.append(source if len(rows) == len(source) else subset(source, torch.tensor(rows)))
-    if left_out:
-        log.warning(
-            "%s: left out %s for training that another source of the mixture holds out as test images",
-            name,
-            counted(left_out, "image"),
-        )
-    return found
-
-
-def _places(source: ImageSource) -> Iterator[tuple[str, int]]:
-    """Where each image is, by whatever name: real path of its file, and where in the file it begins."""
-    real = cache(os.path.realpath)
-    offsets = [0] * len(source) if source.spans is None else source.spans[:, 0].tolist()
-    for path, offset in zip(source.paths, offsets, strict=True):
-        folder, name = os.path.split(path)
-        # links are resolved once per folder: there are millions of files in few
-        yield (real(path) if os.path.islink(path) else os.path.join(real(folder), name)), offset
-
-
-def _shares(rows: int, passes: float, where: str) -> list[float]:
-    """1.0 for each whole pass, then the remaining fraction; UsageError where that is less than one row."""
-    rest, whole = math.modf(passes)
-    # less is rounding, as of 0.1 + 0.2
-    shares = [1.0] * int(whole) + [rest] * (rest >= 1e-9 or not whole)
-    if round(shares[-1] * rows) == 0:
-        raise UsageError(f"{where}: passes: {rest:g} of {rows} images is less than one image an epoch")
-    return shares
-
-
-def _join(sources: list[ImageSource], column: str, blank: tuple[int, ...], dtype: type) -> np.ndarray | None:
-    """A column of all sources, with a blank row for each image of those that lack it; None when all do."""
-    tables = [getattr(s, column) for s in sources]
-    if all(t is None for t in tables):
-        return None
-    blanks = (np.full((len(s), len(blank)), blank) for s in sources)
-    return np.concatenate([b if t is None else t for t, b in zip(tables, blanks, strict=True)]).astype(dtype)
-
-
-def _join_shards(sources: list[ImageSource]) -> np.ndarray | None:
-    """Shard numbers that continue from source to source; None where a source has no shards."""
-    tables, first = [], 0
-    for source in sources:
-        if source.shards is None:
-            return None
-        tables.append(source.shards + first)
-        first = int(tables[-1][-1]) + 1
-    return np.concatenate(tables).astype(np.int32)
-
-
-def _join_ranges(name: str, sources: list[ImageSource]) -> Range | None:
-    """The range of the images of more than 8 bits of all sources; UsageError where they differ."""
-    found = {s.value_range: s.name for s in sources if s.value_range is not None}
-    if len(found) > 1:
-        (a, one), (b, other), *_ = found.items()
-        raise UsageError(
-            f"{name}: images of more than 8 bits have the range {_shown(a)} in {one} and {_shown(b)} in {other}; list "
-            "them all with one `extrema-fast index`, which finds one for all"
-        )
-    return next(iter(found), None)
-
-
-def _shown(value_range: Range) -> str:
-    return " ".join(f"{v:g}" for v in value_range)
-
-
-def _join_labels(
-    name: str, sources: list[ImageSource], blocks: list[ImageSource]
-) -> tuple[Tensor | None, list[str]]:
-    """Labels and classes where all sources have them, as numbers or as names; None and a warning elsewhere."""
-    unlabelled = [s for s in sources if s.labels is None]
-    kinds = {all(c.isdecimal() for c in s.classes): s for s in sources}
-    why = ""
-    if len(unlabelled) < len(sources) and unlabelled:
-        why = f"no labels in {unlabelled[0].name}"
-    elif len(kinds) > 1:
-        why = f"classes are numbers in {kinds[True].name} and names in {kinds[False].name}"
-    if why:
-        log.warning("%s: %s; the mixture has no labels", name, why)
-    if why or unlabelled:
-        return None, []
-    union = set().union(*(s.classes for s in sources))
-    classes = sources[0].classes if set(sources[0].classes) == union else number_classes(sorted(union))[1]
-    number_of = {c: i for i, c in enumerate(classes)}
-    tables = [torch.tensor([number_of[c] for c in s.classes])[s.labels] for s in blocks]
-    return torch.cat(tables), classes

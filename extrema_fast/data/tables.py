@@ -153,7 +153,10 @@ def _columns(path: str, schema: Any, before: Columns | None) -> Columns:
         image, label = _choose(path, fields, described, about)
     else:
         image, label = before.image, before.label
-        for column, fits in ((image, _may_be_image), (label, _may_be_label)):
+        for column, fits in (
+            (image, lambda kind: _holds_bytes(kind) or _is_text(kind)),
+            (label, _may_be_label),
+        ):
             if column and not (column in fields and fits(fields[column])):
                 what = "images" if column == image else "labels"
                 raise UsageError(
@@ -211,10 +214,6 @@ def _holds_bytes(kind: Any) -> bool:
     if types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
     return types.is_binary(kind) or types.is_large_binary(kind)
-
-
-def _may_be_image(kind: Any) -> bool:
-    return _holds_bytes(kind) or _is_text(kind)
 
 
 def _may_be_label(kind: Any) -> bool:
