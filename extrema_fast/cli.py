@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import difflib
 import inspect
 import itertools
 import json
@@ -34,6 +33,7 @@ from .config import (
     did_you_mean,
     flatten,
     from_dict,
+    near_options,
     nested,
     preset,
     read_config,
@@ -149,6 +149,8 @@ def _dispatch(args: list[str]) -> None:
     if args and args[0] in ("--version", "-V"):
         _print(f"{PROG} {__version__}")
         return
+    if args[:1] == ["help"] and len(args) > 1:
+        args = [args[1], "--help"]
     if not args or args[0] in ("--help", "-h", "help"):
         _print(_overview())
         return
@@ -156,6 +158,8 @@ def _dispatch(args: list[str]) -> None:
     if name not in COMMANDS:
         if name.startswith("-"):
             raise UsageError(f"unknown option {name}; the command comes first, see {PROG} --help")
+        if name in PRESETS or os.path.exists(name):
+            raise UsageError(f"{name!r} is no command; to train with it: {PROG} pretrain {shlex.join(args)}")
         raise UsageError(f"unknown command {name!r}{did_you_mean(name, list(COMMANDS))}")
     COMMANDS[name][0](_Parser(name), rest)
 
@@ -164,8 +168,10 @@ def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"usage: {PROG} COMMAND [options]", "", "commands:"]
     lines += [f"  {name:<{width}}  {run.__doc__}" for name, (run, _) in COMMANDS.items()]
-    lines += ["", "examples:"] + [f"  {PROG} {example}" for _, example in COMMANDS.values()]
-    return "\n".join([*lines, "", f"{PROG} COMMAND --help shows the options of one; --version the version"])
+    first = (COMMANDS[name][1] for name in ("pretrain", "evaluate", "embed", "search"))
+    lines += ["", "examples:", *(f"  {PROG} {example}" for example in first), ""]
+    lines.append(f"{PROG} COMMAND --help shows the options of one, and an example; --version the version")
+    return "\n".join(lines)
 
 
 # ---- parsing ---------------------------------------------------------------------------------------
@@ -190,6 +196,7 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, name: str, **options: Any) -> None:
         run, example = COMMANDS[name]
+        self._words: list[str] = []
         super().__init__(
             prog=f"{PROG} {name}",
             description=run.__doc__,
@@ -208,6 +215,11 @@ class _Parser(argparse.ArgumentParser):
             )
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required"):
+            # a misspelled option that is required
+            for word in self._words:
+                if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
+                    raise self._unknown(word)
         for word, kind in (("int", "a whole number"), ("float", "a number")):
             message = message.replace(f"invalid {word} value:", f"expected {kind}, got")
         message = message.removeprefix("argument ")
@@ -224,15 +236,19 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_all(self, args: list[str]) -> argparse.Namespace:
         """As parse_args; an unknown option is an error that names the nearest. Logging is set up."""
-        words = _dashed(args)
-        parsed, rest = self.parse_known_args(words)
+        self._words = _dashed(args)
+        parsed, rest = self.parse_known_args(self._words)
         for word in rest:
             if word.startswith("-"):
                 raise self._unknown(word)
         if rest:
-            before = (self._no_value(a) for a, b in itertools.pairwise(words) if b == rest[0])
+            before = (self._no_value(a) for a, b in itertools.pairwise(self._words) if b == rest[0])
             hint = ", a preset comes first" if rest[0] in PRESETS else next(filter(None, before), "")
             self.error(f"unexpected argument {rest[0]!r}{hint}")
+        for action in self._actions:
+            # a folder of that name would be the current one; dotted options may be empty
+            if "." not in action.dest and getattr(parsed, action.dest, None) in ("", [""]):
+                self.error(f"{'/'.join(action.option_strings) or action.metavar}: {_EMPTY}")
         _set_up_logging(parsed.level)
         parsed.progress = parsed.level < logging.WARNING
         del parsed.level
@@ -256,25 +272,20 @@ class _Parser(argparse.ArgumentParser):
         name = word.partition("=")[0]
         bare = name.strip("-")
         members = [k for k in known if k.startswith(f"{name}.")]
-        # the group left out: every option that ends so; else one that differs by a letter or two
-        near = [k for k in known if k.endswith(f".{bare}")]
         # `no` before the group instead of the name
-        near = near or [k for k in known if bare.startswith("no-") and k == _off(bare[3:])]
-        near = near or ["--" + n for n in difflib.get_close_matches(bare, [k[2:] for k in known], 1, 0.8)]
-        # `--lr` is far from `--optim.base-lr` by letters, but is a word of it
-        near = near or [k for k in known if bare in k.rpartition(".")[2].split("-")]
-        removed = config.REMOVED.get(bare.replace("-", "_"))
-        if removed:
-            hint = f"; this option was removed: {removed[1]}"
+        near = [k for k in known if bare.startswith("no-") and k == _off(bare[3:])] or near_options(
+            name, known
+        )
+        elsewhere = USED_ELSEWHERE.get(bare.rpartition(".")[2]) if self.prog.endswith(" pretrain") else None
+        if removed := config.REMOVED.get(bare.replace("-", "_")):
+            hint = f"this option was removed: {removed[1]}"
         elif members:
-            hint = f"; it is a group: {', '.join(members[:3])}, ..."
-        elif near:
-            hint = f"; did you mean {' or '.join(near)}?"
-        elif bare in USED_ELSEWHERE and USED_ELSEWHERE[bare][0] in (self.prog.split()[-1], ""):
-            hint = f"; {USED_ELSEWHERE[bare][1]}"
+            hint = f"it is a group: {', '.join(members[:3])}, ..."
+        elif elsewhere or near:
+            hint = elsewhere or f"did you mean {' or '.join(near)}?"
         else:
-            hint = f"; see {self.prog} --help"
-        return UsageError(f"unknown option {name}{hint}")
+            hint = f"see {self.prog} --help"
+        return UsageError(f"unknown option {name}; {hint}")
 
 
 class _Added(Exception):
@@ -294,20 +305,18 @@ def _parser_of(name: str) -> _Parser:
     return parser
 
 
-# options of other tools -> (command or any, what there is here)
+_THREADS = "--data.threads is the number of decoding threads"
+_OUT = "--out is the run folder"
+# options that other tools have for `pretrain` -> what there is here
 USED_ELSEWHERE = {
-    "resume": ("pretrain", "the same command continues the run in --out"),
-    "gpus": (
-        "pretrain",
-        "start one process per GPU: torchrun --nproc-per-node 8 -m extrema_fast pretrain ...",
-    ),
-    "workers": ("pretrain", "--data.threads is the number of decoding threads"),
-    "num-workers": ("pretrain", "--data.threads is the number of decoding threads"),
-    "output-dir": ("pretrain", "--out is the run folder"),
-    "knn": (
-        "pretrain",
-        "evaluation during training: --eval.every-epochs, --eval.k; afterwards: evaluate RUN",
-    ),
+    "resume": "the same command continues the run in --out",
+    "gpus": "start one process per GPU: torchrun --nproc-per-node 8 -m extrema_fast pretrain ...",
+    "gpu": "--system.device cuda:N is the GPU",
+    "workers": _THREADS,
+    "num-workers": _THREADS,
+    "output": _OUT,
+    "output-dir": _OUT,
+    "knn": "evaluation during training: --eval.every-epochs, --eval.k; afterwards: evaluate RUN",
 }
 
 
@@ -353,6 +362,9 @@ def _side(sides: list[int] | None) -> int | tuple[int, int] | None:
     if len(sides) > 2:
         raise UsageError(f"--img-size: expected a side, or height and width, got {len(sides)} numbers")
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+_EMPTY = "expected a name, got an empty word (a variable of the shell that is not set?)"
 
 
 # ---- commands with a configuration -----------------------------------------------------------------
@@ -426,7 +438,7 @@ def _configure(p: _Parser, args: list[str]) -> _Configured:
     args = _dashed(args)
     # a preset or images by position come first: later words may be values
     by_position = args.pop(0) if args and not args[0].startswith("-") else None
-    images = by_position if by_position and _names_images(by_position) else None
+    images = by_position if by_position is not None and _names_images(by_position) else None
     by_position = None if images else by_position
     wanted = [a for a in args if a not in ("-h", "--help")]
     ours = p.parse_all(wanted)
@@ -470,6 +482,8 @@ def _of_user(images: str) -> bool:
 
 def _names_images(word: str) -> bool:
     """Whether a word in the place of a preset names images; UsageError when it names nothing."""
+    if not word:
+        raise UsageError(f"PRESET or IMAGES: {_EMPTY}")
     if word.replace("-", "_") in PRESETS:
         return False
     path = Path(word).expanduser()
@@ -531,6 +545,7 @@ def _finetune(p: _Parser, args: list[str]) -> None:
     p.switch("--overwrite", "move the run in --out aside and start a new one")
     p.switch("--allow-config-change", "continue a run with changed settings")
     p.switch("--print-config", "print every setting, as --config reads it, and stop")
+    p.usage = f"{p.prog} WEIGHTS --data DIR [options] [--dotted.option VALUE ...]"
     dotted = _add_dotted(p, FinetuneConfig, [*NOT_TUNED, "tune.weights"])
     for option, value in flatten(FinetuneConfig()).items():
         if value is True and option in dotted:

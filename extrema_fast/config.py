@@ -16,7 +16,7 @@ import logging
 import math
 import reprlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -68,6 +68,28 @@ def did_you_mean(word: str, known: list[str]) -> str:
     """`"; did you mean 'x'?"`, or the list of what is known when nothing is near."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+def near_options(option: str, known: Iterable[str]) -> list[str]:
+    """What an unknown option may mean, of `known`; `-` and `_` are the same.
+
+    Those of its name in other groups; else those with it as a word, as `lr` is one of `optim.base_lr`; else one that
+    differs by a letter or two.
+    """
+    names = {k.lstrip("-").replace("_", "-"): k for k in known}
+    option = option.lstrip("-").replace("_", "-")
+    leaf = option.rpartition(".")[2]
+    leaves = {n: n.rpartition(".")[2] for n in names}
+    near = [n for n in names if leaves[n] == leaf] or [n for n in names if leaf in leaves[n].split("-")]
+    return [names[n] for n in near or difflib.get_close_matches(option, names, 1, 0.75)]
+
+
+def _unknown_option(option: str, cfg: Config) -> UsageError:
+    groups = to_dict(cfg)
+    near = near_options(option, [*groups, *flatten(cfg)])
+    known = ", ".join(sorted(groups.get(option.rpartition(".")[0], groups)))
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {known}"
+    return UsageError(f"unknown option {option}; {hint}")
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -754,7 +776,7 @@ def from_dict(data: dict[str, Any], base: Config | None = None, *, recorded: boo
     if base is None:
         tune = isinstance(data, dict) and "tune" in data
         base = FinetuneConfig() if tune else Config() if recorded else photos()
-    return _replace(base, _scaled_warmup(base, data), "", recorded)
+    return _replace(base, _scaled_warmup(base, data), "", recorded, base)
 
 
 def _scaled_warmup(base: Config, data: dict[str, Any]) -> dict[str, Any]:
@@ -773,7 +795,7 @@ def _scaled_warmup(base: Config, data: dict[str, Any]) -> dict[str, Any]:
     return data | {"optim": optim | {"warmup_epochs": scaled}}
 
 
-def _replace(obj: Any, data: dict[str, Any], prefix: str, recorded: bool) -> Any:
+def _replace(obj: Any, data: dict[str, Any], prefix: str, recorded: bool, cfg: Config) -> Any:
     if not isinstance(data, dict):
         raise UsageError(f"{prefix.rstrip('.') or 'config'}: expected a table of options, got {data!r}")
     hints = get_type_hints(type(obj))
@@ -787,9 +809,9 @@ def _replace(obj: Any, data: dict[str, Any], prefix: str, recorded: bool) -> Any
                 raise UsageError(f"{option}: this option was removed, got {reprlib.repr(value)}; {instead}")
             continue
         if name not in hints:
-            raise UsageError(f"unknown option {prefix}{key}{did_you_mean(name, list(hints))}")
+            raise _unknown_option(f"{prefix}{key}", cfg)
         if dataclasses.is_dataclass(hints[name]):
-            changed[name] = _replace(getattr(obj, name), value, f"{option}.", recorded)
+            changed[name] = _replace(getattr(obj, name), value, f"{option}.", recorded, cfg)
             continue
         if isinstance(value, str | bool) and (now := RENAMED_VALUES.get(option, {}).get(value)):
             if not recorded:
@@ -822,7 +844,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         value = float(value)
     # type(), not isinstance: a bool is no number here
     if type(value) is not hint or (hint is float and not abs(value) <= MAX_NUMBER):
-        raise UsageError(f"{name}: expected {hint.__name__}, got {reprlib.repr(value)}")
+        kind = "a finite float" if hint is float else hint.__name__
+        raise UsageError(f"{name}: expected {kind}, got {reprlib.repr(value)}")
     if hint is int and abs(value) > 2**63 - 1:
         raise UsageError(f"{name}: {reprlib.repr(value)} is more than a 64-bit number")
     return value
@@ -831,7 +854,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
 def read_config(path: str | Path) -> tuple[Any, dict[str, Any]]:
     """The name after `preset` in a TOML (or .json) file, None without one, and its options, nested; not checked.
 
-    The output of `--print-config` is such a file: its `config` holds every setting.
+    The output of `--print-config` is such a file: its `config` holds every setting. Dotted names are options, too.
 
     Raises:
         UsageError: for a missing or malformed file.
@@ -856,7 +879,8 @@ def read_config(path: str | Path) -> tuple[Any, dict[str, Any]]:
         raise UsageError(f"--config {path}: expected a table of options at the top")
     if data.keys() in ({"preset", "config", "derived", "sources"}, {"preset", "config"}):
         data = {"preset": data["preset"], **data["config"]}
-    return data.pop("preset", None), data
+    of_preset = data.pop("preset", None)
+    return of_preset, nested({option.replace("-", "_"): value for option, value in flatten(data).items()})
 
 
 MAX_TOML = 1 << 18
@@ -880,7 +904,8 @@ def parse_toml(text: str) -> dict[str, Any]:
 def nested(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options by dotted name as `from_dict` takes them; what `flatten` undoes."""
     tables: dict[str, Any] = {}
-    for option, value in options.items():
+    # a value in the place of a group stays, to be an error
+    for option, value in sorted(options.items(), key=lambda item: "." not in item[0]):
         group, _, leaf = option.rpartition(".")
         (tables.setdefault(group, {}) if group else tables)[leaf] = value
     return tables
@@ -902,7 +927,7 @@ def typed(options: Mapping[str, Any]) -> dict[str, Any]:
             # what they are now is known to `from_dict`
             found[name] = value
         elif leaf not in hints or (group and hints is groups) or dataclasses.is_dataclass(hints[leaf]):
-            raise UsageError(f"unknown option {option}{did_you_mean(name, list(flatten(Config())))}")
+            raise _unknown_option(option, Config())
         else:
             found[name] = _coerce(value, hints[leaf], name)
     return found

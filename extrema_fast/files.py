@@ -62,6 +62,11 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
+def is_torn(name: str) -> bool:
+    """Whether a file of this name is what a process that was killed in `new_file` has left."""
+    return bool(re.fullmatch(rf"{re.escape(_NEW)}.+-\d+", name))
+
+
 def open_new(path: Path, buffering: int = -1) -> BinaryIO:
     """An empty file to write, in the place of whatever was there; raises OSError."""
     path.unlink(missing_ok=True)

@@ -86,7 +86,7 @@ def test_only_the_named_options_change():
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"mask": {"rato": 0.5}}, ["mask.rato", "did you mean 'ratio'"]),
+        ({"mask": {"rato": 0.5}}, ["mask.rato", "did you mean 'mask.ratio'"]),
         ({"maks": {}}, ["unknown option maks", "did you mean 'mask'"]),
         ({"optim": {"xyzzy": 1}}, ["optim.xyzzy", "known:", "base_lr"]),
         ({"data": {"policy": "spatial+colour"}}, ["data.policy", "did you mean 'spatial+color'"]),

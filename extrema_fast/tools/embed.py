@@ -45,7 +45,7 @@ from ..errors import (
     is_out_of_memory,
 )
 from ..evaluation.subject import weights_hash
-from ..files import no_links
+from ..files import is_torn, no_links
 from ..models.encoder import Encoder
 from ..models.masking import sample_views
 from ..progress import ImageProgress
@@ -341,11 +341,12 @@ def _lock(out: Path, held: ExitStack) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; give a new folder for the features")
     # earlier versions left the file of the lock there
-    if out.is_dir() and not read_config(out) and set(os.listdir(out)) - {RECORDS, ".lock"}:
+    names = {name for name in os.listdir(out) if not is_torn(name)} if out.is_dir() else set()
+    if names - {RECORDS, ".lock"} and not read_config(out):
         raise UsageError(f"{out}: holds other files; nothing was touched, give a new folder for the features")
     no_links(out, [FEATURES], str(out))
     try:
-        held.enter_context(Work(out / RECORDS).locked(str(out)))
+        held.enter_context(Work(out / RECORDS).locked(str(out), out / "*", out / FEATURES / "*"))
     except OSError as error:
         raise StorageError(f"{out}: cannot be written ({error.strerror})") from None
 
@@ -371,10 +372,6 @@ def _prepare(job: Job, out: Path, config: dict[str, Any], force: bool) -> list[i
     if found:
         remove(out)
         old = {}
-    for parent in (out, out / FEATURES):
-        for torn in parent.glob(".tmp-*"):
-            # of a process that was killed while writing
-            torn.unlink(missing_ok=True)
     done = finished(out, old) if old else {}
     todo = [n for n in range(config["part_count"]) if n not in done]
     if not todo and old.get("complete") and (out / ROWS).is_file():

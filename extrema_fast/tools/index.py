@@ -8,6 +8,7 @@ or time of change is another, or that could not be read.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import logging
 import os
 import time
@@ -163,7 +164,8 @@ def index(
     try:
         if force and job.part.is_file():
             job.part.unlink()
-        with work.locked(f"--out {job.out}"):
+        target = Path(os.path.realpath(job.out))
+        with work.locked(f"--out {job.out}", target.with_name(glob.escape(target.name))):
             if force:
                 work.clear()
             result = _index(job, work, force, threads or cores(), progress)

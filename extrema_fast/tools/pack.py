@@ -43,7 +43,7 @@ from ..data.shards import CLASSES
 from ..data.sources import BUILT_IN, MANIFEST, open_source
 from ..distributed import cores
 from ..errors import DataError, ExtremaError, StorageError, UsageError, counted, install
-from ..files import read_json, write_file
+from ..files import is_torn, read_json, write_file
 from ..progress import ImageProgress
 from .shard_writer import END, EXTENSIONS, Done, Packed, ShardWriter, pack_image, space
 from .work import Work, changes
@@ -245,7 +245,7 @@ def _check_apart(out: Path, source: ImageSource) -> None:
 
 def _locked(out: Path, work: Work) -> Any:
     # earlier versions noted a finished shard as shard-000000.json; it is made again
-    return work.locked(str(out), own=r"shard-\d+\.(tar|json)")
+    return work.locked(str(out), out / "*", own=r"shard-\d+\.(tar|json)")
 
 
 def _prepare(source: ImageSource, out: Path, work: Work, about: dict[str, Any], force: bool) -> bool:
@@ -275,7 +275,7 @@ def _is_finished(source: ImageSource, out: Path, about: dict[str, Any]) -> bool:
     """Whether a finished set of this source and these settings is there; UsageError when it is of others."""
     old = read_json(out / ABOUT, {})
     if old.get("format") != FORMAT:
-        if {p.name for p in out.iterdir()} - {WORK}:
+        if any(p.name != WORK and not is_torn(p.name) for p in out.iterdir()):
             raise UsageError(
                 f"{out}: holds other files; give a new folder, or --force to move them to {_aside(out).name}"
             )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..files import lock, no_links, remove, write_file
+from ..files import is_torn, lock, no_links, remove, write_file
 
 
 class Work:
@@ -28,25 +28,31 @@ class Work:
         self.folder = folder
 
     @contextmanager
-    def locked(self, name: str, *, own: str = "") -> Iterator[None]:
-        """Keeps other processes from the job `name`; `own` matches other files that it puts into the folder."""
+    def locked(self, name: str, *results: Path, own: str = "") -> Iterator[None]:
+        """Keeps other processes from the job `name`.
+
+        Args:
+            results: files that the job writes (`*` in a folder: any); what killed processes left of them is removed.
+            own: matches other files that the job puts into the work folder.
+        """
         no_links(self.folder.parent, [self.folder.name], name)
-        ours = re.compile(rf"\d+\.json|lock|\.tmp-.*|{own}")
+        ours = re.compile(rf"\d+\.json|lock|{own}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             foreign = True
         else:
-            foreign = any(not ours.fullmatch(p.name) for p in self.folder.iterdir())
+            foreign = any(not (ours.fullmatch(p.name) or is_torn(p.name)) for p in self.folder.iterdir())
         if foreign:
             raise UsageError(
                 f"{name}: finished work goes to {self.folder}, which is something else; move it away"
             )
         try:
             with lock(self.folder / "lock", name):
-                # of a process that was killed while writing
-                for path in self.folder.glob(".tmp-*"):
-                    path.unlink(missing_ok=True)
+                for path in (self.folder / "*", *results):
+                    for torn in path.parent.glob(f".tmp-{path.name}-*"):
+                        if is_torn(torn.name):
+                            torn.unlink(missing_ok=True)
                 yield
         finally:
             # gone, or not empty, but for a job that did nothing

@@ -320,7 +320,12 @@ def test_killed_and_continued(images, out, tmp_path, run_cli, late, known):
     args = ["index", images, "--out", out, "--threads", "2"]
     codes, _ = run_cli(*args, setup=DIE.format(late=late))
     assert codes == [-signal.SIGKILL] and not out.exists()
+    # as of a death while the manifest was written; another's is not touched
+    torn, other = (out.with_name(f".tmp-{name}-99999999") for name in (out.name, "other.tsv"))
+    torn.touch()
+    other.touch()
     codes, text = run_cli(*args)
+    assert not torn.exists() and other.exists()
     assert codes == [0] and (f"decoded {40 - known} images" in text) == (known < 40)
     assert ("32 of 40 images are known" in text) == (known < 40)
     assert out.read_bytes() == (tmp_path / "whole.tsv").read_bytes() and not Path(f"{out}.part").exists()

@@ -286,26 +286,31 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(tree, packed, tmp_path, m
     assert threading.active_count() < 20
 
 
+# dies before the n-th write to a shard, or the n-th file comes into place
 KILLED = """
 import os, signal
 from extrema_fast.tools import shard_writer
-left, real = 40, shard_writer.ShardWriter._write
-def write(self, data):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(self, data)
-shard_writer.ShardWriter._write = write
+def dies(call):
+    left = [{}]
+    def counted(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args)
+    return counted
+{place} = dies({place})
 """
 
 
 def test_killed_it_goes_on_to_the_same_bytes(tree, packed, tmp_path, run_cli):
     out = tmp_path / "set"
     command = ["pack", tree, out, "--size", 32, "--shard-mb", 0.012, "--seed", 3, "--no-measure"]
-    (code,), printed = run_cli(*command, setup=KILLED)
-    assert code == -9, printed
-    assert list(out.glob(".pack/*.tar")) and list(out.glob("*.tar"))
+    # the settings; the index of the second shard; the third shard
+    for place, number in (("os.replace", 1), ("os.replace", 6), ("shard_writer.ShardWriter._write", 40)):
+        (code,), printed = run_cli(*command, setup=KILLED.format(number, place=place))
+        assert code == -9, printed
+        assert list(out.glob(".tmp-*")) or list(out.glob(".pack/*.tar"))
+    assert list(out.glob("*.tar"))
     (code,), printed = run_cli(*command)
     assert code == 0 and "goes on after" in printed
     assert contents(out) == contents(packed[0])
