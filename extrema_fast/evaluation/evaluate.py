@@ -172,6 +172,8 @@ def evaluate(
     fewest = min(map(len, taken), default=len(bank))
     if k is not None and k > fewest:
         raise UsageError(f"k: {k} neighbors, but there are {fewest} training images; use at most {fewest}")
+    if k is None and rule.k > fewest and "knn" in metrics:
+        same.append(f"k-NN: {fewest} training images, fewer than k = {rule.k}: all of them vote")
     settings: dict[str, Any] = {
         "which": which,
         "metrics": sorted(metrics),

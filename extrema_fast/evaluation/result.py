@@ -248,7 +248,7 @@ def _what(result: dict[str, Any], parts: int = 2) -> str:
         words = [places, held, PROTOCOLS[result.get("protocol", "paper")]]
         words += [f"labels {_short(result['labels'], parts)}"] if "labels" in result else []
         words += [f"k = {result['k']}"]
-    words += [f"{result['counts']['train']} training and {result['counts']['test']} test images"]
+    words += [f"{result['counts']['train']:,} training and {result['counts']['test']:,} test images"]
     words += [result["which"]] if result["which"] != "teacher" else []
     words += rules(result, CROP_PCT)
     # older weights
@@ -257,18 +257,10 @@ def _what(result: dict[str, Any], parts: int = 2) -> str:
 
 
 def shown(row: dict[str, Any], metric: str) -> str:
-    """A row's accuracy in percent, with its standard deviation where there are several seeds."""
-    text = f"{100 * row[metric]:.1f} "
-    return text + (f"± {100 * row['spread'][metric]:.1f} %" if "spread" in row else "%")
-
-
-def learned_from(result: dict[str, Any]) -> str:
-    """In words: how many training images, of how many, and of how many seeds the accuracies are."""
-    counts, labelled = result["counts"], result.get("labelled")
-    text = f"{counts['train']} training"
-    if labelled:
-        text += f" (of {labelled['of']}, labels {result.get('labels', '')})"
-    return text
+    """A row's accuracy in percent, with its standard deviation over seeds; k-NN on all labels has nothing random."""
+    spread = row.get("spread", {}).get(metric)
+    varies = spread is not None and (spread > 0 or metric != "knn")
+    return f"{100 * row[metric]:.1f} " + (f"± {100 * spread:.1f} %" if varies else "%")
 
 
 def format_table(result: dict[str, Any]) -> str:
@@ -287,16 +279,21 @@ def format_table(result: dict[str, Any]) -> str:
     lines.append("")
     for feature, gain in result["gain"].items():
         lines.append(line("gain over random init", feature, *(f"{100 * gain[m]:+.1f}   " for m in named)))
-    counts, step = result["counts"], "" if result["step"] is None else f" of step {result['step']}"
+    counts, step = result["counts"], "" if result["step"] is None else f" of step {result['step']:,}"
+    few = result.get("labelled")
+    of = f" (of {few['of']:,}, labels {result.get('labels', '')})" if few else ""
     lines += [
         "",
-        f"{result['which']} weights{step}; {learned_from(result)} and {counts['test']} "
+        f"{result['which']} weights{step}; {counts['train']:,} training{of} and {counts['test']:,} "
         f"test images, {counts['classes']} classes",
     ]
     if "seeds" in result:
         lines.append(f"mean and standard deviation of {result['seeds']} seeds")
     if any("validation" in row for row in result["rows"]):
-        lines.append(f"chosen on a fifth of the training images, as the feature is: {best_feature(result)}")
+        chosen = "C" if result.get("protocol") == "logistic" else "rate"
+        lines.append(
+            f"{chosen} chosen on a fifth of the training images; the best feature there: {best_feature(result)}"
+        )
     if "resized" in result:
         lines.append(f"images {result['resized']}")
     if counts.get("left_out"):

@@ -19,10 +19,10 @@ from extrema_fast.config import DataConfig, EvalConfig, smoke, to_dict
 from extrema_fast.data.sources import ImageSource
 from extrema_fast.errors import UsageError
 from extrema_fast.evaluation import evaluate as evals
-from extrema_fast.evaluation import protocols
+from extrema_fast.evaluation import probes, protocols
 from extrema_fast.evaluation.probes import knn, knn_predictions, linear_probe, train_heads
 from extrema_fast.evaluation.protocols import few_labels, logistic, probe, split
-from extrema_fast.evaluation.result import best_feature, format_table, is_result, summary
+from extrema_fast.evaluation.result import best_feature, format_table, is_result, shown, summary
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.reporting.compare import compare
 from extrema_fast.reporting.report import report
@@ -74,16 +74,14 @@ def test_heads_trained_together_are_those_trained_alone():
     rates = (0.01, 0.1, 1.0)
     together = train_heads([x, x.flip(1)], y, 3, rates, seed=5)
     for i, rate in enumerate(rates):
-        # the first kind draws the first weights of the generator, in either case
-        (alone,) = train_heads([x], y, 3, (rate,), seed=5)
         assert not torch.allclose(together[0](q)[:, i], together[0](q)[:, i - 1], atol=0.05)
         # another kind draws before the order of the images, so one that leaves the order as it is
         (paired, _) = train_heads([x, x.flip(1)], y, 3, (rate,), seed=5)
         torch.testing.assert_close(together[0](q)[:, i], paired(q)[:, 0], rtol=1e-4, atol=1e-4)
-        assert linear_probe(x, y, q, t, seed=5) == pytest.approx(
-            float((train_heads([x], y, 3, seed=5)[0](q)[:, 0].argmax(1) == t).float().mean())
-        )
-        assert alone(q).shape == (80, 1, 3)
+    (alone,) = train_heads([x], y, 3, seed=5)
+    assert alone(q).shape == (80, 1, 3)
+    right = float((alone(q)[:, 0].argmax(1) == t).float().mean())
+    assert linear_probe(x, y, q, t, seed=5) == pytest.approx(right)
 
 
 def test_soft_targets_are_the_mean_of_their_classes():
@@ -195,6 +193,9 @@ def run(tmp_path_factory):
 
 
 def test_few_labels_over_seeds_have_a_file_and_a_table(run, monkeypatch, capsys):
+    # few epochs and rates tell as much of files and tables
+    monkeypatch.setattr(probes, "EPOCHS", 14)
+    monkeypatch.setattr(protocols, "RATES", (0.01, 0.1, 1.0))
     plain = evals.evaluate(run, device="cpu")
     result = evals.evaluate(run, labels=0.25, seeds=3, protocol="grid", device="cpu")
     files = sorted(p.name for p in (run / "reports").iterdir())
@@ -216,8 +217,15 @@ def test_few_labels_over_seeds_have_a_file_and_a_table(run, monkeypatch, capsys)
             assert row[metric] == pytest.approx(float(values.mean()))
             assert row["spread"][metric] == pytest.approx(float(values.std()))
     table = format_table(result)
+    # the seed changes nothing of k-NN on all labels
+    for spread, text in (
+        ({"knn": 0.0, "probe": 0.0}, "50.0 %"),
+        ({"knn": 0.01, "probe": 0.0}, "50.0 ± 1.0 %"),
+    ):
+        assert shown({"knn": 0.5, "probe": 0.5, "spread": spread}, "knn") == text
+        assert shown({"knn": 0.5, "probe": 0.5, "spread": spread}, "probe") == "50.0 ± 0.0 %"
     assert "9 training (of 36, labels 0.25) and 15 test images" in table and " ± " in table
-    assert "of 3 seeds" in table and f"feature is: {best_feature(result)}" in table
+    assert "of 3 seeds" in table and f"best feature there: {best_feature(result)}" in table
     assert len({len(line) for line in table.splitlines()[2:9]}) == 1
     # kept, and the run's own result as it was
     monkeypatch.setattr(evals, "extract", None)
@@ -232,6 +240,15 @@ def test_few_labels_over_seeds_have_a_file_and_a_table(run, monkeypatch, capsys)
         assert words in capsys.readouterr().err
 
 
+def test_fewer_images_than_neighbors_are_said(run):
+    for labels, found in (
+        (0.01, ["k-NN: 3 training images, fewer than k = 5: all of them vote"]),
+        (0.25, []),
+    ):
+        result = evals.evaluate(run, labels=labels, metrics=("knn",), device="cpu")
+        assert [w for w in result["warnings"] if w.startswith("k-NN:")] == found
+
+
 def test_training_classes_that_no_test_image_has_are_named(run, tmp_path):
     for name in ("a", "c"):
         (tmp_path / name).symlink_to(run.parent / "test" / name)
@@ -239,7 +256,8 @@ def test_training_classes_that_no_test_image_has_are_named(run, tmp_path):
     assert any("1 class of 3" in w and ": b;" in w for w in result["warnings"])
 
 
-def test_other_evaluations_are_in_report_and_comparison(run):
+def test_other_evaluations_are_in_report_and_comparison(run, monkeypatch):
+    monkeypatch.setattr(protocols, "STRENGTHS", (0.01, 1.0))
     pytest.importorskip("jinja2", reason="reports need jinja2 (extra: train)")
     pytest.importorskip("matplotlib", reason="reports need matplotlib (extra: train)")
     result = evals.evaluate(run, labels="0.5", seeds=2, protocol="logistic", device="cpu")
