@@ -9,13 +9,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ..config import FinetuneConfig, flatten
+from ..config import Config, FinetuneConfig
 from ..errors import UsageError
-from ..evaluation.result import CLS, MEAN, PRETRAINED, result_id, summaries
+from ..evaluation.result import CLS, MEAN, PRETRAINED, RANDOM, TOKENS, result_id, summaries
 from ..files import read_text, write_file
 from ..progress import duration
 from .figures import Series, line_chart
-from .record import Record, RunRecord, curve, identity, read_run, seconds
+from .record import Record, RunRecord, all_options, curve, identity, read_run, seconds
 from .report import _row, render
 
 # twice the colors of a chart: full and dashed lines
@@ -84,11 +84,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _different(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """{option: [value per run]} of what is not the same in all."""
-    all_ = [flatten(run.cfg) for run in runs]
-    names = dict.fromkeys(k for a in all_ for k in a if k != "out")
-    found = {k: [a.get(k) for a in all_] for k in names}
-    return {k: values for k, values in found.items() if any(v != values[0] for v in values)}
+    """{option: [value per run]} of what is not the same in all that have it; None: a run of the other kind."""
+    all_ = [all_options(run.cfg) for run in runs]
+    found = {k: [a[k] for a in all_ if k in a] for k in dict.fromkeys(k for a in all_ for k in a)}
+    names = [k for k, values in found.items() if k != "out" and any(v != values[0] for v in values)]
+    return {k: [a.get(k) for a in all_] for k in names}
 
 
 def _more(runs: Sequence[RunRecord]) -> dict[str, list[str | None]]:
@@ -107,21 +107,23 @@ def _more(runs: Sequence[RunRecord]) -> dict[str, list[str | None]]:
             if step < steps.get(of, 0):
                 continue
             steps[of] = step
+            # which feature is best differs from run to run
+            feature = "" if line["feature"] in (CLS, TOKENS) else f", {line['feature']}"
             for v in line["scores"].values():
                 names.setdefault((of, v["title"]), f"{line['what']}: {v['title']}")
-                values[of, v["title"]] = v["text"]
+                values[of, v["title"]] = v["text"] + feature
         found.append(values)
     return {name: [of_run.get(row) for of_run in found] for row, name in names.items()}
 
 
 def _notes(runs: Sequence[RunRecord]) -> list[str]:
     """What cannot be compared."""
-    notes = []
-    heads = [r.cfg.head for r in runs]
-    losses = {
-        (h.loss, h.targets, h.temperature * (h.loss == "infonce"), h.queue, h.decorrelation) for h in heads
-    }
-    if len(losses) > 1:
+    notes = [
+        f"{run.name}: its final evaluation is of step {run.result['step']:,}, the run is at step {run.step:,} now."
+        for run in runs
+        if run.result.get("step") not in (None, run.step)
+    ]
+    if len({_loss(run.cfg) for run in runs}) > 1:
         notes.append("The runs have different losses, whose values say nothing about one another.")
     tests = {(r.cfg.data.test or r.cfg.data.train, r.cfg.data.holdout, r.cfg.eval.max_test) for r in runs}
     rules = {(r.cfg.eval.k, r.cfg.eval.temperature, r.cfg.eval.max_train) for r in runs}
@@ -145,13 +147,21 @@ def _notes(runs: Sequence[RunRecord]) -> list[str]:
     return notes
 
 
+def _loss(cfg: Config) -> tuple[Any, ...]:
+    """What the values of a training loss depend on."""
+    if isinstance(cfg, FinetuneConfig):
+        return cfg.tune.smoothing, cfg.tune.mixup, cfg.tune.cutmix
+    h = cfg.head
+    return h.loss, h.targets, h.temperature * (h.loss == "infonce"), h.queue, h.decorrelation
+
+
 def _results(run: RunRecord) -> Record:
     """A row of the table of results; None: not known."""
     known = [r for r in run.evals if r.get("knn_cls") is not None]
     losses = [r["loss"] for r in run.train if r.get("loss") is not None]
     speeds = [r["images_per_s"] for r in run.train if r.get("images_per_s")]
     spent = seconds(run.train)[-1:]
-    row = _row(run.result, PRETRAINED, CLS)
+    row, random = (_row(run.result, encoder, CLS) for encoder in (PRETRAINED, RANDOM))
     memory = [r["memory_gb"] for r in run.train if r.get("memory_gb")]
     return {
         "state": str(run.status.get("state", "unknown")),
@@ -160,7 +170,9 @@ def _results(run: RunRecord) -> Record:
         "knn": known[-1]["knn_cls"] if known else None,
         "start": known[0]["knn_cls"] if known and known[0]["step"] == 0 else None,
         "final_knn": row.get("knn"),
+        "random_knn": random.get("knn"),
         "probe": row.get("probe"),
+        "random_probe": random.get("probe"),
         "accuracy": run.classified.get("accuracy"),
         "loss": losses[-1] if losses else None,
         "images_per_s": float(np.median(speeds)) if speeds else None,

@@ -10,6 +10,7 @@ import base64
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from ..models.encoder import Encoder
 
 MAX_POINTS = 400
+# characters of a line in the legend of a chart
+LEGEND_LINE = 54
 # pixels of a side; larger pictures are averaged down to keep the report small
 MAX_SIDE = 256
 # pixels of a side; larger pictures are JPEG of this quality
@@ -99,21 +102,26 @@ def line_chart(
     # text stays text; equal input gives equal bytes
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
         figure = Figure(figsize=(4.8, 2.8), layout="constrained")
-        axes = figure.subplots()
+        axes, labels = figure.subplots(), []
         for s, x, y in curves:
             # one point is no line
-            marker = "o" if np.isfinite(y).sum() <= 25 and not s.dashed else ""
+            marker = "o" if np.isfinite(y).sum() <= (1 if s.dashed else 25) else ""
             style: dict[str, Any] = {
                 "linestyle": (0, (5, 4)) if s.dashed else "-",
                 "linewidth": 1.3 if s.dashed else 1.8,
             }
             last = y[np.isfinite(y)][-1]
-            label = f"{s.name}: {last:.1%}" if percent else f"{s.name}: {last:.4g}"
-            axes.plot(x, y, color=_CURVES[s.color], marker=marker, markersize=3.5, label=label, **style)
+            label = f"{s.name}: {100 * last:.1f} %" if percent else f"{s.name}: {last:.4g}"
+            # a browser's font is not that of the layout: lines end well before the edge
+            labels.append("\n".join(textwrap.wrap(label, LEGEND_LINE)))
+            axes.plot(x, y, color=_CURVES[s.color], marker=marker, markersize=3.5, **style)
+        # every run begins at 0, where this curve begins later, too
+        axes.update_datalim([(0, last)], updatey=False)
+        axes.autoscale_view()
         if zero:
             axes.set_ylim(bottom=min(0.0, *(np.nanmin(y) for _, _, y in curves)))
         if percent:
-            axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol="%", decimals=None))
+            axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=xlabel == "step"))
         axes.set_xlabel(xlabel, color=_TEXT, fontsize=9)
         axes.tick_params(colors=_TEXT, labelsize=9)
@@ -123,10 +131,15 @@ def line_chart(
             spine.set_visible(side == "bottom")
             spine.set_color(_TEXT)
         # long names would leave the figure in two columns
-        columns = 1 if max(len(str(line.get_label())) for line in axes.lines) > 27 else 2
+        columns = 1 if max(map(len, labels)) > LEGEND_LINE // 2 else 2
         # a legend of many rows must not shrink the axes
-        figure.set_figheight(2.8 + 0.17 * max(0, len(curves) // columns - 2))
-        figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=_TEXT, fontsize=8.5)
+        rows = sum(1 + label.count("\n") for label in labels) // columns
+        figure.set_figheight(2.8 + 0.17 * max(0, rows - 2))
+        look = {"ncols": columns, "frameon": False, "labelcolor": _TEXT, "fontsize": 8.5}
+        legend = figure.legend(axes.lines, map(str, axes.lines), loc="outside upper left", **look)
+        # as a label of matplotlib a name that starts with _ is hidden, and $ begins a formula
+        for text, label in zip(legend.get_texts(), labels, strict=True):
+            text.set(text=label, parse_math=False)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True)
     return _inline(out.getvalue(), title)
@@ -203,15 +216,17 @@ def gradient() -> str:
 
 
 def marked(grid: tuple[int, int], at: tuple[int, int] | None) -> np.ndarray:
-    """RGBA [10 rows, 10 columns] of a grid of patches, clear but for a frame around the patch (row, column) `at`."""
+    """RGBA [10 rows, 10 columns] of a grid of patches, clear but for a frame that marks the patch (row, column) `at`.
+
+    In a coarse grid the frame lies on the patch, in a fine one around it, where it can still be seen.
+    """
     out = np.zeros((10 * grid[0], 10 * grid[1], 4), np.uint8)
     if at is not None:
+        row, column = 10 * at[0] + 5, 10 * at[1] + 5
         # white within black, to be seen on any image
-        for inset, color in ((0, (0, 0, 0, 255)), (2, (255, 255, 255, 255)), (5, (0, 0, 0, 0))):
-            part = out[
-                10 * at[0] + inset : 10 * at[0] + 10 - inset, 10 * at[1] + inset : 10 * at[1] + 10 - inset
-            ]
-            part[:] = color
+        clear, white, black = (0, 3, 5) if max(grid) <= 16 else (6, 11, 15)
+        for half, color in ((black, (0, 0, 0, 255)), (white, (255, 255, 255, 255)), (clear, (0, 0, 0, 0))):
+            out[max(0, row - half) : row + half, max(0, column - half) : column + half] = color
     return out
 
 
@@ -292,7 +307,7 @@ def samples(
 
     Args:
         encoder: The trained encoder.
-        initial: The same network before training; None leaves its maps out.
+        initial: The same architecture with random weights; None leaves its maps out.
         source: Test images.
         cfg: The run's configuration: its masks are shown.
         count: How many images.
@@ -319,7 +334,7 @@ def samples(
     top = attention_top([maps]) if maps.size else None
     titles = ["image", *(f"view {v + 1}" for v in range(views))]
     for p in range(maps.shape[1]):
-        titles += [f"attention {p + 1}"] + ([f"{p + 1} at init"] if before.size else [])
+        titles += [f"attention, block {p + 1}"] + ([f"random, block {p + 1}"] if before.size else [])
     rows = []
     for i in range(n):
         over: list[np.ndarray | None] = [None, *(dropped(kept[i, v]) for v in range(views))]

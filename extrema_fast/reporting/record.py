@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..config import SIZES, Config, FinetuneConfig, differing, flatten, nearest_preset
+from ..config import NOT_TUNED, SIZES, Config, FinetuneConfig, differing, flatten, nearest_preset
 from ..data.sources import BUILT_IN
 from ..errors import UsageError, counted
 from ..evaluation.classification import is_classification
@@ -204,6 +204,12 @@ def settings(run: RunRecord) -> tuple[str, dict[str, tuple[Any, Any]]]:
         return f"{name} (the nearest)", differing(run.cfg, base)
     now = flatten(run.cfg)
     return known["name"], {k: (now[k], v) for k, v in known["changes"].items() if k in now and now[k] != v}
+
+
+def all_options(cfg: Config) -> dict[str, Any]:
+    """Every setting by its dotted name, without those that mean nothing to a fine-tuning."""
+    unused = NOT_TUNED if isinstance(cfg, FinetuneConfig) else ()
+    return {name: value for name, value in flatten(cfg).items() if name not in unused}
 
 
 def identity(run: RunRecord) -> list[tuple[str, list[str]]]:

@@ -26,7 +26,7 @@ from ..progress import duration
 from ..weights import load as convert
 from . import figures
 from .figures import Series, line_chart
-from .record import Record, RunRecord, curve, identity, read_run, seconds, settings
+from .record import Record, RunRecord, all_options, curve, identity, read_run, seconds, settings
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def report(
         speed=_speed(run),
         preset=preset,
         changes=changes,
-        config=flatten(run.cfg),
+        config=all_options(run.cfg),
         env=flatten(run.raw_env),
         **pictures,
     )
@@ -136,8 +136,10 @@ def _row(result: Record, encoder: str, feature: str) -> Record:
 
 def _where(run: RunRecord) -> str:
     total = run.status.get("total_steps")
-    parts = [f"step {run.step:,}" + (f" of {total:,}" if total else ""), str(run.status.get("reason") or "")]
-    return "; ".join(p for p in parts if p)
+    where = f"step {run.step:,}" + (f" of {total:,}" if total else "")
+    # the last warning is the reason that a complete run gives, and is listed as such
+    reason = run.status.get("reason") if run.status.get("state") != "complete" else ""
+    return f"{where}; {reason}" if reason else where
 
 
 def _lacks(run: RunRecord) -> str:
@@ -221,15 +223,15 @@ def _learning(run: RunRecord) -> list[Record]:
     if isinstance(run.cfg, FinetuneConfig):
         loss.append(Series("test loss", curve(run, "eval", "test_loss"), 1))
         tested = [Series("test accuracy", curve(run, "eval", "accuracy"), 0)]
-        most = run.cfg.eval.max_test
-        note = f"On at most {most:,} test images; the last point is of all of them."
+        most, all_ = run.cfg.eval.max_test, run.classified.get("images", 0)
+        note = f"On {most:,} test images; the last point is of all {all_:,}." if 0 < most < all_ else ""
         smooth = "The training loss is that of mixed and smoothed labels, where these are on."
         return _figures(
             ("Accuracy on test images", tested, note, {"percent": True}), ("Loss", loss, smooth, {})
         )
     note, few, all_ = "", evals[-1].get("images") if evals else None, result.get("counts", {}).get("test")
     if isinstance(few, int) and isinstance(all_, int) and few < all_:
-        note = f"On {few} test images, as training evaluates; the results above are of all {all_}, so numbers differ."
+        note = f"On {few:,} test images, as training evaluates; the results above are of all {all_:,}."
     return _figures(
         ("k-NN accuracy on test images, while training", accuracy, note, {"percent": True}),
         ("Loss", loss, "A small loss alone says nothing: judge by k-NN.", {}),
@@ -267,13 +269,18 @@ def _speed(run: RunRecord) -> list[Record]:
     def one(title: str, key: str, name: str, color: int, **options: bool) -> tuple:
         return title, [Series(name, curve(run, "train", key), color)], "", options
 
-    return _figures(
+    tune = run.cfg.tune if isinstance(run.cfg, FinetuneConfig) else None
+    charts = [
         one("Images per second", "images_per_s", "images/s", 2, zero=True),
         one("Time waiting for images", "data_wait", "share of step time", 3, percent=True, zero=True),
         one("Learning rate", "lr", "learning rate", 0, zero=True),
-        one("Teacher momentum", "momentum", "EMA momentum", 1),
         one("Gradient norm", "grad_norm", "norm before the update", 4, zero=True),
-    )
+    ]
+    # a fine-tuning may have no average
+    if tune is None or tune.ema:
+        averaged = "Teacher" if tune is None else "Average"
+        charts.append(one(f"{averaged} momentum", "momentum", "EMA momentum", 1))
+    return _figures(*charts)
 
 
 # ---- results of classes -----------------------------------------------------------------------------

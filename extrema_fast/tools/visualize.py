@@ -213,13 +213,15 @@ def _identity(
     rows, columns = encoder.grid
     about = [f"ViT: width {width}, {depth} blocks, {heads} heads, patches of {encoder.patch_size} pixels"]
     about.append(f"trained on {rows} x {columns} patches")
+    shown = f", the patches of {len(seen)} of them" if 0 < len(seen) < len(source) else ""
     found = [
         ("weights", [str(weights)]),
         ("encoder", about),
-        ("images", [f"{_title(given)}: {len(source):,}"]),
+        ("images", [f"{_title(given)}: {len(source):,}{shown}"]),
     ]
     if grids := list(dict.fromkeys(s.patches.grid for s in seen)):
-        found.append(("grid", [", ".join(f"{r} x {c}" for r, c in grids[:6]) + " patches"]))
+        several = ", ..." if len(grids) > 6 else ""
+        found.append(("grid", [", ".join(f"{r} x {c}" for r, c in grids[:6]) + f"{several} patches"]))
     return found
 
 
@@ -313,7 +315,7 @@ class _Eyes:
         encoder = self._at((grid[0] * side, grid[1] * side))
         (patches,) = read_patches(encoder, normalize(x, encoder.mean, encoder.std, encoder.in_chans))
         # as large as it is, up to what a page shows
-        unit = max(side, min(SHOWN_SIDE, width, height) // max(grid))
+        unit = max(side, min(SHOWN_SIDE, max(width, height)) // max(grid))
         return Seen(name, (width, height), shown(resized(unit)), patches)
 
     def _at(self, size: tuple[int, int]) -> Encoder:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from extrema_fast.cli import main
-from extrema_fast.config import from_dict, smoke, to_dict
+from extrema_fast.config import FinetuneConfig, from_dict, smoke, to_dict
 from extrema_fast.errors import UsageError
 from extrema_fast.reporting import compare as module
 from extrema_fast.reporting.compare import MADE, MOST, compare
@@ -132,7 +132,10 @@ def test_what_cannot_be_compared_is_said(tmp_path, no_charts, changes, words):
 
 
 def evaluated(run: Path, name: str, knn: float, **changes: object) -> None:
-    rows = [{"encoder": "pretrained", "feature": "class token", "knn": knn}]
+    rows = [
+        {"encoder": encoder, "feature": "class token", "knn": value}
+        for encoder, value in (("pretrained", knn), ("random init", 0.0321))
+    ]
     result = {"metrics": ["knn"], "rows": rows, "gain": {"mean of patches": {"knn": 0.0}}, "warnings": []}
     result |= {"counts": {"train": 30, "test": 15, "classes": 3}, "which": "teacher", "step": 1, "k": 5}
     result |= {"temperature": 0.07, "seed": 0, "train": "/a/pets/train", "test": "/a/pets/test"}
@@ -170,18 +173,34 @@ def test_a_row_holds_one_evaluation_alone(tmp_path, no_charts):
     assert all(name in page for name in rows)
 
 
-def test_final_evaluations_of_other_images_or_resizing_are_said(tmp_path, no_charts):
+def test_final_evaluations_of_other_images_resizing_or_steps_are_said(tmp_path, no_charts):
     a, b = make(tmp_path / "a", 1), make(tmp_path / "b", 1)
     evaluated(a, "", 0.1)
     for change, words in (
         ({"images": dict(train="1", test="9")}, "different test images"),
         ({"crop_pct": 1.0}, "resize images by different rules"),
+        ({"step": 0}, "b: its final evaluation is of step 0, the run is at step 1 now"),
         ({}, ""),
     ):
         evaluated(b, "", 0.2, **change)
         html = compare([a, b], tmp_path / "page.html").read_text()
         notes = re.findall(r'<p class="warn">(.*?)</p>', html)
         assert len(notes) == bool(words) and all(words in note for note in notes)
+        assert html.count("random: 3.2 %") == 2
+
+
+def test_settings_of_a_fine_tuning_among_pretrainings(tmp_path, no_charts):
+    runs = [make(tmp_path / name, 1, head={"loss": loss}) for name, loss in (("a", "byol"), ("b", "infonce"))]
+    runs.append(make(tmp_path / "tuned", 1))
+    (runs[2] / "config.json").write_text(json.dumps(to_dict(FinetuneConfig())))
+    read = [module.read_run(run) for run in runs]
+    # a head that fine-tuning does not have says nothing of its loss
+    assert any("different losses" in note for note in module._notes([read[0], read[2]]))
+    rows = module._different(read)
+    assert rows["head.loss"] == ["byol", "infonce", None]
+    # one value in all that have it, and settings of one run alone
+    assert not any(name.startswith(("mask.", "tune.")) for name in rows) and "head.norm" not in rows
+    assert rows["train.batch_size"] == [16, 16, 1024]
 
 
 def test_the_runs_own_evaluation_is_listed_once(tmp_path, no_charts):

@@ -152,6 +152,10 @@ def test_table_of_patches(encoder):
     )
     brightest = near.reshape(-1, 4)[near.reshape(-1, 4)[:, :3].sum(1).argmax()]
     assert np.array_equal(near[row, column], brightest)
+    # in a fine grid the frame lies around the patch
+    fine = marked((32, 20), (0, 19))[..., 3] > 0
+    assert not fine[:10, 190:].any() and fine[11:20, 180:].all() and fine[:20, 180:189].all()
+    assert not fine[20:].any() and not fine[:, :175].any()
     # to a patch of the first image: no other has a frame
     table = patch_table(found, ["similarity"], at=(3, 2))
     assert table.titles == ["image", "patch", "similar to it"] and table.top is None

@@ -19,7 +19,16 @@ import pytest
 import torch
 
 from extrema_fast import train
-from extrema_fast.config import Config, DataConfig, EvalConfig, TrainConfig, smoke, to_dict
+from extrema_fast.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    FinetuneConfig,
+    TrainConfig,
+    from_dict,
+    smoke,
+    to_dict,
+)
 from extrema_fast.data.sources import ImageSource
 from extrema_fast.errors import UsageError
 from extrema_fast.evaluation import evaluate as evals
@@ -122,6 +131,23 @@ def test_charts_of_few_values():
         assert line_chart("t", [Series("s", points)]) == ""
     for points in ([(5, 0.25)], [(0, 0.0), (1, 0.0)]):
         assert "s: " in Reader(line_chart("t", [Series("s", points)], percent=True, zero=True)).text
+
+
+def test_legends_show_every_name_whole():
+    names = ["_hidden", "lr$1$", r"a$\frac$", "long_" * 30]
+    svg = line_chart("t", [Series(name, [(90, 0.5)], i, i > 1) for i, name in enumerate(names)], percent=True)
+    lines = re.findall("<text[^>]*>([^<]*)", svg)
+    assert all(f"{name}:50.0%" in "".join(lines).replace(" ", "") for name in names)
+    # a long one in several lines, none of which is cut off at the edge
+    assert max(map(len, lines)) <= figures.LEGEND_LINE
+    # one point is drawn, also of a dashed curve, and so is that of the legend; the axis begins at 0
+    assert ["0", *(len(re.findall(f"<use .*var\\(--c{i}\\)", svg)) for i in range(4))] == [
+        lines[0],
+        2,
+        2,
+        2,
+        2,
+    ]
 
 
 def test_long_curves_are_thinned_to_means():
@@ -369,7 +395,7 @@ def test_report_of_a_complete_run(run):
         assert title in page.text
     for row in result["rows"]:
         assert f"{100 * row['knn']:.1f} %" in page.text
-    assert "class token, random init: 20.0%" in page.text and "training loss: 1" in page.text
+    assert "class token, random init: 20.0 %" in page.text and "training loss: 1" in page.text
     assert "raw pixels (final evaluation)" in page.text
     assert "mask.ratio" in page.text and "versions.torch" in page.text
     assert "24 training images" in page.text and "30 neighbors shown" in page.text
@@ -417,7 +443,17 @@ def test_what_training_has_measured_is_compared_with_its_beginning(images, cache
         (folder / "env.json").write_text(json.dumps({"init_from": begun}))
     text = Reader(report(folder, images=0).read_text()).text
     assert f"+40.0 points over {first}" in text and f"{first} 20.0 %" in text
-    assert f"class token, {first}: 20.0%" in text and ("random init" in text) == (first == "random init")
+    assert f"class token, {first}: 20.0 %" in text and ("random init" in text) == (first == "random init")
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.99])
+def test_report_of_a_fine_tuning(cache, tmp_path, ema):
+    cfg = from_dict({"tune": {"ema": ema}, "eval": {"max_test": 20}}, FinetuneConfig())
+    folder = fabricate(tmp_path / "tuned", cfg, records=log_records(), weights=False)
+    page = check_self_contained(report(folder).read_text())
+    # without an average it has no momentum; what means nothing to it is no setting
+    assert ("Average momentum" in page.text) == bool(ema) and "Teacher momentum" not in page.text
+    assert "tune.layer_decay" in page.text and "head.loss" not in page.text
 
 
 def test_report_without_pictures_and_of_unlabelled_images(images, cache, tmp_path):

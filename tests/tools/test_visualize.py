@@ -81,7 +81,10 @@ def test_files_of_images(weights, photo, images, tmp_path, capsys):
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     visualize(weights, [photo, other], out, patch=(40, 3))
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-    assert "patch PCA" not in visualize(weights, photo, tmp_path / "b", make=["attention"]).read_text()
+    # the page tells of what it shows
+    text = visualize(weights, photo, tmp_path / "b", make=["attention"]).read_text()
+    assert "Attention of the class token" in text
+    assert not any(words in text for words in ("patch PCA", "PCA shows", "Cosine"))
 
 
 def test_pictures_of_a_set(weights, images, tmp_path):
@@ -92,6 +95,7 @@ def test_pictures_of_a_set(weights, images, tmp_path):
     assert {row.split("\t")[1] for row in rows} == {"ape", "bee"}
     assert all(np.isfinite(float(v)) for row in rows for v in row.split("\t")[2:])
     text = page.read_text()
+    assert "19, the patches of 3 of them" in text
     assert text.count('class="stage"') == 3 and "the nearest of 18 others" in text
     assert re.findall("<b>(.*?)</b>", text) == ["ape/06.png", "ape/18.png", "bee/11.png"]
     # few images: only when asked
@@ -186,6 +190,8 @@ def test_grids(weights):
     # the encoder's grid is 3 x 3, its patches have 8 pixels
     assert eyes.grid(48, 32) == (4, 6)
     assert eyes.grid(10, 10) == (3, 3) and eyes.grid(10, 5) == (2, 3)
+    # shown with the pixels that it has along its longer side
+    assert eyes._see("tall", Image.new("RGB", (60, 400))).pixels.shape == (32 * 12, 5 * 12, 3)
     assert eyes.grid(5000, 3000) == (19, 32) and eyes.grid(100, 9000) == (32, 1)
     eyes.patches = 5
     assert eyes.grid(5000, 3000) == (3, 5)
