@@ -23,7 +23,7 @@ from extrema_fast.data.sources import open_source, subset
 from extrema_fast.distributed import World
 from extrema_fast.errors import DataError, NonFiniteError, StorageError, UsageError
 from extrema_fast.evaluation import evaluate as evals
-from extrema_fast.evaluation import subject
+from extrema_fast.evaluation import probes, subject
 from extrema_fast.evaluation.collapse import collapse_warnings
 from extrema_fast.evaluation.features import extract, overlap, raw_pixels
 from extrema_fast.evaluation.online import online_eval
@@ -297,7 +297,9 @@ def cfg(images):
 
 
 @pytest.fixture
-def run(cfg, tmp_path):
+def run(cfg, tmp_path, monkeypatch):
+    # of a probe that is tested above
+    monkeypatch.setattr(probes, "EPOCHS", 14)
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(to_dict(cfg)))
@@ -337,7 +339,7 @@ def test_every_part_of_an_evaluation_shows_how_far_it_is(run, cfg, monkeypatch):
     assert {f"{what} {name}" for what in ("listing", "encoding", "pixels of") for name in names} < told.keys()
     counted = {k: v for k, v in told.items() if not k.startswith("sizes")}
     assert all(done == total for done, total in counted.values())
-    assert told["k-NN"][1] == len(test) and told["linear probe"] == (90, 90)
+    assert told["k-NN"][1] == len(test) and told["linear probe"] == (14, 14)
 
 
 def test_raw_pixels_of_gray_and_of_large_images(cfg, tmp_path):
