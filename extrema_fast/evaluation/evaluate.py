@@ -25,7 +25,7 @@ from ..errors import UsageError, counted
 from .collapse import collapse_warnings
 from .features import Features, content_hash, extract, labelled, load_batch, overlap, raw_pixels
 from .probes import accuracy, attention_entropy, indicators, knn_predictions
-from .protocols import Probed, few_labels, only, probe
+from .protocols import Probed, few_labels, probe
 from .result import (
     BOTH,
     CLS,
@@ -168,7 +168,8 @@ def evaluate(
     used, taken = torch.arange(available), list[Tensor]()
     if labels is not None:
         taken = few_labels(bank, str(labels), each)
-        bank, used = only(bank, taken)
+        used = torch.cat(taken).unique()
+        bank = subset(bank, used)
     fewest = min(map(len, taken), default=len(bank))
     if k is not None and k > fewest:
         raise UsageError(f"k: {k} neighbors, but there are {fewest} training images; use at most {fewest}")

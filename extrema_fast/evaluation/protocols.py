@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from ..data.sources import ImageSource, subset
+from ..data.sources import ImageSource
 from ..distributed import double
 from ..errors import UsageError, counted
 from ..files import read_text
 from ..progress import ImageProgress
-from .probes import Heads, accuracy, check_pair, probe_predictions, train_heads
+from .probes import PAPER_RATE, Heads, accuracy, check_pair, probe_predictions, train_heads
 
 # at a batch of 256, below and above DINOv2's 1e-5 to 0.1, whose features are not standardized
 RATES = (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -73,32 +73,23 @@ def probe(
         raise UsageError("linear probe: the training labels hold one class only; it needs two or more")
     classes = int(max(train_y.max(), test_y.max())) + 1
     kept, held = split(train_y, seed)
-    choices: dict[str, tuple[float, float | None]]
-    if protocol == "grid":
-        choices = dict.fromkeys(train, (0.1, None))
-        if len(held):
-            heads = train_heads(
-                [x[kept] for x in train.values()],
-                train_y[kept],
-                classes,
-                RATES,
-                seed,
-                what="probe, all rates",
-            )
-            for (kind, x), head in zip(train.items(), heads, strict=True):
-                choices[kind] = _best(RATES, head(x[held]).argmax(2), train_y[held])
-    else:
-        choices = dict.fromkeys(train, (1.0, None))
-        for kind, x in train.items() if len(held) else ():
-            fitted = logistic(x[kept], train_y[kept], classes, STRENGTHS)
-            choices[kind] = _best(STRENGTHS, fitted(x[held]).argmax(2), train_y[held])
-    out = {}
-    for kind, x in train.items():
-        chosen, validation = choices[kind]
+    values, usual = (RATES, PAPER_RATE) if protocol == "grid" else (STRENGTHS, 1.0)
+
+    def fit(features: Sequence[Tensor], y: Tensor, tried: Sequence[float], what: str) -> list[Heads]:
         if protocol == "grid":
-            (final,) = train_heads([x], train_y, classes, (chosen,), seed)
-        else:
-            final = logistic(x, train_y, classes, (chosen,))
+            return train_heads(features, y, classes, tried, seed, what=what)
+        return [logistic(x, y, classes, tried) for x in features]
+
+    choices: list[tuple[float, float | None]] = [(usual, None)] * len(train)
+    if len(held):
+        tried = fit([x[kept] for x in train.values()], train_y[kept], values, "probe, all rates")
+        choices = [
+            _best(values, heads(x[held]).argmax(2), train_y[held])
+            for heads, x in zip(tried, train.values(), strict=True)
+        ]
+    out = {}
+    for (kind, x), (chosen, validation) in zip(train.items(), choices, strict=True):
+        (final,) = fit([x], train_y, (chosen,), "linear probe")
         out[kind] = Probed(final(test[kind])[:, 0].argmax(1).cpu(), chosen, validation)
     return out
 
@@ -255,9 +246,3 @@ def _listed(source: ImageSource, file: str) -> Tensor:
             f"first: {missing[0]}; give the images that the list was made for"
         )
     return torch.tensor(sorted(rows))
-
-
-def only(source: ImageSource, rows: Sequence[Tensor]) -> tuple[ImageSource, Tensor]:
-    """The images that any of the choices of rows has, and their rows [k] int64."""
-    used = torch.cat(list(rows)).unique()
-    return subset(source, used), used

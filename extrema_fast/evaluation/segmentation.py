@@ -154,9 +154,9 @@ def segment(
         RANDOM: partial(_patch_tokens, subject.initial().to(where)),
         PIXELS: partial(_pixel_tokens, patch),
     }
-    loaded = partial(
-        _batches, cfg=cfg, encoder=encoder, batch=batch_size or _batch(subject.cfg), device=where
-    )
+    # a class map of every pixel is large; a few images at a time keep it small
+    usual = min(32, (EvalConfig() if subject.cfg is None else subject.cfg.eval).batch_size)
+    loaded = partial(_batches, cfg=cfg, encoder=encoder, batch=batch_size or usual, device=where)
     rows: list[dict[str, Any]] = []
     per_class: dict[str, Any] = {}
     for name, tokens in views.items():
@@ -199,11 +199,6 @@ def segment(
     if out is not None:
         keep_result(out, result)
     return result
-
-
-def _batch(cfg: Any) -> int:
-    # a class map of every pixel is large; a few images at a time keep it small
-    return min(32, cfg.eval.batch_size if cfg is not None else EvalConfig().batch_size)
 
 
 def _opened(masked: MaskSet, encoder: Encoder, limit: int, seed: int) -> MaskSet:
