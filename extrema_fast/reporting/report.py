@@ -102,7 +102,6 @@ def report(
         tuned=tuned,
         more=summaries(run.more, run.step),
         classified=run.classified,
-        shades=_shades(run.classified),
         classes=_classes(run.classified or run.result),
         step=run.step,
         learning=_learning(run),
@@ -302,11 +301,6 @@ def _classes(result: Record) -> Record:
         m: [(names[a], names[b], n, images[a]) for a, b, n in found["confusions"][m]] for m in metrics
     }
     return {"rows": rows, "confusions": confusions, "feature": found.get("feature"), "metrics": metrics}
-
-
-def _shades(classified: Record) -> list[list[float]]:
-    """Of the table of confusions each number's share of its row's images."""
-    return [[n / max(sum(row), 1) for n in row] for row in classified.get("confusion", [])]
 
 
 # ---- pictures -------------------------------------------------------------------------------------

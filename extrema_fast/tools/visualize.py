@@ -37,7 +37,7 @@ from ..reporting.figures import PATCH_PICTURES, Table, patch_table
 from ..reporting.patches import Patches, compress, flat_tokens, pca_colors, read_patches, salient
 from ..reporting.report import render
 from ..weights.load import load_encoder
-from .search import SIDE, Tile, is_image_file, write_sheet
+from .search import SIDE, Tile, _bytes, is_image_file, write_sheet
 
 log = logging.getLogger(__name__)
 
@@ -458,13 +458,6 @@ def _set_pictures(
         text = "\n".join(lines_) + "\n"
         files[MAP] = lambda path: write_file(path, text)
     return page, files
-
-
-def _bytes(source: ImageSource, row: int) -> bytes | None:
-    try:
-        return source.read(row)
-    except OSError:
-        return None
 
 
 def _name(source: ImageSource, found: dict[str, Any]) -> str:
