@@ -65,6 +65,22 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def processes_here() -> int:
+    """Processes of this run on this machine, as torchrun or SLURM says."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return max(1, _number(os.environ, "LOCAL_WORLD_SIZE"))
+    if _number(os.environ, "SLURM_STEP_NUM_TASKS", 1) < 2:
+        return 1
+    # `8(x2)`, `8,4`: of nodes that differ the largest
+    tasks = re.findall(r"(?:^|,)(\d{1,9})", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return max([1, *map(int, tasks)])
+
+
+def share_of_cores() -> int:
+    """Processors for this process alone: what SLURM has bound to its task, else its part of what all share."""
+    return max(1, min(cores(), _number(os.environ, "SLURM_CPUS_ON_NODE", cores()) // processes_here()))
+
+
 def wide(device: torch.device | str) -> torch.dtype:
     """The widest float of a device: float64, or float32 on MPS, which has no other."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
@@ -535,11 +551,16 @@ def detect(env: Mapping[str, str]) -> tuple[int, int, int]:
 
     SLURM's count only inside a job step of several tasks: a plain `python` in a batch script sees the job's
     task count too, and would wait for processes that do not exist.
+
+    Raises:
+        UsageError: variables that make no sense, or one of two: each process would train alone.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
     elif _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in env:
         names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
+    elif _number(env, "WORLD_SIZE", 1) > 1 or _number(env, "RANK", 0) > 0:
+        names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
     else:
         return 0, 1, 0
     rank, size, local_rank = _number(env, names[0]), _number(env, names[1]), _number(env, names[2], 0)
@@ -610,8 +631,10 @@ def _join(rank: int, size: int) -> dist.Store:
         UsageError: the address is missing or no address, or processes did not come within `JOIN_S`.
     """
     env = os.environ
-    if "MASTER_ADDR" not in env and ("SLURM_STEP_NODELIST" in env or "SLURM_JOB_NODELIST" in env):
-        env["MASTER_ADDR"], env["MASTER_PORT"] = slurm_master(env)
+    names = ("MASTER_ADDR", "MASTER_PORT")
+    if {*names} - env.keys() and ("SLURM_STEP_NODELIST" in env or "SLURM_JOB_NODELIST" in env):
+        for name, value in zip(names, slurm_master(env), strict=True):
+            env.setdefault(name, value)
     host = env.get("MASTER_ADDR", "")
     if not host:
         raise UsageError(
@@ -650,7 +673,8 @@ def _join(rank: int, size: int) -> dist.Store:
         except (RuntimeError, ValueError, OSError) as error:
             if holds:
                 raise UsageError(
-                    f"{where}: cannot be opened ({one_line(error)}); choose a free port"
+                    f"{where}: cannot be opened ({one_line(error)}); MASTER_ADDR is the address of the machine of "
+                    "process 0, this one, and MASTER_PORT a port that is free on it"
                 ) from None
             store, reason = None, f"process 0, which opens {where} ({one_line(error)})"
         now = time.monotonic()

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import rng
 from ..config import DataConfig
-from ..distributed import World, cores
+from ..distributed import World, share_of_cores
 from ..errors import DataError, UsageError, install
 from .bad_images import BadRows
 from .dali_on_gpu import decoding_on, most_images, release_memory
@@ -457,13 +457,7 @@ class EvalLoader(_Loader):
 
 def decoding_threads(wanted: int) -> int:
     """`data.threads`; 0: this process's share of the cores, at least 1 and at most 16."""
-    return wanted or max(1, min(16, cores() // processes_here()))
-
-
-def processes_here() -> int:
-    """Processes of this run on this machine, as torchrun or SLURM says."""
-    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
-    return max(1, int(here) if here.isdecimal() else 1)
+    return wanted or min(16, share_of_cores())
 
 
 _log_once, _warn_once = functools.cache(log.info), functools.cache(log.warning)

@@ -21,11 +21,10 @@ import torch
 
 from ..config import Config, from_dict, keep_count, nested, preset, typed
 from ..data.image_files import ImageFiles, find_channels, read_as, sampled_sizes
-from ..data.loader import processes_here
 from ..data.order import epoch_length
 from ..data.resident import estimate_bytes, free_on_host
 from ..data.sources import BUILT_IN, ImageSource, open_source, split_folders
-from ..distributed import cores, detect, pick_device
+from ..distributed import detect, pick_device, processes_here, share_of_cores
 from ..errors import UsageError, counted
 from ..files import fits, read_json
 from ..weights.folder import model_config
@@ -173,7 +172,7 @@ def choose(
     machine = Machine(
         device.type,
         processes,
-        asked.system.threads or max(1, cores() // processes_here()),
+        asked.system.threads or share_of_cores(),
         _memory(device),
         precision(given.get("train.precision", "auto"), device.type),
     )

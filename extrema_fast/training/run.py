@@ -38,11 +38,11 @@ from ..config import (
 )
 from ..data.bad_images import BadRows
 from ..data.image_files import ImageFiles, are_cropped, deep_range, hash_sample, read_as, replaced
-from ..data.loader import TrainLoader, processes_here
+from ..data.loader import TrainLoader
 from ..data.order import epoch_length
 from ..data.resident import Place, choose_place
 from ..data.sources import BUILT_IN, ImageSource, open_source
-from ..distributed import World, cores, whole, wide
+from ..distributed import World, cores, processes_here, whole, wide
 from ..errors import NonFiniteError, UsageError, counted, one_line
 from ..evaluation.features import Embedded
 from ..evaluation.probes import batch_spread

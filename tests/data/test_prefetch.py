@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -162,6 +163,9 @@ def test_the_remedy_fits(monkeypatch):
         assert loader.remedy() == ""
 
 
+STEP = {"SLURM_STEP_NUM_TASKS": "16"}
+
+
 @pytest.mark.parametrize(
     ("wanted", "cores", "env", "threads"),
     [
@@ -169,16 +173,19 @@ def test_the_remedy_fits(monkeypatch):
         (0, 64, {}, 16),
         (0, 64, {"LOCAL_WORLD_SIZE": "8"}, 8),
         (0, 4, {"LOCAL_WORLD_SIZE": "8"}, 1),
-        (0, 32, {"SLURM_NTASKS_PER_NODE": "4"}, 8),
-        (0, 32, {"SLURM_NTASKS_PER_NODE": "4(x2)"}, 16),
+        # tasks that share the step's cores of a node, and that have their own; a batch script of many tasks
+        (0, 32, STEP | {"SLURM_STEP_TASKS_PER_NODE": "2,4(x2)", "SLURM_CPUS_ON_NODE": "32"}, 8),
+        (0, 12, STEP | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_CPUS_ON_NODE": "96"}, 12),
+        (0, 96, {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "96"}, 12),
+        (0, 12, {"SLURM_NTASKS_PER_NODE": "4"}, 12),
         (3, 64, {}, 3),
         (40, 2, {}, 40),
     ],
 )
 def test_threads_from_the_cores(monkeypatch, wanted, cores, env, threads):
-    monkeypatch.setattr(data.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    for name in [n for n in os.environ if n == "LOCAL_WORLD_SIZE" or n.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert data.decoding_threads(wanted) == threads

@@ -531,6 +531,8 @@ def test_flops_of_the_paper_recipe():
         # torchrun inside a SLURM step; a plain python inside a batch script of several tasks
         ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (1, 2, 0)),
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (0, 1, 0)),
+        ({"WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}, (2, 4, 0)),
+        ({"RANK": "0"}, (0, 1, 0)),
     ],
 )
 def test_processes_are_detected(env, want):
@@ -545,6 +547,9 @@ def test_processes_are_detected(env, want):
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK"),
         ({"RANK": "0", "WORLD_SIZE": "9" * 30}, "WORLD_SIZE"),
+        # one of two: each process would train alone
+        ({"WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "1"}, "WORLD_SIZE"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": ""}, "LOCAL_RANK"),
         ({"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
@@ -558,6 +563,16 @@ def test_processes_are_detected(env, want):
                 "SLURM_JOB_ID": "?",
             },
             "SLURM_JOB_ID",
+        ),
+        # what is given holds, beside what SLURM says
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_PROCID": "0",
+                "SLURM_JOB_NODELIST": "a",
+                "MASTER_PORT": "99999",
+            },
+            "MASTER_PORT",
         ),
     ],
 )
