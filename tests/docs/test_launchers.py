@@ -1,9 +1,10 @@
 """The files that start a run on several nodes do what they say.
 
 Covers: the sbatch script with a stand-in for srun, which starts two processes with Slurm's variables: preempted, back
-in the queue, continued, complete, a wrong setting, killed without a word, one torchrun for each node; the commands of
-the Kubernetes jobs, as torchrun and our command line read them; the function that Ray Train calls, in a thread under
-Ray's process group.
+in the queue, continued, complete, a wrong setting, killed without a word, killed while it starts, cancelled, one
+torchrun for each node, stopped before the first step; the commands of the Kubernetes jobs, as torchrun and our command
+line read them, their time to save and their memory; the function that Ray Train calls, in a thread under Ray's process
+group.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "docs/recipes"
 # what follows `python -m extrema_fast` goes to the test, which answers with the exit code; nodes run what else there is
 SRUN = """#!/usr/bin/env python3
 import json, os, socket, subprocess, sys
+assert os.environ["SRUN_CPUS_PER_TASK"] == "3"
 words = [w for w in sys.argv[1:] if w != "--kill-on-bad-exit=0"]
 if words[:3] == ["python", "-m", "extrema_fast"]:
     with socket.socket(socket.AF_UNIX) as s:
@@ -42,13 +44,16 @@ sys.exit(max(p.wait() for p in running))
 SCONTROL = """#!/bin/sh
 case $1 in
     requeue) echo "$2" >> "$(dirname "$0")/requeued" ;;
-    show) printf 'node0\\nnode1\\n' ;;
+    show) case $2 in job) echo "JobId=$3 JobState=$STATE" ;; *) printf 'node0\\nnode1\\n' ;; esac ;;
 esac
 """
 TORCHRUN = """#!/usr/bin/env python3
-import json, os, sys
+import json, os, signal, sys
 with open(os.path.dirname(sys.argv[0]) + "/torchrun" + os.environ["SLURM_NODEID"] + ".json", "w") as f:
     json.dump(sys.argv[1:], f)
+assert 0 < int(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < 300
+if os.environ["SIGNALS"] == os.environ["SLURM_NODEID"]:
+    os.kill(os.getppid(), signal.SIGTERM)
 sys.exit(1)
 """
 PREEMPT = """
@@ -86,7 +91,7 @@ def sbatch(programs, tmp_path, run_cli):
                     return port
         raise AssertionError("no free port")
 
-    def run(*words: object, tasks: int = 2, restarts: int = 0, setup: str = "", answer: int | None = None):
+    def run(*words: object, tasks=2, restarts=0, setup="", answer=None, state="RUNNING", signals=""):
         address, said = str(tmp_path / "ask"), []
         job = str(free_port() - 20000)
         step = {"SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": job}
@@ -107,6 +112,7 @@ def sbatch(programs, tmp_path, run_cli):
         env = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "ASK": address, "SLURM_JOB_ID": job}
         env |= {"SLURM_NTASKS_PER_NODE": str(tasks), "SLURM_RESTART_COUNT": str(restarts)}
         env |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_GPUS_ON_NODE": "8"}
+        env |= {"SLURM_CPUS_PER_TASK": "3", "STATE": state, "SIGNALS": signals}
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(address)
             server.listen()
@@ -138,6 +144,10 @@ def test_a_preempted_job_goes_back_and_continues(sbatch, tmp_path):
     # killed before it wrote a word, again and again
     assert sbatch(*words, answer=137)[::2] == (0, True)
     assert sbatch(*words, answer=137, restarts=20)[::2] == (137, False)
+    # by the signal, while Python starts
+    assert sbatch(*words, answer=143)[::2] == (0, True)
+    # scancel kills, too, and the job is not to come back
+    assert sbatch(*words, answer=137, state="COMPLETING")[::2] == (137, False)
     code, text, requeued = sbatch(*words, restarts=1)
     assert (code, requeued) == (0, False) and "continuing at step 3 of 6" in text, text
     assert (status(out)["state"], status(out)["exit_code"]) == ("complete", 0)
@@ -151,15 +161,28 @@ def test_one_torchrun_for_each_node(sbatch, programs):
     assert (code, requeued) == (1, False), text
     for node in range(2):
         check_torchrun(json.loads((programs / f"torchrun{node}.json").read_text()), node, "node0")
+    code, text, requeued = sbatch("run", "paper_base_80x5", tasks=1, signals="1")
+    assert (code, requeued) == (0, True), text
 
 
 def check_torchrun(words: list[str], node: int, master: str) -> None:
     """Raises AssertionError unless torchrun starts process groups of ours on two nodes of eight GPUs."""
     args = get_args_parser().parse_args(words)
     assert (args.nnodes, args.node_rank, args.nproc_per_node, args.master_addr) == ("2", node, "8", master)
-    assert args.module and args.training_script == "extrema_fast" and int(args.shutdown_timeout) < 300
+    assert args.module and args.training_script == "extrema_fast"
     check_cli(args.training_script_args)
     assert args.training_script_args[:2] == ["pretrain", "paper_base_80x5"]
+
+
+def check_pod(spec: dict) -> None:
+    """Raises AssertionError unless a pod leaves its processes time to save, and NCCL shared memory."""
+    (container,) = spec["containers"]
+    env = {e["name"]: e["value"] for e in container["env"]}
+    assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < spec["terminationGracePeriodSeconds"]
+    mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
+    volumes = {v["name"]: v for v in spec["volumes"]}
+    assert set(mounts.values()) == set(volumes)
+    assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory"}
 
 
 def test_kubernetes():
@@ -169,11 +192,13 @@ def test_kubernetes():
     assert pod["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["selector"] == {"job-name": name}
     (container,) = pod["containers"]
+    check_pod(pod)
     for node in range(job["spec"]["completions"]):
         args = [w.replace("$(JOB_COMPLETION_INDEX)", str(node)) for w in container["args"]]
         check_torchrun(args, node, f"{name}-0.{pod['subdomain']}")
     (job,) = yaml.safe_load_all((RECIPES / "kubernetes_pytorchjob.yaml").read_text())
     for replicas in job["spec"]["pytorchReplicaSpecs"].values():
+        check_pod(replicas["template"]["spec"])
         (container,) = replicas["template"]["spec"]["containers"]
         assert container["command"] == ["sh", "-c"]
         line = (
