@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import StorageError, UsageError, is_storage_error, one_line
+from .errors import LostProcessError, StorageError, UsageError, is_storage_error, one_line
 
 log = logging.getLogger(__name__)
 
@@ -345,7 +345,8 @@ def lock(path: Path, name: str) -> Iterator[None]:
     """Holds the lock file `path`, which exists as long as the lock is held.
 
     Many file systems that machines share lock within each machine alone, or not at all. So the holder touches the file,
-    and one that another machine has left is watched for `GONE_S` before it is taken over.
+    and one that another machine has left is watched for `GONE_S` before it is taken over. A process that was suspended,
+    or cut off from the file system, for so long ends when it finds another one in the file (exit code 6).
 
     Args:
         name: what is locked, as the error names it, e.g. `--out runs/x`.
@@ -368,9 +369,10 @@ def lock(path: Path, name: str) -> Iterator[None]:
             if path.stat().st_size:
                 log.info("%s: a lock left by %s is taken over", name, _owner(read_json(path, {})))
             f.truncate(0)
-            f.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "beats": BEAT_S}).encode())
+            mine = json.dumps(_here() | {"pid": os.getpid(), "beats": BEAT_S}).encode()
+            f.write(mine)
             left = threading.Event()
-            thread = threading.Thread(target=_beat, args=(f, left), name="lock", daemon=True)
+            thread = threading.Thread(target=_beat, args=(f, mine, left, name), name="lock", daemon=True)
             thread.start()
             try:
                 yield
@@ -378,22 +380,47 @@ def lock(path: Path, name: str) -> Iterator[None]:
                 left.set()
                 # it may hang in a file system that is gone
                 thread.join(BEAT_S)
-                # with its folder it may have been removed, and made again by another process
-                if _is_same(path, f):
+                # with its folder it may have been removed, and made again by another process; or taken over
+                if _is_same(path, f) and _content(f) == mine:
                     remove(path)
             return
 
 
-def _beat(f: BinaryIO, left: threading.Event) -> None:
+def _beat(f: BinaryIO, mine: bytes, left: threading.Event, name: str) -> None:
     while not left.wait(BEAT_S):
         # a file system that is away for a moment; a file that has been closed
         with suppress(OSError, ValueError):
+            if _content(f) not in (b"", mine):
+                log.error(
+                    "extrema-fast: error: %s: another job took it over while this process was stopped or cut off from "
+                    "the disk; this one writes nothing more",
+                    name,
+                )
+                os._exit(LostProcessError.exit_code)
             os.utime(f.fileno())
+
+
+def _content(f: BinaryIO) -> bytes:
+    return os.pread(f.fileno(), 4096, 0)
+
+
+def _here() -> dict[str, str]:
+    """This machine. Pods of a job bear one name on all of them, and number their processes alike."""
+    found = {"host": socket.gethostname()}
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        found["system"] = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return found
+
+
+def _is_here(known: dict[str, Any]) -> bool:
+    # an older version knows the name alone
+    return "host" in known and all(known.get(k, v) == v for k, v in _here().items())
 
 
 def _beats_elsewhere(path: Path, known: dict[str, Any], name: str) -> bool:
     """Whether the file is touched, while a process of another machine stands in it; waits for that."""
-    if not fits(known, {"host": str, "beats": float}) or known["host"] == socket.gethostname():
+    if not fits(known, {"host": str, "beats": float}) or _is_here(known):
         return False
     log.info("%s: a lock of %s; it is free if that gives no sign within %g s", name, _owner(known), GONE_S)
     first, end = _touched(path), time.monotonic() + GONE_S
@@ -458,7 +485,7 @@ def _owner(holder: dict[str, Any]) -> str:
 
 
 def _held(holder: dict[str, Any]) -> bool:
-    if holder.get("host") != socket.gethostname():
+    if not _is_here(holder):
         # without beats it is of an older version
         return bool(holder) and "beats" not in holder
     try:

@@ -2,7 +2,8 @@
 
 Covers: a failed write leaves the old file or folder and no temporary one; what killed processes left beside a
 folder; a place that was taken meanwhile; a lock held by a living process, left by a dead one, on a file system
-without flock, or of another machine; JSON that is missing, damaged, no object, too deep, too large.
+without flock, or of another machine, or taken over meanwhile; JSON that is missing, damaged, no object, too deep, too
+large.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 from safetensors import SafetensorError
@@ -152,8 +154,9 @@ def test_lock(tmp_path, caplog, dead_pid, monkeypatch):
 
 
 @pytest.mark.parametrize("flock", [True, False])
-def test_a_lock_of_another_machine(tmp_path, monkeypatch, flock):
-    """On a file system that locks within each machine alone, or not at all."""
+@pytest.mark.parametrize("here", [{"host": "elsewhere"}, {"host": HOST, "system": "another"}])
+def test_a_lock_of_another_machine(tmp_path, monkeypatch, flock, here):
+    """On a file system that locks within each machine alone, or not at all; machines may bear one name (pods)."""
 
     def elsewhere(*args):
         if not flock:
@@ -164,15 +167,27 @@ def test_a_lock_of_another_machine(tmp_path, monkeypatch, flock):
     monkeypatch.setattr(files, "GONE_S", 0.4)
     path, pid = tmp_path / "lock", os.getpid()
     with lock(path, "here"):
-        monkeypatch.setattr(files.socket, "gethostname", lambda: "elsewhere")
+        monkeypatch.setattr(files, "_here", lambda: here)
         with pytest.raises(UsageError, match=f"here: .*process {pid} on {HOST}"), lock(path, "here"):
             pass
         # it has ended without a word
         left = path.read_bytes()
     path.write_bytes(left)
     with lock(path, "here"):
-        assert read_json(path)["host"] == "elsewhere"
+        assert here.items() <= read_json(path).items()
     assert not path.exists()
+
+
+def test_a_lock_that_was_taken_over_meanwhile(tmp_path, monkeypatch, caplog):
+    codes, ended, path = [], threading.Event(), tmp_path / "lock"
+    monkeypatch.setattr(files.os, "_exit", lambda code: (codes.append(code), ended.set()))
+    monkeypatch.setattr(files, "BEAT_S", 0.02)
+    with lock(path, "here"):
+        path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "beats": 5}))
+        assert ended.wait(20)
+    assert {*codes} == {6} and "here: another job took it over" in caplog.text
+    # which is the other's
+    assert read_json(path)["host"] == "elsewhere"
 
 
 @pytest.mark.parametrize(
