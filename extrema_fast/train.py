@@ -291,7 +291,7 @@ def _train(
             world.agree("settings differ", given, "start all processes with the same command")
             cfg = from_dict(world.broadcast(to_dict(cfg)), cfg)
         prepare_torch(cfg.system)
-        local_batch(cfg, world.size)
+        world.rank_zero_only(lambda: local_batch(cfg, world.size))
         world.rank_zero_only(lambda: check_installed(cfg.log.trackers))
         settled = _settled(cfg, world, None, overwrite)
         finished = world.rank_zero_only(lambda: not overwrite and is_finished(settled, allow_config_change))

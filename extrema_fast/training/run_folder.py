@@ -68,7 +68,8 @@ class RunFolder:
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
         self.path = Path(path)
         self._held = ExitStack()
-        self._status_time = 0.0
+        # time before which `running` is not written, and the reason it was written with
+        self._again, self._reason = 0.0, ""
         no_links(self.path, _NOT_LINKS, f"--out {self.path}")
         if check(self.path) and overwrite:
             self._move_aside()
@@ -103,20 +104,24 @@ class RunFolder:
         write_file(self.path / name, json.dumps(data, indent=1) + "\n")
 
     def status(self, state: str, step: int, total: int, reason: str = "", code: int | None = None) -> None:
-        """status.json: `running`, `complete`, `preempted` or `failed`; `running` at most once a second.
+        """status.json: `running`, `complete`, `preempted` or `failed`.
+
+        With the same reason `running` is written at most once a second, and takes at most 2 % of the time, since steps
+        wait for the disk.
 
         Args:
             code: that the run ends with; torchrun does not pass it on.
         """
-        now = time.monotonic()
-        if state == "running" and now - self._status_time < 1 and not reason:
+        began = time.monotonic()
+        if state == "running" and reason == self._reason and began < self._again:
             return
-        self._status_time = now
         try:
             values = {"state": state, "step": step, "total_steps": total, "reason": reason, "time": utc_now()}
             self.write_json("status.json", values | {"exit_code": code})
         except OSError as error:
             log.warning("status.json could not be written (%s)", error)
+        now = time.monotonic()
+        self._again, self._reason = now + max(1.0, 50 * (now - began)), reason
 
 
 def utc_now() -> str:

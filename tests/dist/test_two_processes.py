@@ -166,7 +166,8 @@ def test_an_error_on_rank_0_and_a_batch_that_does_not_divide(pretrain, tmp_path)
     codes, text, _ = pretrain("run", processes=2)
     assert codes == [2, 2] and "not a run" in text
     codes, text, out = pretrain("other", "--train.batch-size", "9", processes=2)
-    assert codes == [2, 2] and "9 does not divide over 2 processes" in text and "8 or 10" in text
+    assert codes == [2, 2] and "8 or 10" in text
+    assert text.count("9 does not divide over 2 processes") == 1
     assert not out.exists()
 
 

@@ -3,7 +3,8 @@
 Covers: everything restored bit for bit; what COMPLETE, `latest` and retention hold; truncated, flipped,
 unmarked and missing files, weights that are not finite, another format; only what was read or written is
 removed; what changes while a save is written; a rename or a write that fails, once and three times; little
-space; stale temporaries; other shapes; which differences a resumed run may have; marker, lock, --overwrite.
+space; stale temporaries; other shapes; which differences a resumed run may have; marker, lock, --overwrite,
+status on a slow disk.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from extrema_fast.config import CheckpointConfig, config_hash, from_dict, smoke,
 from extrema_fast.errors import NonFiniteError, StorageError, UsageError
 from extrema_fast.files import new_folder
 from extrema_fast.models.extrema import ExtreMA
-from extrema_fast.training import checkpoint
+from extrema_fast.training import checkpoint, run_folder
 from extrema_fast.training.checkpoint import (
     check_same,
     collect,
@@ -427,6 +428,24 @@ def test_overwrite_moves_aside(tmp_path):
         assert not (run / "log.jsonl").exists() and folder.attempt == 1
     assert (tmp_path / "run.old-1" / "log.jsonl").read_text() == "first"
     assert (tmp_path / "run.old-2" / "log.jsonl").read_text() == "second"
+
+
+def test_status_leaves_a_slow_disk_alone(tmp_path, monkeypatch):
+    clock, written = [100.0], []
+
+    def write(path, text):
+        clock[0] += 0.5
+        written.append(json.loads(text)["step"])
+
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with RunFolder(tmp_path / "run") as folder:
+        monkeypatch.setattr(run_folder, "write_file", write)
+        for step in range(1, 41):
+            clock[0] += 1
+            # told from step 30 on
+            folder.status("running", step, 50, "a warning" if step >= 30 else "")
+        folder.status("failed", 41, 50, "a warning")
+    assert written == [1, 26, 30, 41]
 
 
 def test_an_unwritable_place(tmp_path):
