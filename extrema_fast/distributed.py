@@ -768,15 +768,26 @@ def lost(world: World, error: RuntimeError, saved: str = "") -> LostProcessError
 def start(device: str) -> Iterator[World]:
     """Context of a run: joins the process group, if there is one, and leaves it (gloo, and NCCL for GPUs).
 
+    A group that somebody else has made (Ray, a script) is used, and left to them.
+
     Raises:
-        UsageError: variables of the environment that make no sense, or processes that did not come.
+        UsageError: variables of the environment that make no sense, processes that did not come, or another's group
+            without a backend for the CPU.
         LostProcessError: another process has ended, or does not answer.
     """
     rank, size, local_rank = detect(os.environ)
+    ours, watch = size > 1, None
+    if dist.is_initialized():
+        # made without these variables, perhaps
+        ours, rank, size = False, dist.get_rank(), dist.get_world_size()
+        if size > 1 and "cpu:" not in dist.get_backend_config():
+            raise UsageError(
+                "torch.distributed: the process group has no backend for the CPU, by which flags and messages go; make "
+                "it with backend='cpu:gloo,cuda:nccl' (init_process_group; of Ray TorchConfig)"
+            )
     where = pick_device(device, local_rank, size)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    ours, watch = size > 1 and not dist.is_initialized(), None
     if ours:
         # what NCCL remembers of its last calls, for `Watch`
         new = hasattr(getattr(torch._C, "_distributed_c10d", None), "_dump_fr_trace")

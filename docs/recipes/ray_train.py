@@ -4,6 +4,7 @@ python docs/recipes/ray_train.py paper_base_80x5 /data/imagenet.tsv /data/runs/i
 
 Images and run folder must have the same path on all nodes. Ray calls `train` in a thread of each worker, where no
 handler of a signal can be set: what is lost with a worker are the steps since the last checkpoint (`--every-steps`).
+Ray tries again after any error, a wrong setting too.
 """
 
 from __future__ import annotations

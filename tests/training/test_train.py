@@ -587,6 +587,18 @@ def test_variables_that_make_no_sense(monkeypatch, env, name):
         pass
 
 
+def test_a_process_group_of_somebody_else(monkeypatch):
+    """It says how many processes there are, whatever the variables do."""
+    found = {"is_initialized": True, "get_rank": 1, "get_world_size": 2, "get_backend_config": "cuda:nccl"}
+    for name in found:
+        monkeypatch.setattr(torch.distributed, name, lambda name=name: found[name])
+    with pytest.raises(UsageError, match="no backend for the CPU"), dist.start("cpu"):
+        pass
+    found["get_backend_config"] = "cpu:gloo,cuda:nccl"
+    with dist.start("cpu") as world:
+        assert (world.rank, world.size) == (1, 2)
+
+
 def test_slurm_master():
     job = {"SLURM_JOB_ID": "12345"}
     names = {"node[003-007,9]": "node003", "a1,b2": "a1", "gpu7": "gpu7"}
