@@ -5,6 +5,7 @@ One code path for plain `python`, torchrun and SLURM; with one process every col
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import inspect
 import json
@@ -13,6 +14,7 @@ import os
 import re
 import resource
 import socket
+import struct
 import sys
 import threading
 import time
@@ -374,6 +376,7 @@ class Watch:
         farewell: called before the process is ended for want of another, with the reason; returns what it has saved.
             Nothing that is saved changes meanwhile.
         debug: folder for the stacks of a process that waits, and of the others; None: nothing is written.
+        addresses: (host, port) at which each process answers.
     """
 
     def __init__(self, rank: int, size: int, store: dist.Store, device: torch.device) -> None:
@@ -400,7 +403,9 @@ class Watch:
         store.set(f"watch/{rank}", json.dumps(mine))
         self._key = store.get("watch/key").decode()
         found = [json.loads(text) for text in store.multi_get([f"watch/{n}" for n in range(size)])]
-        self._addresses = {n: (host if n else there[0], port) for n, (host, port) in enumerate(found)}
+        self.addresses: dict[int, Any] = {
+            n: (host if n else there[0], port) for n, (host, port) in enumerate(found)
+        }
         self._left = False
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -532,7 +537,7 @@ class Watch:
             key, n, kind, known = message
             if key != self._key or n not in self._others:
                 continue
-            self._others[n], self._silent[n], self._addresses[n] = known, 0.0, sender
+            self._others[n], self._silent[n], self.addresses[n] = known, 0.0, sender
             if kind == "?":
                 self._send(n, "!")
             # many may ask at once
@@ -543,7 +548,7 @@ class Watch:
         known = {"count": self._count, "where": self._where()}
         # a network that is away for a moment, or a name that cannot be found
         with suppress(OSError):
-            self._socket.sendto(json.dumps([self._key, self.rank, kind, known]).encode(), self._addresses[n])
+            self._socket.sendto(json.dumps([self._key, self.rank, kind, known]).encode(), self.addresses[n])
 
 
 def detect(env: Mapping[str, str]) -> tuple[int, int, int]:
@@ -744,6 +749,33 @@ def _code() -> str:
     return found.hexdigest()[:8]
 
 
+def _choose_interface(addresses: Iterable[str]) -> None:
+    """Makes gloo use the interface that leads to the other machines, where it would take the loopback one.
+
+    It binds to what the name of the machine resolves to, which is 127.0.1.1 on many.
+
+    Args:
+        addresses: of the processes.
+    """
+    far = [a for a in addresses if ":" not in a and not a.startswith("127.")]
+    try:
+        usual = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        usual = "127.0.0.1"
+    if "GLOO_SOCKET_IFNAME" in os.environ or not far or not usual.startswith("127."):
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, suppress(OSError):
+        # sends nothing
+        s.connect((far[0], 9))
+        for _, name in socket.if_nameindex():
+            # SIOCGIFADDR of Linux
+            with suppress(OSError):
+                found = fcntl.ioctl(s.fileno(), 0x8915, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(found[20:24]) == s.getsockname()[0]:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+                    log.debug("gloo uses %s, which leads to %s", name, far[0])
+
+
 # what gloo, NCCL and the store say
 _LOST = re.compile(
     r"gloo|NCCL|Connection (closed|reset)|Timed out|Socket Timeout|Broken pipe|failed to recv|process group",
@@ -799,6 +831,7 @@ def start(device: str) -> Iterator[World]:
             # flags and objects are on the CPU, and go by gloo without waiting for the GPU
             backend, options = "cpu:gloo,cuda:nccl", {"device_id": where}
         watch = Watch(rank, size, store, where)
+        _choose_interface(host for host, _ in watch.addresses.values())
         with watch.waiting():
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, **options

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -597,6 +598,27 @@ def test_a_process_group_of_somebody_else(monkeypatch):
     found["get_backend_config"] = "cpu:gloo,cuda:nccl"
     with dist.start("cpu") as world:
         assert (world.rank, world.size) == (1, 2)
+
+
+def test_gloo_does_not_take_the_loopback_interface(monkeypatch):
+    monkeypatch.setattr(dist.socket, "gethostbyname", lambda name: "127.0.1.1")
+    addresses = {"lo": "127.0.0.1", "ib0": "10.0.0.7", "eth0": "192.168.0.7"}
+    asked = {n.encode().ljust(256, b"\0"): socket.inet_aton(a) for n, a in addresses.items()}
+    monkeypatch.setattr(dist.socket, "if_nameindex", lambda: list(enumerate([*addresses, "down"])))
+    monkeypatch.setattr(dist.fcntl, "ioctl", lambda fd, what, name: bytes(20) + asked.get(name, b"1234"))
+    monkeypatch.setattr(dist.socket.socket, "connect", lambda s, to: None)
+    monkeypatch.setattr(dist.socket.socket, "getsockname", lambda s: ("192.168.0.7", 5))
+    for given, found, want in (
+        (None, ["127.0.0.1", "192.168.0.8"], "eth0"),
+        ("ib0", ["192.168.0.8"], "ib0"),
+        (None, ["127.0.0.1", "127.0.1.1", "::1"], None),
+    ):
+        # set first, so that what is chosen does not stay
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", given or "")
+        if not given:
+            monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+        dist._choose_interface(found)
+        assert os.environ.get("GLOO_SOCKET_IFNAME") == want
 
 
 def test_slurm_master():
