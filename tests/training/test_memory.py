@@ -26,9 +26,10 @@ def test_malloc_settings_of_the_user_stay(monkeypatch):
 def test_freed_memory_is_kept():
     code = """
 import ctypes, resource, sys
-from extrema_fast.training.run import keep_freed_memory
-if sys.argv[1] == "keep" and not keep_freed_memory():
-    sys.exit(3)
+if sys.argv[1] == "keep":
+    from extrema_fast.training.run import keep_freed_memory
+    if not keep_freed_memory():
+        sys.exit(3)
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
