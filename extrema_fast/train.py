@@ -434,7 +434,7 @@ def _loop(
     if folder is not None and world.watch is not None:
         world.watch.farewell = partial(_farewell, run, saver, train_log)
     if folder is not None:
-        train_log.dog.farewell = partial(_last_words, run, saver, train_log)
+        train_log.dog.farewell = partial(_farewell, run, saver, train_log)
     stop = signals.stop_agreed(world)
     if not stop and run.evaluates():
         stop = not _evaluate(run, task, train_log, test, signals)
@@ -455,19 +455,11 @@ def _loop(
         raise lost(world, error, _save_alone(run, saver, folder) if folder else "") from None
 
 
-def _farewell(run: Run, saver: Saver, train_log: TrainLog, reason: str) -> str:
-    """Saves before a run ends for want of a process."""
-    saved = _save_alone(run, saver, train_log.folder)
+def _farewell(run: Run, saver: Saver, train_log: TrainLog, reason: str, still: bool = True) -> str:
+    """Records why a run ends that does not go on; saves before, where nothing changes meanwhile (`still`)."""
+    saved = _save_alone(run, saver, train_log.folder) if still else ""
     train_log.interrupted(f"{reason}{saved}", LostProcessError.exit_code)
     return saved
-
-
-def _last_words(run: Run, saver: Saver, train_log: TrainLog, reason: str, still: bool) -> str:
-    """Records, before a run ends that does not go on, why; saves where nothing changes meanwhile."""
-    if still:
-        return _farewell(run, saver, train_log, reason)
-    train_log.interrupted(reason, LostProcessError.exit_code)
-    return ""
 
 
 def _save_alone(run: Run, saver: Saver, folder: RunFolder | None) -> str:

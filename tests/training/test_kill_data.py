@@ -107,7 +107,7 @@ def test_killed_at_random_moments(pretrain, request, order):
         assert len(rows) == 40 == len(set(rows)) and BAD not in rows
     # each run dies twice, the second time no earlier than the first
     moments = random.Random(f"{order}{request.config.getoption('try_seed') or ''}")
-    for number in range(3 * request.config.getoption("tries")):
+    for number in range(2 * request.config.getoption("tries")):
         for dies in sorted(moments.uniform(0, STEPS - 1) for _ in range(2)):
             code, text, out = pretrain(f"run{number}", *flags, env={"DIES": str(dies)})
             assert code == -signal.SIGPROF, text

@@ -149,14 +149,21 @@ def test_killed_at_a_named_point(tmp_path, command, straight, point):
         assert [r["step"] for r in evals] == [0, 4, 8, 12]
 
 
-@pytest.fixture
-def half(tmp_path, monkeypatch) -> Path:
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
     """A run stopped after step 7: checkpoints 6 and 7."""
-    with monkeypatch.context() as m:
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as m:
         stop_at(7, m)
         with pytest.raises(Preempted):
-            pretrain(tmp_path / "run")
-    return tmp_path / "run"
+            pretrain(run)
+    return run
+
+
+@pytest.fixture
+def half(stopped, tmp_path) -> Path:
+    """That run, to be continued and changed."""
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
 def test_damaged_newest_checkpoint(half, straight, caplog):
