@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 import extrema_fast
-from extrema_fast import cli, train
+from extrema_fast import cli, distributed, train
 from extrema_fast.config import Config, flatten, from_dict, preset, to_dict
 from extrema_fast.errors import UsageError
 from extrema_fast.models.encoder import Encoder
@@ -63,7 +63,7 @@ def tree(root: Path, classes: int = 2, each: int = 12, size: tuple[int, int] = (
 
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch):
-    monkeypatch.setattr(own, "cores", lambda: 2)
+    monkeypatch.setattr(distributed, "cores", lambda: 2)
     monkeypatch.setattr(own, "precision", lambda setting, kind: "fp32" if setting == "auto" else setting)
 
 
@@ -249,7 +249,7 @@ def test_the_choice_is_made_once(tmp_path, folder, monkeypatch, caplog):
     assert made_from == {"name": "own", "changes": {"train.epochs": preset("own").train.epochs}}
     assert choose({"data.train": folder})[1].train.epochs == preset("own").train.epochs
     # on another machine, with the same images and with more
-    monkeypatch.setattr(own, "cores", lambda: 64)
+    monkeypatch.setattr(distributed, "cores", lambda: 64)
     with caplog.at_level(logging.INFO, "extrema_fast"):
         assert to_dict(chosen({"data.train": folder})) == begun
     assert "chosen when this run was begun" in caplog.text
