@@ -9,6 +9,7 @@ import math
 import sys
 import types
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from extrema_fast.data.loader import Batch
 from extrema_fast.distributed import World
 from extrema_fast.errors import UsageError
 from extrema_fast.models.extrema import ExtreMA
+from extrema_fast.ops import attention as attentions
 from extrema_fast.train import train_step
 from extrema_fast.training.draw import draw
 from extrema_fast.training.optim import Schedule
@@ -65,11 +67,13 @@ class Stepper:
     Attributes:
         student: trained parameters by the names of `ExtreMA.student_branch`.
         teacher: the teacher's by the same names.
+        attention: what the self-attention of student and teacher runs on.
     """
 
     student: dict[str, nn.Parameter]
     teacher: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
+    attention: tuple[str, str] = ("formula", "formula")
 
     def __init__(self, cfg: Config, device: torch.device, precision: str) -> None:
         self.cfg, self.device, self.precision = cfg, device, precision
@@ -128,6 +132,7 @@ class Ours(Stepper):
         prepare_torch(cfg.system)
         self.run = build(cfg, World(device), range(IMAGES))  # type: ignore[arg-type]
         wrap(self.run)
+        self.attention = (self.run.resolved.attention, self.run.resolved.attention_teacher)
         self.student = dict(self.run.method.student_parameters())
         self.teacher = dict(self.run.method.teacher_branch.named_parameters())
 
@@ -253,14 +258,14 @@ class Released(_TwoBranches):
         for i, block in enumerate(net.blocks):
             rate = 0.0 if keep is None else self.rates[i]
             first, second = (None, None) if scale is None else scale[i]
-            x = x + self.dropped(self.attention(block.attn, norm(block.norm1, x)), rate, first)
+            x = x + self.dropped(self.attend(block.attn, norm(block.norm1, x)), rate, first)
             x = x + self.dropped(mlp(block.mlp, norm(block.norm2, x)), rate, second)
         cls = net.cls_token.expand(len(x), -1, -1)
         for block in net.blocks_token:
             cls = self.pooled(block, cls, x)
         return norm(net.norm, torch.cat([cls, x], 1))[:, 0]
 
-    def attention(self, layer: Any, x: Tensor) -> Tensor:
+    def attend(self, layer: Any, x: Tensor) -> Tensor:
         rows, n, width = x.shape
         qkv = linear(layer.qkv, x).reshape(rows, n, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         scores = torch.matmul(qkv[0], qkv[1].transpose(-1, -2)) * (width // self.heads) ** -0.5
@@ -409,19 +414,35 @@ class _OnDevice:
 # ---- as well as plain PyTorch can ------------------------------------------------------------------
 
 
-def trunk(blocks: Any, x: Tensor, heads: int, plain: bool = False, scale: Tensor | None = None) -> Tensor:
-    """Transformer blocks on x [R, n, D]; plain: attention by its formula; scale: drop-path factors [L, 2, R]."""
+Attention = Callable[[Tensor], Tensor]
+
+
+def formula(qkv: Tensor) -> Tensor:
+    """Self-attention by its formula, qkv [R, n, 3, H, d] -> [R, n, H, d]."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    p = ((q * q.shape[-1] ** -0.5) @ k.mT).float().softmax(-1)
+    return (p.to(v.dtype) @ v).transpose(1, 2)
+
+
+# torch's kernels on a GPU, up to so many tokens the fastest first: benchmarks/records/2026-11-27_nvidia-h200_choices
+FASTEST = ((64, ("efficient", "cudnn", "flash")), (attentions.ANY, ("cudnn", "flash", "efficient")))
+
+
+def fastest_attention(device: torch.device, dtype: torch.dtype, n: int, d: int, train: bool) -> str:
+    """Returns the name of torch's attention kernel for `n` tokens; `sdpa` on a CPU, and where none of these runs."""
+    names = next(names for most, names in FASTEST if n <= most) if device.type == "cuda" else ()
+    attentions.settle_sdpa_order(device)
+    return next((x for x in names if not attentions.unsupported(x, device, dtype, n, d, train)), "sdpa")
+
+
+def trunk(blocks: Any, x: Tensor, heads: int, attend: Attention, scale: Tensor | None = None) -> Tensor:
+    """Transformer blocks on x [R, n, D]; scale: drop-path factors [L, 2, R]."""
     r, n, width = x.shape
     if scale is not None:
         scale = scale.to(x.dtype)[..., None, None]
     for i, block in enumerate(blocks):
         qkv = linear(block.attn.qkv, norm(block.norm1, x)).view(r, n, 3, heads, width // heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if plain:
-            out = ((q * (width // heads) ** -0.5) @ k.mT).float().softmax(-1).to(v.dtype) @ v
-        else:
-            out = F.scaled_dot_product_attention(q, k, v)
-        branch = linear(block.attn.proj, out.transpose(1, 2).reshape(r, n, width))
+        branch = linear(block.attn.proj, attend(qkv).reshape(r, n, width))
         x = x + (branch if scale is None else scale[i, 0] * branch)
         branch = mlp(block.mlp, norm(block.norm2, x))
         x = x + (branch if scale is None else scale[i, 1] * branch)
@@ -464,11 +485,12 @@ def embed(net: Any, images: Tensor, keep: Tensor | None) -> Tensor:
 
 
 class Strong(_TwoBranches):
-    """The same method as ours, as well as plain PyTorch can; independent of our code.
+    """The same method as ours, as well as plain PyTorch can, without our kernels.
 
-    Kept patches are gathered before they are embedded, pooling absorbs key and value projections, attention is
-    torch's (or the formula: `plain_attention`), student, teacher and loss are one compiled graph, AdamW is fused, the
-    EMA is one foreach operation. No gradient norm and no check for non-finite values: less work than ours.
+    Kept patches are gathered before they are embedded, pooling absorbs key and value projections, attention is torch's
+    kernel that is fastest at its length (or the formula: `plain_attention`), student, teacher and loss are one compiled
+    graph, AdamW is fused, the EMA is one foreach operation. No gradient norm and no check for non-finite values: less
+    work than ours.
     """
 
     def __init__(
@@ -480,7 +502,14 @@ class Strong(_TwoBranches):
         plain_attention: bool = False,
     ) -> None:
         super().__init__(cfg, device, precision)
-        self.plain = plain_attention
+        if not plain_attention:
+            width, _, heads = cfg.model.shape
+            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+            fastest = partial(fastest_attention, device, dtype)
+            self.attention = (
+                fastest(cfg.num_keep, width // heads, True),
+                fastest(cfg.model.num_patches, width // heads, False),
+            )
         self.followed: list[Tensor] = [self.student[name] for name in self.teacher]
         self.optimizer = self.adamw(fused=True)
         whole = torch.compile(self.loss_of, fullgraph=True, dynamic=False)
@@ -511,14 +540,15 @@ class Strong(_TwoBranches):
 
     def loss_of(self, x: Tensor, y: Tensor, keep: Tensor, scale: Tensor | None) -> Tensor:
         """Mean of |q - k|^2 over views and images; x, y [B, C, H, W] normalized."""
-        heads, plain, net = self.heads, self.plain, self.net
+        heads, net = self.heads, self.net
+        attend, teacher_attend = (attentions.BACKENDS.get(name, formula) for name in self.attention)
         with self.autocast():
             with torch.no_grad():
                 t = self.follower.encoder
-                tokens = trunk(t.blocks, embed(t, y, None), heads, plain)
+                tokens = trunk(t.blocks, embed(t, y, None), heads, teacher_attend)
                 target = head(self.follower.projector, norm(t.norm, pool(t, tokens, heads)))
             s = net.encoder
-            tokens = trunk(s.blocks, embed(s, x, keep), heads, plain, scale)
+            tokens = trunk(s.blocks, embed(s, x, keep), heads, attend, scale)
             q = head(net.predictor, head(net.projector, norm(s.norm, pool(s, tokens, heads))))
         q = F.normalize(q.float(), dim=-1).view(keep.shape[0], x.shape[0], -1)
         return (q - F.normalize(target.float(), dim=-1)).square().sum(-1).mean()

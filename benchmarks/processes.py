@@ -317,7 +317,11 @@ class Rates:
 
 
 _MATMUL_OP = re.compile(r"^aten::(mm|bmm|addmm|baddbmm|_scaled_mm|_addmm_activation)$|_linear_pointwise")
-_MATMUL_KERNEL = re.compile(r"gemm|nvjet|cutlass|triton_tem|wgmma|xmma", re.IGNORECASE)
+# fused attention is not one, although its kernels are named fmha_cutlassF..., cudnn_generated_..._sdpa_..._wgmma_...,
+# pytorch_flash::...<cutlass::bfloat16_t>
+_MATMUL_KERNEL = re.compile(
+    r"^(?!.*(fmha|sdpa|flash)).*(gemm|nvjet|cutlass|triton_tem|wgmma|xmma)", re.IGNORECASE
+)
 
 
 def matmul_share(step: Callable[[], object], device: torch.device) -> dict[str, float]:

@@ -138,7 +138,7 @@ QUACK = {"system.backend": "mlp=quack"}
 PROVIDERS: tuple[Provider, ...] = (
     Provider("released", "the released formulation, eager, autocast", MAIN, "amp"),
     Provider("released-fp32", "the released formulation, eager, fp32", MAIN, "fp32"),
-    Provider("strong", "same maths: full-graph compile, SDPA, fused AdamW, foreach EMA", STRONG),
+    Provider("strong", "same maths: full-graph compile, fastest SDPA, fused AdamW, foreach EMA", STRONG),
     Provider("strong-plain-attention", "strong with the attention formula", STRONG, options=FORMULA),
     Provider("strong-eager", "strong, not compiled", STRONG, options=EAGER),
     Provider("strong-eager-plain-attention", "neither", STRONG, options=EAGER | FORMULA),
@@ -305,6 +305,7 @@ class Stepping:
         self.stepper.step(first)
         loss = self.stepper.loss()
         self.built = {
+            "attention": dict(zip(("student", "teacher"), self.stepper.attention, strict=True)),
             "build_s": built - began,
             "first_step_s": time.perf_counter() - built,
             "first_loss": loss,
@@ -736,6 +737,8 @@ def page(record: Record) -> list[str]:
         out.append(record["headline"])
     times = ("p20 ms=p20_ms:.1f", "p50 ms=p50_ms:.1f", "p80 ms=p80_ms:.1f", "images/s=images_per_s:.2f")
     more = (
+        "attention=attention.student",
+        "of the teacher=attention.teacher",
         "MFU=mfu:.1%",
         "peak MB=peak_mb:.0f",
         "steps add MB=step_adds_mb:.0f",
@@ -748,12 +751,13 @@ def page(record: Record) -> list[str]:
         *out,
         "## Steps",
         columns(timed, "row=key", "dtype=precision", *times, *more, *matmuls),
-        "MFU: model FLOPs over the rate of large matmuls of the same dtype in this run. Peak: memory of the provider's "
-        "own process after warm-up (resident on a CPU, allocated by torch on a GPU); *steps add*: minus what was there "
-        "before the first step. Matmuls: their share of one profiled step, without fused attention. CPU ms: what the "
-        "process's threads spend on one step of a GPU before they wait for it. On a CPU ours and the strong baselines "
-        "have the memory settings of the command line (huge pages, freed memory is kept), the released formulation the "
-        "system's; --providers allocator compares them.",
+        "Attention: what the self-attention of the student, and of the teacher, ran on; `sdpa` is the first of "
+        "torch's kernels that runs. MFU: model FLOPs over the rate of large matmuls of the same dtype in this run. "
+        "Peak: memory of the provider's own process after warm-up (resident on a CPU, allocated by torch on a GPU); "
+        "*steps add*: minus what was there before the first step. Matmuls: their share of one profiled step, without "
+        "fused attention. CPU ms: what the process's threads spend on one step of a GPU before they wait for it. On a "
+        "CPU ours and the strong baselines have the memory settings of the command line (huge pages, freed memory is "
+        "kept), the released formulation the system's; --providers allocator compares them.",
         "## Checks",
         columns(record["gates"], "provider=name", "passed=passed", "found=found"),
         *harness.lost(record),

@@ -1,22 +1,23 @@
 """The benchmark of the training step, at a tiny size.
 
 Covers: released and strong formulations have our loss and gradients, with drop-path and color jitter; a wrong one is
-caught and nothing is concluded about it; the interface of a checkout of the released code, by a stand-in, with given
-masks and drop-path factors; a whole measurement in processes, with one provider that fails, and its page; selection of
-providers; options as text; memory per image and growth.
+caught and nothing is concluded about it; which attention kernel the strong baseline takes; the interface of a checkout
+of the released code, by a stand-in, with given masks and drop-path factors; a whole measurement in processes, with one
+provider that fails, and its page; selection of providers; options as text; memory per image and growth.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import baselines, harness, step
+from benchmarks import baselines, harness, processes, step
 from benchmarks.processes import Rates
 from benchmarks.step import PROVIDERS, Job, chosen, compare, configuration, given, one_step, random_images
 from extrema_fast.errors import UsageError
@@ -76,6 +77,66 @@ def test_steps_change_student_and_teacher(name, truth):
         stepper.step(replace(inputs, keep=None, scale=None))
     for old, new in zip(before, groups, strict=True):
         assert any((old[n] != p).any() for n, p in new.items())
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens", "cannot", "name"),
+    [
+        ("cuda", 39, (), "efficient"),
+        ("cuda", 64, (), "efficient"),
+        ("cuda", 65, (), "cudnn"),
+        ("cuda", 196, ("cudnn",), "flash"),
+        ("cuda", 196, ("cudnn", "flash"), "efficient"),
+        ("cuda", 39, ("cudnn", "flash", "efficient"), "sdpa"),
+        ("cpu", 39, (), "sdpa"),
+    ],
+)
+def test_the_attention_kernel_of_the_strong_baseline(device, tokens, cannot, name, monkeypatch):
+    monkeypatch.setattr(baselines.attentions, "unsupported", lambda x, *_: "no" * (x in cannot))
+    monkeypatch.setattr(baselines.attentions, "settle_sdpa_order", lambda _: None)
+    assert baselines.fastest_attention(torch.device(device), torch.bfloat16, tokens, 64, True) == name
+
+
+def test_student_and_teacher_of_the_strong_baseline_run_on_the_kernels_it_names(truth, monkeypatch):
+    cfg, inputs, weights, wanted = truth
+    lengths = {"student": cfg.num_keep, "teacher": cfg.model.num_patches}
+    called = []
+
+    def kernel(name, qkv):
+        called.append((name, qkv.shape[1], qkv.requires_grad))
+        return baselines.formula(qkv)
+
+    named = {n: branch for branch, n in lengths.items()}
+    monkeypatch.setattr(baselines, "fastest_attention", lambda device, dtype, n, d, train: named[n])
+    monkeypatch.setattr(baselines.attentions, "BACKENDS", {n: partial(kernel, n) for n in lengths})
+    strong = BY_NAME["strong-eager"].make(cfg, CPU, "fp32")
+    assert compare("strong", found(strong, inputs, weights), wanted)["passed"]
+    depth = cfg.model.shape[1]
+    assert strong.attention == ("student", "teacher") and called == [
+        *[("teacher", lengths["teacher"], False)] * depth,
+        *[("student", lengths["student"], True)] * depth,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "matmul"),
+    [
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT", True),
+        ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn_align8>", True),
+        (
+            "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<...>::Params)",
+            False,
+        ),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128_1x1x1", False),
+        (
+            "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, cutlass::bfloat16_t>",
+            False,
+        ),
+        ("short_attention_fwd_kernel", False),
+    ],
+)
+def test_fused_attention_is_no_matmul_of_a_profile(name, matmul):
+    assert bool(processes._MATMUL_KERNEL.search(name)) == matmul
 
 
 # ---- a checkout of the released code ----------------------------------------------------------------
@@ -219,6 +280,7 @@ def test_a_measurement_end_to_end(tmp_path, monkeypatch):
         assert len(row["samples_ms"]) == 5 and row["peak_mb"] > 50 and 0 < row["products"]["share"] <= 1.5
         assert f"| {row['key']} |" in text
     assert {r["other"] for r in record["ratios"]} == {"strong-eager"}
+    assert record["rows"][0]["attention"] == {"student": "sdpa", "teacher": "sdpa"}
     assert "* x: why" in text and record["rates"]["copy_gb_per_s"] > 0
 
 
