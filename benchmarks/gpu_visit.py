@@ -280,6 +280,8 @@ class Process:
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,
+                # a visit in the background of a shell ignores it, which its parts would inherit
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def finish(self) -> dict[str, Any]:
