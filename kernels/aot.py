@@ -151,8 +151,8 @@ def compile_all(
     """Rows of every variant of `ops` (`compile_variant`), in a fixed order.
 
     Args:
-        known: "op | variant" -> `source_key` of what need not be compiled again. Compiled are the first variant of each
-            op and those with another key, each for one of the architectures, in turns.
+        known: "op | variant" -> `source_key` of what need not be compiled again. Variants with another key are
+            compiled for one of the architectures each, in turns.
     """
     variants = [(op, name) for op in ops for name in spec(op).variants()]
     if known is None:
@@ -161,7 +161,7 @@ def compile_all(
         tasks = [
             (op, name, architectures[i % len(architectures)])
             for i, (op, name) in enumerate(variants)
-            if i == 0 or variants[i - 1][0] != op or source_key(op, name) != known.get(f"{op} | {name}")
+            if source_key(op, name) != known.get(f"{op} | {name}")
         ]
     if jobs == 1:
         return [compile_variant(*t) for t in tasks]

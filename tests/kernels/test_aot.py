@@ -1,7 +1,7 @@
 """Shipped configurations, compiled without a GPU: in turns for one of sm_80, sm_90, sm_100 and sm_120.
 
 Compiled are those whose source is not the one that the committed table (benchmarks/records/registers.json) was made
-of, and one of each op. (`python -m benchmarks registers` compiles all for all, in minutes.)
+of, and one more. (`python -m benchmarks registers` compiles all for all, in minutes.)
 
 Covers: no spills, no local memory, shared memory within each chip's limit; the table names every variant and none has
 become worse (registers, shared memory, programs per multiprocessor, accesses below 16 bytes); strides multiplied in
@@ -35,12 +35,11 @@ def test_everything_compiles_within_limits_and_no_worse_than_before(repository):
     variants = [f"{op} | {name}" for op in OPS for name in spec(op).variants()]
     # what another version of Triton makes of them is not known
     same = triton.__version__ == table["triton"]
+    # the last is compiled whether it is known or not
     known = {k: v for k, v in table["sources"].items() if same and k != variants[-1]}
     rows = {f"{r['op']} | {r['variant']} | sm_{r['arch']}": r for r in aot.compile_rows(list(OPS), 1, known)}
     problems = [f"{name}: {p}" for name, row in rows.items() for p in row["problems"]]
-    # one of each op, and the one whose source is not known
-    compiled = {name.rpartition(" | ")[0] for name in rows}
-    assert {name.partition(" | ")[0] for name in compiled} == set(OPS) and variants[-1] in compiled
+    assert any(name.startswith(variants[-1]) for name in rows)
     assert not problems, "\n" + "\n".join(problems)
     assert not any(r["stack"] or r["local"] for r in table["rows"].values())
     assert {name.rpartition(" | ")[0] for name in table["rows"]} == set(variants), f"other variants; {REMAKE}"
