@@ -1,6 +1,6 @@
 """The benchmark of the data path, with few and small images.
 
-Covers: every way that runs here makes batches of views, in a process, stopped between its turns; items of both
+Covers: every way that runs here makes batches of views; two in processes, stopped between their turns; items of both
 baselines; the crop boxes of the one by hand; training on batches that arrive; which ways are compared.
 """
 
@@ -25,16 +25,29 @@ def setting(tmp_path_factory) -> Setting:
     return Setting(DataConfig(train=folder, threads=1), (48, 64), 3, 1)
 
 
-def test_every_way_makes_batches_in_turns(setting):
-    rows: dict[str, dict] = {way: {} for way in HERE}
+@pytest.mark.parametrize("way", HERE)
+def test_every_way_makes_batches(way, setting, monkeypatch):
+    # this process keeps its cores
+    monkeypatch.setattr(loader, "limit_cores", lambda count: count)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    loading = Loading(way, "views", setting, 1)
+    try:
+        assert loading.built["images"] == 6
+        assert len(loading.turn(1, 2)["samples_ms"]) == 1 and len(loading.epochs(2)["rss_mb"]) == 2
+    finally:
+        loading.close()
+
+
+def test_ways_take_turns_in_processes(setting):
+    rows: dict[str, dict] = {way: {} for way in ("ours-held", "dataloader")}
     with Turns(rows, pause=True) as turns:
-        for way in HERE:
+        for way in rows:
             turns.start(way, Loading, way, "views", setting, 1)
         turns.run(2, 1, 2)
         turns.add("epochs", 2)
     for way, row in rows.items():
         assert "error" not in row, (way, row)
-        assert len(row["samples_ms"]) == 2 and row["images"] == 6 and len(row["rss_mb"]) == 2
+        assert len(row["samples_ms"]) == 2 and row["cores"] == 1 and len(row["rss_mb"]) == 2
 
 
 @pytest.mark.parametrize("kind", [Photos, TorchvisionPhotos])

@@ -41,16 +41,17 @@ def by_pillow(image, region, box, flip, size):
 CROPS = [
     ((32, 32), (3, 5, 19, 21), None),
     ((33, 57), (0, 0, 33, 57), None),
-    ((90, 41), (7, 0, 80, 41), None),
+    ((45, 41), (7, 0, 36, 41), None),
     ((1, 1), (0, 0, 1, 1), None),
     ((24, 40), (0, 0, 24, 40), None),
-    ((50, 70), (0, 0, 50, 70), (3.3, 4.75, 47.1, 66.2)),
-    ((130, 6), (1, 1, 129, 3), None),
+    ((30, 50), (0, 0, 30, 50), (3.3, 4.75, 27.1, 46.2)),
+    ((60, 6), (1, 1, 59, 3), None),
 ]
 
 
-@pytest.mark.parametrize("size", [(24, 40), (33, 7)])
-def test_the_bytes_of_pillow(size, path):
+def test_the_bytes_of_pillow(path):
+    # several tiles, none of them whole but the first
+    size = (9, 33)
     pixels, images, starts = held([shape for shape, _, _ in CROPS])
     rows, wanted = [], []
     for i, (image, start, (shape, region, box)) in enumerate(zip(images, starts, CROPS, strict=True)):
