@@ -69,11 +69,11 @@ def run_case(
     rows: Tensor | None = None,
     batch: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Outputs of a provider, then the gradients of every argument that wants one, of a fixed upstream.
+    """Outputs of a provider, then the gradients of every argument that wants one, of a fixed upstream of each output.
 
     Args:
         provider: its name, or a function of `args`.
-        rows: indices of the rows to return; the upstream is zero elsewhere. None: all.
+        rows: indices of the rows to return; the upstreams are zero elsewhere. None: all.
         batch: with `rows`, how many rows `args` have; None: `args` have these rows only.
     """
     function = case.providers[provider] if isinstance(provider, str) else provider
@@ -84,15 +84,15 @@ def run_case(
     at = None
     if rows is not None and batch is not None:
         at = torch.cat([rows + batch * view for view in range(case.views)])
-    first = outs[0]
+    whole = outs
     outs = tuple(o.detach() if at is None else o.detach()[at] for o in outs)
     if not (case.backward and leaves):
         return outs
-    upstream = _upstream(outs[0].shape, first.dtype, first.device)
+    upstreams = [_upstream(o.shape, o.dtype, o.device, i) for i, o in enumerate(outs)]
     if at is not None:
-        upstream = torch.zeros_like(first).index_copy_(0, at, upstream)
+        upstreams = [torch.zeros_like(o).index_copy_(0, at, g) for o, g in zip(whole, upstreams, strict=True)]
     # a bias of keys cancels: torch sends noise, the kernel zero; `allow_unused` for none at all
-    grads = torch.autograd.grad(first, [args[i] for i in leaves], upstream, allow_unused=True)
+    grads = torch.autograd.grad(whole, [args[i] for i in leaves], upstreams, allow_unused=True)
     picked = [
         g if at is None or i not in case.row_dims else g.index_select(case.row_dims[i], rows)  # type: ignore[arg-type]
         for i, g in zip(leaves, grads, strict=True)
@@ -101,10 +101,10 @@ def run_case(
     return (*outs, *picked)
 
 
-@functools.lru_cache(maxsize=1)
-def _upstream(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # made once: on a GPU it took longer than several of the ops that are timed
-    return torch.linspace(-1, 1, shape.numel(), device=device).view(shape).to(dtype)
+@functools.lru_cache(maxsize=2)
+def _upstream(shape: torch.Size, dtype: torch.dtype, device: torch.device, which: int) -> Tensor:
+    # made once: on a GPU it took longer than several of the ops that are timed; not the same for two outputs
+    return torch.linspace(-1, 1 + which, shape.numel(), device=device).view(shape).to(dtype)
 
 
 class _Check:

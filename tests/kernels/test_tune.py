@@ -1,7 +1,8 @@
 """The check that every implementation passes before its time counts.
 
-Covers: right, rounded, wrong in the first, a middle and the last row, in a gradient only, NaN, runs that differ, an
-output that is not written, spilled registers; rows of two views; the shapes of a training step.
+Covers: right, rounded, wrong in the first, a middle and the last row, in a gradient only, in the gradient of a second
+output, NaN, runs that differ, an output that is not written, spilled registers; rows of two views; the shapes of a
+training step.
 """
 
 from __future__ import annotations
@@ -28,6 +29,18 @@ def wrong_in(row):
         return torch.cat([out[:row], 1.01 * out[row : row + 1], out[row + 1 :]])
 
     return run
+
+
+class _Swapped(torch.autograd.Function):
+    """(2 x, 3 x), each with the other's gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2, x * 3
+
+    @staticmethod
+    def backward(ctx, first, second):
+        return 3 * first + 2 * second
 
 
 class _WrongGradient(torch.autograd.Function):
@@ -114,6 +127,13 @@ def test_rows_of_two_views():
     assert fault(lambda x: torch.cat([x, 3 * x]), c) == ""
     # the second view's last row
     assert fault(lambda x: torch.cat([x, wrong_in(ROWS - 1)(x) * 1.5]), c)
+
+
+def test_gradients_of_every_output_are_compared():
+    c = case(providers={"reference": lambda x: (x * 2, x * 3)})
+    assert fault(c.providers["reference"], c) == ""
+    assert "wrong gradient" in fault(_Swapped.apply, c)
+    assert "wrong gradient" in fault(lambda x: (x * 2, x.detach() * 3 + 0 * x), c)
 
 
 @pytest.mark.parametrize("op", OPS)
