@@ -189,12 +189,14 @@ def main(argv: list[str]) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises UsageError for an option that is not above 0."""
+    """Raises UsageError for an option that is not above 0, or otherwise out of its range."""
     for name in ("batch", "images", "utilization", "gbit", "kilobytes", "per_core", "storage"):
         if getattr(args, name) <= 0:
             raise UsageError(
                 f"--{name.replace('_', '-')}: expected a number above 0, got {getattr(args, name)}"
             )
+    if args.batch < 64:
+        raise UsageError(f"--batch: expected at least an image for each of 64 GPUs, got {args.batch}")
     if args.utilization > 1 or args.latency < 0 or min(args.ports) < 1:
         raise UsageError(
             f"--utilization: expected at most 1, --latency: at least 0, --ports: at least 1, got {args.utilization}, "

@@ -137,6 +137,8 @@ def watch(command: list[str], out: Path, images: list[Path]) -> dict[str, Any]:
                 process.wait()
     if process.returncode not in (0, Preempted.exit_code):
         raise UsageError(f"soak: the run ended with code {process.returncode}: {log.read_text()[-600:]}")
+    if len(samples) < 3:
+        raise UsageError(f"soak: the run ended after {len(samples)} readings; use more --steps")
     records = read_log(out / "log.jsonl")
     kinds = {kind: sum(r["kind"] == kind for r in records) for kind in ("train", "eval", "warning")}
     last = [r for r in records if r["kind"] == "train"][-1]
@@ -179,9 +181,9 @@ KINDS = ("rss_mb", "threads", "descriptors")
 
 
 def windows(samples: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """Lowest, middle and highest reading of each of `WINDOWS` parts of the run."""
+    """Lowest, middle and highest reading of each of `WINDOWS` parts of the run, or of as many as it has readings."""
     rows = []
-    for part in np.array_split(np.arange(len(samples)), WINDOWS):
+    for part in np.array_split(np.arange(len(samples)), min(WINDOWS, len(samples))):
         some = [samples[i] for i in part]
         row: dict[str, Any] = {"key": f"steps {some[0]['step']} to {some[-1]['step']}", "readings": len(some)}
         for kind in KINDS:

@@ -88,11 +88,11 @@ class _Case(Benchmark):
     def run(self, provider):
         with torch.set_grad_enabled(self.case.backward):
             out = self.case.providers[provider](*self.args)
-        out = out[0] if isinstance(out, tuple) else out
+        outs = out if isinstance(out, tuple) else (out,)
         leaves = [x for x in self.args if isinstance(x, torch.Tensor) and x.requires_grad]
         if self.case.backward and leaves:
-            torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
-        return out.detach()
+            torch.autograd.grad(outs, leaves, [torch.ones_like(x) for x in outs], allow_unused=True)
+        return outs[-1].detach()
 
     def compare(self):
         # the runner allows 0.01: here of the largest value

@@ -118,7 +118,9 @@ def test_models():
         assert size.student - size.teacher == pytest.approx(2 * 256 * 4096, rel=0.01)
 
 
-@pytest.mark.parametrize("words", ["--batch 0", "--utilization 1.5", "--ports 0", "--latency -1"])
+@pytest.mark.parametrize(
+    "words", ["--batch 0", "--batch 63", "--utilization 1.5", "--ports 0", "--latency -1"]
+)
 def test_options(words):
     with pytest.raises(UsageError, match=words.split()[0]):
         cluster.main(words.split())

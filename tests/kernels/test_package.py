@@ -129,7 +129,11 @@ def test_the_benchmark_script(hub, monkeypatch):
     assert set(classes) == set(OPS) - {"adamw_ema"}
     assert all(c.__module__ == "benchmark_module" for c in classes.values())
     kernel = sys.modules.get(metadata(variant)["id"]) or load(variant)
-    for op, workload in (("short_attention", "n7"), ("sample_views", "drop_path_3")):
+    for op, workload in (
+        ("short_attention", "n7"),
+        ("sample_views", "drop_path_3"),
+        ("residual_norm", "3x7"),
+    ):
         assert hasattr(classes[op], f"verify_{workload}")
         run = classes[op]()
         run.kernel = kernel
