@@ -10,6 +10,7 @@ memory than a block has.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -60,11 +61,16 @@ def specialize(launch: _launch.Launch) -> tuple[dict[str, str], dict[str, object
     return types, constants, aligned
 
 
+@functools.cache
+def _variants(op: str) -> dict[str, _launch.Launch]:
+    return spec(op).variants()
+
+
 def _source(op: str, name: str) -> tuple[Any, dict[str, Any]]:
     """What Triton compiles for a variant, and its options."""
     import triton
 
-    launch = spec(op).variants()[name]
+    launch = _variants(op)[name]
     names = launch.kernel.arg_names
     types, constants, aligned = specialize(launch)
     source = triton.compiler.ASTSource(
@@ -154,7 +160,7 @@ def compile_all(
         known: "op | variant" -> `source_key` of what need not be compiled again. Variants with another key are
             compiled for one of the architectures each, in turns.
     """
-    variants = [(op, name) for op in ops for name in spec(op).variants()]
+    variants = [(op, name) for op in ops for name in _variants(op)]
     if known is None:
         tasks = [(*v, arch) for v in variants for arch in architectures]
     else:
