@@ -304,7 +304,7 @@ class Stepping:
         built, before = time.perf_counter(), memory_mb(self.device)
         self.stepper.step(first)
         loss = self.stepper.loss()
-        self.built = {
+        self.built: dict[str, Any] = {
             "attention": dict(zip(("student", "teacher"), self.stepper.attention, strict=True)),
             "build_s": built - began,
             "first_step_s": time.perf_counter() - built,
