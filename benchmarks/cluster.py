@@ -4,8 +4,9 @@ python -m benchmarks cluster
 python -m benchmarks cluster --images 128 --ports 1 --utilization 0.35
 
 No figure is measured on a GPU. Parameters and FLOPs are counted from the model; what a process sends is checked in
-`tests/benchmarks/test_cluster.py` against the bytes on the sockets of four (DDP) and two (FSDP2) processes. Bandwidths and peak are
-the published ones of an H100 SXM in a node of eight; utilization, latency and the size of an image are options.
+`tests/benchmarks/test_cluster.py` against the bytes on the sockets of four (DDP) and two (FSDP2) processes. Bandwidths
+and peak are the published ones of an H100 SXM in a node of eight; utilization, latency and the size of an image are
+options.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import functools
 import importlib
 import itertools
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
