@@ -48,7 +48,7 @@ from extrema_fast.data.image_files import ImageFiles, are_cropped, load_image
 from extrema_fast.data.preprocess import CROP_PCT, Resizing
 from extrema_fast.distributed import World, pick_device
 from extrema_fast.errors import NonFiniteError, UsageError, install
-from extrema_fast.evaluation.features import cap, extract, labelled, raw_pixels
+from extrema_fast.evaluation.features import cap, extract, labeled, raw_pixels
 from extrema_fast.evaluation.probes import knn
 from extrema_fast.files import read_json, write_file
 from extrema_fast.models.layers import whiten_kernel
@@ -151,8 +151,8 @@ class Ring:
         self.source = open_train(cfg)
         test = open_test(cfg, self.source)
         if test is None:
-            raise UsageError("data.test: the race needs labelled test images; give --data.test after --")
-        self.test = cap(labelled(self.source, test), args.max_test, 0)
+            raise UsageError("data.test: the race needs labeled test images; give --data.test after --")
+        self.test = cap(labeled(self.source, test), args.max_test, 0)
         self.bank = cap(self.source, args.max_train, 0)
         whole = are_cropped(ImageFiles(self.source, cfg.data), cfg.model.img_size)
         self.resizing = Resizing(1.0 if whole else CROP_PCT)

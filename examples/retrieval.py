@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> float:
     found = extrema_fast.search(query, index.folder, k=args.k, out=out / "found.png")
 
     # in class folders, the class is the folder's name
-    same = [n["label"] == Path(one["query"]).parent.name for one in found for n in one["neighbours"]]
+    same = [n["label"] == Path(one["query"]).parent.name for one in found for n in one["neighbors"]]
     share = sum(same) / len(same)
     print(f"{share:.1%} of the {len(same)} images found are of their query's class; see {out / 'found.png'}")
     return share

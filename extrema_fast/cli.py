@@ -613,8 +613,8 @@ _CROP_PCT = "the encoder's size in resized images (the weights'; 1: already crop
 def _evaluation(p: _Parser, args: list[str], metrics: Sequence[str]) -> None:
     p.add("path", metavar="RUN_OR_WEIGHTS", help="run folder, weights folder or released .pth")
     p.add("--data", metavar="DIR", help="folder with train/ and test/ or val/; default: the run's")
-    p.add("--train", metavar="DIR", help="labelled images to learn from")
-    p.add("--test", metavar="DIR", help="labelled images to test on")
+    p.add("--train", metavar="DIR", help="labeled images to learn from")
+    p.add("--test", metavar="DIR", help="labeled images to test on")
     p.add("--out", metavar="FILE", help="JSON result; default in a run: reports/evaluation.json")
     p.add("--which", choices=("teacher", "student"), default="teacher")
     p.add("--max-train", type=int, default=0, metavar="N", help="use N training images (0: all)")

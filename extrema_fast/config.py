@@ -152,7 +152,7 @@ class DataConfig:
     """`photos` or `synthetic` (built in), a folder of classes, a flat folder, a list file, a manifest, tar
     shards, zip archives or Arrow and Parquet tables (file, folder or pattern), or a mixture (TOML)."""
     test: str = ""
-    """Labelled images for k-NN and probe; empty: the built-in test half, those of `holdout`, or no evaluation."""
+    """Labeled images for k-NN and probe; empty: the built-in test half, those of `holdout`, or no evaluation."""
     holdout: float = 0.0
     """Share of the training images that are kept as test images instead, chosen by their names; 0: none."""
     policy: Literal["spatial", "spatial+color", "centercrop"] = "spatial+color"
@@ -789,7 +789,7 @@ def _scaled_warmup(base: Config, data: dict[str, Any]) -> dict[str, Any]:
         return data
     scaled = warmup * epochs / base.train.epochs
     log.warning(
-        "train.epochs %d leaves no room for %g epochs of warm-up: optim.warmup_epochs is %g, the same share of the run",
+        "train.epochs %d is no longer than the warm-up of %g: optim.warmup_epochs is %g now, the same share of the run",
         epochs, warmup, scaled,
     )  # fmt: skip
     return data | {"optim": optim | {"warmup_epochs": scaled}}

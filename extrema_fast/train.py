@@ -387,7 +387,7 @@ def _next_command(cfg: Config, source: ImageSource) -> str:
             f"{python}"
         )
     return (
-        f"next: extrema-fast embed IMAGES FEATURES --weights {out} (for search), or with labelled images in "
+        f"next: extrema-fast embed IMAGES FEATURES --weights {out} (for search), or with labeled images in "
         f"FOLDER/train and FOLDER/test extrema-fast evaluate {out} --data FOLDER{python}"
     )
 

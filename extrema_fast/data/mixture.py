@@ -199,16 +199,16 @@ def _join_labels(
     name: str, sources: list[ImageSource], blocks: list[ImageSource]
 ) -> tuple[Tensor | None, list[str]]:
     """Labels and classes where all sources have them, as numbers or as names; None and a warning elsewhere."""
-    unlabelled = [s for s in sources if s.labels is None]
+    unlabeled = [s for s in sources if s.labels is None]
     kinds = {all(c.isdecimal() for c in s.classes): s for s in sources}
     why = ""
-    if len(unlabelled) < len(sources) and unlabelled:
-        why = f"no labels in {unlabelled[0].name}"
+    if len(unlabeled) < len(sources) and unlabeled:
+        why = f"no labels in {unlabeled[0].name}"
     elif len(kinds) > 1:
         why = f"classes are numbers in {kinds[True].name} and names in {kinds[False].name}"
     if why:
         log.warning("%s: %s; the mixture has no labels", name, why)
-    if why or unlabelled:
+    if why or unlabeled:
         return None, []
     union = set().union(*(s.classes for s in sources))
     classes = sources[0].classes if set(sources[0].classes) == union else number_classes(sorted(union))[1]

@@ -1,4 +1,4 @@
-"""What fine-tuning does to labelled crops: RandAugment and random erasing on the CPU, mixup and cutmix on the device.
+"""What fine-tuning does to labeled crops: RandAugment and random erasing on the CPU, mixup and cutmix on the device.
 
 All of it is keyed by (seed, row, epoch), so that a run resumes exactly and any number of processes mixes the same
 images. timm's classes for mixup, cutmix and erasing draw from the generators of the process, once for a batch; their

@@ -23,7 +23,7 @@ from ..data.sources import ImageSource, open_source, subset
 from ..distributed import pick_device
 from ..errors import UsageError, counted
 from .collapse import collapse_warnings
-from .features import Features, content_hash, extract, labelled, load_batch, overlap, raw_pixels
+from .features import Features, content_hash, extract, labeled, load_batch, overlap, raw_pixels
 from .probes import accuracy, attention_entropy, indicators, knn_predictions
 from .protocols import Probed, few_labels, probe
 from .result import (
@@ -107,7 +107,7 @@ def evaluate(
         A dict of plain data with rows (encoder, feature, knn and probe as shares), gain over random init, `per_class`
         of the first row and seed, indicators, warnings, counts, and the settings; for `grid` and `logistic` the rate
         or C that was `chosen` for each seed and the accuracy (`validation`) it was chosen by; for `labels` the rows
-        taken (`labelled`). The file also has a key over weights, images and settings, and the same call again returns
+        taken (`labeled`). The file also has a key over weights, images and settings, and the same call again returns
         what is in it.
 
     Raises:
@@ -150,7 +150,7 @@ def evaluate(
         bank = open_source(train, "train", limit=max_train, seed=seed, holdout=rest)
         queries = open_source(test, "test", limit=max_test, seed=seed, holdout=held)
         lacking = _classes_without(queries, bank)
-        queries = labelled(bank, queries)
+        queries = labeled(bank, queries)
         bank, queries = (read_as(s, encoder.in_chans) for s in (bank, queries))
     except UsageError as error:
         if unnamed and "does not exist" in str(error):
@@ -283,7 +283,7 @@ def evaluate(
         },
         "per_class": classes,
         **(
-            {"labelled": {"of": available, "rows": [" ".join(map(str, t.tolist())) for t in left]}}
+            {"labeled": {"of": available, "rows": [" ".join(map(str, t.tolist())) for t in left]}}
             if taken
             else {}
         ),

@@ -141,7 +141,7 @@ def cap(source: ImageSource, limit: int, seed: int) -> ImageSource:
     return subset(source, rng.permutation(len(source), seed=seed, epoch=0)[:limit].sort().values)
 
 
-def labelled(train: ImageSource, test: ImageSource) -> ImageSource:
+def labeled(train: ImageSource, test: ImageSource) -> ImageSource:
     """`test` with labels numbered as in `train`; UsageError without labels or for unknown classes."""
     for name, source in (("training", train), ("test", test)):
         if source.labels is None:

@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..models.extrema import ExtreMA, alone
 from ..models.masking import sample_views
 from ..ops import dispatch as ops
-from .features import Embedded, cap, extract, labelled, load_batch
+from .features import Embedded, cap, extract, labeled, load_batch
 from .probes import attention_entropy, indicators, knn
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def online_eval(
         known = shown
         both = [s for s in (train_source, test_source) if s is not None and s.labels is not None]
         if len(both) == 2:
-            labels = labelled(both[0], test).labels
+            labels = labeled(both[0], test).labels
             compared = cap(both[0], cfg.eval.max_train, seed)
             bank = extract(method.teacher, compared, cfg.data, **args)
             known = Embedded(subset(compared, bank.rows), bank.cls)

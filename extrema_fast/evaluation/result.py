@@ -77,7 +77,7 @@ _RESULT = {
     "images?": _IMAGES,
     "protocol?": str,
     "labels?": str,
-    "labelled?": {"of": int, "rows": [str]},
+    "labeled?": {"of": int, "rows": [str]},
     "seed?": int,
     "seeds?": int,
     "per_class?": {
@@ -280,7 +280,7 @@ def format_table(result: dict[str, Any]) -> str:
     for feature, gain in result["gain"].items():
         lines.append(line("gain over random init", feature, *(f"{100 * gain[m]:+.1f}   " for m in named)))
     counts, step = result["counts"], "" if result["step"] is None else f" of step {result['step']:,}"
-    few = result.get("labelled")
+    few = result.get("labeled")
     of = f" (of {few['of']:,}, labels {result.get('labels', '')})" if few else ""
     lines += [
         "",

@@ -65,7 +65,7 @@ log = logging.getLogger(__name__)
 
 
 def _without_stats(pool: Callable) -> Callable:
-    # the plain forms normalise the tokens themselves, so they neither take nor give statistics
+    # the plain forms normalize the tokens themselves, so they neither take nor give statistics
     def run(tokens, cls, weights, heads, eps, *, stats=None, return_weights=False):
         out, p = pool(tokens, cls, weights, heads, eps)
         return out, p if return_weights else None, None

@@ -16,7 +16,7 @@ from ..files import read_text, write_file
 from ..progress import duration
 from .figures import Series, line_chart
 from .record import Record, RunRecord, all_options, curve, identity, read_run, seconds
-from .report import _row, render
+from .report import render, row_of
 
 # twice the colors of a chart: full and dashed lines
 MOST = 12
@@ -161,7 +161,7 @@ def _results(run: RunRecord) -> Record:
     losses = [r["loss"] for r in run.train if r.get("loss") is not None]
     speeds = [r["images_per_s"] for r in run.train if r.get("images_per_s")]
     spent = seconds(run.train)[-1:]
-    row, random = (_row(run.result, encoder, CLS) for encoder in (PRETRAINED, RANDOM))
+    row, random = (row_of(run.result, encoder, CLS) for encoder in (PRETRAINED, RANDOM))
     memory = [r["memory_gb"] for r in run.train if r.get("memory_gb")]
     return {
         "state": str(run.status.get("state", "unknown")),

@@ -413,17 +413,17 @@ def neighbors(
         small(load_batch(s, cfg, size, len(s), resizing=resizing)) if len(s) else np.zeros((0, *size, 3))
         for s in (asked, nearest)
     )
-    labelled = asked.labels is not None and bank.source.labels is not None
+    labeled = asked.labels is not None and bank.source.labels is not None
 
     def name(labels: Tensor | None, i: int) -> str:
-        return bank.source.classes[int(labels[i])] if labelled and labels is not None else ""
+        return bank.source.classes[int(labels[i])] if labeled and labels is not None else ""
 
     rows, right = [], 0
     for i in range(count):
         row = []
         for j in range(near.indices.shape[1]):
             other = name(nearest.labels, i * near.indices.shape[1] + j)
-            same = other == name(asked.labels, i) if labelled else None
+            same = other == name(asked.labels, i) if labeled else None
             right += bool(same)
             image = photo_uri(found[i * near.indices.shape[1] + j])
             found_row = {"row": int(near.indices[i, j]), "image": image, "name": other, "same": same}
@@ -435,7 +435,7 @@ def neighbors(
         "rows": rows,
         "searched": len(bank.cls) - itself,
         "right": right,
-        "total": len(nearest) if labelled else 0,
+        "total": len(nearest) if labeled else 0,
         "others": bool(itself),
         "size": left.shape[1:3],
         "pixelated": max(left.shape[1:3]) <= LOSSLESS_SIDE,
@@ -492,7 +492,7 @@ def embedding_map(test: Embedded, place: Callable[[Tensor], Tensor] | None = Non
     return {
         "groups": groups,
         "others": len(rest),
-        "labelled": test.source.labels is not None,
+        "labeled": test.source.labels is not None,
         "shares": shares,
         "rows": rows.tolist(),
         "places": places,

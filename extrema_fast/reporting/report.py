@@ -129,7 +129,7 @@ MADE_WITH_PICTURES = b'<img alt="" src="data:'
 # ---- the top of the page ---------------------------------------------------------------------------
 
 
-def _row(result: Record, encoder: str, feature: str) -> Record:
+def row_of(result: Record, encoder: str, feature: str) -> Record:
     return next((r for r in result.get("rows", []) if (r["encoder"], r["feature"]) == (encoder, feature)), {})
 
 
@@ -167,9 +167,9 @@ def _cards(run: RunRecord) -> list[Record]:
     if found := run.classified:
         top5 = "" if found["top5"] is None else f"{percent(found['top5'])} among the first five"
         card("test accuracy", percent(found["accuracy"]), f"{found['images']:,} test images", top5)
-    pixels = _row(result, PIXELS, "pixels")
+    pixels = row_of(result, PIXELS, "pixels")
     for key, title in (("knn", "k-NN accuracy"), ("probe", "linear probe accuracy")):
-        ours, start = _row(result, PRETRAINED, CLS).get(key), _row(result, RANDOM, CLS).get(key)
+        ours, start = row_of(result, PRETRAINED, CLS).get(key), row_of(result, RANDOM, CLS).get(key)
         base, second = "random init", f"raw pixels {percent(pixels.get(key))}"
         if ours is None and key == "knn":
             known = {r["step"]: r["knn_cls"] for r in run.evals if r.get("knn_cls") is not None}
@@ -212,7 +212,7 @@ def _learning(run: RunRecord) -> list[Record]:
         Series(MEAN, curve(run, "eval", "knn_mean"), 1),
         level(f"{CLS}, {_beginning(run)}", first.get("knn_cls"), 0),
         level(f"{MEAN}, {_beginning(run)}", first.get("knn_mean"), 1),
-        level(f"{PIXELS} (final evaluation)", _row(result, PIXELS, "pixels").get("knn"), 5),
+        level(f"{PIXELS} (final evaluation)", row_of(result, PIXELS, "pixels").get("knn"), 5),
     ]
     points = curve(run, "train", "loss")
     loss = [Series("training loss", points, 0)]

@@ -65,7 +65,7 @@ def search(
         force: replace a file `out` that is no earlier picture.
 
     Returns:
-        Per query a dict with its path as "query", and "neighbours", a list of {"path", "label", "row", "score"}, best
+        Per query a dict with its path as "query", and "neighbors", a list of {"path", "label", "row", "score"}, best
         first.
 
     Raises:
@@ -107,7 +107,7 @@ def search(
     result = [
         {
             "query": name,
-            "neighbours": [
+            "neighbors": [
                 {"path": rows[p].path, "label": rows[p].label, "row": rows[p].row, "score": round(s, 6)}
                 for s, p in zip(found_scores, found_places, strict=True)
             ],
@@ -261,11 +261,11 @@ def _draw(
 
     def tiles() -> Iterator[list[Tile]]:
         for i, one in enumerate(result[:SHEET_QUERIES]):
-            data = _bytes(source, own[1].row) if own is not None else _bytes(images, i)
+            data = read_bytes(source, own[1].row) if own is not None else read_bytes(images, i)
             line = [Tile(data, "query", os.path.basename(one["query"]))]
-            for found in one["neighbours"]:
+            for found in one["neighbors"]:
                 name = found["label"] or os.path.basename(found["path"])
-                line.append(Tile(_bytes(source, found["row"]), f"{found['score']:.3f}", name))
+                line.append(Tile(read_bytes(source, found["row"]), f"{found['score']:.3f}", name))
             yield line
 
     write_sheet(out, list(tiles()), exif=exif)
@@ -285,7 +285,7 @@ def _index_images(embeddings: Embeddings) -> ImageSource | None:
     return source
 
 
-def _bytes(source: ImageSource | None, row: int) -> bytes | None:
+def read_bytes(source: ImageSource | None, row: int) -> bytes | None:
     try:
         return None if source is None else source.read(row)
     except OSError:
@@ -297,8 +297,8 @@ def format_table(result: list[dict[str, Any]]) -> str:
     lines: list[str] = []
     for one in result:
         lines += ["", one["query"]] if lines else [one["query"]]
-        width = max(len(n["label"]) for n in one["neighbours"])
-        for n in one["neighbours"]:
+        width = max(len(n["label"]) for n in one["neighbors"])
+        for n in one["neighbors"]:
             label = f"{n['label']:<{width}}  " if width else ""
             lines.append(f"  {n['score']:+.4f}  {label}{n['path']}")
     return "\n".join(lines)

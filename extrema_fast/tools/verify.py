@@ -197,7 +197,7 @@ def reason(error: BaseException) -> str:
     """An error in one line, without the address of an object in it."""
     text = " ".join(str(error).split())[:200]
     unnamed = "cannot identify image file" in text
-    return "not recognised" if unnamed else text.strip(" '\"") or type(error).__name__
+    return "not recognized" if unnamed else text.strip(" '\"") or type(error).__name__
 
 
 # ---- decoders -------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from ..reporting.figures import PATCH_PICTURES, Table, patch_table
 from ..reporting.patches import Patches, compress, flat_tokens, pca_colors, read_patches, salient
 from ..reporting.report import render
 from ..weights.load import load_encoder
-from .search import SIDE, Tile, _bytes, is_image_file, write_sheet
+from .search import SIDE, Tile, is_image_file, read_bytes, write_sheet
 
 log = logging.getLogger(__name__)
 
@@ -438,9 +438,9 @@ def _set_pictures(
         shown_ = page["neighbors"] = figures.neighbors(encoder, found, found, cfg, size=size)
         lines = []
         for row in shown_["rows"]:
-            line = [Tile(_bytes(found.source, row["row"]), "query", _name(found.source, row))]
+            line = [Tile(read_bytes(found.source, row["row"]), "query", _name(found.source, row))]
             line += [
-                Tile(_bytes(found.source, n["row"]), f"{n['cosine']:.3f}", _name(found.source, n))
+                Tile(read_bytes(found.source, n["row"]), f"{n['cosine']:.3f}", _name(found.source, n))
                 for n in row["near"]
             ]
             lines.append(line)

@@ -574,7 +574,7 @@ def origin(run: Run) -> str:
     parts = "".join(f"\n  {part:<16} {what}" for part, what in run.began_from.items() if part != "weights")
     rests = run.schedule.warmup_steps // 2 if run.has_fresh_pooling else 0
     rest = (
-        f"\n  the trunk rests for {counted(rests, 'step')}, while pooling and heads are trained"
+        f"\n  the trunk is frozen for {counted(rests, 'step')}, while pooling and heads are trained"
         if rests
         else ""
     )

@@ -198,7 +198,7 @@ def begin(run: Run, overwrite: bool) -> None:
     method.follow()
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """Images of one forward and backward pass, with labels and random parameters, all on the device."""
 
     images: Tensor
@@ -211,14 +211,14 @@ class Labelled(NamedTuple):
     """[L, 2, b] drop-path factors; None without"""
 
 
-def draw(cfg: FinetuneConfig, known: Tensor, images: Tensor, index: Tensor, epoch: int) -> list[Labelled]:
+def draw(cfg: FinetuneConfig, known: Tensor, images: Tensor, index: Tensor, epoch: int) -> list[Labeled]:
     """The micro-batches of one process's images, as `draw.draw` makes them; known: [n] labels of all rows."""
     keys = {"seed": cfg.train.seed, "epoch": epoch}
     size = len(index) // cfg.train.accumulation
     rows, labels = (x.to(images.device, non_blocking=images.is_cuda) for x in (index, known[index]))
     parts = (x.split(size) for x in (images, rows, labels))
     return [
-        Labelled(
+        Labeled(
             some_images,
             some_labels,
             mix_params(some, cfg.tune.mixup, cfg.tune.cutmix, cfg.model.img_size, **keys),
@@ -235,7 +235,7 @@ def batches(run: Run, loader: Iterable[Batch]) -> Iterator[Batch]:
     return prefetch(augmented(loader, cfg), partial(draw, cfg, labels), run.world.device)
 
 
-def gradients(run: Run, micro_batches: list[Labelled]) -> Tensor:
+def gradients(run: Run, micro_batches: list[Labeled]) -> Tensor:
     """Adds the gradients of all micro-batches; returns the loss, a detached scalar."""
     cfg, count = cast(FinetuneConfig, run.cfg), len(micro_batches)
     data, classes = cfg.data, len(run.source.classes)

@@ -37,7 +37,7 @@ _RESULT = {
     "interpolation?": str,
     "protocol?": str,
     "labels?": str,
-    "labelled?": {"of": int},
+    "labeled?": {"of": int},
     "seed?": int,
     "seeds?": int,
     "which": str,
@@ -194,8 +194,8 @@ def _evaluations(folder: Path, meta: Mapping[str, Any], which: str | None) -> li
             out[k] = _short(r[k]) + (f" ({n + 1})" if n else "")
         if "labels" in r:
             out["labels"] = _short(r["labels"])
-        if "labelled" in r:
-            out["labelled"] = {"of": r["labelled"]["of"]}
+        if "labeled" in r:
+            out["labeled"] = {"of": r["labeled"]["of"]}
         kept.append(out)
     return kept
 
@@ -546,7 +546,7 @@ def _results(record: Mapping[str, Any]) -> str:
         how = [_title(result, "probe")] if result.get("protocol", "paper") != "paper" else []
         how = [_plain(word) for word in how + _words(result, results)]
         told = f" ({'; '.join(how)})" if how else ""
-        of = f" (of {result['labelled']['of']:,})" if "labelled" in result else ""
+        of = f" (of {result['labeled']['of']:,})" if "labeled" in result else ""
         spread = " ±: standard deviation over the seeds." if "seeds" in result else ""
         parts += [
             f"Frozen features on {test}{told}: {counts['train']:,} labeled "

@@ -79,7 +79,7 @@ def test_a_window_of_all_shards_shuffles_like_global():
     # the mean place of a shard's rows, over 60 epochs: 99.5 with a spread of 57.7 / sqrt(60 * 25) = 1.5
     means = places.reshape(60, 8, 25).mean((0, 2))
     assert np.abs(means - 99.5).max() < 8
-    # neighbours in the table are as far apart as any two: 200 / 3
+    # neighbors in the table are as far apart as any two: 200 / 3
     apart = np.abs(np.diff(places, axis=1)).mean()
     assert abs(apart - 200 / 3) < 4
 

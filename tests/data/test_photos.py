@@ -185,7 +185,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
         write_synthetic()
 
 
-def test_synthetic_is_a_labelled_color_set(cache):
+def test_synthetic_is_a_labeled_color_set(cache):
     train, test = open_source("synthetic"), open_source("synthetic", "test")
     assert train.classes == test.classes == list(TEXTURES)
     assert train.labels.bincount().tolist() == [24] * 4 and test.labels.bincount().tolist() == [12] * 4

@@ -1,4 +1,4 @@
-"""Augmentation of labelled crops.
+"""Augmentation of labeled crops.
 
 Covers: mixup and cutmix (distribution of lam, boxes, labels, keyed by row alone), soft labels as timm's, random
 erasing, RandAugment as timm's with the same generators, which leaves those of the process alone.

@@ -67,7 +67,7 @@ def test_two_equal_one(pretrain, tmp_path, loss, accumulation, begun):
     if accumulation == 2 and loss == "infonce":
         flags += ["--head.queue", "12"]
     if begun:
-        # the trunk rests for one of six steps
+        # the trunk is frozen for one of six steps
         torch.save(foreign_vit(tiny(tmp_path, RUN).model), tmp_path / "vit.pth")
         flags += ["--init-from", str(tmp_path / "vit.pth"), "--optim.warmup-epochs", "1"]
     codes, text, one = pretrain("one", *flags)
@@ -80,7 +80,7 @@ def test_two_equal_one(pretrain, tmp_path, loss, accumulation, begun):
     # one process writes and prints
     assert len(history(two / "log.jsonl", "train", STEPS)) == STEPS and text.count("complete: 6 steps") == 1
     assert (two / "log.jsonl").read_text().count('"kind": "train"') == STEPS
-    assert text.count("the trunk rests for 1 step,") == text.count("left out         class token") == begun
+    assert text.count("the trunk is frozen for 1 step,") == text.count("left out         class token") == begun
 
 
 def test_process_0_evaluates_heads_with_batch_norm_alone(pretrain):

@@ -200,8 +200,8 @@ def test_few_labels_over_seeds_have_a_file_and_a_table(run, monkeypatch, capsys)
     result = evals.evaluate(run, labels=0.25, seeds=3, protocol="grid", device="cpu")
     files = sorted(p.name for p in (run / "reports").iterdir())
     assert files == [f"evaluation-{result['key']}.json", "evaluation.json"] and is_result(result)
-    assert result["counts"]["train"] == 9 and result["labelled"]["of"] == 36
-    rows = [list(map(int, r.split())) for r in result["labelled"]["rows"]]
+    assert result["counts"]["train"] == 9 and result["labeled"]["of"] == 36
+    rows = [list(map(int, r.split())) for r in result["labeled"]["rows"]]
     assert len(rows) == 3 and rows[0] != rows[1]
     assert all([sum(12 * c <= i < 12 * (c + 1) for i in r) for c in range(3)] == [3, 3, 3] for r in rows)
     assert [(r["encoder"], r["feature"]) for r in result["rows"][:3]] == [

@@ -177,7 +177,7 @@ MODES: dict[str, list[dict]] = {
     "infonce": [{"head": {"loss": "infonce"}}],
     "clipped": [{"optim": {"clip_grad": 0.1}}],
     "recomputed": [BF16, {"train": {"recompute": "norm"}}],
-    "no colour": [{"data": {"policy": "spatial"}}],
+    "no color": [{"data": {"policy": "spatial"}}],
     "lamb": [{"optim": {"name": "lamb"}}],
     "lars": [{"optim": {"name": "lars"}}],
     "triton": [BF16, {"system": {"backend": "triton"}}],

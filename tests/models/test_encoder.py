@@ -134,7 +134,7 @@ def test_building_with_a_seed_touches_no_other_generator():
     assert not torch.equal(a.cls_token, other.cls_token)
 
 
-def test_initialisation():
+def test_initialization():
     config = ModelConfig(img_size=(32, 32), patch_size=8, width=64, depth=2, heads=1, layer_scale=0.25)
     encoder = build_encoder(config, seed=0)
 

@@ -50,7 +50,7 @@ def test_a_run_that_is_stopped_and_continued(mode, run_cli, tmp_path):
         torch.save(foreign_vit(smoke().model), tmp_path / "vit.pth")
         args += ["--init-from", tmp_path / "vit.pth"]
     (code,), text = run_cli(*args, setup=STOP)
-    assert ("the trunk rests for 1 step," in text) == begun, text
+    assert ("the trunk is frozen for 1 step," in text) == begun, text
     assert code > 0 and state(out)[1] == 6, text
     # after three plain steps
     assert ("step recorded" in text) == (mode == "graph"), text

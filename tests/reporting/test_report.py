@@ -82,12 +82,10 @@ class Reader(HTMLParser):
         named = dict(attrs)
         if tag == "button":
             self.buttons.append(named["popovertarget"])
-            self.labelled = bool(named["aria-label"].strip())
+            self.labeled = bool(named["aria-label"].strip())
         if tag == "img" or named.get("role") == "img":
             self.pictures += 1
-            said = (
-                named.get("alt") or named.get("aria-label") or (self.open[-1] == "button" and self.labelled)
-            )
+            said = named.get("alt") or named.get("aria-label") or (self.open[-1] == "button" and self.labeled)
             self.described += bool(said)
         assert not any(k.startswith("on") for k, _ in attrs)
 
@@ -468,7 +466,7 @@ def test_report_of_a_fine_tuning(cache, tmp_path):
     assert "tune.layer_decay" in page.text and "head.loss" not in page.text
 
 
-def test_report_without_pictures_and_of_unlabelled_images(images, cache, tmp_path, no_charts):
+def test_report_without_pictures_and_of_unlabeled_images(images, cache, tmp_path, no_charts):
     cfg = config(images)
     flat = str(images / "test" / "dark")
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, train=flat, test=flat))
@@ -504,7 +502,7 @@ def test_what_evaluate_would_refuse_is_not_advised(images, cache, tmp_path, no_c
     if not lacking:
         assert note.startswith("Not evaluated yet")
         return
-    assert f"no {lacking}: with labelled images" in note
+    assert f"no {lacking}: with labeled images" in note
     assert "evaluate RUN --data FOLDER" in text
     with pytest.raises(UsageError):
         evals.evaluate(folder, device="cpu")

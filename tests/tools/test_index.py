@@ -145,7 +145,7 @@ def test_everything_that_is_no_image(tmp_path, out):
         "d.jpg": "cannot be read: gone",
         "e.jpg": "cannot be read: not a plain file",
         "f.png": "empty: 0 bytes",
-        "g.jpg": "broken header: not recognised",
+        "g.jpg": "broken header: not recognized",
     }
     source = manifest_source(out)
     assert sorted(os.fsencode(os.path.basename(p)) for p in source.paths) == sorted(names)

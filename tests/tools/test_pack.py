@@ -189,7 +189,7 @@ def test_odd_images_are_packed_as_the_loaders_see_them(odd_images):
             with Image.open(io.BytesIO(image.data)) as im:
                 got = np.asarray((ImageOps.exif_transpose(im) if exif else im).convert("RGB")).astype(int)
             assert got.shape == wanted.shape, path.name
-            # a dithered palette has colours that JPEG halves the resolution of
+            # a dithered palette has colors that JPEG halves the resolution of
             assert abs(got - wanted).mean() < (20 if "palette" in path.name else 2), path.name
 
 

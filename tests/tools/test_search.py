@@ -110,11 +110,11 @@ def test_image_file(made, tmp_path):
     copy = tmp_path / "copy.png"
     shutil.copy(made / "images" / "bee" / "07.png", copy)
     (found,) = search(copy, made / "index", k=3)
-    assert found["query"] == str(copy) and len(found["neighbours"]) == 3
-    first = found["neighbours"][0]
+    assert found["query"] == str(copy) and len(found["neighbors"]) == 3
+    first = found["neighbors"][0]
     assert first["path"] == str(made / "images/bee/07.png") and first["label"] == "bee" and first["row"] == 10
     assert first["score"] == pytest.approx(1, abs=1e-5)
-    scores = [n["score"] for n in found["neighbours"]]
+    scores = [n["score"] for n in found["neighbors"]]
     assert scores == sorted(scores, reverse=True) and scores[1] < 0.9999
 
 
@@ -125,8 +125,8 @@ def test_path_of_the_index(made, tmp_path, monkeypatch):
     (found,) = search(path, made / "index", k=12)
     (from_file,) = search(copy, made / "index", k=13)
     # its own features, less itself
-    assert [n["row"] for n in found["neighbours"]] == [n["row"] for n in from_file["neighbours"][1:]]
-    for a, b in zip(found["neighbours"], from_file["neighbours"][1:], strict=True):
+    assert [n["row"] for n in found["neighbors"]] == [n["row"] for n in from_file["neighbors"][1:]]
+    for a, b in zip(found["neighbors"], from_file["neighbors"][1:], strict=True):
         assert a["score"] == pytest.approx(b["score"], abs=1e-5)
     monkeypatch.chdir(made / "images")
     assert search("bee/07.png", made / "index", k=12) == [found]
@@ -138,31 +138,31 @@ def test_path_among_equal_images(tmp_path, made):
         shutil.copy(made / "images/ape/00.png", tmp_path / "i" / f"{i}.png")
     embed(str(tmp_path / "i"), tmp_path / "f", made / "weights", **SMALL)
     (found,) = search(tmp_path / "i" / "4.png", tmp_path / "f", k=2)
-    assert [n["row"] for n in found["neighbours"]] == [0, 1]
+    assert [n["row"] for n in found["neighbors"]] == [0, 1]
     (found,) = search(tmp_path / "i" / "1.png", tmp_path / "f", k=4)
-    assert [n["row"] for n in found["neighbours"]] == [0, 2, 3, 4]
+    assert [n["row"] for n in found["neighbors"]] == [0, 2, 3, 4]
 
 
 def test_folder_of_queries(made, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(made / "images", copy)
     found = search(copy, made / "index", k=1)
-    assert [f["neighbours"][0]["row"] for f in found] == list(range(13))
-    assert all(f["neighbours"][0]["score"] == pytest.approx(1, abs=1e-5) for f in found)
+    assert [f["neighbors"][0]["row"] for f in found] == list(range(13))
+    assert all(f["neighbors"][0]["score"] == pytest.approx(1, abs=1e-5) for f in found)
     table = format_table(found)
     assert table.count("+1.0000  ape  ") == 7 and table.splitlines()[0] == str(copy / "ape/00.png")
     # none of those in the index is its own neighbor, of a folder as alone
     names = [str(path) for path in sorted((made / "images/ape").iterdir())]
     alone = [search(name, made / "index", k=3)[0] for name in names]
     assert search(made / "images/ape", made / "index", k=3) == alone
-    assert all(i not in [n["row"] for n in one["neighbours"]] for i, one in enumerate(alone))
+    assert all(i not in [n["row"] for n in one["neighbors"]] for i, one in enumerate(alone))
     # one of them, and one that is new
     shutil.move(copy / "ape/00.png", tmp_path / "new.png")
     (tmp_path / "two.tsv").write_text(f"{names[4]}\n{tmp_path / 'new.png'}\n")
     mixed = search(tmp_path / "two.tsv", made / "index", k=2)
-    first = [one["neighbours"][0]["row"] for one in mixed]
-    assert first == [alone[4]["neighbours"][0]["row"], 0]
-    assert {len(one["neighbours"]) for one in mixed} == {2}
+    first = [one["neighbors"][0]["row"] for one in mixed]
+    assert first == [alone[4]["neighbors"][0]["row"], 0]
+    assert {len(one["neighbors"]) for one in mixed} == {2}
 
 
 def test_means_and_short_types(made, tmp_path):
@@ -170,7 +170,7 @@ def test_means_and_short_types(made, tmp_path):
         embed(str(made / "images"), tmp_path / f"{i}", made / "weights", **options, **SMALL)
         shutil.copytree(made / "images/ape", tmp_path / "ape", dirs_exist_ok=True)
         found = search(tmp_path / "ape", tmp_path / f"{i}", k=1)
-        assert [f["neighbours"][0]["row"] for f in found] == list(range(7))
+        assert [f["neighbors"][0]["row"] for f in found] == list(range(7))
 
 
 # ---- refused --------------------------------------------------------------------------------------
@@ -207,9 +207,9 @@ def test_weights_gone_moved_or_others(moving):
     with pytest.raises(UsageError, match=r"the weights of this index are gone; .*--weights PATH"):
         search(query, moving / "index", k=2)
     found = search(query, moving / "index", k=2, weights=moving / "elsewhere")
-    assert found[0]["neighbours"][0]["row"] == 0
+    assert found[0]["neighbors"][0]["row"] == 0
     # an image of the index needs none
-    assert len(search(moving / "images/ape/00.png", moving / "index", k=2)[0]["neighbours"]) == 2
+    assert len(search(moving / "images/ape/00.png", moving / "index", k=2)[0]["neighbors"]) == 2
     random_weights(moving / "weights", 2)
     with pytest.raises(UsageError, match=r"other weights .* than those of the index"):
         search(query, moving / "index", k=2)
@@ -224,9 +224,9 @@ def test_k(made, k):
 def test_k_of_foreign_queries(made, tmp_path, monkeypatch):
     shutil.copy(made / "images/ape/00.png", tmp_path / "q.png")
     # nobody has to know how many images an index has
-    assert len(search(tmp_path / "q.png", made / "index")[0]["neighbours"]) == 10
+    assert len(search(tmp_path / "q.png", made / "index")[0]["neighbors"]) == 10
     monkeypatch.setattr(sys.modules["extrema_fast.tools.search"], "NEIGHBORS", 14)
-    assert len(search(tmp_path / "q.png", made / "index")[0]["neighbours"]) == 13
+    assert len(search(tmp_path / "q.png", made / "index")[0]["neighbors"]) == 13
     with pytest.raises(UsageError, match="--k: expected 1 to 13, "):
         search(tmp_path / "q.png", made / "index", k=14)
 
@@ -252,8 +252,8 @@ def tile(sheet, line: int, column: int):
     return np.asarray(sheet.convert("RGB").crop((x, y, x + SIDE, y + SIDE)))
 
 
-def colours(folder: Path) -> list[str]:
-    """Six images of one colour each."""
+def colors(folder: Path) -> list[str]:
+    """Six images of one color each."""
     folder.mkdir()
     paths = []
     for i in range(6):
@@ -263,14 +263,14 @@ def colours(folder: Path) -> list[str]:
 
 
 def test_sheet_shows_query_and_found(made, tmp_path):
-    paths = colours(tmp_path / "i")
+    paths = colors(tmp_path / "i")
     embed(str(tmp_path / "i"), tmp_path / "f", made / "weights", **SMALL)
     found = search(tmp_path / "i", tmp_path / "f", k=3, out=tmp_path / "new" / "sheet.png")
     with Image.open(tmp_path / "new" / "sheet.png") as sheet:
         sheet.load()
     assert sheet.width == 2 * MARGIN + 4 * (SIDE + GAP)
     for line, one in enumerate(found):
-        for column, path in enumerate([paths[line], *(n["path"] for n in one["neighbours"])]):
+        for column, path in enumerate([paths[line], *(n["path"] for n in one["neighbors"])]):
             i = int(Path(path).stem)
             assert (tile(sheet, line, column)[SIDE // 2, SIDE // 2] == (40 * i, 255 - 40 * i, 128)).all()
     # something is written under each
@@ -310,7 +310,7 @@ def test_images_that_cannot_be_shown(moving, caplog, change):
     else:
         os.remove(moving / "images/ape/02.png")
     found = search(query, moving / "index", k=13, out=moving / "sheet.png")
-    assert len(found[0]["neighbours"]) == 13
+    assert len(found[0]["neighbors"]) == 13
     assert "cannot be shown" in caplog.text or "have changed" in caplog.text
     with Image.open(moving / "sheet.png") as sheet:
         assert len(np.unique(tile(sheet, 0, 0))) > 10 and len(np.unique(tile(sheet, 0, 1))) == 3
@@ -342,5 +342,5 @@ def test_command(made, capsys, tmp_path):
     assert lines[0] == query and len(lines) == 3 and lines[1].split()[1] in ("ape", "bee")
     assert main([*args, "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
-    assert found["query"] == query and lines[1].endswith(found["neighbours"][0]["path"])
+    assert found["query"] == query and lines[1].endswith(found["neighbors"][0]["path"])
     assert main([*args, "--k", "0"]) == 2 and "--k: expected 1 to 12" in capsys.readouterr().err

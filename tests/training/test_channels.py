@@ -129,7 +129,7 @@ def test_embed_and_search(made, stacks, tmp_path):
     embed(str(stacks), tmp_path / "index", made[1], progress=False)
     copy = shutil.copy(stacks / "b/3.npy", tmp_path / "query.npy")
     (found,) = search(copy, tmp_path / "index", k=1, out=tmp_path / "sheet.png")
-    assert found["neighbours"][0]["path"].endswith("b/3.npy") and found["neighbours"][0]["score"] > 0.9999
+    assert found["neighbors"][0]["path"].endswith("b/3.npy") and found["neighbors"][0]["score"] > 0.9999
     tile = np.asarray(Image.open(tmp_path / "sheet.png"))[16:160, 16:160]
     assert tile.std() > 20 and (tile[..., 0] != tile[..., 1]).any()
     np.save(tmp_path / "four.npy", np.load(copy)[..., :4])

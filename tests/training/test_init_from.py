@@ -1,6 +1,6 @@
 """A run that begins from the trunk of another project's vision transformer.
 
-Covers: what is printed and recorded; the trunk rests while pooling and heads warm up; stopped and continued is
+Covers: what is printed and recorded; the trunk is frozen while pooling and heads warm up; stopped and continued is
 bit-equal; the weights it saves keep a learned table; a dry run begins as the run does. (Two processes:
 tests/dist/test_two_processes.py.)
 """
@@ -53,7 +53,7 @@ def test_a_run_from_a_trunk(tmp_path, monkeypatch, capsys, file, stop):
     said = capsys.readouterr().out
     assert (
         "begins from" in said
-        and said.count("the trunk rests for 3 steps") == 1
+        and said.count("the trunk is frozen for 3 steps") == 1
         and "predictor        fresh" in said
     )
     env = json.loads((straight / "env.json").read_text())

@@ -2,7 +2,7 @@
 
 Covers: the loop against the released order of a step, written out; accumulation equals the whole batch (both
 losses); a non-finite step moves nothing, by either gate, and too many end the run; signals; logs,
-evaluations, warnings, unlabelled images; precision, compile, dry run; counters, torn log, progress lines,
+evaluations, warnings, unlabeled images; precision, compile, dry run; counters, torn log, progress lines,
 FLOPs; processes and devices.
 """
 
@@ -317,7 +317,7 @@ def test_log_and_evaluations(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("holdout", [0.0, 0.3])
-def test_unlabelled_images_have_indicators_only(tmp_path, holdout, caplog, capsys):
+def test_unlabeled_images_have_indicators_only(tmp_path, holdout, caplog, capsys):
     flat = tmp_path / "flat"
     flat.mkdir()
     for i, path in enumerate(open_source("synthetic").paths[:16]):

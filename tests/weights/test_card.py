@@ -189,7 +189,7 @@ def kept(run, name: str, knn: float, **changes: object) -> None:
 def test_evaluations_by_different_rules_are_told_apart(run, tmp_path):
     own = json.loads((run / "reports" / "evaluation.json").read_text())
     seeds = {"rows": [own["rows"][0] | {"spread": {"knn": 0.01, "probe": 0.02}}], "seeds": 3}
-    few = {"labels": "0.1", "labelled": {"of": 900, "rows": ["1 2", "3 4"]}}
+    few = {"labels": "0.1", "labeled": {"of": 900, "rows": ["1 2", "3 4"]}}
     image = {"crop_pct": 0.875, "interpolation": "bilinear"}
     for name, knn, change in (
         ("-0", 0.1, {"protocol": "grid"} | image),
