@@ -261,7 +261,7 @@ def empty(shape: tuple[int, ...] | torch.Size, like: Tensor, dtype: torch.dtype 
 def constants(values: Sequence[float], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """These numbers on a device; filled there, since a copy from the CPU waits and no CUDA graph holds one."""
     if torch.device(device).type == "cpu":
-        return torch.tensor(values, dtype=dtype)
+        return torch.tensor(values, dtype=dtype, device="cpu")
     return torch.cat([torch.full((1,), v, dtype=dtype, device=device) for v in values])
 
 

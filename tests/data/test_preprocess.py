@@ -167,3 +167,12 @@ def test_numbers_that_cannot_be(options, words):
     assert torch.equal(
         resize_crop(image, (16, 16), "bicubic", 1.0), wanted[0].round().clamp(0, 255).byte().permute(1, 2, 0)
     )
+
+
+def test_another_default_device():
+    apply = create_encoder(NAME, depth=1).preprocess()
+    pixels = picture(300, 400)
+    # as torch.set_default_device does in a script
+    with torch.device("meta"):
+        found = apply(pixels)
+    assert torch.equal(found, apply(pixels))
