@@ -1,7 +1,7 @@
-"""The configuration: frozen dataclasses, presets as functions, and the checks of and between fields.
+"""The configuration: frozen dataclasses, presets as functions, and validation.
 
-Precedence on the command line: defaults < preset < `--config` file < dotted flags. The docstring under a field is its
-help text. What follows from the configuration alone (kept tokens, grid, peak learning rate) is defined here, once.
+Precedence on the command line: defaults < preset < `--config` file < dotted flags. The docstring below a field is its
+help text. Values that depend only on the configuration (kept tokens, grid, peak learning rate) are computed here.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .files import read_text
 
 log = logging.getLogger(__name__)
 
-# backends of self-attention by name; `extrema_fast.ops.attention` says what each is and needs
+# self-attention backends; `extrema_fast.ops.attention` describes each and its requirements
 Attention = Literal[
     "auto", "sdpa", "flash", "efficient", "cudnn", "math", "xformers", "short", "matmul", "reference"
 ]
 Size = Literal["tiny", "small", "base", "large", "huge", "giant"]
 
-# width, depth, heads: ViT-Ti/S/B/L/H of the literature, and DINOv2's ViT-g, whose heads are 64 wide
+# (width, depth, heads) of the standard ViT-Ti/S/B/L/H, and of DINOv2's ViT-g, whose heads are 64 wide
 SIZES: dict[Size, tuple[int, int, int]] = {
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
@@ -44,11 +44,11 @@ SIZES: dict[Size, tuple[int, int, int]] = {
 }
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
-# mean and standard deviation of pixels: ImageNet's, CIFAR-10's
+# pixel mean and standard deviation of ImageNet and CIFAR-10
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
-# sizes of the encoders by their names, which say the patch size
+# encoder name -> size; the name also gives the patch size
 MODELS: dict[str, Size] = {
     f"extrema_vit_{size}_patch{14 if size in ('huge', 'giant') else 16}_224": size for size in SIZES
 }
@@ -56,25 +56,25 @@ MODELS: dict[str, Size] = {
 # far above any vision transformer
 MAX_PARAMETERS = 100_000_000_000
 MAX_PATCHES = 1 << 20
-# of a layer of the heads
+# hidden and output units of the heads
 MAX_UNITS = 1 << 20
 MAX_THREADS = 1024
 MAX_CHANS = 16
-# Pillow's own limit: what it calls a decompression bomb
+# Pillow's default: more pixels count as a decompression bomb
 MAX_PIXELS = 178_956_970
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """`"; did you mean 'x'?"`, or the list of what is known when nothing is near."""
+    """`"; did you mean 'x'?"`, or the known words if none is similar."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
 
 
 def near_options(option: str, known: Iterable[str]) -> list[str]:
-    """What an unknown option may mean, of `known`; `-` and `_` are the same.
+    """The options in `known` that an unknown option may stand for; `-` and `_` are equivalent.
 
-    Those of its name in other groups; else those with it as a word, as `lr` is one of `optim.base_lr`; else one that
-    differs by a letter or two.
+    In order of preference: options of the same name in other groups; options whose name contains it as a word, such as
+    `optim.base_lr` for `lr`; the most similar name.
     """
     names = {k.lstrip("-").replace("_", "-"): k for k in known}
     option = option.lstrip("-").replace("_", "-")
@@ -93,19 +93,20 @@ def _unknown_option(option: str, cfg: Config) -> UsageError:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Sorted names of the encoders that match a shell pattern."""
+    """Returns the encoder names that match a shell pattern, sorted."""
     return sorted(fnmatch.filter(MODELS, pattern))
 
 
 def model_name(size: Size) -> str:
-    """The name of the encoder of a size."""
+    """The encoder name of a size."""
     return next(name for name, of in MODELS.items() if of == size)
 
 
 def keep_count(num_patches: int, mask_ratio: float) -> int:
-    """Kept tokens per view, `int(N (1 - r))` in float64 as the released code truncates it.
+    """Kept tokens per view, `int(N * (1 - r))` in float64, truncated as in the released code.
 
-    Not always the exact floor: N = 100, r = 0.8 gives 19. Give `mask.keep` to choose directly.
+    Rounding can make this one less than the exact floor: N = 100, r = 0.8 gives 19. Set `mask.keep` to choose the
+    number directly.
     """
     return int(num_patches * (1 - mask_ratio))
 
@@ -146,60 +147,67 @@ def _share(section: str, cfg: Any, *names: str) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from and how a crop is made (paper section 3.3)."""
+    """Image sources, cropping and augmentation (paper section 3.3)."""
 
     train: str = "photos"
-    """`photos` or `synthetic` (built in), a folder of classes, a flat folder, a list file, a manifest, tar
-    shards, zip archives or Arrow and Parquet tables (file, folder or pattern), or a mixture (TOML)."""
+    """Training images: `photos` or `synthetic` (built in), a folder of class folders, a flat folder, a list file, a
+    manifest, tar shards, zip archives, Arrow or Parquet tables (a file, folder or pattern), or a mixture (TOML)."""
     test: str = ""
-    """Labeled images for k-NN and probe; empty: the built-in test half, those of `holdout`, or no evaluation."""
+    """Labeled images for k-NN and the linear probe. If empty: the test split of a built-in set, the images set aside by
+    `holdout`, or no evaluation."""
     holdout: float = 0.0
-    """Share of the training images that are kept as test images instead, chosen by their names; 0: none."""
+    """Fraction of the training images to set aside as test images, chosen by a hash of their names; 0 sets none
+    aside."""
     policy: Literal["spatial", "spatial+color", "centercrop"] = "spatial+color"
-    """Random crop and flip; `+color` jitters student's and teacher's version separately."""
+    """`spatial`: random crop and flip; `spatial+color`: also color jitter and grayscale, separate for student and
+    teacher; `centercrop`: only resize and center crop."""
     crop: Literal["shared", "separate"] = "shared"
-    """One crop of an image for student and teacher, or a `separate` one for each (paper, Table 4: two pictures)."""
+    """`shared`: student and teacher see the same crop of an image; `separate`: each gets its own (paper, Table 4: two
+    pictures)."""
     area: tuple[float, float] = (0.2, 1.0)
-    """Smallest and largest area of a crop, as a share of the image."""
+    """Minimum and maximum crop area, as fractions of the image area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest aspect ratio of a crop, log-uniform."""
+    """Minimum and maximum aspect ratio of a crop, sampled log-uniformly."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """Strength of color jitter: brightness, contrast, saturation, hue."""
+    """Color jitter strength: brightness, contrast, saturation, hue."""
     jitter_prob: float = 0.8
     """Probability of color jitter."""
     gray_prob: float = 0.2
-    """Probability of grayscale."""
+    """Probability of conversion to grayscale."""
     mean: tuple[float, ...] = IMAGENET[0]
-    """Mean of the pixels in 0..1, subtracted: one value, or one per channel. Of channels other than RGB: those of
-    the manifest, or measured at the start of the run."""
+    """Pixel mean to subtract, on the scale 0 to 1: one value, or one per channel. For images other than gray and RGB
+    the default is taken from the manifest, or measured when the run starts."""
     std: tuple[float, ...] = IMAGENET[1]
-    """Standard deviation of the pixels, divided by; as `mean`."""
+    """Pixel standard deviation to divide by; same format and defaults as `mean`."""
     exif: bool = False
-    """Rotate by the EXIF tag (off as in the paper's pipeline)."""
+    """Rotate images by their EXIF orientation (off, as in the paper's pipeline)."""
     loader: Literal["auto", "dali", "pil"] = "auto"
-    """`auto`: DALI where it is installed, else PIL."""
+    """Image decoder; `auto` uses DALI if it is installed and can read the images, otherwise PIL."""
     threads: int = 0
-    """Decoding threads per process; 0: the cores shared by the processes of this machine, at most 16."""
+    """Decoding threads per process; 0 divides the machine's cores among its processes, up to 16 each."""
     hw_decoder_load: float = 0.65
-    """Share of the JPEG images that a GPU's hardware decoder takes, where it has one and DALI decodes there."""
+    """Fraction of JPEG images sent to the GPU's hardware decoder, if it has one and DALI decodes on the GPU."""
     resident: Literal["auto", "gpu", "host", "off"] = "auto"
-    """Hold the training images decoded, in the memory of the GPU or of the CPU; `auto`: on a GPU, where they fit."""
+    """Keep the decoded training images in GPU memory (`gpu`) or CPU memory (`host`). `auto`: only for training on a
+    GPU, if they fit."""
     order: Literal["global", "shards"] = "global"
-    """`global`: all rows shuffled; `shards`: tar shards shuffled, their rows within a moving window of shards."""
+    """`global` shuffles all rows; `shards` shuffles tar shards, and rows within a moving window of shards, so that
+    reads stay local."""
     window: int = 16
-    """Shards whose rows mix with `order` shards; as many as there are: the same as `global`."""
+    """Number of shards whose rows are mixed by `--data.order shards`. With all shards the shuffle is as good as
+    `global`."""
     range: tuple[float, ...] = (0.0, 0.0)
-    """Values that are black and white in images of more than 8 bits, of all channels or of each in turn. 0 0: those
-    of the manifest, else 0 to 65535 and, for floats, 0 to 1."""
+    """Pixel values that map to black and white in images with more than 8 bits: one pair, or one pair per channel. 0 0
+    uses the manifest's range, or else 0 to 65535 for integers and 0 to 1 for floats."""
     max_pixels: int = MAX_PIXELS
-    """Images of more pixels count as unreadable (default: Pillow's limit)."""
+    """Treat images with more pixels than this as unreadable (default: Pillow's limit)."""
     bad_budget: float = 1e-4
-    """Share of the rows that may be unreadable before the run stops; at least one row, and one in fifty up to ten;
-    0: none."""
+    """Stop the run when more than this fraction of the images cannot be read. One image is always allowed, and in small
+    sets one in fifty, up to ten images; 0 allows none."""
     limit: int = 0
-    """Use only the first N images of a keyed shuffle of the training set (0: all)."""
+    """Train on a random subset of N images, fixed by the seed; 0 uses all."""
 
     def __post_init__(self) -> None:
         lo, hi = self.area
@@ -241,52 +249,52 @@ class MaskConfig:
     """Which tokens the student sees (paper section 3.1)."""
 
     ratio: float = 0.8
-    """Share of the tokens that each view drops."""
+    """Fraction of the tokens that each view drops."""
     views: int = 5
-    """Views per image."""
+    """Number of views per image."""
     mode: Literal["disjoint", "independent"] = "disjoint"
-    """`disjoint`: no token is in two views of an image; `independent`: each view is drawn separately."""
+    """`disjoint`: the views of an image share no tokens; `independent`: each view is sampled separately."""
     keep: int = 0
-    """Kept tokens per view; 0: int(N (1 - ratio)) of N."""
+    """Number of tokens kept per view; 0 keeps int(N * (1 - ratio)) of N."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.ratio < 1, f"mask.ratio: expected 0 <= ratio < 1, got {self.ratio}")
         _at_least("mask", self, views=1, keep=0)
 
     def num_keep(self, num_patches: int) -> int:
-        """Kept tokens per view for an image of `num_patches` tokens."""
+        """Number of tokens kept per view of an image with `num_patches` tokens."""
         return self.keep or keep_count(num_patches, self.ratio)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The encoder (paper section 3.2): a ViT trunk and class-attention pooling."""
+    """The encoder: a ViT trunk and class-attention pooling (paper section 3.2)."""
 
     size: Size = "base"
     """Width, depth and heads of ViT-Ti, -S, -B, -L, -H or -g."""
     img_size: tuple[int, int] = (224, 224)
-    """Height and width in pixels; multiples of the patch size."""
+    """Image height and width in pixels; multiples of the patch size."""
     patch_size: int = 16
-    """Side of a patch in pixels; huge and giant are usual with 14."""
+    """Patch side in pixels; huge and giant models usually use 14."""
     in_chans: int = 3
-    """Channels, 1 to 16: 3 (RGB), 1 (gray), or as many as the TIFF or .npy files have."""
+    """Number of channels, 1 to 16: 3 for RGB, 1 for gray, or as many as the TIFF or .npy files have."""
     width: int = 0
-    """Width of the tokens; 0: from the size."""
+    """Token width; 0 uses the width of `size`."""
     depth: int = 0
-    """Trunk blocks; 0: from the size."""
+    """Number of trunk blocks; 0 uses the depth of `size`."""
     heads: int = 0
-    """Attention heads; 0: width / 64."""
+    """Number of attention heads; 0 uses the heads of `size`, or width / 64 if `width` is set."""
     mlp_ratio: float = 4.0
-    """Hidden units of an MLP per unit of width."""
+    """Ratio of MLP hidden units to token width."""
     pool_depth: int = 2
-    """Class-attention blocks."""
+    """Number of class-attention blocks."""
     layer_scale: float = 0.1
-    """Initial layer scale of the class-attention blocks (not 0, which makes the pooled output constant)."""
+    """Initial layer scale of the class-attention blocks. Must not be 0, which makes the pooled output constant."""
     patch_init: Literal["xavier", "whitened"] = "xavier"
-    """Initial patch kernel: `xavier` (the paper's), or `whitened`, that times what gives the directions of natural
-    patches about equal variance (`models.layers.whiten_kernel`). For short runs of small encoders on color images."""
+    """Initial patch kernel: `xavier` (as in the paper), or `whitened`, which also gives the principal directions of
+    natural image patches about equal variance. Try it for short runs of small encoders on color images."""
     drop_path: float = 0.1
-    """Drop-path rate of the student's last trunk block; rises linearly from 0 at the first."""
+    """Drop-path rate of the student's last trunk block; the rate rises linearly from 0 at the first."""
 
     def __post_init__(self) -> None:
         _at_least("model", self, width=0, depth=0, heads=0, patch_size=1, pool_depth=1)
@@ -312,7 +320,7 @@ class ModelConfig:
         )
         _require(0 <= self.drop_path < 1, f"model.drop_path: expected [0, 1), got {self.drop_path}")
         _require(self.layer_scale != 0, "model.layer_scale: 0 makes the pooled output constant; try 0.1")
-        # configurations come from other people's files, too: an absurd one is an error before it allocates anything
+        # configurations may come from untrusted files: reject absurd sizes before anything is allocated
         layers = depth + self.pool_depth
         block = width * (4 * width + 2 * int(width * self.mlp_ratio))
         count = layers * block + width * self.in_chans * self.patch_size**2
@@ -329,24 +337,24 @@ class ModelConfig:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(width, depth, heads) after the size's defaults."""
+        """(width, depth, heads), with the defaults of the size filled in."""
         width, depth, heads = SIZES[self.size]
         width, depth = self.width or width, self.depth or depth
         return width, depth, self.heads or (max(1, width // 64) if self.width else heads)
 
     @property
     def read_chans(self) -> int:
-        """Channels of the images that a step gets: gray is computed from RGB."""
+        """Channels of the images that the loader delivers; gray is computed from RGB."""
         return 3 if self.in_chans == 1 else self.in_chans
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches down and across."""
+        """Rows and columns of patches."""
         return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """Tokens of the whole image (the teacher's sequence length)."""
+        """Number of patches in the whole image (the teacher's sequence length)."""
         return self.grid[0] * self.grid[1]
 
 
@@ -355,24 +363,25 @@ class HeadConfig:
     """Projector, predictor and loss (paper section 3.4)."""
 
     loss: Literal["byol", "infonce"] = "byol"
-    """`byol`: squared distance of normalized vectors; `infonce`: contrastive over the batch."""
+    """`byol`: squared distance between normalized vectors; `infonce`: contrastive loss over the batch."""
     temperature: float = 0.2
-    """Of InfoNCE."""
+    """InfoNCE temperature."""
     queue: int = 0
-    """Targets of earlier steps that InfoNCE compares with beside those of the batch (MoCo); 0: none (the paper's).
-    For small batches, among which an image is found too easily."""
+    """Number of targets from earlier steps that InfoNCE uses as extra negatives (MoCo); 0: none, as in the paper.
+    Useful with small batches, which make the contrastive task too easy."""
     targets: Literal["plain", "whitened"] = "plain"
-    """Of BYOL: as they are (the paper's), or `whitened` over the batch, for small batches and short runs."""
+    """BYOL targets: `plain` (as in the paper), or `whitened` over the batch. Try whitening for small batches and short
+    runs."""
     decorrelation: float = 0.0
-    """Weight of squared correlations between dimensions of the student's class token, and of what all class
-    tokens share (`models.extrema.correlation`); 0: none (the paper's). About 0.01 where a run is short and the encoder
-    small."""
+    """Weight of a penalty on correlated dimensions of the student's class token, and on the mean that all class tokens
+    share; 0: none, as in the paper. Try 0.01 to 0.03 for short runs of small encoders."""
     norm: Literal["layer", "batch"] = "layer"
-    """Of the hidden layers: `layer` (the released code's), or `batch`, over the whole batch of all processes."""
+    """Normalization of the heads' hidden layers: `layer` (as in the released code), or `batch`, over the whole batch of
+    all processes."""
     hidden: int = 4096
     """Hidden units of the projector."""
     out: int = 256
-    """Outputs of projector and predictor."""
+    """Output dimension of the projector and the predictor."""
     predictor_hidden: int = 4096
     """Hidden units of the predictor."""
 
@@ -391,12 +400,12 @@ class HeadConfig:
 
     @property
     def whole_batch(self) -> bool:
-        """Whether the loss of an image depends on the targets of all images of the step."""
+        """Whether the loss of an image depends on the targets of all images in the step."""
         return self.loss == "infonce" or self.targets != "plain"
 
     @property
     def at_once(self) -> str:
-        """The option by which all rows of a step must be there at once; empty: none."""
+        """The option that rules out gradient accumulation, since it needs all rows of a step at once; empty: none."""
         return "decorrelation" if self.decorrelation else "norm" if self.norm == "batch" else ""
 
 
@@ -405,23 +414,23 @@ class OptimConfig:
     """Optimizer, learning rate and teacher momentum."""
 
     name: Literal["adamw", "lamb", "lars"] = "adamw"
-    """`lamb` and `lars` scale each layer's step by its norm: for batches of many thousands."""
+    """`lamb` and `lars` scale the update of each layer by its norm; use them for batches of many thousands."""
     base_lr: float = 1.5e-4
-    """Peak learning rate for a batch of 256; the peak used is base_lr * batch_size / 256."""
+    """Peak learning rate for a batch of 256; the actual peak is base_lr * batch_size / 256."""
     min_lr: float = 0.0
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine schedule."""
     warmup_epochs: float = 40.0
-    """Epochs of linear warm-up from 0."""
+    """Epochs of linear learning-rate warm-up from 0."""
     weight_decay: float = 0.1
-    """Of matrices; vectors, class token and positions are not decayed."""
+    """Weight decay of matrices; vectors, the class token and position embeddings have none."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the moments; `lars` takes the first as its momentum."""
+    """Decay rates of the optimizer's moments; `lars` uses the first as momentum."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Term added to the square root of the second moment, for `adamw` and `lamb`."""
     clip_grad: float = 0.0
-    """Largest gradient norm; 0: no clipping, the norm is only logged."""
+    """Maximum gradient norm. 0 disables clipping; the norm is still logged."""
     momentum: float = 0.996
-    """Teacher momentum (EMA) at step 0; rises to 1 on a cosine."""
+    """Teacher (EMA) momentum at step 0; it rises to 1 on a cosine schedule."""
 
     def __post_init__(self) -> None:
         _positive("optim", self, "base_lr", "eps")
@@ -432,32 +441,34 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length, batch and precision of the run."""
+    """Training length, batch size, precision and compilation."""
 
     epochs: int = 300
     """Passes over the training images."""
     batch_size: int = 2048
     """Images per optimizer step, over all processes and micro-batches."""
     accumulation: int = 1
-    """Micro-batches per optimizer step."""
+    """Micro-batches per optimizer step. Raise it when a batch does not fit into memory."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the matmuls; weights, statistics and loss stay fp32. `auto`: bf16 on a GPU and on
-    processors that multiply it in hardware, else fp32."""
+    """Precision of matmuls; weights, statistics and loss stay in fp32. `auto`: bf16 on CUDA GPUs and CPUs with native
+    bf16 arithmetic, otherwise fp32."""
     compile: Literal["auto", "none", "block", "step"] = "auto"
-    """torch.compile of a few trunk blocks at a time (`block`), or of teacher, student and loss as one graph (`step`).
-    `auto`: `block` on a GPU, none on a CPU."""
+    """What torch.compile compiles: a few trunk blocks at a time (`block`), or teacher, student and loss as one graph
+    (`step`). `auto`: `block` on a GPU, `none` on a CPU."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Record the whole step, optimizer and EMA update included, as one CUDA graph and replay it (one process). `auto`:
-    on a GPU, steps that it would compute faster than the CPU launches them."""
+    """Capture the whole step, including the optimizer and the EMA update, as one CUDA graph and replay it (one process
+    only). `auto`: on a GPU, if it computes a step faster than the CPU can launch it."""
     recompute: Literal["auto", "none", "gelu", "norm"] = "auto"
-    """What the backward pass recomputes instead of keeping: `gelu`: GELU outputs, `norm`: these and LayerNorm
-    outputs. `auto`: `norm` on a CPU, nothing on a GPU."""
+    """What the backward pass recomputes instead of storing: GELU outputs (`gelu`), or GELU and LayerNorm outputs
+    (`norm`). `auto`: `norm` on a CPU, `none` on a GPU."""
     fp8: Literal["off", "teacher", "trunk"] = "off"
-    """FP8 matmuls (torchao) in the teacher's trunk, or in both trunks; not recommended, no record yet."""
+    """FP8 matmuls (torchao) in the teacher's trunk, or in both trunks. Not recommended: accuracy has not been
+    measured."""
     seed: int = 0
-    """Of weights, order, crops, colors and masks."""
+    """Random seed of weights, image order, crops, color jitter, masks and drop-path."""
     max_nonfinite: int = 3
-    """Steps in a row with a non-finite loss or gradient before the run stops."""
+    """Stop the run after this many steps in a row with a non-finite loss or gradient; such steps do not change the
+    weights."""
 
     def __post_init__(self) -> None:
         _at_least("train", self, epochs=1, batch_size=1, accumulation=1, max_nonfinite=1)
@@ -466,16 +477,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is saved."""
+    """When checkpoints are saved and which are kept."""
 
     every_epochs: int = 1
-    """Save every N epochs (0: off)."""
+    """Save a checkpoint every N epochs; 0: off. The last step is always saved."""
     every_steps: int = 0
-    """Also save every N steps (0: off)."""
+    """Also save a checkpoint every N steps; 0: off."""
     retain: int = 2
-    """Checkpoints kept (at least 2)."""
+    """Number of recent checkpoints to keep, at least 2."""
     milestone_epochs: int = 0
-    """Keep the weights of every N epochs for good (0: only the last)."""
+    """Keep the weights of every N-th epoch permanently; 0 keeps only those of the retained checkpoints."""
 
     def __post_init__(self) -> None:
         _at_least("ckpt", self, retain=2, every_epochs=0, every_steps=0, milestone_epochs=0)
@@ -483,18 +494,19 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation while training, and the k-NN rule."""
+    """Evaluation during training, and k-NN settings."""
 
     every_epochs: int = 10
-    """k-NN and collapse indicators on held-out images every N epochs, and at both ends (0: off)."""
+    """Compute k-NN accuracy and collapse indicators on held-out images every N epochs, and at the start and end; 0:
+    off."""
     k: int = 20
-    """Neighbors that vote."""
+    """Number of nearest neighbors that vote."""
     temperature: float = 0.07
-    """Of the votes' weights."""
+    """Temperature of the k-NN vote weights."""
     max_train: int = 20000
-    """Images of the training set that k-NN compares with while training."""
+    """Maximum number of training images that k-NN compares against during training."""
     max_test: int = 5000
-    """Test images used while training."""
+    """Maximum number of test images evaluated during training."""
     batch_size: int = 256
     """Images encoded at a time."""
 
@@ -505,15 +517,15 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What is written while training."""
+    """Logging, trackers and the report."""
 
     every_steps: int = 10
-    """A line of metrics every N steps."""
+    """Log metrics every N steps."""
     tracker: str = ""
-    """Where metrics, settings and report go, too: `tensorboard`, `wandb`, `trackio`, `mlflow`, or several with commas
-    between them."""
+    """Experiment trackers that also receive metrics, settings and the report: `tensorboard`, `wandb`, `trackio`,
+    `mlflow`, or several separated by commas."""
     project: str = "extrema-fast"
-    """Of the trackers (an experiment of MLflow); the run is called like its folder."""
+    """Project name in the trackers (the experiment in MLflow); the run is named after its folder."""
     report: bool = True
     """Write reports/report.html when the run is complete."""
 
@@ -525,31 +537,33 @@ class LogConfig:
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """The names in `tracker`, each once."""
+        """The names in `tracker`, without duplicates."""
         return tuple(dict.fromkeys(name for part in self.tracker.split(",") if (name := part.strip())))
 
 
 @dataclass(frozen=True)
 class SystemConfig:
-    """The machine; nothing here changes the mathematics beyond rounding."""
+    """Devices, backends and parallelism; these settings affect results only by rounding."""
 
     device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` (Apple's GPU)."""
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` (Apple GPUs)."""
     threads: int = 0
-    """CPU threads of torch (0: torch's own choice)."""
+    """CPU threads of PyTorch; 0 uses PyTorch's default."""
     backend: str = "auto"
-    """Implementation per op: `auto` (measures on a GPU), `fixed`, one name for all, or `attention_pool=triton,...`."""
+    """Implementation of each op: `auto` (benchmarked on a GPU), `fixed` (no benchmarks), one name for all ops, or a
+    list such as `attention_pool=triton,...`."""
     attention: Attention = "auto"
-    """Self-attention backend; `auto` follows a rule per dtype and number of tokens on a CPU, and measures on a GPU."""
+    """Self-attention backend; `auto` benchmarks them on a GPU, and on a CPU chooses by dtype and number of tokens."""
     attention_teacher: Literal["same", Attention] = "same"
-    """The teacher's, whose sequences are longer; `same`: as `attention`."""
+    """Self-attention backend of the teacher, whose sequences are longer; `same` uses `attention`."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """What each of several processes holds: all of the model (`ddp`), or a part of every weight, moment and average
-    (`fsdp`), for models that one GPU does not hold."""
+    """With several processes: `ddp` replicates the model on each; `fsdp` shards weights, optimizer moments and the EMA,
+    for models too large for one GPU."""
     reduce: Literal["fp32", "bf16"] = "fp32"
-    """In what gradients are summed over processes; `bf16` halves their traffic and rounds them."""
+    """Precision of the gradient reduction across processes; `bf16` halves the traffic at the cost of rounding."""
     deterministic: bool = False
-    """The same bits again on the same hardware: torch's deterministic algorithms, nothing measured or tuned."""
+    """Bitwise reproducible runs on the same hardware: use PyTorch's deterministic algorithms, and skip benchmarking and
+    tuning."""
 
     def __post_init__(self) -> None:
         _at_least("system", self, threads=0)
@@ -558,7 +572,7 @@ class SystemConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One pretraining run."""
+    """Configuration of a pretraining run."""
 
     out: str = "runs/photos"
     """Run folder."""
@@ -576,7 +590,7 @@ class Config:
     def __post_init__(self) -> None:
         n, k, v = self.model.num_patches, self.num_keep, self.mask.views
         if k < 1:
-            # strictly below (n - 1) / n in four digits: the product is truncated
+            # strictly below (n - 1) / n, to four digits, since `keep_count` truncates
             largest = max(0, math.ceil((n - 1) / n * 1e4) - 1) / 1e4
             raise UsageError(
                 f"mask.ratio: {self.mask.ratio} keeps 0 of {n} tokens; use at most {largest}, or set mask.keep"
@@ -611,7 +625,7 @@ class Config:
 
     def _check_channels(self) -> None:
         chans, data = self.model.in_chans, self.data
-        # of RGB images, and not yet settled (`training.resolve.settle_channels`)
+        # RGB defaults, replaced later for other channels (`training.resolve.settle_channels`)
         rgb = (IMAGENET, CIFAR10)
         for i, name in enumerate(("mean", "std")):
             values = getattr(data, name)
@@ -631,7 +645,7 @@ class Config:
 
     @property
     def num_keep(self) -> int:
-        """Kept tokens per view."""
+        """Number of tokens kept per view."""
         return self.mask.num_keep(self.model.num_patches)
 
     @property
@@ -642,28 +656,30 @@ class Config:
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """What fine-tuning trains, and how it is regularized (paper appendix; the recipe of BEiT and MAE)."""
+    """Initial weights and regularization of fine-tuning (paper appendix; the recipe of BEiT and MAE)."""
 
     weights: str = ""
-    """Where the trunk begins: a run, weights, anybody's ViT; `none`: random weights."""
+    """Initial weights of the trunk: a run, a weights folder or file, another project's ViT, or `none` for random
+    weights."""
     which: Literal["student", "teacher"] = "student"
-    """The network of a run that is taken."""
+    """Which network of a pretraining run to start from."""
     pool: Literal["mean", "class"] = "mean"
-    """`mean`: of the patch tokens, with a new norm (the pooling head is left out); `class`: the pooling head."""
+    """`mean`: average the patch tokens and apply a new norm (the pooling head is dropped); `class`: use the pooling
+    head."""
     layer_decay: float = 0.65
-    """Factor of the learning rate from one trunk block to the one before it; 1: none."""
+    """Factor by which the learning rate shrinks from one trunk block to the block before it; 1: no decay."""
     mixup: float = 0.8
-    """Alpha of mixup (0: none); with `cutmix` each image gets one of them, at random."""
+    """Mixup alpha; 0: off. If `cutmix` is on as well, each image gets one of the two, at even odds."""
     cutmix: float = 1.0
-    """Alpha of cutmix (0: none)."""
+    """CutMix alpha; 0: off."""
     smoothing: float = 0.1
     """Label smoothing."""
     rand_augment: str = "rand-m9-mstd0.5-inc1"
-    """RandAugment as timm spells it, which has to be installed; empty: none."""
+    """RandAugment policy in timm's notation (requires timm); empty: none."""
     erasing: float = 0.25
     """Probability of random erasing."""
     ema: float = 0.0
-    """Decay of a moving average of the weights, which is evaluated and loaded by default; 0: none."""
+    """Decay of a moving average of the weights, which is then evaluated, and loaded by default; 0: none."""
 
     def __post_init__(self) -> None:
         _share("tune", self, "mixup", "cutmix", "smoothing", "erasing")
@@ -674,7 +690,7 @@ class TuneConfig:
         _require(0 <= self.ema < 1, f"tune.ema: expected from 0 to below 1, got {self.ema}")
 
 
-# sections of a fine-tuning that are not the defaults of pretraining: it sees whole images, without color jitter
+# sections whose fine-tuning defaults differ from pretraining: whole images, no color jitter
 _TUNE_SECTIONS: dict[str, Callable[[], Any]] = {
     "data": partial(DataConfig, train="", policy="spatial", area=(0.08, 1.0)),
     "mask": partial(MaskConfig, ratio=0.0, views=1),
@@ -684,7 +700,7 @@ _TUNE_SECTIONS: dict[str, Callable[[], Any]] = {
     ),
     "train": partial(TrainConfig, epochs=100, batch_size=1024),
 }
-# options that mean nothing to fine-tuning
+# options that do not apply to fine-tuning
 NOT_TUNED = (
     *(f"mask.{f.name}" for f in dataclasses.fields(MaskConfig)),
     *(f"head.{f.name}" for f in dataclasses.fields(HeadConfig)),
@@ -702,7 +718,7 @@ NOT_TUNED = (
 
 @dataclass(frozen=True)
 class FinetuneConfig(Config):
-    """One fine-tuning; `model` is the architecture of its weights. The defaults are the paper's recipe."""
+    """Configuration of a fine-tuning run; `model` describes the loaded weights. The defaults are the paper's recipe."""
 
     out: str = "runs/finetuned"
     """Run folder."""
@@ -729,7 +745,7 @@ class FinetuneConfig(Config):
 
 
 def local_batch(cfg: Config, world: int) -> int:
-    """Images per process and micro-batch; raises UsageError where the batch does not divide."""
+    """Images per process and micro-batch; raises UsageError if the batch size is not divisible."""
     b, a = cfg.train.batch_size, cfg.train.accumulation
     if b % (world * a):
         over = f"{world} processes x {a} micro-batches" if world > 1 else f"{a} micro-batches"
@@ -740,7 +756,7 @@ def local_batch(cfg: Config, world: int) -> int:
 
 
 def derived(cfg: Config, processes: int = 1) -> dict[str, Any]:
-    """Values that follow from the configuration alone."""
+    """Values computed from the configuration alone."""
     return {
         "grid": list(cfg.model.grid),
         "num_patches": cfg.model.num_patches,
@@ -757,21 +773,21 @@ def derived(cfg: Config, processes: int = 1) -> dict[str, Any]:
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
-    """Nested plain data (tuples become lists), as written to `config.json`."""
+    """The configuration as nested plain data (tuples become lists), as written to `config.json`."""
     return json.loads(json.dumps(dataclasses.asdict(cfg)))
 
 
 def from_dict(data: dict[str, Any], base: Config | None = None, *, recorded: bool = False) -> Config:
-    """`base` with the nested options in `data` replaced; strict.
+    """Returns `base` with the nested options in `data` replaced.
 
     Args:
-        data: as `to_dict` returns it.
-        base: the configuration that `data` changes; None: `photos()`, or that of a fine-tuning if `data` is one's.
-        recorded: `data` was recorded by a run, so options that were removed since are ignored, and those that came
-            since have, without a base, their defaults: new options are off.
+        data: nested options, in the format of `to_dict`; may be partial.
+        base: the configuration to change; None: `photos()`, or `FinetuneConfig()` if `data` has a section `tune`.
+        recorded: whether `data` was recorded by a run, perhaps of an older version. Options removed since then are
+            ignored, and `base` None stands for the defaults, in which newer options are off.
 
     Raises:
-        UsageError: for an unknown key (with the nearest one), a value of the wrong type, or a removed option.
+        UsageError: an unknown key (the message suggests similar ones), a value of the wrong type, or a removed option.
     """
     if base is None:
         tune = isinstance(data, dict) and "tune" in data
@@ -780,7 +796,7 @@ def from_dict(data: dict[str, Any], base: Config | None = None, *, recorded: boo
 
 
 def _scaled_warmup(base: Config, data: dict[str, Any]) -> dict[str, Any]:
-    """`data`, with the warm-up of `base` in proportion where the epochs in `data` leave no room for it."""
+    """`data`, with the warm-up of `base` scaled down if the epochs in `data` are too few for it."""
     train, optim = (data.get(group, {}) if isinstance(data, dict) else {} for group in ("train", "optim"))
     if not (isinstance(train, dict) and isinstance(optim, dict)):
         return data
@@ -821,12 +837,12 @@ def _replace(obj: Any, data: dict[str, Any], prefix: str, recorded: bool, cfg: C
     return dataclasses.replace(obj, **changed)
 
 
-# the largest fp32: tensors hold these numbers
+# the largest fp32, since these numbers end up in tensors
 MAX_NUMBER = float.fromhex("0x1.fffffep+127")
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
-    """`value` if the annotation `hint` allows it: Literal, tuple of fixed length, bool, int, float, str."""
+    """`value`, checked against the annotation `hint`: a Literal, tuple, bool, int, float or str."""
     if get_origin(hint) is Literal:
         choices = list(get_args(hint))
         if value not in choices:
@@ -842,7 +858,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         return tuple(_coerce(v, h, name) for v, h in zip(value, hints, strict=True))
     if hint is float and type(value) is int and abs(value) <= 2**53:
         value = float(value)
-    # type(), not isinstance: a bool is no number here
+    # type(), not isinstance, since a bool is not a number here
     if type(value) is not hint or (hint is float and not abs(value) <= MAX_NUMBER):
         kind = "a finite float" if hint is float else hint.__name__
         raise UsageError(f"{name}: expected {kind}, got {reprlib.repr(value)}")
@@ -852,12 +868,15 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
 
 
 def read_config(path: str | Path) -> tuple[Any, dict[str, Any]]:
-    """The name after `preset` in a TOML (or .json) file, None without one, and its options, nested; not checked.
+    """Reads a TOML or JSON configuration file, without validating its options.
 
-    The output of `--print-config` is such a file: its `config` holds every setting. Dotted names are options, too.
+    The output of `--print-config` is such a file: its `config` holds every setting. Dotted option names are allowed.
+
+    Returns:
+        (the value of `preset` or None, the options as nested dicts).
 
     Raises:
-        UsageError: for a missing or malformed file.
+        UsageError: the file is missing or malformed.
     """
     path = Path(path)
     try:
@@ -887,8 +906,8 @@ MAX_TOML = 1 << 18
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """The tables of a TOML text; ValueError when it is none, or large or deep beyond any use."""
-    # tomllib keeps every beginning of a dotted key
+    """Parses TOML text; raises ValueError if it is invalid, too long or too deeply nested."""
+    # tomllib stores every prefix of a dotted key
     if len(text) > MAX_TOML or any(line.count(".") > 200 for line in text.splitlines()):
         raise ValueError(f"more than {MAX_TOML} characters, or than 200 dots in a line")
     if sys.version_info >= (3, 11):
@@ -902,9 +921,9 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def nested(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by dotted name as `from_dict` takes them; what `flatten` undoes."""
+    """Turns options by dotted name into nested ones for `from_dict`; the inverse of `flatten`."""
     tables: dict[str, Any] = {}
-    # a value in the place of a group stays, to be an error
+    # a value in place of a group is kept, so that it is reported as an error later
     for option, value in sorted(options.items(), key=lambda item: "." not in item[0]):
         group, _, leaf = option.rpartition(".")
         (tables.setdefault(group, {}) if group else tables)[leaf] = value
@@ -912,10 +931,10 @@ def nested(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def typed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by dotted name with their names and types checked, each for itself.
+    """Checks the names and types of options by dotted name, each separately.
 
     Raises:
-        UsageError: for an unknown option, or a value of the wrong type.
+        UsageError: an unknown option, or a value of the wrong type.
     """
     groups = get_type_hints(Config)
     found: dict[str, Any] = {}
@@ -924,7 +943,7 @@ def typed(options: Mapping[str, Any]) -> dict[str, Any]:
         group, _, leaf = name.rpartition(".")
         hints = get_type_hints(groups[group]) if dataclasses.is_dataclass(groups.get(group)) else groups
         if name in REMOVED or name in RENAMED_VALUES:
-            # what they are now is known to `from_dict`
+            # `from_dict` handles them
             found[name] = value
         elif leaf not in hints or (group and hints is groups) or dataclasses.is_dataclass(hints[leaf]):
             raise _unknown_option(option, Config())
@@ -933,14 +952,14 @@ def typed(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-# options of older versions -> (their default, what to do instead). Files that say the default still load; another
-# value is an error, except in the recorded configuration of an old run.
+# removed option -> (its default, what to do instead). Files that set the default still load; other values are an
+# error, except in the recorded configuration of an old run.
 REMOVED: dict[str, tuple[Any, str]] = {
     "train.compact": (False, "leave it out: the result is the same without it"),
     "log.tensorboard": (False, "use log.tracker tensorboard"),
 }
 
-# option -> its values of older versions -> what they are called now
+# option -> {old name of a value: its current name}
 RENAMED_VALUES: dict[str, dict[Any, str]] = {
     "train.compile": {"loss": "step"},
     "train.cuda_graph": {False: "off", True: "on"},
@@ -948,7 +967,7 @@ RENAMED_VALUES: dict[str, dict[Any, str]] = {
     "system.attention_teacher": {"products": "matmul", "fa3": "xformers"},
 }
 
-# fields that may differ between a run and its resumption: they do not change what is learned
+# fields that may change when a run is resumed, since they do not affect what is learned
 FREE_FIELDS = (
     *("out", "log.", "ckpt.", "eval.", "system."),
     *("data.test", "data.loader", "data.threads", "data.hw_decoder_load", "data.bad_budget", "data.resident"),
@@ -959,7 +978,7 @@ FREE_FIELDS = (
 
 
 def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"data.train": ..., "mask.ratio": ...}`: dotted name to plain value."""
+    """The options by dotted name: `{"data.train": ..., "mask.ratio": ...}`."""
     flat: dict[str, Any] = {}
     for key, value in (cfg if isinstance(cfg, dict) else to_dict(cfg)).items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -967,16 +986,16 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differing(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
-    """`{"mask.ratio": (0.8, 0.9), ...}`: the options whose values differ, `out` left out; None where one is missing."""
+    """Options whose values differ, except `out`: `{"mask.ratio": (0.8, 0.9), ...}`; None stands for a missing one."""
     left, right = flatten(a), flatten(b)
     names = sorted((left.keys() | right.keys()) - {"out"})
     return {k: (left.get(k), right.get(k)) for k in names if left.get(k) != right.get(k)}
 
 
 def changed_maths(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`["mask.ratio: 0.8 -> 0.9", ...]` for fields that change what is learned.
+    """Changed fields that affect what is learned: `["mask.ratio: 0.8 -> 0.9", ...]`.
 
-    A field that `old` lacks is newer than it: what was done then is the field's default.
+    A field missing from `old` was added later; its default is the earlier behavior.
     """
     defaults = FinetuneConfig() if "tune" in new else Config()
     a, b = flatten(defaults) | flatten(old), flatten(new)
@@ -987,8 +1006,8 @@ def changed_maths(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 @functools.lru_cache
 def config_hash(cfg: Config) -> str:
-    """Short hash over the fields that change what is learned."""
-    # through `from_dict`, so that 1 and 1.0 are the same number
+    """Short hash of the fields that affect what is learned."""
+    # `from_dict` makes 1 and 1.0 equal
     flat = flatten(from_dict(to_dict(cfg), cfg))
     maths = {k: v for k, v in flat.items() if not k.startswith(FREE_FIELDS)}
     return hashlib.sha256(json.dumps(maths, sort_keys=True).encode()).hexdigest()[:12]
@@ -998,10 +1017,10 @@ def config_hash(cfg: Config) -> str:
 
 
 def photos() -> Config:
-    """Minutes on a laptop CPU: photographs shipped with scikit-image, 32x32 crops (the default).
+    """32x32 crops of the photographs shipped with scikit-image; trains in minutes on a laptop CPU (the default).
 
-    InfoNCE without color jitter, small batches, a shallow encoder, 6 of 64 tokens a view and a teacher that follows
-    quickly, chosen by recorded runs: see `benchmarks/records/`, which also holds BYOL on the same images.
+    InfoNCE without color jitter, small batches, a shallow encoder, 6 of 64 tokens per view and a fast-moving teacher,
+    chosen by the runs in `benchmarks/records/`, which also has BYOL on the same images.
     """
     return Config(
         out="runs/photos",
@@ -1027,7 +1046,7 @@ def photos() -> Config:
 
 
 def cifar10() -> Config:
-    """CIFAR-10 as a tree of class folders (`--data.train DIR/train --data.test DIR/test`)."""
+    """CIFAR-10 in class folders (`--data.train DIR/train --data.test DIR/test`)."""
     return Config(
         out="runs/cifar10",
         data=DataConfig(
@@ -1050,10 +1069,10 @@ def cifar10() -> Config:
 
 
 def own() -> Config:
-    """Your own images: `training.own` sizes it by them and by the machine. This is what it begins with.
+    """Your own images: the starting point that `training.own` adapts to the images and the machine.
 
-    The short recipe of record 2026-11-27_cpu1_own_search, to which `training.own` adds what depends on the images, and
-    what the recorded settings of earlier runs do not name: queue, batch norm, decorrelation, the initial patch kernel.
+    The short recipe of record 2026-11-27_cpu1_own_search. `training.own` adds what depends on the images, and options
+    that settings recorded by earlier runs lack: queue, batch norm, decorrelation and the initial patch kernel.
     """
     return Config(
         out="runs/own",
@@ -1076,7 +1095,7 @@ def own() -> Config:
 
 
 def _paper(size: Size, ratio: float, views: int) -> Config:
-    """The paper's recipe: disjoint views, 300 epochs, batch 2048; layer scale 1e-5 at large, as the release advises."""
+    """The paper's recipe: disjoint views, 300 epochs, batch 2048; layer scale 1e-5 for large (the release's advice)."""
     return Config(
         out=f"runs/{_paper_name(size, ratio, views)}",
         data=DataConfig(train="imagenet/train", test="imagenet/val"),
@@ -1093,7 +1112,7 @@ def _paper_name(size: Size, ratio: float, views: int) -> str:
 
 
 def smoke() -> Config:
-    """Seconds on a CPU with generated images: does the whole thing run?"""
+    """Smoke test: generated images, seconds on a CPU."""
     return Config(
         out="runs/smoke",
         data=DataConfig(train="synthetic", loader="auto", limit=64),
@@ -1121,7 +1140,11 @@ PRESETS: dict[str, Callable[[], Config]] = {
 
 
 def preset(name: str) -> Config:
-    """The preset of that name; raises UsageError with the nearest one."""
+    """Returns the configuration of a preset.
+
+    Raises:
+        UsageError: an unknown name; the message suggests a similar one.
+    """
     key = str(name).replace("-", "_")
     if key not in PRESETS:
         raise UsageError(f"unknown preset {name!r}{did_you_mean(key, list(PRESETS))}")
@@ -1129,7 +1152,7 @@ def preset(name: str) -> Config:
 
 
 def finetune_small() -> FinetuneConfig:
-    """Thousands of small images in minutes of a CPU; needs no timm. From `none`, the encoder of `cifar10`."""
+    """Thousands of small images in minutes on a CPU, without timm; weights `none` start from the `cifar10` encoder."""
     return FinetuneConfig(
         data=DataConfig(train="", policy="spatial", area=(0.4, 1.0), mean=CIFAR10[0], std=CIFAR10[1]),
         model=cifar10().model,
@@ -1144,5 +1167,5 @@ FINETUNE_PRESETS: dict[str, Callable[[], FinetuneConfig]] = {"small": finetune_s
 
 
 def nearest_preset(cfg: Config) -> tuple[str, Config]:
-    """The preset that `cfg` has the most values of, by name and itself."""
+    """The preset that differs from `cfg` in the fewest options: (name, configuration)."""
     return min(((n, make()) for n, make in PRESETS.items()), key=lambda p: len(differing(cfg, p[1])))
