@@ -30,7 +30,7 @@ class ExtremaError(Exception):
 
 
 class UsageError(ExtremaError, ValueError):
-    """A value, option, file or combination the user can correct (exit code 2)."""
+    """An invalid value, option, file or combination that the user can correct (exit code 2)."""
 
     exit_code = 2
 

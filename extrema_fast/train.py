@@ -112,33 +112,33 @@ def pretrain(
     allow_config_change: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Pretrains, or continues the run in `cfg.out`.
+    """Pretrains an encoder, or continues the run in `cfg.out`.
 
-    `pretrain(data="imgs")` chooses settings for those images and this machine, as `extrema-fast pretrain imgs` does.
+    `pretrain(data="imgs")` chooses settings for those images and this machine, like `extrema-fast pretrain imgs`.
 
     Args:
-        cfg: the run; None: chosen for `data` (`training.own.choose`).
-        data: training images, in the place of `cfg.data.train`.
-        out: run folder, in the place of `cfg.out`; without `cfg` it is `runs/<name of data>` by default.
-        epochs: in the place of `cfg.train.epochs`.
-        preset: name and configuration of the preset that `cfg` was made from, for the record; None: not known.
-        init_from: weights to start from at step 0, whose encoder it is without `cfg`; ignored once the run has a
-            checkpoint.
-        overwrite: moves a run in `cfg.out` aside and starts again.
-        allow_config_change: continues although settings that change the mathematics differ.
-        progress: shows a progress bar on a terminal, else some lines on standard output.
+        cfg: configuration of the run; None: chosen for `data` (`training.own.choose`).
+        data: training images; overrides `cfg.data.train`.
+        out: run folder; overrides `cfg.out`. Without `cfg` the default is `runs/<name of data>`.
+        epochs: overrides `cfg.train.epochs`.
+        preset: name and configuration of the preset that `cfg` is based on, for the run's record; None: unknown.
+        init_from: weights to start from at step 0. Without `cfg` they also determine the encoder's architecture.
+            Ignored once the run has a checkpoint.
+        overwrite: move an existing run in `cfg.out` aside and start a new one.
+        allow_config_change: continue a run even if settings that affect what is learned have changed.
+        progress: show a progress bar on a terminal, or some lines on standard output otherwise.
 
     Returns:
         The run folder.
 
     Raises:
-        UsageError: the configuration cannot run here, or does not fit the run in the folder.
+        UsageError: the configuration cannot run here, or does not match the run in the folder.
         DataError: images cannot be read.
-        StorageError: a checkpoint cannot be written, or none of the run's can be read.
-        NonFiniteError: too many steps in a row had a loss or gradient that is not finite, or the final weights.
-        Preempted: after a signal (`signals.STOPPING`), or when the reader of standard output has left, once the
-            checkpoint is written; the same call continues.
-        Stopped: after a second signal, at once.
+        StorageError: a checkpoint cannot be written, or none of the run's checkpoints can be read.
+        NonFiniteError: too many steps in a row had a non-finite loss or gradient, or the final weights are not finite.
+        Preempted: stopped by a signal (`signals.STOPPING`), or because the reader of standard output has exited, after
+            writing a checkpoint; the same call continues the run.
+        Stopped: stopped immediately by a second signal.
     """
     named = {"data.train": data and str(data), "out": out and str(out), "train.epochs": epochs}
     options = {name: value for name, value in named.items() if value is not None}
@@ -169,28 +169,31 @@ def finetune(
     allow_config_change: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Trains a classifier from pretrained weights, all layers of it, or continues the run in `cfg.out`.
+    """Fine-tunes a classifier, with all its layers, from pretrained weights, or continues the run in `cfg.out`.
 
-    `load_encoder` of the folder is the classifier: images in, logits out, names in `classes`.
+    `load_encoder` on the run folder returns the classifier: images in, logits out, class names in `classes`.
 
     Args:
-        weights: where the trunk begins, anything that `load_encoder` reads; `none`: random weights. With `cfg` its
-            `tune.weights`.
-        cfg: the run; None: the preset, with the architecture of `weights` (`training.tuning.begin_config`).
-        data: a folder that holds `train`, and `test` or `val`, with one folder per class; else training images. In the
-            place of `cfg.data`.
-        out: run folder, in the place of `cfg.out`.
-        epochs: in the place of `cfg.train.epochs`.
-        preset: `small` or `paper`; with `cfg` name and configuration of the preset that it was made from.
-        overwrite, allow_config_change, progress: as of `pretrain`.
+        weights: initial weights of the trunk, anything that `load_encoder` reads, or `none` for random weights. Not
+            used with `cfg`, whose `tune.weights` names them.
+        cfg: configuration of the run; None: the preset, with the architecture of `weights`
+            (`training.tuning.begin_config`).
+        data: a folder that holds `train`, and `test` or `val`, with one folder per class in each; or training images.
+            Overrides `cfg.data.train` and, if it has test images, `cfg.data.test`.
+        out: run folder; overrides `cfg.out`.
+        epochs: overrides `cfg.train.epochs`.
+        preset: `small` or `paper`; with `cfg`, name and configuration of the preset that it is based on.
+        overwrite: as in `pretrain`.
+        allow_config_change: as in `pretrain`.
+        progress: as in `pretrain`.
 
     Returns:
-        The run folder; `reports/classification.json` holds accuracy, per class too.
+        The run folder; `reports/classification.json` holds the accuracy, overall and per class.
 
     Raises:
-        UsageError: as `pretrain`; also labels that are missing, all the same or of other classes, and weights that
-            are of another architecture.
-        DataError, StorageError, NonFiniteError, Preempted, Stopped: as `pretrain`.
+        UsageError: as in `pretrain`; also missing labels, a single class, test images of other classes, or weights of
+            another architecture.
+        DataError, StorageError, NonFiniteError, Preempted, Stopped: as in `pretrain`.
     """
     named: dict[str, Any] = {"out": out and str(out), "train.epochs": epochs}
     if data is not None:

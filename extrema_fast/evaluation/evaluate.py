@@ -77,44 +77,46 @@ def evaluate(
     device: str = "auto",
     force: bool = False,
 ) -> dict[str, Any]:
-    """k-NN and linear probe of an encoder, of its own random initialization, and of raw pixels.
-
-    Args:
-        path: Run folder, weights folder or released `.pth`.
-        train: Training images; None: those of the run. One folder that holds train/ and test/ is enough.
-        test: Test images; None: those of the run.
-        out: Result file (JSON); None: in a run folder `reports/evaluation.json`, or with other images, settings or
-            seeds than the run's `reports/evaluation-KEY.json`; else none.
-        which: `teacher` or `student`.
-        metrics: Any of `knn`, `probe`.
-        max_train: Training images used (0: all).
-        max_test: Test images used (0: all).
-        k: Neighbors of k-NN, at most as many as training images; None: the run's.
-        temperature: Of k-NN's votes; None: the run's.
-        protocol: Of the linear probe: `paper`; `grid`, many rates; `logistic`, L2-regularized logistic regression. The
-            latter two also see class token and mean of patches joined, and choose on a fifth of the training images.
-        labels: Of the training images only this share of each class, or those that a text file names; None: all.
-        seed: Of the subsets, the probe's order, weights and validation images, and of the labels.
-        seeds: So many seeds from `seed` on: accuracies are means, with their standard deviation in `spread`.
-        batch_size: Images per forward pass; None: the run's.
-        crop_pct: As of `Encoder.preprocess`; None: that of the weights.
-        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        force: Compute although the file holds this result.
+    """Runs k-NN and a linear probe on an encoder, on its random initialization, and on raw pixels.
 
     Images that cannot be decoded are left out; `counts` and the log say how many.
 
+    Args:
+        path: Run folder, weights folder or released `.pth`.
+        train: Training images; None: the run's. A folder that holds both train/ and test/ (or val/) is enough.
+        test: Test images; None: the run's.
+        out: Result file (JSON). None: for a run folder `reports/evaluation.json`, or `reports/evaluation-KEY.json` if
+            images, settings or seeds differ from the run's; otherwise no file.
+        which: `teacher` or `student`.
+        metrics: One or both of `knn` and `probe`.
+        max_train: Maximum number of training images (0: all).
+        max_test: Maximum number of test images (0: all).
+        k: Neighbors for k-NN, at most the number of training images; None: the run's.
+        temperature: Temperature of the k-NN vote weights; None: the run's.
+        protocol: Linear-probe protocol: `paper`; `grid`, a sweep over learning rates; or `logistic`, L2-regularized
+            logistic regression. The latter two also use class token and mean patch token concatenated, and select
+            on a fifth of the training images.
+        labels: Use only this fraction of each class, or only the training images that a text file lists; None: all.
+        seed: Random seed of the subsets, the labels, and the probe's order, weights and validation images.
+        seeds: Number of consecutive seeds, starting at `seed`, to average over; `spread` has the standard deviation.
+        batch_size: Images per forward pass; None: the run's.
+        crop_pct: As in `Encoder.preprocess`; None: the weights' own.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        force: Compute the result even if the file already holds it.
+
     Returns:
-        A dict of plain data with rows (encoder, feature, knn and probe as shares), gain over random init, `per_class`
-        of the first row and seed, indicators, warnings, counts, and the settings; for `grid` and `logistic` the rate
-        or C that was `chosen` for each seed and the accuracy (`validation`) it was chosen by; for `labels` the rows
-        taken (`labeled`). The file also has a key over weights, images and settings, and the same call again returns
-        what is in it.
+        A dict of plain data: `rows` (encoder, feature, and the accuracies `knn` and `probe` from 0 to 1), `gain` over
+        random initialization, `per_class` of the first row and seed, `indicators`, `warnings`, `counts`, and the
+        settings. With `grid` and `logistic` also the learning rate or C `chosen` for each seed, and its accuracy on the
+        validation images (`validation`). With `labels` also the rows used (`labeled`). The file holds the same dict,
+        with a key over weights, images and settings: the same call returns it again without computing anything.
 
     Raises:
-        UsageError: Missing labels, a single class, classes that do not match, fewer images than `k`, unusable paths.
-        NonFiniteError: Diverged weights.
+        UsageError: Labels are missing, there is only one class, classes do not match, there are fewer images than
+            `k`, or a path is unusable.
+        NonFiniteError: The weights have diverged.
         DataError: None of the images can be read.
-        StorageError: `out` cannot be written; its `result` is what would have been returned.
+        StorageError: `out` cannot be written; the error's `result` holds the result.
     """
     wrong = [m for m in metrics if m not in ("knn", "probe")]
     if wrong or not metrics:

@@ -65,30 +65,32 @@ def segment(
     device: str = "auto",
     force: bool = False,
 ) -> dict[str, Any]:
-    """Mean IoU of a linear probe and of k-means on patch tokens of an encoder, of its initialization, and of pixels.
+    """Mean IoU of a linear probe and of k-means on patch tokens, for an encoder, its initialization, and raw pixels.
 
     Args:
         path: Run folder, weights folder or released `.pth`.
         data: Folder with images and masks in the layout of VOC, of ADE20K, or images/ and masks/ (docs/evaluation.md).
-        out: Result file (JSON); None: `reports/segmentation-KEY.json` of a run folder, else none.
+        out: Result file (JSON). None: `reports/segmentation-KEY.json` for a run folder, otherwise no file.
         which: `teacher` or `student`.
-        img_size: What images are resized to; None: the encoder's size.
-        max_train, max_test: Images used (0: all).
-        seed: Of the choice of images, the probe's order and weights, and k-means' first centers.
-        seeds: So many seeds from `seed` on: mean IoU is a mean, with its standard deviation in `spread`.
+        img_size: Size that images are resized to, (height, width); None: the encoder's.
+        max_train: Maximum number of training images (0: all).
+        max_test: Maximum number of test images (0: all).
+        seed: Random seed of the subsets, the probe's order and weights, and the initial k-means centers.
+        seeds: Number of consecutive seeds, starting at `seed`, to average over; `spread` has the standard deviation.
         batch_size: Images per forward pass; None: the run's.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        force: Compute although the file holds this result.
+        force: Compute the result even if the file already holds it.
 
     Returns:
-        A dict with rows (encoder, mean IoU of `probe` and `kmeans`), gain over random init, `per_class` IoU of the
-        pretrained encoder and first seed (None if neither there nor predicted), warnings, counts, settings, and a key
-        over weights, images and settings.
+        A dict of plain data: `rows` (encoder, mean IoU of `probe` and `kmeans`), `gain` over random initialization,
+        `per_class` IoU of the pretrained encoder with the first seed (None for a class that is neither present nor
+        predicted), `warnings`, `counts`, the settings, and a key over weights, images and settings.
 
     Raises:
-        UsageError: Another layout, masks of another size or with unknown classes, a single class.
-        DataError: An image that cannot be read.
-        StorageError: `out` cannot be written; its `result` is what would have been returned.
+        UsageError: The folder layout is unknown, a mask does not match its image or has unknown classes, or there is
+            only one class.
+        DataError: An image cannot be read.
+        StorageError: `out` cannot be written; the error's `result` holds the result.
     """
     for name, value, low in (
         ("max_train", max_train, 0),

@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 
 
 class EncodedViT(NamedTuple):
-    """What `Accelerated.encode` returns; with views, [B, V, ...] in place of [B, ...].
+    """The result of `Accelerated.encode`; with views, [B, V, ...] instead of [B, ...].
 
     Attributes:
-        cls: [B, D], or None without class token.
-        patches: [B, K, D]; row j belongs to patch keep[..., j].
+        cls: [B, D], or None without a class token.
+        patches: [B, K, D]; token j belongs to patch keep[..., j].
         keep: [B, K] integer.
         grid: (rows, columns) of patches in the image.
-        prefix: [B, P, D]: class token, then registers; None where there are none.
-        tokens: [B, P + K, D]: prefix and patches in one tensor, of which the three above are views.
+        prefix: [B, P, D] class token, then registers, or None if there are neither.
+        tokens: [B, P + K, D] prefix and patches in one tensor; `cls`, `prefix` and `patches` are views of it.
     """
 
     cls: Tensor | None
@@ -49,7 +49,7 @@ class EncodedViT(NamedTuple):
 
 
 class Report(dict[str, str]):
-    """Parts of a model, and why the owner's module is called (empty: it is replaced)."""
+    """The parts of a model, each with the reason why the owner's module is called; empty: the part is replaced."""
 
     @property
     def replaced(self) -> list[str]:
@@ -58,7 +58,7 @@ class Report(dict[str, str]):
 
     @property
     def called(self) -> dict[str, str]:
-        """Names of the other parts, and the reasons."""
+        """Names of the parts that are not replaced, with the reasons."""
         return {name: reason for name, reason in self.items() if reason}
 
     def __str__(self) -> str:
@@ -67,7 +67,10 @@ class Report(dict[str, str]):
 
 
 class Accelerated:
-    """What `accelerate` (`weights.vit`) returns; not a Module, so a model that keeps it owns no weight twice."""
+    """The result of `accelerate` (`weights.vit`).
+
+    It is not a Module, so a model that stores it does not register the weights twice.
+    """
 
     def __init__(self, vit: nn.Module, attention: str = "auto", strict: bool = False) -> None:
         ops.check_attention_name(attention)
@@ -84,7 +87,7 @@ class Accelerated:
         log.info("accelerate %s: %s", type(vit).__name__, report)
 
     def report(self) -> Report:
-        """What the next pass replaces, part by part."""
+        """What the next pass replaces, part by part, and why other parts are not replaced."""
         report = Report(patch_embed=self.stock.patch_embed_reason(self.vit.patch_embed))
         if reason := self.stock.reason(self.vit.blocks, nn.Sequential):
             return Report(report, blocks=reason)
@@ -93,21 +96,22 @@ class Accelerated:
         return report
 
     def encode(self, images: Tensor, keep: Tensor | None = None, norm: bool = True) -> EncodedViT:
-        """Prefix and kept patches; no other patch is embedded or attended to.
+        """Encodes prefix tokens and kept patches; no other patch is embedded or attended to.
 
-        Gradients of gradients exist in fp32 and fp64 only: 16-bit matmuls have a backward pass of their own.
+        Double backward works in fp32 and fp64 only, since 16-bit matmuls have a custom backward pass.
 
         Args:
-            images: [B, C, H, W] float, normalized, of the size that `vit` takes.
-            keep: None (all), [B, K], or [B, V, K] integer in [0, N), counting patches only; order is kept.
-            norm: apply the model's final norm (its `fc_norm` belongs to its head and is not applied).
+            images: [B, C, H, W] float, normalized, of a size that `vit` accepts.
+            keep: keep indices, [B, K] or [B, V, K] integer in [0, N), counting patches only, or None to keep all
+                patches. Their order is preserved.
+            norm: whether to apply the model's final norm. Its `fc_norm` belongs to the head and is not applied.
 
         Returns:
             EncodedViT(cls, patches, keep, grid, prefix, tokens).
 
         Raises:
-            UsageError: names the argument, what it got and what it needs; in training also for a model with patch
-                dropout.
+            UsageError: an invalid argument; the message says what was expected and what was given. In training mode
+                also for a model with patch dropout.
         """
         check_images(images)
         self.stock.check_options(self.vit)

@@ -27,20 +27,21 @@ _RENAMED = {"num_heads": "heads", "n_blocks": "depth"}
 
 
 class Dino(nn.Module):
-    """The adapter; `encoder` is a sub-module, so its parameters are shared.
+    """Adapter to DINO's interface; `encoder` is a submodule, so parameters are shared.
 
-    The encoder makes its class token from the tokens of the last layer alone. For an earlier layer,
+    The encoder computes its class token only from the tokens of the last layer. For an earlier layer,
     `layer_class='head'` runs the class head on that layer's tokens, which it was not trained on, and 'last' repeats
     the class token of the last layer.
 
     Args:
-        encoder: an encoder with class head.
-        version: 1: layers are tokens with the class token first, in a list. 2 or 3: names of the dictionary's keys;
-            3 also takes images of any size, cut at the right and the bottom to whole patches, as DINOv3 does.
+        encoder: an encoder with a class head.
+        version: 1 returns each layer as tokens with the class token first; 2 and 3 differ in the names of dictionary
+            keys, and 3 also accepts images of any size, which are cropped at the right and bottom to whole patches, as
+            in DINOv3.
         layer_class: 'head' or 'last'.
 
     Raises:
-        UsageError: another version or `layer_class`, or an encoder without class head.
+        UsageError: an unknown version or `layer_class`, or an encoder without a class head.
     """
 
     num_register_tokens = n_storage_tokens = 0
@@ -97,7 +98,7 @@ class Dino(nn.Module):
         }
 
     def forward(self, x: Tensor | list[Tensor], masks: Any = None, is_training: bool = False) -> Any:
-        """Class token after the norm, [B, D]; with `is_training` the result of `forward_features`."""
+        """Class token after the final norm, [B, D]; with `is_training` the result of `forward_features`."""
         out = self.forward_features(x, masks)
         if is_training or self.version == 1:
             return out
@@ -114,12 +115,12 @@ class Dino(nn.Module):
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the class token in the last block, [B, H, 1, 1 + N]; column 0 is the class token itself.
 
-        DINO's has a row per token; here patches do not attend to the class token.
+        DINO returns a row per token; here patches do not attend to the class token.
         """
         return self.encoder.get_attention(self._whole_patches(x))[:, -1, :, None]
 
     def init_weights(self) -> None:
-        """Draws all parameters anew, also of a model made by `to_empty`."""
+        """Reinitializes all parameters; also works on a model from `to_empty`."""
         self.encoder.reset_parameters()
 
     def get_intermediate_layers(
@@ -132,17 +133,17 @@ class Dino(nn.Module):
         *,
         return_extra_tokens: bool = False,
     ) -> tuple | list:
-        """Tokens of some layers, ascending.
+        """Tokens after selected layers, in ascending order.
+
+        Version 1 accepts only `x` and `n`, and returns a list of [B, 1 + N, D] after the final norm, class token first.
 
         Args:
             x: [B, C, H, W].
             n: the last n layers, or a sequence of layer numbers.
-            reshape: patch tokens [B, D, rows, columns] instead of [B, N, D].
-            return_class_token: pairs (patch tokens, class token [B, D]).
+            reshape: patch tokens as [B, D, rows, columns] instead of [B, N, D].
+            return_class_token: return pairs (patch tokens, class token [B, D]).
             norm: apply the final norm.
-            return_extra_tokens: extra tokens [B, 0, D] come last.
-
-        Version 1 takes `x` and `n`, and returns a list of [B, 1 + N, D] with the norm, class token first.
+            return_extra_tokens: append extra tokens, [B, 0, D].
         """
         encoder, x = self.encoder, self._whole_patches(x)
         return_class_token |= self.version == 1

@@ -1,6 +1,6 @@
-"""The encoder: a ViT trunk without class token, and class-attention pooling (arXiv 2206.04667, section 3.2).
+"""The encoder: a ViT trunk without class token, followed by class-attention pooling (arXiv 2206.04667, section 3.2).
 
-Parameter names and shapes are those of the released checkpoints (`vits.py` of microsoft/ExtreMA).
+Parameter names and shapes match the released checkpoints (`vits.py` of microsoft/ExtreMA).
 Shape letters: B images, V views, R = V B rows (view-major), K kept tokens, N patches, D width, H heads,
 d head_dim, L trunk blocks, P pooling blocks.
 """
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
 
 
 class Encoded(NamedTuple):
-    """What `Encoder.encode` returns.
+    """The result of `Encoder.encode`.
 
     Attributes:
-        cls: [B, D], or [B, V, D] with views.
-        patches: [B, K, D], or [B, V, K, D]; row j belongs to patch keep[..., j].
-        keep: [B, K] or [B, V, K] integer.
+        cls: class token, [B, D], or [B, V, D] with views.
+        patches: patch tokens, [B, K, D], or [B, V, K, D] with views; token j belongs to patch keep[..., j].
+        keep: keep indices, [B, K] or [B, V, K] integer.
         grid: (rows, columns) of patches in the image.
     """
 
@@ -59,7 +59,7 @@ class Encoded(NamedTuple):
 
 
 def call_block(block: Any, name: str, tokens: Tensor, factors: Tensor | None, recompute: bool) -> Tensor:
-    """A trunk block, or what stands in its place: [R, n, D] -> [R, n, D]; recompute: in the backward pass."""
+    """Runs a trunk block or its replacement, [R, n, D] -> [R, n, D]; `recompute`: recompute it in the backward pass."""
     if recompute and torch.is_grad_enabled():
         # the factors are given: no block draws a random number
         out = checkpoint(block, tokens, factors, use_reentrant=False, preserve_rng_state=False)
@@ -69,9 +69,9 @@ def call_block(block: Any, name: str, tokens: Tensor, factors: Tensor | None, re
 
 
 class Encoder(TimmInterface):
-    """ViT trunk and pooling head, with the methods that timm and its users call (`TimmInterface`).
+    """ViT trunk and pooling head, with the interface of timm's vision transformers (`TimmInterface`).
 
-    Built by `create_encoder`, which describes the arguments, `load_encoder` or `build_encoder`.
+    Create one with `create_encoder`, where the arguments are documented, or load one with `load_encoder`.
     """
 
     def __init__(
@@ -155,7 +155,11 @@ class Encoder(TimmInterface):
         return f"img_size={self.img_size}, patch={self.patch_size}, grid={self.grid}, pool={self.global_pool}"
 
     def init_weights(self) -> None:
-        """Xavier-uniform matrices, zero biases, class token N(0, 0.02); `patch_init whitened`: `whiten_kernel`."""
+        """Initializes weights: Xavier-uniform matrices, zero biases, class token with standard deviation 0.02.
+
+        With `patch_init` `whitened` the patch kernel goes through `whiten_kernel`; a linear head has standard
+        deviation 2e-5.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -171,7 +175,7 @@ class Encoder(TimmInterface):
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     def reset_parameters(self) -> None:
-        """All parameters and tables as in a new encoder, with new random numbers; also of a model from `to_empty`."""
+        """Reinitializes all parameters and position tables; also works on a model from `to_empty`."""
         with torch.no_grad():
             for module in self.modules():
                 if isinstance(module, nn.LayerNorm):
@@ -186,19 +190,20 @@ class Encoder(TimmInterface):
     # ---- the pieces, in the order they run -------------------------------------------------------
 
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """images [B, C, H, W], keep [V, B, K] or None (all) -> tokens with positions [V*B, K, D].
+        """Embeds patches and adds positions: images [B, C, H, W], keep [V, B, K] or None (all) -> [V*B, K, D].
 
-        In place of images also their kept patches [V*B, K, C P P] at the encoder's own size (`color_views`).
+        Instead of images it also accepts their kept patches, [V*B, K, C*P*P] with patch side P, cut at the encoder's
+        own image size (`color_views`).
         """
         p, picked = self.patch_size, images.dim() == 3
         pos = self.positions(self.grid if picked else (images.shape[-2] // p, images.shape[-1] // p))
         return embed_patches(self.patch_embed, images, keep, pos)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position table of a grid, [N, D]: the saved one at its own grid, else computed and cached.
+        """The position table of a grid, [N, D]: the stored one for the encoder's own grid, else computed and cached.
 
-        A compiled graph computes it at every call, as one for images of any size does; `set_input_size` makes the grid
-        its own.
+        A compiled graph recomputes the table of another grid at every call, as does a graph for images of any size;
+        `set_input_size` makes a grid the encoder's own.
         """
         learned = isinstance(self.pos_embed, nn.Parameter)
         # a patch size set on `patch_embed` alone shows in the number of rows
@@ -216,7 +221,10 @@ class Encoder(TimmInterface):
         return self.sincos.table(grid, self.pos_embed)
 
     def trunk(self, tokens: Tensor, path: Tensor | None = None) -> Tensor:
-        """[R, n, D] -> [R, n, D] before the final norm; path [L, 2, R] as of `drop_path.drop_path_scale`, or None."""
+        """Trunk blocks: [R, n, D] -> [R, n, D], before the final norm.
+
+        `path` [L, 2, R]: drop-path factors as returned by `drop_path.drop_path_scale`; None: see `factors`.
+        """
         return self.trunk_layers(tokens, path=path)[0]
 
     def trunk_layers(
@@ -226,7 +234,10 @@ class Encoder(TimmInterface):
         path: Tensor | None = None,
         stop_early: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """`trunk`, and the tokens after the blocks `indices` (ascending); stop_early: nothing runs after the last."""
+        """Like `trunk`, and also returns the tokens after the blocks `indices` (ascending).
+
+        With `stop_early` no block after the last of them runs.
+        """
         path = self.factors(tokens, path)
         layers = []
         for i, block in enumerate(self.blocks):
@@ -240,32 +251,37 @@ class Encoder(TimmInterface):
         return tokens, layers
 
     def factors(self, tokens: Tensor, path: Tensor | None) -> Tensor | None:
-        """`path`, or in training without one random factors, [L, 2, R]; None where there is no drop-path."""
+        """The drop-path factors [L, 2, R]: `path` if given, random in training, None without drop-path."""
         if path is None and self.training and self.drop_path_rate > 0:
             uniform = torch.rand(self.depth, 2, tokens.shape[0], device=tokens.device)
             path = ops.drop_path_from_uniform(uniform, self.drop_path_rate)
         return path
 
     def set_attention(self, backend: str) -> None:
-        """Sets the trunk's self-attention: `auto` or a name of `extrema_fast.ops.attention`; weights stay.
+        """Selects the trunk's self-attention backend: `auto` or a name from `extrema_fast.ops.attention`.
+
+        Weights and state-dict keys do not change.
 
         Raises:
-            UsageError: an unknown name; at the first pass also one that cannot run here, with what it lacks.
+            UsageError: unknown name. A backend that cannot run here raises at the first forward pass and says why.
         """
         ops.check_attention_name(backend)
         for block in self.blocks:
             block.attn.backend = backend
 
     def set_recompute(self, what: str) -> None:
-        """What the trunk's backward pass recomputes: `none`, `gelu`, or `norm` (GELU and LayerNorm)."""
+        """Sets what the trunk's backward pass recomputes: `none`, `gelu`, or `norm` (GELU and LayerNorm)."""
         for block in self.blocks:
             block.recompute = RECOMPUTE[what]
 
     def pool(self, tokens: Tensor, return_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """tokens [R, n, D] -> (class token before the final norm [R, D], [R, H, 1 + n] per block if asked for)."""
+        """Class-attention pooling: tokens [R, n, D] -> (class token [R, D] before the final norm, attention maps).
+
+        The maps, one [R, H, 1 + n] per pooling block, are computed only with `return_weights`.
+        """
         assert self.cls_token is not None and self.blocks_token is not None
-        # without gradients a view of a parameter still says that it has one, which counters of FLOPs believe; a trace
-        # is the same with and without
+        # even under no_grad a view of a parameter has requires_grad, which misleads FLOP counters; a trace is the same
+        # either way
         plain = torch.is_grad_enabled() or torch.jit.is_tracing()
         token = self.cls_token if plain else self.cls_token.detach()
         cls = token[:, 0].expand(tokens.shape[0], -1)
@@ -285,44 +301,48 @@ class Encoder(TimmInterface):
     # ---- what users call -------------------------------------------------------------------------
 
     def encode(self, images: Tensor, keep: Tensor | None = None, norm: bool = True) -> Encoded:
-        """Class token and patch tokens; only kept patches are read, projected and attended to.
+        """Encodes images into a class token and patch tokens; only kept patches are read, projected and attended to.
 
         Args:
-            images: [B, C, H, W] float, normalized; sides multiples of the patch size (other grids than the model's
-                use the sin-cos table of that grid).
-            keep: None (all), [B, K], or [B, V, K] integer in [0, N); order is kept, repeats are allowed. Compiled code
-                does not check it.
-            norm: apply the final LayerNorm (False: raw tokens, as the paper's linear probe uses).
+            images: [B, C, H, W] float, normalized. Height and width are multiples of the patch size; for a grid other
+                than the model's the sin-cos table of that grid is used.
+            keep: keep indices, [B, K] or [B, V, K] integer in [0, N), or None to keep all patches. Their order is
+                preserved and repeats are allowed. Their range is checked only on a CPU and outside compiled code.
+            norm: whether to apply the final LayerNorm. The paper's linear probe uses tokens without it.
 
         Returns:
-            Encoded(cls, patches, keep, grid); without class head `cls` is the mean of the patch tokens.
+            Encoded(cls, patches, keep, grid). Without a class head `cls` is the mean of the patch tokens.
 
         Raises:
-            UsageError: names the argument, what it got and what it needs.
+            UsageError: an invalid argument; the message says what was expected and what was given.
         """
         tokens, keep, grid = self._tokens(images, keep)
         if not self.num_prefix_tokens:
             patches = fit(self.norm(tokens), tokens.shape, "norm") if norm else tokens
             cls = patches.mean(1)
         elif norm and not is_stock(self.norm, nn.LayerNorm):
-            # called once, on both
+            # a replaced norm is called once, on both
             both = torch.cat([self.pool(tokens)[0][:, None], tokens], 1)
             both = fit(self.norm(both), both.shape, "norm")
             cls, patches = both[:, 0], both[:, 1:]
         else:
             cls, patches = self.pool(tokens)[0], tokens
             cls, patches = (self.norm(cls), self.norm(patches)) if norm else (cls, patches)
-        # a CPU's autocast leaves the norm of 16-bit tokens in 16 bits
+        # on a CPU autocast leaves the normalized patch tokens in 16 bits
         return Encoded(image_major(cls, keep), image_major(patches, keep).to(cls.dtype), keep, grid)
 
     def get_attention(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Attention of the class token in each of the P pooling blocks; arguments as of `encode`.
+        """Attention weights of the class token in each of the P pooling blocks.
+
+        Args:
+            images: as in `encode`.
+            keep: as in `encode`.
 
         Returns:
-            [B, P, H, 1 + K] fp32 probabilities (with views [B, V, P, H, 1 + K]); column 0 is the class token.
+            [B, P, H, 1 + K] fp32 probabilities, or [B, V, P, H, 1 + K] with views; column 0 is the class token itself.
 
         Raises:
-            UsageError: as `encode`, and for an encoder without class head.
+            UsageError: as in `encode`, or the encoder has no class head.
         """
         if not self.num_prefix_tokens:
             raise UsageError("get_attention: this encoder has no class head (global_pool='avg')")
@@ -331,7 +351,7 @@ class Encoder(TimmInterface):
         return image_major(torch.stack(maps, 1).float(), keep)
 
     def _tokens(self, images: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """(trunk tokens of the view-major rows [V*B, K, D], keep as given or all, grid)."""
+        """Returns (trunk tokens [V*B, K, D], view-major; keep, or the indices of all patches; grid)."""
         grid = self.check_images(images)
         b, n = images.shape[0], grid[0] * grid[1]
         rows = None if keep is None else check_keep(keep, b, n, images.device)
@@ -339,33 +359,37 @@ class Encoder(TimmInterface):
         return tokens, torch.arange(n, device=images.device).expand(b, n) if keep is None else keep, grid
 
     def check_images(self, images: Tensor) -> tuple[int, int]:
-        """The grid of images [B, C, H, W]; raises UsageError for another shape, dtype or size."""
-        # what stands in the place of the convolution may have no weight, or no plain one
+        """Returns the grid of images [B, C, H, W]; raises UsageError if shape, dtype or size are invalid."""
+        # a replacement of the convolution may have no weight, or one that is not a float tensor
         weight = getattr(self.patch_embed.proj, "weight", None)
         dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
         check_images(images, self.in_chans, dtype)
         return check_sides(images.shape[-2:], self.patch_size)
 
     def forward(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """[B, C, H, W] -> pooled feature [B, D], or logits [B, num_classes]; other arguments as `forward_features`."""
+        """[B, C, H, W] -> pooled features [B, D], or logits [B, num_classes]; other arguments: `forward_features`."""
         return self.forward_head(self.forward_features(images, attn_mask, is_causal))
 
     def as_dino(self, version: int = 2, layer_class: str = "head") -> Dino:
-        """The interface of DINO 1, 2 or 3 (`version`) on the same parameters (`dino_interface.Dino`)."""
+        """Returns a view of this encoder with the interface of DINO, DINOv2 or DINOv3.
+
+        Parameters are shared; see `dino_interface.Dino` for the arguments.
+        """
         return Dino(self, version, layer_class)
 
     def preprocess(
         self, value_range: tuple[float, ...] | None = None, crop_pct: float | None = None
     ) -> Preprocess:
-        """The transform of these weights: PIL image or uint8 [H, W, 3] -> normalized float32 [C, H, W].
+        """The image transform for these weights: PIL image or uint8 [H, W, 3] -> normalized float32 [C, H, W].
 
-        Resizes the short side to size / crop_pct (size * 256 / 224, antialiased) and crops the center, as timm's
-        transform and the exports' image processor do; the numbers are in the transform's `metadata` (`input_size`,
-        `mean`, `std`, `interpolation`, `crop_pct`).
+        It resizes the short side to size / crop_pct (by default size * 256 / 224, antialiased) and crops the center,
+        like timm's transform and the image processor of exported models. The transform's `metadata` holds `input_size`,
+        `mean`, `std`, `interpolation` and `crop_pct`.
 
         Args:
-            value_range: (black, white) of images of more than 8 bits, as `data.range`; None: that of the weights.
-            crop_pct: in place of that of the weights; 1 for images that are already cropped.
+            value_range: (black, white) of images with more than 8 bits, as in `data.range`; None: the weights' own.
+            crop_pct: crop size as a fraction of the resized short side; 1 for images that are already cropped; None:
+                the weights' own.
         """
         from ..data.preprocess import Preprocess
 
@@ -380,9 +404,9 @@ class Encoder(TimmInterface):
         )
 
     def resizing(self, crop_pct: float | None = None) -> Resizing:
-        """How k-NN, probe, `embed` and `search` resize images: as `preprocess`, which makes single ones.
+        """How k-NN, the linear probe, `embed` and `search` resize images: the same as `preprocess`, for whole batches.
 
-        Weights of older versions (`keep_exact`) are used as they were then, unless `crop_pct` is given.
+        Weights of older versions (`keep_exact`) keep their old behavior unless `crop_pct` is given.
         """
         from ..data.preprocess import Resizing, check_crop_pct
 
@@ -393,11 +417,11 @@ class Encoder(TimmInterface):
 
 # ---- building -------------------------------------------------------------------------------------
 
-# what `create_encoder` passes on to the configuration
+# keywords that `create_encoder` passes on to the configuration
 _SHAPE = ("width", "depth", "heads", "mlp_ratio", "pool_depth", "layer_scale")
 
 
-# arguments of timm's VisionTransformer: those of other names here, and those with the values that hold here
+# arguments of timm's VisionTransformer: those with another name here, and the values supported for the others
 _TIMM_NAMES = {"embed_dim": "width", "num_heads": "heads"}
 _TIMM_VALUES: dict[str, tuple[Any, ...]] = {
     "dynamic_img_pad": (False,),
@@ -418,7 +442,7 @@ _TIMM_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def _without_timms(options: dict[str, Any]) -> dict[str, Any]:
-    """Options under the names used here, without those of timm's that change nothing."""
+    """Renames timm's options to the names used here, and drops those that change nothing."""
     ours = {}
     for name, value in options.items():
         if name in _TIMM_VALUES:
@@ -452,32 +476,33 @@ def create_encoder(
     drop_rate: float = 0.0,
     **shape: Any,
 ) -> Encoder:
-    """A randomly initialized encoder.
+    """Creates a randomly initialized encoder.
 
     Args:
         name: one of `list_models()`.
-        num_classes: 0: features; else a linear head on the pooled feature.
+        num_classes: outputs of a linear head on the pooled feature; 0: no head, the model returns features.
         img_size: pixels, or (height, width); multiples of `patch_size`.
-        in_chans: channels of the images.
-        drop_path_rate: of the last trunk block.
-        patch_size: pixels; None: those of the name.
-        global_pool: 'token' (class head), 'avg' (mean of patch tokens, no class head), or '' (class head; `forward`
-            gives all tokens).
-        fc_norm: with 'avg': normalize after pooling instead of before (the paper's fine-tuning); None, as timm: with
-            'avg' True.
-        pos_embed: 'sincos' (fixed) or 'learned' (a parameter that starts from the table).
-        pos_coords: 'absolute' or 'rescaled': coordinates of grids other than `pos_grid` (`positions.SinCos`).
-        pos_grid: (rows, columns) trained on; default: that of `img_size`.
-        final_norm: False: tokens are not normalized at the end (the released code's linear probe).
-        norm_eps: added to the variance by every LayerNorm (Hugging Face's ViT: 1e-12).
-        dynamic_img_size: images of other sizes than `img_size` resample a learned table at every call, as timm does; a
-            sin-cos table takes any size.
-        drop_rate: dropout before the linear head.
-        **shape: width, depth, heads, mlp_ratio, pool_depth, layer_scale in place of those of the name. Of timm's
-            VisionTransformer: `embed_dim`, `num_heads`; others at the value that holds here.
+        in_chans: number of image channels.
+        drop_path_rate: drop-path rate of the last trunk block; rises linearly from 0 at the first.
+        patch_size: pixels; None: as in the name.
+        global_pool: 'token' (class head), 'avg' (mean of the patch tokens, no class head), or '' (class head; `forward`
+            returns all tokens).
+        fc_norm: with 'avg', whether to normalize after pooling instead of before, as in the paper's fine-tuning; None:
+            True with 'avg', as in timm.
+        pos_embed: 'sincos' (fixed) or 'learned' (a parameter initialized from the sin-cos table).
+        pos_coords: 'absolute' or 'rescaled' coordinates for grids other than `pos_grid` (`positions.SinCos`).
+        pos_grid: (rows, columns) of the training grid; None: the grid of `img_size`.
+        final_norm: False leaves out the final LayerNorm, as in the released code's linear probe.
+        norm_eps: epsilon of every LayerNorm (Hugging Face's ViT: 1e-12).
+        dynamic_img_size: resample a learned position table at every call for images of another size than `img_size`,
+            as timm does. A sin-cos table handles any size without it.
+        drop_rate: dropout rate before the linear head.
+        **shape: width, depth, heads, mlp_ratio, pool_depth and layer_scale override those of `name`. timm's `embed_dim`
+            and `num_heads` are accepted, as are its other VisionTransformer arguments at the values supported here.
 
     Raises:
-        UsageError: an unknown name or keyword (with the nearest), or a size that does not divide.
+        UsageError: an unknown name or keyword (the message suggests a similar one), or a size that is not a multiple of
+            the patch size.
     """
     if name not in list_models():
         raise UsageError(f"unknown model {name!r}{did_you_mean(str(name), list_models())}")
@@ -511,9 +536,9 @@ def create_encoder(
 
 
 def model_args(encoder: Encoder) -> dict[str, Any]:
-    """The arguments, plain JSON, with which `create_encoder(encoder.architecture, ...)` builds it again.
+    """The arguments, as plain JSON, with which `create_encoder(encoder.architecture, ...)` rebuilds the encoder.
 
-    Without number of classes, drop rates, `dynamic_img_size` and pruning.
+    They leave out the number of classes, drop rates, `dynamic_img_size` and pruning.
     """
     config, plain = encoder.config, ModelConfig(size=encoder.config.size)
     args: dict[str, Any] = {
@@ -539,7 +564,7 @@ def model_args(encoder: Encoder) -> dict[str, Any]:
 
 
 def timm_config(encoder: Encoder) -> dict[str, Any]:
-    """`config.json` next to `model.safetensors`, as timm's `local-dir:` and Hugging Face's timm wrapper read it."""
+    """The `config.json` that timm's `local-dir:` and Hugging Face's timm wrapper read next to `model.safetensors`."""
     cfg = {k: v for k, v in encoder.own_cfg().items() if k != "architecture"}
     return {
         "architecture": encoder.architecture,
@@ -552,7 +577,7 @@ def timm_config(encoder: Encoder) -> dict[str, Any]:
 
 
 def build_encoder(config: ModelConfig, seed: int | None = None) -> Encoder:
-    """The encoder of a configuration; `seed`: the same weights every time, the global generator untouched."""
+    """Builds the encoder of a configuration; `seed` fixes its weights and leaves the global generator untouched."""
     if seed is None:
         return Encoder(config)
     with torch.random.fork_rng(devices=[]):

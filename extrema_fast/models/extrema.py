@@ -357,14 +357,14 @@ class TeacherBranch(Branch):
 
 
 class Output(NamedTuple):
-    """What a forward pass of `ExtreMA` returns; all but the loss are detached.
+    """The result of a forward pass of `ExtreMA`; everything but the loss is detached.
 
     Attributes:
         loss: Scalar, fp32.
-        prediction: [V b, d] predictor outputs, view-major.
+        prediction: [V b, d] outputs of the predictor, view-major.
         target: [b, d] projections of the teacher.
-        student_features: [V b, D] class tokens after the final norm.
-        teacher_features: [b, D].
+        student_features: [V b, D] class tokens of the student, after the final norm.
+        teacher_features: [b, D] class tokens of the teacher, after the final norm.
     """
 
     loss: Tensor
@@ -450,15 +450,15 @@ class StudentTeacher(nn.Module):
 
 
 class ExtreMA(StudentTeacher):
-    """Student, teacher and loss on one process.
+    """Student, EMA teacher and loss, on one process.
 
-    `forward` is the arithmetic of a whole step, for small batches and tests. The training step calls
+    `forward` computes the loss of a whole step, for small batches and tests. The training step calls
     `teacher_branch`, `student_branch` and `loss` itself, so that the teacher covers the batch before the first
-    micro-batch. The initial weights depend on `cfg.train.seed` alone.
+    micro-batch. The initial weights depend only on `cfg.train.seed`.
 
     Attributes:
-        queue: [head.queue, d] fp32 unit targets of earlier steps, the latest first (MoCo, arXiv 1911.05722); the same
-            on all processes, and part of checkpoints; None without.
+        queue: [head.queue, d] fp32 unit targets of earlier steps, latest first (MoCo, arXiv 1911.05722), or None. The
+            same on all processes, and part of checkpoints.
     """
 
     queue: Tensor | None
@@ -497,7 +497,7 @@ class ExtreMA(StudentTeacher):
         return self.teacher_branch.projector
 
     def compile_regions(self, **options: Any) -> None:
-        """Compiles both branches (`Branch.compile_regions`) and the loss; `options`: those of torch.compile."""
+        """Compiles both branches (`Branch.compile_regions`) and the loss; `options` are passed to torch.compile."""
         self.student_branch.compile_regions(**options)
         self.teacher_branch.compile_regions(**options)
         self._byol_loss = torch.compile(self._byol_loss, **options)
@@ -511,9 +511,17 @@ class ExtreMA(StudentTeacher):
         offset: int = 0,
         features: Tensor | None = None,
     ) -> Tensor:
-        """The loss of a micro-batch of b `images`, the first of which has row `offset` in `targets` [M, d].
+        """The loss of a micro-batch.
 
-        `features` [V b, D]: class tokens of the student, for `head.decorrelation`; without it not needed.
+        Args:
+            prediction: [V b, d] predictor outputs, view-major.
+            targets: [M, d] targets of the teacher.
+            images: the number b of images.
+            offset: row of the first of these images in `targets`.
+            features: [V b, D] class tokens of the student; needed only for `head.decorrelation`.
+
+        Returns:
+            A scalar.
         """
         head = self.head_config
         if head.loss == "byol":
@@ -529,7 +537,7 @@ class ExtreMA(StudentTeacher):
 
     @torch.no_grad()
     def enqueue(self, targets: Tensor, skip: Tensor) -> None:
-        """Puts the targets [M, d] of a step on all processes into the queue, unless `skip`, a scalar, is 1."""
+        """Adds the targets [M, d] of a step, from all processes, to the queue, unless the scalar `skip` is 1."""
         assert self.queue is not None
         moved = torch.cat([_unit(targets), self.queue])[: len(self.queue)]
         self.queue.copy_(torch.where(skip > 0, self.queue, moved))
@@ -537,13 +545,17 @@ class ExtreMA(StudentTeacher):
     def forward(
         self, student_images: Tensor, teacher_images: Tensor, keep: Tensor, path: Tensor | None = None
     ) -> Output:
-        """One pass over the two versions of the same images.
+        """Runs teacher and student on two versions of the same images.
 
         Args:
             student_images: [b, C, H, W], or the kept patches [V b, K, C P P].
             teacher_images: [b, C, H, W], or patches [b, N, C P P].
-            keep: [V, b, K] integer, as of `masking.draw_views`.
-            path: drop-path factors of the student trunk, [L, 2, V b], as of `drop_path_scale`; None: no drop-path.
+            keep: [V, b, K] integer, as returned by `masking.draw_views`.
+            path: [L, 2, V b] drop-path factors of the student's trunk, as returned by `drop_path_scale`; None: no
+                drop-path.
+
+        Returns:
+            `Output`: the loss, and the outputs of both branches.
         """
         target, teacher_features = self.teacher_branch(teacher_images)
         targets, offset = gather_targets(target) if self.head_config.whole_batch else (target, 0)

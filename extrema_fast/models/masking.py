@@ -26,18 +26,20 @@ def sample_views(
     seed: int = 0,
     epoch: int = 0,
 ) -> Tensor:
-    """Random keep indices of every view, keyed by sample: the same for any batch or process layout.
+    """Samples random keep indices for every view.
+
+    They depend only on seed, epoch and row number, not on batch composition or the number of processes.
 
     Args:
-        index: [B] int64 row numbers of the images in their data set (their device is the result's), or B: rows 0 to
-            B - 1, which have the same views at every call with the same epoch.
+        index: [B] int64 row numbers of the images in their data set; the result is on the same device. An int B stands
+            for rows 0 to B - 1, which get the same views at every call with the same seed and epoch.
         num_patches: N.
         num_keep: K.
         num_views: V.
-        mode: `disjoint`: one permutation per image, view v takes entries [v K, (v + 1) K); `independent`: one
-            permutation per view, its first K entries.
-        seed: the same seed gives the same views.
-        epoch: another epoch gives other views; in a loop without row numbers, the number of the step.
+        mode: `disjoint`: one permutation per image, of which view v gets entries [v K, (v + 1) K); `independent`: the
+            first K entries of a separate permutation per view.
+        seed: random seed.
+        epoch: changes the views; in a loop without row numbers, pass the step number.
 
     Returns:
         [B, V, K] int32; an entry is row * grid_width + column.
@@ -59,7 +61,7 @@ def draw_views(
     mode: str = "disjoint",
     **keys: Any,
 ) -> Tensor:
-    """`sample_views` in the layout of training: view-major [V, B, K] int32, contiguous."""
+    """`sample_views` in the layout used for training: view-major [V, B, K] int32, contiguous."""
     if not 1 <= num_keep <= num_patches:
         raise UsageError(f"num_keep: expected 1..{num_patches} tokens, got {num_keep}")
     if num_views < 1:
@@ -76,10 +78,10 @@ def draw_views(
 
 
 def check_keep(keep: Tensor, batch: int, num_patches: int, device: torch.device | None = None) -> Tensor:
-    """Keep indices [B, K] or [B, V, K] of B images as view-major [V, B, K].
+    """Checks keep indices [B, K] or [B, V, K] of B images, and returns them view-major, [V, B, K].
 
     Raises:
-        UsageError: another type, dtype, shape or device, or on a CPU, but in compiled code, an index out of range.
+        UsageError: wrong type, dtype, shape or device; on a CPU, except in compiled code, also an index out of range.
     """
     if not isinstance(keep, Tensor):
         raise UsageError(
@@ -95,14 +97,14 @@ def check_keep(keep: Tensor, batch: int, num_patches: int, device: torch.device 
         raise UsageError(
             f"keep: expected indices on {device}, as the images, got {keep.device}; use keep.to(images)"
         )
-    # on a GPU the check would wait for the device (there the gather itself asserts); torch.compile and torch.func
-    # cannot branch on values
+    # on a GPU the check would synchronize (there the gather itself asserts); torch.compile and torch.func cannot branch
+    # on values
     if (
         keep.device.type == "cpu"
         and keep.numel()
         and not (torch.compiler.is_compiling() or ops.transforming())
     ):
-        # not all integers have a minimum
+        # not every integer dtype implements min
         least, most = int(keep.long().min()), int(keep.long().max())
         if least < 0 or most >= num_patches:
             raise UsageError(
@@ -117,13 +119,13 @@ def image_major(x: Tensor, keep: Tensor) -> Tensor:
 
 
 def keep_from_mask(mask: Tensor) -> Tensor:
-    """Keep indices from a boolean mask.
+    """Converts a boolean mask to keep indices.
 
     Args:
-        mask: [..., N] bool, True = kept, with the same number of True in every row.
+        mask: [..., N] bool, True = kept; every row must keep the same number of patches.
 
     Returns:
-        [..., K] int32, ascending.
+        [..., K] int32, in ascending order.
 
     Raises:
         UsageError: the mask is not bool, or rows keep different numbers of patches, or none.
@@ -141,21 +143,21 @@ def keep_from_mask(mask: Tensor) -> Tensor:
 
 
 def mae_mask(keep: Tensor, num_patches: int) -> tuple[Tensor, Tensor]:
-    """Mask and order of keep indices as a masked autoencoder's decoder and loss take them (arXiv 2111.06377).
+    """Converts keep indices to the mask and order used by the decoder and loss of MAE (arXiv 2111.06377).
 
-    The decoder's input is `cat([kept, mask tokens], 1)` gathered by `ids_restore`. Given as `noise` to transformers'
-    ViTMAE, `ids_restore` makes it keep these patches, in this order.
+    The decoder's input is `cat([kept, mask tokens], 1)` gathered by `ids_restore`. Passed as `noise` to ViTMAE of
+    transformers, `ids_restore` makes it keep the same patches in the same order.
 
     Args:
-        keep: [..., K] integer indices in 0..N-1, none twice in a row.
+        keep: [..., K] integer indices in 0..N-1, without duplicates in a row.
         num_patches: N.
 
     Returns:
-        (mask [..., N] fp32, 0 = kept and 1 = dropped; ids_restore [..., N] int64, the place of patch j in the kept
-        patches followed by the dropped ones in ascending order).
+        (mask, ids_restore). mask: [..., N] fp32, 0 = kept, 1 = dropped. ids_restore: [..., N] int64, the position of
+        patch j when the kept patches are followed by the dropped ones in ascending order.
 
     Raises:
-        UsageError: on a CPU an index that is out of range or twice in a row.
+        UsageError: on a CPU, an index that is out of range or repeated in a row.
     """
     rows = check_keep(keep.reshape(-1, keep.shape[-1]), keep[..., 0].numel(), num_patches)[0].long()
     mask = torch.ones(len(rows), num_patches, device=keep.device).scatter(-1, rows, 0.0)

@@ -1,7 +1,7 @@
-"""The interface of timm's vision transformers, for timm and code written for it; timm itself is not needed.
+"""The interface of timm's vision transformers, for timm and code written for it; timm itself is not required.
 
-The trunk has no class token: the class head makes it from the tokens of the last layer (as in timm's `Cait`). Where one
-is asked for per layer, the class head runs on that layer's tokens, which it was not trained for.
+The trunk has no class token: the class head computes it from the tokens of the last layer, as in timm's `Cait`. If the
+class token of another layer is requested, the class head runs on that layer's tokens, which it was not trained for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ POOLS = ("", "token", "avg")
 
 
 def resolve_layers(depth: int, indices: int | Sequence[int] | None, name: str = "indices") -> list[int]:
-    """Ascending layer numbers: all for None, the last n for an int, or these, negative ones counted from the end."""
+    """Layer numbers, ascending: all for None, the last n for an int n, or those given (negative: from the end)."""
     if indices is None:
         return list(range(depth))
     if isinstance(indices, int):
@@ -41,7 +41,7 @@ def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def check_no_mask(attn_mask: Any, is_causal: bool = False) -> None:
-    """Raises UsageError for timm's two arguments that mask the attention."""
+    """Raises UsageError if timm's attention-mask arguments are set."""
     if attn_mask is not None or is_causal:
         raise UsageError(
             f"{'is_causal' if attn_mask is None else 'attn_mask'}: attention here is not masked; "
@@ -50,7 +50,7 @@ def check_no_mask(attn_mask: Any, is_causal: bool = False) -> None:
 
 
 def check_head(num_classes: int, global_pool: str) -> None:
-    """Raises UsageError for a number of classes below 0 or an unknown pool."""
+    """Raises UsageError for a negative number of classes or an unknown pooling."""
     if not isinstance(num_classes, int) or num_classes < 0:
         raise UsageError(f"num_classes: expected 0 (features) or more, got {num_classes!r}")
     if global_pool not in POOLS:
@@ -71,7 +71,7 @@ def _as_dict(
 def traced_positions(
     images: Tensor, saved: Tensor, patch: int, own: tuple[int, int], coords: str, trained: tuple[int, int]
 ) -> Tensor:
-    """The table for `images`, one node of a graph of torch.fx: `saved` [1, N, D] on the grid `own`, else computed."""
+    """The position table for `images`, as one torch.fx node: `saved` [1, N, D] for the grid `own`, else computed."""
     grid = images.shape[-2] // patch, images.shape[-1] // patch
     if grid == own or isinstance(saved, nn.Parameter):
         return saved[0]
@@ -82,9 +82,9 @@ torch.fx.wrap("traced_positions")
 
 
 class TimmInterface(nn.Module):
-    """timm's methods and attributes, on `Encoder`, which has the modules, `embed`, `trunk_layers`, `pool`, `encode`."""
+    """timm's methods and attributes, built on the modules and methods of `Encoder`."""
 
-    # True would promise a class token from every layer
+    # True would promise a class token in every layer
     has_class_token = False
 
     classes: list[str]
@@ -109,12 +109,12 @@ class TimmInterface(nn.Module):
 
     @property
     def img_size(self) -> tuple[int, int]:
-        """(height, width) in pixels; other sizes work with the sin-cos table."""
+        """(height, width) in pixels. With a sin-cos table other sizes work, too."""
         return self.patch_embed.img_size
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch in pixels."""
+        """Patch side in pixels."""
         return self.patch_embed.patch_size[0]
 
     @property
@@ -124,22 +124,22 @@ class TimmInterface(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """N at `img_size`."""
+        """Number of patches N at `img_size`."""
         return self.patch_embed.num_patches
 
     @property
     def depth(self) -> int:
-        """L, trunk blocks."""
+        """Number of trunk blocks L."""
         return len(self.blocks)
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Rows of `forward_features` before the patch tokens: 1, or 0 without class head."""
+        """Tokens before the patch tokens in `forward_features`: 1, or 0 without a class head."""
         return 0 if self.cls_token is None else 1
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """For each trunk block: `num_chs` D, `reduction` in pixels, `module` name."""
+        """For each trunk block: `num_chs` (D), `reduction` (pixels per token) and `module` (name)."""
         reduction = self.patch_embed.feat_ratio()
         return [
             {"module": f"blocks.{i}", "num_chs": self.embed_dim, "reduction": reduction}
@@ -148,7 +148,7 @@ class TimmInterface(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """What timm's data and head code reads: what timm's factory set, else `own_cfg`."""
+        """The configuration that timm's data and head code reads: set by timm's factory, else `own_cfg`."""
         return self.__dict__.get("_pretrained_cfg") or self.own_cfg()
 
     @pretrained_cfg.setter
@@ -158,11 +158,11 @@ class TimmInterface(nn.Module):
             if value := cfg.get(name):
                 setattr(self, name, tuple(value) if name in ("mean", "std") else value)
 
-    # the name that older code uses
+    # the older name
     default_cfg = pretrained_cfg
 
     def own_cfg(self) -> dict[str, Any]:
-        """A `pretrained_cfg` for timm from the attributes of this encoder."""
+        """Builds a `pretrained_cfg` for timm from the attributes of this encoder."""
         return {
             "architecture": self.architecture,
             "num_classes": self.num_classes,
@@ -181,9 +181,9 @@ class TimmInterface(nn.Module):
     # ---- features --------------------------------------------------------------------------------
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """[B, C, H, W] -> tokens after the final norm: [B, 1 + N, D], class token first; [B, N, D] without one.
+        """[B, C, H, W] -> tokens after the final norm, [B, 1 + N, D], class token first; [B, N, D] without class head.
 
-        `attn_mask` and `is_causal` are timm's; other values than these are refused.
+        `attn_mask` and `is_causal` exist for compatibility with timm; values other than the defaults are an error.
         """
         if isinstance(x, torch.fx.Proxy):
             return self._fx_features(x)
@@ -192,7 +192,7 @@ class TimmInterface(nn.Module):
         return torch.cat([out.cls[:, None], out.patches], 1) if self.num_prefix_tokens else out.patches
 
     def _fx_features(self, x: Any) -> Any:
-        """`forward_features` for torch.fx, whose graph calls blocks as modules."""
+        """`forward_features` for torch.fx, which calls blocks as leaf modules."""
         if not x.tracer.is_leaf_module(self.blocks[0], "blocks.0"):
             raise UsageError(
                 "torch.fx: cannot trace into this encoder's blocks; `import extrema_fast.timm`, then timm.models."
@@ -211,14 +211,14 @@ class TimmInterface(nn.Module):
         return self.norm(tokens)
 
     def __prepare_scriptable__(self) -> Any:
-        # torch.jit.script calls it, and would stop at the first line that it does not know
+        # called by torch.jit.script, which would fail at the first unsupported line
         raise UsageError(
             "torch.jit.script: this encoder is not scripted; use torch.jit.trace, torch.export or "
             "`extrema-fast export --format torch-export`"
         )
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens of `forward_features` -> logits; with `pre_logits` the pooled feature before the classifier."""
+        """Tokens of `forward_features` -> logits, or with `pre_logits` the pooled features before the classifier."""
         if self.global_pool == "token":
             x = x[:, 0]
         elif self.global_pool == "avg":
@@ -239,20 +239,29 @@ class TimmInterface(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Any:
-        """(Features as of `forward_features`, list of patch tokens after some trunk blocks, ascending), or the list.
+        """Patch tokens after selected trunk blocks, and the final features.
 
         Args:
             x: [B, C, H, W].
-            indices: None: all blocks; n: the last n; a sequence: these, negative ones counted from the end.
-            return_prefix_tokens: pairs (patch tokens, class token [B, 1, D]): the class head on that layer's tokens.
-                Without class head the patch tokens alone, as in timm.
-            norm: apply the final norm to each.
-            stop_early: run nothing after the last of them; the features are then made from its tokens.
+            indices: None: all blocks; an int n: the last n; a sequence: these blocks, negative ones counted from the
+                end.
+            return_prefix_tokens: return pairs (patch tokens, class token [B, 1, D]), with the class head run on that
+                layer's tokens. Without a class head only patch tokens are returned, as in timm.
+            norm: apply the final norm to each layer.
+            stop_early: skip the blocks after the last selected one; the features are then computed from its tokens.
             output_fmt: 'NCHW': [B, D, rows, columns]; 'NLC': [B, N, D].
-            intermediates_only: return the list alone.
-            output_dict: a dictionary of image_intermediates, image_intermediates_prefix (if asked for) and
-                image_features instead.
-            attn_mask, is_causal: timm's; other values than these are refused.
+            intermediates_only: return only the list.
+            output_dict: return a dictionary with image_intermediates, image_intermediates_prefix (if requested) and
+                image_features (unless `intermediates_only`).
+            attn_mask: for compatibility with timm; must be None.
+            is_causal: for compatibility with timm; must be False.
+
+        Returns:
+            (features as from `forward_features`, list of layers in ascending order), or only the list, or the
+            dictionary.
+
+        Raises:
+            UsageError: an invalid argument.
         """
         check_no_mask(attn_mask, is_causal)
         # timm passes an enumeration of strings
@@ -285,9 +294,9 @@ class TimmInterface(nn.Module):
         norm: bool = False,
         attn_mask: Tensor | None = None,
     ) -> list[Any]:
-        """Patch tokens of the last n blocks, or of those named: [B, N, D], reshaped [B, D, rows, columns].
+        """Patch tokens after the last n blocks, or after the blocks listed in n.
 
-        `return_prefix_tokens` and `attn_mask` as of `forward_intermediates`.
+        Each is [B, N, D], or [B, D, rows, columns] with `reshape`. Other arguments as in `forward_intermediates`.
         """
         fmt = "NCHW" if reshape else "NLC"
         return self.forward_intermediates(
@@ -299,10 +308,15 @@ class TimmInterface(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes what these layers do not need: later blocks; the norm; class head, class token and classifier.
+        """Removes everything that the selected layers do not need.
+
+        Args:
+            indices: layers to keep available, as in `forward_intermediates`; later blocks are removed.
+            prune_norm: also remove the final norm.
+            prune_head: also remove class head, class token and classifier.
 
         Returns:
-            The layers, ascending; their numbers stay valid.
+            The layer numbers in ascending order; they stay valid.
         """
         kept = resolve_layers(len(self.blocks), indices)
         before, after = len(self.blocks), kept[-1] + 1
@@ -318,14 +332,14 @@ class TimmInterface(nn.Module):
         return kept
 
     def get_classifier(self) -> nn.Module:
-        """The linear head, or an Identity."""
+        """The linear head, or an `Identity` without one."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Sets a new linear head (0: none) and, if given, another pool.
+        """Replaces the linear head (0 classes: none) and, if given, the pooling.
 
-        With 'avg' an existing class head stays: it is computed and not used. Build with `global_pool='avg'` where it is
-        not wanted.
+        With 'avg' an existing class head stays: it is computed but not used. Build the encoder with
+        `global_pool='avg'` to leave it out.
         """
         global_pool = self.global_pool if global_pool is None else global_pool
         check_head(num_classes, global_pool)
@@ -347,20 +361,22 @@ class TimmInterface(nn.Module):
         patch_size: int | Sequence[int] | None = None,
         antialias: bool = True,
     ) -> None:
-        """Sets another image size or patch size; a sin-cos table is computed for the new grid, a learned one resampled.
+        """Changes the image size or patch size.
+
+        A sin-cos table is recomputed for the new grid; a learned table is resampled.
 
         Args:
-            img_size: pixels, or (height, width).
-            patch_size: pixels; the patch kernel is resampled (`resample_patch_kernel`).
-            antialias: of the resampling of a learned table (the released code has none).
+            img_size: pixels, or (height, width); None: unchanged.
+            patch_size: pixels; the patch kernel is resampled (`resample_patch_kernel`). None: unchanged.
+            antialias: antialias the resampling of a learned table (the released code does not).
 
         Raises:
-            UsageError: the patch does not divide the image; nothing is changed.
+            UsageError: the image size is not a multiple of the patch size; nothing is changed.
         """
         old = self.grid
         self.patch_embed.set_input_size(img_size, patch_size)
         self.config = replace(self.config, img_size=self.img_size, patch_size=self.patch_size)
-        # the records of timm's factory, where there are any, from which it builds this model again
+        # timm's factory rebuilds the model from these records, if there are any
         if "_model_args" in self.__dict__:
             own = {"img_size": self.img_size, "patch_size": self.patch_size, "pos_grid": self.sincos.trained}
             self._model_args = {**self._model_args, **own}
@@ -377,20 +393,21 @@ class TimmInterface(nn.Module):
             self.pos_embed = self.sincos.table(self.grid, table)[None].clone()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each trunk block in the backward pass instead of keeping its activations."""
+        """Turns activation checkpointing of the trunk blocks on or off: they are recomputed in the backward pass."""
         self.grad_checkpointing = enable
 
     # ---- optimizers ------------------------------------------------------------------------------
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay (timm leaves out one-dimensional ones itself)."""
+        """Names of parameters without weight decay (timm itself excludes one-dimensional ones)."""
         return {"cls_token", *(["pos_embed"] if isinstance(self.pos_embed, nn.Parameter) else [])}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for timm's layer-wise learning rates: stem, blocks, (head).
+        """Parameter groups for timm's layer-wise learning-rate decay: stem and blocks; the rest is the head.
 
-        Class token, class blocks and final norm belong to the last block: they read its tokens. A norm after pooling
-        is new in fine-tuning and learns at the full rate with the head, as in the released code.
+        Class token, class-attention blocks and final norm belong to the group of the last trunk block, whose tokens
+        they read. A norm after pooling is new in fine-tuning and, like the head, gets the full learning rate, as in
+        the released code.
         """
         return {
             "stem": r"^(?:patch_embed|pos_embed)",

@@ -62,14 +62,15 @@ def report(
 ) -> Path:
     """Writes `reports/report.html` of a run folder.
 
-    A report with pictures is not replaced by one whose pictures cannot be made: that is `report-without-pictures.html`.
+    If the pictures cannot be made, an existing report with pictures is kept, and the new report goes to
+    `report-without-pictures.html`.
 
     Args:
         run_dir: The run folder; the run may be unfinished.
-        images: Test images shown; 0: no pictures.
-        data: Folder with train/ and test/ where the run's images are now; None: where they were.
-        embedded: Test and training images as the final weights have encoded them (`figures.embed`); empty: what needs
-            them is left out; None: they are encoded.
+        images: Number of test images shown; 0: no pictures.
+        data: Folder with train/ and test/, if the run's images have moved; None: they have not.
+        embedded: Test and training images encoded by the final weights (`figures.embed`). Empty: leave out what needs
+            them; None: encode them.
 
     Returns:
         The path of the file.

@@ -206,26 +206,45 @@ def embed(
     force: bool = False,
     progress: bool = True,
 ) -> Embeddings:
-    """Features of every image of `data` in the folder `out`, or the rest of them after an interruption.
+    """Encodes every image of `data` and writes the features to the folder `out`.
 
-    Under torchrun each process makes a part of them, and all return them.
+    The same call continues after an interruption. Under torchrun each process encodes a share of the images, and all
+    of them return the result.
 
     Args:
-        data: what `open_source` takes: folder, list file, shards, manifest, `photos`; `split` and `limit` too.
-        weights: what `load_encoder` takes; `which`: teacher or student.
-        crop_pct: as of `Encoder.preprocess` (None: that of the weights); features begun by an older version are
-            continued as they were.
-        batch_size: images at a time (None: 32 on a CPU, 256 on a GPU).
-        part_images: images per part, a multiple of the batch (None: about 1,024, fewer when they are large).
-        strict: an image that cannot be read ends the run; else it is left out and listed in broken.tsv.
-        force: removes features of other settings in `out` first (never anything else).
-        others: as `Settings`; they must be the same when a run is continued.
+        data: images as accepted by `open_source`: a folder, list file, shards, manifest, `photos`, ...
+        out: folder for the features.
+        weights: weights as accepted by `load_encoder`.
+        which: `teacher` or `student`.
+        tokens: `class`: class token [D]; `mean`: mean of the patch tokens [D]; `patch`: patch tokens [N, D].
+        norm: apply the final LayerNorm.
+        dtype: `fp32`, `fp16` or `bf16`. For the latter two, matmuls also run in bf16 if the hardware supports it.
+        format: `npy`, `parquet` or `safetensors`.
+        img_size: pixels, or (height, width); None: the encoder's.
+        crop_pct: as in `Encoder.preprocess`; None: the weights' own. Features started by an older version are continued
+            with that version's resizing.
+        keep_ratio: fraction of the patches to encode, sampled at random by the image's row number.
+        batch_size: images at a time; None: 32 on a CPU, 256 on a GPU.
+        part_images: images per file, a multiple of the batch size; None: about 1,024, fewer if their features are
+            large.
+        split: `train` or `test`, for a built-in image set.
+        limit: encode a random subset of this many images; 0: all.
+        loader: `auto`, `dali` or `pil`; their pixels differ by rounding.
+        threads: decoding threads; 0: from the number of cores.
+        exif: rotate images by their EXIF orientation.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        strict: raise for an image that cannot be read, instead of listing it in broken.tsv and leaving it out.
+        force: first remove features in `out` that have other settings (and nothing else).
+        progress: show progress.
+
+    Returns:
+        The features (`Embeddings`).
 
     Raises:
-        UsageError: a wrong option, or features of other settings in `out`.
-        DataError: no image can be read.
+        UsageError: an invalid option, or features with other settings in `out`.
+        DataError: no image can be read, or with `strict` one of them cannot.
         StorageError: `out` cannot be written.
-        NonFiniteError: for weights that give NaN. What is finished by then stays.
+        NonFiniteError: the weights produce NaN. Files finished before that are kept.
     """
     out = Path(out)
     check_format(format, dtype)

@@ -214,10 +214,10 @@ def remove(folder: Path) -> None:
 
 
 def load_embeddings(folder: str | Path) -> Embeddings:
-    """A finished folder of `extrema-fast embed`.
+    """Opens a finished folder of features written by `embed`.
 
     Raises:
-        UsageError: there is none, or it is unfinished or damaged.
+        UsageError: the folder does not exist, or is unfinished or damaged.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -237,12 +237,12 @@ def load_embeddings(folder: str | Path) -> Embeddings:
 
 
 class Embeddings:
-    """Features of many images, read part by part; made by `load_embeddings`.
+    """Features of many images, read file by file; returned by `load_embeddings` and `embed`.
 
     Attributes:
-        folder: where they are.
-        config: the content of config.json.
-        shape: of one image's features: (D,), or (N, D) for patch tokens.
+        folder: the folder of the features.
+        config: the content of its config.json.
+        shape: shape of one image's features: (D,), or (N, D) for patch tokens.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
@@ -255,14 +255,14 @@ class Embeddings:
 
     @property
     def broken(self) -> int:
-        """How many images could not be read (broken.tsv)."""
+        """Number of images that could not be read (listed in broken.tsv)."""
         return sum(len(p["broken"]) for p in self.config["parts"])
 
     def parts(self) -> Iterator[tuple[int, Tensor]]:
-        """(first feature row, features [n, *shape] in the stored type) of each part; one in memory at a time.
+        """Yields (first feature row, features [n, *shape] in the stored dtype) of each file, one in memory at a time.
 
         Raises:
-            UsageError: a file that is damaged or does not fit.
+            UsageError: a file is damaged or does not match config.json.
         """
         first, file_format = 0, self.config["settings"]["format"]
         dtype = DTYPES[self.config["settings"]["dtype"]]
@@ -283,11 +283,11 @@ class Embeddings:
             first += count
 
     def features(self) -> Tensor:
-        """All features, [n, *shape] in the stored type; all in memory."""
+        """All features, [n, *shape] in the stored dtype; loads everything into memory."""
         return torch.cat([part for _, part in self.parts()])
 
     def rows(self) -> Iterator[Row]:
-        """The images, in the order of the features."""
+        """Yields the row number, path and label of each image, in the order of the features."""
         # bytes that are no UTF-8 are damage: paths are escaped
         with open(self.folder / ROWS, encoding="utf-8", errors="surrogateescape", newline="\n") as f:
             next(f, None)

@@ -53,24 +53,26 @@ def search(
     device: str = "auto",
     force: bool = False,
 ) -> list[dict[str, Any]]:
-    """The `k` nearest images of `index` to each query, by cosine similarity of their features.
+    """Finds the `k` images in `index` nearest to each query, by cosine similarity of their features.
 
     Args:
-        query: an image file; a path as in the index's rows.tsv (its own features are used and it is not among the
-            results); or any images that `open_source` takes.
-        index: a folder of `extrema-fast embed` with class tokens or means.
-        k: how many (None: 10, or all where there are fewer).
-        out: a PNG file: a row per query (24 at most), the query left, what was found right of it.
-        weights: where the index's weights are now, if they were moved; they must be the same.
-        force: replace a file `out` that is no earlier picture.
+        query: an image file; a path listed in the index's rows.tsv (its stored features are used, and it is excluded
+            from its own results); or images as accepted by `open_source`.
+        index: a folder written by `embed` with class tokens or mean tokens.
+        k: number of neighbors; None: 10, or all if there are fewer.
+        out: PNG file for a contact sheet: one row per query (at most 24), the query on the left, its neighbors to the
+            right.
+        weights: current location of the index's weights, if they were moved; the weights must be the same.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        force: replace `out` even if it is not an earlier contact sheet.
 
     Returns:
-        Per query a dict with its path as "query", and "neighbors", a list of {"path", "label", "row", "score"}, best
-        first.
+        For each query a dict with its path as "query" and its "neighbors", a list of {"path", "label", "row", "score"},
+        best first.
 
     Raises:
-        UsageError: what does not fit.
-        DataError: a query that cannot be decoded.
+        UsageError: an invalid option, or an index or weights that do not match.
+        DataError: a query cannot be decoded.
     """
     embeddings = load_embeddings(index)
     if len(embeddings.shape) > 1:

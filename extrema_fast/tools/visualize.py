@@ -86,30 +86,33 @@ def visualize(
     device: str = "auto",
     force: bool = False,
 ) -> Path:
-    """Writes pictures of what an encoder makes of images, and a page of all of them where one chooses patches.
+    """Writes pictures of an encoder's attention and features on images, and a page to explore them.
 
-    In the folder: `index.html`, in itself complete; `patches.png`: per image attention of each head, similarity to a
-    patch, and PCA of the patch tokens as colors; of a video `pca.gif`; with more images `neighbors.png` and `map.tsv`.
+    The folder gets `index.html`, which is self-contained and lets you select patches; `patches.png`, with the attention
+    of each head, the similarity to a patch, and a PCA of the patch tokens as colors for each image; for a video
+    `pca.gif`; for larger sets `neighbors.png` and `map.tsv`.
 
     Args:
-        weights: What `load_encoder` takes; `which`: teacher or student.
-        images: Image files, a video, or one of what `open_source` takes.
+        weights: Weights as accepted by `load_encoder`.
+        images: Image files, a video, or images as accepted by `open_source`.
         out: The folder; earlier pictures are replaced.
-        make: Some of `PICTURES`; (): all that can be made.
-        patch: (x, y) in pixels of the first image: patches of all images are compared to the one there; None: to
-            each image's own most attended.
-        show: Images whose patches are shown at most, evenly spaced.
-        patches: Patches along the longer side of an image; None: 32 where it has the pixels, else fewer, down to those
-            of training.
-        frames: Of a video, evenly spaced, at most.
-        map: `tsne`, `umap` or `pca`; None: t-SNE where scikit-learn is installed, else PCA.
+        make: Pictures to make, from `PICTURES`; empty: all that are possible.
+        patch: (x, y) in pixels of the first image: compare the patches of all images to the patch there; None: compare
+            to each image's most attended patch.
+        show: Maximum number of images whose patches are shown, evenly spaced.
+        patches: Number of patches along the longer side of an image; None: 32, or fewer for small images, but at least
+            as many as in training.
+        frames: Maximum number of video frames, evenly spaced.
+        map: `tsne`, `umap` or `pca`; None: t-SNE if scikit-learn is installed, otherwise PCA.
+        which: `teacher` or `student`; None: as in `load_encoder`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         force: Replace a folder `out` that holds other files.
 
     Returns:
         The path of the page.
 
     Raises:
-        UsageError: What does not fit.
+        UsageError: An invalid option, or one that these weights or images do not support.
         DataError: No image can be decoded.
     """
     _check(make, show, patches, frames, map)

@@ -72,7 +72,7 @@ class Job(NamedTuple):
 
 
 class Exported(NamedTuple):
-    """A finished export: folder, names of its files, and the largest difference of each comparison."""
+    """A finished export: its folder, the names of its files, and the largest difference found by each comparison."""
 
     folder: Path
     files: list[str]
@@ -106,23 +106,28 @@ def export(
     opset: int | None = None,
     force: bool = False,
 ) -> Exported:
-    """Writes an encoder for another program, and compares its outputs on random images before it is kept.
+    """Exports an encoder for another program, and verifies its outputs on random images before keeping it.
 
     Args:
-        weights: What `load_encoder` takes, or an encoder, which stays as it is, also inside torch.compile,
-            DistributedDataParallel or `as_dino`; `which` and `img_size` as there.
+        weights: Weights as accepted by `load_encoder`, or an encoder, which is not modified; it may be wrapped by
+            torch.compile, DistributedDataParallel or `as_dino`.
         out: The new folder.
-        format: `extrema` (= `timm`), `vit`, `hf`, `onnx`, `torch-export`.
-        fc_norm: vit, hf: a fresh norm after pooling replaces the final norm (start of the paper's fine-tuning).
-        class_token: hf: the whole encoder instead of the mean-pooled trunk; `import extrema_fast.timm` then comes
-            before loading.
-        opset: onnx: operator set, default 18.
+        format: `extrema` (same as `timm`), `vit`, `hf`, `onnx` or `torch-export`.
+        which: As in `load_encoder`.
+        img_size: As in `load_encoder`.
+        fc_norm: vit, hf: replace the final norm by a fresh norm after pooling (the start of the paper's fine-tuning).
+        class_token: hf: export the whole encoder instead of the mean-pooled trunk. Loading it requires
+            `import extrema_fast.timm` first.
+        opset: onnx: operator set version, default 18.
         force: Replace an earlier import or export at `out`.
 
+    Returns:
+        `Exported`: the folder, its files, and the largest difference found by each comparison.
+
     Raises:
-        UsageError: Options, packages or weights do not fit.
-        ExtremaError: What was written gives other numbers.
-        StorageError: It cannot be written. After any error nothing is left at `out`.
+        UsageError: An option is invalid for this format, a package is missing, or the weights are not supported.
+        ExtremaError: The exported model gives different outputs.
+        StorageError: `out` cannot be written. After any error nothing is left at `out`.
     """
     name = _format_name(format)
     form = FORMATS[name]

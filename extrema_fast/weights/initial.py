@@ -88,23 +88,24 @@ def _copy_whole(method: Any, networks: Mapping[str, Mapping[str, Tensor]], optio
 
 
 def load_trunk(encoder: Encoder, path: str | Path, which: str | None = None) -> Parts:
-    """Fills an encoder's trunk in place from `path`: of a run, or of another project's vision transformer.
+    """Loads an encoder's trunk in place from a run or from another project's vision transformer.
 
-    Patch kernel and position table are resampled to this encoder's patch, grid and channels. Where the file says which
-    mean and standard deviation its RGB images had, the kernel is adapted to those here; else they are taken to be the
-    same, as are the heads. A table that is not the fixed one is kept, as a parameter; in an encoder of the fixed one it
-    has no gradient. Pooling is kept where the file has one of this shape, else it stays as it is.
+    Patch kernel and position table are resampled to this encoder's patch size, grid and channels. If the file records
+    the mean and standard deviation of its RGB images, the kernel is adapted to this encoder's; otherwise they are
+    assumed to be the same, as is the number of heads. A position table that differs from the fixed sin-cos one is kept
+    as a parameter, without gradient if this encoder's table is fixed. The pooling head is loaded if the file has one of
+    the same shape; otherwise it is left unchanged.
 
     Args:
-        encoder: as of `create_encoder`.
+        encoder: an encoder made by `create_encoder`.
         path: anything that `load_encoder` reads.
         which: 'teacher' or 'student', as in `load_encoder`.
 
     Returns:
-        What was done, for the parts "patch embedding", "positions", "trunk", "final norm", "pooling", "left out".
+        What was done to each of "patch embedding", "positions", "trunk", "final norm", "pooling" and "left out".
 
     Raises:
-        UsageError: the trunk has another shape; nothing is changed then.
+        UsageError: the trunk has another shape; nothing is changed.
     """
     parts = fill_trunk(encoder, path, which)
     if parts["positions"].startswith(KEPT) and not isinstance(encoder.pos_embed, nn.Parameter):

@@ -172,27 +172,30 @@ def load_encoder(
     num_heads: int | None = None,
     drop_path_rate: float | None = None,
 ) -> Encoder:
-    """A trained encoder, in eval mode on the CPU.
+    """Loads a trained encoder, in eval mode on the CPU.
 
     Args:
-        path: A run folder (its newest weights), a weights folder or one file of it, an exported folder, bare encoder
-            weights, or a released ExtreMA `.pth` (pretraining or fine-tuning); a file or folder of another project's
-            ViT (`foreign`), of which the trunk is read; or what `open_weights` gave.
-        which: 'teacher' (frozen features) or 'student' (start of the paper's fine-tuning); default: the teacher, or
-            the one that was kept.
-        num_classes: Classes of a new linear head; default: the file's head, where pooling stays as it is there (of
-            a fine-tuning the names of its outputs are in `classes`).
-        img_size: Another size than trained: the sin-cos table is computed for the new grid, a learned one is
-            resampled.
-        in_chans: Other channels: the patch kernel is adapted by timm's rule.
-        patch_size: Another patch side: the patch kernel is resampled (FlexiViT).
-        global_pool, fc_norm, pos_embed, pos_coords, drop_path_rate: As in `create_encoder`; default: the file's.
-        grid: (rows, columns) of the patches of a learned table that is not square.
-        num_heads: Heads of the trunk, in files that do not say, where they are not width / 64.
+        path: A run folder (its newest weights), a weights folder or one of its files, an exported folder, bare encoder
+            weights, a released ExtreMA `.pth` (pretraining or fine-tuning), a file or folder of another project's ViT,
+            of which the trunk is loaded (`foreign`), or the result of `open_weights`.
+        which: 'teacher' (frozen features) or 'student' (the start of the paper's fine-tuning); default: the teacher, or
+            the only network in the file.
+        num_classes: Classes of a new linear head; default: the file's head, unless the pooling changes. The class names
+            of a fine-tuned head are in `classes`.
+        img_size: Change the image size: a sin-cos table is computed for the new grid, a learned one is resampled.
+        in_chans: Change the number of channels: the patch kernel is adapted by timm's rule.
+        patch_size: Change the patch side: the patch kernel is resampled (FlexiViT).
+        global_pool: As in `create_encoder`; default: the file's.
+        fc_norm: As in `create_encoder`; default: the file's.
+        pos_embed: As in `create_encoder`; default: the file's.
+        pos_coords: As in `create_encoder`; default: the file's.
+        grid: (rows, columns) of a learned position table that is not square.
+        num_heads: Heads of the trunk, if the file does not say and it is not width / 64.
+        drop_path_rate: As in `create_encoder`; default: the file's.
 
     Raises:
-        UsageError: The file is missing, damaged or no ViT whose trunk this is (the message names what was found), or
-            the options do not fit it.
+        UsageError: The file is missing, damaged, or not a ViT with a supported trunk (the message says what was found),
+            or an option does not fit it.
     """
     weights = path if isinstance(path, Weights) else open_weights(path, grid, num_heads, which=which)
     if weights is not path and (left_out := weights.meta.get("source", {}).get("left_out")):
@@ -340,21 +343,22 @@ def import_released(
     num_heads: int | None = None,
     force: bool = False,
 ) -> Path:
-    """Converts a released ExtreMA checkpoint, bare encoder weights, or another project's trunk, into a weights folder.
+    """Converts a released ExtreMA checkpoint, bare encoder weights, or another project's trunk into a weights folder.
 
     Args:
-        file: As of `load_encoder`, such as a pretraining or fine-tuning checkpoint or a folder of Hugging Face; the
-            architecture is inferred from the tensors, optimizer and scaler are dropped.
+        file: As in `load_encoder`, such as a pretraining or fine-tuning checkpoint or a Hugging Face folder. The
+            architecture is inferred from the tensors; optimizer and scaler are dropped.
         out: The new folder.
-        which: Keep `teacher` or `student` only; default: all there are, with their training heads.
-        grid, num_heads: Where the tensors do not show them, as in `load_encoder`.
+        which: Keep only `teacher` or `student`; default: all networks in the file, with their training heads.
+        grid: As in `load_encoder`, if the tensors do not show it.
+        num_heads: As in `load_encoder`, if the tensors do not show it.
         force: Replace an earlier import or export at `out`.
 
     Returns:
         The folder `out`.
 
     Raises:
-        UsageError: The file is unreadable, incomplete or of another project, or `out` exists; nothing is written.
+        UsageError: The file is unreadable, incomplete or unsupported, or `out` exists; nothing is written.
         StorageError: `out` cannot be written.
     """
     file, out = Path(file), Path(out)

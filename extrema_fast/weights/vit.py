@@ -1,4 +1,4 @@
-"""A timm VisionTransformer, class token included, from weights of any project that `load_encoder` reads."""
+"""Loads vision transformers of other projects, class token included, as timm models, and accelerates them."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from .load import load_encoder, open_weights
 
 
 def accelerate(vit: nn.Module | str | Path, *, attention: str = "auto", strict: bool = False) -> Accelerated:
-    """Fast masked and dense encoding with the weights of `vit`, which is left as it is.
+    """Fast masked and dense encoding with the weights of `vit`, which is not modified.
 
         fast = extrema_fast.accelerate(vit)
         latent = fast.encode(images, keep).tokens            # class token and kept patches
         loss = decoder(latent, keep)
 
     Args:
-        vit: a timm VisionTransformer, or a subclass that keeps its `forward_features` and `_pos_embed`; or a path, of
-            which `load_vit` makes one.
-        attention: backend of self-attention, as of `Encoder.set_attention`.
-        strict: a part that cannot be replaced is an error, here and at every pass, instead of being called.
+        vit: a timm VisionTransformer, a subclass that keeps its `forward_features` and `_pos_embed`, or a path, which
+            is loaded by `load_vit`.
+        attention: self-attention backend, as in `Encoder.set_attention`.
+        strict: raise an error for a part that cannot be replaced, here and at every pass, instead of calling it as it
+            is.
 
     Returns:
-        An object with `encode(images, keep)`, which gives tokens as `Encoder.encode` does, and `report()`, which says
-        what is replaced and why the rest is not.
+        An object with `encode(images, keep)`, which encodes like `Encoder.encode`, and `report()`, which says what is
+        replaced and why the rest is not.
 
     Raises:
-        UsageError: another model or an unknown backend, with what is possible.
+        UsageError: an unsupported model or an unknown backend; the message says what is possible.
     """
     return Accelerated(load_vit(vit) if isinstance(vit, (str, Path)) else vit, attention, strict)
 
@@ -47,17 +48,19 @@ def load_vit(
     grid: Sequence[int] | None = None,
     num_heads: int | None = None,
 ) -> Any:
-    """A timm VisionTransformer in eval mode with the trunk, class token and registers of a file or folder.
+    """Loads the trunk, class token and registers of a file or folder into a timm VisionTransformer, in eval mode.
 
-    Its tokens equal those of the model that the file is of; heads are left out, layer scale is folded in.
+    Its tokens equal those of the original model. Heads are left out, and layer scale is folded into the weights.
 
     Args:
         path: a ViT of timm, MAE, DINO, DINOv2, MoCo v3, torchvision or Hugging Face.
-        which: 'teacher' or 'student', where there are both.
-        grid, num_heads: as in `load_encoder`.
+        which: 'teacher' or 'student', if the file has both.
+        grid: as in `load_encoder`.
+        num_heads: as in `load_encoder`.
 
     Raises:
-        UsageError: as `load_encoder`; ExtreMA weights; a distillation token; timm is missing.
+        UsageError: as in `load_encoder`; also for ExtreMA weights, for a model with a distillation token, or if timm is
+            missing.
     """
     try:
         from timm.models.vision_transformer import VisionTransformer
