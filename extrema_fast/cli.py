@@ -1,7 +1,7 @@
 """The command line: each command parses its options, calls one Python function and prints the result.
 
-Errors a user can act on are one line on standard error; the exit code is the error's own. Nothing here imports torch
-before a command needs it.
+Errors that a user can fix are printed as one line on standard error, and set the exit code. torch is not imported
+until a command needs it.
 """
 
 from __future__ import annotations
@@ -62,10 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: its words; None: those of this process, which is then ended without waiting for threads after a signal.
+        argv: command-line arguments; None: `sys.argv`. In that case a signal ends the process without waiting for
+            threads.
 
     Returns:
-        The exit code: 0, an ExtremaError's, or 128 + the signal that ended it.
+        The exit code: 0, that of the ExtremaError, or 128 + the number of the signal.
     """
     with watched():
         code = _run(list(sys.argv[1:] if argv is None else argv))
@@ -75,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
-    # CPU tensors on huge pages, where the system has them; torch reads this at its first allocation
+    # use huge pages for CPU tensors, if available; torch reads this at its first allocation
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # what Apple's GPU has no kernel for runs on the CPU
+    # run ops without an MPS kernel on the CPU
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     try:
         try:
@@ -96,9 +97,9 @@ def _run(args: list[str]) -> int:
         _say(f"\n{PROG}: {how}; the same command continues from what it has kept")
         return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
     except BrokenPipeError:
-        # the reader (head, less) has left
+        # the reader (head, less) has exited
         return 0
-    # what no caller knows better
+    # not converted by any caller
     except OSError as error:
         return _fail(of_storage(error))
     except Exception as error:
@@ -117,28 +118,28 @@ def _fail(error: ExtremaError) -> int:
 
 
 def _is_first() -> bool:
-    """Whether this is process 0 of a run."""
+    """Whether this is process 0 of the run."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _say(text: str) -> None:
-    # a terminal that is gone
+    # the terminal may be gone
     with suppress(OSError):
         print(printable(text), file=sys.stderr, flush=True)
 
 
 def _print(result: object) -> None:
-    """Prints a result; the only place that does."""
+    """Prints a result; all output to stdout goes through here."""
     print(printable(str(result)))
 
 
 def _flush() -> None:
-    """Writes what standard output still holds: at its exit Python could only complain about it."""
+    """Flushes standard output now, since an error at interpreter exit could no longer be handled."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        # a test's own stream has no number
+        # a stream replaced by a test has no file descriptor
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
@@ -177,12 +178,12 @@ def _overview() -> str:
 # ---- parsing ---------------------------------------------------------------------------------------
 
 
-# name -> (function of parser and arguments, whose docstring is the summary; example)
+# name -> (function of parser and arguments, whose docstring is the help summary; example)
 COMMANDS: dict[str, tuple[Callable[[_Parser, list[str]], None], str]] = {}
 
 
 def _command(example: str) -> Callable[[Callable], Callable]:
-    """Registers a function as the command that its example begins with."""
+    """Registers a function as the command named by the first word of its example."""
 
     def register(run: Callable[[_Parser, list[str]], None]) -> Callable:
         COMMANDS[example.split()[0]] = run, example
@@ -192,7 +193,7 @@ def _command(example: str) -> Callable[[Callable], Callable]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are UsageErrors, with the nearest option for an unknown one."""
+    """An ArgumentParser that raises UsageError, and suggests similar options for an unknown one."""
 
     def __init__(self, name: str, **options: Any) -> None:
         run, example = COMMANDS[name]
@@ -205,10 +206,10 @@ class _Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **options,
         )
-        shown = self.add_argument_group("what is shown").add_mutually_exclusive_group()
+        shown = self.add_argument_group("verbosity").add_mutually_exclusive_group()
         for option, level, text in (
-            ("--quiet", logging.WARNING, "warnings, errors and the result only; no progress"),
-            ("--verbose", logging.DEBUG, "also what was chosen where nothing was asked for, and why"),
+            ("--quiet", logging.WARNING, "show only warnings, errors and the result"),
+            ("--verbose", logging.DEBUG, "also show automatic choices and the reasons for them"),
         ):
             shown.add_argument(
                 option, dest="level", action="store_const", const=level, default=logging.INFO, help=text
@@ -216,7 +217,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("the following arguments are required"):
-            # a misspelled option that is required
+            # the required option may be misspelled
             for word in self._words:
                 if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
                     raise self._unknown(word)
@@ -227,7 +228,7 @@ class _Parser(argparse.ArgumentParser):
             message = f"unexpected argument {found[2]}{self._no_value(found[1])}"
         raise UsageError(f"{message}; see {self.prog} --help")
 
-    # shorter, as most lines below begin with it
+    # a short name, since most lines below start with it
     add = argparse.ArgumentParser.add_argument
 
     def switch(self, name: str, text: str, **options: Any) -> None:
@@ -235,7 +236,7 @@ class _Parser(argparse.ArgumentParser):
         self.add(name, action="store_true", help=text, **options)
 
     def parse_all(self, args: list[str]) -> argparse.Namespace:
-        """As parse_args; an unknown option is an error that names the nearest. Logging is set up."""
+        """Like parse_args, but suggests similar options for an unknown one; also sets up logging."""
         self._words = _dashed(args)
         parsed, rest = self.parse_known_args(self._words)
         for word in rest:
@@ -246,7 +247,7 @@ class _Parser(argparse.ArgumentParser):
             hint = ", a preset comes first" if rest[0] in PRESETS else next(filter(None, before), "")
             self.error(f"unexpected argument {rest[0]!r}{hint}")
         for action in self._actions:
-            # a folder of that name would be the current one; dotted options may be empty
+            # an empty folder name would mean the current folder; dotted options may be empty
             if "." not in action.dest and getattr(parsed, action.dest, None) in ("", [""]):
                 self.error(f"{'/'.join(action.option_strings) or action.metavar}: {_EMPTY}")
         _set_up_logging(parsed.level)
@@ -255,12 +256,12 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
     def options(self, args: list[str], *, progress: bool = False) -> dict[str, Any]:
-        """The arguments by name; with `progress` for a function that shows it."""
+        """The arguments by name; `progress` is included only for functions that take it."""
         found = vars(self.parse_all(args))
         return found if progress else {k: v for k, v in found.items() if k != "progress"}
 
     def _no_value(self, word: str) -> str:
-        """`: OPTION takes no value`, and how it is turned off; empty for what is no switch."""
+        """`: OPTION takes no value`, and how to turn it off; empty if it is not a switch."""
         action = self._option_string_actions.get(word)
         if action is None or action.nargs != 0:
             return ""
@@ -272,7 +273,7 @@ class _Parser(argparse.ArgumentParser):
         name = word.partition("=")[0]
         bare = name.strip("-")
         members = [k for k in known if k.startswith(f"{name}.")]
-        # `no` before the group instead of the name
+        # `no` placed before the group instead of the name
         near = [k for k in known if bare.startswith("no-") and k == _off(bare[3:])] or near_options(
             name, known
         )
@@ -289,7 +290,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Added(Exception):
-    """All options have been added."""
+    """Raised once all options have been added."""
 
 
 class _Unused(_Parser):
@@ -298,7 +299,7 @@ class _Unused(_Parser):
 
 
 def _parser_of(name: str) -> _Parser:
-    """A command's parser with its options."""
+    """The parser of a command, with all its options."""
     parser = _Unused(name)
     with suppress(_Added):
         COMMANDS[name][0](parser, [])
@@ -307,7 +308,7 @@ def _parser_of(name: str) -> _Parser:
 
 _THREADS = "--data.threads is the number of decoding threads"
 _OUT = "--out is the run folder"
-# options that other tools have for `pretrain` -> what there is here
+# options of other tools that users may try with `pretrain` -> the equivalent here
 USED_ELSEWHERE = {
     "resume": "the same command continues the run in --out",
     "gpus": "start one process per GPU: torchrun --nproc-per-node 8 -m extrema_fast pretrain ...",
@@ -321,13 +322,13 @@ USED_ELSEWHERE = {
 
 
 def _off(switch: str) -> str:
-    """The option that turns a switch of the configuration off: `--log.no-report` of `--log.report`."""
+    """The option that turns off a boolean setting: `--log.no-report` for `--log.report`."""
     group, dot, leaf = switch.removeprefix("--").rpartition(".")
     return f"--{group}{dot}no-{leaf}"
 
 
 def _dashed(args: Sequence[str]) -> list[str]:
-    """Option names with `-` for `_`; values stay as they are."""
+    """Replaces `_` by `-` in option names; values are not changed."""
     out = []
     for word in args:
         name, equals, value = word.partition("=")
@@ -336,7 +337,7 @@ def _dashed(args: Sequence[str]) -> list[str]:
 
 
 class _Stderr(logging.StreamHandler):
-    # looked up for every line: a progress bar replaces sys.stderr
+    # looked up for every line, since a progress bar replaces sys.stderr
     stream = property(lambda self: sys.stderr, lambda self, value: None)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -371,11 +372,11 @@ _EMPTY = "expected a name, got an empty word (a variable of the shell that is no
 
 
 class _Configured(NamedTuple):
-    """A parsed command line: its own options, the configuration, and where that came from."""
+    """A parsed command line: the command's own options, the configuration, and its sources."""
 
     ours: argparse.Namespace
     cfg: Config
-    # of the preset; that of `own` is what it has chosen, without what is given
+    # the preset; for `own` the settings it chose, without those given
     name: str
     base: Config
     # dotted options given on the command line, and in the --config file
@@ -386,7 +387,7 @@ class _Configured(NamedTuple):
 def _add_dotted(
     p: _Parser, of: type[Config] = Config, without: Sequence[str] = ()
 ) -> dict[str, argparse.Action]:
-    """Adds an option for every field of a configuration that `p` has no option of; returns them by dotted name."""
+    """Adds an option for every configuration field that `p` has no option for; returns them by dotted name."""
     docs = {}
     for node in ast.parse(inspect.getsource(config)).body:
         if not isinstance(node, ast.ClassDef):
@@ -417,7 +418,7 @@ def _add_dotted(
                 args = get_args(hint)
                 options["nargs"], hint = "+" if args[-1] is Ellipsis else len(args), args[0]
             if get_origin(hint) is Literal:
-                # checked with the configuration, which also knows what values were called before
+                # validated with the configuration, which also knows the old names of values
                 options["metavar"] = "{" + ",".join(get_args(hint)) + "}"
             else:
                 options |= {"type": hint, "metavar": hint.__name__.upper()}
@@ -426,17 +427,17 @@ def _add_dotted(
 
 
 def _configure(p: _Parser, args: list[str]) -> _Configured:
-    """Preset (or images, for the preset `own`), file and dotted options next to the options of `p`."""
+    """Parses preset (or images, for the preset `own`), file and dotted options along with the options of `p`."""
     dotted = _add_dotted(p)
     p.usage = f"{p.prog} [PRESET or IMAGES] [options] [--dotted.option VALUE ...]"
     p.add(
         "--preset",
         metavar="NAME",
-        help=f"{', '.join(PRESETS)}; default own for images of your own, else photos",
+        help=f"{', '.join(PRESETS)}; default: own if you give images, else photos",
     )
-    p.add("--config", metavar="FILE", help="TOML or JSON file that changes the preset")
+    p.add("--config", metavar="FILE", help="TOML or JSON file with settings that override the preset")
     args = _dashed(args)
-    # a preset or images by position come first: later words may be values
+    # only the first word can be a preset or images; later words may be values of options
     by_position = args.pop(0) if args and not args[0].startswith("-") else None
     images = by_position if by_position is not None and _names_images(by_position) else None
     by_position = None if images else by_position
@@ -463,7 +464,7 @@ def _configure(p: _Parser, args: list[str]) -> _Configured:
     if name.replace("-", "_") == "own":
         from .training.own import choose
 
-        # `profile` and `tune` begin nothing
+        # `profile` and `tune` have no such options
         overwrite, init_from = getattr(ours, "overwrite", False), getattr(ours, "init_from", None)
         cfg, base = choose(options | flags, overwrite=overwrite, init_from=init_from)
     else:
@@ -472,7 +473,7 @@ def _configure(p: _Parser, args: list[str]) -> _Configured:
 
 
 def _of_user(images: str) -> bool:
-    """Whether `--data.train` names images, and not built-in ones."""
+    """Whether `--data.train` names the user's own images."""
     if not images:
         return False
     from .data.sources import BUILT_IN
@@ -481,13 +482,13 @@ def _of_user(images: str) -> bool:
 
 
 def _names_images(word: str) -> bool:
-    """Whether a word in the place of a preset names images; UsageError when it names nothing."""
+    """Whether the first word names images and not a preset; raises UsageError if it names neither."""
     if not word:
         raise UsageError(f"PRESET or IMAGES: {_EMPTY}")
     if word.replace("-", "_") in PRESETS:
         return False
     path = Path(word).expanduser()
-    # also a folder within an archive
+    # it may also be a folder inside an archive
     there = path.exists() or any(p.is_file() for p in path.parents)
     if there or "://" in word or any(c in word for c in "*?[{"):
         return True
@@ -500,16 +501,16 @@ def _names_images(word: str) -> bool:
 
 @_command("pretrain my_images --train.epochs 80 --out runs/longer")
 def _pretrain(p: _Parser, args: list[str]) -> None:
-    """Pretrain on images, or continue the run in --out."""
+    """Pretrain an encoder on images, or continue the run in --out."""
     p.add(
         "--init-from",
         metavar="PATH",
-        help="weights to start from at step 0 (run, weights, anybody's ViT)",
+        help="initial weights: a run, a weights folder or file, or another project's ViT",
     )
-    p.switch("--overwrite", "move the run in --out aside and start a new one")
-    p.switch("--allow-config-change", "continue a run with changed settings")
-    p.switch("--print-config", "print every setting, as --config reads it, and stop")
-    p.switch("--dry-run", "three real steps, nothing written")
+    p.switch("--overwrite", "move a run in --out aside and start a new one")
+    p.switch("--allow-config-change", "continue the run even if its settings have changed")
+    p.switch("--print-config", "print all settings in a form that --config reads, and exit")
+    p.switch("--dry-run", "run three real steps without writing anything")
     given = _configure(p, args)
     ours, cfg = given.ours, given.cfg
     if ours.print_config:
@@ -524,7 +525,7 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
 
         pretrain(
             cfg,
-            # a file may have begun from another one
+            # a file may be based on another preset
             preset=None if ours.config else (given.name, given.base),
             init_from=ours.init_from,
             overwrite=ours.overwrite,
@@ -535,16 +536,22 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
 
 @_command("finetune runs/photos --data pets --out runs/pets")
 def _finetune(p: _Parser, args: list[str]) -> None:
-    """Train a classifier from pretrained weights, all layers of it, or continue the run in --out."""
-    p.add("weights", metavar="WEIGHTS", help="run, weights, anybody's ViT, or none: random weights")
-    p.add("--data", metavar="DIR", help="folder with train/ and test/ or val/, and in them the class folders")
+    """Fine-tune a classifier, or continue the run in --out."""
     p.add(
-        "--preset", choices=FINETUNE_PRESETS, help="small (default, a CPU) or paper (its recipe; needs timm)"
+        "weights",
+        metavar="WEIGHTS",
+        help="a run, a weights folder or file, another project's ViT, or none (random)",
     )
-    p.add("--config", metavar="FILE", help="TOML or JSON file that changes the preset")
-    p.switch("--overwrite", "move the run in --out aside and start a new one")
-    p.switch("--allow-config-change", "continue a run with changed settings")
-    p.switch("--print-config", "print every setting, as --config reads it, and stop")
+    p.add("--data", metavar="DIR", help="folder with train/ and test/ or val/, each with class folders")
+    p.add(
+        "--preset",
+        choices=FINETUNE_PRESETS,
+        help="small (default; for a CPU) or paper (the paper's recipe; needs timm)",
+    )
+    p.add("--config", metavar="FILE", help="TOML or JSON file with settings that override the preset")
+    p.switch("--overwrite", "move a run in --out aside and start a new one")
+    p.switch("--allow-config-change", "continue the run even if its settings have changed")
+    p.switch("--print-config", "print all settings in a form that --config reads, and exit")
     p.usage = f"{p.prog} WEIGHTS --data DIR [options] [--dotted.option VALUE ...]"
     dotted = _add_dotted(p, FinetuneConfig, [*NOT_TUNED, "tune.weights"])
     for option, value in flatten(FinetuneConfig()).items():
@@ -564,10 +571,10 @@ def _finetune(p: _Parser, args: list[str]) -> None:
     name = str(ours.preset or of_preset or "small")
     from .training.tuning import begin_config
 
-    # what decides how weights are read
+    # settings that affect how the weights are read
     early = flatten(in_file) | flags
     base = begin_config(ours.weights, name, early.get("out"), early.get("model.heads") or None)
-    # a file of --print-config names the weights, too
+    # the output of --print-config names the weights, too
     if "tune" in in_file:
         in_file["tune"] = {**in_file["tune"], "weights": ours.weights}
     cfg = from_dict(nested(flags), from_dict(in_file, base))
@@ -587,7 +594,7 @@ def _finetune(p: _Parser, args: list[str]) -> None:
 
 
 def _resolved(given: _Configured) -> dict[str, Any]:
-    """What --print-config shows; the whole of it, or its `config` alone, reloads through --config."""
+    """The output of --print-config; --config reads it, or its `config` alone."""
     cfg = given.cfg
     defaults, of_preset = flatten(Config()), flatten(given.base)
     in_file = flatten(from_dict(nested(given.of_file), given.base))
@@ -607,30 +614,40 @@ def _resolved(given: _Configured) -> dict[str, Any]:
     }
 
 
-_CROP_PCT = "the encoder's size in resized images (the weights'; 1: already cropped)"
+_CROP_PCT = "crop size / resized short side (default: the weights'; 1: already cropped)"
 
 
 def _evaluation(p: _Parser, args: list[str], metrics: Sequence[str]) -> None:
-    p.add("path", metavar="RUN_OR_WEIGHTS", help="run folder, weights folder or released .pth")
-    p.add("--data", metavar="DIR", help="folder with train/ and test/ or val/; default: the run's")
-    p.add("--train", metavar="DIR", help="labeled images to learn from")
-    p.add("--test", metavar="DIR", help="labeled images to test on")
-    p.add("--out", metavar="FILE", help="JSON result; default in a run: reports/evaluation.json")
-    p.add("--which", choices=("teacher", "student"), default="teacher")
-    p.add("--max-train", type=int, default=0, metavar="N", help="use N training images (0: all)")
-    p.add("--max-test", type=int, default=0, metavar="N", help="use N test images (0: all)")
+    p.add("path", metavar="RUN_OR_WEIGHTS", help="run folder, weights folder or released .pth file")
+    p.add("--data", metavar="DIR", help="folder with train/ and test/ or val/ (default: the run's)")
+    p.add("--train", metavar="DIR", help="labeled training images")
+    p.add("--test", metavar="DIR", help="labeled test images")
+    p.add("--out", metavar="FILE", help="JSON result file (default for a run: reports/evaluation.json)")
+    p.add("--which", choices=("teacher", "student"), default="teacher", help="network (default: teacher)")
+    p.add("--max-train", type=int, default=0, metavar="N", help="use at most N training images (0: all)")
+    p.add("--max-test", type=int, default=0, metavar="N", help="use at most N test images (0: all)")
     if "knn" in metrics:
-        p.add("--k", type=int, help="neighbors (default: the run's, 20)")
-        p.add("--temperature", type=float, help="of the votes (default: the run's, 0.07)")
+        p.add("--k", type=int, metavar="N", help="neighbors (default: the run's, or 20)")
+        p.add(
+            "--temperature",
+            type=float,
+            metavar="T",
+            help="temperature of the k-NN votes (default: the run's, or 0.07)",
+        )
     if "probe" in metrics:
-        p.add("--protocol", default="paper", metavar="NAME", help="paper (default), grid or logistic")
-    p.add("--labels", metavar="SHARE", help="of the training labels (0.01), or FILE that names the images")
-    p.add("--batch-size", type=int, metavar="N", help="images at a time")
+        p.add(
+            "--protocol",
+            default="paper",
+            metavar="NAME",
+            help="linear-probe protocol: paper (default), grid or logistic",
+        )
+    p.add("--labels", metavar="SHARE", help="fraction of labels to use (e.g. 0.01), or a file of names")
+    p.add("--batch-size", type=int, metavar="N", help="images per forward pass (default: the run's)")
     p.add("--crop-pct", type=float, metavar="SHARE", help=_CROP_PCT)
-    p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
-    p.add("--seed", type=int, default=0, metavar="S", help="of subsets, probe and labels")
-    p.add("--seeds", type=int, default=1, metavar="N", help="mean and deviation over N seeds")
-    p.switch("--force", "measure again although nothing has changed")
+    p.add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    p.add("--seed", type=int, default=0, metavar="S", help="random seed of subsets, probe and labels")
+    p.add("--seeds", type=int, default=1, metavar="N", help="mean and standard deviation over N seeds")
+    p.switch("--force", "evaluate again even if nothing has changed")
     p.switch("--json", "print the whole result as JSON")
     o = p.options(args)
     as_json, data = o.pop("json"), o.pop("data")
@@ -643,13 +660,13 @@ def _evaluation(p: _Parser, args: list[str], metrics: Sequence[str]) -> None:
 
 
 def _show_measured(measure: Callable[[], dict[str, Any]], as_json: bool) -> None:
-    """Shows the result of an evaluation, also of one whose file cannot be written."""
+    """Shows the result of an evaluation, even if its file cannot be written."""
     from .evaluation.result import format_table
 
     try:
         _show(measure(), as_json, format_table)
     except StorageError as error:
-        # minutes of work: shown although it could not be kept
+        # minutes of work: show it even though it could not be saved
         if error.result is not None:
             _show(error.result, as_json, format_table)
         raise
@@ -657,37 +674,37 @@ def _show_measured(measure: Callable[[], dict[str, Any]], as_json: bool) -> None
 
 @_command("evaluate runs/photos")
 def _evaluate(p: _Parser, args: list[str]) -> None:
-    """k-NN and linear probe next to a random encoder and raw pixels."""
+    """Run k-NN and a linear probe, against random weights and pixels."""
     _evaluation(p, args, ("knn", "probe"))
 
 
 @_command("knn runs/cifar10 --data cifar10")
 def _knn(p: _Parser, args: list[str]) -> None:
-    """k-NN alone."""
+    """Run only the k-NN part of evaluate."""
     _evaluation(p, args, ("knn",))
 
 
 @_command("probe runs/cifar10 --train cifar10/train --test cifar10/test")
 def _probe(p: _Parser, args: list[str]) -> None:
-    """Linear probe alone."""
+    """Run only the linear-probe part of evaluate."""
     _evaluation(p, args, ("probe",))
 
 
 @_command("segment runs/photos --data VOCdevkit/VOC2012")
 def _segment(p: _Parser, args: list[str]) -> None:
-    """Linear probe and k-means of patch tokens against segmentation masks."""
-    p.add("path", metavar="RUN_OR_WEIGHTS", help="run folder, weights folder or released .pth")
-    p.add("--data", required=True, metavar="DIR", help="VOC, ADE20K, or images/ and masks/")
-    p.add("--out", metavar="FILE", help="JSON result; default in a run: reports/segmentation-KEY.json")
-    p.add("--which", choices=("teacher", "student"), default="teacher")
-    p.add("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width")
-    p.add("--max-train", type=int, default=0, metavar="N", help="use N training images (0: all)")
-    p.add("--max-test", type=int, default=0, metavar="N", help="use N test images (0: all)")
-    p.add("--batch-size", type=int, metavar="N", help="images at a time")
-    p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
-    p.add("--seed", type=int, default=0, metavar="S", help="of subsets, probe and k-means")
-    p.add("--seeds", type=int, default=1, metavar="N", help="mean and deviation over N seeds")
-    p.switch("--force", "measure again although nothing has changed")
+    """Evaluate patch tokens on segmentation masks: probe and k-means."""
+    p.add("path", metavar="RUN_OR_WEIGHTS", help="run folder, weights folder or released .pth file")
+    p.add("--data", required=True, metavar="DIR", help="VOC, ADE20K, or a folder with images/ and masks/")
+    p.add("--out", metavar="FILE", help="JSON result file (default for a run: in its reports/)")
+    p.add("--which", choices=("teacher", "student"), default="teacher", help="network (default: teacher)")
+    p.add("--img-size", type=int, nargs="+", metavar="N", help="pixels: side, or height and width")
+    p.add("--max-train", type=int, default=0, metavar="N", help="use at most N training images (0: all)")
+    p.add("--max-test", type=int, default=0, metavar="N", help="use at most N test images (0: all)")
+    p.add("--batch-size", type=int, metavar="N", help="images per forward pass (default: the run's)")
+    p.add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    p.add("--seed", type=int, default=0, metavar="S", help="random seed of subsets, probe and k-means")
+    p.add("--seeds", type=int, default=1, metavar="N", help="mean and standard deviation over N seeds")
+    p.switch("--force", "evaluate again even if nothing has changed")
     p.switch("--json", "print the whole result as JSON")
     o = p.options(args)
     as_json = o.pop("json")
@@ -699,10 +716,16 @@ def _segment(p: _Parser, args: list[str]) -> None:
 
 @_command("report runs/photos")
 def _report(p: _Parser, args: list[str]) -> None:
-    """Write reports/report.html of a run."""
+    """Write the report of a run, reports/report.html."""
     p.add("run_dir", metavar="RUN", help="run folder")
-    p.add("--images", type=int, default=8, metavar="N", help="test images shown (0: none)")
-    p.add("--data", metavar="DIR", help="folder with train/ and test/; default: the run's")
+    p.add(
+        "--images",
+        type=int,
+        default=8,
+        metavar="N",
+        help="number of test images to show (default 8; 0: none)",
+    )
+    p.add("--data", metavar="DIR", help="folder with train/ and test/ (default: the run's)")
     o = p.options(args)
     from .reporting.report import report
 
@@ -711,10 +734,10 @@ def _report(p: _Parser, args: list[str]) -> None:
 
 @_command("replay runs/photos --step 120")
 def _replay(p: _Parser, args: list[str]) -> None:
-    """Compute a step of a run again: the first module, and the images, that make it NaN or infinite."""
-    p.add("path", metavar="RUN", help="run folder, or the debug/step_* that it has kept of a skipped step")
-    p.add("--step", type=int, metavar="N", help="as the log counts (default: the last one kept)")
-    p.add("--rank", type=int, metavar="R", help="only the images of this process of the run")
+    """Recompute a step to find what made it NaN or infinite."""
+    p.add("path", metavar="RUN", help="run folder, or the debug/step_* folder of a skipped step")
+    p.add("--step", type=int, metavar="N", help="step number as in the log (default: the last skipped step)")
+    p.add("--rank", type=int, metavar="R", help="only the images of this process")
     p.add("--device", help="auto, cpu, cuda, cuda:N, mps (default: the run's)")
     p.switch("--json", "print the result as JSON")
     o = p.options(args)
@@ -726,7 +749,7 @@ def _replay(p: _Parser, args: list[str]) -> None:
 
 @_command("runs runs")
 def _runs(p: _Parser, args: list[str]) -> None:
-    """List runs: what each is doing, how far it is, and how good."""
+    """List runs with their state, progress and results."""
     p.add("folder", nargs="?", default="runs", metavar="DIR", help="folder of runs (default: runs)")
     p.switch("--json", "print the result as JSON")
     o = p.options(args)
@@ -738,9 +761,14 @@ def _runs(p: _Parser, args: list[str]) -> None:
 
 @_command("compare runs/photos runs/longer")
 def _compare(p: _Parser, args: list[str]) -> None:
-    """Write one page about several runs: results, curves, settings that differ."""
+    """Write a page that compares runs: results, curves and settings."""
     p.add("runs", nargs="+", metavar="RUN", help="run folders")
-    p.add("--out", default="comparison.html", metavar="FILE", help="the page (default: comparison.html)")
+    p.add(
+        "--out",
+        default="comparison.html",
+        metavar="FILE",
+        help="HTML page to write (default: comparison.html)",
+    )
     o = p.options(args)
     from .reporting.compare import compare
 
@@ -749,8 +777,14 @@ def _compare(p: _Parser, args: list[str]) -> None:
 
 @_command("doctor")
 def _doctor(p: _Parser, args: list[str]) -> None:
-    """Look at this machine: what is installed, what of it works, how to fix the rest; with a small run."""
-    p.add("out", nargs="?", default="runs", metavar="DIR", help="where runs will be written (default: runs)")
+    """Check this machine and installation, including a small run."""
+    p.add(
+        "out",
+        nargs="?",
+        default="runs",
+        metavar="DIR",
+        help="folder where runs will be written (default: runs)",
+    )
     p.switch("--json", "print the result as JSON")
     o = p.options(args)
     from .tools import doctor
@@ -772,19 +806,19 @@ def _doctor(p: _Parser, args: list[str]) -> None:
 
 @_command("index imagenet/train --out imagenet.tsv")
 def _index(p: _Parser, args: list[str]) -> None:
-    """Decode every image once and list the good and the bad ones in a manifest, which training reads."""
-    p.add("data", metavar="DATA", help="folder, list file, shards, or a manifest to check again")
-    p.add("--out", required=True, metavar="M.tsv", help="manifest; the same command again continues")
-    p.switch("--strict", "Pillow, too, has to decode each image")
-    p.add("--threads", type=int, metavar="N", help="images decoded at a time (default: the cores)")
+    """Verify all images and list them in a manifest for training."""
+    p.add("data", metavar="DATA", help="folder, list file, shards, or a manifest to verify again")
+    p.add("--out", required=True, metavar="M.tsv", help="manifest to write; rerun the command to continue it")
+    p.switch("--strict", "also require Pillow to decode each image")
+    p.add("--threads", type=int, metavar="N", help="decoding processes (default: one per core)")
     p.add(
         "--max-pixels",
         type=int,
         default=config.MAX_PIXELS,
         metavar="N",
-        help="larger images are bad (default: 178956970)",
+        help="treat images with more pixels as bad (default: 178956970)",
     )
-    p.switch("--force", "replace another file in --out, check all images again")
+    p.switch("--force", "replace another file in --out, verify all images again")
     p.switch("--json", "print the result as JSON")
     o = p.options(args, progress=True)
     as_json = o.pop("json")
@@ -797,18 +831,32 @@ def _index(p: _Parser, args: list[str]) -> None:
 
 @_command("pack images.tsv packed --size 256")
 def _pack(p: _Parser, args: list[str]) -> None:
-    """Shuffled tar shards of smaller images, for fast reading."""
-    p.add("data", metavar="MANIFEST", help="made by index; or any images: folder, list, shards")
-    p.add("out", metavar="OUT", help="folder for the shards; the same command again continues")
-    p.add("--size", type=int, default=256, metavar="N", help="pixels (default 256); 0: bytes as they are")
-    p.add("--side", choices=("short", "long"), default="short", help="the side that becomes --size")
-    p.add("--quality", type=int, default=90, metavar="Q", help="of JPEG files (default 90)")
-    p.add("--shard-mb", type=float, default=512, metavar="MB", help="size of a shard (default 512)")
-    p.add("--seed", type=int, default=0, metavar="S", help="of the shuffle")
-    p.add("--threads", type=int, default=0, metavar="N", help="default: one per core")
-    p.add("--max-bad", type=float, default=0.01, metavar="SHARE", help="unreadable images (default 0.01)")
-    p.switch("--force", "move what is in OUT aside and start again")
-    p.add("--no-measure", dest="measure", action="store_false", help="do not measure the loader's rate")
+    """Pack images into shuffled, downscaled tar shards for fast reading."""
+    p.add("data", metavar="MANIFEST", help="manifest made by index, or a folder, list file or shards")
+    p.add("out", metavar="OUT", help="folder for the shards; rerun the command to continue")
+    p.add(
+        "--size",
+        type=int,
+        default=256,
+        metavar="N",
+        help="downscale to N pixels (default 256; 0: keep files)",
+    )
+    p.add(
+        "--side", choices=("short", "long"), default="short", help="side that becomes --size (default: short)"
+    )
+    p.add("--quality", type=int, default=90, metavar="Q", help="JPEG quality (default 90)")
+    p.add("--shard-mb", type=float, default=512, metavar="MB", help="shard size in MB (default 512)")
+    p.add("--seed", type=int, default=0, metavar="S", help="random seed of the shuffle (default 0)")
+    p.add("--threads", type=int, default=0, metavar="N", help="number of threads (default: one per core)")
+    p.add(
+        "--max-bad",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="maximum fraction of unreadable images (default 0.01)",
+    )
+    p.switch("--force", "move the contents of OUT aside and start again")
+    p.add("--no-measure", dest="measure", action="store_false", help="do not benchmark the loader afterwards")
     p.switch("--json", "print the result as JSON")
     o = p.options(args, progress=True)
     as_json = o.pop("json")
@@ -819,28 +867,38 @@ def _pack(p: _Parser, args: list[str]) -> None:
 
 @_command("embed photos features --weights runs/photos")
 def _embed(p: _Parser, args: list[str]) -> None:
-    """Features of every image: class token, mean or patch tokens, as files."""
+    """Write the features of every image: class, mean or patch tokens."""
     p.add("data", metavar="DATA", help="folder, list file, shards, manifest, or photos")
-    p.add("out", metavar="OUT", help="folder for the features; the same command again continues")
-    p.add("--weights", required=True, metavar="PATH", help="run, weights folder or released .pth")
-    p.add("--which", choices=("teacher", "student"), default="teacher")
-    p.add("--tokens", default="class", metavar="KIND", help="class (default), mean or patch")
-    p.add("--no-norm", dest="norm", action="store_false", help="before the final LayerNorm")
+    p.add("out", metavar="OUT", help="folder for the features; rerun the command to continue")
+    p.add("--weights", required=True, metavar="PATH", help="run, weights folder or released .pth file")
+    p.add("--which", choices=("teacher", "student"), default="teacher", help="network (default: teacher)")
+    p.add(
+        "--tokens", default="class", metavar="KIND", help="class (default), mean (of patch tokens) or patch"
+    )
+    p.add("--no-norm", dest="norm", action="store_false", help="leave out the final LayerNorm")
     p.add("--dtype", default="fp32", metavar="TYPE", help="fp32 (default), fp16 or bf16")
     p.add("--format", default="npy", metavar="NAME", help="npy (default), parquet or safetensors")
-    p.add("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width")
+    p.add("--img-size", type=int, nargs="+", metavar="N", help="pixels: side, or height and width")
     p.add("--crop-pct", type=float, metavar="SHARE", help=_CROP_PCT)
-    p.add("--keep-ratio", type=float, default=1.0, metavar="R", help="encode a random share of patches")
-    p.add("--batch-size", type=int, metavar="N", help="images at a time (32 on a CPU, 256 on a GPU)")
-    p.add("--part-images", type=int, metavar="N", help="images per file (about 1024)")
-    p.add("--split", choices=("train", "test"), default="train", help="of a built-in image set")
-    p.add("--limit", type=int, default=0, metavar="N", help="a random N of the images (0: all)")
-    p.add("--loader", choices=("auto", "dali", "pil"), default="auto")
-    p.add("--threads", type=int, default=0, metavar="N", help="decoding threads (0: the cores)")
-    p.switch("--exif", "rotate by the EXIF tag")
-    p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
-    p.switch("--strict", "stop at an image that cannot be read")
-    p.switch("--force", "replace features of other settings in OUT")
+    p.add(
+        "--keep-ratio",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="encode a random fraction of the patches (default 1)",
+    )
+    p.add("--batch-size", type=int, metavar="N", help="images at a time (default: 32 on a CPU, 256 on a GPU)")
+    p.add("--part-images", type=int, metavar="N", help="images per file (default: about 1024)")
+    p.add("--split", choices=("train", "test"), default="train", help="split of a built-in image set")
+    p.add("--limit", type=int, default=0, metavar="N", help="encode a random subset of N images (0: all)")
+    p.add("--loader", choices=("auto", "dali", "pil"), default="auto", help="image decoder")
+    p.add(
+        "--threads", type=int, default=0, metavar="N", help="decoding threads (0: from the number of cores)"
+    )
+    p.switch("--exif", "rotate images by their EXIF orientation")
+    p.add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    p.switch("--strict", "stop at an image that cannot be read, instead of skipping it")
+    p.switch("--force", "replace features in OUT that have other settings")
     o = p.options(args, progress=True)
     o["img_size"] = _side(o["img_size"])
     from .tools.embed import describe, embed
@@ -852,13 +910,13 @@ def _embed(p: _Parser, args: list[str]) -> None:
 
 @_command("search query.jpg features --k 8 --out found.png")
 def _search(p: _Parser, args: list[str]) -> None:
-    """The nearest images by features, as a table and a contact sheet."""
-    p.add("query", metavar="QUERY", help="an image, a path in the index, or images as for embed")
-    p.add("index", metavar="INDEX", help="features made by embed")
-    p.add("--k", type=int, metavar="N", help="images found for each query (default 10, if there are)")
-    p.add("--out", metavar="FILE.png", help="contact sheet: each query with what was found")
-    p.add("--weights", metavar="PATH", help="where the weights of the index are now")
-    p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    """Find the nearest images by features; table and contact sheet."""
+    p.add("query", metavar="QUERY", help="image file, path in the index, or images as for embed")
+    p.add("index", metavar="INDEX", help="folder written by embed")
+    p.add("--k", type=int, metavar="N", help="number of neighbors per query (default 10)")
+    p.add("--out", metavar="FILE.png", help="contact sheet of queries and neighbors")
+    p.add("--weights", metavar="PATH", help="location of the index's weights, if moved")
+    p.add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     p.switch("--force", "replace a file in --out that search did not write")
     p.switch("--json", "print the result as JSON")
     o = p.options(args)
@@ -870,20 +928,45 @@ def _search(p: _Parser, args: list[str]) -> None:
 
 @_command("visualize runs/photos cat.jpg dog.jpg --out pictures")
 def _visualize(p: _Parser, args: list[str]) -> None:
-    """Pictures of what an encoder makes of images or a video, and a page where one chooses patches."""
-    p.add("weights", metavar="WEIGHTS", help="run, weights folder or released .pth")
-    p.add("images", nargs="+", metavar="IMAGES", help="image files, a video, or a folder or other images")
+    """Show attention, similarity and PCA of images or a video on a page."""
+    p.add("weights", metavar="WEIGHTS", help="run, weights folder or released .pth file")
+    p.add("images", nargs="+", metavar="IMAGES", help="image files, a video, or images as for embed")
     p.add("--out", default="pictures", metavar="DIR", help="folder for the pictures (default: pictures)")
-    p.add("--make", nargs="+", default=[], metavar="NAME", help="attention, similarity, pca, neighbors, map")
-    p.add("--patch", type=int, nargs=2, metavar=("X", "Y"), help="compare to the patch at this pixel")
-    p.add("--show", type=int, default=8, metavar="N", help="images whose patches are shown (default 8)")
     p.add(
-        "--patches", type=int, metavar="N", help="along the longer side (default 32 where there are pixels)"
+        "--make",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="pictures to make: attention, similarity, pca, neighbors, map",
     )
-    p.add("--frames", type=int, default=48, metavar="N", help="of a video (default 48)")
-    p.add("--map", choices=("tsne", "umap", "pca"), help="default: tsne where scikit-learn is installed")
-    p.add("--which", choices=("teacher", "student"), help="default: teacher")
-    p.add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    p.add(
+        "--patch",
+        type=int,
+        nargs=2,
+        metavar=("X", "Y"),
+        help="compare with the patch at this pixel of the first image",
+    )
+    p.add(
+        "--show",
+        type=int,
+        default=8,
+        metavar="N",
+        help="number of images whose patches are shown (default 8)",
+    )
+    p.add(
+        "--patches",
+        type=int,
+        metavar="N",
+        help="patches along the longer side (default 32, fewer for small images)",
+    )
+    p.add("--frames", type=int, default=48, metavar="N", help="maximum number of video frames (default 48)")
+    p.add(
+        "--map",
+        choices=("tsne", "umap", "pca"),
+        help="projection of the map (default: tsne if scikit-learn is installed, else pca)",
+    )
+    p.add("--which", choices=("teacher", "student"), help="network (default: teacher)")
+    p.add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     p.switch("--force", "replace a folder in --out that holds other files")
     o = p.options(args)
     from .tools.visualize import describe, visualize
@@ -894,13 +977,19 @@ def _visualize(p: _Parser, args: list[str]) -> None:
 
 @_command("import extrema_base.pth weights/extrema_base")
 def _import(p: _Parser, args: list[str]) -> None:
-    """Convert a released ExtreMA checkpoint into a weights folder."""
+    """Convert a released ExtreMA checkpoint to a weights folder."""
     p.add("file", metavar="FILE", help="released ExtreMA checkpoint (.pth), or bare encoder weights")
     p.add("out", metavar="OUT", help="new weights folder")
-    p.add("--which", choices=("teacher", "student"), help="keep one network (default: both)")
-    p.add("--grid", type=int, nargs=2, metavar=("R", "C"), help="of a learned table not square")
-    p.add("--num-heads", type=int, metavar="N", help="default: width / 64")
-    p.switch("--force", "replace an earlier import or export at OUT")
+    p.add("--which", choices=("teacher", "student"), help="keep only one network (default: both)")
+    p.add(
+        "--grid",
+        type=int,
+        nargs=2,
+        metavar=("R", "C"),
+        help="rows and columns of a non-square position table",
+    )
+    p.add("--num-heads", type=int, metavar="N", help="attention heads, if unknown (default: width / 64)")
+    p.switch("--force", "replace an earlier import or export in OUT")
     o = p.options(args)
     from .weights.load import import_released
 
@@ -909,16 +998,27 @@ def _import(p: _Parser, args: list[str]) -> None:
 
 @_command("export runs/photos exported/photos --format onnx")
 def _export(p: _Parser, args: list[str]) -> None:
-    """Write an encoder for timm, Hugging Face, ONNX or torch.export, checked before it is written."""
-    p.add("weights", metavar="WEIGHTS", help="run, weights folder, weights file or released .pth")
+    """Export an encoder to timm, Hugging Face, ONNX or torch.export."""
+    p.add("weights", metavar="WEIGHTS", help="run, weights folder or file, or released .pth file")
     p.add("out", metavar="OUT", help="new folder")
-    p.add("--format", default="extrema", help="extrema (= timm, default), vit, hf, onnx, torch-export")
-    p.add("--which", choices=("teacher", "student"), help="default: teacher")
-    p.add("--img-size", type=int, nargs="+", metavar="PIXELS", help="another size: side, or H W")
-    p.switch("--fc-norm", "vit, hf: fresh norm after pooling", default=None)
-    p.switch("--class-token", "hf: whole encoder; loads with extrema_fast")
-    p.add("--opset", type=int, metavar="N", help="onnx: operator set (default 18)")
-    p.switch("--force", "replace an earlier import or export at OUT")
+    p.add(
+        "--format",
+        default="extrema",
+        metavar="NAME",
+        help="extrema (= timm, default), vit, hf, onnx, torch-export",
+    )
+    p.add("--which", choices=("teacher", "student"), help="network (default: teacher)")
+    p.add(
+        "--img-size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="another image size: side, or height and width",
+    )
+    p.switch("--fc-norm", "vit, hf: replace the final norm by a new one after pooling", default=None)
+    p.switch("--class-token", "hf: export the whole encoder; needs extrema_fast to load")
+    p.add("--opset", type=int, metavar="N", help="onnx: operator set version (default 18)")
+    p.switch("--force", "replace an earlier import or export in OUT")
     o = p.options(args)
     o["img_size"] = _side(o["img_size"])
     from .weights.export import export
@@ -931,7 +1031,7 @@ def _export(p: _Parser, args: list[str]) -> None:
 
 @_command("completion bash")
 def _completion(p: _Parser, args: list[str]) -> None:
-    """Print a script that completes commands, presets and options in bash, zsh or fish."""
+    """Print a completion script for bash, zsh or fish."""
     from .tools.completion import SHELLS, script
 
     p.add("shell", choices=SHELLS, help='eval "$(extrema-fast completion bash)" in ~/.bashrc')
@@ -952,9 +1052,9 @@ def _encoders(p: _Parser, args: list[str]) -> None:
 
 @_command("kernels --device cuda")
 def _kernels(p: _Parser, args: list[str]) -> None:
-    """List the ops, what runs on this machine and why."""
-    p.add("--device", metavar="DEVICE", help="cuda or cpu (default: cuda where there is one)")
-    p.switch("--json", "as JSON")
+    """List the ops, and which implementation runs here and why."""
+    p.add("--device", metavar="DEVICE", help="cuda or cpu (default: cuda if available)")
+    p.switch("--json", "print the result as JSON")
     o = p.options(args)
     import torch
 
@@ -994,11 +1094,11 @@ def _kernels(p: _Parser, args: list[str]) -> None:
 
 @_command("profile paper_small_80x5 --train.batch-size 16 --steps 3")
 def _profile(p: _Parser, args: list[str]) -> None:
-    """Trace a few steps and show where their time goes."""
-    p.add("--out", metavar="FOLDER", help="where the trace goes (default: runs/profile_PRESET)")
-    p.add("--steps", type=int, default=3, metavar="N", help="steps profiled (default 3)")
-    p.add("--warmup", type=int, default=5, metavar="N", help="steps before (default 5)")
-    p.switch("--synthetic", "random images from memory, no data set")
+    """Profile a few steps and print the time per component."""
+    p.add("--out", metavar="FOLDER", help="folder for the trace (default: runs/profile_PRESET)")
+    p.add("--steps", type=int, default=3, metavar="N", help="steps to profile (default 3)")
+    p.add("--warmup", type=int, default=5, metavar="N", help="steps to run first (default 5)")
+    p.switch("--synthetic", "use random images from memory instead of a data set")
     p.switch("--json", "print the whole result as JSON")
     given = _configure(p, args)
     ours, cfg, synthetic = given.ours, given.cfg, given.ours.synthetic
@@ -1007,7 +1107,7 @@ def _profile(p: _Parser, args: list[str]) -> None:
 
     train = cfg.data.train
     if train == given.base.data.train and train not in BUILT_IN and not Path(train).expanduser().exists():
-        # where a preset expects its data set is a guess; a place the user has named is not
+        # the preset's path is only a guess, a path given by the user is not
         log.info("no images at %s: random images from memory (real ones: --data.train DIR)", train)
         synthetic = True
     out = ours.out or f"runs/profile_{given.name.replace('-', '_')}"
@@ -1019,8 +1119,8 @@ def _profile(p: _Parser, args: list[str]) -> None:
 
 @_command("tune paper_base_80x5")
 def _tune(p: _Parser, args: list[str]) -> None:
-    """Measure a run's ops on this GPU now, and launch settings of the kernels; results go to the cache."""
-    p.add("--op", nargs="*", default=[], metavar="OP", help="folders of kernels (default: all)")
+    """Benchmark a run's ops and kernel launch settings on this GPU."""
+    p.add("--op", nargs="*", default=[], metavar="OP", help="kernels to tune, by folder name (default: all)")
     given = _configure(p, args)
     from .distributed import pick_device
     from .kernels._spec import OPS

@@ -196,7 +196,7 @@ class DataConfig:
     """`global` shuffles all rows; `shards` shuffles tar shards, and rows within a moving window of shards, so that
     reads stay local."""
     window: int = 16
-    """Number of shards whose rows are mixed by `--data.order shards`. With all shards the shuffle is as good as
+    """Number of shards whose rows are mixed when `order` is `shards`. With all shards the shuffle is as good as
     `global`."""
     range: tuple[float, ...] = (0.0, 0.0)
     """Pixel values that map to black and white in images with more than 8 bits: one pair, or one pair per channel. 0 0
@@ -255,7 +255,7 @@ class MaskConfig:
     mode: Literal["disjoint", "independent"] = "disjoint"
     """`disjoint`: the views of an image share no tokens; `independent`: each view is sampled separately."""
     keep: int = 0
-    """Number of tokens kept per view; 0 keeps int(N * (1 - ratio)) of N."""
+    """Number of tokens kept per view; 0 derives it from `ratio`: int(N * (1 - ratio)) of N tokens."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.ratio < 1, f"mask.ratio: expected 0 <= ratio < 1, got {self.ratio}")
