@@ -1,6 +1,6 @@
 """extrema_fast: fast self-supervised ViT pretraining with extreme masking (ExtreMA, arXiv 2206.04667).
 
-Nothing heavy is imported here; names load on first use.
+Public names are imported on first use, so that importing the package is fast.
 """
 
 from __future__ import annotations

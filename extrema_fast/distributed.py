@@ -1,6 +1,6 @@
 """The processes of a run: rank and device, collectives, data parallelism, signals.
 
-One code path for plain `python`, torchrun and SLURM; with one process every collective returns at once.
+Plain `python`, torchrun and SLURM share one code path; with one process every collective returns immediately.
 """
 
 from __future__ import annotations

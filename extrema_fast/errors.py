@@ -1,4 +1,4 @@
-"""Errors a user can act on, each with the exit code the command line ends with."""
+"""Errors that a user can fix, each with the exit code of the command line."""
 
 from __future__ import annotations
 

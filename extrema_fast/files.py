@@ -1,7 +1,7 @@
-"""Files and folders that a reader finds whole or not at all, locks between processes, JSON and logs read with care.
+"""Atomic writes of files and folders, locks between processes, and robust reading of JSON and logs.
 
-Nothing here follows a symbolic link where it writes or removes: a link is replaced, removed or refused, and what it
-points to stays as it is.
+Nothing here follows a symbolic link when it writes or removes: a link is replaced, removed or rejected, and its target
+stays unchanged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Where a program is when it does not go on: stacks of all threads, and a watch over the steps of a run.
+"""Finds out where a program hangs: stacks of all threads, and a watchdog over the steps of a run.
 
-A read of a dead file system, a lock or a device may wait for ever, where nothing can be raised. So a thread of each
-process looks whether steps end; it tells where the program is, writes all stacks, and in the end ends the process.
+Reading from a dead file system, a lock or a device may block forever, where no exception can be raised. So a thread in
+each process checks that steps finish; otherwise it reports where the program is, writes all stacks, and finally ends
+the process.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Progress of long tasks: a bar on a terminal, elsewhere a line of text now and then.
+"""Progress of long tasks: a bar on a terminal, otherwise an occasional line of text.
 
-The level of the logger `extrema_fast` decides what is said: WARNING (`--quiet`): warnings and errors; INFO (a command's
-default): also what a user needs, and the progress of whatever takes long; DEBUG (`--verbose`): also what was chosen and
-why. In Python the level is the caller's to set: `logging.basicConfig(level="INFO")` shows what a command shows.
+The level of the logger `extrema_fast` decides what is shown: WARNING (`--quiet`): warnings and errors; INFO (the
+default of commands): also what a user needs, and progress; DEBUG (`--verbose`): also automatic choices and their
+reasons. In Python the caller sets the level: `logging.basicConfig(level="INFO")` shows what a command shows.
 """
 
 from __future__ import annotations

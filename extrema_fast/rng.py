@@ -1,7 +1,7 @@
 """Keyed random numbers: each is a function of (seed, sample row, epoch, stream).
 
-Philox4x32-10 (Salmon et al., SC 2011; `kernels/_philox.py`), so CPU, GPU and Triton kernels agree word for word.
-Nothing is stored in a checkpoint, and no number depends on processes, micro-batches or steps taken before.
+Philox4x32-10 (Salmon et al., SC 2011; `kernels/_philox.py`), so CPU, GPU and Triton kernels agree bit for bit. Nothing
+is stored in a checkpoint, and no number depends on the number of processes, on micro-batches or on earlier steps.
 """
 
 from __future__ import annotations

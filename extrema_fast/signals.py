@@ -1,8 +1,8 @@
-"""Signals that end a program: the first asks it to stop, a second ends any wait.
+"""Signals that end a program: the first asks it to stop, the second ends any wait.
 
-Python runs a handler only between two of its own instructions: a read of a dead network file system, or a collective
-that a lost process never joins, would keep it from running for ever. So a thread reads the signals as they arrive, and
-ends a program that has not ended by itself after the second.
+Python runs a handler only between bytecode instructions, so a read from a dead network file system, or a collective
+that a lost process never joins, could delay it forever. So a thread reads the signals as they arrive, and ends the
+program if it has not ended by itself after the second.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Registers the encoders with timm: `import extrema_fast.timm`, then `timm.create_model("extrema_vit_...")`.
 
-    python -m extrema_fast.timm SCRIPT ...      runs a script of timm's that has never heard of these models
+    python -m extrema_fast.timm SCRIPT ...      runs an unmodified timm script with these models registered
 
-Hugging Face's `AutoModel` and `AutoBackbone` build timm models through the same registry, so that they know these
-after this import as well. `import extrema_fast` alone never imports timm.
+Hugging Face's `AutoModel` and `AutoBackbone` build timm models through the same registry, so they also know these
+models after this import. `import extrema_fast` alone never imports timm.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Training, read from top to bottom: `pretrain` or `finetune` sets up, `_loop` steps, logs, evaluates and saves.
+"""Training, to be read from top to bottom: `pretrain` or `finetune` sets up; `_loop` steps, logs, evaluates and saves.
 
-What a step needs follows from its number alone (batch, crops, color jitter, masks, drop-path, schedules), so a
-checkpoint holds tensors and a step number; nothing draws from a global generator.
+Everything random or scheduled in a step (batch, crops, color jitter, masks, drop-path, learning rate) follows from its
+number, so a checkpoint holds only tensors and a step number; nothing draws from a global generator.
 """
 
 from __future__ import annotations

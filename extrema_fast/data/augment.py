@@ -1,4 +1,4 @@
-"""Color jitter: differently jittered views of student and teacher, made on the device, with torchvision's semantics.
+"""Color jitter on the device, drawn separately for student and teacher, with torchvision's semantics.
 
 The random parameters are keyed by (seed, sample row, epoch, view), see `extrema_fast.rng`; the operations are defined
 in `kernels/color_views/reference.py`.

@@ -1,8 +1,8 @@
-"""The list of images that cannot be used: each is named once and left out, and too many of them end the run.
+"""The list of unusable images: each is reported once and left out, and too many of them end the run.
 
-Whether an image can be used is a property of its file, and what replaces it one of (seed, epoch, place in the epoch).
-So it makes no difference when an image is found, by which process, or whether the list survives a restart: it only
-saves finding it again. (The exception: damage inside an image that DALI notices in some crops only.)
+Whether an image is usable depends only on its file, and its replacement only on (seed, epoch, position in the epoch).
+So results do not depend on when or by which process an image is found, or on whether the list survives a restart: the
+list only saves finding it again. (Exception: damage inside an image that DALI notices in some crops only.)
 """
 
 from __future__ import annotations

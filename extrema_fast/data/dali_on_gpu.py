@@ -1,4 +1,4 @@
-"""What DALI decodes right on this GPU, found before a run relies on it."""
+"""Checks what DALI decodes correctly on this GPU, before a run relies on it."""
 
 from __future__ import annotations
 

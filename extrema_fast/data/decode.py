@@ -1,8 +1,8 @@
-"""Decoding batches: a DALI pipeline (CPU or GPU), or PIL in threads.
+"""Decoding of batches: a DALI pipeline (CPU or GPU), or PIL in threads.
 
-Both cut out the same boxes and flips and give the same images up to rounding (mean below one gray level; up to about
-13 at the border of a crop, where the two treat the edge of the filter differently). An image that cannot be decoded is
-a failed place of its batch; what to do about it is up to the loader.
+Both apply the same crops and flips and give the same images up to rounding (mean difference below one gray level; up to
+about 13 at the border of a crop, where their resize filters treat edges differently). An image that cannot be decoded
+is marked as failed in its batch; the loader decides what to do about it.
 """
 
 from __future__ import annotations

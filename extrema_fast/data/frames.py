@@ -1,4 +1,4 @@
-"""Frames of a short video: GIF, animated PNG or WebP by Pillow, others by imageio with PyAV or FFmpeg."""
+"""Frames of a short video: GIF, animated PNG or WebP through Pillow, others through imageio with PyAV or FFmpeg."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading image files: bytes, sizes from headers, pixels, and the error that names a file that cannot be read."""
+"""Reads image files: bytes, sizes from headers, pixels; errors name the file that cannot be read."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`ImageSource`: images in a fixed order, each a whole file or a byte range of a larger one.
 
-The row number is what travels through training: it keys all random parameters, and labels are looked up by it.
+Training refers to images by row number: it keys all random parameters and the labels.
 """
 
 from __future__ import annotations

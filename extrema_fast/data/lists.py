@@ -1,4 +1,4 @@
-"""List files: image paths, alone or with a label, in the formats that people write (docs/data.md)."""
+"""List files: image paths, with or without labels, in common formats (docs/data.md)."""
 
 from __future__ import annotations
 

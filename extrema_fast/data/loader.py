@@ -1,8 +1,8 @@
-"""Training and evaluation batches: which rows, which crops, and what replaces an image that cannot be read.
+"""Training and evaluation batches: which rows, which crops, and the replacement of unreadable images.
 
-The step number alone decides which rows a batch holds (`order.py`), and (seed, row, epoch) alone how each image is
-cropped and flipped. So a run resumes exactly, any number of processes gets the same global batches, and DALI and PIL
-(`decode.py`) carry out the same plan. An image that cannot be read does not end a run: another replaces it.
+The step number alone determines the rows of a batch (`order.py`), and (seed, row, epoch) alone the crop and flip of an
+image. So a run resumes exactly, any number of processes gets the same global batches, and DALI and PIL (`decode.py`)
+execute the same plan. An unreadable image does not end a run; another image replaces it.
 """
 
 from __future__ import annotations

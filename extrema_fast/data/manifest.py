@@ -1,7 +1,7 @@
-"""The manifest: a table of images that have been verified once, one row each, good or bad (format: docs/data.md).
+"""The manifest: a table of verified images, one per row, good or bad (format: docs/data.md).
 
-A text file in UTF-8 with tabs between fields: line 1 is a magic word and a JSON object, line 2 the names of the
-columns, all others one image each.
+A tab-separated UTF-8 text file. Line 1 is a magic word and a JSON object, line 2 the column names; each further line
+is an image.
 """
 
 from __future__ import annotations

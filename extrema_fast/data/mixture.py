@@ -1,8 +1,8 @@
-"""Mixtures: a TOML file that joins several sources (format: docs/data.md).
+"""Mixtures: a TOML file that combines several sources (format: docs/data.md).
 
-Whole passes repeat the rows of a source, each with other random parameters; a remaining fraction f is one more copy of
-the rows, as an entry (first row, end row, f) of `ImageSource.parts`: an epoch takes that share of them, so that each
-comes once in 1/f epochs.
+Each whole pass repeats the rows of a source, with different random parameters. A fractional pass f is one more copy of
+the rows, as an entry (first row, end row, f) of `ImageSource.parts`: an epoch takes that fraction of them, so that each
+row appears once in 1/f epochs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Which rows a global batch holds: a pure function of (seed, epoch, step), for any number of processes.
+"""The rows of a global batch, as a pure function of (seed, epoch, step), for any number of processes.
 
 global   all rows of the epoch, permuted
-shards   the tar shards permuted, and each row moved by a random share of `data.window` shards: at any moment rows
-         come from the last `window` shards only, so reads stay close together; the end of an epoch mixes with its
-         beginning, so that all of it is mixed equally; a window of all shards shuffles like `global`
+shards   the tar shards are permuted, and each row is moved by a random distance of up to `data.window` shards. At any
+         time rows come from the last `window` shards only, so reads stay local. The end of an epoch wraps around to its
+         beginning, so that all rows are mixed equally. A window of all shards shuffles like `global`
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The two built-in image sets, written once as image files into the cache folder.
 
-`photos`: grayscale crops of the photographs that scikit-image ships inside its package (nothing is downloaded).
-Class = photograph; training crops come from its left half, test crops from its right half, each at a random place,
-scale, flip and brightness. `synthetic`: generated textures, for runs that only have to run. Both are ordinary folders
-of class folders.
+`photos`: grayscale crops of the photographs that scikit-image ships inside its package (nothing is downloaded). Each
+photograph is a class; training crops come from its left half and test crops from its right half, at random positions,
+scales, flips and brightness. `synthetic`: generated textures, to test that a run works. Both are ordinary folders of
+class folders.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Images of more than 8 bits, or of other channels than red, green and blue: the 8-bit image that training reads.
+"""Converts images with more than 8 bits, or with channels other than RGB, to the 8-bit images used in training.
 
-Which values are black and white cannot be seen in one file (12-bit data lie in 16-bit files, floats have any unit), so
-a range belongs to the set: `index` finds it, `data.range` gives it. Arrays are .npy files, and TIFF files of several
-channels. Imports no torch, for processes that decode.
+A single file does not show which values are black and white (12-bit data is stored in 16-bit files, floats have any
+unit), so a range belongs to the data set: `index` measures it, `data.range` sets it. Arrays are .npy files and
+multi-channel TIFF files. Imports no torch, for the decoding processes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""From the loader to the step: batches on the device, with their random parameters drawn.
+"""Between loader and step: batches on the device, with their random parameters drawn.
 
-On a GPU a side stream copies the images into one of two buffers (images that are on the GPU already are taken as they
-are) and draws there, while the step before is still running; the CPU only enqueues. On a CPU both happen when the next
-batch is asked for.
+On a GPU a side stream copies the images into one of two buffers (images already on the GPU are used in place) and draws
+there while the previous step runs; the CPU only enqueues. On a CPU both happen when the next batch is requested.
 """
 
 from __future__ import annotations

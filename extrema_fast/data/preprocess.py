@@ -1,4 +1,4 @@
-"""Preprocessing of single images: resize, center crop and normalize, with the values the weights were trained with."""
+"""Preprocessing of single images: resize, center crop and normalize, with the values used to train the weights."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What fine-tuning does to labeled crops: RandAugment and random erasing on the CPU, mixup and cutmix on the device.
+"""Augmentation in fine-tuning: RandAugment and random erasing on the CPU, mixup and CutMix on the device.
 
-All of it is keyed by (seed, row, epoch), so that a run resumes exactly and any number of processes mixes the same
-images. timm's classes for mixup, cutmix and erasing draw from the generators of the process, once for a batch; their
-rules are followed here. Its RandAugment is used as it is, with generators of its own.
+Everything is keyed by (seed, row, epoch), so a run resumes exactly, and any number of processes mixes the same images.
+timm's classes for mixup, CutMix and erasing draw from the process's generators, once per batch; this module follows
+their rules instead. timm's RandAugment is used directly, with separate generators.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Images held decoded in memory, so that a run decodes each once: `data.resident`.
+"""Decoded images kept in memory, so that a run decodes each only once: `data.resident`.
 
-All images lie at their own size, one after the other, in one buffer of bytes: on the GPU (RGB alone), or in the CPU's
-memory. Rows, boxes and flips are planned as for the decoding loaders; `kernels/crop_resize` cuts and resizes on a
-GPU, and on a CPU where images are only enlarged; elsewhere Pillow does. Pixels are those that Pillow decodes. Crops are
-those of the PIL loader: the same bytes on a CPU; on a GPU at most one gray level apart, where Pillow resizes the height
-first (from its version 13 on).
+All images are stored at their original size, one after the other, in one byte buffer on the GPU (RGB only) or in CPU
+memory. Rows, crops and flips are planned as for the decoding loaders. `kernels/crop_resize` crops and resizes on a
+GPU, and on a CPU if images are only enlarged; otherwise Pillow does. Pixels are decoded by Pillow. Crops equal those of
+the PIL loader: byte for byte on a CPU; within one gray level on a GPU if Pillow resizes the height first (from version
+13 on).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Samples and labels follow webdataset's convention (docs/data.md). Each tar has an index file in DALI's format (`wds2idx`
 v1.2: a line per sample with extension, offset, size and name of each component), except that white space in a name is
-written as `\\x20` and the like, since lines could not be told apart otherwise.
+written as `\\x20` and so on, since lines would be ambiguous otherwise.
 """
 
 from __future__ import annotations

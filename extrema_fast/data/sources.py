@@ -1,4 +1,4 @@
-"""Opens what the user names as images: built-in sets, folders, list files, manifests, shards and mixtures."""
+"""Opens image sources given by the user: folders, list files, manifests, archives, tables, mixtures, built-in sets."""
 
 from __future__ import annotations
 

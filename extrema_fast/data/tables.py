@@ -1,8 +1,8 @@
-"""Images in Arrow and Parquet files, such as Hugging Face datasets on a disk: a row is a byte range of an Arrow file.
+"""Images in Arrow and Parquet files, such as Hugging Face data sets on disk: a row is a byte range of an Arrow file.
 
-The bytes of a binary column lie in an Arrow file as they are, so they are read like those of a tar, by any thread or
-process, without pyarrow. Parquet is compressed in pages of many images: its columns of images and labels are copied
-once into an Arrow file in the cache folder. Nothing is downloaded, and no code of a data set is run.
+Arrow files store the bytes of a binary column uncompressed, so they are read like those of a tar, by any thread or
+process, without pyarrow. Parquet compresses many images into one page, so its image and label columns are copied once
+to an Arrow file in the cache folder. Nothing is downloaded, and no data set code is run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Images in zip archives, read in place: a row is an archive and where the header of one of its files begins.
+"""Images in zip archives, read in place: a row is an archive and the offset of a member's header.
 
-`read_range` knows such a header and inflates what follows it, so whatever reads byte ranges reads zip archives.
+`read_range` recognizes such a header and inflates the data after it, so everything that reads byte ranges can read zip
+archives.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The test of a classifier: accuracy, loss, accuracy of each class, and what is taken for what."""
+"""Evaluation of a classifier: accuracy, loss, accuracy per class, and which classes are confused."""
 
 from __future__ import annotations
 

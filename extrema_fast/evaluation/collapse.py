@@ -1,4 +1,4 @@
-"""Sentences about a run that is collapsing, from its evaluations and from the outputs of its batches so far."""
+"""Warnings about a collapsing run, from its evaluations and from the outputs of its batches so far."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Evaluation of an encoder, always next to a random encoder and raw pixels.
+"""Evaluation of an encoder, always compared with a random encoder and raw pixels.
 
-k-NN and the probe read the same features, after the final norm: the paper's probe takes the class token before it and
-standardizes each dimension, and the final LayerNorm differs from that by one factor per image.
+k-NN and the probe read the same features, after the final norm. The paper's probe takes the class token before the norm
+and standardizes each dimension; the final LayerNorm differs from that by one factor per image.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Images with segmentation masks: the folder layouts of VOC and ADE20K, and a plain one."""
+"""Images with segmentation masks, in the folder layouts of VOC and ADE20K, or a plain one."""
 
 from __future__ import annotations
 

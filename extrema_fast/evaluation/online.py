@@ -1,4 +1,4 @@
-"""The evaluation of the training loop: k-NN and collapse indicators on fixed subsets."""
+"""Evaluation during training: k-NN and collapse indicators on fixed subsets."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Measures of a feature matrix: k-NN, linear probe, collapse indicators.
+"""Metrics of a feature matrix: k-NN, linear probe, collapse indicators.
 
-Functions of tensors only; nothing here knows about encoders, images or files.
+Pure functions of tensors, independent of encoders, images and files.
 """
 
 from __future__ import annotations

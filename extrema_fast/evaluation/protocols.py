@@ -1,9 +1,9 @@
-"""How a linear probe is chosen and trained on cached features: the paper's way, and two of today's.
+"""Linear-probe protocols on cached features: the paper's, and two current ones.
 
-`paper` has one rate and no choice. `grid` (DINOv2's linear evaluation) trains heads at many rates on all kinds of
-features at once; `logistic` (DINOv2's and MSN's of few labels) is L2-regularized logistic regression by L-BFGS, which
-has neither rate nor order. Both choose on a fifth of the training images, never on test images, and then train what
-they have chosen on all of them.
+`paper` uses one learning rate and selects nothing. `grid` (DINOv2's linear evaluation) trains heads with many learning
+rates on all kinds of features at once. `logistic` (the low-label protocol of DINOv2 and MSN) is L2-regularized logistic
+regression by L-BFGS, which has neither a learning rate nor a sample order. The latter two select on a fifth of the
+training images, never on test images, and then retrain the selected setting on all of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `evaluate` returns and a result file holds: its shape, its parts per class, its table."""
+"""The result of `evaluate`, as returned and stored: its schema, per-class results, and table."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Dense evaluation: what frozen patch tokens know of masks, by a linear probe and by k-means.
+"""Dense evaluation: how well frozen patch tokens predict segmentation masks, by a linear probe and by k-means.
 
-Every image is resized whole to the encoder's size, whatever its shape; predictions are compared with the masks pixel by
-pixel at the masks' own size. The probe is the paper's rule of images (`train_heads`) on tokens, whose targets are the
-shares of each class among a token's pixels. k-means never sees a mask: it makes as many clusters as there are classes,
-and each is given the class that suits it on the training images, one to one (Hungarian matching by IoU).
+Each image is resized as a whole to the encoder's size, whatever its aspect ratio; predictions are compared with the
+masks pixel by pixel at the masks' original size. The probe applies the paper's rule for images (`train_heads`) to
+tokens, with the fraction of each class among a token's pixels as target. k-means never sees a mask: it makes as many
+clusters as there are classes, which are matched one to one to the classes on the training images (Hungarian matching by
+IoU).
 """
 
 from __future__ import annotations

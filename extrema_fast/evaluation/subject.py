@@ -1,4 +1,4 @@
-"""What an evaluation is of: an encoder with its run, the images, and the file that keeps the result."""
+"""The subject of an evaluation: an encoder with its run, the images, and the file for the result."""
 
 from __future__ import annotations
 

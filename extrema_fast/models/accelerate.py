@@ -1,9 +1,9 @@
-"""Masked encoding for a timm VisionTransformer that a project has already.
+"""Masked encoding with an existing timm VisionTransformer.
 
-`accelerate(vit)` holds a reference and no weights of its own: the owner's `state_dict`, optimizer, EMA and
-DistributedDataParallel do not notice. Only kept patches are embedded, and only they and the prefix (class token,
-registers) run through the blocks. Outputs and gradients equal the plain way: patch_embed, positions, gather of the
-kept patches, norm_pre, blocks, norm, all timm's own.
+`accelerate(vit)` holds a reference and no weights, so the owner's `state_dict`, optimizer, EMA and
+DistributedDataParallel are not affected. Only kept patches are embedded, and only they and the prefix tokens (class
+token, registers) run through the blocks. Outputs and gradients equal those of the plain way: patch_embed, positions,
+gathering the kept patches, norm_pre, blocks and norm, all timm's own.
 
 Shape letters: B images, V views, R = V B rows (view-major), K kept patches, N patches, P prefix tokens, D width.
 """

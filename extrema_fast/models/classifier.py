@@ -1,4 +1,4 @@
-"""A classifier in fine-tuning: the encoder with a linear head, and a moving average of it where one is asked for."""
+"""The classifier of a fine-tuning: the encoder with a linear head, and optionally a moving average of both."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""An encoder under the interface of DINO, DINOv2 or DINOv3, for code written for those.
+"""The interface of DINO, DINOv2 or DINOv3 for an encoder, for code written for those models.
 
     backbone = encoder.as_dino()
     layers = backbone.get_intermediate_layers(images, n=4, reshape=True, return_class_token=True)
 
-DINO differs from timm in defaults (norm), types (tuple, dict, int `patch_size`) and in a class token at every layer.
+DINO differs from timm in defaults (norm), in types (tuple, dict, int `patch_size`), and in having a class token at
+every layer.
 """
 
 from __future__ import annotations

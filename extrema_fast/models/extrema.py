@@ -1,4 +1,4 @@
-"""ExtreMA: student, EMA teacher, heads and losses; images in, loss out (arXiv 2206.04667, section 3).
+"""ExtreMA: student, EMA teacher, heads and losses, from images to loss (arXiv 2206.04667, section 3).
 
 Shape letters: b images of this process, V views, K kept tokens, D width, d width of the projection. Rows of views
 are view-major: rows i, b + i, 2b + i share image i.

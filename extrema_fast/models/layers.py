@@ -1,9 +1,9 @@
 """The layers of the encoder: patch embedding, trunk block, class-attention block; checks of image arguments.
 
-Fast paths read the weights of their parts. A part that is not stock (`ops.stock`) is called as a module instead, on the
-input it would have in the plain model, and what it returns is checked.
+Fast paths read the weights of submodules directly. A submodule that is not stock (`ops.stock`) is called as a module
+instead, on the input it would have in the plain model, and its output is checked.
 
-Parameter names and shapes are those of the released checkpoints (`vits.py` of microsoft/ExtreMA).
+Parameter names and shapes match the released checkpoints (`vits.py` of microsoft/ExtreMA).
 Shape letters as in `encoder.py`.
 """
 

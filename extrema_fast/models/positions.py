@@ -1,4 +1,4 @@
-"""The sin-cos position table of any grid, and weights adapted to other grids, patch sizes and channels."""
+"""Sin-cos position tables for any grid, and the adaptation of weights to other grids, patch sizes and channels."""
 
 from __future__ import annotations
 

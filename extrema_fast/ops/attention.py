@@ -1,7 +1,7 @@
-"""Self-attention backends: what each runs, what it needs, and the fixed rule behind `auto`.
+"""Self-attention backends: what each one is, what it requires, and the fixed rule behind `auto`.
 
-Every backend takes packed projections qkv [R, n, 3, H, d] and returns [R, n, H, d]. Which one runs is decided in
-`extrema_fast.ops.dispatch` from what this module knows.
+Every backend takes packed projections qkv [R, n, 3, H, d] and returns [R, n, H, d]. `extrema_fast.ops.dispatch` decides
+which one runs, based on this module.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""The one place that decides which implementation of an op runs.
+"""The only place that decides which implementation of an op runs.
 
-Order: the environment variable EXTREMA_FAST_BACKEND, else the configuration (`set_backend`), else `auto`. A setting is
-one name for all ops that have it (`reference`, `triton`) or a list (`attention=sdpa,attention_pool=triton`). Each
-choice is made once and logged once with its reason. An implementation asked for by name that cannot run is an error,
+Order of precedence: the environment variable EXTREMA_FAST_BACKEND, the configuration (`set_backend`), `auto`. A setting
+is one name for all ops that have it (`reference`, `triton`) or a list (`attention=sdpa,attention_pool=triton`). Each
+choice is made once, and logged once with its reason. An implementation requested by name that cannot run is an error,
 never a silent fallback. State-dict keys never depend on the choice.
 
-`auto` follows a fixed rule on a CPU. On a GPU it takes what was measured there: before a run (`use`), else what the
-cache holds of earlier measurements (`extrema_fast.ops.measure`), else the fixed rule for a GPU. `fixed` is that rule
-without measurements, and so is `auto` where torch's deterministic algorithms are asked for.
+On a CPU `auto` follows a fixed rule. On a GPU it uses measurements: those made before the run (`use`), else those in
+the cache (`extrema_fast.ops.measure`), else the fixed rule for GPUs. `fixed` is that rule without measurements; `auto`
+is the same if torch's deterministic algorithms are requested.
 
-Self-attention's choice depends on dtype, head_dim and sequence length, so it is a plan (`extrema_fast.ops.attention`).
-Its setting may also come from `Encoder.set_attention` (`system.attention`), which EXTREMA_FAST_BACKEND overrides where
-it names attention, and which overrides `set_backend`.
+The choice of self-attention depends on dtype, head_dim and sequence length, so it is a plan
+(`extrema_fast.ops.attention`). It can also be set by `Encoder.set_attention` (`system.attention`), which overrides
+`set_backend` and is overridden by EXTREMA_FAST_BACKEND if that names attention.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """FP8 matmuls of the trunk through torchao: optional, off by default.
 
-Not recommended: no record shows yet that the features keep their quality, nor that a step gets faster. Weights
-stay fp32 parameters under the same names, so optimizer, teacher, checkpoints and exports are as without FP8.
+Not recommended: no record shows yet that feature quality is preserved, or that a step gets faster. Weights stay fp32
+parameters under the same names, so optimizer, teacher, checkpoints and exports are the same as without FP8.
 """
 
 from __future__ import annotations

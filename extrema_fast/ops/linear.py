@@ -1,9 +1,9 @@
-"""Linear layers with fp32 weights and low-precision matmuls, forward and backward written out.
+"""Linear layers with fp32 weights and low-precision matmuls, with explicit forward and backward passes.
 
-`y = W f(x) + b`, where f is nothing, LayerNorm or GELU: the three a transformer block is made of. Unlike autocast this
-keeps no low-precision weight between forward and backward (or reads the bf16 shadow weight that is synced after every
-optimizer step), makes weight gradients in their final layout, adds the bias inside the matmul on a CPU, and lets the
-caller choose what the backward pass recomputes (`train.recompute`). In fp32 and fp64 the plain formula runs.
+`y = W f(x) + b`, where f is the identity, LayerNorm or GELU: the three cases in a transformer block. Unlike autocast,
+this keeps no low-precision weight between forward and backward (or reads the bf16 shadow weight that is synced after
+every optimizer step), computes weight gradients in their final layout, adds the bias inside the matmul on a CPU, and
+lets the caller choose what the backward pass recomputes (`train.recompute`). In fp32 and fp64 the plain formula runs.
 """
 
 from __future__ import annotations

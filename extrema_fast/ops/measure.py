@@ -1,12 +1,12 @@
-"""Which implementation of an op is the fastest here, found on the user's own GPU before a run's first step.
+"""Finds the fastest implementation of each op on the user's own GPU, before the first step of a run.
 
-Every candidate of an op is first checked against fp64 at the run's own shapes (`kernels.tune.fault`), then all that
-are right are timed in turns. This happens in a child process with a time limit, because an illegal access ends the
-CUDA context, and a kernel on a GPU that nobody tried may hang: whatever goes wrong there takes that candidate out, with
-one line, and the run starts. Results are kept in the user's cache folder (`kernels/_cache.py`).
+Every candidate is first checked against fp64 at the run's own shapes (`kernels.tune.fault`); then all correct ones are
+timed in turns. This happens in a child process with a time limit, because an illegal access ends the CUDA context, and
+a kernel may hang on a GPU where it was never tried. Whatever goes wrong there removes that candidate, with one log
+line, and the run starts. Results are stored in the user's cache folder (`kernels/_cache.py`).
 
-The child writes a JSON list a line: `at` (what it is about to do), `out` (a candidate that is wrong), `no memory` (one
-that needs more than there is), `times`, `end` (of a problem, and why it was not measured), `restart`.
+The child writes one JSON list per line: `at` (what it is about to do), `out` (a candidate that is wrong), `no memory`
+(one that needs too much memory), `times`, `end` (of a problem, and why it was not measured), `restart`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""LAMB and LARS, which scale each layer's step by the norm of its weights; torch's AdamW; NVIDIA apex where it works.
+"""LAMB and LARS, which scale each layer's step by the norm of its weights; torch's AdamW; NVIDIA apex if available.
 
-For weights x, gradient g, weight decay d and rate lr, per parameter tensor:
+For weights x, gradient g, weight decay d and learning rate lr, per parameter tensor:
 
     LAMB   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2          arXiv 1904.00962, algorithm 2, phi(z) = z
            u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + d x;  x = x - lr |x| / |u| u
     LARS   u = trust |x| / (|g| + d |x|) (g + d x);  b = mu b + u;  x = x - lr b        arXiv 1708.03888
 
-The ratio is 1 in groups without weight decay (biases, norms, class token) and where a norm is 0.
+The ratio is 1 in groups without weight decay (biases, norms, class token) and if a norm is 0.
 """
 
 from __future__ import annotations

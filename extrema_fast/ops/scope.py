@@ -1,4 +1,4 @@
-"""Named ranges around the components of the method, for `extrema-fast profile`; nothing while none is running."""
+"""Named ranges around the components of the method, for `extrema-fast profile`; no-ops unless profiling."""
 
 from __future__ import annotations
 

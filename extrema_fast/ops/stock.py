@@ -1,7 +1,7 @@
-"""Whether a module may be replaced by the formula of its class: the one check of the encoder and of `accelerate`.
+"""Decides whether a module may be replaced by the formula of its class; used by the encoder and by `accelerate`.
 
-Code that reads the weights of a part itself leaves out what others attach to that part: hooks, adapters, pruning,
-parametrizations, quantized or distributed weights. So it asks first, at every pass, since these come and go.
+Code that reads a module's weights directly would ignore what others have attached to it: hooks, adapters, pruning,
+parametrizations, quantized or distributed weights. So it checks first, at every pass, since these come and go.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A trunk block in few passes over its tokens: residual and norm in one, GELU inside the MLP's matmuls.
+"""A trunk block in few passes over its tokens: residual and norm fused, GELU inside the MLP's matmuls.
 
-What `models.layers.Block` calls where kernels are chosen (`residual_norm`, `mlp` of `ops.dispatch`). Branches come
+`models.layers.Block` calls this when kernels are selected (`residual_norm`, `mlp` in `ops.dispatch`). Branches come
 without the bias of their last layer, which is added, and gets its gradient, where the branch joins the residual stream.
 """
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML file about several runs: results, curves over one another, settings that differ."""
+"""One self-contained HTML page that compares several runs: results, overlaid curves, differing settings."""
 
 from __future__ import annotations
 

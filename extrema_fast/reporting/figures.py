@@ -1,7 +1,7 @@
-"""What pages show: line charts as inline SVG, and pictures as inline PNG.
+"""Figures for HTML pages: line charts as inline SVG, and pictures as inline PNG.
 
-Charts are drawn by matplotlib; their colors are CSS variables of the page, so that they follow its light or dark mode.
-Pictures: what the student sees, where each pooling head attends, what patch tokens encode, which images are near.
+Charts are drawn by matplotlib; their colors are CSS variables of the page, so they follow its light or dark mode.
+Pictures: what the student sees, where each pooling head attends, what patch tokens encode, nearest neighbors.
 """
 
 from __future__ import annotations

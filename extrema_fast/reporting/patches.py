@@ -1,6 +1,6 @@
-"""What patch tokens of images say: attention of each head, similarity to a patch, principal components as colors.
+"""Patch-level analysis of images: attention of each head, similarity to a patch, principal components as colors.
 
-Arrays only; `figures.py` makes pictures of them, for the report and for `extrema-fast visualize`.
+Works on arrays only; `figures.py` turns them into pictures, for the report and for `extrema-fast visualize`.
 """
 
 from __future__ import annotations

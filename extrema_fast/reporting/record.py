@@ -1,4 +1,4 @@
-"""What a run folder says about its run: read once, for the report of one run and the comparison of several."""
+"""The contents of a run folder, read once, for the report of one run and the comparison of several."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One self-contained HTML file about a run: what it is, results, curves, pictures, settings.
+"""One self-contained HTML page about a run: summary, results, curves, pictures, settings.
 
-No scripts, no external files: charts are inline SVG, pictures inline PNG or JPEG (`figures.py`), the page is
-`report.html.j2`. Works on a run that is unfinished or crashed: what cannot be shown is left out, with a note why.
+No scripts and no external files: charts are inline SVG, pictures inline PNG or JPEG (`figures.py`); the template is
+`report.html.j2`. Works on unfinished or crashed runs: what cannot be shown is left out, with a note that says why.
 """
 
 from __future__ import annotations

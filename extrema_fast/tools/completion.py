@@ -1,6 +1,6 @@
-"""Completion of commands, presets and options in a shell, as a script that shtab makes of the parsers.
+"""Shell completion of commands, presets and options, as a script that shtab generates from the parsers.
 
-The script holds every word: a shell that completes starts no Python.
+The script contains every word, so completing does not start Python.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What is installed, what of it works on this machine, and how to fix what does not.
+"""Checks what is installed, what works on this machine, and how to fix what does not.
 
-A check is a function of this file that returns a `Finding`. What imports other people's libraries runs in a child
-process (`main`), which may hang or crash without taking the others along.
+A check is a function in this file that returns a `Finding`. Everything that imports third-party libraries runs in a
+child process (`main`), which may hang or crash without affecting the other checks.
 """
 
 from __future__ import annotations

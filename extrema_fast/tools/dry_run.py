@@ -1,4 +1,4 @@
-"""A rehearsal: some real steps on real images, nothing written."""
+"""A dry run: a few real steps on real images, without writing anything."""
 
 from __future__ import annotations
 

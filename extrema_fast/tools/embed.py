@@ -1,8 +1,8 @@
-"""`extrema-fast embed`: features of every image of a source, in parts that survive being killed.
+"""`extrema-fast embed`: features of every image of a source, in parts, so that it can be interrupted and continued.
 
-Images are cut in row order into parts of a fixed number of rows; a part is encoded in batches that never cross it,
-written and never touched again. So its bytes depend neither on where an earlier run stopped nor on the number of
-processes. `embeddings.py` says what lies where.
+Images are split in row order into parts of a fixed number of rows. A part is encoded in batches that do not cross its
+boundaries, written once, and never changed. So its bytes depend neither on where an earlier run stopped nor on the
+number of processes. The files are described in `embeddings.py`.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""A folder of features: what `embed` writes, and `search` or your own code reads.
+"""A folder of features, written by `embed` and read by `search` or your own code.
 
-    config.json          weights, images and settings the numbers follow from; the parts; whether complete
-    rows.tsv             header, then one line per feature row: row number in the images, path, label
+    config.json          weights, images and settings that determine the features; the parts; whether complete
+    rows.tsv             header, then one line per feature row: row number of the image in the source, path, label
     broken.tsv           the same for images that could not be read, with the reason; only if there are any
     features/00000.npy   the features of consecutive rows, in order (or .parquet, .safetensors)
 
 Features are [n, D] for one vector per image, [n, N, D] for patch tokens. Broken images are left out, so feature
-row i over all parts is line i of rows.tsv. Each file is whole or not there.
-In the tables a tab, line end, backslash or byte that is no UTF-8 is escaped as in a manifest (`data/manifest.py`).
+row i over all parts is line i of rows.tsv. Files are written atomically.
+In the tables, tabs, line ends, backslashes and bytes that are not UTF-8 are escaped as in a manifest
+(`data/manifest.py`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`extrema-fast index`: every image is decoded once, good and bad ones are listed in a manifest.
+"""`extrema-fast index`: decodes every image once, and lists good and bad ones in a manifest.
 
-Processes decode (`verify.py`). Finished rows go to the folder `OUT.part`, every few seconds, and from there into the
-manifest, in the order of the source, when all are done. A manifest that is made again decodes only files whose size
-or time of change is another, or that could not be read.
+Decoding runs in child processes (`verify.py`). Finished rows are written to the folder `OUT.part` every few seconds,
+and at the end to the manifest, in the order of the source. Updating an existing manifest decodes only files whose size
+or modification time has changed, or that could not be read.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""`extrema-fast pack`: images as shuffled webdataset shards, made smaller if asked, with indexes and checksums.
+"""`extrema-fast pack`: images as shuffled webdataset shards, optionally downscaled, with indexes and checksums.
 
-    OUT/shard-000000.tar   KEY.jpg; KEY.cls, its label as a number in text, where there are labels; KEY.idx, its
-                           row in the source as a little-endian int64 (DALI: dtypes=[..., types.INT64]).
-                           KEY is the place in the shuffled order
-    OUT/shard-000000.idx   where its members lie, for DALI's readers.webdataset and our own
-    OUT/manifest.tsv       every image with size and checksum; `--data.train OUT` reads by it
-    OUT/classes.txt        the name of class n in line n + 1, where there are labels
+    OUT/shard-000000.tar   KEY.jpg; KEY.cls, its label as a decimal number, if there are labels; KEY.idx, its row in
+                           the source as a little-endian int64 (DALI: dtypes=[..., types.INT64]).
+                           KEY is the position in the shuffled order
+    OUT/shard-000000.idx   offsets of its members, for DALI's readers.webdataset and for this package
+    OUT/manifest.tsv       every image with size and checksum; used by `--data.train OUT`
+    OUT/classes.txt        the name of class n in line n + 1, if there are labels
     OUT/left_out.tsv       images that could not be packed, and why
-    OUT/SHA256SUMS         of all these: `cd OUT && sha256sum -c SHA256SUMS`
+    OUT/SHA256SUMS         checksums of all of these: `cd OUT && sha256sum -c SHA256SUMS`
     OUT/pack.json          the settings, and whether it is finished
-    OUT/.pack/             while it is not: the unfinished shard, and the records of the finished ones (`work.py`)
+    OUT/.pack/             until it is finished: the current shard, and the records of finished ones (`work.py`)
 
-The same source, settings and Pillow give the same bytes, whatever the threads and however often it was stopped.
+The same source, settings and Pillow version give the same bytes, regardless of threads and interruptions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`extrema-fast profile`: a few real steps under torch's profiler, and a table of their time by component.
+"""`extrema-fast profile`: a few real steps under torch's profiler, and a table of time per component.
 
-The ranges in the code (`ops/scope.py`) are on while it runs; `trace.py` reads the trace.
+It turns on the named ranges in the code (`ops/scope.py`); `trace.py` reads the trace.
 """
 
 from __future__ import annotations

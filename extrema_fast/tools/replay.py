@@ -1,9 +1,9 @@
-"""One step of a run computed again, to find the module that makes it NaN or infinite, and the images that cause it.
+"""Recomputes one step of a run, to find the module that makes it NaN or infinite, and the images that cause it.
 
-The step number and the seed give the batch, its crops, masks and jitter; the weights come from what the run has kept of
-a skipped step (`training/capture.py`), or from the nearest checkpoint before, from which the run is repeated up to the
-step. The batch is cut as the run's processes had cut it, and computed on one device: once as the run does, once with
-plain PyTorch in place of every kernel and a look at everything that goes into a module and comes out.
+The step number and the seed determine the batch, its crops, masks and jitter. The weights come from the capture of a
+skipped step (`training/capture.py`), or from the nearest earlier checkpoint, from which the run is repeated up to the
+step. The batch is split as among the run's processes, and computed on one device: once as in the run, and once with
+plain PyTorch instead of kernels, checking the inputs and outputs of every module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The run folders below a folder: what each is doing, how far it is, and how good. Nothing is written."""
+"""Lists the run folders in a folder, with state, progress and results. Writes nothing."""
 
 from __future__ import annotations
 

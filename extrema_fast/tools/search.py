@@ -1,6 +1,7 @@
-"""`extrema-fast search`: the images of an index that are nearest to a query, as a table and as one picture.
+"""`extrema-fast search`: the images of an index that are nearest to a query, as a table and as a contact sheet.
 
-Exact: every feature is compared by cosine similarity, part by part, so memory does not grow with the index.
+The search is exact: every feature is compared by cosine similarity, part by part, so memory does not grow with the
+index.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `pack` does to one image (keep its bytes, or write a smaller JPEG), and the tar shard that images go into."""
+"""Prepares single images for `pack` (the original bytes, or a smaller JPEG), and writes them into tar shards."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""Where the time of a step goes, read from a Chrome trace of torch's profiler.
+"""Time per component of a step, read from a Chrome trace of torch's profiler.
 
 A trace holds ranges named `extrema:STEP`, `extrema:student/trunk`, ... (`ops/scope.py`), the ops inside them and, on
-a GPU, the kernels these launched. Here each op is given to a component of the method:
+a GPU, the kernels that these launched. Each op is assigned to a component of the method:
 
     forward   the innermost range around the op
     backward  the range of the forward op with the same autograd sequence number
-    trunk     split by what the op is: matmul, attention, or the rest
-    compiled  a compiled region outside every range, and a replayed CUDA graph, are components of their own
+    trunk     split by the kind of op: matmul, attention, or the rest
+    compiled  compiled regions outside every range, and replayed CUDA graphs, are separate components
 
-On a CPU the time of an op is its own time without the ops it calls, so that components add up to the step;
-on a GPU it is the time of its kernels.
+On a CPU the time of an op excludes the ops that it calls, so that components add up to the step; on a GPU it is the
+time of its kernels.
 """
 
 from __future__ import annotations

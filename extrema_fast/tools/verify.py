@@ -1,8 +1,9 @@
-"""Whether a file is an image that both loaders read, decoded once in full, in processes that may crash.
+"""Checks that both loaders can read an image file, by decoding it once in full, in processes that may crash.
 
-Of 250 photographs with 4 kB of zeros over their data, Pillow finds none, nvImageCodec (it comes with DALI) 247: by
-libjpeg-turbo's warning "Corrupt JPEG data", which Pillow keeps to itself. Of one flipped bit it finds 31 (Pillow 3),
-and neither flags undamaged ones; counted once, without a record. No torch is imported here: a process starts quickly.
+In 250 photographs with 4 kB of their data zeroed, Pillow detects no damage, and nvImageCodec (installed with DALI)
+detects 247, by libjpeg-turbo's warning "Corrupt JPEG data", which Pillow suppresses. With one flipped bit nvImageCodec
+detects 31 (Pillow 3). Neither flags undamaged files. (Counted once, without a record.) This module imports no torch, so
+that processes start quickly.
 """
 
 from __future__ import annotations

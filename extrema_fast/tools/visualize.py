@@ -1,7 +1,7 @@
-"""`extrema-fast visualize`: what an encoder makes of images, as a page where one chooses patches, and as pictures.
+"""`extrema-fast visualize`: pictures of an encoder's attention and features, and a page to explore them by patch.
 
-Whole images are encoded, each at a grid of its own proportions, finer than that of training where it has the pixels:
-positions of the sin-cos table are interpolated, a learned table is resampled.
+Images are encoded whole, each with a grid of its own aspect ratio, finer than in training if the image has the pixels:
+sin-cos positions are interpolated, a learned table is resampled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Long jobs (index, pack, embed) that continue after being killed: a folder with a record of each finished piece.
+"""Long jobs (index, pack, embed) that can be interrupted and continued: a folder with a record of each finished piece.
 
-A job puts a piece of its result on disk, then the record that makes it count. The same command later takes over the
-pieces with a record and makes the others; settings that differ are named by `changes`, and are an error.
+A job writes a piece of its result to disk, and then a record that makes it valid. Running the same command later keeps
+the pieces that have a record, and computes the others. Changed settings are an error, described by `changes`.
 """
 
 from __future__ import annotations

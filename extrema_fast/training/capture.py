@@ -1,9 +1,10 @@
-"""What is kept of a skipped step, so that `extrema-fast replay` can compute it again.
+"""Captures a skipped step, so that `extrema-fast replay` can recompute it.
 
-    debug/step_00000012/capture.json         the step, its rows, random keys, settings, gradients that are not finite
-                        weights.safetensors  student and teacher as the step found them, where they are still that
+    debug/step_00000012/capture.json         the step, its rows, random keys, settings, non-finite gradients
+                        weights.safetensors  student and teacher as at the start of the step, if still unchanged
 
-The step number tells the batch, and a skipped step moves no weights: nothing is kept for this while training.
+The step number determines the batch, and a skipped step does not change weights, so training stores nothing in
+advance.
 """
 
 from __future__ import annotations

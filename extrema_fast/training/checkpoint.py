@@ -1,25 +1,25 @@
-"""Checkpoints: saved atomically, verified when read, the newest few kept.
+"""Checkpoints: saved atomically, verified when read, with the most recent ones kept.
 
     checkpoints/step_00000100/state.safetensors   weights, teacher, optimizer moments, counters
                               state.json          step, attempt, config, data fingerprint, versions
                               COMPLETE            names, sizes and sha256 of the two
     latest                                        the newest folder's name
-    weights/step_00000100/                        weights alone, readable without a run
+    weights/step_00000100/                        weights only, readable without a run
 
-A save writes a temporary folder, syncs it and renames it; a folder counts only when its files match `COMPLETE` and
-its weights are finite. Nothing is removed that this run has neither read nor written. Steps go on while a thread writes
-what was copied; a run that ends, or stops, waits for it.
+A save writes a temporary folder, syncs it and renames it; a folder is valid only if its files match `COMPLETE` and
+its weights are finite. Nothing is removed that this run has neither read nor written. Training continues while a thread
+writes a copy; a run waits for it before it ends or stops.
 
-Of a run spread over N processes each writes its rows of every tensor that is spread, in order of the processes:
+In a sharded run with N processes, each process writes its rows of every sharded tensor, in process order:
 
     checkpoints/step_00000100/state-00001-of-00004.safetensors   those of process 0
-                              state.safetensors                  what all processes have alike
+                              state.safetensors                  what is the same on all processes
                               state.json                         also `parts`: names, sizes and sha256 of the N
 
-and tells process 0, which assembles the weights from the files and completes the folder. Any number of processes reads
-either kind. `torch.distributed.checkpoint` would need collectives in the thread that writes, whose order with those of
-the steps nobody keeps, and neither checks what it reads nor renames what is whole.
-`EXTREMA_FAULT=point:n` kills the process at the n-th pass of a named point (tests).
+and notifies process 0, which assembles the weights from the files and completes the folder. Any number of processes can
+read both kinds. `torch.distributed.checkpoint` would need collectives in the writing thread, whose order relative to
+those of the steps is not guaranteed, and it neither verifies what it reads nor renames a complete folder into place.
+`EXTREMA_FAULT=point:n` kills the process at the n-th pass of a named point (for tests).
 """
 
 from __future__ import annotations

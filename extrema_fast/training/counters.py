@@ -1,4 +1,4 @@
-"""Sums over steps, kept on the device."""
+"""Running sums over steps, kept on the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random parameters of a batch: kept tokens of every view, color jitter, drop-path; cut into micro-batches."""
+"""Random parameters of a batch: keep indices, color jitter and drop-path factors, split into micro-batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training tells: log.jsonl, the progress bar and status.json."""
+"""Training output: log.jsonl, the progress bar and status.json."""
 
 from __future__ import annotations
 

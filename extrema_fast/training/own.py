@@ -1,8 +1,9 @@
-"""The preset `own`: settings for any images, from their number and sizes and from the machine.
+"""The preset `own`: settings for any images, chosen from their number and sizes and from the machine.
 
-`choose` settles them once, where a run begins; the run's `config.json` keeps them, and the same command later takes
-them from there. There are two recipes: the paper's, for large sets of photographs on a GPU, and else a short one, which
-learns in minutes (record 2026-11-27_cpu1_own_search). What is given stands, and what depends on it follows.
+`choose` settles them once, when a run starts. The run's `config.json` stores them, and the same command later reads
+them from there. There are two recipes: the paper's, for large sets of photographs on a GPU, and otherwise a short one
+that learns in minutes (record 2026-11-27_cpu1_own_search). Settings given by the user are kept, and others adapt to
+them.
 """
 
 from __future__ import annotations

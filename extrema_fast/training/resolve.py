@@ -1,4 +1,4 @@
-"""What a configuration means on this machine: every `auto` settled once, modes checked, values derived."""
+"""Resolves a configuration on this machine: settles every `auto` once, checks modes, derives values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run in memory on one process: built from a configuration, resumed from its folder, saved to it."""
+"""The state of a run in one process: built from a configuration, resumed from its folder, saved to it."""
 
 from __future__ import annotations
 

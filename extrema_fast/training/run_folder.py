@@ -1,4 +1,4 @@
-"""The run folder: marker, lock, status, moving an old run aside.
+"""The run folder: its marker, lock and status, and moving an old run aside.
 
     config.json  env.json  status.json  run.lock  log.jsonl  checkpoints/  latest  weights/  reports/  trackers/
     debug/

@@ -1,4 +1,4 @@
-"""One optimizer step: color jitter, teacher, student, loss, backward, update; compiled or recorded if asked for.
+"""One optimizer step: color jitter, teacher, student, loss, backward, update; optionally compiled or CUDA-graphed.
 
 Nothing here waits for a GPU, except optimizers that cannot skip a step by themselves.
 """

@@ -1,8 +1,8 @@
 """Trackers: TensorBoard, Weights & Biases, trackio and MLflow, each in a process that follows the run's log.jsonl.
 
-The run only says that there is a new record. Whatever a library does (wait for a network, print, hang, crash), the run
-neither waits for it nor ends. RUN/trackers/NAME.json names the remote run and the last steps it has, so that a
-continued run goes on there, no step is sent twice, and what was missed for want of a network is sent later.
+The run only signals that there is a new record. Whatever a tracker library does (wait for a network, print, hang,
+crash), it neither delays nor ends the run. RUN/trackers/NAME.json stores the remote run and the last steps it has, so
+that a continued run continues there, no step is sent twice, and what could not be sent offline is sent later.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A fine-tuning in memory: its configuration from weights, its images, random parameters, gradients, test and weights.
+"""The state of a fine-tuning run: configuration from weights, images, random parameters, gradients, test and weights.
 
 The loop, checkpoints, log and processes are those of pretraining (`train.py`).
 """

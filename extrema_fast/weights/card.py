@@ -1,8 +1,8 @@
-"""The model card of an export: README.md, with a head that Hugging Face reads, from what is known and nothing else.
+"""The model card of an export: a README.md with Hugging Face metadata, which states only what is known.
 
-What a run knows about its weights (`run_record`) travels in the description of an export, so that an export of an
-export still tells it. A card is a function of `config.json`, which keeps its hash: one that differs was edited, and
-stays (`kept_card`).
+What a run knows about its weights (`run_record`) is stored in the description of an export, so that an export of an
+export keeps it. A card is a function of `config.json`, which stores its hash: a card that differs was edited, and is
+kept (`kept_card`).
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""`extrema-fast export`: an encoder written for other programs, read back and compared before it is kept.
+"""`extrema-fast export`: writes an encoder for other programs, and reads it back and compares it before it is kept.
 
-    extrema, timm   model.safetensors + config.json: `load_encoder`, and `timm.create_model("local-dir:DIR")` and
-                    Hugging Face's AutoModel after `import extrema_fast.timm`
+    extrema, timm   model.safetensors + config.json, for `load_encoder`; after `import extrema_fast.timm` also for
+                    `timm.create_model("local-dir:DIR")` and Hugging Face's AutoModel
     vit             the trunk as a stock timm ViT with mean pooling; loads without this project
-    hf              a Hugging Face folder; loads with transformers and timm alone
+    hf              a Hugging Face folder; loads with only transformers and timm
     onnx, torch-export
-                    a graph of one image size, any batch: images -> class token, patch tokens[, logits]
+                    a graph for one image size and any batch size: images -> class token, patch tokens[, logits]
 
-Every folder has a `config.json` that says how images are prepared for it and where the weights come from, and a model
-card made of it (`card.py`).
+Every folder has a `config.json`, which describes how to prepare images and where the weights come from, and a model
+card generated from it (`card.py`).
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Weights folders and weight files: written, found, described, and read without running anything in them.
+"""Weights folders and weight files: written, found, described, and read without executing anything in them.
 
-A weights folder is readable alone:
+A weights folder can be read without its run:
 
-    config.json           architecture, normalization, heads, where the weights come from
+    config.json           architecture, normalization, heads, origin of the weights
     teacher.safetensors   encoder keys; projector as head.*
     student.safetensors   the same, plus predictor.*
 
-A folder of one network (an export, an imported fine-tuning) has `model.safetensors` instead. A `config.json` of timm
-or Hugging Face holds the description under `extrema_fast`.
+A folder with a single network (an export, an imported fine-tuning) has `model.safetensors` instead. A `config.json` of
+timm or Hugging Face holds the description under `extrema_fast`.
 """
 
 from __future__ import annotations

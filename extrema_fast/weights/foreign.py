@@ -1,8 +1,8 @@
-"""The trunk of other projects' vision transformers, by our names.
+"""Loads the trunk of other projects' vision transformers, under the names used here.
 
-Read are the state dicts of timm's VisionTransformer, MAE, DINO, DINOv2, MoCo v3, torchvision and Hugging Face (ViT,
-DeiT, MAE, MSN, DINOv2). The trunk that is trained here has no class token: theirs is left out, with its row of the
-position table, and so are their heads. What this trunk cannot compute is refused by name.
+Supported are the state dicts of timm's VisionTransformer, MAE, DINO, DINOv2, MoCo v3, torchvision and Hugging Face
+(ViT, DeiT, MAE, MSN, DINOv2). The trunk trained here has no class token, so theirs is left out, with its row of the
+position table, and so are their heads. Features that this trunk cannot compute are rejected by name.
 """
 
 from __future__ import annotations

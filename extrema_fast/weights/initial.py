@@ -1,6 +1,6 @@
-"""Weights to start from: those of a run with its heads, or the trunk of any vision transformer.
+"""Initial weights: those of a run with its heads, or the trunk of any vision transformer.
 
-What was kept, adapted, fresh or left out is returned part by part.
+Reports part by part what was kept, adapted, freshly initialized or left out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Encoders from files: run folders, weights folders, single files, exports, released ExtreMA checkpoints.
+"""Loads encoders from run folders, weights folders, single files, exports and released ExtreMA checkpoints.
 
-The content of a path decides what it is, not its name. Nothing is unpickled: safetensors, or
+The content of a path determines what it is, not its name. Nothing is unpickled: files are read as safetensors, or with
 `torch.load(weights_only=True)`.
 """
 

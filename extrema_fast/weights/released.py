@@ -1,15 +1,15 @@
-"""Checkpoint files without a description: what they are, and the encoder architecture behind their tensors.
+"""Checkpoint files without a description: identifies them, and infers the encoder architecture from their tensors.
 
     pretraining   {epoch, arch, state_dict: module.base_encoder.*, module.momentum_encoder.*,
                   module.predictor.*, optimizer, scaler}; projector as `head.*` of each encoder
     fine-tuning   {model: patch_embed.*, pos_embed (learned), blocks.*, fc_norm.*, head.*, args, ...}
     linear probe  {state_dict: module.* of one encoder without norm, module.head.0.* BatchNorm, module.head.1.*}
-    bare          the tensors of one encoder, from `torch.save` or safetensors, perhaps below the names of what wrapped
-                  it (torch.compile, DDP, Lightning, `teacher.`, ...)
+    bare          the tensors of one encoder, from `torch.save` or safetensors, possibly with the prefixes of a wrapper
+                  (torch.compile, DDP, Lightning, `teacher.`, ...)
 
-    others        ViTs of timm, MAE, DINO, DINOv2, MoCo v3, torchvision, Hugging Face: their trunk alone (`foreign`)
+    others        ViTs of timm, MAE, DINO, DINOv2, MoCo v3, torchvision, Hugging Face: only their trunk (`foreign`)
 
-The first three are what the released ExtreMA code saved. Nothing larger than the tensors themselves is allocated.
+The first three were saved by the released ExtreMA code. Nothing larger than the tensors themselves is allocated.
 """
 
 from __future__ import annotations
