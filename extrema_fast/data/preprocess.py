@@ -20,13 +20,13 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 class Resizing(NamedTuple):
-    """How an image of any size becomes one of the encoder's: resized, then cropped at the center, as timm does.
+    """How an image of any size is resized and center-cropped to the encoder's size, as in timm.
 
     Attributes:
-        crop_pct: size / crop_pct is what the short side is resized to; 1: images are already cropped.
+        crop_pct: the short side is resized to size / crop_pct; 1: images are already cropped.
         interpolation: `bilinear` or `bicubic`, antialiased.
-        keep_exact: an image of exactly the size is taken whole, as older versions did.
-        whole: all of the image, whatever the ratio of its sides becomes.
+        keep_exact: images of exactly the encoder's size are not resized, as in older versions.
+        whole: resize the whole image without cropping, ignoring its aspect ratio.
     """
 
     crop_pct: float = CROP_PCT
@@ -51,7 +51,7 @@ KEEP_EXACT = Resizing(keep_exact=True)
 
 
 def check_crop_pct(crop_pct: float, name: str = "crop_pct") -> float:
-    """`crop_pct`; raises UsageError unless it is above 0 and at most 1."""
+    """Returns `crop_pct`; raises UsageError unless it is above 0 and at most 1."""
     if not 0 < crop_pct <= 1:
         raise UsageError(f"{name}: expected above 0, to 1 (images are already cropped), got {crop_pct}")
     return crop_pct
@@ -60,11 +60,13 @@ def check_crop_pct(crop_pct: float, name: str = "crop_pct") -> float:
 def resize_crop(
     image: Tensor, size: tuple[int, int], interpolation: str = "bilinear", crop_pct: float = CROP_PCT
 ) -> Tensor:
-    """Resizes the short side to size / crop_pct (size * 256 / 224), antialiased, and crops the center, as timm does.
+    """Resizes the short side to size / crop_pct, antialiased, and crops the center, as in timm.
 
     Args:
         image: [H, W, C] uint8.
         size: (height, width) of the result.
+        interpolation: `bilinear` or `bicubic`.
+        crop_pct: as in `Resizing`; by default the short side becomes size * 256 / 224.
 
     Returns:
         [height, width, C] uint8.
@@ -79,7 +81,7 @@ def resize_crop(
 
 
 def scaled_size(old: Sequence[int], size: tuple[int, int], crop_pct: float = CROP_PCT) -> tuple[int, int]:
-    """(height, width) before the crop: the smallest with the sides' ratio that hold size / crop_pct."""
+    """(height, width) before the crop: the smallest size of the same aspect ratio that covers size / crop_pct."""
     box = [math.floor(s / crop_pct) for s in size]
     # torchvision cuts the long side, timm rounds both where the box is not square
     whole = int if size[0] == size[1] else round
@@ -90,7 +92,7 @@ def scaled_size(old: Sequence[int], size: tuple[int, int], crop_pct: float = CRO
 
 
 def center_of(scaled: Sequence[int], size: tuple[int, int]) -> tuple[int, int]:
-    """(top, left) of the crop of `size` from an image of (height, width) `scaled`."""
+    """(top, left) of a center crop of `size` in an image of (height, width) `scaled`."""
     # round half to even, as torchvision does
     top, left = (round((n - s) / 2) for n, s in zip(scaled, size, strict=True))
     return top, left
@@ -111,16 +113,20 @@ def _per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[flo
 
 
 class Preprocess:
-    """Turns an image (PIL, NumPy array or uint8 tensor) into fp32 [C, H, W]; see `Encoder.preprocess`.
+    """Converts an image (PIL, NumPy array or uint8 tensor) to normalized fp32 [C, H, W]; see `Encoder.preprocess`.
 
-    Arrays are [H, W] or [H, W, C] of any whole numbers or floats, tensors uint8 [H, W, C].
+    Arrays are [H, W] or [H, W, C] of any integer or float dtype; tensors are uint8 [H, W, C].
 
     Args:
         size: (height, width) of the result.
-        in_chans: 3; or 1: the gray value of RGB, or one channel as it is; another number takes images of so many
-            channels, and `mean` and `std` need that many entries, or one for all.
-        crop_pct: as of `Resizing`.
-        value_range: of images of more than 8 bits (`pixels.Range`); None: 0 to 65535, and for floats 0 to 1.
+        in_chans: 3; 1 for gray, computed from RGB or from a single channel; or another number, which requires images
+            with as many channels.
+        mean: pixel mean, one value or one per channel.
+        std: pixel standard deviation, one value or one per channel.
+        interpolation: `bilinear` or `bicubic`.
+        crop_pct: as in `Resizing`.
+        value_range: black and white for images with more than 8 bits (`pixels.Range`); None: 0 to 65535, and 0 to 1 for
+            floats.
     """
 
     def __init__(
@@ -144,7 +150,7 @@ class Preprocess:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """input_size (C, H, W), mean, std, interpolation, crop_pct."""
+        """The transform's input_size (C, H, W), mean, std, interpolation and crop_pct."""
         return {
             "input_size": (self.in_chans, *self.size),
             "mean": self.mean,
@@ -171,7 +177,7 @@ class Preprocess:
         return normalize(pixels[None], mean, std, self.in_chans)[0]
 
     def _cropped(self, image: Any) -> Tensor:
-        """The pixels of an image after `resize_crop`, by Pillow: byte for byte those of timm's transform."""
+        """The pixels of an image after resize and crop by Pillow, byte for byte those of timm's transform."""
         im = self._in_8_bits(image)
         (height, width), new = self.size, scaled_size((im.height, im.width), self.size, self.crop_pct)
         top, left = center_of(new, self.size)
@@ -182,7 +188,7 @@ class Preprocess:
         return torch.from_numpy(np.array(im.crop((left, top, left + width, top + height))))
 
     def _in_8_bits(self, image: Any) -> Any:
-        """A PIL image or an array as an RGB PIL image, or as `Planes` for other channels."""
+        """Converts a PIL image or an array to an RGB PIL image, or to `Planes` for other channels."""
         colors = self.in_chans in (1, 3)
         if hasattr(image, "convert"):
             if colors:

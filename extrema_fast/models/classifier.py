@@ -15,7 +15,7 @@ from .extrema import Branch, StudentTeacher
 
 
 class ClassifierBranch(Branch):
-    """Images in, logits out; all of the encoder has a gradient, the position table too."""
+    """Images in, logits out; the whole encoder is trained, including its position table."""
 
     name = "classifier"
 
@@ -36,7 +36,7 @@ class ClassifierBranch(Branch):
 
 
 class Average(ClassifierBranch):
-    """The moving average of a `ClassifierBranch`: always in eval mode, never a gradient."""
+    """Moving average of a `ClassifierBranch`; always in eval mode, never with a gradient."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__(encoder)
@@ -49,7 +49,7 @@ class Average(ClassifierBranch):
 
 
 class Classifier(StudentTeacher):
-    """What a fine-tuning trains, and its average (`tune.ema`); the initial weights depend on `train.seed` alone."""
+    """The network that fine-tuning trains, and its average (`tune.ema`); initialized from `train.seed` alone."""
 
     def __init__(self, cfg: FinetuneConfig, classes: Sequence[str]) -> None:
         super().__init__()
@@ -66,17 +66,17 @@ class Classifier(StudentTeacher):
             self.teacher_branch = Average(copy.deepcopy(encoder))
 
     def follow(self) -> None:
-        """Begins the average at the present weights."""
+        """Starts the average at the current weights."""
         if self.teacher_branch is not None:
             self.teacher_branch.load_state_dict(self.student_branch.state_dict())
 
     def compile_regions(self, **options: Any) -> None:
-        """Compiles what is trained (`Branch.compile_regions`)."""
+        """Compiles the trained branch (`Branch.compile_regions`)."""
         self.student_branch.compile_regions(**options)
 
 
 def layer_of(name: str, depth: int) -> int:
-    """The layer of an encoder's parameter for layer-wise learning rates, as timm numbers it for this encoder.
+    """The layer of a parameter for layer-wise learning rates, as timm numbers it for this encoder.
 
     0: patch embedding and positions; i + 1: block i; `depth`: also pooling and final norm, which read the last block's
     tokens; `depth` + 1: the norm after pooling, and the classifier.

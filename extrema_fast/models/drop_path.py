@@ -13,18 +13,18 @@ from ..ops.scope import scoped
 def drop_path_scale(
     index: Tensor, views: int, depth: int, rate: float, *, seed: int, epoch: int
 ) -> Tensor | None:
-    """Drop-path factors keyed by sample and view, so that they do not depend on how a batch is divided.
+    """Drop-path factors keyed by sample and view, so that they do not depend on how a batch is split.
 
     Args:
         index: [B] int64 sample rows.
         views: V.
         depth: L.
-        rate: drop probability of the last block.
-        seed: of the run.
-        epoch: of the batch.
+        rate: drop-path rate of the last block.
+        seed: random seed of the run.
+        epoch: epoch of the batch.
 
     Returns:
-        [L, 2, V B] fp32 as of `ops.drop_path_from_uniform`, view-major; None where the rate is 0.
+        [L, 2, V B] fp32 as from `ops.drop_path_from_uniform`, view-major; None if the rate is 0.
     """
     if rate == 0:
         return None

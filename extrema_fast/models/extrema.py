@@ -29,10 +29,10 @@ from .layers import Block
 
 # Newton-Schulz iterations of `whiten`: enough for directions without variance in up to 4096 dimensions
 ROUNDS = 20
-# blocks of one compiled graph: each call of one costs the CPU about what its launches do, each block compile time
+# blocks per compiled graph: each call costs the CPU about as much as its launches, and each block adds compile time
 TOGETHER = 4
-# of what all class tokens share, beside the correlations of their dimensions: with 0.01 cosines of them grow to 1 all
-# the same, with 1 an encoder learns less
+# weight of the mean shared by all class tokens, relative to the correlations in `correlation`: with 0.01 their cosines
+# still grow to 1, with 1 an encoder learns less
 SHARED = 0.05
 
 # ---- heads and losses -------------------------------------------------------------------------------
@@ -43,9 +43,9 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 
 
 class BatchNorm(nn.Module):
-    """Batch norm with the statistics of the rows at hand, on all processes; none are kept for later.
+    """Batch norm with the statistics of the current batch over all processes; no running statistics.
 
-    Its weights are not called as those of a LayerNorm, so that neither is filled with the other's unnoticed.
+    Its parameters are not named like those of a LayerNorm, so that loading one's weights into the other fails.
     """
 
     def __init__(self, width: int) -> None:
@@ -53,7 +53,7 @@ class BatchNorm(nn.Module):
         self.scale, self.shift = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [R, D], R the same on all processes -> the same, in its dtype."""
+        """[R, D] -> [R, D] in the same dtype; R is the same on all processes."""
         y = _at_least_fp32(x)
         y = y - _over_processes(y.mean(0))
         y = y * (_over_processes(y.square().mean(0)) + 1e-5).rsqrt()
@@ -61,9 +61,13 @@ class BatchNorm(nn.Module):
 
 
 def mlp_head(*widths: int, norm: str = "layer") -> nn.Sequential:
-    """Linear layers between `widths`; after all but the last a norm (eps 1e-5), `layer` or `batch`, and GELU.
+    """Linear layers of the given `widths`; each but the last is followed by a norm (eps 1e-5) and GELU.
 
-    Sub-module numbers are those of the released checkpoints (`head.{0,1,3,4,6}`, `predictor.{0,1,3}`).
+    Submodule numbers match the released checkpoints (`head.{0,1,3,4,6}`, `predictor.{0,1,3}`).
+
+    Args:
+        widths: input, hidden and output widths.
+        norm: `layer` or `batch`.
     """
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
@@ -81,9 +85,14 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """BYOL: the mean of |q - k|^2 = 2 - 2 cos(q, k) of L2-normalized vectors, over images and views.
+    """BYOL loss: |q - k|^2 = 2 - 2 cos(q, k) of L2-normalized vectors, averaged over images and views.
 
-    prediction [V b, d] q, view-major; target [b, d] k, without gradient -> scalar, at least fp32.
+    Args:
+        prediction: [V b, d] q, view-major.
+        target: [b, d] k; gets no gradient.
+
+    Returns:
+        A scalar, at least fp32.
     """
     b, d = target.shape
     q = _unit(prediction).view(-1, b, d)
@@ -91,17 +100,18 @@ def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def whiten(targets: Tensor, shrinkage: float = 0.01) -> Tensor:
-    """Centers targets over the batch and gives their directions about equal variance.
+    """Centers targets over the batch and gives their principal directions about equal variance.
 
-    `(K - mean) (C + s I)^-1/2` of the covariance C of K, s = `shrinkage` times the mean of its min(M, d) largest
-    eigenvalues; directions of less variance than s keep less. The root comes from Newton-Schulz iterations: matmuls
-    alone, and no wait for a GPU.
+    `(K - mean) (C + s I)^-1/2` with the covariance C of K, and s = `shrinkage` times the mean of its min(M, d) largest
+    eigenvalues; directions with less variance than s keep less. The matrix root is computed by Newton-Schulz
+    iterations: only matmuls, and no GPU synchronization.
 
     Args:
-        targets: [M, d], of the step on all processes, without gradient.
+        targets: [M, d], of the step on all processes; get no gradient.
+        shrinkage: see above.
 
     Returns:
-        [M, d], at least fp32, up to one factor.
+        [M, d], at least fp32, up to a common factor.
     """
     k = _at_least_fp32(targets.detach())
     with torch.autocast(k.device.type, enabled=False):
@@ -128,11 +138,18 @@ def infonce_loss(
     offset: int = 0,
     queue: Tensor | None = None,
 ) -> Tensor:
-    """InfoNCE: the mean of -2T log softmax_j(q . k_j / T) at the image's own target k.
+    """InfoNCE loss: the mean of -2T log softmax_j(q . k_j / T) at the image's own target k.
 
-    prediction [V b, d] q of b `images`, view-major; targets [M, d] of the step on all processes, without gradient,
-    `offset` the row of the first of these images; queue [Q, d] unit targets of other images, which j runs over, too
-    -> scalar, at least fp32.
+    Args:
+        prediction: [V b, d] q, view-major.
+        targets: [M, d] k of the step on all processes; get no gradient.
+        temperature: T.
+        images: the number b of images.
+        offset: row of the first of these images in `targets`.
+        queue: [Q, d] unit targets of other images, as additional negatives; None: none.
+
+    Returns:
+        A scalar, at least fp32.
     """
     q, keys = _unit(prediction), _unit(targets.detach())
     if queue is not None:
@@ -145,23 +162,27 @@ def infonce_loss(
 
 
 def correlation(features: Tensor) -> Tensor:
-    """How much dimensions of class tokens repeat each other: squared correlations of all pairs, per dimension.
+    """Penalty on redundant dimensions of class tokens: squared correlations of all pairs, per dimension.
 
-    The covariance term of VICReg (arXiv 2105.04906, equation 3) on standardized dimensions, so that it moves no scale.
-    Without it a few directions hold most of the variance of a small encoder, and these decide who is near whom.
+    The covariance term of VICReg (arXiv 2105.04906, equation 3) on standardized dimensions, so that it does not affect
+    scale. Without it a few directions hold most of the variance of a small encoder, and dominate nearest neighbors.
 
-    A covariance does not see what all tokens share, nor does batch norm in the heads, and in long runs nothing else
-    would keep it from growing until all cosines are 1. So each dimension's log(1 + mean^2 / variance) is added, with a
-    small weight (`SHARED`): its pull does not fade where the mean is large, as that of a share would.
+    A covariance ignores the mean that all tokens share, as does batch norm in the heads, and in long runs nothing else
+    would keep that mean from growing until all cosines are 1. So log(1 + mean^2 / variance) of each dimension is added,
+    with a small weight (`SHARED`); unlike that of a fraction, its pull does not fade for a large mean.
 
-    features [R, D] of this process, R the same on all -> scalar of the rows of all processes, at least fp32.
+    Args:
+        features: [R, D] class tokens of this process; R is the same on all.
+
+    Returns:
+        A scalar over the rows of all processes, at least fp32.
     """
     z = _at_least_fp32(features)
     with torch.autocast(z.device.type, enabled=False):
         mean = _over_processes(z.mean(0))
         z = z - mean
         c = _over_processes(z.T @ z / len(z))
-        # a dimension without variance correlates with none
+        # a dimension without variance has no correlations
         variance, mean = c.diagonal() + 1e-4, mean.square()
         scale = variance.rsqrt()
         c = c * scale * scale[:, None]
@@ -170,7 +191,7 @@ def correlation(features: Tensor) -> Tensor:
 
 
 class _Mean(torch.autograd.Function):
-    """The mean of a tensor over processes, forward and backward."""
+    """Mean of a tensor over processes, in the forward and the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -188,7 +209,7 @@ _alone = False
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Context of what one process does without the others: statistics of a batch are those of its rows."""
+    """Context in which a process works without the others: batch statistics cover only its own rows."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -203,7 +224,7 @@ def _over_processes(x: Tensor) -> Tensor:
 
 
 def gather_targets(target: Tensor) -> tuple[Tensor, int]:
-    """All-gather of [b, d] without gradient: [world b, d], and the row of this process's first image in it."""
+    """All-gathers [b, d] without gradient; returns ([world b, d], the row of this process's first image)."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return target, 0
     out = target.new_empty(dist.get_world_size() * target.shape[0], target.shape[1])
@@ -214,10 +235,10 @@ def gather_targets(target: Tensor) -> tuple[Tensor, int]:
 
 
 def _of_arguments(guards: Sequence[Any]) -> list[bool]:
-    """Which guards of compiled code are evaluated at every call: those of its arguments and of torch's modes.
+    """Selects which guards of compiled code run at every call: those of its arguments and of torch's modes.
 
-    A trunk block has about 150 more, of its modules' attributes and of globals, which stay as they are while a run
-    trains; they would take the CPU as long as the launches.
+    A trunk block has about 150 more, for attributes of its modules and for globals, which do not change while a run
+    trains; checking them would take the CPU as long as the launches.
     """
     others = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
     return [keep and not guard.is_global for keep, guard in zip(others, guards, strict=True)]
@@ -227,25 +248,31 @@ def _of_arguments(guards: Sequence[Any]) -> list[bool]:
 
 
 class Branch(nn.Module):
-    """Encoder and heads: images in, projection and class token out; `name` is that of the branch in profiles."""
+    """Encoder and heads: images in, projection and class token out; `name` labels the branch in profiles."""
 
     name: str
-    # whether the class token that `forward` returns has a gradient
+    # whether the class token returned by `forward` has a gradient
     features_learn = False
 
     def __init__(self, encoder: Encoder, projector: nn.Module) -> None:
         super().__init__()
         self.encoder, self.projector = encoder, projector
-        # blocks of each call of `stretch`, where it is compiled
+        # blocks of each call of `stretch`, if it is compiled
         self._stretches: list[list[nn.Module]] = []
 
     def forward(
         self, images: Tensor, keep: Tensor | None = None, path: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """images [b, C, H, W], keep [V, b, K] or None (all tokens) -> (output of the heads, class token).
+        """Runs encoder and heads on images, or on their patches as selected by `keep`.
 
-        [V b, d], and [V b, D] after the final norm, without a gradient unless `features_learn`. Instead of images
-        their patches, as `keep` picks them, [V b, K, C P P].
+        Args:
+            images: [b, C, H, W], or patches [V b, K, C P P].
+            keep: [V, b, K] integer, or None for all tokens.
+            path: drop-path factors [L, 2, V b], or None.
+
+        Returns:
+            (output of the heads [V b, d], class token [V b, D] after the final norm). The class token has a gradient
+            only if `features_learn`.
         """
         with scope(f"{self.name}/embed"):
             tokens = self.embed(images, keep)
@@ -254,11 +281,11 @@ class Branch(nn.Module):
         return self.after_trunk(tokens)
 
     def embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
-        """As `Encoder.embed`."""
+        """Same as `Encoder.embed`."""
         return self.encoder.embed(images, keep)
 
     def trunk(self, tokens: Tensor, path: Tensor | None = None) -> Tensor:
-        """As `Encoder.trunk`; in stretches of blocks where these are compiled."""
+        """Same as `Encoder.trunk`; runs in stretches of blocks if these are compiled."""
         encoder, first = self.encoder, 0
         if not self._stretches:
             return encoder.trunk(tokens, path)
@@ -270,32 +297,32 @@ class Branch(nn.Module):
         return tokens
 
     def stretch(self, blocks: Sequence[nn.Module], tokens: Tensor, path: Tensor | None) -> Tensor:
-        """Consecutive blocks: tokens [R, n, D], path [l, 2, R] or None -> [R, n, D]."""
+        """Runs consecutive blocks: tokens [R, n, D], path [l, 2, R] or None -> [R, n, D]."""
         for i, block in enumerate(blocks):
             factors = None if path is None else path[i]
             tokens = call_block(block, "trunk block", tokens, factors, self.encoder.grad_checkpointing)
         return tokens
 
     def after_trunk(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [V b, K, D] -> as `forward`."""
+        """Pooling and heads: tokens [V b, K, D] -> the outputs of `forward`."""
         with scope(f"{self.name}/pooling"):
             cls = self.encoder.norm(self.encoder.pool(tokens)[0])
         with scope(f"{self.name}/heads"):
             return self.heads(cls), cls if self.features_learn else cls.detach()
 
     def heads(self, cls: Tensor) -> Tensor:
-        """[V b, D] -> [V b, d]."""
+        """Class tokens [V b, D] -> projections [V b, d]."""
         return self.projector(cls)
 
     def compile_regions(self, **options: Any) -> None:
-        """Compiles embedding, stretches of blocks, and what follows the trunk, in place: weights keep their names.
+        """Compiles embedding, stretches of blocks, and everything after the trunk, in place; weights keep their names.
 
-        Stretches of one length share a graph: weights are its inputs. Blocks with hooks, which gather sharded weights,
-        are compiled one by one, inside their hooks.
+        Stretches of the same length share a graph, with the weights as inputs. Blocks with hooks, which gather sharded
+        weights, are compiled one by one, inside their hooks.
         """
 
         def own(f: Any) -> Any:
-            # torch keeps graphs with a function's code, and the guards that are left do not tell one run from another
+            # torch stores graphs with a function's code, and the remaining guards do not distinguish runs
             return types.FunctionType(
                 f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__
             )
@@ -320,7 +347,7 @@ class Branch(nn.Module):
 
 
 class StudentBranch(Branch):
-    """Encoder, projector and predictor: everything that has a gradient (what data parallelism wraps)."""
+    """Encoder, projector and predictor: everything with a gradient, and what data parallelism wraps."""
 
     name = "student"
 
@@ -329,12 +356,12 @@ class StudentBranch(Branch):
         self.predictor = predictor
 
     def heads(self, cls: Tensor) -> Tensor:
-        """[V b, D] -> predictions [V b, d]."""
+        """Class tokens [V b, D] -> predictions [V b, d]."""
         return self.predictor(self.projector(cls))
 
 
 class TeacherBranch(Branch):
-    """Encoder and projector, the moving average of the student's; always in eval mode, never a gradient."""
+    """Encoder and projector, the moving averages of the student's; always in eval mode, never with a gradient."""
 
     name = "teacher"
 
@@ -344,12 +371,12 @@ class TeacherBranch(Branch):
         self.eval()
 
     def train(self, mode: bool = True) -> TeacherBranch:
-        """Stays in eval mode: drop-path is the student's alone."""
+        """Stays in eval mode, since only the student has drop-path."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """images [b, C, H, W] or patches [b, N, C P P], all tokens -> (target [b, d], class token [b, D])."""
+        """Images [b, C, H, W] or patches [b, N, C P P] -> (target [b, d], class token [b, D]), from all tokens."""
         return super().forward(images)
 
 
@@ -375,11 +402,11 @@ class Output(NamedTuple):
 
 
 class StudentTeacher(nn.Module):
-    """A network that is trained, and what follows it as a moving average.
+    """A trained network and, optionally, a moving average of it.
 
     Attributes:
-        student_branch: everything that has a gradient.
-        teacher_branch: parameters of the same names, or fewer; None: nothing follows.
+        student_branch: everything with a gradient.
+        teacher_branch: the moving average, with parameters of the same names, or fewer; None: no average.
     """
 
     student_branch: Any
@@ -396,23 +423,23 @@ class StudentTeacher(nn.Module):
 
     @property
     def teacher(self) -> Encoder:
-        """The teacher's encoder; without a teacher the student's."""
+        """The teacher's encoder, or the student's if there is no teacher."""
         return (self.teacher_branch or self.student_branch).encoder
 
     def _followers(self) -> dict[str, nn.Parameter]:
         return {} if self.teacher_branch is None else dict(self.teacher_branch.named_parameters())
 
     def student_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """(name, parameter) of everything trained."""
+        """(name, parameter) of everything that is trained."""
         return [(n, p) for n, p in self.student_branch.named_parameters() if p.requires_grad]
 
     def ema_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(parameters of the teacher, those of the student of the same names); of shards this process's part."""
+        """(teacher parameters, student parameters of the same names); if sharded, the local shards."""
         student, teacher = dict(self.student_branch.named_parameters()), self._followers()
         return [local(t) for t in teacher.values()], [local(student[n]).detach() for n in teacher]
 
     def shard(self, world: World, dtype: torch.dtype, reduce: torch.dtype) -> None:
-        """Spreads both branches over processes, in place (`World.shard`): each trunk block for itself."""
+        """Shards both branches over processes, in place (`World.shard`), each trunk block separately."""
         for branch in filter(None, (self.student_branch, self.teacher_branch)):
             world.shard(branch, branch.encoder.blocks, dtype, reduce)
 
@@ -421,9 +448,9 @@ class StudentTeacher(nn.Module):
         ema_(*self.ema_pairs(), weight)
 
     def add_shadow_weights(self, dtype: torch.dtype) -> None:
-        """Gives each stock linear layer of student and teacher shadows in `dtype`, which its matmul reads.
+        """Gives each stock linear layer of student and teacher shadow weights in `dtype`, which its matmuls read.
 
-        Whoever changes weights syncs the shadows: `sync_shadow_weights`, or the fused AdamW + EMA pass.
+        Code that changes weights must sync the shadows: `sync_shadow_weights`, or the fused AdamW + EMA pass.
         """
         layers = [m for m in self.modules() if isinstance(m, nn.Linear)]
         for layer in (m for m in layers if is_stock(m, nn.Linear, Linear)):
@@ -434,7 +461,7 @@ class StudentTeacher(nn.Module):
                 self._shadows[layer.bias] = layer.bias_shadow
 
     def shadow_pairs(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
-        """(student parameter -> its shadow, student parameter -> the shadow of the teacher's of that name)."""
+        """(student parameter -> its shadow, student parameter -> its teacher parameter's shadow)."""
         shadows, teacher = self._shadows, self._followers()
         named = self.student_parameters()
         return (
@@ -444,7 +471,7 @@ class StudentTeacher(nn.Module):
 
     @torch.no_grad()
     def sync_shadow_weights(self) -> None:
-        """Copies the weights to their shadows, where there are any."""
+        """Copies the weights to their shadows, if there are any."""
         if self._shadows:
             torch._foreach_copy_(list(self._shadows.values()), list(self._shadows))
 
@@ -474,7 +501,7 @@ class ExtreMA(StudentTeacher):
             encoder.mean, encoder.std = cfg.data.mean, cfg.data.std
             projector = mlp_head(width, h.hidden, h.hidden, h.out, norm=h.norm)
             predictor = mlp_head(h.out, h.predictor_hidden, h.out, norm=h.norm)
-            # until there are targets, directions that no image has (MoCo)
+            # random directions until there are targets (MoCo)
             self.register_buffer("queue", _unit(torch.randn(h.queue, h.out)) if h.queue else None)
         self.student_branch = StudentBranch(encoder, projector, predictor)
         self.student_branch.features_learn = h.decorrelation > 0
