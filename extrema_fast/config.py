@@ -414,7 +414,8 @@ class OptimConfig:
     """Optimizer, learning rate and teacher momentum."""
 
     name: Literal["adamw", "lamb", "lars"] = "adamw"
-    """`lamb` and `lars` scale the update of each layer by its norm; use them for batches of many thousands."""
+    """`lamb` and `lars` scale each layer's update by the norm of its weights; use them for batches of many
+    thousands."""
     base_lr: float = 1.5e-4
     """Peak learning rate for a batch of 256; the actual peak is base_lr * batch_size / 256."""
     min_lr: float = 0.0
@@ -497,8 +498,8 @@ class EvalConfig:
     """Evaluation during training, and k-NN settings."""
 
     every_epochs: int = 10
-    """Compute k-NN accuracy and collapse indicators on held-out images every N epochs, and at the start and end; 0:
-    off."""
+    """Evaluate on test images every N epochs, and at the start and end; 0: off. Pretraining measures k-NN accuracy and
+    collapse indicators, fine-tuning accuracy."""
     k: int = 20
     """Number of nearest neighbors that vote."""
     temperature: float = 0.07
@@ -506,7 +507,7 @@ class EvalConfig:
     max_train: int = 20000
     """Maximum number of training images that k-NN compares against during training."""
     max_test: int = 5000
-    """Maximum number of test images evaluated during training."""
+    """Maximum number of test images evaluated during training; fine-tuning uses all of them at the end."""
     batch_size: int = 256
     """Images encoded at a time."""
 
@@ -543,7 +544,7 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class SystemConfig:
-    """Devices, backends and parallelism; these settings affect results only by rounding."""
+    """Devices, backends and parallelism; results change only by rounding."""
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` (Apple GPUs)."""
@@ -656,7 +657,7 @@ class Config:
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """Initial weights and regularization of fine-tuning (paper appendix; the recipe of BEiT and MAE)."""
+    """Initial weights and regularization (paper appendix, as in BEiT and MAE)."""
 
     weights: str = ""
     """Initial weights of the trunk: a run, a weights folder or file, another project's ViT, or `none` for random

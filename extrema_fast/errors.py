@@ -14,10 +14,11 @@ LONGEST = 3000
 
 
 class ExtremaError(Exception):
-    """Base of the errors below; `exit_code` is what the command line returns.
+    """Base class of the errors below.
 
     Attributes:
-        of_all: whether all processes of the run end with it, so that only the first has to tell it.
+        exit_code: exit code of the command line.
+        of_all: whether all processes of the run raise it, so that only the first has to report it.
     """
 
     exit_code = 1
@@ -36,15 +37,15 @@ class UsageError(ExtremaError, ValueError):
 
 
 class UnknownArgumentError(UsageError, TypeError):
-    """A keyword that a function does not have (exit code 2); timm's callers expect Python's own error."""
+    """A keyword that a function does not accept (exit code 2); also a TypeError, which callers such as timm expect."""
 
 
 class OutOfMemoryError(UsageError):
-    """A step needs more memory than there is (exit code 2); the message has the sizes and the remedies."""
+    """A step needs more memory than is available (exit code 2); the message gives the sizes and remedies."""
 
 
 class NonFiniteError(ExtremaError):
-    """Weights, or too many steps in a row, with values that are not finite (exit code 3)."""
+    """Non-finite values in weights, or in too many steps in a row (exit code 3)."""
 
     exit_code = 3
 
@@ -59,7 +60,7 @@ class StorageError(ExtremaError):
     """A file that cannot be written, or a checkpoint that cannot be read (exit code 5).
 
     Attributes:
-        result: what was to be written, where it was computed at some cost; else None.
+        result: the data that could not be written, if it was expensive to compute; else None.
     """
 
     exit_code = 5
@@ -67,13 +68,13 @@ class StorageError(ExtremaError):
 
 
 class LostProcessError(ExtremaError):
-    """Another process of the run has ended or does not answer, or this one does not go on (exit code 6)."""
+    """Another process of the run has exited or does not respond, or this one is stuck (exit code 6)."""
 
     exit_code = 6
 
 
 class Preempted(ExtremaError):
-    """Stopped by a signal after a checkpoint; the same command continues (exit code 75)."""
+    """Stopped by a signal after saving a checkpoint; the same command continues the run (exit code 75)."""
 
     exit_code = 75
 

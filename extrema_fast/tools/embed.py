@@ -80,20 +80,24 @@ PART_IMAGES, PART_BYTES = 1024, 64 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a feature, in addition to weights and images; written to config.json.
+    """Everything that determines a feature, except weights and images; written to config.json.
 
     Attributes:
         tokens: `class`: class token [D]; `mean`: mean of the patch tokens [D]; `patch`: patch tokens [N, D].
-        norm: after the final LayerNorm (False: raw tokens, as the paper's linear probe uses).
-        dtype: of the stored numbers: fp32, fp16, bf16; the two short ones are also computed with bf16 matmuls
-            where the hardware has them.
-        format: npy, parquet, safetensors.
-        img_size: (height, width) the images are resized and cropped to.
-        keep_ratio: share of the patches the encoder sees, chosen at random by the image's row number.
-        part_images: images in a part.
-        loader: dali or pil: their pixels differ by rounding.
-        crop_pct: as of `data.preprocess.Resizing`; None, of older versions: images of exactly the size are taken whole.
-        range: of images of more than 8 bits: that of the weights, else of the images; empty: the usual one.
+        norm: whether the final LayerNorm is applied (the paper's linear probe uses tokens without it).
+        dtype: stored dtype: fp32, fp16 or bf16. For the latter two, matmuls also run in bf16 if supported.
+        format: npy, parquet or safetensors.
+        img_size: (height, width) that images are resized and cropped to.
+        mean: pixel mean of the weights.
+        std: pixel standard deviation of the weights.
+        keep_ratio: fraction of the patches that is encoded, sampled at random by the image's row number.
+        exif: whether images are rotated by their EXIF orientation.
+        loader: dali or pil; their pixels differ by rounding.
+        part_images: images per part.
+        precision: precision of the matmuls.
+        crop_pct: as in `data.preprocess.Resizing`; None (older versions): images of exactly the size are not resized.
+        interpolation: as in `data.preprocess.Resizing`.
+        range: black and white of images with more than 8 bits, of the weights or else the images; empty: default.
     """
 
     tokens: str
