@@ -431,9 +431,7 @@ def _configure(p: _Parser, args: list[str]) -> _Configured:
     dotted = _add_dotted(p)
     p.usage = f"{p.prog} [PRESET or IMAGES] [options] [--dotted.option VALUE ...]"
     p.add(
-        "--preset",
-        metavar="NAME",
-        help=f"{', '.join(PRESETS)}; default: own if you give images, else photos",
+        "--preset", metavar="NAME", help=f"{', '.join(PRESETS)}; default: own for given images, else photos"
     )
     p.add("--config", metavar="FILE", help="TOML or JSON file with settings that override the preset")
     args = _dashed(args)
@@ -502,11 +500,7 @@ def _names_images(word: str) -> bool:
 @_command("pretrain my_images --train.epochs 80 --out runs/longer")
 def _pretrain(p: _Parser, args: list[str]) -> None:
     """Pretrain an encoder on images, or continue the run in --out."""
-    p.add(
-        "--init-from",
-        metavar="PATH",
-        help="initial weights: a run, a weights folder or file, or another project's ViT",
-    )
+    p.add("--init-from", metavar="PATH", help="initial weights: run, weights, or another project's ViT")
     p.switch("--overwrite", "move a run in --out aside and start a new one")
     p.switch("--allow-config-change", "continue the run even if its settings have changed")
     p.switch("--print-config", "print all settings in a form that --config reads, and exit")
@@ -537,17 +531,9 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
 @_command("finetune runs/photos --data pets --out runs/pets")
 def _finetune(p: _Parser, args: list[str]) -> None:
     """Fine-tune a classifier, or continue the run in --out."""
-    p.add(
-        "weights",
-        metavar="WEIGHTS",
-        help="a run, a weights folder or file, another project's ViT, or none (random)",
-    )
+    p.add("weights", metavar="WEIGHTS", help="run, weights, another project's ViT, or none (random weights)")
     p.add("--data", metavar="DIR", help="folder with train/ and test/ or val/, each with class folders")
-    p.add(
-        "--preset",
-        choices=FINETUNE_PRESETS,
-        help="small (default; for a CPU) or paper (the paper's recipe; needs timm)",
-    )
+    p.add("--preset", choices=FINETUNE_PRESETS, help="small (default, for a CPU) or paper (needs timm)")
     p.add("--config", metavar="FILE", help="TOML or JSON file with settings that override the preset")
     p.switch("--overwrite", "move a run in --out aside and start a new one")
     p.switch("--allow-config-change", "continue the run even if its settings have changed")
@@ -628,20 +614,10 @@ def _evaluation(p: _Parser, args: list[str], metrics: Sequence[str]) -> None:
     p.add("--max-test", type=int, default=0, metavar="N", help="use at most N test images (0: all)")
     if "knn" in metrics:
         p.add("--k", type=int, metavar="N", help="neighbors (default: the run's, or 20)")
-        p.add(
-            "--temperature",
-            type=float,
-            metavar="T",
-            help="temperature of the k-NN votes (default: the run's, or 0.07)",
-        )
+        p.add("--temperature", type=float, metavar="T", help="vote temperature (default: the run's, or 0.07)")
     if "probe" in metrics:
-        p.add(
-            "--protocol",
-            default="paper",
-            metavar="NAME",
-            help="linear-probe protocol: paper (default), grid or logistic",
-        )
-    p.add("--labels", metavar="SHARE", help="fraction of labels to use (e.g. 0.01), or a file of names")
+        p.add("--protocol", default="paper", metavar="NAME", help="probe: paper (default), grid or logistic")
+    p.add("--labels", metavar="SHARE", help="fraction of labels to use (e.g. 0.01), or a file of image names")
     p.add("--batch-size", type=int, metavar="N", help="images per forward pass (default: the run's)")
     p.add("--crop-pct", type=float, metavar="SHARE", help=_CROP_PCT)
     p.add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
@@ -718,13 +694,7 @@ def _segment(p: _Parser, args: list[str]) -> None:
 def _report(p: _Parser, args: list[str]) -> None:
     """Write the report of a run, reports/report.html."""
     p.add("run_dir", metavar="RUN", help="run folder")
-    p.add(
-        "--images",
-        type=int,
-        default=8,
-        metavar="N",
-        help="number of test images to show (default 8; 0: none)",
-    )
+    p.add("--images", type=int, default=8, metavar="N", help="test images to show (default 8; 0: none)")
     p.add("--data", metavar="DIR", help="folder with train/ and test/ (default: the run's)")
     o = p.options(args)
     from .reporting.report import report
@@ -763,12 +733,7 @@ def _runs(p: _Parser, args: list[str]) -> None:
 def _compare(p: _Parser, args: list[str]) -> None:
     """Write a page that compares runs: results, curves and settings."""
     p.add("runs", nargs="+", metavar="RUN", help="run folders")
-    p.add(
-        "--out",
-        default="comparison.html",
-        metavar="FILE",
-        help="HTML page to write (default: comparison.html)",
-    )
+    p.add("--out", default="comparison.html", metavar="FILE", help="page to write (default: comparison.html)")
     o = p.options(args)
     from .reporting.compare import compare
 
@@ -778,13 +743,7 @@ def _compare(p: _Parser, args: list[str]) -> None:
 @_command("doctor")
 def _doctor(p: _Parser, args: list[str]) -> None:
     """Check this machine and installation, including a small run."""
-    p.add(
-        "out",
-        nargs="?",
-        default="runs",
-        metavar="DIR",
-        help="folder where runs will be written (default: runs)",
-    )
+    p.add("out", nargs="?", default="runs", metavar="DIR", help="folder for future runs (default: runs)")
     p.switch("--json", "print the result as JSON")
     o = p.options(args)
     from .tools import doctor
@@ -835,25 +794,15 @@ def _pack(p: _Parser, args: list[str]) -> None:
     p.add("data", metavar="MANIFEST", help="manifest made by index, or a folder, list file or shards")
     p.add("out", metavar="OUT", help="folder for the shards; rerun the command to continue")
     p.add(
-        "--size",
-        type=int,
-        default=256,
-        metavar="N",
-        help="downscale to N pixels (default 256; 0: keep files)",
+        "--size", type=int, default=256, metavar="N", help="downscale to N pixels (default 256; 0: keep size)"
     )
-    p.add(
-        "--side", choices=("short", "long"), default="short", help="side that becomes --size (default: short)"
-    )
+    p.add("--side", choices=("short", "long"), default="short", help="side set to --size (default: short)")
     p.add("--quality", type=int, default=90, metavar="Q", help="JPEG quality (default 90)")
     p.add("--shard-mb", type=float, default=512, metavar="MB", help="shard size in MB (default 512)")
     p.add("--seed", type=int, default=0, metavar="S", help="random seed of the shuffle (default 0)")
     p.add("--threads", type=int, default=0, metavar="N", help="number of threads (default: one per core)")
     p.add(
-        "--max-bad",
-        type=float,
-        default=0.01,
-        metavar="SHARE",
-        help="maximum fraction of unreadable images (default 0.01)",
+        "--max-bad", type=float, default=0.01, metavar="SHARE", help="max. fraction unreadable (default 0.01)"
     )
     p.switch("--force", "move the contents of OUT aside and start again")
     p.add("--no-measure", dest="measure", action="store_false", help="do not benchmark the loader afterwards")
@@ -872,29 +821,21 @@ def _embed(p: _Parser, args: list[str]) -> None:
     p.add("out", metavar="OUT", help="folder for the features; rerun the command to continue")
     p.add("--weights", required=True, metavar="PATH", help="run, weights folder or released .pth file")
     p.add("--which", choices=("teacher", "student"), default="teacher", help="network (default: teacher)")
-    p.add(
-        "--tokens", default="class", metavar="KIND", help="class (default), mean (of patch tokens) or patch"
-    )
+    p.add("--tokens", default="class", metavar="KIND", help="class (default), mean of patches or patch")
     p.add("--no-norm", dest="norm", action="store_false", help="leave out the final LayerNorm")
     p.add("--dtype", default="fp32", metavar="TYPE", help="fp32 (default), fp16 or bf16")
     p.add("--format", default="npy", metavar="NAME", help="npy (default), parquet or safetensors")
     p.add("--img-size", type=int, nargs="+", metavar="N", help="pixels: side, or height and width")
     p.add("--crop-pct", type=float, metavar="SHARE", help=_CROP_PCT)
     p.add(
-        "--keep-ratio",
-        type=float,
-        default=1.0,
-        metavar="R",
-        help="encode a random fraction of the patches (default 1)",
+        "--keep-ratio", type=float, default=1.0, metavar="R", help="fraction of patches to encode (default 1)"
     )
     p.add("--batch-size", type=int, metavar="N", help="images at a time (default: 32 on a CPU, 256 on a GPU)")
     p.add("--part-images", type=int, metavar="N", help="images per file (default: about 1024)")
     p.add("--split", choices=("train", "test"), default="train", help="split of a built-in image set")
     p.add("--limit", type=int, default=0, metavar="N", help="encode a random subset of N images (0: all)")
     p.add("--loader", choices=("auto", "dali", "pil"), default="auto", help="image decoder")
-    p.add(
-        "--threads", type=int, default=0, metavar="N", help="decoding threads (0: from the number of cores)"
-    )
+    p.add("--threads", type=int, default=0, metavar="N", help="decoding threads (0: by number of cores)")
     p.switch("--exif", "rotate images by their EXIF orientation")
     p.add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     p.switch("--strict", "stop at an image that cannot be read, instead of skipping it")
@@ -932,39 +873,12 @@ def _visualize(p: _Parser, args: list[str]) -> None:
     p.add("weights", metavar="WEIGHTS", help="run, weights folder or released .pth file")
     p.add("images", nargs="+", metavar="IMAGES", help="image files, a video, or images as for embed")
     p.add("--out", default="pictures", metavar="DIR", help="folder for the pictures (default: pictures)")
-    p.add(
-        "--make",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="pictures to make: attention, similarity, pca, neighbors, map",
-    )
-    p.add(
-        "--patch",
-        type=int,
-        nargs=2,
-        metavar=("X", "Y"),
-        help="compare with the patch at this pixel of the first image",
-    )
-    p.add(
-        "--show",
-        type=int,
-        default=8,
-        metavar="N",
-        help="number of images whose patches are shown (default 8)",
-    )
-    p.add(
-        "--patches",
-        type=int,
-        metavar="N",
-        help="patches along the longer side (default 32, fewer for small images)",
-    )
+    p.add("--make", nargs="+", default=[], metavar="NAME", help="attention, similarity, pca, neighbors, map")
+    p.add("--patch", type=int, nargs=2, metavar=("X", "Y"), help="compare with the patch at this pixel")
+    p.add("--show", type=int, default=8, metavar="N", help="images whose patches are shown (default 8)")
+    p.add("--patches", type=int, metavar="N", help="patches along the longer side (default 32, or fewer)")
     p.add("--frames", type=int, default=48, metavar="N", help="maximum number of video frames (default 48)")
-    p.add(
-        "--map",
-        choices=("tsne", "umap", "pca"),
-        help="projection of the map (default: tsne if scikit-learn is installed, else pca)",
-    )
+    p.add("--map", choices=("tsne", "umap", "pca"), help="projection (default: tsne if installed, else pca)")
     p.add("--which", choices=("teacher", "student"), help="network (default: teacher)")
     p.add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     p.switch("--force", "replace a folder in --out that holds other files")
@@ -981,13 +895,7 @@ def _import(p: _Parser, args: list[str]) -> None:
     p.add("file", metavar="FILE", help="released ExtreMA checkpoint (.pth), or bare encoder weights")
     p.add("out", metavar="OUT", help="new weights folder")
     p.add("--which", choices=("teacher", "student"), help="keep only one network (default: both)")
-    p.add(
-        "--grid",
-        type=int,
-        nargs=2,
-        metavar=("R", "C"),
-        help="rows and columns of a non-square position table",
-    )
+    p.add("--grid", type=int, nargs=2, metavar=("R", "C"), help="grid of a non-square position table")
     p.add("--num-heads", type=int, metavar="N", help="attention heads, if unknown (default: width / 64)")
     p.switch("--force", "replace an earlier import or export in OUT")
     o = p.options(args)
@@ -1008,13 +916,7 @@ def _export(p: _Parser, args: list[str]) -> None:
         help="extrema (= timm, default), vit, hf, onnx, torch-export",
     )
     p.add("--which", choices=("teacher", "student"), help="network (default: teacher)")
-    p.add(
-        "--img-size",
-        type=int,
-        nargs="+",
-        metavar="PIXELS",
-        help="another image size: side, or height and width",
-    )
+    p.add("--img-size", type=int, nargs="+", metavar="PIXELS", help="image size: side, or height and width")
     p.switch("--fc-norm", "vit, hf: replace the final norm by a new one after pooling", default=None)
     p.switch("--class-token", "hf: export the whole encoder; needs extrema_fast to load")
     p.add("--opset", type=int, metavar="N", help="onnx: operator set version (default 18)")
