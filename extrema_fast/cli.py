@@ -450,7 +450,8 @@ def _configure(p: _Parser, args: list[str]) -> _Configured:
     if len(wanted) < len(args):
         values = flatten(from_dict(in_file, base))
         for option, action in dotted.items():
-            shown = " ".join(map(str, v)) if isinstance(v := values[option], list) else str(v)
+            words = v if isinstance(v := values[option], list) else [v]
+            shown = " ".join(f"{w:.4g}" if isinstance(w, float) else str(w) for w in words) or "empty"
             off = f"; {_off(action.option_strings[0])} turns it off" * (v is True)
             action.help = f"{action.help} (now: {shown.replace('%', '%%')}{off})".strip()
         p.print_help()
@@ -617,9 +618,11 @@ def _evaluation(p: _Parser, args: list[str], metrics: Sequence[str]) -> None:
         p.add("--temperature", type=float, metavar="T", help="vote temperature (default: the run's, or 0.07)")
     if "probe" in metrics:
         p.add("--protocol", default="paper", metavar="NAME", help="probe: paper (default), grid or logistic")
-    p.add("--labels", metavar="SHARE", help="fraction of labels to use (e.g. 0.01), or a file of image names")
+    p.add(
+        "--labels", metavar="FRACTION", help="fraction of labels to use (e.g. 0.01), or a file of image names"
+    )
     p.add("--batch-size", type=int, metavar="N", help="images per forward pass (default: the run's)")
-    p.add("--crop-pct", type=float, metavar="SHARE", help=_CROP_PCT)
+    p.add("--crop-pct", type=float, metavar="FRACTION", help=_CROP_PCT)
     p.add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     p.add("--seed", type=int, default=0, metavar="S", help="random seed of subsets, probe and labels")
     p.add("--seeds", type=int, default=1, metavar="N", help="mean and standard deviation over N seeds")
@@ -802,7 +805,11 @@ def _pack(p: _Parser, args: list[str]) -> None:
     p.add("--seed", type=int, default=0, metavar="S", help="random seed of the shuffle (default 0)")
     p.add("--threads", type=int, default=0, metavar="N", help="number of threads (default: one per core)")
     p.add(
-        "--max-bad", type=float, default=0.01, metavar="SHARE", help="max. fraction unreadable (default 0.01)"
+        "--max-bad",
+        type=float,
+        default=0.01,
+        metavar="FRACTION",
+        help="max. fraction unreadable (default 0.01)",
     )
     p.switch("--force", "move the contents of OUT aside and start again")
     p.add("--no-measure", dest="measure", action="store_false", help="do not benchmark the loader afterwards")
@@ -826,7 +833,7 @@ def _embed(p: _Parser, args: list[str]) -> None:
     p.add("--dtype", default="fp32", metavar="TYPE", help="fp32 (default), fp16 or bf16")
     p.add("--format", default="npy", metavar="NAME", help="npy (default), parquet or safetensors")
     p.add("--img-size", type=int, nargs="+", metavar="N", help="pixels: side, or height and width")
-    p.add("--crop-pct", type=float, metavar="SHARE", help=_CROP_PCT)
+    p.add("--crop-pct", type=float, metavar="FRACTION", help=_CROP_PCT)
     p.add(
         "--keep-ratio", type=float, default=1.0, metavar="R", help="fraction of patches to encode (default 1)"
     )

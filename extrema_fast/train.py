@@ -174,8 +174,8 @@ def finetune(
     `load_encoder` on the run folder returns the classifier: images in, logits out, class names in `classes`.
 
     Args:
-        weights: initial weights of the trunk, anything that `load_encoder` reads, or `none` for random weights. Not
-            used with `cfg`, whose `tune.weights` names them.
+        weights: initial weights of the trunk, anything that `load_encoder` reads, or `none` for random weights. Leave
+            it out with `cfg`, whose `tune.weights` names them.
         cfg: configuration of the run; None: the preset, with the architecture of `weights`
             (`training.tuning.begin_config`).
         data: a folder that holds `train`, and `test` or `val`, with one folder per class in each; or training images.
@@ -206,6 +206,10 @@ def finetune(
         name = preset if isinstance(preset, str) else preset[0]
         base = tuning.begin_config(weights, name, out)
         preset, cfg = (name, base), base
+    elif weights is not None and str(weights) != cfg.tune.weights:
+        raise UsageError(
+            f"weights: {weights}, but tune.weights of cfg is {cfg.tune.weights!r}; leave out weights"
+        )
     cfg = from_dict(nested(options), cfg)  # type: ignore[assignment]
     made_from = None if isinstance(preset, str) else preset
     return _train(

@@ -281,7 +281,7 @@ def test_help_of_every_option_needs_no_torch_and_shows_the_presets_values():
     for option in flatten(preset("smoke")):
         assert f"--{option.replace('_', '-')} " in text
     assert all(action.help for action in cli._add_dotted(cli._Parser("pretrain")).values())
-    assert "(now: runs/smoke)" in text and "Fraction of the tokens" in text and "(now: 0.2 1.0)" in text
+    assert "(now: runs/smoke)" in text and "Fraction of the tokens" in text and "(now: 0.2 1)" in text
     assert "(now: True; --log.no-report turns it off)" in text and text.count("turns it off") == 1
 
 

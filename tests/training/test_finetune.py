@@ -307,6 +307,8 @@ def test_other_peoples_folders_and_weights(config, tmp_path, capsys, pretrained)
     (tmp_path / "mine" / "text").write_text("kept")
     with pytest.raises(UsageError, match="not a run; nothing was touched"):
         run(from_dict({"out": str(tmp_path / "mine")}, cfg))
+    with pytest.raises(UsageError, match=r"weights: other\.pth, but tune.weights of cfg is "):
+        finetune("other.pth", cfg, progress=False)
     assert final_hash(tmp_path / "run", 3) == kept and [p.name for p in (tmp_path / "mine").iterdir()] == [
         "text"
     ]
