@@ -4,7 +4,7 @@ This folder is installed as `extrema_fast.kernels` and imports nothing of the re
 neither Triton nor a GPU: where a kernel cannot run, the public functions compute the same in plain PyTorch.
 """
 
-# a build for the Hub has a name of its own (package.py)
+# a build for the Hub has its own name (package.py)
 if __name__ != "kernels":
     from ._launch import can_run
     from .adamw_ema import AdamWEma

@@ -241,7 +241,7 @@ def op(schema: str, launcher: str, opaque: bool = False) -> Callable[[Callable],
 
 
 def holds_launches(args: Sequence[Any]) -> bool:
-    """Whether compiled code can hold the launches of an op: on a GPU, at sizes that do not vary."""
+    """Whether compiled code can contain the launches of an op: on a GPU, with static sizes."""
     tensors = [x for x in args if isinstance(x, Tensor)]
     sizes = [*args, *(n for x in tensors for n in x.shape)]
     # a kernel is compiled for most of its sizes
@@ -354,12 +354,12 @@ def recording(run: bool = True) -> Iterator[Recording]:
         _recording = before
 
 
-# (kernel, device, options, what it is compiled anew for) -> what Triton compiled, its constants in order
+# (kernel, device, options, specialization) -> what Triton compiled, its constants in order
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 
 
 def _specialized(x: Any) -> Any:
-    """What Triton compiles a kernel anew for: types, addresses that are multiples of 16, ones and multiples of 16."""
+    """What Triton specializes a kernel on: types, addresses that are multiples of 16, ones and multiples of 16."""
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
     if type(x) is int:
@@ -401,7 +401,7 @@ def _load_traced(kernel: Any, device: torch.device, args: tuple, options: dict[s
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
     """Runs `kernel[grid]` on the device of `like`; an empty grid is no launch.
 
-    The long axis comes first in the grid: the second and third hold at most 65,535 programs. Positional arguments
+    The long axis comes first in the grid: the second and third are limited to 65,535 programs. Positional arguments
     come first in the kernel's signature, then constants. A launch like an earlier one leaves out what Triton's own
     look-up costs on the CPU, more than the launch itself.
     """

@@ -41,7 +41,7 @@ def meta(dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function under torch.compile, which is asked for at the first call: its import takes seconds and may fail."""
+    """A function under torch.compile, set up at the first call: the import takes seconds and may fail."""
     made: list[Callable[..., Any]] = []
 
     def run(*args: Any) -> Any:
@@ -121,7 +121,7 @@ class Spec:
     step_cases: Callable[[Sizes], list[Case]] | None = None
     # `train.compile block` compiles it together with what is around it
     in_block: bool = False
-    # what the kernels take, besides fp64 in the interpreter
+    # dtypes the kernels support, besides fp64 in the interpreter
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
 
 

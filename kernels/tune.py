@@ -69,7 +69,7 @@ def run_case(
     rows: Tensor | None = None,
     batch: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Outputs of a provider, then the gradients of every argument that wants one, of a fixed upstream of each output.
+    """Outputs of a provider, then the gradients of every argument that requires one, for fixed upstream gradients.
 
     Args:
         provider: its name, or a function of `args`.
@@ -291,7 +291,7 @@ def sampler(function: Callable[[], object], device: torch.device, calls: int = 1
 
 
 def forget() -> None:
-    """Has launches read the settings of the cache again."""
+    """Makes launches reread the settings from the cache."""
     _launch.tuned.cache_clear()
 
 

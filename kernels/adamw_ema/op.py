@@ -122,7 +122,7 @@ def tables(
 
 @dataclass
 class _Plan:
-    """What a step of one set of parameters works on; made again when the set changes."""
+    """Working state of a step for one set of parameters; rebuilt when the set changes."""
 
     # identity of each parameter with a gradient; parameters of each group
     key: tuple[list[int], list[int]]
@@ -139,7 +139,7 @@ class _Plan:
 class AdamWEma(torch.optim.AdamW):
     """AdamW, the EMA update of the teacher and low-precision copies in one pass (maths: README.md in this folder).
 
-    State dicts are those of `torch.optim.AdamW`; either continues the other's. Teachers and copies are not in
+    State dicts have the format of `torch.optim.AdamW`; either loads the other's. Teachers and copies are not in
     them. Nothing is read back by the CPU: `skipped` (0 or 1) and `grad_norm` (before clipping; None where
     it was not needed) are 0-d float64 device tensors of the last step. Without Triton: the same in torch.
 
@@ -259,7 +259,7 @@ class AdamWEma(torch.optim.AdamW):
             if not _capturing(device):
                 self._settings, self._written = settings, numbers
         if _capturing(device):
-            # the graph goes on reading them when other numbers have taken their place here
+            # the graph keeps reading them after they have been replaced here
             _captured.append((settings, settings))
         for i, row in enumerate(rows):
             for k, x in enumerate(row):
@@ -304,7 +304,7 @@ class AdamWEma(torch.optim.AdamW):
         `torch.amp.GradScaler` works: the attributes it sets are read where the arguments are not given.
 
         Args:
-            closure: computes the loss again, as in torch.
+            closure: recomputes the loss, as in torch.
             momentum_weight: w = 1 - momentum of `teacher += w (param - teacher)`; None: the teacher stays.
             found_inf: 0-d; not 0: this step is bad (what processes agreed on). So is one whose gradients' norm is not
                 finite, unless `found_inf` is given and `max_norm` is not: then nobody needs the norm. A bad step

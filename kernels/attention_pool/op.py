@@ -18,7 +18,7 @@ MAX_HEADS = 16
 
 
 def fits(dtype: torch.dtype, n: int) -> bool:
-    """Whether a GPU's registers hold the kernel for tokens of this type (README.md)."""
+    """Whether the kernel fits in a GPU's registers for tokens of this dtype (README.md)."""
     # fp32 matmuls use no tensor cores: their tiles spill above 64 tokens. There are none in fp64
     return dtype.itemsize == 2 or (dtype == torch.float32 and n <= 64)
 
@@ -106,7 +106,7 @@ def attention_pool(
 
     Maths, and the poolings of timm and transformers in these arguments: README.md in this folder. Plain PyTorch
     runs instead of the kernel where Triton cannot run, above 256 tokens, for more than 16 heads times queries, for a
-    width that is no multiple of 16 and, on a GPU, for fp64 and for fp32 above 64 tokens; it neither takes nor returns
+    width that is not a multiple of 16 and, on a GPU, for fp64 and for fp32 above 64 tokens; it does not use or return
     `stats`.
 
     Args:
@@ -147,7 +147,7 @@ def attention_pool(
 
     dtype, queries = autocast_dtype(tokens), cls.shape[1] if several else 1
     possible = 1 <= n <= MAX_TOKENS and 1 <= heads * queries <= MAX_HEADS and width % 16 == 0
-    # the interpreter holds every tile
+    # every tile fits in the interpreter
     possible = possible and (tokens.device.type == "cpu" or fits(dtype, n))
     if not (possible and _launch.use_triton(tokens)):
         # for many queries keys and values are cheaper (README.md)

@@ -39,7 +39,7 @@ def _inputs(
     """(projected queries [R Q, D], normalized keys and values [R, n (+ 1), D])."""
 
     def norm(x: Tensor) -> Tensor:
-        # a plain number, which the older ONNX exporter asks for
+        # a plain number, which the older ONNX exporter requires
         size = [int(x.shape[-1])]
         return x if eps is None else F.layer_norm(x, size, w.norm_weight, w.norm_bias, eps)
 

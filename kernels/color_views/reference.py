@@ -1,7 +1,7 @@
 """Plain PyTorch definitions of color_views: for a whole batch, and image by image for CPUs.
 
 The semantics are torchvision's ColorJitter: images are floats in [0, 1], clamped after every operation; contrast
-blends with the mean gray of the image as it stands when contrast is reached; hue is a rotation of HSV.
+blends with the mean gray of the image right before the contrast step; hue is a rotation of HSV.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def _crops(pixels, crops, height, width):
 
 
 def crop_resize(pixels: Tensor, crops: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cuts regions out of images that lie decoded in one buffer, resizes each to `size`, and flips it if asked.
+    """Cuts regions out of decoded images in one buffer, resizes each to `size`, and flips it if asked.
 
     The filter is Pillow's antialiased bilinear one, in its integers, width first: the bytes of
     `image.crop(region).resize(size, BILINEAR, box)`. Maths: README.md in this folder. Runs the plain PyTorch

@@ -52,7 +52,7 @@ def quack_linear_dgelu(dy, weight, h):
     return _fake(h)
 
 
-# who makes GELU inside the matmuls -> the forward and the backward one
+# implementation of the fused matmuls -> its forward and backward op
 EPILOGUES = {"triton": (linear_gelu, linear_dgelu), "quack": (quack_linear_gelu, quack_linear_dgelu)}
 
 

@@ -77,7 +77,7 @@ def patch_gather(
 
     Args:
         images: uint8 [B, H, W, C] with `mean` and `std` (the normalization (x / 255 - mean) / std is folded into the
-            weight), or normalized float [B, C, H, W], or their kept patches alone, [V*B, K, C P P] (`color_views`).
+            weight), or normalized float [B, C, H, W], or only their kept patches, [V*B, K, C P P] (`color_views`).
         keep: [V, B, K] int32 (int64 is converted) in [0, N), or None: all patches, one view. Indices are checked on a
             CPU, elsewhere with EXTREMA_FAST_CHECK=1.
         weight: [D, C, P, P], of the patch convolution.

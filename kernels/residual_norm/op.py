@@ -165,7 +165,7 @@ def residual_norm_stats(
     scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """As `residual_norm`; also mean and 1 / standard deviation [R, n], from which `norm_again` makes u once more.
+    """As `residual_norm`; also mean and 1 / standard deviation [R, n], from which `norm_again` recomputes u.
 
     They are None where there is no norm, or where Triton cannot run.
     """

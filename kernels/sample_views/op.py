@@ -89,7 +89,7 @@ def _factors(index, table, num_views, seed, epoch, stream):
     return table.new_empty(table.shape[1], 2, num_views * index.shape[0])
 
 
-# without a limit: a CUDA graph goes on reading its table, of a few hundred bytes
+# unbounded: a CUDA graph keeps reading its table, of a few hundred bytes
 @functools.cache
 def _table(depth: int, rate: float, device: torch.device) -> Tensor:
     # made on the CPU, whose rounding is the definition's

@@ -16,7 +16,7 @@ HEAD_DIMS = (16, 32, 64, 80)
 
 
 def fits(dtype: torch.dtype, n: int, d: int) -> bool:
-    """Whether a GPU's registers and shared memory hold the tile of n tokens and d columns (README.md)."""
+    """Whether a GPU's registers and shared memory fit the tile of n tokens and d columns (README.md)."""
     # fp32 matmuls use no tensor cores: larger tiles spill, the largest cannot start where a block has 99 KB.
     # There are none in fp64
     tile = power_of_two(n, 16) * power_of_two(d, 16)
@@ -128,7 +128,7 @@ def short_attention(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         check("bias", bias, (3 * qkv.shape[3] * d,), FLOATS, qkv)
     qkv = qkv.to(autocast_dtype(qkv))
-    # the interpreter holds every tile
+    # every tile fits in the interpreter
     if _launch.use_triton(qkv) and (qkv.device.type == "cpu" or fits(qkv.dtype, n, d)):
         return _ShortAttention.apply(qkv, bias)
     if bias is not None:
