@@ -42,8 +42,9 @@ BLOCK = tarfile.BLOCKSIZE
 _MAX_SHARDS = 1_000_000
 # a label is a few bytes; what is longer is no label
 _MAX_LABEL = 1 << 20
-# where so many first samples of a shard have none, others are not read: all images need one, or none is used
-_UNLABELLED = 64
+# samples, spread over a shard, whose labels are read first; if none has one, the others are not read, since that takes
+# as long as all else
+_PROBED = 64
 _THREADS = 8
 # members whose header is compared when an index is read
 _CHECKED = 8
@@ -360,12 +361,9 @@ def _open_shard(path: str, extensions: tuple[str, ...], unread: tuple[str, ...])
         found = members(path)
         samples = _samples(path, found, extensions)
         with open_plain(path) as f:
-            labels = list[str | None]()
-            for s in samples:
-                labels.append(s.label and _label(f.fileno(), s.label))
-                if len(labels) == _UNLABELLED and not any(labels):
-                    labels = [None] * len(samples)
-                    break
+            labels: list[str | None] = [None] * len(samples)
+            if any(s.label and _label(f.fileno(), s.label) for s in samples[:: 1 + len(samples) // _PROBED]):
+                labels = [s.label and _label(f.fileno(), s.label) for s in samples]
             left_out = (name for m in found if (name := m.name.lower()).endswith(unread))
             endings = Counter(os.path.splitext(name)[1] for name in left_out)
             return _Shard(path, os.fstat(f.fileno()).st_size, samples, labels, endings)

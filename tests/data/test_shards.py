@@ -128,13 +128,20 @@ def test_a_label_that_is_missing_drops_all(tmp_path, caplog, label):
     assert f"1 of 4 images have no label (cls, or label in json), first: {path}:9.jpg" in caplog.text
 
 
-def test_labels_are_not_read_on_where_the_first_samples_have_none(tmp_path, monkeypatch):
-    entries = [(f"{i:03d}.{kind}", b"{}") for i in range(90) for kind in ("jpg", "json")]
-    path = write_tar(tmp_path / "a.tar", entries)
+def test_few_labels_are_read_where_there_are_none(tmp_path, monkeypatch, caplog):
     label, calls = shards._label, []
     monkeypatch.setattr(shards, "_label", lambda fd, member: calls.append(member) or label(fd, member))
-    source = open_source(str(path))
-    assert len(source) == 90 and source.labels is None and len(calls) == 64
+    for name, first in (("none", 90), ("late", 80)):
+        entries = [
+            (f"{i:03d}.{kind}", b"{}" if i < first else b'{"label": 1}')
+            for i in range(90)
+            for kind in ("jpg", "json")
+        ]
+        source = open_source(str(write_tar(tmp_path / f"{name}.tar", entries)))
+        assert len(source) == 90 and source.labels is None
+        assert (len(calls) == 45) == (name == "none"), len(calls)
+    # labels that begin late in a shard are not overlooked
+    assert "80 of 90 images have no label" in caplog.text and caplog.text.count("no label") == 1
 
 
 def test_classes_txt_names_the_numbers(tmp_path, caplog):
