@@ -524,8 +524,9 @@ def test_a_learned_table_at_any_size():
     encoder = create_encoder(
         "extrema_vit_tiny_patch16_224", depth=1, pos_embed="learned", dynamic_img_size=True
     )
-    encoder(torch.zeros(1, 3, 96, 64)).sum().backward()
-    assert encoder.pos_embed.grad.abs().sum() > 0
+    # of a plain sum the gradient is 0: the features are normalized
+    encoder(torch.zeros(1, 3, 96, 64))[:, 0].sum().backward()
+    assert encoder.pos_embed.grad.abs().sum() > 1e-3
 
 
 def test_a_norm_after_pooling_by_timms_rule():
