@@ -56,6 +56,8 @@ from .signals import Stopped, watched
 log = logging.getLogger(__name__)
 
 PROG = "extrema-fast"
+# commands that continue; those of a run handle a first signal themselves
+_RUNS, _CONTINUED = ("pretrain", "finetune"), ("index", "pack", "embed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,8 +95,12 @@ def _run(args: list[str]) -> int:
     except ExtremaError as error:
         return _fail(error)
     except KeyboardInterrupt as error:
+        if args[0] in _CONTINUED:
+            if _is_first():
+                _say(f"\n{PROG}: interrupted; finished work is kept\nto continue: {PROG} {shlex.join(args)}")
+            return Preempted.exit_code
         how = str(error) if isinstance(error, Stopped) else "interrupted"
-        _say(f"\n{PROG}: {how}; the same command continues from what it has kept")
+        _say(f"\n{PROG}: {how}" + "; the same command continues from what it has kept" * (args[0] in _RUNS))
         return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
     except BrokenPipeError:
         # the reader (head, less) has exited
@@ -131,6 +137,12 @@ def _say(text: str) -> None:
 def _print(result: object) -> None:
     """Prints a result; all output to stdout goes through here."""
     print(printable(str(result)))
+
+
+def _print_once(result: object) -> None:
+    """Prints what all processes of a run have."""
+    if _is_first():
+        _print(result)
 
 
 def _flush() -> None:
@@ -171,7 +183,7 @@ def _overview() -> str:
     lines += [f"  {name:<{width}}  {run.__doc__}" for name, (run, _) in COMMANDS.items()]
     first = (COMMANDS[name][1] for name in ("pretrain", "evaluate", "embed", "search"))
     lines += ["", "examples:", *(f"  {PROG} {example}" for example in first), ""]
-    lines.append(f"{PROG} COMMAND --help shows the options of one, and an example; --version the version")
+    lines.append(f"{PROG} COMMAND --help shows options and an example; --version the version")
     return "\n".join(lines)
 
 
@@ -401,6 +413,8 @@ def _add_dotted(
     }
     actions: dict[str, argparse.Action] = {}
     for section, cls in {"": of, **sections}.items():
+        if {f"{section}.{field}" for field in get_type_hints(cls)} <= {*without}:
+            continue
         group = p.add_argument_group(section, (cls.__doc__ or "").partition("\n")[0]) if section else p
         prefix = f"--{section}." if section else "--"
         for field, hint in get_type_hints(cls).items():
@@ -419,7 +433,10 @@ def _add_dotted(
                 options["nargs"], hint = "+" if args[-1] is Ellipsis else len(args), args[0]
             if get_origin(hint) is Literal:
                 # validated with the configuration, which also knows the old names of values
-                options["metavar"] = "{" + ",".join(get_args(hint)) + "}"
+                options["metavar"] = metavar = "{" + ",".join(get_args(hint)) + "}"
+                if len(metavar) > 40:
+                    options["metavar"] = "NAME"
+                    options["help"] += f" One of {', '.join(get_args(hint))}."
             else:
                 options |= {"type": hint, "metavar": hint.__name__.upper()}
             actions[name] = group.add_argument(prefix + leaf, **options)
@@ -429,7 +446,7 @@ def _add_dotted(
 def _configure(p: _Parser, args: list[str]) -> _Configured:
     """Parses preset (or images, for the preset `own`), file and dotted options along with the options of `p`."""
     dotted = _add_dotted(p)
-    p.usage = f"{p.prog} [PRESET or IMAGES] [options] [--dotted.option VALUE ...]"
+    p.usage = f"{p.prog} [PRESET or IMAGES] [options] [--dotted.option ...]"
     p.add(
         "--preset", metavar="NAME", help=f"{', '.join(PRESETS)}; default: own for given images, else photos"
     )
@@ -448,14 +465,7 @@ def _configure(p: _Parser, args: list[str]) -> _Configured:
     name = str(by_position or ours.preset or ("own" if own else of_preset or "photos"))
     base = preset(name)
     if len(wanted) < len(args):
-        values = flatten(from_dict(in_file, base))
-        for option, action in dotted.items():
-            words = v if isinstance(v := values[option], list) else [v]
-            shown = " ".join(f"{w:.4g}" if isinstance(w, float) else str(w) for w in words) or "empty"
-            off = f"; {_off(action.option_strings[0])} turns it off" * (v is True)
-            action.help = f"{action.help} (now: {shown.replace('%', '%%')}{off})".strip()
-        p.print_help()
-        p.exit()
+        _show_help(p, dotted, flatten(from_dict(in_file, base)))
     flags = {option: getattr(ours, option) for option in dotted if hasattr(ours, option)}
     if images and flags.setdefault("data.train", images) != images:
         raise UsageError(f"images are named twice, {images!r} and {flags['data.train']!r}; give one")
@@ -469,6 +479,17 @@ def _configure(p: _Parser, args: list[str]) -> _Configured:
     else:
         cfg = from_dict(nested(flags), from_dict(in_file, base))
     return _Configured(ours, cfg, name, base, flags, options)
+
+
+def _show_help(p: _Parser, dotted: dict[str, argparse.Action], values: dict[str, Any]) -> NoReturn:
+    """Prints the help with the value of each option, and exits."""
+    for option, action in dotted.items():
+        words = v if isinstance(v := values[option], list) else [v]
+        shown = " ".join(f"{w:.4g}" if isinstance(w, float) else str(w) for w in words) or "empty"
+        off = f"; {_off(action.option_strings[0])} turns it off" * (v is True)
+        action.help = f"{action.help} (now: {shown.replace('%', '%%')}{off})".strip()
+    p.print_help()
+    p.exit()
 
 
 def _of_user(images: str) -> bool:
@@ -509,12 +530,12 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
     given = _configure(p, args)
     ours, cfg = given.ours, given.cfg
     if ours.print_config:
-        _print(json.dumps(_resolved(given), indent=1))
+        _print_once(json.dumps(_resolved(given), indent=1))
     elif ours.dry_run:
         from .tools.dry_run import dry_run
         from .training.resolve import describe
 
-        _print(describe(dry_run(cfg, init_from=ours.init_from, overwrite=ours.overwrite)))
+        _print_once(describe(dry_run(cfg, init_from=ours.init_from, overwrite=ours.overwrite)))
     else:
         from .train import pretrain
 
@@ -532,21 +553,32 @@ def _pretrain(p: _Parser, args: list[str]) -> None:
 @_command("finetune runs/photos --data pets --out runs/pets")
 def _finetune(p: _Parser, args: list[str]) -> None:
     """Fine-tune a classifier, or continue the run in --out."""
-    p.add("weights", metavar="WEIGHTS", help="run, weights, another project's ViT, or none (random weights)")
+    wanted = [a for a in args if a not in ("-h", "--help")]
+    helps = len(wanted) < len(args)
+    p.add(
+        "weights",
+        metavar="WEIGHTS",
+        nargs="?" if helps else None,
+        help="run, weights, another project's ViT, or none (random weights)",
+    )
     p.add("--data", metavar="DIR", help="folder with train/ and test/ or val/, each with class folders")
     p.add("--preset", choices=FINETUNE_PRESETS, help="small (default, for a CPU) or paper (needs timm)")
     p.add("--config", metavar="FILE", help="TOML or JSON file with settings that override the preset")
     p.switch("--overwrite", "move a run in --out aside and start a new one")
     p.switch("--allow-config-change", "continue the run even if its settings have changed")
     p.switch("--print-config", "print all settings in a form that --config reads, and exit")
-    p.usage = f"{p.prog} WEIGHTS --data DIR [options] [--dotted.option VALUE ...]"
+    p.usage = f"{p.prog} WEIGHTS --data DIR [options] [--dotted.option ...]"
     dotted = _add_dotted(p, FinetuneConfig, [*NOT_TUNED, "tune.weights"])
-    for option, value in flatten(FinetuneConfig()).items():
-        if value is True and option in dotted:
-            action = dotted[option]
-            action.help = f"{action.help} ({_off(action.option_strings[0])} turns it off)"
-    ours = p.parse_all(args)
+    ours = p.parse_all(wanted)
     of_preset, in_file = read_config(ours.config) if ours.config else (None, {})
+    name = str(ours.preset or of_preset or "small")
+    if helps:
+        given, values = flatten(in_file), flatten(from_dict(in_file, FINETUNE_PRESETS[name]()))
+        of_weights = (
+            o for o in dotted if o.startswith("model.") or o in ("data.mean", "data.std", "data.range")
+        )
+        own = {o: "that of the weights" for o in of_weights if o not in given and o != "model.drop_path"}
+        _show_help(p, dotted, values | own)
     flags = {option: getattr(ours, option) for option in dotted if hasattr(ours, option)}
     if ours.data is not None:
         from .data.sources import split_folders
@@ -555,7 +587,6 @@ def _finetune(p: _Parser, args: list[str]) -> None:
             raise UsageError("--data and --data.train name the same thing; give one")
         below, test = split_folders(ours.data)
         flags = {"data.train": below, **({"data.test": test} if test else {}), **flags}
-    name = str(ours.preset or of_preset or "small")
     from .training.tuning import begin_config
 
     # settings that affect how the weights are read
@@ -566,7 +597,7 @@ def _finetune(p: _Parser, args: list[str]) -> None:
         in_file["tune"] = {**in_file["tune"], "weights": ours.weights}
     cfg = from_dict(nested(flags), from_dict(in_file, base))
     if ours.print_config:
-        _print(json.dumps({"preset": name, "config": to_dict(cfg)}, indent=1))
+        _print_once(json.dumps({"preset": name, "config": to_dict(cfg)}, indent=1))
         return
     from .train import finetune
 
@@ -851,9 +882,7 @@ def _embed(p: _Parser, args: list[str]) -> None:
     o["img_size"] = _side(o["img_size"])
     from .tools.embed import describe, embed
 
-    result = embed(**o)
-    if os.environ.get("RANK", "0") == "0":
-        _print(describe(result))
+    _print_once(describe(embed(**o)))
 
 
 @_command("search query.jpg features --k 8 --out found.png")

@@ -22,7 +22,7 @@ import torch
 import extrema_fast
 from extrema_fast import cli, train
 from extrema_fast.cli import main
-from extrema_fast.config import flatten, from_dict, preset, to_dict
+from extrema_fast.config import FINETUNE_PRESETS, flatten, from_dict, preset, to_dict
 from extrema_fast.errors import DataError, NonFiniteError, StorageError, UsageError
 from extrema_fast.evaluation import evaluate as evals
 
@@ -182,6 +182,13 @@ def test_print_config_reloads_to_itself(capsys, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_of_several_processes_the_first_prints(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    for args in ("pretrain smoke", "finetune none"):
+        assert main([*args.split(), "--print-config"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
 def test_print_config_derives_and_names_sources(capsys, tmp_path):
     file = tmp_path / "c.toml"
     # a preset named on the command line goes before the file's own
@@ -245,7 +252,8 @@ def test_a_file_may_choose_the_preset(given, tmp_path):
 
 
 @pytest.mark.parametrize("name", [None, *cli.COMMANDS])
-def test_help_has_an_example(capsys, name):
+def test_help_has_an_example(capsys, name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     if name is None:
         assert main([]) == 0
     else:
@@ -255,10 +263,21 @@ def test_help_has_an_example(capsys, name):
     text = capsys.readouterr().out
     assert "example" in text and "extrema-fast" in text
     assert name is None or ("--quiet" in text and "--verbose" in text)
+    assert max(map(len, text.splitlines())) <= 80
     if name == "pretrain":
         assert "--overwrite" in text and "--mask.ratio" in text and "paper_base_80x5" in text
     if name == "finetune":
-        assert "(--log.no-report turns it off)" in " ".join(text.split())
+        text = " ".join(text.split())
+        assert "(now: True; --log.no-report turns it off)" in text and "mask: " not in text
+        assert "--tune.mixup FLOAT Mixup alpha; 0: off." in text and "(now: that of the weights)" in text
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(["finetune", "anything", "--preset", "paper", "--help"])
+        paper = " ".join(capsys.readouterr().out.split())
+        for values, shown in ((FINETUNE_PRESETS["small"](), text), (FINETUNE_PRESETS["paper"](), paper)):
+            assert (
+                f"(now: {values.optim.base_lr:.4g})" in shown
+                and f"(now: {values.tune.layer_decay:.4g})" in shown
+            )
 
 
 def test_lists_and_settings_need_no_torch():
@@ -371,13 +390,31 @@ def test_stopped_continued_and_complete(capsys, monkeypatch, tmp_path):
     assert "mask.ratio: 0.5 -> 0.7" in fails(capsys, *args, "--mask.ratio", "0.7")
 
 
-def test_second_interrupt(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("function", "args", "code", "shown"),
+    [
+        # a second one: a run saves at the first
+        (
+            "train.pretrain",
+            "pretrain smoke",
+            130,
+            "interrupted; the same command continues from what it has kept",
+        ),
+        ("tools.index.index", "index a --out b", 75, "to continue: extrema-fast index a --out b"),
+        ("tools.pack.pack", "pack a b", 75, "to continue: extrema-fast pack a b"),
+        ("tools.embed.embed", "embed a b --weights c", 75, "to continue: extrema-fast embed a b --weights c"),
+        ("tools.search.search", "search a b", 130, "extrema-fast: interrupted\n"),
+        ("evaluation.evaluate.evaluate", "knn a", 130, "extrema-fast: interrupted\n"),
+    ],
+)
+def test_interrupt(capsys, monkeypatch, function, args, code, shown):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "pretrain", interrupted)
-    assert main(["pretrain", "smoke"]) == 130
-    assert "same command continues" in capsys.readouterr().err
+    monkeypatch.setattr(f"extrema_fast.{function}", interrupted)
+    assert main(args.split()) == code
+    err = capsys.readouterr().err
+    assert shown in err and ("continue" in err) == (shown != "extrema-fast: interrupted\n")
 
 
 def test_dry_run(capsys, tmp_path):

@@ -44,7 +44,7 @@ from ..data.manifest import (
 from ..data.pixels import array_channels
 from ..data.sources import BUILT_IN, EXTENSIONS, NPY, open_source, subset
 from ..distributed import cores
-from ..errors import DataError, Preempted, StorageError, UsageError, counted, install
+from ..errors import DataError, StorageError, UsageError, counted, install
 from ..progress import ImageProgress
 from .verify import BATCH, OK, Pool, Verdict
 from .work import Work
@@ -150,7 +150,6 @@ def index(
         UsageError: wrong arguments, or `out` is something else.
         DataError: no image is good.
         StorageError: `out` cannot be written.
-        Preempted: after Ctrl-C. What is done is kept.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"--threads: expected 1 or more, got {threads}")
@@ -455,10 +454,6 @@ def _decode(
                 if time.monotonic() - kept_at >= KEEP_SECONDS:
                     keep()
                 bar.reached(done, f"{bad} bad" if bad else "")
-        except KeyboardInterrupt:
-            raise Preempted(
-                f"stopped; {done} of {len(files)} decoded images are kept in {job.part}"
-            ) from None
         finally:
             keep()
     return pool.decoder

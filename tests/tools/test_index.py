@@ -338,7 +338,8 @@ def test_ctrl_c_keeps_what_is_done(images, out, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("extrema_fast.tools.index.ImageProgress.reached", interrupt)
-        with pytest.raises(Preempted, match=rf"stopped; 32 of 40 decoded images are kept in {out}"):
+        # in Python as in other functions, so that no `except Exception` goes on after Ctrl-C
+        with pytest.raises(KeyboardInterrupt):
             run(images, out)
     assert not out.exists() and run(images, out).fresh == 8
 
