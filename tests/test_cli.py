@@ -123,7 +123,7 @@ def fails(capsys, *args: str) -> str:
         ("pretrain smoke --out ''", "--out: expected a name, got an empty word"),
         ("pack a ''", "OUT: expected a name, got an empty word"),
         ("compare ''", "RUN: expected a name, got an empty word"),
-        ("evaluate nowhere", "nowhere: no such file or folder"),
+        ("evaluate nowhere", "nowhere: no such file or folder; expected a run folder"),
         ("evaluate x --wich student", "unknown option --wich; did you mean --which?"),
         ("evaluate x --which both", "invalid choice: 'both'"),
         ("evaluate x --data a --train b", "give one"),
@@ -139,6 +139,25 @@ def test_errors_are_one_line(capsys, monkeypatch, tmp_path, args, words):
     monkeypatch.chdir(tmp_path)
     assert words in fails(capsys, *shlex.split(args))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(
+            "evaluate runs/photo",
+            "knn photo",
+            "segment photo --data x",
+            "report runs/photo",
+            "compare runs/photo x",
+        ),
+        *("embed a b --weights runs/photo", "visualize photo x.jpg"),
+    ],
+)
+def test_a_misspelled_run(capsys, monkeypatch, tmp_path, args):
+    (tmp_path / "runs/photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "photo: no such file or folder; did you mean runs/photos?" in fails(capsys, *args.split())
 
 
 def test_a_bad_file_names_the_key(capsys, tmp_path):

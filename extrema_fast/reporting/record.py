@@ -18,7 +18,7 @@ from ..data.sources import BUILT_IN
 from ..errors import UsageError, counted
 from ..evaluation.classification import is_classification
 from ..evaluation.result import is_result, is_segmentation, result_id
-from ..evaluation.subject import run_config
+from ..evaluation.subject import check_name, run_config
 from ..files import fits, read_json, read_log
 from ..models.classifier import Classifier
 from ..models.encoder import build_encoder
@@ -96,6 +96,7 @@ def read_run(folder: str | Path) -> RunRecord:
     Raises:
         UsageError: it is no run folder.
     """
+    check_name(folder)
     path = Path(folder)
     cfg = run_config(path) if path.is_dir() else None
     if cfg is None:

@@ -44,7 +44,7 @@ from ..errors import (
     counted,
     is_out_of_memory,
 )
-from ..evaluation.subject import weights_hash
+from ..evaluation.subject import check_name, weights_hash
 from ..files import is_torn, no_links
 from ..models.encoder import Encoder
 from ..models.masking import sample_views
@@ -255,6 +255,7 @@ def embed(
     _check(tokens, keep_ratio, batch_size, part_images)
     if crop_pct is not None:
         check_crop_pct(crop_pct, "--crop-pct")
+    check_name(weights)
     with start(device) as world:
         source = world.rank_zero_first(lambda: open_source(data, split, limit=limit, check=False))
         seen = {"images": len(source), "fingerprint": source.fingerprint}
