@@ -26,7 +26,7 @@ from ..data.sources import EXTENSIONS, NPY, UNREAD, ImageSource, open_source
 from ..distributed import World, pick_device
 from ..errors import ExtremaError, StorageError, UsageError, install
 from ..evaluation.subject import weights_hash
-from ..files import new_file
+from ..files import write_file
 from ..progress import ImageProgress
 from ..weights import load as convert
 from .embed import Job, Settings, encode_batch
@@ -368,9 +368,11 @@ def write_sheet(path: Path, lines: list[list[Tile]], *, exif: bool = False) -> N
         draw.line([(x, y), (x, y + SIDE + text)], fill=LINE, width=2)
     marks = PngInfo()
     marks.add_text("Software", SOFTWARE)
+    # encoded before anything is on disk, where a killed process would leave it
+    data = io.BytesIO()
+    sheet.save(data, format="PNG", pnginfo=marks, optimize=True)
     try:
-        with new_file(path) as f:
-            sheet.save(f, format="PNG", pnginfo=marks, optimize=True)
+        write_file(path, data.getvalue())
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror or error})") from None
 

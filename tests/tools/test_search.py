@@ -316,11 +316,18 @@ def test_images_that_cannot_be_shown(moving, caplog, change):
         assert len(np.unique(tile(sheet, 0, 0))) > 10 and len(np.unique(tile(sheet, 0, 1))) == 3
 
 
-def test_tiles(tmp_path):
+def test_tiles(tmp_path, monkeypatch):
     data = (tmp_path / "wide.png", tmp_path / "sheet.png")
     Image.new("RGB", (90, 30), (255, 0, 0)).save(data[0])
     long = "a_very_long_file_name_that_cannot_fit_under_a_tile_0123456789.png"
+    during = []
+    save = Image.Image.save
+    monkeypatch.setattr(
+        Image.Image, "save", lambda *a, **k: (during.extend(tmp_path.glob(".*")), save(*a, **k))[1]
+    )
     write_sheet(data[1], [[Tile(data[0].read_bytes(), "query", long), Tile(b"damaged", "0.5", "x")], []])
+    # a process that is killed while it draws leaves no file
+    assert during == []
     with Image.open(data[1]) as sheet:
         square = tile(sheet.convert("RGB"), 0, 0)
         wide = (square == (255, 0, 0)).all(2)
