@@ -252,9 +252,14 @@ class World:
         return result  # type: ignore[return-value]
 
     def rank_zero_first(self, function: Callable[[], T]) -> T:
-        """As `everywhere`, the other processes once process 0 is done and has not failed."""
-        first = self.rank_zero_only(function)
-        return self.everywhere(lambda: first if self.is_rank_zero else function())  # type: ignore[return-value]
+        """As `everywhere`, but after process 0 one process of each other machine, then the rest.
+
+        What the first keeps on its machine, such as the index of a tar, the others find there.
+        """
+        found = self.rank_zero_only(function)
+        first = self.is_rank_zero or detect(os.environ)[2] == 0
+        found = self.everywhere(lambda: function() if first and not self.is_rank_zero else found)
+        return self.everywhere(lambda: found if first else function())  # type: ignore[return-value]
 
     def agree(self, what: str, value: dict[str, Any], remedy: str) -> None:
         """Compares a value (plain data) of all processes.

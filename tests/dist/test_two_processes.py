@@ -3,7 +3,7 @@
 Covers: equal losses and weights to fp32 rounding, BYOL and InfoNCE (gathered targets), with accumulation, from a trunk;
 saved by two, continued by one and the other way round; a non-finite loss on one rank skips the step on both, which is kept;
 a signal to one rank stops both at the same step; an error on rank 0 ends both with its exit code; leaving; a partner
-that never comes, dies, is stopped or hangs.
+that never comes, dies, is stopped or hangs; which process opens the images first.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from extrema_fast.distributed import World
 from extrema_fast.tools.replay import replay
 from extrema_fast.files import history
 from tests.training.conftest import command, final_hash, saved, status, tiny
@@ -104,6 +105,18 @@ def test_compiled_blocks_on_two_equal_plain_ones_on_one(pretrain):
     assert_close(one, two)
     codes, text, _ = pretrain("three", "--train.compile", "step", processes=2)
     assert codes == [2, 2] and "bypasses the all-reduce of gradients between 2 processes" in text
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "turn"), [(0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)])
+def test_one_process_of_each_machine_opens_the_images_first(monkeypatch, rank, local_rank, turn):
+    for name, value in (("RANK", rank), ("WORLD_SIZE", 4), ("LOCAL_RANK", local_rank)):
+        monkeypatch.setenv(name, str(value))
+    done = []
+    # what the others send: nobody has failed
+    monkeypatch.setattr(World, "broadcast", lambda *_: done.append("broadcast"))
+    monkeypatch.setattr(World, "all_gather", lambda *_: done.append("all-gather") or [None] * 4)
+    assert World(torch.device("cpu"), rank, 4).rank_zero_first(lambda: len(done)) == turn
+    assert done == ["broadcast", "all-gather", "all-gather"]
 
 
 STOP_ONE = """
