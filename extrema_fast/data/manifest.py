@@ -25,6 +25,7 @@ import torch
 from ..errors import DataError, StorageError, UsageError
 from ..files import new_file, open_plain
 from .image_source import ImageSource
+from .photos import cache_root
 from .pixels import USUAL, Range, natural_range
 from .zips import is_zip
 
@@ -319,6 +320,8 @@ def manifest_source(path: str | os.PathLike[str], *, check: bool = True) -> Imag
     if not len(good):
         raise DataError(f"{name}: none of its {len(manifest)} rows has status ok; nothing to train on")
     root = root_folder(path, manifest.root)
+    if Path(root).is_relative_to(os.path.realpath(cache_root())):
+        _fill_cache(name, manifest, root)
     if not os.path.isdir(root):
         raise UsageError(
             f'{name}: its images should be in {root}, which does not exist; set "root" in its first line to '
@@ -361,6 +364,29 @@ def manifest_source(path: str | os.PathLike[str], *, check: bool = True) -> Imag
         root=root,
         left_out=dict(Counter(s.partition(":")[0] for s in manifest.status if s != OK)),
     )
+
+
+def _fill_cache(name: str, manifest: Manifest, root: str) -> None:
+    """Writes the files of built-in sets and the copies of Parquet files again, where the cache has been cleared."""
+    from .sources import BUILT_IN, open_source
+
+    def lost() -> bool:
+        return not all(os.path.exists(os.path.join(root, p)) for p in set(manifest.path))
+
+    data = manifest.notes.get("data")
+    if not isinstance(data, str) or not lost():
+        return
+    data = data if data in BUILT_IN else root_folder(name, data)
+    try:
+        if not is_manifest(data):
+            open_source(data, check=False)
+    except UsageError as e:
+        raise UsageError(f"{name}: its images were copied to {root}, which has been cleared, from {e}") from e
+    if lost():
+        raise UsageError(
+            f"{name}: its images were copied to {root}, which has been cleared, from {data}, which has changed; run "
+            "`extrema-fast index` again"
+        )
 
 
 def _range_before(notes: dict[str, Any]) -> Range | None:

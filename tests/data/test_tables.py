@@ -341,6 +341,15 @@ def test_loaders_and_index_read_tables_like_folders(tmp_path, tree, config, kind
     result = index(str(parquet), tmp_path / "m.tsv", progress=False, threads=1)
     assert (result.rows, result.good) == (23, 23)
     assert_same(straight, batches(tmp_path / "m.tsv"))
+    # its rows lie in a copy, which is made again where the cache has been cleared
+    shutil.rmtree(tmp_path / "cache")
+    assert_same(straight, batches(tmp_path / "m.tsv"))
+    shutil.rmtree(tmp_path / "cache")
+    write(parquet, data.slice(1))
+    fails(tmp_path / "m.tsv", "which has been cleared, from .*t.parquet, which has changed; run .*index")
+    shutil.rmtree(tmp_path / "cache")
+    parquet.unlink()
+    fails(tmp_path / "m.tsv", "which has been cleared, from .*t.parquet: does not exist")
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "npy"])
