@@ -460,6 +460,15 @@ def _labels(name: str, shards: list[_Shard], names: list[str]) -> tuple[Tensor |
     if given and len(given) < len(written):
         what = f"{len(written) - len(given)} of {len(written)} images have no label (cls, or label in json)"
         log.warning("%s: %s, first: %s; used without labels", name, what, names[written.index(None)])
+    if not given:
+        folders = {s.image.name.rpartition("/")[0] for shard in shards for s in shard.samples}
+        # a folder for each image is no class
+        if 1 < len(folders) <= len(names) // 2:
+            log.info(
+                "%s: no labels (cls, or label in json), but %d folders (%s); if these are classes, unpack the tars, or "
+                "put the folders into a .zip: there folders are labels",
+                *(name, len(folders), ", ".join(sorted(folders)[:3])),
+            )
     if len(given) < len(written):
         return None, []
     return _name_classes(shards[0].path, *number_classes(given))

@@ -144,6 +144,18 @@ def test_few_labels_are_read_where_there_are_none(tmp_path, monkeypatch, caplog)
     assert "80 of 90 images have no label" in caplog.text and caplog.text.count("no label") == 1
 
 
+@pytest.mark.parametrize(
+    ("images", "hint"), [("a/1 a/2 b/1 b/2", True), ("a/1 a/2", False), ("a/1 b/1", False)]
+)
+def test_folders_that_may_be_classes_are_named(tmp_path, caplog, images, hint):
+    caplog.set_level(logging.INFO)
+    path = write_tar(tmp_path / "a.tar", [(f"set/{name}.jpg", b"x") for name in images.split()])
+    assert open_source(str(path)).labels is None
+    assert (
+        "no labels (cls, or label in json), but 2 folders (set/a, set/b); if these" in caplog.text
+    ) == hint
+
+
 def test_classes_txt_names_the_numbers(tmp_path, caplog):
     path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.cls", b"2"), ("2.jpg", b"x"), ("2.cls", b"0")])
     (tmp_path / "classes.txt").write_text("ape\nbee\ncat\\tfish\ndog\n")
