@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from ..models.encoder import Encoder
 
 MAX_POINTS = 400
+# sizes of text in a chart, which is 346 units wide: about as many pixels on a phone
+LABELS, LEGEND = 11, 10.5
 # characters of a line in the legend of a chart
-LEGEND_LINE = 54
+LEGEND_LINE = 40
 # pixels of a side; larger pictures are averaged down to keep the report small
 MAX_SIDE = 256
 # pixels of a side; larger pictures are JPEG of this quality
@@ -101,7 +103,7 @@ def line_chart(
         return ""
     # text stays text; equal input gives equal bytes
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
-        figure = Figure(figsize=(4.8, 2.8), layout="constrained")
+        figure = Figure(figsize=(4.8, 3.0), layout="constrained")
         axes, labels = figure.subplots(), []
         for s, x, y in curves:
             # one point is no line
@@ -123,8 +125,8 @@ def line_chart(
         if percent:
             axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=xlabel == "step"))
-        axes.set_xlabel(xlabel, color=_TEXT, fontsize=9)
-        axes.tick_params(colors=_TEXT, labelsize=9)
+        axes.set_xlabel(xlabel, color=_TEXT, fontsize=LABELS)
+        axes.tick_params(colors=_TEXT, labelsize=LABELS)
         axes.grid(axis="y", color=_GRID)
         axes.set_axisbelow(True)
         for side, spine in axes.spines.items():
@@ -134,8 +136,8 @@ def line_chart(
         columns = 1 if max(map(len, labels)) > LEGEND_LINE // 2 else 2
         # a legend of many rows must not shrink the axes
         rows = sum(1 + label.count("\n") for label in labels) // columns
-        figure.set_figheight(2.8 + 0.17 * max(0, rows - 2))
-        look = {"ncols": columns, "frameon": False, "labelcolor": _TEXT, "fontsize": 8.5}
+        figure.set_figheight(3.0 + 0.21 * max(0, rows - 2))
+        look = {"ncols": columns, "frameon": False, "labelcolor": _TEXT, "fontsize": LEGEND}
         legend = figure.legend(axes.lines, map(str, axes.lines), loc="outside upper left", **look)
         # as a label of matplotlib a name that starts with _ is hidden, and $ begins a formula
         for text, label in zip(legend.get_texts(), labels, strict=True):

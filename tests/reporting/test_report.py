@@ -117,6 +117,14 @@ def test_chart_is_self_contained_and_follows_the_page():
     assert line_chart("A <title>", series) == svg
 
 
+def test_text_of_a_chart_is_readable_on_a_phone():
+    svg = line_chart("t", [Series("s", [(0, 1.0), (10, 2.0)])])
+    # 390 pixels less the margins of the page
+    scale = 358 / float(re.search(r'viewBox="0 0 (\S+)', svg)[1])
+    sizes = [scale * float(s) for s in re.findall(r"font(?:-size)?: ([\d.]+)px", svg)]
+    assert len(sizes) > 5 and min(sizes) > 10.5
+
+
 def test_chart_leaves_gaps():
     nan, inf = float("nan"), float("inf")
     svg = line_chart(
