@@ -11,6 +11,7 @@ import torch
 
 from extrema_fast import pretrain
 from extrema_fast.config import from_dict, nested, preset, typed
+from extrema_fast.data.photos import PHOTOS_RECIPE, write_photos
 from extrema_fast.evaluation.collapse import OUTPUTS, checks_spread, spread_warning
 from extrema_fast.evaluation.probes import batch_spread, indicators
 from extrema_fast.files import read_log
@@ -104,13 +105,15 @@ TINY = {
     ("base", "changes"),
     [
         ("photos", {}),
-        ("smoke", {"data.train": "photos"}),
+        ("smoke", {}),
         ("photos", {"head.loss": "byol", "optim.momentum": 0.0, "optim.base_lr": 3.2e-2}),
     ],
     ids=["photos", "smoke", "collapses"],
 )
 def test_a_collapsing_run_says_so_within_200_steps_and_presets_never(base, changes, tmp_path):
-    options = TINY | changes | {"out": str(tmp_path / "run")}
+    # 162 crops of the photographs of `photos`
+    folder = write_photos(PHOTOS_RECIPE | {"counts": {"train": 9, "test": 1}}) / "train"
+    options = TINY | changes | {"data.train": str(folder), "out": str(tmp_path / "run")}
     out = pretrain(from_dict(nested(typed(options)), preset(base)), progress=False)
     log = read_log(out / "log.jsonl")
     told = [r for r in log if r["kind"] == "warning" and "become alike" in r["text"]]
