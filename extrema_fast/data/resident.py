@@ -10,6 +10,7 @@ the PIL loader: byte for byte on a CPU; within one gray level on a GPU if Pillow
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from ..kernels.crop_resize import COLUMNS
 from ..ops import dispatch as ops
 from ..progress import ImageProgress
 from .decode import AHEAD, Decoded, Settings, Work, take_ahead, useful_threads
-from .image_files import ImageFiles
+from .image_files import ImageFiles, sampled_sizes
 from .image_source import ImageSource
 
 log = logging.getLogger(__name__)
@@ -100,9 +101,11 @@ def choose_place(
         return places[0]
     room = ", ".join(f"{free[p] / 1e9:.3g} GB of the {_OF[p]}" for p in free if setting in ("auto", p))
     if setting != "auto":
+        side = _fitting_side(files, share * free["gpu" if setting == "gpu" else "host"] / wanted)
         raise UsageError(
             f"data.resident: {setting}: {what}, are more than {_SHARE:.0%} of the free memory ({room}); use "
-            f"{'host or off' if setting == 'gpu' else 'off'}, or pack the images smaller (extrema-fast pack)"
+            f"{'host or off' if setting == 'gpu' else 'off'}, or hold smaller images: extrema-fast pack "
+            f"{files.source.name} packed --size {side}"
         )
     log.info(
         "%s: %s, not held: more than %.0f %% of the free memory (%s)",
@@ -130,6 +133,13 @@ def estimate_bytes(files: ImageFiles) -> int:
     return (
         0 if not len(known) else int(files.read_channels * known.astype(np.int64).prod(1).mean() * len(own))
     )
+
+
+def _fitting_side(files: ImageFiles, room: float) -> int:
+    """The short side in pixels with which images take this share of their memory."""
+    sizes = np.sort(sampled_sizes(files).astype(float), axis=1)
+    side = math.sqrt(room * sizes.prod(1).mean() / (sizes[:, 1] / sizes[:, 0]).mean())
+    return max(1, int(side) // 16 * 16 or int(side))
 
 
 def free_on_host() -> int:
