@@ -129,7 +129,7 @@ def fails(capsys, *args: str) -> str:
         ("evaluate x --data a --train b", "give one"),
         ("knn x y", "unexpected argument 'y'"),
         ("probe x --k 3", "unknown option --k"),
-        ("report nowhere", "nowhere"),
+        ("report nowhere", "nowhere: no such run folder"),
         ("import a.pth", "required: OUT"),
         ("import a.pth b", "a.pth: no such file"),
         ("encoders *bse*", "no encoder matches '*bse*'"),

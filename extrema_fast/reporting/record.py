@@ -100,7 +100,8 @@ def read_run(folder: str | Path) -> RunRecord:
     path = Path(folder)
     cfg = run_config(path) if path.is_dir() else None
     if cfg is None:
-        raise UsageError(f"{folder}: not a run folder (no config.json of a run in it)")
+        what = "not a run folder (no config.json of a run in it)" if path.exists() else "no such run folder"
+        raise UsageError(f"{folder}: {what}")
     env = read_json(path / "env.json", {})
     train, evals, warnings = last_attempts(read_log(path / "log.jsonl"))
     result = _read(path / "reports" / "evaluation.json", is_result)
