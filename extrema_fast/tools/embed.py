@@ -296,6 +296,8 @@ def embed(
             "weights": {"path": os.path.abspath(weights), "which": which, "hash": weights_hash(encoder)},
             "data": {
                 "path": where,
+                # at which relative paths in rows.tsv begin
+                "cwd": os.getcwd(),
                 "split": split,
                 "limit": limit,
                 "images": len(source),

@@ -174,8 +174,8 @@ _CONFIG: dict[str, Any] = {
     "shape": [int],
     "parts": [_RECORD],
     "weights": {"path": str, "which": str, "hash": str},
-    # of a few rows the hash of their bytes, not in older versions
-    "data": {"path": str, "split": str, "limit": int, "fingerprint": str, "sample?": dict},
+    # not in older versions: of a few rows the hash of their bytes; where relative paths begin
+    "data": {"path": str, "split": str, "limit": int, "fingerprint": str, "sample?": dict, "cwd?": str},
     "settings": {
         "tokens": str,
         "norm": bool,
@@ -223,6 +223,8 @@ def load_embeddings(folder: str | Path) -> Embeddings:
     folder = Path(folder)
     config = read_config(folder)
     if not config:
+        if folder.is_file():
+            raise UsageError(f"{folder}: is a file; expected a folder that extrema-fast embed has written")
         what = "is no folder of features" if folder.is_dir() else "does not exist"
         raise UsageError(f"{folder}: {what}; make one with: extrema-fast embed DATA {folder} --weights PATH")
     if config.get("version") != VERSION:

@@ -163,13 +163,14 @@ def _shown(embeddings: Embeddings) -> Iterator[tuple[int, Tensor]]:
 
 def _own_rows(embeddings: Embeddings, names: list[str]) -> list[tuple[int, Row] | None]:
     """(feature row, image) that each name has in the index, literally or as the same file; None: it is not there."""
-    spellings = [(name, os.path.abspath(name)) for name in names]
-    wanted = {spelling for both in spellings for spelling in both}
+    begin = embeddings.config["data"].get("cwd", os.getcwd())
+    spellings = [(n, os.path.abspath(n), os.path.relpath(n, begin)) for n in names]
+    wanted = {spelling for each in spellings for spelling in each}
     found: dict[str, tuple[int, Row]] = {}
     for place, row in enumerate(embeddings.rows()):
         if row.path in wanted:
             found.setdefault(row.path, (place, row))
-    return [found.get(name) or found.get(path) for name, path in spellings]
+    return [next((found[s] for s in each if s in found), None) for each in spellings]
 
 
 def _feature(embeddings: Embeddings, place: int) -> Tensor:

@@ -130,6 +130,14 @@ def test_path_of_the_index(made, tmp_path, monkeypatch):
         assert a["score"] == pytest.approx(b["score"], abs=1e-5)
     monkeypatch.chdir(made / "images")
     assert search("bee/07.png", made / "index", k=12) == [found]
+    # an index of relative paths, asked from another folder
+    monkeypatch.chdir(tmp_path)
+    listed = os.path.relpath(path)
+    embed(os.path.relpath(made / "images"), "relative", made / "weights", **SMALL)
+    monkeypatch.chdir(made)
+    for query in (path, "images/bee/07.png", listed):
+        (again,) = search(query, tmp_path / "relative", k=12)
+        assert [n["row"] for n in again["neighbors"]] == [n["row"] for n in found["neighbors"]]
 
 
 def test_path_among_equal_images(tmp_path, made):
@@ -183,6 +191,8 @@ def test_what_is_no_index(moving):
         ("patches", r"holds patch tokens, \[9, 16\] per image.*--tokens class"),
         ("none", "does not exist; make one with: extrema-fast embed"),
         ("weights", "is no folder of features"),
+        # the two in the wrong order
+        ("images/ape/00.png", "is a file; expected a folder that extrema-fast embed has written"),
         ("index", r"not finished \(4 of 5 parts\)"),
     ):
         with pytest.raises(UsageError, match=words):
