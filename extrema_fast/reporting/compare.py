@@ -85,7 +85,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _different(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """{option: [value per run]} of what is not the same in all that have it; None: a run of the other kind."""
-    all_ = [all_options(run.cfg) for run in runs]
+    # `auto` precision differs between machines
+    all_ = [all_options(run.cfg) | {"train.precision": run.precision} for run in runs]
     found = {k: [a[k] for a in all_ if k in a] for k in dict.fromkeys(k for a in all_ for k in a)}
     names = [k for k, values in found.items() if k != "out" and any(v != values[0] for v in values)]
     return {k: [a.get(k) for a in all_] for k in names}

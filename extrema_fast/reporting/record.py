@@ -89,6 +89,12 @@ class RunRecord:
         last: int = self.train[-1]["step"] if self.train else 0
         return self.status.get("step") or last
 
+    @property
+    def precision(self) -> str:
+        """What `train.precision auto` was on the run's machine."""
+        chosen: str = self.env.get("resolved", {}).get("precision", self.cfg.train.precision)
+        return chosen
+
 
 def read_run(folder: str | Path) -> RunRecord:
     """Reads a run folder; the run may be unfinished, old, or damaged in parts.
@@ -305,11 +311,10 @@ def _training(run: RunRecord) -> list[str]:
     loss += ", batch norm in the heads" if cfg.head.norm == "batch" else ""
     if isinstance(cfg, FinetuneConfig):
         loss = f"fine-tuning, cross-entropy, layer decay {cfg.tune.layer_decay:g}"
-    precision = run.env.get("resolved", {}).get("precision", cfg.train.precision)
     total = run.status.get("total_steps")
     return [
         f"{loss}; {counted(cfg.train.epochs, 'epoch')}{f' ({total:,} steps)' if total else ''}, batch "
-        f"{cfg.train.batch_size:,}, {cfg.optim.name}, peak learning rate {cfg.peak_lr:.3g}, {precision}"
+        f"{cfg.train.batch_size:,}, {cfg.optim.name}, peak learning rate {cfg.peak_lr:.3g}, {run.precision}"
     ]
 
 

@@ -203,6 +203,18 @@ def test_settings_of_a_fine_tuning_among_pretrainings(tmp_path, no_charts):
     assert rows["train.batch_size"] == [16, 16, 1024]
 
 
+def test_automatic_precision_is_compared_as_what_it_was(tmp_path):
+    runs = []
+    for found in ("bf16", "fp32", "fp32"):
+        runs.append(
+            make(tmp_path / str(len(runs)), 1, train={"precision": "fp32" if len(runs) == 2 else "auto"})
+        )
+        (runs[-1] / "env.json").write_text(json.dumps({"resolved": {"precision": found}}))
+    read = [module.read_run(run) for run in runs]
+    assert module._different(read) == {"train.precision": ["bf16", "fp32", "fp32"]}
+    assert module._different(read[1:]) == {}
+
+
 def test_the_runs_own_evaluation_is_listed_once(tmp_path, no_charts):
     a = make(tmp_path / "a", 1)
     for name in ("", "-1"):
