@@ -95,12 +95,13 @@ def _run(args: list[str]) -> int:
     except ExtremaError as error:
         return _fail(error)
     except KeyboardInterrupt as error:
-        if args[0] in _CONTINUED:
+        command = args[0] if args else ""
+        if command in _CONTINUED:
             if _is_first():
                 _say(f"\n{PROG}: interrupted; finished work is kept\nto continue: {PROG} {shlex.join(args)}")
             return Preempted.exit_code
         how = str(error) if isinstance(error, Stopped) else "interrupted"
-        _say(f"\n{PROG}: {how}" + "; the same command continues from what it has kept" * (args[0] in _RUNS))
+        _say(f"\n{PROG}: {how}" + "; the same command continues from what it has kept" * (command in _RUNS))
         return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
     except BrokenPipeError:
         # the reader (head, less) has exited
