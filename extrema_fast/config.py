@@ -516,6 +516,37 @@ class EvalConfig:
         _positive("eval", self, "temperature")
 
 
+# linear probes of `evaluate`: protocol -> title of its results
+PROTOCOLS = {
+    "paper": "linear probe",
+    "grid": "linear probe, best learning rate",
+    "logistic": "logistic regression",
+}
+
+
+def unusual_settings(result: Mapping[str, Any], crop_pct: float | None = None) -> list[str]:
+    """The settings of an evaluation that are not the defaults, in words: k-NN, resizing, seeds.
+
+    Args:
+        result: As returned by `evaluate` or `segment`, or what a record keeps of it.
+        crop_pct: The default one; None: any is listed.
+    """
+    temperature, crop = result.get("temperature"), result.get("crop_pct")
+    seed, seeds = result.get("seed", 0), result.get("seeds", 1)
+    words = []
+    if temperature not in (None, EvalConfig.temperature):
+        words.append(f"temperature {temperature}")
+    if crop not in (None, crop_pct):
+        words.append(f"crop fraction {crop}")
+    if result.get("interpolation", "bilinear") != "bilinear":
+        words.append(result["interpolation"])
+    if seeds > 1:
+        words.append(f"{seeds} seeds" + (f" from {seed}" if seed else ""))
+    elif seed:
+        words.append(f"seed {seed}")
+    return words
+
+
 @dataclass(frozen=True)
 class LogConfig:
     """Logging, trackers and the report."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import EvalConfig
+from ..config import PROTOCOLS, EvalConfig
 from ..data.augment import normalize
 from ..data.image_files import read_as
 from ..data.sources import ImageSource, open_source, subset
@@ -33,7 +33,6 @@ from .result import (
     MEAN,
     PIXELS,
     PRETRAINED,
-    PROTOCOLS,
     RANDOM,
     is_result,
     per_class,

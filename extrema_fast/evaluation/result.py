@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import PROTOCOLS, unusual_settings
 from ..data.preprocess import CROP_PCT
 from ..files import fits
-from ..weights.card import PROTOCOLS, rules
 
 PRETRAINED, RANDOM, PIXELS = "pretrained", "random init", "raw pixels"
 CLS, MEAN, BOTH = FEATURES = "class token", "mean of patches", "class and mean"
@@ -250,7 +250,7 @@ def _what(result: dict[str, Any], parts: int = 2) -> str:
         words += [f"k = {result['k']}"]
     words += [f"{result['counts']['train']:,} training and {result['counts']['test']:,} test images"]
     words += [result["which"]] if result["which"] != "teacher" else []
-    words += rules(result, CROP_PCT)
+    words += unusual_settings(result, CROP_PCT)
     # older weights
     words += ["images of the encoder's size whole"] if "whole" in result.get("resized", "") else []
     return ", ".join(filter(None, words))

@@ -163,6 +163,10 @@ class TimmInterface(nn.Module):
 
     def own_cfg(self) -> dict[str, Any]:
         """Builds a `pretrained_cfg` for timm from the attributes of this encoder."""
+        mean, std = tuple(self.mean), tuple(self.std)
+        if self.in_chans == 1:
+            # one number, which timm asserts; as in `normalize`
+            mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
         return {
             "architecture": self.architecture,
             "num_classes": self.num_classes,
@@ -172,8 +176,8 @@ class TimmInterface(nn.Module):
             "interpolation": self.interpolation,
             "crop_pct": self.crop_pct,
             "crop_mode": "center",
-            "mean": tuple(self.mean),
-            "std": tuple(self.std),
+            "mean": mean,
+            "std": std,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         }

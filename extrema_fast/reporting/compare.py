@@ -139,7 +139,7 @@ def _notes(runs: Sequence[RunRecord]) -> list[str]:
         )
     if len({(r.get("crop_pct"), r.get("interpolation")) for r in results}) > 1:
         notes.append(
-            "Final evaluations resize images by different rules (crop share): differences may come from that."
+            "Final evaluations resize images by different rules (crop fraction): differences may come from that."
         )
     if len({(r.env.get("gpu") or r.env.get("device"), r.env.get("host")) for r in runs}) > 1:
         notes.append(

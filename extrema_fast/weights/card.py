@@ -1,8 +1,8 @@
 """The model card of an export: a README.md with Hugging Face metadata, which states only what is known.
 
-What a run knows about its weights (`run_record`) is stored in the description of an export, so that an export of an
-export keeps it. A card is a function of `config.json`, which stores its hash: a card that differs was edited, and is
-kept (`kept_card`).
+What a run has recorded about its weights (`run_record`) is stored in the description of an export, so that an export
+of an export keeps it. A card is a function of `config.json`, which stores its hash: a card with another hash was
+edited, and is kept (`kept_card`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import FREE_FIELDS, NOT_TUNED, Config, EvalConfig, FinetuneConfig, flatten
-from ..errors import printable
+from ..config import FREE_FIELDS, NOT_TUNED, PROTOCOLS, Config, FinetuneConfig, flatten, unusual_settings
+from ..errors import counted, printable
 from ..files import fits, history, read_json
+from .folder import model_config
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ _RESULT = {
     "counts": {"train": int, "test": int, "classes": int},
     "train?": str,
     "test?": str,
+    "holdout?": float,
+    "img_size?": [int],
     "k?": int,
     "temperature?": float,
     "crop_pct?": float,
@@ -43,7 +46,8 @@ _RESULT = {
     "which": str,
     "step": int,
 }
-# k-NN of training itself, at its first evaluation and at these weights
+_KEPT = [k.removesuffix("?") for k in _RESULT]
+# k-NN measured by training itself, at its first evaluation and at these weights
 _ONLINE = {"rows": [{"encoder": str, "feature": str, "knn": float}], "test": int, "k": int}
 # what an export keeps of a run
 _RECORD = {
@@ -54,22 +58,23 @@ _RECORD = {
     "begun_from?": str,
     "classified?": {"accuracy": float, "images": int},
 }
-# settings that other tables of a card hold, and folders
+# settings that other tables of a card show, and folders
 _ELSEWHERE = (
-    *("data.train", "data.mean", "data.std", "train.seed", "tune.weights", "model.size", "model.img_size"),
-    *("model.patch_size", "model.in_chans", "model.width", "model.depth", "model.mlp_ratio"),
+    *("data.train", "data.mean", "data.std", "train.seed", "train.precision", "tune.weights"),
+    *("model.size", "model.img_size", "model.patch_size", "model.in_chans"),
+    *("model.width", "model.depth", "model.heads", "model.mlp_ratio"),
 )
-# of the settings that every card has
+# settings that every card has
 _WORDS = {
     "head.loss": "loss",
-    "mask.ratio": "share of the patches that a view drops",
+    "mask.ratio": "mask ratio (patches that a view drops)",
     "mask.views": "views per image",
     "data.policy": "augmentation",
-    "data.area": "smallest and largest area of a crop",
+    "data.area": "minimum and maximum crop area",
     "train.epochs": "epochs",
     "train.batch_size": "batch size",
     "optim.name": "optimizer",
-    "optim.base_lr": "learning rate for a batch of 256",
+    "optim.base_lr": "learning rate per 256 images",
     "optim.warmup_epochs": "warm-up epochs",
     "optim.weight_decay": "weight decay",
     "optim.momentum": "teacher momentum",
@@ -79,34 +84,11 @@ _WORDS = {
     "tune.smoothing": "label smoothing",
     "tune.rand_augment": "RandAugment",
     "tune.erasing": "random erasing",
-    "tune.ema": "average of the weights",
+    "tune.ema": "EMA of the weights",
 }
 _TITLES = {"knn": "k-NN", "probe": "linear probe"}
-# of the linear probe of an evaluation -> its title
-PROTOCOLS = {"paper": "linear probe", "grid": "linear probe, best rate", "logistic": "logistic regression"}
-
-
-def rules(result: Mapping[str, Any], crop_pct: float | None = None) -> list[str]:
-    """In words by what rules an evaluation was made, where these are not the usual ones: k-NN, resizing, seeds.
-
-    Args:
-        result: Of `evaluate` or `segment`, or what a record keeps of it.
-        crop_pct: The usual one; None: any is named.
-    """
-    temperature, crop = result.get("temperature"), result.get("crop_pct")
-    seed, seeds = result.get("seed", 0), result.get("seeds", 1)
-    words = []
-    if temperature not in (None, EvalConfig.temperature):
-        words.append(f"temperature {temperature}")
-    if crop not in (None, crop_pct):
-        words.append(f"crop share {crop}")
-    if result.get("interpolation", "bilinear") != "bilinear":
-        words.append(result["interpolation"])
-    if seeds > 1:
-        words.append(f"{seeds} seeds" + (f" from {seed}" if seed else ""))
-    elif seed:
-        words.append(f"seed {seed}")
-    return words
+# features of an evaluation (`evaluation.result`) that need no class-attention head
+_HEADLESS = ("mean of patches", "pixels")
 
 
 # ---- what a run knows -------------------------------------------------------------------------------
@@ -116,7 +98,7 @@ def run_record(weights: Path, meta: Mapping[str, Any], which: str | None) -> dic
     """What the run around some weights has recorded about them; None where there is no such run.
 
     Args:
-        weights: A run folder, or what lies in it.
+        weights: A run folder, or a file or folder in it.
         meta: The description of the weights; the run's configuration must be theirs.
         which: The network: evaluations of the other one, or of another step, are left out.
     """
@@ -129,9 +111,11 @@ def run_record(weights: Path, meta: Mapping[str, Any], which: str | None) -> dic
         carried = meta.get("record")
         return carried if fits(carried, _RECORD) else None
     cfg = read_json(folder / "config.json", {})
+    counts = {k: v for k, v in env.get("data", {}).items() if k in ("train", "test") and fits(v, _COUNT)}
     found = {
         "data": {
-            k: _named(v) for k, v in env.get("data", {}).items() if fits(v, _COUNT) and k in ("train", "test")
+            split: {k: short_path(v) if k == "name" else v for k, v in c.items() if f"{k}?" in _COUNT}
+            for split, c in counts.items()
         },
         "recipe": dict(_recipe(cfg, env)),
         "results": _evaluations(folder, meta, which),
@@ -139,8 +123,8 @@ def run_record(weights: Path, meta: Mapping[str, Any], which: str | None) -> dic
     if which != "student" and (online := _online(folder, cfg, meta.get("step"))):
         found["online"] = online
     if isinstance(begun := env.get("init_from"), dict) and isinstance(begun.get("weights"), str):
-        found["begun_from"] = _short(begun["weights"])
-    # the test of a fine-tuning, of the network that is loaded by default
+        found["begun_from"] = short_path(begun["weights"])
+    # the test after fine-tuning, of the network that is loaded by default
     test = read_json(folder / "reports/classification.json", {})
     if fits(test, {"step": int, "accuracy": float, "images": int}) and test["step"] == meta.get("step"):
         if which != "student":
@@ -149,7 +133,7 @@ def run_record(weights: Path, meta: Mapping[str, Any], which: str | None) -> dic
 
 
 def _online(folder: Path, cfg: Mapping[str, Any], step: Any) -> dict[str, Any] | None:
-    """What training itself has measured of a teacher at a step, next to that of its beginning."""
+    """k-NN of the teacher as measured by training, at a step and at the beginning."""
     evals = history(folder / "log.jsonl", "eval", step) if fits(step, int) else []
     if not evals or evals[-1]["step"] != step:
         return None
@@ -168,65 +152,47 @@ def _evaluations(folder: Path, meta: Mapping[str, Any], which: str | None) -> li
     """The evaluations of these weights, that of `evaluate RUN` first, each once."""
     shape = {**_RESULT, "train": str, "test": str}
     files = sorted(folder.glob("reports/evaluation*.json"), key=lambda p: (p.stem != "evaluation", p.name))
-    read = [r for r in (read_json(p, {}) for p in files) if fits(r, shape)]
-    found: list[dict[str, Any]] = []
-    for r in read:
-        if (r["step"], r["which"]) == (meta.get("step"), which) and not any(
-            _same(r, other) for other in found
-        ):
-            found.append(r)
+    found: dict[str, dict[str, Any]] = {}
+    for r in (read_json(p, {}) for p in files):
+        if fits(r, shape) and (r["step"], r["which"]) == (meta.get("step"), which):
+            # older versions wrote a result again where its images were named by another path
+            names = {k: Path(r[k]).name for k in ("train", "test")}
+            found.setdefault(json.dumps({k: r.get(k) for k in _KEPT} | names), r)
     image = meta.get("input", {})
     # older weights, without `crop_mode`, take images of their size whole
     own = {k: image.get(k) if "crop_mode" in image else None for k in ("crop_pct", "interpolation")}
-    names: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {}
     kept = []
-    for r in found:
-        out = {k: r[k] for k in map(_bare, _RESULT) if k in r}
+    for r in found.values():
+        out = {k: r[k] for k in _KEPT if k in r}
         # resized as the table of the model says
         if own == {k: r.get(k) for k in own}:
             out = {k: v for k, v in out.items() if k not in own}
         for k in ("train", "test"):
-            # other images may have the same name, since their folders are not told
-            of_name = names.setdefault(_short(r[k]), [])
-            if (path := r[k].rstrip("/")) not in of_name:
-                of_name.append(path)
-            n = of_name.index(path)
-            out[k] = _short(r[k]) + (f" ({n + 1})" if n else "")
+            # other images may have the same short name
+            paths = names_of.setdefault(short_path(r[k]), [])
+            if (path := r[k].rstrip("/")) not in paths:
+                paths.append(path)
+            n = paths.index(path)
+            out[k] = short_path(r[k]) + (f" ({n + 1})" if n else "")
         if "labels" in r:
-            out["labels"] = _short(r["labels"])
+            out["labels"] = short_path(r["labels"])
         if "labeled" in r:
             out["labeled"] = {"of": r["labeled"]["of"]}
         kept.append(out)
     return kept
 
 
-def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two result files hold one result; in older versions its images could have another path in each."""
-    measured = [k for k in map(_bare, _RESULT) if k not in ("train", "test")]
-    return (
-        all(a.get(k) == b.get(k) for k in measured)
-        and all(Path(a[k]).name == Path(b[k]).name for k in ("train", "test"))
-        and ("images" not in a or "images" not in b or a["images"] == b["images"])
-    )
-
-
-def _bare(key: str) -> str:
-    return key.removesuffix("?")
-
-
-def _short(name: str) -> str:
-    """The last two parts of a path: a card is published, the folders of its author are not."""
-    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
-
-
-def _named(count: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: _short(v) if k == "name" else v for k, v in count.items() if k in ("name", "images", "classes")
-    }
+def short_path(name: str) -> str:
+    """The last two names of a path, without home folders: a card is published, the folders of its author are not."""
+    parts = [p for p in Path(name).parts if p not in ("/", "..")]
+    if name.startswith("/") and parts:
+        parts = parts[{"home": 2, "Users": 2, "root": 1}.get(parts[0], 0) :]
+    return "/".join(parts[-2:]) or UNKNOWN
 
 
 def _recipe(cfg: Mapping[str, Any], env: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(words, value) of what makes a recipe, as far as both files hold it; settings without words: by their option."""
+    """(words, value) of the settings in these files; those not in `_WORDS` only where they are not the default."""
     of_run = {
         "preset": ("preset", "name"),
         "precision": ("resolved", "precision"),
@@ -236,7 +202,8 @@ def _recipe(cfg: Mapping[str, Any], env: Mapping[str, Any]) -> Iterator[tuple[st
     for words, (section, name) in of_run.items():
         value = env.get(section)
         if isinstance(value, dict) and fits(value.get(name), str):
-            yield words, value[name]
+            # of a checkout with changes that no commit has
+            yield words, value[name] + ", changed" * (value.get("changed") is True)
     tuned = "tune" in cfg
     found, defaults = flatten(cfg), flatten(FinetuneConfig() if tuned else Config())
     without = (*FREE_FIELDS, *_ELSEWHERE, *(NOT_TUNED if tuned else ()))
@@ -250,79 +217,80 @@ def _recipe(cfg: Mapping[str, Any], env: Mapping[str, Any]) -> Iterator[tuple[st
 
 # ---- the card ---------------------------------------------------------------------------------------
 
-_WITHOUT_HEAD = """This is the trunk with mean-pooled patch tokens, as a stock timm ViT without class token.
-It loads without this project, whose class-attention head is left out (an export with the class token needs the package
-extrema_fast, from its repository)."""
-
-_WITH_HEAD = """This is the whole encoder with {head}, a model that timm does not know by itself:
+# what an export is, and how its lines of code load it
+_TRUNK = "This is the trunk as a stock timm ViT with mean-pooled patch tokens; it loads without extrema_fast."
+_HEAD_LEFT_OUT = """
+The class-attention head is left out; an export with the class token needs the package extrema_fast."""
+_NEW_NORM = """
+A new norm after pooling replaces the final norm: fine-tune this model, its features are not those of pretraining."""
+_ENCODER = """This is the whole encoder with {head}, which timm does not know:
 install the package extrema_fast from its repository{extra} before loading."""
 _HEADS = {"token": "its class-attention head", "avg": "mean-pooled patch tokens"}
-
 _GRAPH = (
-    "This is the whole encoder as a graph for one image size and any batch; it needs no code of this project."
+    "This is the whole encoder as a graph for one image size and any batch size; it needs no extrema_fast."
 )
 
-_USE = {
+_LOAD = {
     "hf": """{registers}from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, {auto}
 
-model = AutoModel.from_pretrained("path/to/this/folder").eval()
-photo = Image.open("photo.jpg"){convert}
+model = {auto}.from_pretrained("path/to/this/folder").eval()
+photo = Image.open("photo.jpg").convert("{mode}")
 images = AutoImageProcessor.from_pretrained("path/to/this/folder")(photo)
-features = model(**images)
-features.last_hidden_state  # {tokens}
-features.pooler_output      # [1, width]: {pooled}""",
+""",
+    # of channels that no photograph has
+    "hf, other channels": """{registers}import torch
+from transformers import {auto}
+
+model = {auto}.from_pretrained("path/to/this/folder").eval()
+images = {{"pixel_values": torch.zeros(1, {size})}}  # prepared as the table below says
+""",
     "extrema": """import torch
 from extrema_fast import load_encoder
 
 encoder = load_encoder("path/to/this/folder")
-images = torch.zeros(1, {size})       # of photographs: encoder.preprocess()(photo)[None]
-features = encoder.encode(images)
-features.cls, features.patches  # [1, width], [1, patches, width]""",
+images = torch.zeros(1, {size})  # of an image: encoder.preprocess()(image)[None]
+""",
     "vit": """import timm
 import torch
 
 model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()
-images = torch.zeros(1, {size})       # prepared as the table below says
-features = model(images)               # [1, width]: mean of the patch tokens""",
+prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+images = torch.zeros(1, {size})  # of an image: prepare(image)[None]
+""",
     "onnx": """import numpy
 import onnxruntime
 
 session = onnxruntime.InferenceSession("path/to/this/folder/model.onnx")
-images = numpy.zeros((1, {size}), "float32")   # prepared as the table below says
-features = session.run(None, {{"images": images}})    # {outputs}""",
+images = numpy.zeros((1, {size}), "float32")  # prepared as the table below says
+{outputs} = session.run(None, {{"images": images}})
+""",
     "torch-export": """import torch
 
 program = torch.export.load("path/to/this/folder/model.pt2").module()
-images = torch.zeros(1, {size})       # prepared as the table below says
-features = program(images)             # {outputs}""",
+images = torch.zeros(1, {size})  # prepared as the table below says
+{outputs} = program(images)
+""",
 }
-
-# of a classifier, instead
-_CLASSIFY = {
-    "hf": """{registers}from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-model = AutoModelForImageClassification.from_pretrained("path/to/this/folder").eval()
-photo = Image.open("photo.jpg"){convert}
-images = AutoImageProcessor.from_pretrained("path/to/this/folder")(photo)
-logits = model(**images).logits        # [1, classes]
-name = model.config.id2label[int(logits.argmax())]""",
-    "extrema": """import torch
-from extrema_fast import load_encoder
-
-classifier = load_encoder("path/to/this/folder")
-images = torch.zeros(1, {size})       # of photographs: classifier.preprocess()(photo)[None]
-logits = classifier(images)            # [1, classes]
-name = classifier.classes[int(logits.argmax())]
-features = classifier.encode(images)   # features.cls [1, width], features.patches [1, patches, width]""",
-    "vit": """import timm
-import torch
-
-model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()
-images = torch.zeros(1, {size})       # prepared as the table below says
-logits = model(images)                 # [1, classes]
-name = model.pretrained_cfg["label_names"][int(logits.argmax())]""",
+_FEATURES = {
+    "hf": """features = model(**images)
+features.last_hidden_state  # {tokens}
+features.pooler_output  # [1, width]: {pooled}
+""",
+    "extrema": """features = encoder.encode(images)  # features.cls [1, width], features.patches [1, patches, width]
+""",
+    "vit": """features = model(images)  # [1, width]: mean of the patch tokens
+""",
+}
+_LOGITS = {
+    "hf": "model(**images).logits",
+    "extrema": "encoder(images)",
+    "vit": "model(images)",
+}
+_NAMES = {
+    "hf": "model.config.id2label",
+    "extrema": "encoder.classes",
+    "vit": 'model.pretrained_cfg["label_names"]',
 }
 
 _LIBRARY = {
@@ -344,8 +312,7 @@ _CARD = """---
 {about}
 
 ```python
-{use}
-```
+{code}```
 
 ## Training data
 
@@ -361,13 +328,13 @@ _CARD = """---
 
 ## Intended use
 
-Features of images: search, k-NN and linear classifiers on frozen features, a start for fine-tuning.{classes}
+{use}
 
 ## Limits
 
-The features reflect the training images: kinds of images that were not among them, other sizes and other channels are
-encoded less well or not at all. What is not in the tables above was not measured; bias, fairness and robustness were
-not examined. Check the features on your own images before you rely on them.
+The features reflect the training images. Kinds of images that were not among them, other image sizes and other channels
+give worse features or none. What the tables above do not show was not measured; bias, fairness and robustness were not
+examined. Evaluate the model on your own images before you rely on it.
 
 ## Model
 
@@ -375,81 +342,125 @@ not examined. Check the features on your own images before you rely on them.
 
 ## License
 
-No license is stated: it is that of the weights this was exported from. Who publishes them chooses it, in the head of
-this file.
+No license is stated. The license of the weights that were exported applies; whoever publishes them sets `license` at
+the top of this file.
 """
 
 
 def model_card(config: Mapping[str, Any]) -> str:
-    """The README.md of an export, Markdown with a YAML head, from its `config.json`."""
+    """The README.md of an export, Markdown with YAML metadata, from its `config.json`."""
     own = config["extrema_fast"]
-    image, model, form = own["input"], own["model"], own["export"]["format"]
-    name = config.get("architecture", "")
-    whole = not name or name.startswith("extrema_")
-    classes = own["encoder"]["num_classes"]
-    width = config.get("num_features") or model["width"] or UNKNOWN
-    # transformers leaves a gray image gray, whatever the model's channels
-    mode = {1: "L", 3: "RGB"}.get(image["input_size"][0])
-    # a fine-tuning may have begun from anybody's weights
+    # a fine-tuning may have started from anybody's weights
     ours = bool(own.get("config_hash")) and "finetuned" not in own
-    record = own["record"] if fits(own.get("record"), _RECORD) else {}
-    size = ", ".join(map(str, image["input_size"]))
-    if form in ("onnx", "torch-export"):
-        about = _GRAPH
-    elif whole:
-        about = _WITH_HEAD.format(
-            head=_HEADS[own["encoder"]["global_pool"]],
-            extra=", with the extra `hf`, and `import extrema_fast.timm`" if form == "hf" else "",
-        )
-    else:
-        about = _WITHOUT_HEAD
-    named = bool(own.get("classes"))
-    use = (_CLASSIFY if named and form in _CLASSIFY else _USE)[form].format(
-        registers="import extrema_fast.timm\n" if whole else "",
-        convert=f'.convert("{mode}")' if mode else "",
-        tokens="[1, 1 + patches, width]: class token, then patch tokens" if whole else "[1, patches, width]",
-        pooled="class token" if whole else "mean of the patch tokens",
-        size=size,
-        outputs=", ".join(config.get("graph", {}).get("outputs", [])).replace("_", " "),
-    )
+    record, classes = _record(own), own["encoder"]["num_classes"]
     return _CARD.format(
-        head=_head(form, bool(classes), ours, record),
-        width=width,
+        head=_head(own, ours, record),
+        width=model_config(own).shape[0],
         how=", pretrained with ExtreMA" if ours else "",
         pretraining="Self-supervised pretraining with extreme masking ([arXiv 2206.04667](https://arxiv.org/abs/2206.04667))."
         if ours
         else _begun(own),
-        about=about,
-        use=use,
+        about=_about(config, ours),
+        code=_code(config),
         data=_data(record, bool(classes)),
         recipe=_recipe_table(own, record),
         results=_results(record),
-        classes=_told_apart(classes, named),
-        rows=_model(config, own, image, model),
+        use=_use(own),
+        rows=_model(config),
     )
 
 
-def _head(form: str, classifies: bool, ours: bool, record: Mapping[str, Any]) -> str:
+def _record(own: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of the run, with the results of the features that the export has."""
+    record = dict(own["record"]) if fits(own.get("record"), _RECORD) else {}
+    size = own["input"]["input_size"][1:]
+    found = record.pop("results", []) + ([record.pop("online")] if "online" in record else [])
+    if _has_new_norm(own):
+        return record
+    for result in found:
+        result = {k: v for k, v in result.items() if k != "img_size" or v != size}
+        if own["encoder"]["global_pool"] == "avg":
+            result["rows"] = [row for row in result["rows"] if row["feature"] in _HEADLESS]
+        if "counts" in result:
+            record.setdefault("results", []).append(result)
+        else:
+            record["online"] = result
+    return record
+
+
+def _has_new_norm(own: Mapping[str, Any]) -> bool:
+    # with a classifier it was trained
+    return bool(own["export"].get("fc_norm")) and not own["encoder"]["num_classes"]
+
+
+def _is_whole(config: Mapping[str, Any]) -> bool:
+    """Whether an export is an encoder of this project, no stock ViT."""
+    name = config.get("architecture", "")
+    return not name or name.startswith("extrema_")
+
+
+def _about(config: Mapping[str, Any], ours: bool) -> str:
+    own = config["extrema_fast"]
+    form = own["export"]["format"]
+    if form in ("onnx", "torch-export"):
+        return _GRAPH
+    if _is_whole(config):
+        extra = ", with the extra `hf`, and `import extrema_fast.timm`" if form == "hf" else ""
+        return _ENCODER.format(head=_HEADS[own["encoder"]["global_pool"]], extra=extra)
+    return _TRUNK + _HEAD_LEFT_OUT * ours + _NEW_NORM * _has_new_norm(own)
+
+
+def _code(config: Mapping[str, Any]) -> str:
+    """Lines of Python that load the export and compute its outputs, which run as they are."""
+    own = config["extrema_fast"]
+    size, classes, form = own["input"]["input_size"], own["encoder"]["num_classes"], own["export"]["format"]
+    # transformers leaves a gray image gray, whatever the model's channels
+    mode, whole = {1: "L", 3: "RGB"}.get(size[0]), _is_whole(config)
+    code = _LOAD[form if mode or form != "hf" else "hf, other channels"]
+    if classes and form in _LOGITS:
+        code += f"logits = {_LOGITS[form]}  # [1, classes]\n"
+        code += f"name = {_NAMES[form]}[int(logits.argmax())]\n" if own.get("classes") else ""
+    if not classes or form == "extrema":
+        code += _FEATURES.get(form, "")
+    return code.format(
+        registers="import extrema_fast.timm\n" if whole else "",
+        auto="AutoModelForImageClassification" if classes else "AutoModel",
+        mode=mode,
+        size=", ".join(map(str, size)),
+        outputs=", ".join(config.get("graph", {}).get("outputs", [])),
+        tokens="[1, 1 + patches, width]: class token, then patch tokens" if whole else "[1, patches, width]",
+        pooled="class token" if whole else "mean of the patch tokens",
+    )
+
+
+def _head(own: Mapping[str, Any], ours: bool, record: Mapping[str, Any]) -> str:
     """The YAML of the card; JSON is YAML, and quotes what strangers' files hold."""
-    tags = (
-        ["timm"] * (form in ("hf", "vit"))
-        + ["vision-transformer", "self-supervised-learning"]
-        + ["extrema"] * ours
-    )
+    form, classes = own["export"]["format"], own["encoder"]["num_classes"]
+    tags = ["timm"] * (form in ("hf", "vit")) + ["vision-transformer"]
+    tags += ["self-supervised-learning", "extrema"] * ours
     lines = [
         f"library_name: {_LIBRARY[form]}",
-        f"pipeline_tag: {'image-classification' if classifies else 'image-feature-extraction'}",
+        f"pipeline_tag: {'image-classification' if classes else 'image-feature-extraction'}",
         f"tags: [{', '.join(tags)}]",
         "# license: the publisher's choice, such as apache-2.0 or cc-by-nc-4.0",
     ]
-    if found := record.get("results"):
-        lines.append(f"model-index: {json.dumps([{'name': 'encoder', 'results': _index(found)}])}")
+    if found := _index(record):
+        lines.append(f"model-index: {json.dumps([{'name': 'encoder', 'results': found}])}")
     return "\n".join(lines)
 
 
-def _index(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The entries of `model-index`: under one name of a metric a data set has one value."""
+def _index(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries of `model-index`: a data set has one value for each name of a metric."""
     entries, known = [], dict[tuple[str, str], float]()
+
+    def add(task: str, data: str, metrics: Sequence[Mapping[str, Any]]) -> None:
+        task_of = {"type": "image-classification", "name": task}
+        entries.append({"task": task_of, "dataset": {"type": data, "name": data}, "metrics": metrics})
+
+    if test := record.get("classified"):
+        value = round(100 * test["accuracy"], 2)
+        add("classification", _test_name(record), [{"type": "accuracy", "name": "accuracy", "value": value}])
+    results = record.get("results", [])
     for result in results:
         counts, metrics, data = result["counts"], [], result.get("test", UNKNOWN)
         for row, key in ((r, m) for r in result["rows"] if r["encoder"] == "pretrained" for m in _TITLES):
@@ -458,17 +469,20 @@ def _index(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             title = f"k-NN (k={result['k']})" if key == "knn" and "k" in result else _title(result, key)
             name = ", ".join([title, row["feature"], *_words(result, results, key)])
             value = round(100 * row[key], 2)
-            # what names and rules do not tell apart, the numbers of images may
-            counted = f"{name}, {counts['train']} training and {counts['test']} test images"
-            names = [name, counted, *(f"{counted} ({n})" for n in range(2, len(results) + 1))]
+            # what names and settings do not tell apart, the numbers of images may
+            sized = f"{name}, {counts['train']} training and {counts['test']} test images"
+            names = [name, sized, *(f"{sized} ({n})" for n in range(2, len(results) + 1))]
             name = next(n for n in names if known.get((data, n), value) == value)
             if (data, name) not in known:
                 metrics.append({"type": "accuracy", "name": name, "value": value})
             known[data, name] = value
         if metrics:
-            task = {"type": "image-classification", "name": "frozen features"}
-            entries.append({"task": task, "dataset": {"type": data, "name": data}, "metrics": metrics})
+            add("frozen features", data, metrics)
     return entries
+
+
+def _test_name(record: Mapping[str, Any]) -> str:
+    return str((record.get("data", {}).get("test") or {}).get("name", UNKNOWN))
 
 
 def _title(result: Mapping[str, Any], metric: str) -> str:
@@ -477,14 +491,16 @@ def _title(result: Mapping[str, Any], metric: str) -> str:
 
 
 def _words(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]], metric: str = "") -> list[str]:
-    """How a result was made, besides its protocol, where that is not as usual: labels, training images, rules."""
+    """Settings of a result, besides its protocol, that are not the defaults: labels, images, k-NN, resizing, seeds."""
     words = [f"labels {result['labels']}"] if "labels" in result else []
+    words += [f"{100 * result['holdout']:g} % held out"] if "holdout" in result else []
     first = next(r for r in results if r.get("test") == result.get("test"))
     if (train := result.get("train")) != first.get("train"):
-        words.append(f"learned from {train}")
+        words.append(f"trained on {train}")
+    words += [f"{' x '.join(map(str, result['img_size']))} pixels"] if "img_size" in result else []
     # of k-NN alone
     skipped = "temperature" if metric == "probe" else ""
-    return words + rules({k: v for k, v in result.items() if k != skipped})
+    return words + unusual_settings({k: v for k, v in result.items() if k != skipped})
 
 
 def _table(rows: Mapping[str, Any]) -> str:
@@ -496,14 +512,19 @@ def _begun(own: Mapping[str, Any]) -> str:
     begun = own.get("finetuned")
     if not isinstance(begun, dict):
         return "How these weights were trained is not recorded."
-    return f"A classifier, fine-tuned by extrema_fast from these weights: {_plain(_short(str(begun.get('weights'))))}."
+    if begun.get("weights") == "none":
+        return "A classifier, trained by extrema_fast from random weights."
+    return (
+        f"A classifier, fine-tuned by extrema_fast from the weights {_plain(begun.get('weights', UNKNOWN))}."
+    )
 
 
-def _told_apart(classes: int, named: bool) -> str:
+def _use(own: Mapping[str, Any]) -> str:
+    classes = own["encoder"]["num_classes"]
     if not classes:
-        return " It is no classifier by itself."
-    names = "; `label_names` in `config.json` names them in their order" if named else ""
-    return f" It tells {classes} classes apart{names}."
+        return "Image features for search, k-NN and linear classifiers, or fine-tuning. The model has no classifier."
+    names = "; `label_names` in `config.json` has their names in order" if own.get("classes") else ""
+    return f"Classification of images into {classes} classes{names}. The features also serve search and fine-tuning."
 
 
 def _data(record: Mapping[str, Any], classifies: bool) -> str:
@@ -521,13 +542,10 @@ def _recipe_table(own: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         k: ", ".join(map(str, v)) if isinstance(v, list) else "none" if v == "" else v
         for k, v in record.get("recipe", {}).items()
     }
-    rows |= {"begun from": record["begun_from"]} if "begun_from" in record else {}
-    rows |= {
-        "optimizer steps": own.get("step", UNKNOWN),
-        "images seen": own.get("images", UNKNOWN),
-        "seed": own.get("seed", UNKNOWN),
-        "configuration": own.get("config_hash", UNKNOWN),
-    }
+    rows |= {"initialized from": record["begun_from"]} if "begun_from" in record else {}
+    for words, key in (("optimizer steps", "step"), ("images seen", "images")):
+        rows[words] = f"{own[key]:,}" if key in own else UNKNOWN
+    rows |= {"seed": own.get("seed", UNKNOWN), "configuration": own.get("config_hash", UNKNOWN)}
     return _table(rows)
 
 
@@ -535,7 +553,8 @@ def _results(record: Mapping[str, Any]) -> str:
     parts = []
     if test := record.get("classified"):
         parts = [
-            f"Accuracy as a classifier: {100 * test['accuracy']:.1f} % of {test['images']:,} test images."
+            f"Accuracy as a classifier: {100 * test['accuracy']:.1f} % of {test['images']:,} test images "
+            f"({_plain(_test_name(record))})."
         ]
     results, online = record.get("results", []), record.get("online")
     for result in results:
@@ -555,7 +574,7 @@ def _results(record: Mapping[str, Any]) -> str:
         ]
     if online and not results:
         parts += [
-            f"k-NN with {online['k']} neighbors, measured while training, of {online['test']:,} test images.",
+            f"k-NN with {online['k']} neighbors on {online['test']:,} test images, measured during training.",
             _scores(online),
         ]
     return "\n\n".join(parts) or "These weights were not evaluated."
@@ -581,41 +600,38 @@ def _scores(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _model(
-    config: Mapping[str, Any], own: Mapping[str, Any], image: Mapping[str, Any], model: Mapping[str, Any]
-) -> str:
+def _model(config: Mapping[str, Any]) -> str:
+    own = config["extrema_fast"]
+    image, options = own["input"], own["encoder"]
     mean, std = (", ".join(f"{v:g}" for v in image[k]) for k in ("mean", "std"))
-    blocks = f", {model['depth']} blocks" if model["depth"] else ""
-    width = config.get("num_features") or model["width"]
-    parts = [
-        config.get("architecture"),
-        width and f"width {width}",
-        f"mlp ratio {model['mlp_ratio']:g}{blocks}",
-    ]
+    deep = own.get("data", {}).get("range")
+    levels = ", ".join(f"{a:g} to {b:g}" for a, b in zip(deep[::2], deep[1::2], strict=True)) if deep else ""
+    width, depth, heads = model_config(own).shape
     rows = {
-        "architecture": ", ".join(filter(None, parts)),
+        "architecture": f"{config.get('architecture', 'ViT')} of width {width}, {counted(depth, 'block')}, "
+        f"{counted(heads, 'head')}, MLP ratio {own['model']['mlp_ratio']:g}",
         "input": f"{' x '.join(map(str, image['input_size']))}, patches of {image['patch_size']} pixels",
         "channels": ", ".join(image["channels"]),
-        "values": f"{image['value_range'][0]:g} to {image['value_range'][1]:g}, then mean {mean}, std {std}",
-        "resize": f"{image['interpolation']}, crop share {image['crop_pct']:g}",
-        "positions": f"{own['encoder']['pos_embed']}, {own['encoder']['pos_coords']} coordinates",
-        "classes": own["encoder"]["num_classes"] or "none (features)",
-        "network": own.get("which") or UNKNOWN,
+        "values": f"0 to 1{levels and f' (more than 8 bits: from {levels})'}, then mean {mean}, std {std}",
+        "resize": f"{image['interpolation']}, crop fraction {image['crop_pct']:g}",
+        "positions": f"{options['pos_embed']}, {options['pos_coords']} coordinates",
+        "classes": options["num_classes"] or "none (features)",
+        "network": own.get("which"),
         "source": own["source"].get("file", UNKNOWN) if "source" in own else "a run of extrema-fast",
         "written by": own["software"],
     }
     differences = own["export"].get("differences", {})
-    rows |= {f"compared: {what}": f"largest difference {d:.1e}" for what, d in differences.items()}
-    return _table(rows)
+    rows |= {f"verified: {what}": f"largest difference {d:.1e}" for what, d in differences.items()}
+    return _table({k: v for k, v in rows.items() if v is not None})
 
 
 def card_hash(card: bytes) -> str:
-    """By which an untouched card is known."""
+    """The hash that identifies a card nobody has edited."""
     return hashlib.sha256(card).hexdigest()
 
 
 def kept_card(folder: Path) -> bytes | None:
-    """The card of an earlier export that its user edited; None where there is none, or it is as it was written."""
+    """The card of an earlier export if its user has edited it; else None."""
     file = folder / CARD
     if not file.is_file():
         return None
@@ -623,7 +639,7 @@ def kept_card(folder: Path) -> bytes | None:
     described = fits(config, {"extrema_fast": {"export": {"card": str}}})
     if described and card_hash(found) == config["extrema_fast"]["export"]["card"]:
         return None
-    log.warning("%s: is not as it was written and stays; remove it for a new one", file)
+    log.warning("%s: was edited and is kept; remove it to get a new one", file)
     return found
 
 

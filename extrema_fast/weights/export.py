@@ -35,7 +35,7 @@ from ..files import new_folder
 from ..models.encoder import Encoder, model_args, timm_config
 from ..models.layers import NORM_EPS
 from ..ops import dispatch as ops
-from .card import CARD, card_hash, kept_card, model_card, run_record
+from .card import CARD, card_hash, kept_card, model_card, run_record, short_path
 from .folder import (
     ENCODER_OPTIONS,
     SINGLE,
@@ -158,6 +158,8 @@ def export(
     kept = kept_card(out)
     if isinstance(weights, (str, Path)):
         meta["record"] = run_record(source.path, source.meta, chosen)
+    if isinstance(begun := meta.get("finetuned"), dict):
+        meta["finetuned"] = {"weights": short_path(str(begun.get("weights", "")))}
     description = _description(encoder, meta, {"format": name, **options})
     images = [
         torch.randn(b, encoder.in_chans, *encoder.img_size, generator=torch.Generator().manual_seed(b))
@@ -228,8 +230,8 @@ def _format_name(format: str) -> str:
 def _description(encoder: Encoder, meta: Mapping[str, Any], export: dict[str, Any]) -> dict[str, Any]:
     """Our description of what is exported: architecture, input, origin."""
     args = model_args(encoder)
-    size = (encoder.in_chans, *encoder.img_size)
-    image = input_meta(size, encoder.mean, encoder.std, encoder.interpolation, encoder.crop_pct)
+    cfg = encoder.own_cfg()
+    image = input_meta(*(cfg[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct")))
     origin = ("which", "step", "images", "seed", "config_hash", "source", "record", "finetuned")
     return described(
         {

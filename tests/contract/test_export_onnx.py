@@ -64,7 +64,7 @@ def test_an_encoder_in_onnxruntime(tmp_path):
     # the lines of the card
     code, names = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").split("```")[1], {}
     exec(code.removeprefix("python").replace("path/to/this/folder", str(tmp_path / "out")), names)
-    assert names["features"][0].shape == (1, 64)
+    assert names["class_token"].shape == (1, 64)
 
     model = onnx.load(str(tmp_path / "out" / "model.onnx"))
     assert {node.domain for node in model.graph.node} == {""} and not model.functions and opset(model) == 18

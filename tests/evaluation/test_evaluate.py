@@ -617,7 +617,7 @@ RESULT |= {"train": "/a/pets/train", "test": "/a/pets/test", "images": {"train":
         ({"seed": 5}, ", seed 5"),
         ({"seeds": 3}, ", 3 seeds"),
         ({"seeds": 3, "seed": 5}, ", 3 seeds from 5"),
-        ({"crop_pct": 1.0}, ", crop share 1.0"),
+        ({"crop_pct": 1.0}, ", crop fraction 1.0"),
         ({"interpolation": "bicubic"}, ", bicubic"),
         ({"counts": {"train": 30, "test": 6, "classes": 3}}, "30 training and 6 test images"),
         ({"which": "student"}, ", student"),

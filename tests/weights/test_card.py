@@ -1,9 +1,10 @@
 """The card of an export: what the run has recorded, and nothing else.
 
 Covers: data, recipe and results of the run around the weights, without folders of its author; evaluations of another
-step or network, and runs of another configuration, are left out; evaluations by different rules are told apart; an
-export of an export still has them; what is unknown is said; the head as Hugging Face reads it; the lines of code run,
-of a classifier with the names of its classes; a card that its user edited stays.
+step or network, runs of another configuration, and results of features that the export lacks, are left out;
+evaluations with different settings are told apart; an export of an export still has them; what is unknown is said; the
+head as Hugging Face reads it; the lines of code run, for any channels, of a classifier with the names of its classes;
+a card that its user edited stays.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from extrema_fast.config import FinetuneConfig, config_hash, from_dict, nested, to_dict
-from extrema_fast.weights.card import card_hash
+from extrema_fast.weights.card import card_hash, short_path
 from extrema_fast.weights.export import export
 from extrema_fast.weights.folder import save_weights, weights_meta
 from extrema_fast.weights.load import import_released, load_encoder
@@ -41,7 +42,7 @@ def run(tmp_path, method):
     (run / "reports").mkdir()
     counts = {"train": {"name": "/home/ann/birds/train", "images": 1234, "classes": 3}, "test": None}
     env = {"config_hash": config_hash(CFG), "data": counts, "preset": {"name": "smoke", "changes": {}}}
-    env |= {"init_from": {"weights": "/home/ann/mae.pth"}, "code": {"commit": "abc", "changed": False}}
+    env |= {"init_from": {"weights": "/home/ann/mae.pth"}, "code": {"commit": "abc", "changed": True}}
     files = {"config": to_dict(CFG), "env": env}
     for name, change in (
         ("", {}),
@@ -69,8 +70,8 @@ def test_what_the_run_has_recorded(run, tmp_path):
             "| preset | smoke |",
             f"| loss | {CFG.head.loss} |",
             f"| batch size | {CFG.train.batch_size} |",
-            "| begun from | ann/mae.pth |",
-            "| commit | abc |",
+            "| initialized from | mae.pth |",
+            "| commit | abc, changed |",
             "| optimizer steps | 7 |",
             "Frozen features on birds/test: 90 labeled training and 40 test images, 3 classes. k-NN with 20 neighbors.",
             "| pretrained | class token | 62.5 | 75.0 |",
@@ -128,10 +129,10 @@ def test_what_training_has_measured_stands_where_nothing_else_was(run, tmp_path)
     log = run / "log.jsonl"
     log.write_text("\n".join(map(json.dumps, lines)) + "\n{")
     export(run, tmp_path / "both")
-    assert "62.5" in card(tmp_path / "both") and "while training" not in card(tmp_path / "both")
+    assert "62.5" in card(tmp_path / "both") and "during training" not in card(tmp_path / "both")
     for file in run.glob("reports/evaluation*"):
         file.unlink()
-    said = f"k-NN with {CFG.eval.k} neighbors, measured while training, of 300 test images."
+    said = f"k-NN with {CFG.eval.k} neighbors on 300 test images, measured during training."
     for out in ("online", "again"):
         export(run if out == "online" else tmp_path / "online", tmp_path / out)
         text = card(tmp_path / out)
@@ -207,13 +208,13 @@ def test_evaluations_by_different_rules_are_told_apart(run, tmp_path):
     counted = "90 labeled training and 40 test images, 3 classes."
     assert [line for line in text.splitlines() if line.startswith("Frozen")] == [
         f"Frozen features on birds/test: {counted} k-NN with 20 neighbors.",
-        f"Frozen features on birds/test (linear probe, best rate): {counted} k-NN with 20 neighbors.",
+        f"Frozen features on birds/test (linear probe, best learning rate): {counted} k-NN with 20 neighbors.",
         "Frozen features on birds/test (logistic regression; labels 0.1; 3 seeds): 90 labeled training (of 900) and 40 "
         "test images, 3 classes. k-NN with 20 neighbors. ±: standard deviation over the seeds.",
         f"Frozen features on birds/test (temperature 1.0): {counted} k-NN with 7 neighbors.",
-        f"Frozen features on birds/test (crop share 1.0; seed 5): {counted} k-NN with 20 neighbors.",
+        f"Frozen features on birds/test (crop fraction 1.0; seed 5): {counted} k-NN with 20 neighbors.",
         f"Frozen features on birds/test (2): {counted} k-NN with 20 neighbors.",
-        f"Frozen features on birds/test (learned from more/train): {counted} k-NN with 20 neighbors.",
+        f"Frozen features on birds/test (trained on more/train): {counted} k-NN with 20 neighbors.",
     ]
     assert "| encoder | feature | k-NN, % | logistic regression, % |" in text
     assert "| pretrained | class token | 62.5 ± 1.0 | 75.0 ± 2.0 |" in text
@@ -223,11 +224,11 @@ def test_evaluations_by_different_rules_are_told_apart(run, tmp_path):
     assert len(set(names)) == len(names)
     for name in (
         "k-NN (k=20), class token",
-        "linear probe, best rate, class token",
+        "linear probe, best learning rate, class token",
         "logistic regression, class token, labels 0.1, 3 seeds",
         "k-NN (k=7), class token, temperature 1.0",
-        "linear probe, class token, crop share 1.0, seed 5",
-        "k-NN (k=20), class token, learned from more/train",
+        "linear probe, class token, crop fraction 1.0, seed 5",
+        "k-NN (k=20), class token, trained on more/train",
     ):
         assert ("birds/test", name) in names
     # what neither names nor rules tell apart: here both probes by the paper's rule, of other neighbors
@@ -235,16 +236,61 @@ def test_evaluations_by_different_rules_are_told_apart(run, tmp_path):
     assert ("birds/test", again) in names and ("birds/test (2)", "linear probe, class token") in names
 
 
-@pytest.mark.parametrize("format", ["extrema", "vit"])
-def test_its_code_runs(folder, tmp_path, format):
-    if format == "vit":
-        pytest.importorskip("timm")
-    export(folder, tmp_path / "out", format)
+def test_results_are_of_what_the_export_computes(run, tmp_path):
+    pytest.importorskip("timm")
+    mean = [{"encoder": e, "feature": "mean of patches", "knn": 0.5} for e in ("pretrained", "random init")]
+    kept(run, "", 0.0, rows=ROWS + mean, img_size=[16, 16], holdout=0.3)
+    said = "Frozen features on birds/test (30 % held out"
+    for out, options, has in (
+        ("whole", {}, ("62.5", "50.0", f"{said}):")),
+        # without class-attention head there is no class token
+        ("trunk", {"format": "vit"}, ("50.0", f"{said}):")),
+        ("fresh", {"format": "vit", "fc_norm": True}, ("not evaluated", "fine-tune this model")),
+        ("larger", {"img_size": 24}, ("62.5", "50.0", f"{said}; 16 x 16 pixels):")),
+    ):
+        export(run, tmp_path / out, **options)
+        text = card(tmp_path / out)
+        for fact in ("62.5", "50.0", f"{said}):", "not evaluated", "fine-tune this model"):
+            assert (fact in text) == (fact in has), (out, fact)
+        assert ("class-attention head is left out" in text) == ("format" in options) and has[-1] in text
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("/home/ann/birds", "birds"),
+        ("/mnt/a/b/birds/train/", "birds/train"),
+        ("../../ann/work/birds", "work/birds"),
+        ("/birds", "birds"),
+        ("/home/ann", "not recorded"),
+        ("synthetic", "synthetic"),
+    ],
+)
+def test_paths_are_short(name, wanted):
+    assert short_path(name) == wanted
+
+
+@pytest.mark.parametrize("name", ["odd grid", "gray", "five channels", "mean pool, classes"])
+@pytest.mark.parametrize("format", ["extrema", "vit", "hf"])
+def test_its_code_runs(tmp_path, monkeypatch, name, format):
+    for package in {"vit": ("timm",), "hf": ("timm", "transformers")}.get(format, ()):
+        pytest.importorskip(package)
+    encoder = perturbed(ENCODERS[name]())
+    encoder.value_range = (0.0, 4095.0)
+    export(encoder, tmp_path / "out", format)
+    assert "| 0 to 1 (more than 8 bits: from 0 to 4095), then mean" in card(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("PIL.Image").new("RGB", (60, 70)).save("photo.jpg")
     code = card(tmp_path / "out").split("```python\n")[1].split("```")[0]
-    names: dict = {}
-    exec(code.replace("path/to/this/folder", str(tmp_path / "out")), names)
-    first = names["features"] if format == "vit" else names["features"][0]
-    assert tuple(first.shape) == (1, 64)
+    found: dict = {}
+    exec(code.replace("path/to/this/folder", "out"), found)
+    images = found["images"]["pixel_values"] if format == "hf" else found["images"]
+    assert images.shape == (1, encoder.in_chans, *encoder.img_size)
+    if encoder.num_classes:
+        torch.testing.assert_close(found["logits"], encoder(images), rtol=0, atol=1e-5)
+        assert "name" not in found and "left out" not in card(tmp_path / "out")
+    else:
+        assert found["features"][0].shape[-1] == 64
 
 
 def test_a_card_that_was_edited_stays(folder, tmp_path, caplog):
@@ -275,11 +321,18 @@ def test_a_classifier(run, tmp_path):
     file = run / "weights" / "step_00000007" / "config.json"
     meta = json.loads(file.read_text())
     file.write_text(json.dumps(meta | {"finetuned": {"weights": "/home/ann/mae.pth"}}))
+    env = json.loads((run / "env.json").read_text())
+    env["data"]["test"] = {"name": "/home/ann/birds/test", "images": 40}
+    (run / "env.json").write_text(json.dumps(env))
     (run / "reports/classification.json").write_text(json.dumps({"step": 7, "accuracy": 0.875, "images": 40}))
     export(run, tmp_path / "out")
     text = card(tmp_path / "out")
-    assert "fine-tuned by extrema_fast from these weights: ann/mae.pth" in text and "with ExtreMA" not in text
-    assert "Accuracy as a classifier: 87.5 % of 40 test images." in text
+    assert "fine-tuned by extrema_fast from the weights mae.pth." in text and "with ExtreMA" not in text
+    assert "Accuracy as a classifier: 87.5 % of 40 test images (birds/test)." in text
+    assert "/home" not in text + (tmp_path / "out" / "config.json").read_text()
+    entry = json.loads(text.split("model-index: ")[1].splitlines()[0])[0]["results"][0]
+    assert entry["dataset"] == {"type": "birds/test", "name": "birds/test"}
+    assert entry["metrics"] == [{"type": "accuracy", "name": "accuracy", "value": 87.5}]
     export(run, tmp_path / "student", which="student")
     assert "87.5" not in card(tmp_path / "student")
 
