@@ -538,14 +538,15 @@ def create_encoder(
 def model_args(encoder: Encoder) -> dict[str, Any]:
     """The arguments, as plain JSON, with which `create_encoder(encoder.architecture, ...)` rebuilds the encoder.
 
-    They leave out the number of classes, drop rates, `dynamic_img_size` and pruning.
+    They leave out the number of classes, drop rates and `dynamic_img_size`.
     """
     config, plain = encoder.config, ModelConfig(size=encoder.config.size)
     args: dict[str, Any] = {
         "img_size": list(encoder.img_size),
         "patch_size": encoder.patch_size,
         "in_chans": encoder.in_chans,
-        "global_pool": encoder.global_pool,
+        # pruned, it has no class head to build and no pooling
+        "global_pool": encoder.global_pool if encoder.num_prefix_tokens else "avg",
         "fc_norm": isinstance(encoder.fc_norm, nn.LayerNorm),
         "pos_embed": "learned" if isinstance(encoder.pos_embed, nn.Parameter) else "sincos",
         "pos_coords": encoder.sincos.coords,

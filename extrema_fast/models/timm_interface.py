@@ -326,7 +326,7 @@ class TimmInterface(nn.Module):
         before, after = len(self.blocks), kept[-1] + 1
         # each block keeps its own drop-path rate
         self.drop_path_rate *= (after - 1) / max(before - 1, 1)
-        self.blocks = self.blocks[:after]
+        self.blocks, self.config = self.blocks[:after], replace(self.config, depth=after)
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:

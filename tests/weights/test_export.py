@@ -74,6 +74,15 @@ def test_an_encoder_in_memory(tmp_path):
     )
 
 
+@pytest.mark.parametrize("options", [{"prune_head": False}, {"prune_norm": True}])
+@torch.no_grad()
+def test_a_pruned_encoder(tmp_path, options):
+    encoder = perturbed(Encoder(CFG.model))
+    encoder.prune_intermediate_layers([0], **options)
+    loaded = load_encoder(export(encoder, tmp_path / "out").folder)
+    assert same(loaded, encoder) and loaded.config.shape == encoder.config.shape == (64, 1, 1)
+
+
 def test_an_encoder_inside_other_modules(tmp_path, monkeypatch):
     encoder = perturbed(Encoder(CFG.model))
     parts = deepcopy(encoder)
@@ -233,7 +242,7 @@ def test_force_replaces_an_export_and_nothing_else(folder, method, tmp_path):
     # the lines of its card
     code, found = (out / "README.md").read_text(encoding="utf-8").split("```")[1], {}
     exec(code.removeprefix("python").replace("path/to/this/folder", str(out)), found)
-    assert found["features"][0].shape == (1, 64)
+    assert found["class_token"].shape == (1, 64)
     refused(lambda: export(folder, out), "not empty", "--force")
     export(folder, out, force=True)
     assert names(out) == ["README.md", "config.json", "model.safetensors"]
