@@ -214,11 +214,15 @@ def weights_folder(path: Path) -> Path:
     return found[0]
 
 
-def networks_in(folder: Path) -> list[str]:
-    """The networks of a complete weights folder: teacher and student, or one; [] for any other folder."""
+def networks_in(folder: Path) -> dict[str, Path]:
+    """The networks of a complete weights folder and their files: teacher and student, or one; {} for another folder."""
     if not (folder / "config.json").is_file():
-        return []
-    return [name for name in (*WHICH, SINGLE) if (folder / f"{name}.safetensors").is_file()]
+        return {}
+    files = {name: folder / f"{name}.safetensors" for name in (*WHICH, SINGLE)}
+    # as transformers saves an export in several files
+    if not files[SINGLE].exists():
+        files[SINGLE] = folder / f"{SINGLE}.safetensors{INDEX}"
+    return {name: file for name, file in files.items() if file.is_file()}
 
 
 def _found_instead(path: Path) -> str:
@@ -275,8 +279,9 @@ def read_description(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     meta = own_description(folder)
     if not is_own(meta):
-        names = networks_in(folder)
-        alone = f"; to read tensors alone give {folder / names[0]}.safetensors" if names else ""
+        alone = "".join(
+            f"; to read tensors alone give {file}" for file in list(networks_in(folder).values())[:1]
+        )
         raise UsageError(
             f"{file}: not a weights description (`format` is not {FORMAT}; found: "
             f"{', '.join(list(meta)[:6])[:200] or 'nothing'}); nothing named there is loaded{alone}"

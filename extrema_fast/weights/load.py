@@ -23,6 +23,7 @@ from ..files import new_folder
 from ..models.encoder import Encoder, build_encoder
 from ..models.positions import adapt_in_chans
 from .folder import (
+    INDEX,
     SINGLE,
     WHICH,
     check_replaceable,
@@ -39,7 +40,15 @@ from .folder import (
     write_folder,
 )
 from .foreign import FILES, Described, read_folder
-from .released import check_architecture, first, is_projector, is_sincos, own_names, read_checkpoint
+from .released import (
+    check_architecture,
+    first,
+    is_projector,
+    is_sincos,
+    own_names,
+    read_checkpoint,
+    read_shards,
+)
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +65,7 @@ class Weights(NamedTuple):
     def read(self, name: str) -> dict[str, Tensor]:
         """The tensors of a network, by our names."""
         found = self.networks[name]
-        return own_names(read_safetensors(found)) if isinstance(found, Path) else found
+        return own_names(_read_file(found)) if isinstance(found, Path) else found
 
     def choose(self, which: str | None) -> str:
         """The network that `which` means; None: the one the description names, else the teacher.
@@ -97,9 +106,9 @@ def open_weights(
     )
     try:
         if path.is_file():
-            folder, names = path.parent, [path.stem]
-            described = path.suffix == ".safetensors" and path.stem in networks_in(folder)
-            if not described or not is_own(own_description(folder, {})):
+            folder = path.parent
+            networks = {name: file for name, file in networks_in(folder).items() if file.name == path.name}
+            if not networks or not is_own(own_description(folder, {})):
                 theirs = read_folder(folder) if path.name in FILES else None
                 return Weights(path, *read(path, described=theirs))
         else:
@@ -107,7 +116,7 @@ def open_weights(
             if file and not is_own(own_description(path, {})) and (theirs := read_folder(path)):
                 return Weights(path, *read(file, described=theirs))
             folder = weights_folder(path)
-            names = networks_in(folder)
+            networks = networks_in(folder)
         meta = read_description(folder)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error})") from None
@@ -122,12 +131,16 @@ def open_weights(
             raise UsageError(f"num_heads: {num_heads} does not divide the width {model.shape[0]}")
         meta = {**meta, "model": {**meta["model"], "heads": num_heads}}
     said = meta.get("which")
-    files = {said if n not in WHICH and said in WHICH else n: folder / f"{n}.safetensors" for n in names}
+    files = {said if n not in WHICH and said in WHICH else n: file for n, file in networks.items()}
     if len(files) == 1 and is_of_another_program(folder):
         name, file = next(iter(files.items()))
-        tensors = {k.removeprefix("timm_model."): v for k, v in read_safetensors(file).items()}
+        tensors = {k.removeprefix("timm_model."): v for k, v in _read_file(file).items()}
         return Weights(path, {**meta, "encoder": as_trained_on(meta, tensors)}, {name: own_names(tensors)})
     return Weights(path, meta, files)
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
+    return read_shards(file) if file.name.endswith(INDEX) else read_safetensors(file)
 
 
 def as_trained_on(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -178,8 +191,8 @@ def load_encoder(
         path: A run folder (its newest weights), a weights folder or one of its files, an exported folder, bare encoder
             weights, a released ExtreMA `.pth` (pretraining or fine-tuning), a file or folder of another project's ViT,
             of which the trunk is loaded (`foreign`), or the result of `open_weights`.
-        which: 'teacher' (frozen features) or 'student' (the start of the paper's fine-tuning); default: the teacher, or
-            the only network in the file.
+        which: 'teacher' (frozen features; of a timm checkpoint the EMA) or 'student' (the start of the paper's
+            fine-tuning); default: the teacher, or the only network in the file.
         num_classes: Classes of a new linear head; default: the file's head, unless the pooling changes. The class names
             of a fine-tuned head are in `classes`.
         img_size: Change the image size: a sin-cos table is computed for the new grid, a learned one is resampled.

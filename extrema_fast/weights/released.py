@@ -161,6 +161,8 @@ def read_checkpoint(
 
 # what training scripts save next to each other: DINO, I-JEPA
 _NESTED = {"teacher": "teacher", "target_encoder": "teacher", "student": "student", "encoder": "student"}
+# of timm and DeiT, next to `state_dict` or `model`
+_EMA = ("state_dict_ema", "model_ema")
 
 
 def _read(file: Path, which: str | None) -> tuple[dict[Any, Any], dict[str, Tensor]]:
@@ -168,7 +170,7 @@ def _read(file: Path, which: str | None) -> tuple[dict[Any, Any], dict[str, Tens
     if file.suffix in GRAPHS:
         raise UsageError(f"{file}: an exported graph, {NOT_WEIGHTS}")
     if file.name.endswith(INDEX):
-        return {}, _read_shards(file)
+        return {}, read_shards(file)
     with open(file, "rb") as f:
         if f.read(9)[8:] == b"{":
             return {}, read_safetensors(file)
@@ -178,9 +180,14 @@ def _read(file: Path, which: str | None) -> tuple[dict[Any, Any], dict[str, Tens
         # nested ones first: next to them are epoch, optimizer, arguments
         wanted = sorted(_NESTED, key=lambda key: _NESTED[key] != (which or "teacher"))
         others = [k for k, v in data.items() if isinstance(v, dict) and _are_tensors(v) and has_kernel(v)]
-        for key in ("state_dict", "model", *wanted, None, *others):
+        averaged = _EMA if which != "student" else ()
+        for key in (*averaged, "state_dict", "model", *wanted, None, *others):
             state = data if key is None else data.get(key)
             if isinstance(state, dict) and state and _are_tensors(state):
+                if key in _EMA and len(others) > 1:
+                    log.warning(
+                        "%s: takes the EMA of the weights (%s); which='student' takes the others", file, key
+                    )
                 state = without_counters(state)
                 check_tensors(state, file)
                 return data, {f"{_NESTED[key]}.{k}": v for k, v in state.items()} if key in _NESTED else state
@@ -191,7 +198,7 @@ def _read(file: Path, which: str | None) -> tuple[dict[Any, Any], dict[str, Tens
     )
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors of all files that an index of transformers names, which are next to it."""
     table = read_json(index).get("weight_map")
     names = set(table.values()) if isinstance(table, dict) and fits([*table.values()], [str]) else ()

@@ -139,10 +139,15 @@ def test_fine_tuned_by_transformers_and_read_back(hf, tmp_path, class_token):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     model.eval().save_pretrained(tmp_path / "tuned")
-    for source in (tmp_path / "tuned", tmp_path / "tuned" / "model.safetensors"):
+    # in several files
+    model.save_pretrained(tmp_path / "parts", max_shard_size="100KB")
+    index = tmp_path / "parts" / "model.safetensors.index.json"
+    for source in (tmp_path / "tuned", tmp_path / "tuned" / "model.safetensors", tmp_path / "parts", index):
         encoder = load_encoder(source)
         x = torch.randn(2, 3, *encoder.img_size)
         assert encoder.num_classes == 4 and close(encoder(x), model(x).logits)
+        # as the description says, not as is usual of other projects' files
+        assert encoder.mean == CFG.data.mean
     features = load_encoder(tmp_path / "tuned", num_classes=0)
     export(tmp_path / "tuned", tmp_path / "again", "extrema")
     assert close(load_encoder(tmp_path / "again")(x), model(x).logits) and features(x).shape == (2, 64)

@@ -153,7 +153,7 @@ def test_a_whole_vit_of_other_kinds(tmp_path):
 
 
 @torch.no_grad()
-def test_which_network(tmp_path):
+def test_which_network(tmp_path, caplog):
     file = tmp_path / "vit.pth"
     torch.save(moco()[1], file)
     teacher, student = (load_encoder(file, which) for which in ("teacher", "student"))
@@ -184,6 +184,16 @@ def test_which_network(tmp_path):
     refused(lambda: load_encoder(file, "teacher"), "no teacher weights")
     torch.save({"state_dict": state | {f"ema.{k}": v for k, v in vit.state_dict().items()}}, file)
     assert torch.equal(load_encoder(file).norm.bias, vit.norm.bias)
+    # of timm, which takes the EMA too, and of DeiT
+    own, others = vit.state_dict(), {k: v + 1 for k, v in vit.state_dict().items()}
+    for name in ("state_dict", "model"):
+        torch.save({name: others, f"{name}_ema": own}, file)
+        for which, more in ((None, 0), ("teacher", 0), ("student", 1)):
+            caplog.clear()
+            assert torch.equal(load_encoder(file, which).norm.bias, vit.norm.bias + more)
+            assert caplog.text.count(f"EMA of the weights ({name}_ema)") == 1 - more
+        torch.save({name: others, f"{name}_ema": None}, file)
+        assert torch.equal(load_encoder(file).norm.bias, vit.norm.bias + 1)
 
 
 @torch.no_grad()
