@@ -377,7 +377,9 @@ def _compare_hf(job: Job) -> dict[str, float]:
 
     if "class_token" in job.options:
         from .. import timm as _registered  # noqa: F401
-    model = AutoModel.from_pretrained(job.folder, local_files_only=True).eval()
+    # of a classifier it reports a head that it does not use
+    with _quiet():
+        model = AutoModel.from_pretrained(job.folder, local_files_only=True).eval()
     ours, theirs = [], []
     for x in job.images:
         tokens, result = job.encoder.forward_features(x), model(pixel_values=x)

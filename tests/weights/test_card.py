@@ -338,7 +338,7 @@ def test_a_classifier(run, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["extrema", "vit", "hf"])
-def test_a_classifier_names_its_classes(tmp_path, format):
+def test_a_classifier_names_its_classes(tmp_path, format, capsys):
     for package in {"vit": ("timm",), "hf": ("timm", "transformers")}.get(format, ()):
         pytest.importorskip(package)
     encoder, names = perturbed(ENCODERS["fine-tuned"]()), ["ant", "bee", "cat", "dog", "eel"]
@@ -350,6 +350,7 @@ def test_a_classifier_names_its_classes(tmp_path, format):
     # an export of an export, too
     export(weights, tmp_path / "first")
     export(tmp_path / "first", out, format)
+    assert "UNEXPECTED" not in capsys.readouterr().err
     assert load_encoder(out).classes == json.loads((out / "config.json").read_text())["label_names"] == names
     assert "with its class-attention head" not in card(out) and "`label_names` in `config.json`" in card(out)
     # the image that the code of the card is about
