@@ -1,7 +1,7 @@
 """`torch.hub.load` of this repository.
 
-Covers: the listed entries; each flavour; options; weights by path, of this size and of another; an unknown
-flavour; a checkout that is not installed, with its kernels.
+Covers: the listed entries; both interfaces; options; weights by path, of this size and of another; a
+checkout that is not installed, with its kernels.
 """
 
 from __future__ import annotations
@@ -51,24 +51,23 @@ def test_one_entry_per_model_and_nothing_else(repository):
     assert all(n in getattr(module, n).__doc__ for n in entries)
 
 
-def test_flavours(repository):
+def test_interfaces(repository):
     x = torch.randn(1, 3, 32, 32)
-    for flavour in ("native", "timm"):
-        encoder = load(repository, flavour=flavour, img_size=32, num_classes=3)
-        assert isinstance(encoder, extrema_fast.Encoder) and not encoder.training
-        assert encoder(x).shape == (1, 3) and encoder.encode(x).patches.shape == (1, 4, 192)
-    model = load(repository, flavour="dino", version=3, img_size=32)
+    encoder = load(repository, img_size=32, num_classes=3)
+    assert isinstance(encoder, extrema_fast.Encoder) and not encoder.training
+    assert encoder(x).shape == (1, 3) and encoder.encode(x).patches.shape == (1, 4, 192)
+    model = load(repository, dino=3, img_size=32)
     assert isinstance(model, Dino) and model.version == 3 and not model.training
     assert model(x).shape == (1, 192)
-    with pytest.raises(UsageError, match="'native', 'timm' or 'dino', got 'mae'"):
-        load(repository, flavour="mae")
+    with pytest.raises(UsageError, match="version: expected 1, 2 or 3, got 4"):
+        load(repository, dino=4)
 
 
 def test_weights(repository, weights):
     path, encoder = weights
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(load(repository, weights=path)(x), encoder(x))
-    assert torch.equal(load(repository, weights=path, flavour="dino")(x), encoder(x))
+    assert torch.equal(load(repository, weights=path, dino=2)(x), encoder(x))
     with pytest.raises(UsageError, match=r"\(192, 12, 3\) there, \(384, 12, 6\) in extrema_vit_small"):
         load(repository, TINY.replace("tiny", "small"), weights=path)
 
