@@ -1,4 +1,4 @@
-"""`extrema-fast export`: writes an encoder for other programs, and reads it back and compares it before it is kept.
+"""`extrema-fast export`: writes an encoder for other programs, reads it back and compares outputs before keeping it.
 
     extrema, timm   model.safetensors + config.json, for `load_encoder`; after `import extrema_fast.timm` also for
                     `timm.create_model("local-dir:DIR")` and Hugging Face's AutoModel
@@ -7,8 +7,8 @@
     onnx, torch-export
                     a graph for one image size and any batch size: images -> class token, patch tokens[, logits]
 
-Every folder has a `config.json`, which describes how to prepare images and where the weights come from, and a model
-card generated from it (`card.py`).
+Every folder has a `config.json`, which describes preprocessing and the origin of the weights, and a model card that is
+generated from it (`card.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..config import did_you_mean, to_dict
 from ..distributed import is_sharded
-from ..errors import ExtremaError, NonFiniteError, UsageError, cannot_import
+from ..errors import ExtremaError, NonFiniteError, UsageError, cannot_import, one_line
 from ..files import new_folder
 from ..models.encoder import Encoder, model_args, timm_config
 from ..models.layers import NORM_EPS
@@ -57,12 +57,12 @@ WEIGHTS, ONNX, PROGRAM = "model.safetensors", "model.onnx", "model.pt2"
 OPSET = 18
 # a protocol buffer holds 2 GiB; larger weights go into a separate file
 _ONNX_IN_ONE_FILE = 1_800_000_000
-# one image, and batches that a graph was not traced with
+# batch sizes that a graph was not traced with
 _BATCHES = (1, 3)
 
 
 class Job(NamedTuple):
-    """One export: what is written where, our description of it, options, and images to compare outputs on."""
+    """One export: the encoder, the new folder, its description, options, and images to compare outputs on."""
 
     encoder: Encoder
     folder: Path
@@ -80,14 +80,14 @@ class Exported(NamedTuple):
 
 
 class Format(NamedTuple):
-    """One format: functions that write it and read it back, what they need, the largest accepted difference."""
+    """One format: how it is written and verified, required packages, options, the largest accepted difference."""
 
-    # writes the files; returns config.json without our description
+    # writes the files and returns config.json without the description
     write: Callable[[Job], dict[str, Any]]
     # the largest difference of each comparison
     compare: Callable[[Job], dict[str, float]]
     packages: tuple[str, ...] = ()
-    # of this project, brings the packages
+    # the extra of this project that installs them
     extra: str = ""
     options: tuple[str, ...] = ()
     limit: float = 1e-5
@@ -138,11 +138,13 @@ def export(
             formats = " and ".join(k for k, f in FORMATS.items() if option in f.options)
             raise UsageError(f"--{option.replace('_', '-')}: an option of --format {formats}, not of {name}")
     if class_token and fc_norm:
-        raise UsageError("--fc-norm: comes after mean pooling; give it or --class-token")
+        raise UsageError(
+            "--fc-norm: an option of mean pooling, which --class-token replaces; give only one of them"
+        )
     for package in form.packages:
         try:
             importlib.import_module(package)
-        # a broken package, e.g. torchvision of another torch, fails in other ways
+        # a broken package, e.g. torchvision for another torch, raises other errors
         except (ImportError, RuntimeError, OSError) as error:
             raise UsageError(f"--format {name}: {cannot_import(package, error, form.extra)}") from None
     out = Path(out)
@@ -153,7 +155,7 @@ def export(
     changes: dict[str, Any] = {"global_pool": "avg", "fc_norm": fc_norm} if pooled else {}
     encoder = load_encoder(source, which, img_size=img_size, **changes).requires_grad_(False)
     if encoder_options(source.meta)["num_classes"] and not encoder.num_classes:
-        log.info("the classifier is left out: it was trained on another pooled feature")
+        log.info("the classifier is left out: it was trained with another pooling")
     meta = {**source.meta, "which": None if chosen == SINGLE else chosen}
     kept = kept_card(out)
     if isinstance(weights, (str, Path)):
@@ -170,7 +172,7 @@ def export(
     log.info("writing %s, then comparing it with the encoder on random images", name)
     with new_folder(out, partial(check_replaceable, force=force)) as folder:
         job = Job(encoder, folder, description, options, images)
-        # where timm and transformers look for them
+        # timm and transformers read class names here
         names = {"label_names": encoder.classes} if encoder.classes else {}
         config = {**form.write(job), **names, "extrema_fast": description}
         write_json(folder / "config.json", config)
@@ -184,10 +186,10 @@ def export(
 
 
 def _in_memory(model: Any) -> Weights:
-    """An encoder as what is read from a file; nothing is known of its training."""
+    """An encoder in memory in the form of weights that were read; nothing is known of its training."""
     name, encoder = "an encoder in memory", model
     while not isinstance(encoder, Encoder):
-        # of torch.compile, of DistributedDataParallel and averages, of `Dino`
+        # wrapped by torch.compile, by DistributedDataParallel or an EMA, by `Dino`
         inside = (getattr(encoder, key, None) for key in ("_orig_mod", "module", "encoder"))
         encoder = next((m for m in inside if isinstance(m, nn.Module)), None)
         if encoder is None:
@@ -195,15 +197,15 @@ def _in_memory(model: Any) -> Weights:
     state = encoder.state_dict()
     if any(map(is_sharded, state.values())):
         raise UsageError(
-            "export: the weights of this encoder are spread over processes; save them whole (`full_state_dict` of "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict) and export that file"
+            "export: the weights of this encoder are sharded over processes; save a full state dict (`full_state_dict` "
+            "of torch.distributed.checkpoint.state_dict.get_model_state_dict) and export that file"
         )
     tensors = {plain_name(k): v.detach().cpu() for k, v in state.items()}
     return Weights(Path(name), _description(encoder, {"source": {"file": name}}, {}), {SINGLE: tensors})
 
 
 def _check_eps(name: str, encoder: Encoder, images: list[Tensor]) -> None:
-    """Raises UsageError where the eps of timm's VisionTransformer, which no `config.json` sets, changes features."""
+    """Raises UsageError if the eps of timm's VisionTransformer, which `config.json` cannot set, changes features."""
     stock = copy.deepcopy(encoder)
     for module in stock.modules():
         if isinstance(module, nn.LayerNorm):
@@ -221,14 +223,14 @@ def _check_eps(name: str, encoder: Encoder, images: list[Tensor]) -> None:
 def _format_name(format: str) -> str:
     name = _ALIASES.get(format, format)
     if name in _REMOVED:
-        raise UsageError(f"--format: {format!r} is no longer written; use {_REMOVED[name]}")
+        raise UsageError(f"--format: {format!r} was removed; use {_REMOVED[name]}")
     if name not in FORMATS:
         raise UsageError(f"--format: {format!r} is unknown{did_you_mean(format, [*FORMATS, *_ALIASES])}")
     return name
 
 
 def _description(encoder: Encoder, meta: Mapping[str, Any], export: dict[str, Any]) -> dict[str, Any]:
-    """Our description of what is exported: architecture, input, origin."""
+    """The description of an export: architecture, input, origin."""
     args = model_args(encoder)
     cfg = encoder.own_cfg()
     image = input_meta(*(cfg[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct")))
@@ -253,7 +255,7 @@ def _description(encoder: Encoder, meta: Mapping[str, Any], export: dict[str, An
 
 
 def _compare(name: str, job: Job) -> dict[str, float]:
-    """Reads the export back; the largest difference of each comparison on random images."""
+    """Reads the export back and returns the largest difference of each comparison on random images."""
     form = FORMATS[name]
     try:
         with torch.no_grad():
@@ -263,11 +265,11 @@ def _compare(name: str, job: Job) -> dict[str, float]:
     except Exception as error:
         log.debug("reading the export back", exc_info=True)
         raise ExtremaError(
-            f"--format {name}: what was written cannot be read back ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}); nothing was kept"
+            f"--format {name}: the export cannot be read back ({type(error).__name__}: {one_line(error, 300)}); "
+            "nothing was kept"
         ) from error
     for what, difference in differences.items():
-        # not `>`, which nan would pass
+        # `>` would accept nan
         if not difference <= form.limit:
             with torch.no_grad():
                 finite = job.encoder(job.images[0]).isfinite().all()
@@ -284,13 +286,13 @@ def _compare(name: str, job: Job) -> dict[str, float]:
 
 
 def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """Largest absolute difference, relative to the largest value where that is above 1; nan for other shapes."""
+    """Largest absolute difference, relative to the largest value if that is above 1; nan if shapes differ."""
     if any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
         return float("nan")
     differences = [
         (a - b).abs().max() / a.abs().max().clamp(min=1) for a, b in zip(ours, theirs, strict=True)
     ]
-    # torch's max, not Python's, which could drop nan
+    # torch's max keeps nan, Python's may drop it
     return float(torch.stack(differences).max())
 
 
@@ -315,7 +317,7 @@ def _compare_extrema(job: Job) -> dict[str, float]:
     try:
         from .. import timm as _registered  # noqa: F401
     except (ImportError, RuntimeError) as error:
-        log.info("not read back with timm, which cannot be imported (%s)", str(error).splitlines()[0])
+        log.info("not verified with timm, which cannot be imported (%s)", str(error).splitlines()[0])
         return found
     return found | {"timm local-dir": _compare_timm(job)}
 
@@ -351,7 +353,7 @@ def _write_vit(job: Job) -> dict[str, Any]:
         "architecture": encoder.architecture.removeprefix("extrema_"),
         "global_pool": "avg",
         "model_args": args,
-        # timm resamples the table when it is asked for another size
+        # for another size timm resamples the table
         "pretrained_cfg": {**config["pretrained_cfg"], "fixed_input_size": True},
     }
 
@@ -431,10 +433,9 @@ def _program(encoder: Encoder) -> torch.export.ExportedProgram:
         name = ops.choice(op, "cpu", say=False)[0]
         if name not in ("auto", "sdpa", "absorbed", "reference", "matmul"):
             raise UsageError(
-                f"export: {op}={name} is asked for, and a graph holds torch's own operators alone; "
-                "unset EXTREMA_FAST_BACKEND"
+                f"export: EXTREMA_FAST_BACKEND requests {op}={name}, but a graph has torch's operators only; unset it"
             )
-    # a batch of one would become a constant of the graph
+    # torch.export would make a batch size of 1 a constant
     example = torch.zeros(2, encoder.in_chans, *encoder.img_size)
     batch = torch.export.Dim("batch", max=65535)
     with torch.no_grad():
@@ -450,13 +451,15 @@ def _compare_graph(job: Job, run: Callable[[Tensor], Sequence[Tensor]], what: st
         run(torch.zeros(1, encoder.in_chans, height + encoder.patch_size, width))
     except Exception:
         return found
-    raise ExtremaError(f"{what}: the graph takes images of another size than {height} x {width}")
+    raise ExtremaError(
+        f"{what}: the graph accepts another image size than {height} x {width}, for which it is wrong"
+    )
 
 
 def _write_program(job: Job) -> dict[str, Any]:
     with _quiet():
         extra = {"extrema_fast.json": json.dumps(job.description)}
-        # in memory: on a full disk torch's own writer ends the whole process
+        # in memory: on a full disk torch's writer aborts the process
         held = io.BytesIO()
         torch.export.save(_program(job.encoder), held, extra_files=extra)
     (job.folder / PROGRAM).write_bytes(held.getbuffer())
@@ -472,7 +475,7 @@ def _compare_program(job: Job) -> dict[str, float]:
 def _write_onnx(job: Job) -> dict[str, Any]:
     opset = job.options.get("opset", OPSET)
     if opset < OPSET:
-        raise UsageError(f"--opset: the exporter of torch starts at {OPSET}, got {opset}")
+        raise UsageError(f"--opset: torch's exporter supports {OPSET} and later, got {opset}")
     with _quiet():
         try:
             onnx = torch.onnx.export(
@@ -484,11 +487,9 @@ def _write_onnx(job: Job) -> dict[str, Any]:
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise UsageError(
-                f"--opset {opset}: torch cannot write it ({' '.join(str(error).split())[:200]})"
-            ) from None
+            raise UsageError(f"--opset {opset}: torch cannot write it ({one_line(error)})") from None
     assert onnx is not None  # with dynamo=True
-    # torch only logs that it failed to convert to another operator set
+    # torch only logs a failed conversion to another operator set
     if (written := onnx.model.opset_imports.get("")) != opset:
         raise UsageError(f"--opset {opset}: torch wrote {written} instead; give a lower one")
     onnx.model.metadata_props["extrema_fast"] = json.dumps(job.description)
@@ -504,7 +505,7 @@ def _compare_onnx(job: Job) -> dict[str, float]:
     file = str(job.folder / ONNX)
     onnx.checker.check_model(file)
     settings = onnxruntime.SessionOptions()
-    # its own errors are raised; the log would repeat them
+    # errors are raised; the log would repeat them
     settings.log_severity_level = 4
     session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
 
@@ -516,7 +517,7 @@ def _compare_onnx(job: Job) -> dict[str, float]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences exporters, which warn of their own deprecations; what they wrote is compared afterwards."""
+    """Silences exporters, which warn about their own deprecations; what they wrote is compared afterwards."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

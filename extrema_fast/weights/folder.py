@@ -1,6 +1,6 @@
-"""Weights folders and weight files: written, found, described, and read without executing anything in them.
+"""Weights folders and weight files: writing, finding and describing them, and reading them without executing code.
 
-A weights folder can be read without its run:
+A weights folder is readable without its run:
 
     config.json           architecture, normalization, heads, origin of the weights
     teacher.safetensors   encoder keys; projector as head.*
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..config import Config, ModelConfig, config_hash, did_you_mean, from_dict, to_dict
-from ..errors import StorageError, UsageError
+from ..errors import StorageError, UsageError, one_line
 from ..files import fits, read_json
 from ..models.layers import NORM_EPS
 from ..models.positions import COORDS
@@ -44,11 +44,11 @@ WHICH = ("teacher", "student")
 # name of a network that is not known to be either
 SINGLE = "model"
 GRAPHS = (".onnx", ".pt2", ".ts")
-# how the name of a table of several files ends
+# suffix of the index of weights in several files
 INDEX = ".index.json"
 NOT_WEIGHTS = "which runs without this project; give the weights it came from"
 
-# what `import` and `export` write, in older versions too; `--force` replaces no folder with anything else in it
+# what `import` and `export` write, also in older versions; `--force` replaces only folders of such files
 OWN_FILES = (
     "config.json", "README.md", "preprocessor_config.json", "teacher.safetensors", "student.safetensors",
     "model.safetensors", "model.onnx", "model.onnx.data", "model.pt2", "model.ts",
@@ -60,7 +60,7 @@ R = TypeVar("R")
 
 
 def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: what the function makes is on the CPU, whatever `torch.set_default_device` says."""
+    """Decorator: the function creates tensors on the CPU, whatever `torch.set_default_device` says."""
 
     @wraps(function)
     def inner(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -74,7 +74,7 @@ def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class Renamed(Mapping[str, Tensor]):
-    """Some tensors of a mapping by other names, looked up when they are asked for: they may be in a file.
+    """Some tensors of a mapping under other names, looked up on access, since they may be in a file.
 
     Args:
         names: new name -> name in `tensors`.
@@ -94,7 +94,7 @@ class Renamed(Mapping[str, Tensor]):
 
 
 def method_tensors(state: Mapping[str, Tensor], which: str) -> Renamed:
-    """One network's tensors by the names of a weights file, no copies; `state`: `state_dict()` of an `ExtreMA`."""
+    """One network's tensors under the names of a weights file, not copied; `state`: `state_dict()` of an `ExtreMA`."""
     names = {"encoder.": "", "projector.": "head.", "predictor.": "predictor."}
     return Renamed(
         state,
@@ -122,7 +122,7 @@ def write_json(file: Path, data: Mapping[str, Any]) -> None:
 
 
 def described(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """`meta` with the entries by which a description of weights is recognized."""
+    """`meta` with the entries that identify a description of weights."""
     return {"format": FORMAT, "version": VERSION, "software": f"extrema-fast {__version__}", **meta}
 
 
@@ -145,7 +145,7 @@ def save_weights(folder: str | Path, method: Any, meta: Mapping[str, Any]) -> Pa
 def data_meta(
     mean: Sequence[float], std: Sequence[float], value_range: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """How pixels become numbers: statistics, and the range of more than 8 bits where it is not the usual one."""
+    """Mean and standard deviation of pixels, and the value range of images with more than 8 bits, if given."""
     found = {"mean": list(mean), "std": list(std)}
     return found | {"range": list(value_range)} if value_range else found
 
@@ -178,7 +178,7 @@ def input_meta(
     interpolation: str = "bilinear",
     crop_pct: float = 0.875,
 ) -> dict[str, Any]:
-    """The images an encoder expects: size [C, H, W], channel names, range and statistics, resizing."""
+    """The input of an encoder: size [C, H, W], channel names, value range, mean and standard deviation, resizing."""
     chans = input_size[0]
     names = {1: ["gray"], 3: ["red", "green", "blue"]}
     return {
@@ -189,7 +189,7 @@ def input_meta(
         "std": list(std),
         "interpolation": interpolation,
         "crop_pct": crop_pct,
-        # not there in older versions, whose evaluation took images of exactly this size whole
+        # missing in older versions, whose evaluation did not crop images of exactly this size
         "crop_mode": "center",
     }
 
@@ -198,10 +198,14 @@ def input_meta(
 
 
 def weights_folder(path: Path) -> Path:
-    """The weights folder meant by `path`: itself, or the newest one of a run folder."""
+    """The weights folder at `path`: itself, or the newest one of a run folder."""
     if not path.exists():
         is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists()
-        fix = f"; of the Hugging Face Hub: `hf download {path} --local-dir FOLDER` first" if is_name else ""
+        fix = (
+            f"; for a repository of the Hugging Face Hub run `hf download {path} --local-dir FOLDER` first"
+            if is_name
+            else ""
+        )
         raise UsageError(
             f"{path}: no such file or folder; expected a run folder, a weights folder or file, an exported "
             f"folder or a released .pth{fix}"
@@ -229,7 +233,7 @@ def _found_instead(path: Path) -> str:
     names = sorted(p.name for p in path.iterdir())
     inside = ", ".join(names[:6]) or "nothing"
     if "log.jsonl" in names:
-        return f"this run has saved no weights yet (found: {inside})"
+        return f"this run has not saved weights yet (found: {inside})"
     if {"COMPLETE", "state.safetensors"} & set(names):
         return "a checkpoint of a run; its weights are in the run folder's weights/step_*"
     for name in sorted(names, key=lambda name: not name.endswith(INDEX)):
@@ -244,11 +248,11 @@ def _found_instead(path: Path) -> str:
 
 
 def check_replaceable(out: Path, force: bool = False) -> None:
-    """Raises UsageError unless `out` is free or empty, or an earlier import or export that `force` replaces."""
+    """Raises UsageError unless `out` is missing, empty, or an earlier import or export that `force` may replace."""
     only = f"{out}: --force replaces only what `import` or `export` wrote;"
     try:
         if out.is_symlink():
-            raise UsageError(f"{out}: is a symbolic link; name the folder itself, or another one")
+            raise UsageError(f"{out}: is a symbolic link; give the folder itself or another one")
         if not out.exists():
             return
         if not out.is_dir():
@@ -260,9 +264,9 @@ def check_replaceable(out: Path, force: bool = False) -> None:
             )
         for name in inside:
             if name not in OWN_FILES or not (out / name).is_file():
-                raise UsageError(f"{only} this folder holds {name}")
+                raise UsageError(f"{only} this folder contains {name}")
         if inside and not {"source", "export"} & own_description(out, {}).keys():
-            raise UsageError(f"{only} this folder was written by neither")
+            raise UsageError(f"{only} neither wrote this folder")
     except OSError as error:
         raise StorageError(f"{out}: cannot be written ({error})") from None
 
@@ -271,10 +275,10 @@ def check_replaceable(out: Path, force: bool = False) -> None:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """The checked description of a weights folder; nothing of the size it claims is allocated.
+    """Reads and checks the description of a weights folder, without allocating anything of the size it claims.
 
     Raises:
-        UsageError: `config.json` is damaged, another program's, of a newer version, or makes no sense.
+        UsageError: `config.json` is damaged, invalid, another program's, or of a newer version.
     """
     file = folder / "config.json"
     meta = own_description(folder)
@@ -294,13 +298,13 @@ def read_description(folder: Path) -> dict[str, Any]:
         )
     if not fits(meta, _ORIGIN):
         raise UsageError(
-            f"{file}: not a weights description (one of {', '.join(k[:-1] for k in _ORIGIN)} makes no sense)"
+            f"{file}: not a weights description (one of {', '.join(k[:-1] for k in _ORIGIN)} is invalid)"
         )
     try:
         model_config(meta)
         _check_tables(meta)
     except (ValueError, KeyError, TypeError, OverflowError, ZeroDivisionError) as error:
-        raise UsageError(f"{file}: not a weights description ({_line(error)})") from None
+        raise UsageError(f"{file}: not a weights description ({one_line(error)})") from None
     return meta
 
 
@@ -310,36 +314,36 @@ _ORIGIN = {
     "images?": (int, None),
     "config_hash?": str,
     "source?": {"file?": str, "left_out?": [str]},
-    # of a fine-tuned head, in the order of its outputs
+    # of a fine-tuned head, in order of its outputs
     "classes?": [str],
     "software?": str,
 }
 
 
 def own_description(folder: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What `config.json` of a folder holds under `extrema_fast`, or at its top; not checked."""
+    """The content of a folder's `config.json` under `extrema_fast`, or all of it; not checked."""
     data = read_json(folder / "config.json", default)
     own = data.get("extrema_fast")
     return own if isinstance(own, dict) else data
 
 
 def is_of_another_program(folder: Path) -> bool:
-    """Whether `config.json` is timm's or Hugging Face's, with our description inside: they may have trained on."""
+    """Whether `config.json` is timm's or Hugging Face's with our description inside: that may have trained it."""
     return isinstance(read_json(folder / "config.json", {}).get("extrema_fast"), dict)
 
 
 def is_own(meta: Mapping[str, Any]) -> bool:
-    """Whether a description is of this project (it may still make no sense)."""
+    """Whether a description is of this project (it may still be invalid)."""
     return meta.get("format") == FORMAT
 
 
 def model_config(meta: Mapping[str, Any]) -> ModelConfig:
-    """The architecture in a description; nothing of that size is allocated."""
+    """The architecture in a description; allocates nothing of that size."""
     # one view of all tokens: valid for any grid
     return from_dict({"model": meta["model"], "mask": {"ratio": 0.0, "views": 1}}, Config()).model
 
 
-# options of the encoder that a description may hold, with their values where it does not
+# encoder options of a description, with their defaults
 ENCODER_OPTIONS: dict[str, Any] = {
     "num_classes": 0,
     "in_chans": None,
@@ -370,7 +374,7 @@ def _ascend(value_range: list[float]) -> bool:
     return all(black < white for black, white in zip(value_range[::2], value_range[1::2], strict=True))
 
 
-# what the tables of a description may hold
+# checks of the values in a description
 _CHECKS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "encoder": {
         "num_classes": lambda v: _whole(v, 0),
@@ -406,24 +410,24 @@ def _check_tables(meta: Mapping[str, Any]) -> None:
         for key, check in checks.items():
             # mean and std have no default
             if (key in table or (name == "data" and name in meta)) and not check(table.get(key)):
-                raise UsageError(f"{name}.{key}: {str(table.get(key))[:40]} makes no sense")
+                raise UsageError(f"{name}.{key}: {str(table.get(key))[:40]} is invalid")
 
 
 # ---- reading untrusted files ----------------------------------------------------------------------
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, checked by `check_tensors`."""
+    """Reads a safetensors file; its tensors are checked by `check_tensors`."""
     try:
         state = without_counters(load_file(path))
     except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"{path}: damaged or not a safetensors file ({_line(error)})") from None
+        raise UsageError(f"{path}: damaged or not a safetensors file ({one_line(error)})") from None
     check_tensors(state, path)
     return state
 
 
 class _Bounded(io.BufferedReader):
-    """A file whose `read` allocates no more than the file has, whatever size a pickle announces."""
+    """A file whose `read` allocates at most the size of the file, whatever size a pickle claims."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size >= 0:
@@ -431,7 +435,7 @@ class _Bounded(io.BufferedReader):
         return super().read(size)
 
 
-# plain values that training scripts save with their weights: arguments, and numpy's numbers under both of its paths
+# plain values that training scripts save with weights: arguments, and numpy scalars under both module paths
 _SCALAR = np.float64().__reduce__()[0]
 _PLAIN_VALUES: list[Any] = [
     argparse.Namespace,
@@ -442,12 +446,12 @@ _PLAIN_VALUES: list[Any] = [
 
 
 def read_torch(path: Path) -> Any:
-    """What `torch.save` wrote, if it is tensors and plain data only; tensors may be memory-mapped."""
+    """Reads a file of `torch.save` that has only tensors and plain data; tensors may be memory-mapped."""
     zipped = zipfile.is_zipfile(path)
     try:
         if zipped:
             with zipfile.ZipFile(path) as z:
-                # torch never compresses, and compressed entries could expand to any size
+                # torch does not compress, and compressed entries could expand to any size
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in z.infolist()):
                     raise ValueError("compressed entries")
         with torch.serialization.safe_globals(_PLAIN_VALUES):
@@ -456,23 +460,25 @@ def read_torch(path: Path) -> Any:
             with _Bounded(open(path, "rb", buffering=0)) as f:
                 return torch.load(f, map_location="cpu", weights_only=True)
     except Exception as error:
-        # damaged bytes fail in many ways, and torch's own text advises an unsafe load
+        # damaged files raise many kinds of errors, and torch's text recommends an unsafe load
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = (
-            f"it holds code: {code[1]}" if code else f"damaged or not from torch.save: {type(error).__name__}"
+            f"it contains code: {code[1]}"
+            if code
+            else f"damaged or not from torch.save: {type(error).__name__}"
         )
         raise UsageError(f"{path}: not a checkpoint that can be read safely ({reason})") from None
 
 
 def without_counters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without BatchNorm's numbers of batches, which are whole and which nothing needs."""
+    """Drops BatchNorm's batch counters, which are integers and not needed."""
     return {k: v for k, v in state.items() if not k.endswith(".num_batches_tracked")}
 
 
 def check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
-    """Raises UsageError unless all are plain, dense, floating-point tensors no larger than the file.
+    """Raises UsageError unless all are plain, dense, floating-point tensors that are not larger than the file.
 
-    A view can claim any shape over a few bytes; copying it would fill the memory.
+    A view can claim any shape over a few bytes; copying it would fill memory.
     """
     for name, value in state.items():
         plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided
@@ -484,10 +490,10 @@ def check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     claimed, size = sum(v.numel() * v.element_size() for v in state.values()), path.stat().st_size
     # tied tensors are counted twice
     if claimed > 2 * size:
-        raise UsageError(f"{path}: its tensors claim {claimed} bytes, the file has {size}; not read")
+        raise UsageError(f"{path}: its tensors claim {claimed} bytes, but the file has {size}")
 
 
-# first letters of a key -> whose checkpoint it is; the most telling first
+# prefix of a key -> the kind of checkpoint; the most specific first
 _OTHERS = {
     "decoder_blocks.": "an MAE checkpoint",
     "base_encoder.": "a MoCo v3 checkpoint",
@@ -502,14 +508,9 @@ _OTHERS = {
 
 
 def looks_like(keys: Collection[str]) -> str:
-    """The end of an error message: whose checkpoint has such keys, or nothing."""
+    """The end of an error message that names the kind of checkpoint with such keys, or nothing."""
     if not any("blocks_token." in k for k in keys):
         for prefix, name in _OTHERS.items():
             if any(re.match(rf"((module|teacher|student)\.)*{re.escape(prefix)}", k) for k in keys):
                 return f"; this looks like {name}"
     return ""
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) < 200 else text[:200] + " ..."

@@ -1,8 +1,8 @@
-"""Loads the trunk of other projects' vision transformers, under the names used here.
+"""Loads the trunk of other projects' vision transformers under our names.
 
 Supported are the state dicts of timm's VisionTransformer, MAE, DINO, DINOv2, MoCo v3, torchvision and Hugging Face
-(ViT, DeiT, MAE, MSN, DINOv2). The trunk trained here has no class token, so theirs is left out, with its row of the
-position table, and so are their heads. Features that this trunk cannot compute are rejected by name.
+(ViT, DeiT, MAE, MSN, DINOv2). Our trunk has no class token, so theirs is left out with its row of the position
+table, and so are their heads. Trunks with layers that ours lacks are rejected with the name of the layer.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .folder import INDEX
 
 log = logging.getLogger(__name__)
 
-# the patch kernel, which every layout has: what is before its name is what wraps the network
+# every layout has a patch kernel; the prefix of its name is that of the network's wrappers
 _KERNELS = r"patch_embed\.proj|embeddings\.patch_embeddings(\.projection)?|conv_proj"
 _ROOT = re.compile(rf"^(?P<root>(.*\.)?)(?P<name>{_KERNELS})\.weight$")
-# wrappers that stand anywhere in a name
+# wrappers that may be anywhere in a name
 _INSIDE = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# which network of several
+# priority among several networks
 _FIRST = ("teacher", "ema", "momentum", "target", "student")
 
 _LAYER = r"^(?:encoder\.)?layers?\.(\d+)\."
@@ -70,7 +70,7 @@ _RENAMES = (
     (r"^encoder\.ln\.", "norm."),
 )
 
-# what a trunk may have that this one cannot compute, by our names; `load_vit` can compute the first
+# parts of a trunk that ours cannot compute, under our names; `load_vit` supports the first
 _REGISTERS = "register tokens"
 _REFUSED = {
     _REGISTERS: r"^reg_token$",
@@ -82,7 +82,7 @@ _REFUSED = {
     "norms after attention or MLP": r"^blocks\.\d+\.(attn|mlp)\.norm\.",
     "separate biases of queries and values": r"\.attn\.[qv]_bias$",
 }
-# left out of the trunk, and what it is called
+# parts that are left out of the trunk
 _LEFT_OUT = {
     _REGISTERS: _REFUSED[_REGISTERS],
     "class token": r"^cls_token$",
@@ -94,7 +94,7 @@ _LEFT_OUT = {
 }
 
 
-# heads of other projects' widths that are not of 64
+# number of heads of other projects' widths whose head_dim is not 64
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 
 
@@ -103,7 +103,7 @@ FILES = ("model.safetensors", "pytorch_model.bin", f"model.safetensors{INDEX}", 
 
 
 class Described(NamedTuple):
-    """What the folder of another project says about its weights."""
+    """What the folder of another project records about its weights."""
 
     heads: int | None = None
     grid: tuple[int, int] | None = None
@@ -116,13 +116,13 @@ class Described(NamedTuple):
 
 
 def read_folder(folder: Path) -> Described | None:
-    """What `config.json` and `preprocessor_config.json` of transformers or timm say; None for another folder.
+    """Reads `config.json` and `preprocessor_config.json` of transformers or timm; None for any other folder.
 
     Raises:
-        UsageError: the trunk is not one that this one can compute.
+        UsageError: our trunk cannot compute this one.
     """
     config = read_json(folder / "config.json", {})
-    # flat before timm 0.9; transformers leaves it out where it saves a model of timm
+    # flat before timm 0.9; missing if transformers saved a model of timm
     timm = config.get("pretrained_cfg") or (config if isinstance(config.get("architecture"), str) else None)
     if not (fits(config, {"model_type": str, "hidden_size": int}) or isinstance(timm, dict)):
         return None
@@ -160,15 +160,15 @@ def read_folder(folder: Path) -> Described | None:
     )
 
 
-# models of timm that have the heads of their size; others of such names may not (`gap`: 16 in place of 12)
+# timm models with the number of heads of their size; similar names may differ (`gap`: 16 instead of 12)
 _PLAIN = re.compile(r"(?:vit|deit3?)_(tiny|small|base|large|huge)_patch\d+_\d+")
 
 
 def _by_timm(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What `architecture` and `model_args` say, by the names of transformers; a model without weights is built.
+    """What `architecture` and `model_args` imply, under the names of transformers; builds the model without weights.
 
     Raises:
-        UsageError: the blocks are others than ours.
+        UsageError: the blocks differ from ours.
     """
     name, args = (config.get(k) for k in ("architecture", "model_args"))
     name, args = name if isinstance(name, str) else "", args if isinstance(args, dict) else {}
@@ -191,32 +191,34 @@ def _by_timm(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     try:
         return said | _built(name, args, folder)
     except (ImportError, RuntimeError) as error:
-        log.info("%s: not built to see its heads (%s)", folder, cannot_import("timm", error, "timm"))
+        log.info(
+            "%s: the number of heads is not read from timm (%s)", folder, cannot_import("timm", error, "timm")
+        )
     if plain := _PLAIN.fullmatch(name):
         size: Any = plain[1]
         said.setdefault("num_attention_heads", SIZES[size][2])
     return said
 
 
-# timm's blocks, and parts of them, that compute what ours do
+# timm's blocks and layers that compute the same as ours
 _STOCK = ("Block", "EvaBlock", "Attention", "EvaAttention", "Mlp")
 
 
 def _built(name: str, args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """`_by_timm` from one block of timm's own model; {} where timm cannot build it."""
+    """`_by_timm` from one block of timm's model; {} if timm cannot build it."""
     from timm.models import is_model, model_entrypoint
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
     if not is_model(name):
         return {}
-    # others could name files to read; one block, however many the file claims
+    # other arguments could name files to read; one block, whatever depth the file claims
     known = {p for kind in (VisionTransformer, Eva) for p in inspect.signature(kind).parameters}
     try:
         with torch.device("meta"):
             vit = model_entrypoint(name)(**{**{k: v for k, v in args.items() if k in known}, "depth": 1})
     except Exception as error:
-        log.info("%s: timm cannot build its %s (%s)", folder, name, one_line(error))
+        log.info("%s: timm cannot build %s (%s)", folder, name, one_line(error))
         return {}
     if not isinstance(vit, (VisionTransformer, Eva)):
         return {}
@@ -247,17 +249,17 @@ def _pair(value: Any) -> tuple[int, int] | None:
     return (sides[0], sides[1]) if fits(sides, [int, int]) and min(sides) > 0 else None
 
 
-# what comes before the patch tokens, by timm's names
+# tokens before the patch tokens, under timm's names
 PREFIX = ("cls_token", "dist_token", "reg_token")
 
 
 class Trunk(NamedTuple):
-    """A trunk by our names, and what of the file it is without.
+    """A trunk under our names, and what was left out of it.
 
     Attributes:
-        tensors: of the trunk.
-        left_out: what is not among them, in words.
-        prefix: class token, distillation token and registers by timm's names, and their rows of the position table.
+        tensors: Of the trunk.
+        left_out: Names of the parts that are left out.
+        prefix: Class token, distillation token and registers under timm's names, and their rows of the position table.
     """
 
     tensors: dict[str, Tensor]
@@ -266,18 +268,18 @@ class Trunk(NamedTuple):
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name without what torch.compile, FSDP and checkpointing put in between."""
+    """A tensor's name without the prefixes of torch.compile, FSDP and activation checkpointing."""
     return _INSIDE.sub("", name)
 
 
 def below_root(
     state: Mapping[str, Tensor], branches: Mapping[str, str], which: str | None = None
 ) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a network by the names they have inside what wraps it, and those wrappers.
+    """The tensors of a network without the prefix of its wrappers, and that prefix.
 
     Args:
-        branches: names of the two networks of a method, which stay in the names.
-        which: `teacher` or `student`, where there are both; None: the teacher.
+        branches: Names of the two networks of a method, which are not removed.
+        which: `teacher` or `student`, if there are both; None: the teacher.
     """
     names = {plain_name(k): v for k, v in state.items()}
     roots = {m["root"] for k in names if (m := _ROOT.match(k))}
@@ -285,26 +287,26 @@ def below_root(
         return names, ""
     both = re.compile(rf"(^|(?<=\.))({'|'.join(branches)})\.$")
     outer = {both.sub("", root) for root in roots}
-    # where no part has a network's name, the innermost is a part of others
+    # without a network's name the outermost is taken: deeper ones are parts of it
     order = {r: (which and network_name(r) != which, _rank(r) if r else 0, r.count("."), r) for r in outer}
     root = min(outer, key=order.__getitem__)
     return {k.removeprefix(root): v for k, v in names.items() if k.startswith(root)}, root
 
 
 def _rank(root: str) -> int:
-    """Which of several networks to take: the smallest."""
+    """Priority of a network: the lowest is taken."""
     parts = root.split(".")
     return next((i for i, w in enumerate(_FIRST) if any(p.startswith(w) for p in parts)), len(_FIRST))
 
 
 def network_name(root: str) -> str:
-    """`teacher` or `student` where what wraps a network says so; else empty."""
+    """`teacher` or `student` if the prefix of a network says so; else empty."""
     rank = _rank(root)
     return "" if rank == len(_FIRST) else "student" if _FIRST[rank] == "student" else "teacher"
 
 
 def has_kernel(names: Iterable[str]) -> bool:
-    """Whether one of these tensors is a patch kernel, which every network has."""
+    """Whether one of these names is that of a patch kernel, which every network has."""
     return any(_ROOT.match(plain_name(name)) for name in names)
 
 
@@ -314,16 +316,16 @@ def convert(
     grid: tuple[int, int] | None,
     fold: Callable[[dict[str, Tensor]], Any],
 ) -> Trunk:
-    """The trunk of a vision transformer of another project, by our names.
+    """Converts another project's vision transformer to our names.
 
     Args:
-        state: its tensors, below the root.
-        source: the file, for messages.
-        grid: (rows, columns) of the position table, where it is not square.
-        fold: puts layer scale into the weights before it.
+        state: Its tensors, without the prefix of wrappers.
+        source: The file, for messages.
+        grid: (rows, columns) of the position table, if it is not square.
+        fold: Folds layer scale into the weights before it.
 
     Raises:
-        UsageError: the trunk has parts that ours cannot compute, or none by which it could be one.
+        UsageError: The trunk has layers that ours cannot compute, or no position table.
     """
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -344,13 +346,13 @@ def convert(
     table = renamed.get("pos_embed")
     if table is not None and table.dim() == 3:
         rows = prefix_rows(renamed, grid)
-        # the usual, where the grid is not square
+        # the usual number, if the grid is not square
         rows = len(prefix.keys() - {"reg_token"}) if rows is None else rows
         prefix["pos_embed"], renamed["pos_embed"] = table[:, :rows], table[:, rows:]
     left_out = {what: [k for k in renamed if re.search(keys, k)] for what, keys in _LEFT_OUT.items()}
     heads = {k for k in renamed if k.startswith("head.")}
     if not left_out["class token"] and heads == {"head.weight", "head.bias"}:
-        # a classifier of the mean of the patches
+        # a classifier on the mean of the patches
         left_out["classifier or projector"] = []
     dropped = {k for keys in left_out.values() for k in keys}
     trunk = _join_qkv({k: v for k, v in renamed.items() if k not in dropped})
@@ -363,7 +365,7 @@ def convert(
 def prefix_rows(state: Mapping[str, Tensor], grid: tuple[int, int] | None) -> int | None:
     """Rows of class and distillation token, or of these and registers, in the position table [1, rows, D].
 
-    0 as in timm's no_embed_class, where they have no position; None where nothing shows it.
+    0 with timm's no_embed_class, where they have no position; None if the tensors do not show it.
     """
     table = state.get("pos_embed")
     rows = table.shape[1] if table is not None and table.dim() == 3 else 0
@@ -376,7 +378,7 @@ def prefix_rows(state: Mapping[str, Tensor], grid: tuple[int, int] | None) -> in
 
 
 def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Query, key and value as one matrix; a bias that one of them lacks is 0. What is not whole stays as it is."""
+    """Joins query, key and value into one matrix; a missing bias is 0. Incomplete triples are left unchanged."""
     parts = ("q", "k", "v")
     for block in {m[1] for k in state if (m := re.match(r"(blocks\.\d+\.attn)\.q\.weight$", k))}:
         weights = [state[k] for p in parts if (k := f"{block}.{p}.weight") in state]

@@ -1,6 +1,6 @@
 """Loads encoders from run folders, weights folders, single files, exports and released ExtreMA checkpoints.
 
-The content of a path determines what it is, not its name. Nothing is unpickled: files are read as safetensors, or with
+The content of a path decides what it is, not its name. Nothing is unpickled: files are read as safetensors, or with
 `torch.load(weights_only=True)`.
 """
 
@@ -54,21 +54,21 @@ log = logging.getLogger(__name__)
 
 
 class Weights(NamedTuple):
-    """What a path holds: its description, and the file or the tensors of each network."""
+    """The content of a path: its description, and the file or tensors of each network."""
 
     path: Path
     meta: dict[str, Any]
     networks: Mapping[str, Path | dict[str, Tensor]]
     prefixes: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
-    """class token and the like of another project's networks, which are left out (`foreign.Trunk`)"""
+    """class token and other prefix tokens of another project's networks, which are left out (`foreign.Trunk`)"""
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a network, by our names."""
+        """The tensors of a network, under our names."""
         found = self.networks[name]
         return own_names(_read_file(found)) if isinstance(found, Path) else found
 
     def choose(self, which: str | None) -> str:
-        """The network that `which` means; None: the one the description names, else the teacher.
+        """The name of the network for `which`; None: the one that the description names, else the teacher.
 
         A network not known to be either (a bare file, a fine-tuned one) is returned for any name.
         """
@@ -79,7 +79,7 @@ class Weights(NamedTuple):
         for name in (meant, SINGLE):
             if name in self.networks:
                 return name
-        raise UsageError(f"{self.path}: holds no {meant} weights; it holds: {', '.join(self.networks)}")
+        raise UsageError(f"{self.path}: has no {meant} weights; it has: {', '.join(self.networks)}")
 
 
 @on_cpu
@@ -91,10 +91,10 @@ def open_weights(
     which: str | None = None,
     registers: bool = False,
 ) -> Weights:
-    """Finds out what `path` holds; arguments and errors as in `load_encoder`, `assumed` as in `read_checkpoint`.
+    """Reads what `path` contains; arguments and errors as in `load_encoder`, `assumed` as in `read_checkpoint`.
 
-    With `which`, the other one of another project's two networks is not read. With `registers`, a trunk with register
-    tokens is no error: they are in `prefixes`.
+    With `which`, only that one of another project's two networks is read. With `registers`, a trunk may have register
+    tokens, which are returned in `prefixes`.
     """
     path = Path(path)
     if grid is not None:
@@ -123,7 +123,7 @@ def open_weights(
     model = model_config(meta)
     if grid is not None and grid != model.grid:
         raise UsageError(
-            f"grid: {grid[0]} x {grid[1]} patches, but {folder} says {model.grid[0]} x {model.grid[1]}; "
+            f"grid: {grid[0]} x {grid[1]} patches, but {folder} has {model.grid[0]} x {model.grid[1]}; "
             "for another image size give img_size"
         )
     if num_heads is not None:
@@ -144,9 +144,9 @@ def _read_file(file: Path) -> dict[str, Tensor]:
 
 
 def as_trained_on(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The options of an encoder that timm or Hugging Face may have trained on since it was exported.
+    """The encoder options of an export that timm or Hugging Face may have trained further.
 
-    They set another classifier; in a stock ViT the position table is a parameter.
+    They may have replaced the classifier; in a stock ViT the position table is a parameter.
     """
     options, model = encoder_options(meta), model_config(meta)
     head, table = tensors.get("head.weight"), tensors.get("pos_embed")
@@ -161,7 +161,7 @@ def as_trained_on(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
 
 
 def load_metadata(path: str | Path) -> dict[str, Any]:
-    """The description of what `path` holds, as `load_encoder` reads it: `model` (the architecture) at least."""
+    """The description of the weights at `path`, as `load_encoder` reads it; has at least `model`, the architecture."""
     return open_weights(path).meta
 
 
@@ -212,8 +212,8 @@ def load_encoder(
     """
     weights = path if isinstance(path, Weights) else open_weights(path, grid, num_heads, which=which)
     if weights is not path and (left_out := weights.meta.get("source", {}).get("left_out")):
-        # its features are not those of the model that the file is of
-        log.warning("%s: the trunk of another project's ViT, without: %s", path, ", ".join(left_out))
+        # the features differ from those of the original model
+        log.warning("%s: loads the trunk of another project's ViT without: %s", path, ", ".join(left_out))
     tensors, source = weights.read(weights.choose(which)), str(weights.path)
     config, saved = model_config(weights.meta), encoder_options(weights.meta)
     if drop_path_rate is not None:
@@ -238,16 +238,16 @@ def load_encoder(
 
 
 def _options(saved: Mapping[str, Any], requested: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The encoder's options: those requested over those saved; checked where the file cannot give them."""
+    """The encoder's options: the saved ones, overridden by the requested ones if the weights allow it."""
     options = {**saved, **requested}
     if options["global_pool"] == "token" and saved["global_pool"] == "avg":
         raise UsageError(f"global_pool: {source} has no class head; use 'avg'")
     if "fc_norm" not in requested and options["global_pool"] != "avg":
         options["fc_norm"] = False
     if saved["fc_norm"] and not options["fc_norm"]:
-        raise UsageError(f"fc_norm: {source} was trained with a norm after pooling and has no other")
+        raise UsageError(f"fc_norm: {source} was trained with a norm after pooling and has no final norm")
     if saved["pos_embed"] == "learned" and options["pos_embed"] == "sincos":
-        raise UsageError(f"pos_embed: {source} was trained with a learned table; 'sincos' would lose it")
+        raise UsageError(f"pos_embed: {source} was trained with a learned table; 'sincos' would discard it")
     if "num_classes" not in requested and not _same_pool(saved, options):
         options["num_classes"] = 0
     return options
@@ -264,8 +264,8 @@ def _build(
     tensors: Mapping[str, Tensor],
     source: str,
 ) -> Encoder:
-    """An encoder with `options`, filled from tensors that were saved with options `saved`."""
-    # before anything of the claimed size is allocated
+    """Builds an encoder with `options` from tensors that were saved with options `saved`."""
+    # before allocating anything of the claimed size
     check_architecture(config, saved, {k: tuple(v.shape) for k, v in tensors.items()}, source)
     trained = tuple(saved["pos_grid"] or config.grid)
     state = {k: v for k, v in tensors.items() if not is_projector(k)}
@@ -277,11 +277,11 @@ def _build(
     kernel = "patch_embed.proj.weight"
     state[kernel] = adapt_in_chans(state[kernel].float(), options["in_chans"] or config.in_chans)
     encoder = Encoder(config, **{**options, "pos_grid": trained})
-    # of half precision it is rounded
+    # rounded in half precision
     exact = options["pos_coords"] == saved["pos_coords"] and state["pos_embed"].element_size() > 2
     if saved["pos_embed"] == "sincos" and not exact:
         state["pos_embed"] = encoder.pos_embed.detach()
-    # what this variant does not have is left out
+    # leave out what this variant does not have
     unused = {
         "head.": saved["num_classes"]
         and not (saved["num_classes"] == options["num_classes"] and _same_pool(saved, options)),
@@ -295,7 +295,7 @@ def _build(
 
 
 def _fill(encoder: Encoder, state: Mapping[str, Tensor], source: str) -> None:
-    """Loads encoder keys strictly; only a new head or norm may stay as it is."""
+    """Loads encoder keys strictly; only a new head or norm may keep its initial values."""
     own = encoder.state_dict()
     both = sorted(state.keys() & own.keys())
     found = {
@@ -318,7 +318,7 @@ def _set_input(encoder: Encoder, meta: Mapping[str, Any]) -> None:
         for name in ("mean", "std"):
             values = meta["data"][name]
             if encoder.in_chans not in (1, len(values)):
-                # repeated, as the patch kernel is; gray is computed from colors
+                # repeated like the patch kernel; gray is computed from colors
                 values = (values * encoder.in_chans)[: encoder.in_chans]
             setattr(encoder, name, tuple(values))
         if found := meta["data"].get("range"):
@@ -326,7 +326,7 @@ def _set_input(encoder: Encoder, meta: Mapping[str, Any]) -> None:
     for name in ("interpolation", "crop_pct"):
         if name in meta.get("input", {}):
             setattr(encoder, name, meta["input"][name])
-    # weights of older versions are evaluated as they were then
+    # weights of older versions are evaluated as those versions did
     encoder.keep_exact = is_own(meta) and "crop_mode" not in meta.get("input", {})
 
 
@@ -378,12 +378,12 @@ def import_released(
     check_replaceable(out, force)
     weights = open_weights(file, grid, num_heads, which=which)
     if not file.is_file() and is_own(weights.meta):
-        raise UsageError(f"{file}: a run or weights folder needs no import, see `export`")
+        raise UsageError(f"{file}: a run or weights folder needs no import; use `export`")
     names = list(weights.networks) if which is None else [weights.choose(which)]
     networks = {name: weights.read(name) for name in names}
     config, saved = model_config(weights.meta), encoder_options(weights.meta)
     for name, tensors in networks.items():
-        # completeness is checked before anything is written
+        # check completeness before writing
         _build(config, saved, saved, tensors, f"{file} ({name})")
         if bad := [k for k, v in tensors.items() if not torch.isfinite(v).all()]:
             raise UsageError(f"{file} ({name}): values that are not finite: {first(bad)}")

@@ -1,4 +1,4 @@
-"""Checkpoint files without a description: identifies them, and infers the encoder architecture from their tensors.
+"""Checkpoint files without a description: identifies them and infers the encoder architecture from their tensors.
 
     pretraining   {epoch, arch, state_dict: module.base_encoder.*, module.momentum_encoder.*,
                   module.predictor.*, optimizer, scaler}; projector as `head.*` of each encoder
@@ -7,9 +7,9 @@
     bare          the tensors of one encoder, from `torch.save` or safetensors, possibly with the prefixes of a wrapper
                   (torch.compile, DDP, Lightning, `teacher.`, ...)
 
-    others        ViTs of timm, MAE, DINO, DINOv2, MoCo v3, torchvision, Hugging Face: only their trunk (`foreign`)
+    others        ViTs of timm, MAE, DINO, DINOv2, MoCo v3, torchvision, Hugging Face: only the trunk (`foreign`)
 
-The first three were saved by the released ExtreMA code. Nothing larger than the tensors themselves is allocated.
+The released ExtreMA code saves the first three. Nothing larger than the tensors is allocated.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ log = logging.getLogger(__name__)
 
 STATS = data_meta(*IMAGENET)
 HEAD_DIM = 64
-# a position table this close to the formula is the fixed one (the released files hold it in fp32)
+# a position table this close to the formula is the fixed one (fp32 in the released files)
 SINCOS_TOLERANCE = 1e-5
 
 _BRANCHES = {"base_encoder": "student", "momentum_encoder": "teacher"}
-# what an encoder has at least, and all it can have
+# tensors that an encoder must have, and all that it may have
 _NEEDED = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
 _KNOWN = re.compile(
     r"(patch_embed\.proj|norm|fc_norm|head|predictor)\.|(pos_embed|cls_token)$"
@@ -84,16 +84,16 @@ def read_checkpoint(
 ) -> tuple[dict[str, Any], Networks, Networks]:
     """The description and the networks (student and teacher, or one `model`) of a file without a description.
 
-    With them class tokens and the like that were left out (`foreign.Trunk.prefix`), by network.
+    Also returns class tokens and other prefix tokens that were left out (`foreign.Trunk.prefix`), by network.
 
     Args:
         file: From `torch.save` or safetensors.
         grid: Rows and columns of a learned position table that is not square.
-        num_heads: Heads of the trunk, where that is not width / 64.
-        described: What the folder of another project says of it.
-        assumed: What is taken for heads and, of another project, for mean and standard deviation where nothing says.
-        which: Of another project's two networks, the one that is read; None: the teacher.
-        registers: Whether a trunk may have register tokens, which are then left out.
+        num_heads: Heads of the trunk, if not width / 64.
+        described: The description in the folder of another project.
+        assumed: Number of heads and, for another project's file, mean and standard deviation to use if unknown.
+        which: The one of another project's two networks to read; None: the teacher.
+        registers: Accept a trunk with register tokens, which are left out.
 
     Raises:
         UsageError: The file cannot be read safely, is incomplete, or is another project's.
@@ -107,7 +107,7 @@ def read_checkpoint(
     if not registers and any("reg_token" in prefix for prefix in prefixes.values()):
         raise UsageError(
             f"{file}: this ViT has register tokens, which this encoder's trunk cannot represent; `accelerate` and "
-            "`load_vit` make a timm ViT of it"
+            "`load_vit` load it as a timm ViT"
         )
     left_out = next(reversed(found.values())).left_out
     main = networks.get("teacher", next(iter(networks.values())))
@@ -115,7 +115,7 @@ def read_checkpoint(
     width, known = len(main.get("patch_embed.proj.weight", ())), None
     if described.width not in (None, width):
         raise UsageError(
-            f"{file}: its tensors are of width {width}, config.json next to it says {described.width}; correct that"
+            f"{file}: its tensors have width {width}, config.json in its folder says {described.width}; correct that"
         )
     stats = described.data or (left_out and assumed.data) or STATS
     if not any(k.startswith("blocks_token.") for k in main):
@@ -125,17 +125,17 @@ def read_checkpoint(
     num_heads = next((n for n in (num_heads, described.heads, known, taken) if n is not None), None)
     model, options = _infer_architecture(main, str(file), grid or described.grid, num_heads)
     shape = model["width"], model["depth"], model["heads"]
-    # a folder that should say it is of a model that is not known here
+    # the folder of an unknown model that should name its heads
     if num_heads is None and (in_folder or shape not in SIZES.values()):
         log.warning(
-            "%s: nothing says how many heads it has, taken are %d; else give num_heads (in a command --model.heads)",
+            "%s: the number of heads is not recorded; assuming %d, or give num_heads (in a command --model.heads)",
             file,
             shape[2],
         )
     if described.norm_eps != NORM_EPS:
         options["norm_eps"] = described.norm_eps
     if options["fc_norm"] and "norm.weight" in main:
-        raise UsageError(f"{file}: has both a final norm and a norm after pooling; an encoder has one")
+        raise UsageError(f"{file}: has both a final norm and a norm after pooling; an encoder has only one")
     # the resizing of the official recipes
     interpolation = described.interpolation or ("bicubic" if options["fc_norm"] else "bilinear")
     size = (options["in_chans"], *model["img_size"])
@@ -166,7 +166,7 @@ _EMA = ("state_dict_ema", "model_ema")
 
 
 def _read(file: Path, which: str | None) -> tuple[dict[Any, Any], dict[str, Tensor]]:
-    """Everything in the file, and its state dict: of two, that of `which`."""
+    """Everything in the file, and its state dict; if it has two, that of `which`."""
     if file.suffix in GRAPHS:
         raise UsageError(f"{file}: an exported graph, {NOT_WEIGHTS}")
     if file.name.endswith(INDEX):
@@ -177,7 +177,7 @@ def _read(file: Path, which: str | None) -> tuple[dict[Any, Any], dict[str, Tens
     data = read_torch(file)
     found, nested = type(data).__name__, []
     if isinstance(data, dict):
-        # nested ones first: next to them are epoch, optimizer, arguments
+        # nested ones first, since the top level also has epoch, optimizer and arguments
         wanted = sorted(_NESTED, key=lambda key: _NESTED[key] != (which or "teacher"))
         others = [k for k, v in data.items() if isinstance(v, dict) and _are_tensors(v) and has_kernel(v)]
         averaged = _EMA if which != "student" else ()
@@ -199,18 +199,18 @@ def _read(file: Path, which: str | None) -> tuple[dict[Any, Any], dict[str, Tens
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
-    """The tensors of all files that an index of transformers names, which are next to it."""
+    """The tensors of all files that an index of transformers names; they must be in its folder."""
     table = read_json(index).get("weight_map")
     names = set(table.values()) if isinstance(table, dict) and fits([*table.values()], [str]) else ()
     state: dict[str, Tensor] = {}
     for name in sorted(names):
         if Path(name).name != name or name.endswith(INDEX):
-            raise UsageError(f"{index}: names {name[:80]!r}, which is no file next to it")
+            raise UsageError(f"{index}: names {name[:80]!r}, which is not a file in its folder")
         if not (index.parent / name).is_file():
             raise UsageError(f"{index}: {name} is missing")
         state |= _read(index.parent / name, None)[1]
     if not state:
-        raise UsageError(f"{index}: names no files of tensors (`weight_map`)")
+        raise UsageError(f"{index}: names no files (`weight_map`)")
     return state
 
 
@@ -223,7 +223,7 @@ def _networks(
 ) -> dict[str, Trunk]:
     state, root = below_root(state, _BRANCHES, which)
     if root.strip("."):
-        log.info("%s: takes %s*", file.name, root)
+        log.info("%s: reads %s*", file.name, root)
     if not any(k.partition(".")[0] in _BRANCHES for k in state):
         return {network_name(root) or SINGLE: _one_encoder(state, file, grid)}
     networks: Networks = {"student": {}, "teacher": {}}
@@ -248,12 +248,12 @@ def _networks(
 
 
 def _one_encoder(given: Mapping[str, Tensor], file: Path, grid: tuple[int, int] | None) -> Trunk:
-    """The tensors of one encoder; without class head its class token is not used."""
+    """The tensors of one encoder; without a class head its class token is unused."""
     state = _fold_layer_scale(own_names(given))
     has_head = any(k.startswith("blocks_token.") for k in state)
     has_class_row = prefix_rows(state, grid)
     if not has_head and "fc_norm.weight" in state and "norm.weight" not in state and not has_class_row:
-        # the official fine-tuning keeps the parameter and never reads it
+        # the official fine-tuning keeps the parameter but never reads it
         state.pop("cls_token", None)
     state = _fold_batch_norm(state, file)
     known = all(_KNOWN.match(k) for k in state)
@@ -276,12 +276,12 @@ def _one_encoder(given: Mapping[str, Tensor], file: Path, grid: tuple[int, int] 
 
 
 def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by our names, also those of an older version's export for timm's Cait."""
+    """Tensors under our names; also converts those that an older version exported for timm's Cait."""
     return {k.replace("blocks_token_only.", "blocks_token."): v for k, v in state.items()}
 
 
 def _fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Puts layer scale of trunk blocks (an option of the official fine-tuning) into the projections before it."""
+    """Folds layer scale of trunk blocks (an option of the official fine-tuning) into the projections before it."""
     for key in [k for k in state if re.match(r"blocks\.\d+\.gamma_[12]$", k)]:
         block, _, which = key.rpartition(".")
         target = f"{block}.{'attn.proj' if which == 'gamma_1' else 'mlp.fc2'}"
@@ -294,23 +294,23 @@ def _fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fold_batch_norm(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Puts the linear probe's BatchNorm (`main_lincls.py`; no weights, eps 1e-5) into the classifier behind it."""
+    """Folds the linear probe's BatchNorm (`main_lincls.py`; not affine, eps 1e-5) into the classifier after it."""
     names = ("head.0.running_mean", "head.0.running_var", "head.1.weight", "head.1.bias")
     if not any(k.startswith("head.0.running_") for k in state):
         return state
     mean, var, weight, bias = (state.get(name) for name in names)
     rest = {k: v for k, v in state.items() if not k.startswith("head.")}
     if mean is None or var is None or weight is None or bias is None or weight.dim() != 2:
-        log.info("%s: the linear probe's head is not whole and is left out", file.name)
+        log.info("%s: the linear probe's head is incomplete and is left out", file.name)
         return rest
     if not mean.shape == var.shape == weight.shape[1:] or bias.shape != weight.shape[:1]:
-        raise UsageError(f"{file}: head.0 and head.1 do not fit each other")
+        raise UsageError(f"{file}: the shapes of head.0 and head.1 do not match")
     folded = weight.double() * (var.double() + 1e-5).rsqrt()
     return rest | {"head.weight": folded.float(), "head.bias": (bias - folded @ mean.double()).float()}
 
 
 def _complete_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Adds zeros as qkv bias to an encoder trained without one."""
+    """Adds a zero qkv bias to an encoder trained without one."""
     names = [k for k in state if k.endswith("attn.qkv.weight")]
     if not any(k.endswith("attn.qkv.bias") for k in state):
         state |= {k.removesuffix("weight") + "bias": torch.zeros(state[k].shape[0]) for k in names}
@@ -322,7 +322,7 @@ def _not_extrema(state: Mapping[str, Tensor], file: Path, whose: str) -> UsageEr
     found = {"missing": missing, "extra": extra}
     parts = "; ".join(f"{what}: {first(keys)}" for what, keys in found.items() if keys)
     return UsageError(
-        f"{file}: no ExtreMA weights and no trunk of a ViT ({parts or 'no encoder in it'}){whose}"
+        f"{file}: neither ExtreMA weights nor the trunk of a ViT ({parts or 'no encoder'}){whose}"
     )
 
 
@@ -336,12 +336,12 @@ def first(names: Iterable[Any], count: int = 3) -> str:
 
 
 def is_projector(key: str) -> bool:
-    """Keys of the training heads: `head.` followed by a number (a classifier is `head.weight`, `head.bias`)."""
+    """Whether a key is of a training head: `head.` and a number (a classifier has `head.weight`, `head.bias`)."""
     return bool(re.match(r"head\.\d", key)) or key.startswith("predictor.")
 
 
 def _count_blocks(keys: Iterable[str], prefix: str) -> int:
-    """1 + the largest N of `prefix.N.`; 0 without any."""
+    """1 + the largest N in `prefix.N.`; 0 if there is none."""
     return max((int(m[1]) + 1 for k in keys if (m := re.match(rf"{prefix}\.(\d{{1,6}})\.", k))), default=0)
 
 
@@ -359,7 +359,7 @@ def _dimensions(shapes: Shapes, source: str) -> dict[str, int]:
             f"and pos_embed {list(table)}"
         )
     if not all((*kernel, *table, *fc1)):
-        raise UsageError(f"{source}: not an ExtreMA encoder, it has tensors without values")
+        raise UsageError(f"{source}: not an ExtreMA encoder, it has empty tensors")
     return {
         "width": kernel[0],
         "depth": _count_blocks(shapes, "blocks"),
@@ -372,7 +372,7 @@ def _dimensions(shapes: Shapes, source: str) -> dict[str, int]:
 
 
 def check_architecture(model: ModelConfig, options: Mapping[str, Any], shapes: Shapes, source: str) -> None:
-    """Raises UsageError where a description claims another architecture than its tensors have."""
+    """Raises UsageError if a description claims another architecture than its tensors have."""
     found = _dimensions(shapes, source)
     width, depth, _ = model.shape
     claimed = {
@@ -392,20 +392,20 @@ def check_architecture(model: ModelConfig, options: Mapping[str, Any], shapes: S
     if classes and shapes.get("head.weight") != (classes, width):
         head = list(shapes["head.weight"]) if "head.weight" in shapes else "missing"
         raise UsageError(f"{misfit}: {classes} classes in its description, head.weight is {head}")
-    # a few small tensors with the right names could otherwise ask for an encoder of any depth
+    # otherwise a few small tensors with the right names could request an encoder of any depth
     needed = (depth + found["pool_depth"]) * width * (4 * width + 2 * found["hidden"])
     held = sum(math.prod(shape) for shape in shapes.values())
     if needed > 2 * held + 1_000_000:
         raise UsageError(
-            f"{source}: not an ExtreMA encoder, {depth} blocks of width {width} have {needed} numbers, "
-            f"the file holds {held}"
+            f"{source}: not an ExtreMA encoder, {depth} blocks of width {width} have {needed} parameters, "
+            f"the file has {held}"
         )
 
 
 def is_sincos(table: Tensor, grid: tuple[int, int], trained: tuple[int, int] | None = None) -> bool:
     """Whether a position table [1, N, D] is the fixed one of `grid`, scaled to the grid `trained` if given."""
     wanted = sincos_table(table.shape[2], grid, torch.float64, trained)
-    # files of half precision hold it rounded, values below 1 by a quarter of eps at most
+    # in half precision it is rounded, values below 1 by at most a quarter of eps
     tolerance = SINCOS_TOLERANCE + torch.finfo(table.dtype).eps / 4
     return bool((table[0].double() - wanted).abs().max() <= tolerance)
 
@@ -413,13 +413,13 @@ def is_sincos(table: Tensor, grid: tuple[int, int], trained: tuple[int, int] | N
 def _find_grid(table: Tensor, grid: tuple[int, int] | None, source: str) -> tuple[tuple[int, int], bool]:
     """(rows, columns) of a position table [1, N, D], and whether it is the fixed sin-cos table.
 
-    The values of a fixed table show its grid; a learned one is taken as square unless `grid` is given.
+    The grid of a fixed table follows from its values; a learned one is assumed square unless `grid` is given.
     """
     n, width = table.shape[1:]
     if grid is not None and grid[0] * grid[1] != n:
         raise UsageError(f"{source}: grid {grid[0]} x {grid[1]} for a position table of {n} rows")
     side = math.isqrt(n)
-    # the square first: nearly all tables are
+    # the square first, since nearly all tables are square
     grids = sorted(((r, n // r) for r in range(1, n + 1) if n % r == 0), key=lambda g: abs(g[0] - side))
     for candidate in [grid] if grid else grids:
         if width % 4 == 0 and is_sincos(table, candidate):
@@ -434,22 +434,22 @@ def _find_grid(table: Tensor, grid: tuple[int, int] | None, source: str) -> tupl
 def _infer_architecture(
     state: Mapping[str, Tensor], source: str, grid: tuple[int, int] | None, num_heads: int | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model and encoder options of a description, from the tensors of one encoder, by our names."""
+    """The model and encoder options of a description, from the tensors of one encoder under our names."""
     found = _dimensions({k: tuple(v.shape) for k, v in state.items()}, source)
     width, depth, patch, chans = (found[k] for k in ("width", "depth", "patch_size", "in_chans"))
     if num_heads is None:
-        # weights do not tell it: of a shape that has a name
+        # tensors do not show it; a named size implies it
         num_heads = next((shape[2] for shape in SIZES.values() if shape[:2] == (width, depth)), None)
     if num_heads is None and width % HEAD_DIM:
         raise UsageError(
-            f"{source}: width {width} is not a multiple of {HEAD_DIM}, which gives no number of heads; "
-            "give num_heads"
+            f"{source}: the number of heads is unknown, since width {width} is not a multiple of {HEAD_DIM}; give "
+            "num_heads"
         )
     heads = width // HEAD_DIM if num_heads is None else num_heads
     if heads < 1 or width % heads:
         raise UsageError(f"{source}: num_heads {num_heads} does not divide the width {width}")
     grid, fixed = _find_grid(state["pos_embed"], grid, source)
-    # the name of this shape, or of the one closest in width
+    # the size of this shape, or the closest in width
     size: Any = min(
         SIZES, key=lambda name: (SIZES[name] != (width, depth, heads), abs(SIZES[name][0] - width))
     )
@@ -473,7 +473,7 @@ def _infer_architecture(
         "global_pool": "token" if found["pool_depth"] else "avg",
         "fc_norm": "fc_norm.weight" in state,
         "pos_embed": "sincos" if fixed else "learned",
-        # what the linear probe saves; other files without a norm are incomplete
+        # the linear probe saves no norm; other files without one are incomplete
         "final_norm": "head.weight" not in state or any(k.startswith(("norm.", "fc_norm.")) for k in state),
     }
     return to_dict(model), options

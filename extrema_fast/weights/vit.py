@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UsageError, cannot_import
+from ..errors import UsageError, cannot_import, one_line
 from ..models.accelerate import Accelerated
 from .folder import encoder_options, model_config, on_cpu
 from .load import load_encoder, open_weights
@@ -68,7 +68,7 @@ def load_vit(
         raise UsageError(f"load_vit: {cannot_import('timm', error, 'timm')}") from error
     weights = open_weights(path, grid, num_heads, which=which, registers=True)
     name = weights.choose(which)
-    # checked, and with the options that the tensors show
+    # checks the weights, and infers options from the tensors
     encoder = load_encoder(weights, which, num_classes=0)
     prefix = weights.prefixes.get(name, {})
     if encoder.blocks_token is not None:
@@ -77,7 +77,7 @@ def load_vit(
             "encodes kept patches"
         )
     if "dist_token" in prefix:
-        raise UsageError(f"{path}: has a distillation token, which timm's VisionTransformer has no place for")
+        raise UsageError(f"{path}: has a distillation token, which timm's VisionTransformer does not support")
     config, options = model_config(weights.meta), encoder_options(weights.meta)
     width, depth, heads = config.shape
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("head.")}
@@ -85,7 +85,7 @@ def load_vit(
     state |= {k: v.float() for k, v in prefix.items() if k != "pos_embed"}
     registers = prefix["reg_token"].shape[1] if "reg_token" in prefix else 0
     if registers and rows.shape[1] == 1:
-        # of the class token alone, as DINOv2 has it; timm's table has all of them or none
+        # DINOv2 has a position for the class token only; timm's table has one for every prefix token, or none
         state["cls_token"], rows = state["cls_token"] + rows, rows[:, :0]
     state["pos_embed"] = torch.cat([rows, encoder.pos_embed.detach()], 1)
     vit = VisionTransformer(
@@ -107,5 +107,5 @@ def load_vit(
     try:
         vit.load_state_dict(state)
     except RuntimeError as error:
-        raise UsageError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+        raise UsageError(f"{path}: {one_line(error, 300)}") from None
     return vit.eval()

@@ -92,7 +92,7 @@ def test_an_encoder_inside_other_modules(tmp_path, monkeypatch):
     for i, model in enumerate((compiled, torch.nn.DataParallel(compiled), encoder.as_dino(), parts)):
         assert same(load_encoder(export(model, tmp_path / str(i)).folder), encoder)
     monkeypatch.setattr(export_module, "is_sharded", lambda tensor: True)
-    refused(lambda: export(encoder, tmp_path / "other"), "spread over processes", "full_state_dict")
+    refused(lambda: export(encoder, tmp_path / "other"), "sharded over processes", "full_state_dict")
     for model in (torch.nn.Linear(2, 2), None):
         refused(lambda m=model: export(m, tmp_path / "other"), "an encoder, got a", type(model).__name__)
 

@@ -277,7 +277,7 @@ def test_a_folder_with_pytorch_model_bin(tmp_path):
         assert (encoder.heads, encoder.norm_eps) == (4, 1e-3)
         assert torch.equal(encoder.encode(IMAGES).patches, expected)
     torch.save({"model": Malicious(tmp_path / "made")}, tmp_path / "pytorch_model.bin")
-    refused(lambda: load_encoder(tmp_path), "pytorch_model.bin", "it holds code")
+    refused(lambda: load_encoder(tmp_path), "pytorch_model.bin", "it contains code")
     assert not (tmp_path / "made").exists()
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "other.bin")
     assert "config.json is missing" not in refused(lambda: load_encoder(tmp_path), "other.bin")
@@ -300,8 +300,11 @@ def test_a_folder_of_several_files(tmp_path):
     table = json.loads(index.read_text())
     first = sorted(table["weight_map"].values())[0]
     for names, words in (
-        ({"a": "../whole/model.safetensors"}, "'../whole/model.safetensors', which is no file next to it"),
-        ({"a": index.name}, "no file next to it"),
+        (
+            {"a": "../whole/model.safetensors"},
+            "'../whole/model.safetensors', which is not a file in its folder",
+        ),
+        ({"a": index.name}, "not a file in its folder"),
         ({"a": 3}, "names no files"),
         ({}, "names no files"),
         (table["weight_map"], f"{first} is missing"),
@@ -358,7 +361,7 @@ def test_a_folder_of_timm(tmp_path):
         assert same(again, encoder) and again.heads == 2 and again.mean == mean
     config["model_args"]["embed_dim"] = 192
     (tmp_path / "config.json").write_text(json.dumps(config))
-    refused(lambda: load_encoder(tmp_path), "of width 128", "says 192")
+    refused(lambda: load_encoder(tmp_path), "width 128", "says 192")
 
 
 @pytest.mark.parametrize(
@@ -428,7 +431,7 @@ def test_a_folder_of_timm_without_timm(tmp_path, caplog, monkeypatch):
     refused(lambda: load_encoder(tmp_path / "act"), "quick_gelu")
     assert "num_heads" not in caplog.text
     assert load_encoder(tmp_path / "gap").heads == 3
-    assert caplog.text.count("taken are 3; else give num_heads") == 1
+    assert caplog.text.count("assuming 3, or give num_heads") == 1
 
 
 def test_a_folder_of_timm_asks_for_nothing_else(tmp_path):
@@ -515,7 +518,7 @@ def test_heads_by_width_and_by_name(tmp_path):
 
 
 def test_heads_that_nothing_says(tmp_path, caplog):
-    guess = "else give num_heads"
+    guess = "or give num_heads"
     own = extrema_fast.create_encoder(
         "extrema_vit_tiny_patch16_224", width=128, depth=1, heads=4, img_size=32
     )
@@ -524,7 +527,7 @@ def test_heads_that_nothing_says(tmp_path, caplog):
         caplog.clear()
         torch.save(state, tmp_path / f"{name}.pth")
         assert load_encoder(tmp_path / f"{name}.pth").heads == 2
-        assert caplog.text.count(f"taken are 2; {guess}") == 1
+        assert caplog.text.count(f"assuming 2, {guess}") == 1
     caplog.clear()
     assert load_encoder(tmp_path / "own.pth", num_heads=4).heads == 4
     import_released(tmp_path / "own.pth", tmp_path / "imported", num_heads=4)

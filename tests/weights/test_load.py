@@ -201,7 +201,7 @@ def test_places_without_weights(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "alone.safetensors")
     # tensors without a description say how to read them
     refused(lambda: load_encoder(tmp_path), "config.json is missing", "alone.safetensors")
-    for name, words in (("COMPLETE", "a checkpoint of a run"), ("log.jsonl", "saved no weights yet")):
+    for name, words in (("COMPLETE", "a checkpoint of a run"), ("log.jsonl", "not saved weights yet")):
         (tmp_path / name).touch()
         refused(lambda: load_encoder(tmp_path), words)
 

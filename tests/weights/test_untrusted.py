@@ -226,7 +226,7 @@ def test_tensors_that_claim_more_than_the_file_has(tmp_path, nothing_is_built):
     empty = {"patch_embed.proj.weight": [0, 10**9, 4, 4], "pos_embed": [1, 10**9, 0]}
     header = {k: entry(v, 0, 0) for k, v in (empty | {"blocks.0.mlp.fc1.weight": [0, 0]}).items()}
     safetensors_file(bare, header | {"blocks_token.0.gamma_1": entry([1], 0, 4)})
-    all_refuse(bare, tmp_path, "without values")
+    all_refuse(bare, tmp_path, "empty tensors")
     shapes = {
         "patch_embed.proj.weight": (1024, 1, 1, 1),
         "pos_embed": (1, 1, 1024),
@@ -236,7 +236,7 @@ def test_tensors_that_claim_more_than_the_file_has(tmp_path, nothing_is_built):
         "blocks_token.0.gamma_1": (1,),
     }
     save_file({k: torch.zeros(v) for k, v in shapes.items()}, bare)
-    all_refuse(bare, tmp_path, "4000 blocks of width 1024", "the file holds")
+    all_refuse(bare, tmp_path, "4000 blocks of width 1024", "the file has")
 
 
 # ---- descriptions ---------------------------------------------------------------------------------
