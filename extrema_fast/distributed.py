@@ -39,25 +39,25 @@ from .hangs import dump_stacks, where
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# rank 0 evaluates and saves alone while the others wait in their next collective
+# rank 0 evaluates and saves while the others wait in their next collective
 WAIT_S = 3600.0
-# torch's own limit, behind ours
+# torch's own limit, longer than ours
 TIMEOUT = timedelta(seconds=WAIT_S + 600)
-# until all processes have started; they may import from a slow file system
+# for all processes to start; they may import from a slow file system
 JOIN_S = 600.0
-# a wait is told after this time
+# log a wait after this time
 TELL_S = 30.0
-# a process that has not answered for so long, while another waited for it, is lost
+# a process is lost if it has not answered for this long while another waited for it
 LOST_S = 180.0
-# within that, after an error of all, process 0 has ended what it was writing
+# after an error of all processes, time for process 0 to finish writing
 LEAVE_S = 10.0
-# after this time its stacks are written, and those of the others
+# write the stacks of all processes after waiting this long
 STACKS_S = 120.0
-# how often one that waits asks the others
+# how often a waiting process queries the others
 ASK_S = 5.0
-# clocks that are further apart are told
+# warn about clocks that differ by more
 CLOCK_S = 5.0
-# what is left to save before a process that waits for a lost one is ended
+# time to save before a process that waits for a lost one exits
 SAVE_S = 120.0
 
 
@@ -68,38 +68,38 @@ def cores() -> int:
 
 
 def processes_here() -> int:
-    """Processes of this run on this machine, as torchrun or SLURM says."""
+    """Number of processes of this run on this machine, according to torchrun or SLURM."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         return max(1, _number(os.environ, "LOCAL_WORLD_SIZE"))
     if _number(os.environ, "SLURM_STEP_NUM_TASKS", 1) < 2:
         return 1
-    # `8(x2)`, `8,4`: of nodes that differ the largest
+    # `8(x2)`, `8,4`: the largest, if nodes differ
     tasks = re.findall(r"(?:^|,)(\d{1,9})", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     return max([1, *map(int, tasks)])
 
 
 def share_of_cores() -> int:
-    """Processors for this process alone: what SLURM has bound to its task, else its part of what all share."""
+    """Processors for this process: those that SLURM bound to its task, else an equal fraction of the machine's."""
     return max(1, min(cores(), _number(os.environ, "SLURM_CPUS_ON_NODE", cores()) // processes_here()))
 
 
 def wide(device: torch.device | str) -> torch.dtype:
-    """The widest float of a device: float64, or float32 on MPS, which has no other."""
+    """The widest float of a device: float64, or float32 on MPS."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def double(x: Tensor) -> Tensor:
-    """`x` in float64, on the CPU where its device has none."""
+    """`x` in float64, on the CPU if its device has no float64."""
     return (x if wide(x.device) == torch.float64 else x.cpu()).double()
 
 
 def is_sharded(x: Any) -> bool:
-    """Whether a tensor is spread over processes (a DTensor, whose package takes long to import)."""
+    """Whether a tensor is sharded over processes (a DTensor, whose package is slow to import)."""
     return hasattr(x, "placements")
 
 
 def local(x: Any) -> Tensor:
-    """This process's part of a sharded tensor, the same memory; any other tensor as it is. Not for autograd."""
+    """This process's rows of a sharded tensor, sharing memory; any other tensor unchanged. Not for autograd."""
     if not is_sharded(x):
         return x
     with torch.no_grad():
@@ -107,12 +107,12 @@ def local(x: Any) -> Tensor:
 
 
 def whole(x: Any) -> Tensor:
-    """All of a sharded tensor, for which every process calls this; any other tensor as it is."""
+    """The full tensor of a sharded one (every process must call this); any other tensor unchanged."""
     return x.detach().full_tensor() if is_sharded(x) else x
 
 
 def rows_of(like: Any) -> tuple[int, int]:
-    """First and last (exclusive) row of a sharded tensor that are on this process: `torch.chunk`'s."""
+    """First and last (exclusive) row of a sharded tensor on this process, as by `torch.chunk`."""
     mesh, rows = like.device_mesh, like.shape[0]
     size = -(-rows // mesh.size())
     begin = min(mesh.get_local_rank() * size, rows)
@@ -120,7 +120,7 @@ def rows_of(like: Any) -> tuple[int, int]:
 
 
 def sharded_as(rows: Tensor, like: Any) -> Tensor:
-    """The tensor of which each process has its `rows`, sharded as `like` is; nothing is sent."""
+    """The tensor of which each process has its `rows`, sharded like `like`, without communication."""
     from torch.distributed.tensor import DTensor
 
     mesh, shape, stride = like.device_mesh, like.shape, like.stride()
@@ -129,7 +129,7 @@ def sharded_as(rows: Tensor, like: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one run, from the point of view of one of them."""
+    """The processes of one run, as seen by one of them."""
 
     device: torch.device
     rank: int = 0
@@ -146,7 +146,7 @@ class World:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         if self.device.type == "mps":
-            # which keeps no peak
+            # MPS keeps no peak
             return torch.mps.driver_allocated_memory() / 1e9
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
@@ -157,7 +157,7 @@ class World:
         return self.watch is not None and self.watch.inside
 
     def waiting(self) -> AbstractContextManager[None]:
-        """Context of work that waits for the other processes and changes nothing that is saved."""
+        """Context of work that waits for the other processes and does not change anything that is saved."""
         return nullcontext() if self.watch is None else self.watch.waiting()
 
     def sum(self, x: Tensor) -> Tensor:
@@ -189,17 +189,17 @@ class World:
         return values
 
     def hand_in(self, key: str, value: Any, until: Callable[[], float]) -> list[Any]:
-        """Gives a value (plain data) to process 0 by the store, for threads, which have no collectives.
+        """Sends a value (plain data) to process 0 through the store, for threads, which must not use collectives.
 
         Args:
-            key: the same on all processes; used once.
-            until: time (of `time.monotonic`) to which process 0 waits for the others.
+            key: The same on all processes; used once.
+            until: Time (of `time.monotonic`) until which process 0 waits for the others.
 
         Returns:
-            On process 0 the values of all, in rank order; elsewhere nothing.
+            On process 0 the values of all, in rank order; on the others an empty list.
 
         Raises:
-            OSError: process 0 has waited in vain, or the store is gone.
+            OSError: A value did not arrive in time, or the store is gone.
         """
         if self.size == 1:
             return [value]
@@ -234,13 +234,13 @@ class World:
         return result
 
     def everywhere(self, function: Callable[[], T]) -> T:
-        """Runs `function()`, in which no process waits for another, on all of them.
+        """Runs `function()`, in which no process waits for another, on all processes.
 
         Returns:
             The process's own result.
 
         Raises:
-            ExtremaError: of any process, on all of them; it names the process.
+            ExtremaError: That of any process, on all of them; it names the process.
         """
         result, failure = _tried(function)
         if failure and self.size == 1:
@@ -252,7 +252,7 @@ class World:
         return result  # type: ignore[return-value]
 
     def rank_zero_first(self, function: Callable[[], T]) -> T:
-        """As `everywhere`, but after process 0 one process of each other machine, then the rest.
+        """Like `everywhere`, but after process 0 one process of each other machine, then the rest.
 
         What the first keeps on its machine, such as the index of a tar, the others find there.
         """
@@ -262,14 +262,14 @@ class World:
         return self.everywhere(lambda: found if first else function())  # type: ignore[return-value]
 
     def agree(self, what: str, value: dict[str, Any], remedy: str) -> None:
-        """Compares a value (plain data) of all processes.
+        """Compares a value (plain data) between all processes.
 
         Args:
-            what: begins the error, e.g. `data.train`.
-            remedy: ends it.
+            what: The start of the error, e.g. `data.train`.
+            remedy: The end of the error.
 
         Raises:
-            UsageError: on all processes, for the first that differs from process 0: what differs, who has which.
+            UsageError: On all processes, for the first that differs from process 0; it has both values.
         """
         if self.size == 1:
             return
@@ -278,7 +278,7 @@ class World:
             raise _of_all("UsageError", f"{what}: {difference}; {remedy}")
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Gives the tensors of all processes the values of process 0's, in place."""
+        """Broadcasts the tensors of process 0 to all processes, in place."""
         if self.size > 1:
             with self.waiting(), torch.no_grad():
                 for x in tensors:
@@ -288,11 +288,11 @@ class World:
         """The student under DistributedDataParallel; the module itself with one process, or if it is sharded.
 
         Args:
-            reduce: dtype in which gradients are summed.
+            reduce: Dtype in which gradients are summed.
         """
         if self.size == 1 or any(is_sharded(p) for p in student.parameters()):
             return student
-        # NCCL is at its best with larger buckets than torch's 25 MB
+        # NCCL is fastest with larger buckets than torch's 25 MB
         gpu: dict[str, Any] = {"device_ids": [self.device.index], "bucket_cap_mb": 100}
         options = gpu if self.device.type == "cuda" else {}
         ddp = nn.parallel.DistributedDataParallel
@@ -304,48 +304,48 @@ class World:
             if reduce == torch.bfloat16:
                 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-                # under its name torch registers it for GPUs alone
+                # by its name torch registers it for GPUs only
                 wrapped.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
-        # gloo's destructor waits for its threads, and they for the GIL when they release a tensor; only the group's
-        # Python object lets go of the GIL for it, so it must be what is released last: attributes go in order
+        # gloo's destructor waits for its threads, which need the GIL to release a tensor; only the destructor of the
+        # group's Python object releases the GIL, so it must run last: attributes are deleted in order
         wrapped._group = dist.group.WORLD  # type: ignore[assignment]
         return wrapped
 
     def no_sync_unless(self, last: bool, model: nn.Module) -> AbstractContextManager[None]:
-        """Context of a micro-batch: gradients are all-reduced with the last one only, those of shards with each."""
+        """Context of a micro-batch: gradients are all-reduced only with the last one, sharded ones with each."""
         return nullcontext() if last else getattr(model, "no_sync", nullcontext)()
 
     def shard(
         self, branch: nn.Module, parts: Iterable[nn.Module], dtype: torch.dtype, reduce: torch.dtype
     ) -> None:
-        """Spreads the parameters of a module, in place: each process keeps a part of every one (FSDP2).
+        """Shards the parameters of a module over the processes, in place (FSDP2).
 
-        Parameters become DTensors of the same names. A part has its weights only while it runs, forward and backward;
-        the rest of the branch has them while the branch runs.
+        Parameters become DTensors of the same names. The modules `parts` gather their weights only while they run,
+        forward and backward; the rest of the branch while the branch runs.
 
         Args:
-            parts: modules of the branch that are called.
-            dtype: of the parts' weights while they are whole; what is kept, and updated, stays as it is.
-            reduce: dtype in which gradients are summed.
+            parts: Modules of the branch that are called.
+            dtype: Of the gathered weights of `parts`; the shards keep their dtype.
+            reduce: Dtype in which gradients are summed.
         """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         trained = any(p.requires_grad for p in branch.parameters())
-        # tests keep fp64
+        # fp64 in tests
         sums = next(branch.parameters()).dtype if reduce == torch.float32 else reduce
-        # inputs keep their dtype: autocast decides, as without shards
+        # inputs keep their dtype: autocast decides, as without sharding
         policy = partial(MixedPrecisionPolicy, reduce_dtype=sums, cast_forward_inputs=False)
         with self.waiting():
             mesh = init_device_mesh(self.device.type, (self.size,))
             for part in parts:
                 fully_shard(part, mesh=mesh, mp_policy=policy(None if dtype == torch.float32 else dtype))
-            # without a backward pass, which frees them, the weights of the last step would be used for ever
+            # the backward pass frees gathered weights; without one those of the first step would be used forever
             fully_shard(branch, mesh=mesh, mp_policy=policy(None), reshard_after_forward=not trained)
 
 
 def _tried(function: Callable[[], T]) -> tuple[T | None, ExtremaError | None]:
-    """The result of a function, or its error of ours or of the system."""
+    """The result of a function, or its ExtremaError or OSError."""
     try:
         return function(), None
     except (ExtremaError, OSError) as error:
@@ -360,7 +360,7 @@ def _of_all(kind: str, text: str) -> ExtremaError:
 
 
 def _difference(values: Sequence[dict[str, Any]], hosts: Sequence[str]) -> str:
-    """What the first value that is not process 0's has instead, `` where all are the same."""
+    """How the first different value differs from that of process 0; empty if all are equal."""
     for rank, (value, host) in enumerate(zip(values, hosts, strict=True)):
         for name in [*values[0], *value]:
             here, there = value.get(name), values[0].get(name)
@@ -370,17 +370,17 @@ def _difference(values: Sequence[dict[str, Any]], hosts: Sequence[str]) -> str:
 
 
 class Watch:
-    """Tells whom a process waits for, and ends it when one of them does not answer any more.
+    """Logs which processes a process waits for, and ends it when one of them no longer answers.
 
-    A collective waits in C, where no handler of a signal runs and nothing can be raised. So a thread of each process
-    answers (UDP) whoever has waited for a while: how far its process has come, and where it is. One whose machine is
-    gone, or that is stopped, does not answer. A suspended process counts no time; one that has never been heard, behind
-    a firewall, is not taken for lost.
+    A collective waits in C, where no signal handler runs and nothing can be raised. So a thread of each process answers
+    (UDP) any process that has waited for a while: how many waits its process has begun, and where it is. A process that
+    is stopped or whose machine is gone does not answer. A suspended process counts no time; one that has never been
+    heard, for example behind a firewall, is not considered lost.
 
     Attributes:
-        farewell: called before the process is ended for want of another, with the reason; returns what it has saved.
-            Nothing that is saved changes meanwhile.
-        debug: folder for the stacks of a process that waits, and of the others; None: nothing is written.
+        farewell: Called with the reason before the process is ended because another is lost; returns what it has
+            saved. Nothing that is saved changes meanwhile.
+        debug: Folder for the stacks of a waiting process and of the others; None: nothing is written.
         addresses: (host, port) at which each process answers.
     """
 
@@ -391,7 +391,7 @@ class Watch:
         self._dumped = -STACKS_S
         self._count, self._inside, self._lock = 0, False, threading.Lock()
         self._main = threading.get_ident()
-        # waits come from the thread that made this; None: not heard yet
+        # None: not heard yet
         self._others: dict[int, dict[str, Any] | None] = dict.fromkeys(n for n in range(size) if n != rank)
         self._silent = dict.fromkeys(self._others, 0.0)
         # as in `_join`: all reach process 0 there
@@ -399,11 +399,11 @@ class Watch:
         self._socket = socket.socket(family, socket.SOCK_DGRAM)
         self._socket.bind(("", 0))
         with socket.socket(family, socket.SOCK_DGRAM) as s:
-            # sends nothing: it asks which of our addresses leads there
+            # sends nothing; finds which of our addresses leads there
             s.connect(there)
             mine = s.getsockname()[0], self._socket.getsockname()[1]
         if rank == 0:
-            # strangers are not answered
+            # messages without this key are ignored
             store.set("watch/key", uuid.uuid4().hex)
         store.set(f"watch/{rank}", json.dumps(mine))
         self._key = store.get("watch/key").decode()
@@ -417,12 +417,12 @@ class Watch:
 
     @property
     def inside(self) -> bool:
-        """Whether the process waits for the others now."""
+        """Whether the process is waiting for the others now."""
         return self._inside
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Context of what `World.waiting` says."""
+        """The context of `World.waiting`."""
         with self._lock:
             self._count, self._inside = self._count + 1, True
         try:
@@ -446,11 +446,11 @@ class Watch:
             self._hear(ASK_S)
             if self._left:
                 return
-            # a process that was stopped for a while has not waited for that time
+            # time during which this process was stopped does not count
             now = time.monotonic()
             passed, before = min(now - before, 2 * ASK_S), now
             count, inside = self._count, self._inside
-            # on a GPU the program waits for the device, in which the others are waited for
+            # on a GPU the program waits for the device, which waits for the others
             waits = (inside or self.device.type == "cuda") and count == seen
             waited, seen = waited + passed if waits else 0.0, count
             if not waited:
@@ -464,7 +464,7 @@ class Watch:
                 self._end(count, waited)
             elif inside and waited >= 2 * told:
                 told = waited
-                # of those that wait the first speaks
+                # the first of the waiting processes logs
                 if all(n > self.rank for n, known in self._others.items() if self._here(n, known, count)):
                     reason = self._describe(count, waited)
                     if waited >= STACKS_S and not stacked and self.debug is not None:
@@ -474,7 +474,7 @@ class Watch:
                     log.warning("%s", reason)
 
     def _here(self, n: int, known: dict[str, Any] | None, count: int) -> bool:
-        """Whether a process has come to where this one waits."""
+        """Whether a process has reached the point where this one waits."""
         return known is not None and self._silent[n] < 2.5 * ASK_S and known["count"] >= count
 
     def _describe(self, count: int, waited: float) -> str:
@@ -493,7 +493,7 @@ class Watch:
         )
 
     def _end(self, count: int, waited: float) -> None:
-        """Ends this process, unless what it waited for has come."""
+        """Ends this process, unless it no longer waits."""
         with self._lock:
             if self._count != count:
                 return
@@ -517,7 +517,7 @@ class Watch:
         return where(self._main, __file__) or "the program"
 
     def _dump(self, why: str) -> str:
-        """Writes the stacks of this process, and what NCCL has done last; says where they are."""
+        """Writes the stacks of this process and NCCL's last operations; returns where they are."""
         self._dumped = time.monotonic()
         told = dump_stacks(self.debug, self.rank, why)
         record = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_nccl_trace", None)
@@ -528,7 +528,7 @@ class Watch:
         return told
 
     def _hear(self, seconds: float) -> None:
-        """Answers questions and takes answers for a time."""
+        """Answers queries and receives answers for some seconds."""
         end = time.monotonic() + seconds
         while not self._left and (left := end - time.monotonic()) > 0:
             self._socket.settimeout(left)
@@ -545,13 +545,13 @@ class Watch:
             self._others[n], self._silent[n], self.addresses[n] = known, 0.0, sender
             if kind == "?":
                 self._send(n, "!")
-            # many may ask at once
+            # many may ask at the same time
             elif kind == "stacks" and self.debug and time.monotonic() - self._dumped >= STACKS_S:
                 self._dump(f"asked by process {n}, which waits")
 
     def _send(self, n: int, kind: str) -> None:
         known = {"count": self._count, "where": self._where()}
-        # a network that is away for a moment, or a name that cannot be found
+        # the network or the name server may be unavailable for a moment
         with suppress(OSError):
             self._socket.sendto(json.dumps([self._key, self.rank, kind, known]).encode(), self.addresses[n])
 
@@ -559,11 +559,11 @@ class Watch:
 def detect(env: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, world size, local rank) from the variables of torchrun, else of SLURM, else (0, 1, 0).
 
-    SLURM's count only inside a job step of several tasks: a plain `python` in a batch script sees the job's
-    task count too, and would wait for processes that do not exist.
+    SLURM's count is used only inside a job step of several tasks: a plain `python` in a batch script also sees the
+    job's task count, and would wait for processes that do not exist.
 
     Raises:
-        UsageError: variables that make no sense, or one of two: each process would train alone.
+        UsageError: Invalid variables, or only one of two: each process would train alone.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
@@ -592,9 +592,9 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None, most:
 
 
 def slurm_master(env: Mapping[str, str]) -> tuple[str, str]:
-    """(address, port) that every task of a SLURM step agrees on: its first node, a port from the job id."""
+    """(address, port), the same for every task of a SLURM step: its first node, a port from the job id."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")
-    # of `a[07-09,12]-ib,b1` the first is `a07-ib`
+    # the first of `a[07-09,12]-ib,b1` is `a07-ib`
     first = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)
     host = re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0] if first else nodes)
     return host, str(20000 + _number(env, "SLURM_JOB_ID", 0, 10**9) % 20000)
@@ -615,19 +615,21 @@ def pick_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.dev
     if name == "mps":
         if not apple:
             raise UsageError(
-                "system.device: mps needs Apple's GPU, and this PyTorch sees none; use system.device cpu"
+                "system.device: mps needs Apple's GPU, but PyTorch finds none; use system.device cpu"
             )
         if processes > 1:
-            raise UsageError(f"system.device: mps takes one process, not {processes}; use system.device cpu")
+            raise UsageError(
+                f"system.device: mps supports one process, not {processes}; use system.device cpu"
+            )
     if name == "mps" or (name == "auto" and apple and not found and processes == 1):
         return torch.device("mps", 0)
     if name == "cpu" or (name == "auto" and not found):
         return torch.device("cpu")
     if ":" in name and processes > 1:
         raise UsageError(
-            f"system.device: {name} would be shared by {processes} processes; use cuda, each takes its own"
+            f"system.device: {name} would be shared by {processes} processes; use cuda, so that each takes its own GPU"
         )
-    # the only GPU a process sees is its own: SLURM binds one to each task (`_check_alike` finds shared ones)
+    # a single visible GPU is this process's own: SLURM binds one to each task (`_check_alike` detects sharing)
     index = int(name.split(":")[1]) if ":" in name else local_rank if found > 1 else 0
     if index >= found:
         raise UsageError(f"system.device: {name} needs GPU {index}, {found} found; use system.device cpu")
@@ -635,10 +637,10 @@ def pick_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.dev
 
 
 def _join(rank: int, size: int) -> dist.Store:
-    """The store of a process group, once all its processes have come to it; tells which are waited for.
+    """The store of a process group, once all its processes have connected; logs which are missing.
 
     Raises:
-        UsageError: the address is missing or no address, or processes did not come within `JOIN_S`.
+        UsageError: The address is missing or invalid, or processes did not connect within `JOIN_S`.
     """
     env = os.environ
     names = ("MASTER_ADDR", "MASTER_PORT")
@@ -648,22 +650,22 @@ def _join(rank: int, size: int) -> dist.Store:
     host = env.get("MASTER_ADDR", "")
     if not host:
         raise UsageError(
-            f"MASTER_ADDR: not set, while WORLD_SIZE is {size}; launch with torchrun, or give the address of the first "
-            "process in MASTER_ADDR and a free port in MASTER_PORT"
+            f"MASTER_ADDR: not set, while WORLD_SIZE is {size}; launch with torchrun, or set MASTER_ADDR to the "
+            "address of process 0 and MASTER_PORT to a free port"
         )
     port = _number(env, "MASTER_PORT", most=65535)
-    # torchrun has a store of its own there
+    # torchrun already has a store there
     holds = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     where = f"{host}:{port} (MASTER_ADDR, MASTER_PORT)"
-    # a process may find the store of an earlier run of process 0: only an answer to its own ticket counts
+    # the store may be that of an earlier process 0: only an answer to this process's ticket counts
     ticket, group, began = uuid.uuid4().hex, "", time.monotonic()
     missing, told, store = set(range(size)), began, None
     while not group:
-        # in short waits, so that signals are heard between them
+        # short waits, so that signals are handled between them
         try:
             if store is None:
                 if not holds:
-                    # quieter than the store's own attempts
+                    # the store's own attempts log noise
                     socket.create_connection((host, port), 2.0).close()
                 options: dict[str, Any] = {"timeout": timedelta(seconds=5), "wait_for_workers": False}
                 store = dist.TCPStore(host, port, size, holds, multi_tenant=holds, **options)
@@ -677,7 +679,7 @@ def _join(rank: int, size: int) -> dist.Store:
                         store.delete_key(f"extrema-fast/{n}")
                         store.set(f"extrema-fast/{other.decode()}", ticket)
             else:
-                reason = f"the others of the {size} processes at {where}; process 0 knows which"
+                reason = f"the others of the {size} processes at {where}; see the log of process 0"
             if store.check([f"extrema-fast/{ticket}"]):
                 group = store.get(f"extrema-fast/{ticket}").decode()
         except (RuntimeError, ValueError, OSError) as error:
@@ -690,7 +692,7 @@ def _join(rank: int, size: int) -> dist.Store:
         now = time.monotonic()
         if not group and now - began > JOIN_S:
             raise UsageError(
-                f"process {rank} has waited {JOIN_S:.0f} s in vain for {reason}; see why it did not start"
+                f"process {rank} has waited {JOIN_S:.0f} s for {reason}; find out why it did not start"
             )
         if not group and now - told > TELL_S:
             log.warning("process %d has waited %.0f s for %s", rank, now - began, reason)
@@ -703,15 +705,15 @@ def _join(rank: int, size: int) -> dist.Store:
 
 
 def _check_alike(store: dist.Store, rank: int, size: int, device: torch.device) -> None:
-    """Compares what the processes run and on which GPUs, and their clocks, before they work together.
+    """Compares versions, GPUs and clocks of the processes before they work together.
 
     Raises:
-        UsageError: on all of them: other versions, or a GPU that two have, which NCCL cannot use.
+        UsageError: On all of them: different versions, or a GPU that two share, which NCCL does not support.
     """
     gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
     alike = {"WORLD_SIZE": size, "torch": torch.__version__, "extrema_fast": f"{__version__}, {_code()}"}
     store.set(f"about/{rank}", json.dumps([alike, socket.gethostname(), gpu]))
-    # one that counts more processes must not wait for those that do not exist
+    # with a larger WORLD_SIZE than process 0, do not wait for processes that do not exist
     first = json.loads(store.get("about/0"))
     others = [f"about/{n}" for n in range(1, min(size, first[0]["WORLD_SIZE"]))]
     found = [first, *map(json.loads, store.multi_get(others) if others else [])]
@@ -726,11 +728,11 @@ def _check_alike(store: dist.Store, rank: int, size: int, device: torch.device) 
             f"system.device: processes {a} and {b} share GPU {gpus[a]} of {hosts[a]}; start as many processes as "
             "there are GPUs"
         )
-    # all have come: what differs now is the clocks
+    # all have connected: only the clocks can differ now
     store.set(f"time/{rank}", repr(time.time()))
     if wrong:
         if rank == 0:
-            # the store is gone with this process
+            # the store ends with this process
             with suppress(RuntimeError):
                 store.wait([f"time/{n}" for n in range(len(found))], timedelta(seconds=ASK_S))
         raise _of_all("UsageError", wrong)
@@ -741,13 +743,13 @@ def _check_alike(store: dist.Store, rank: int, size: int, device: torch.device) 
         }
         for host, seconds in off.items():
             log.warning(
-                "the clock of %s is %.0f s %s that of %s: times in logs and of files will not fit; set it (NTP)",
+                "the clock of %s is %.0f s %s that of %s: timestamps of logs and files will not match; set it (NTP)",
                 *(host, abs(seconds), "ahead of" if seconds > 0 else "behind", hosts[0]),
             )
 
 
 def _code() -> str:
-    """Hash over the files of this package: checkouts may differ under one version."""
+    """Hash of the files of this package: checkouts of the same version may differ."""
     package, found = Path(__file__).parent, hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
         found.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
@@ -755,12 +757,12 @@ def _code() -> str:
 
 
 def _choose_interface(addresses: Iterable[str]) -> None:
-    """Makes gloo use the interface that leads to the other machines, where it would take the loopback one.
+    """Makes gloo use the interface that leads to the other machines if it would use the loopback one.
 
-    It binds to what the name of the machine resolves to, which is 127.0.1.1 on many.
+    It binds to the address of the host name, which is 127.0.1.1 on many machines.
 
     Args:
-        addresses: of the processes.
+        addresses: Of the processes.
     """
     far = [a for a in addresses if ":" not in a and not a.startswith("127.")]
     try:
@@ -781,7 +783,7 @@ def _choose_interface(addresses: Iterable[str]) -> None:
                     log.debug("gloo uses %s, which leads to %s", name, far[0])
 
 
-# what gloo, NCCL and the store say
+# errors of gloo, NCCL and the store
 _LOST = re.compile(
     r"gloo|NCCL|Connection (closed|reset)|Timed out|Socket Timeout|Broken pipe|failed to recv|process group",
     re.I,
@@ -789,15 +791,15 @@ _LOST = re.compile(
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Whether an error of a collective says that another process has ended or does not answer."""
+    """Whether an error of a collective means that another process has ended or does not answer."""
     return dist.is_initialized() and bool(_LOST.search(str(error)))
 
 
 def lost(world: World, error: RuntimeError, saved: str = "") -> LostProcessError:
-    """The error for that, with what could still be saved."""
+    """The error for a lost process, with what could still be saved."""
     return LostProcessError(
         f"process {world.rank} of {world.size}: another process of the run has ended or does not answer, see its "
-        f"message{saved}; the same command continues ({one_line(error)})"
+        f"message{saved}; the same command continues the run ({one_line(error)})"
     )
 
 
@@ -805,35 +807,35 @@ def lost(world: World, error: RuntimeError, saved: str = "") -> LostProcessError
 def start(device: str) -> Iterator[World]:
     """Context of a run: joins the process group, if there is one, and leaves it (gloo, and NCCL for GPUs).
 
-    A group that somebody else has made (Ray, a script) is used, and left to them.
+    An existing group (of Ray, of a script) is used and not destroyed.
 
     Raises:
-        UsageError: variables of the environment that make no sense, processes that did not come, or another's group
-            without a backend for the CPU.
-        LostProcessError: another process has ended, or does not answer.
+        UsageError: Invalid environment variables, processes that did not connect, or an existing group without a
+            backend for the CPU.
+        LostProcessError: Another process has ended or does not answer.
     """
     rank, size, local_rank = detect(os.environ)
     ours, watch = size > 1, None
     if dist.is_initialized():
-        # made without these variables, perhaps
+        # perhaps created without these variables
         ours, rank, size = False, dist.get_rank(), dist.get_world_size()
         if size > 1 and "cpu:" not in dist.get_backend_config():
             raise UsageError(
-                "torch.distributed: the process group has no backend for the CPU, by which flags and messages go; make "
-                "it with backend='cpu:gloo,cuda:nccl' (init_process_group; of Ray TorchConfig)"
+                "torch.distributed: the process group has no backend for the CPU, which flags and messages need; "
+                "create it with backend='cpu:gloo,cuda:nccl' (init_process_group; in Ray TorchConfig)"
             )
     where = pick_device(device, local_rank, size)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if ours:
-        # what NCCL remembers of its last calls, for `Watch`
+        # NCCL's record of its last calls, for `Watch`
         new = hasattr(getattr(torch._C, "_distributed_c10d", None), "_dump_fr_trace")
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE" if new else "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
         backend, store = "gloo", _join(rank, size)
         _check_alike(store, rank, size, where)
         options: dict[str, Any] = {}
         if where.type == "cuda":
-            # flags and objects are on the CPU, and go by gloo without waiting for the GPU
+            # flags and objects are on the CPU and use gloo, without waiting for the GPU
             backend, options = "cpu:gloo,cuda:nccl", {"device_id": where}
         watch = Watch(rank, size, store, where)
         _choose_interface(host for host, _ in watch.addresses.values())
@@ -848,9 +850,9 @@ def start(device: str) -> Iterator[World]:
     except LostProcessError:
         raise
     except ExtremaError:
-        # raised on all ranks; after any other error the others may be in a collective: let the process end
+        # raised on all ranks; after any other error the others may be in a collective, so the process just ends
         if ours:
-            # launchers stop what is left once one has ended, and process 0 has files to write
+            # launchers stop the rest once one process ends, and process 0 may have files to write
             with suppress(RuntimeError):
                 store.set("left", "") if rank == 0 else store.wait(["left"], timedelta(seconds=LEAVE_S))
             dist.destroy_process_group()

@@ -34,7 +34,7 @@ def pair(size: int | Sequence[int], name: str = "img_size") -> tuple[int, int]:
 
 
 def square_patch(size: int | Sequence[int]) -> int:
-    """The side of a patch given as pixels or as a pair; raises UsageError where it is not square."""
+    """The side of a patch given as pixels or as a pair; raises UsageError if it is not square."""
     height, width = pair(size, "patch_size")
     if height != width or height < 1:
         raise UsageError(f"patch_size: patches are square, got {height} x {width}")
@@ -47,7 +47,7 @@ def check_images(images: Tensor, chans: int | None = None, dtype: torch.dtype | 
         raise UsageError(
             f"images: expected a tensor [B, C, H, W], got {type(images).__name__}; use torch.as_tensor(images)"
         )
-    # compiled code cannot tell whether a tuple holds a size that varies
+    # compiled code cannot tell whether a tuple contains a dynamic size
     if images.dim() != 4 or (chans is not None and images.shape[1] != chans):
         raise UsageError(
             f"images: expected [B, {chans or 'C'}, H, W], got {list(images.shape)}"
@@ -56,7 +56,9 @@ def check_images(images: Tensor, chans: int | None = None, dtype: torch.dtype | 
     if not images.is_floating_point():
         raise UsageError(f"images: expected normalized floats, got {images.dtype}; see encoder.preprocess()")
     if dtype not in (None, images.dtype) and not autocasts(images.device.type):
-        raise UsageError(f"images: expected {dtype} as the weights, got {images.dtype}; or use autocast")
+        raise UsageError(
+            f"images: expected {dtype}, the dtype of the weights, got {images.dtype}; or use autocast"
+        )
 
 
 def check_sides(size: Sequence[int], patch: int, name: str = "images") -> tuple[int, int]:
@@ -72,19 +74,18 @@ def check_sides(size: Sequence[int], patch: int, name: str = "images") -> tuple[
 
 
 def whiten_kernel(kernel: Tensor) -> Tensor:
-    """A patch kernel that sees patches of natural images with their directions of about equal variance.
+    """Whitens a patch kernel: the principal directions of natural image patches get about equal variance.
 
-    Pixels next to each other are nearly equal. Tokens of a random kernel therefore differ by brightness above all, and
-    edges and colors have to be learned before they count. The kernel is multiplied by (C + s I)^-1/2, s a thousandth of
-    the largest eigenvalue of C, which stands for the covariance of any images: pixels at a distance of a quarter of
-    the patch side correlate with exp(-1/10), channels with 0.9. No image is
-    read, so the initial weights depend on the seed alone.
+    Neighboring pixels are nearly equal, so tokens of a random kernel differ mostly by brightness, and edges and colors
+    must be learned before they matter. The kernel is multiplied by (C + s I)^-1/2, where s is a thousandth of the
+    largest eigenvalue of C, an assumed covariance of images: pixels at a distance of a quarter of the patch side have
+    correlation exp(-1/10), channels 0.9. No image is read, so the initial weights depend on the seed only.
 
     Args:
         kernel: [D, C, P, P].
 
     Returns:
-        [D, C, P, P] in its dtype, on its device; the mean variance of its outputs by C is as before.
+        [D, C, P, P], same dtype and device; under C the mean variance of the outputs is unchanged.
     """
     _, chans, p, _ = kernel.shape
     at = torch.arange(p, dtype=torch.float64, device="cpu")
@@ -101,7 +102,7 @@ def whiten_kernel(kernel: Tensor) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """The patch convolution (stride = kernel), and the input size it is meant for, with the attributes of timm's class.
+    """The patch convolution (stride = kernel) and its input size, with the attributes of timm's class.
 
     The encoder applies `proj` to kept patches only (`embed_patches`).
     """
@@ -134,7 +135,7 @@ class PatchEmbed(nn.Module):
         img_size: int | Sequence[int] | None = None,
         patch_size: int | Sequence[int] | None = None,
     ) -> None:
-        """Sets another image size or patch size (the kernel is resampled); after an error nothing is changed.
+        """Changes the image size or patch size (the kernel is resampled); an error changes nothing.
 
         `Encoder.set_input_size` calls this and also sets the positions.
         """
@@ -156,19 +157,19 @@ class PatchEmbed(nn.Module):
 
 
 def fit(out: Any, shape: Sequence[int], name: str) -> Tensor:
-    """What a part that is not stock returned; raises UsageError naming the part for anything but this shape."""
+    """Checks the output of a module that is not stock; raises UsageError naming it for any other shape."""
     if not isinstance(out, Tensor):
-        raise UsageError(f"{name}: expected a tensor {list(shape)}, it returned a {type(out).__name__}")
+        raise UsageError(f"{name}: expected to return a tensor {list(shape)}, got {type(out).__name__}")
     if out.shape != torch.Size(shape):
-        raise UsageError(f"{name}: expected {list(shape)}, it returned {list(out.shape)}")
+        raise UsageError(f"{name}: expected to return {list(shape)}, got {list(out.shape)}")
     return out
 
 
 def embed_patches(embed: Any, images: Tensor, keep: Tensor | None, pos: Tensor) -> Tensor:
-    """`ops.patch_gather` with a patch embedding's weights, or with the module itself where it is not stock.
+    """`ops.patch_gather` with the weights of a patch embedding, or the module itself if it is not stock.
 
     Args:
-        embed: a `PatchEmbed`, or what stands in its place.
+        embed: A `PatchEmbed` or its replacement.
         images: [B, C, H, W], or the kept patches [V*B, K, C P P].
         keep: [V, B, K] integer, or None (all).
         pos: [N, D].
@@ -177,14 +178,14 @@ def embed_patches(embed: Any, images: Tensor, keep: Tensor | None, pos: Tensor) 
         [V*B, K, D].
 
     Raises:
-        UsageError: the module returns another shape, or does not embed patches one by one and only these are given.
+        UsageError: The module returns another shape, or it needs whole images and only kept patches are given.
     """
     n, width = pos.shape
     if is_stock(embed, PatchEmbed) and is_stock(embed.proj, nn.Conv2d):
         weight = embed.proj.weight
         if weight.shape[0] != width:
             raise UsageError(
-                f"patch_embed.proj: its tokens have {weight.shape[0]} channels, the positions {width}; to prune the "
+                f"patch_embed.proj: tokens have width {weight.shape[0]}, positions {width}; to prune the "
                 "width, build the encoder with pos_embed='learned'"
             )
         return ops.patch_gather(images, keep, weight, embed.proj.bias, pos)
@@ -199,17 +200,17 @@ def embed_patches(embed: Any, images: Tensor, keep: Tensor | None, pos: Tensor) 
             pos = pos.to(tokens.dtype)
             return tokens + (pos if keep is None else pos[keep.flatten(0, 1).long()])
         if picked:
-            raise UsageError("patch_embed: it needs whole images, and only their kept patches are here")
+            raise UsageError("patch_embed: it needs whole images, but only kept patches are given")
     tokens = fit(embed(images), (images.shape[0], n, width), "patch_embed")
     pos = pos.to(tokens.dtype)
     return tokens + pos if keep is None else ops.token_gather(tokens, keep, pos)
 
 
 def _embeds_one_by_one(embed: Any) -> bool:
-    """Whether a token depends on the pixels of its patch alone, as far as can be told."""
+    """Whether each token is known to depend on the pixels of its own patch only."""
     if not isinstance(embed, PatchEmbed) or type(embed).forward is not PatchEmbed.forward:
         return False
-    # an adapter of peft holds the layer as its base
+    # adapters of peft have the layer as `base_layer`
     conv, side = getattr(embed.proj, "base_layer", embed.proj), embed.patch_size
     return (
         isinstance(conv, nn.Conv2d)
@@ -221,22 +222,22 @@ def _embeds_one_by_one(embed: Any) -> bool:
 
 
 def reads(layer: Any) -> int | None:
-    """The width that a linear layer, or what wraps it, takes, where it can be told: a distributed one takes a share."""
+    """The input width of a linear layer or its wrapper; None if unknown, as for a distributed one."""
     width = getattr(layer, "in_features", None)
     plain = type(getattr(layer, "weight", None)) in PLAIN
     return width if plain and isinstance(width, int) else None
 
 
 class _Part(nn.Module):
-    """A part made of linear layers.
+    """A module made of linear layers.
 
     Attributes:
-        label: its name within the encoder, for errors.
+        label: Its name within the encoder, for errors.
         width: D.
     """
 
     label = ""
-    # the layer that reads the tokens, the one that writes them, and of how many vectors each one between is made
+    # the layers that read and write tokens, and how many vectors the output of the others has per token
     first, last, times = "fc1", "fc2", 1
 
     def __init__(self, width: int) -> None:
@@ -244,7 +245,7 @@ class _Part(nn.Module):
         self.width = width
 
     def inner(self) -> int | None:
-        """The width between the layers where the last one does not tell it."""
+        """The width between the layers if that of the last one is unknown."""
         return None
 
     def _linear(
@@ -253,7 +254,7 @@ class _Part(nn.Module):
         return linear(x, self._modules[name], before, recompute, self._check)
 
     def _check(self, layer: nn.Module, x: Tensor, out: Tensor) -> None:
-        """Of a layer that was called."""
+        """Checks the output of a layer that was called as a module."""
         name = next(name for name, module in self._modules.items() if module is layer)
         if name == self.last:
             width = reads(self._modules[self.first]) or self.width
@@ -265,7 +266,7 @@ class _Part(nn.Module):
 class Attention(_Part):
     """Multi-head self-attention; `backend` names its implementation (`Encoder.set_attention`).
 
-    `heads` may become fewer, of `head_dim` each, where `qkv` gives those of one process.
+    `heads` may be reduced, of `head_dim` each, if `qkv` returns those of one process.
     """
 
     first, last, times = "qkv", "proj", 3
@@ -289,7 +290,9 @@ class Attention(_Part):
         """Attention between the projections: [R, n, 3 D] -> [R, n, D]; `bias` as of `ops.attention`."""
         r, n, width = qkv.shape
         if width % (3 * self.heads):
-            raise UsageError(f"{self.label}.qkv: {self.heads} heads do not divide its output of {width}")
+            raise UsageError(
+                f"{self.label}.qkv: its output width {width} is not a multiple of 3 x {self.heads} heads"
+            )
         qkv = qkv.view(r, n, 3, self.heads, width // (3 * self.heads))
         return ops.attention(qkv, self.backend, bias).reshape(r, n, width // 3)
 
@@ -311,7 +314,7 @@ class Mlp(_Part):
 
 
 def _branch(block: Any, x: Tensor, norm: str, part: str, *recompute: Any) -> Tensor:
-    """`part(norm(x))` of a block, the norm inside the part's first layer where both are stock."""
+    """`part(norm(x))` of a block; if both are stock, the norm is computed by the first layer of `part`."""
     f, g = block._modules[norm], block._modules[part]
     if is_stock(f, nn.LayerNorm) and is_stock(g, Attention, Mlp):
         return g(x, f, *recompute)
@@ -345,11 +348,11 @@ class Block(nn.Module):
         return x + _scaled(_branch(self, x, "norm2", "mlp", self.recompute), s1)
 
     def _fused(self, x: Tensor, path: Tensor | None) -> Tensor:
-        """The same with each residual and the norm behind it in one pass (`ops.trunk`)."""
+        """`forward` with each residual and the following norm in one pass (`ops.trunk`)."""
         s0, s1 = (None, None) if path is None else path.unbind()
         attn, fc1, fc2, recompute = self.attn, self.mlp.fc1, self.mlp.fc2, "norm" in self.recompute
         x, u, source = trunk.residual_norm(x, self.norm1, recompute=recompute)
-        # the bias of q, k, v gets its gradient from the attention
+        # the gradient of the qkv bias comes from the attention
         qkv = trunk.project(u, attn.qkv, source, attn.qkv.bias.detach())
         out = attn.core(qkv, attn.qkv.bias)
         branch = trunk.project(out, attn.proj, (), None)
@@ -358,7 +361,7 @@ class Block(nn.Module):
         return trunk.residual(x, branch, fc2.bias, s1)
 
     def _is_stock(self) -> bool:
-        """Whether every part may be replaced, and has all of its parameters."""
+        """Whether all modules are stock and have all parameters."""
         attn, mlp = self.attn, self.mlp
         return (
             is_stock(attn, Attention)
@@ -379,7 +382,7 @@ def _scaled(branch: Tensor, factor: Tensor | None) -> Tensor:
 
 
 class PoolAttention(_Part):
-    """Attention of the first token to all, as `PoolBlock` computes it where a layer is not stock or is pruned."""
+    """Attention of the first token to all; `PoolBlock` calls it if a layer is not stock or is pruned."""
 
     first, last = "q", "proj"
 
@@ -396,10 +399,12 @@ class PoolAttention(_Part):
         return self.heads * self.head_dim
 
     def forward(self, u: Tensor, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """u [R, 1 + n, D], normalized, class token first -> [R, D], and if asked for its attention [R, H, 1 + n]."""
+        """u [R, 1 + n, D], normalized, class token first -> [R, D], and optionally the attention [R, H, 1 + n]."""
         q, k, v = self._linear("q", u[:, :1]), self._linear("k", u), self._linear("v", u)
         if q.shape[-1] % self.heads:
-            raise UsageError(f"{self.label}.q: {self.heads} heads do not divide its output of {q.shape[-1]}")
+            raise UsageError(
+                f"{self.label}.q: its output width {q.shape[-1]} is not a multiple of {self.heads} heads"
+            )
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         p = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
         out = self._linear("proj", (p @ v).transpose(1, 2).flatten(1))
@@ -407,7 +412,7 @@ class PoolAttention(_Part):
 
 
 class PoolBlock(nn.Module):
-    """Class-attention block: `c += g1 Wo att([c; x])`, `c += g2 MLP(LN c)`; the tokens stay as they are.
+    """Class-attention block: `c += g1 Wo att([c; x])`, `c += g2 MLP(LN c)`; the tokens are not changed.
 
     `label` is its name within the encoder.
     """
@@ -426,7 +431,7 @@ class PoolBlock(nn.Module):
     def forward(
         self, cls: Tensor, tokens: Tensor, return_weights: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """cls [R, D], tokens [R, n, D] -> class token [R, D], and if asked for its attention [R, H, 1 + n]."""
+        """cls [R, D], tokens [R, n, D] -> class token [R, D], and optionally its attention [R, H, 1 + n]."""
         cls, attention, _ = self.run(cls, tokens, return_weights=return_weights)
         return cls if attention is None else (cls, attention)
 
@@ -443,7 +448,7 @@ class PoolBlock(nn.Module):
             (class token [R, D], attention [R, H, 1 + n] or None, `stats`).
         """
         norm, a = self.norm1, self.attn
-        # the op takes square projections: channels of single heads may have been pruned
+        # the op requires square projections; pruning may have removed channels of single heads
         whole = is_stock(a, PoolAttention) and _are_whole((norm,), (a.q, a.k, a.v, a.proj))
         if whole and a.proj.in_features == cls.shape[-1]:
             parts = norm, a.q, a.k, a.v, a.proj

@@ -7,13 +7,13 @@
     weights/step_00000100/                        weights only, readable without a run
 
 A save writes a temporary folder, syncs it and renames it; a folder is valid only if its files match `COMPLETE` and
-its weights are finite. Nothing is removed that this run has neither read nor written. Training continues while a thread
-writes a copy; a run waits for it before it ends or stops.
+its weights are finite. Only checkpoints that this run has read or written are removed. Training continues while a
+thread writes a copy; a run waits for the thread before it ends.
 
-In a sharded run with N processes, each process writes its rows of every sharded tensor, in process order:
+In a sharded run of N processes, each process writes its rows of every sharded tensor, in process order:
 
-    checkpoints/step_00000100/state-00001-of-00004.safetensors   those of process 0
-                              state.safetensors                  what is the same on all processes
+    checkpoints/step_00000100/state-00001-of-00004.safetensors   rows of process 0
+                              state.safetensors                  tensors that are the same on all processes
                               state.json                         also `parts`: names, sizes and sha256 of the N
 
 and notifies process 0, which assembles the weights from the files and completes the folder. Any number of processes can
@@ -57,7 +57,7 @@ from .optim import FAMILIES, KEPT, check_family
 
 log = logging.getLogger(__name__)
 
-# of one file, and with parts
+# with one file of tensors, and with parts
 FORMAT, FORMAT_PARTS = 1, 2
 TENSORS, STATE, COMPLETE = "state.safetensors", "state.json", "COMPLETE"
 _hits: dict[str, int] = {}
@@ -84,7 +84,7 @@ class Checkpoint:
         return int(self.state["step"])
 
     def tensors(self) -> Stored:
-        """Everything that it holds, read when it is asked for."""
+        """All of its tensors, read on access."""
         return Stored(self.path, self.state.get("parts", ()))
 
 
@@ -94,26 +94,26 @@ class Checkpoint:
 def collect(method: StudentTeacher, optimizer: torch.optim.Optimizer, counters: Tensor) -> dict[str, Tensor]:
     """Name -> tensor of everything that resuming needs; optimizer state by parameter name.
 
-    Live tensors, no copies; of a sharded run this process's side of them.
+    The tensors themselves, not copies; in a sharded run DTensors.
     """
     tensors = {f"method.{name}": t for name, t in method.state_dict().items()}
     for name, p in method.student_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
-    # of any device the same
+    # the same dtype for any device
     tensors["counters"] = double(counters)
     return {name: t.detach() for name, t in tensors.items()}
 
 
 class Snapshot:
-    """Tensors as they were, in CPU memory that the next snapshot takes again (pinned, for those of a GPU)."""
+    """A copy of tensors in CPU memory, which the next snapshot reuses (pinned for tensors of a GPU)."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
         self._arrived: torch.cuda.Event | None = None
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies tensors; those of a GPU in the order of its work, without waiting for it."""
+        """Copies tensors; from a GPU in stream order, without waiting for it."""
         like = {name: (t.shape, t.dtype) for name, t in tensors.items()}
         if like != {name: (t.shape, t.dtype) for name, t in self._kept.items()}:
             self._kept = {
@@ -126,28 +126,28 @@ class Snapshot:
         self._arrived = torch.cuda.current_stream(gpu[0]).record_event() if gpu else None
 
     def tensors(self) -> dict[str, Tensor]:
-        """What was copied last, once it has arrived."""
+        """The last copy, once it has arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._kept
 
 
 def weights_of(tensors: Mapping[str, Tensor]) -> Renamed:
-    """The `state_dict()` of student and teacher in what `collect` has named."""
+    """The `state_dict()` of student and teacher, from tensors named by `collect`."""
     return Renamed(tensors, {n.removeprefix("method."): n for n in tensors if n.startswith("method.")})
 
 
 class Stored(Mapping[str, Tensor]):
-    """The tensors of a checkpoint, read when they are asked for; whole, whatever number of parts holds their rows.
+    """The full tensors of a checkpoint, read on access, whatever number of parts has their rows.
 
-    What is in one file is that file's memory: copy what is to stay, or changes.
+    A tensor from a single file is memory of that file: copy it to keep or change it.
 
     Args:
-        folder: a checkpoint's, complete or not.
-        parts: names of the files with rows, in order.
+        folder: That of a checkpoint, complete or not.
+        parts: Names of the files with rows, in order.
 
     Raises:
-        StorageError: files that cannot be read, or do not fit together.
+        StorageError: A file cannot be read, or the parts do not match.
     """
 
     def __init__(self, folder: Path, parts: Collection[str] = ()) -> None:
@@ -163,7 +163,7 @@ class Stored(Mapping[str, Tensor]):
             shapes = [h.get_shape() for h in held]
             alike = len({(h.get_dtype(), *shape[1:]) for h, shape in zip(held, shapes, strict=True)}) == 1
             if name in self._files or len(held) < len(others) or not alike or not all(shapes):
-                raise StorageError(f"{folder}: parts of {name} do not fit together")
+                raise StorageError(f"{folder}: the parts of {name} do not match")
             self._files[name] = others
             self._shapes[name] = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
 
@@ -178,11 +178,11 @@ class Stored(Mapping[str, Tensor]):
         return len(self._files)
 
     def shape(self, name: str) -> torch.Size:
-        """Of the whole tensor, without reading it."""
+        """The shape of the full tensor, without reading it."""
         return torch.Size(self._shapes[name])
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
-        """A copy of some rows; nothing else is read."""
+        """A copy of rows `begin` to `end`."""
         found, at = [], 0
         for file in self._files[name]:
             part = file.get_tensor(name)
@@ -192,7 +192,7 @@ class Stored(Mapping[str, Tensor]):
 
 
 def _copied(tensors: Mapping[str, Tensor], name: str, like: Any) -> Tensor:
-    """A copy of a tensor, sharded as `like` is: of a file's only what this process keeps is read."""
+    """A copy of a tensor, sharded like `like`: of a stored one each process keeps its own rows."""
     if not is_sharded(like):
         return tensors[name].clone()
     stored = tensors if isinstance(tensors, Stored) else None
@@ -216,10 +216,10 @@ def restore(
     """The inverse of `collect`.
 
     Args:
-        saved_by: class name of the optimizer whose state this is; empty: that of `optimizer`.
+        saved_by: Class name of the optimizer whose state this is; empty: that of `optimizer`.
 
     Raises:
-        UsageError: another architecture, or another family of optimizers (`optim.name`).
+        UsageError: Another architecture, or another family of optimizers (`optim.name`).
     """
     if saved_by:
         check_family(saved_by, optimizer)
@@ -235,14 +235,14 @@ def restore(
     by_name: dict[str, dict[str, Tensor]] = {}
     for full in tensors:
         if full.startswith("optimizer."):
-            # keys hold no dot
+            # keys have no dot
             name, _, key = full.removeprefix("optimizer.").rpartition(".")
             like = None if key == "step" else params.get(name)
             by_name.setdefault(name, {})[key] = _copied(tensors, full, like)
     state = {i: by_name[name] for i, name in enumerate(order) if name in by_name}
     rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    # a rate in a tensor stays that tensor, which a CUDA graph reads; torch would replace it by a copy
+    # a learning rate in a tensor must stay that tensor, which a CUDA graph reads; torch would replace it by a copy
     for group, lr in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = lr
     counters.copy_(tensors["counters"])
@@ -251,7 +251,7 @@ def restore(
 def unfit(
     tensors: Mapping[str, Tensor], step: int, method: StudentTeacher, optimizer: torch.optim.Optimizer
 ) -> str:
-    """What these tensors lack, have too much or otherwise for `restore` at a step; empty: nothing."""
+    """The first missing, unknown or invalid tensor for `restore` at a step, in words; empty: none."""
     kept = {
         f"optimizer.{name}.{key}": torch.zeros(()) if key == "step" else p.detach()
         for name, p in method.student_parameters()
@@ -263,7 +263,7 @@ def unfit(
         return f"counters are {describe(counts)}, expected {describe(like)}"
     if not ((counts[GOOD:] >= 0) & (counts[GOOD:] <= step)).all():
         return f"counters are {counts.tolist()} at step {step}"
-    # an optimizer that was never called, since all steps were skipped, keeps nothing
+    # an optimizer that was never called, since all steps were skipped, has no state
     if counts[SKIPPED] < step or any(name in tensors for name in kept):
         wanted |= kept
     for name in dict.fromkeys([*wanted, *tensors]):
@@ -290,13 +290,13 @@ def describe(t: Tensor) -> str:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """The first weight or moment with a value that is not finite; empty when there is none."""
+    """The name of the first weight or moment with a value that is not finite; empty if there is none."""
     floating = [t for t in tensors.values() if t.is_floating_point() and t.numel()]
-    # an eighth of the time, as a thread that saves takes it from the steps; a norm that overflows is looked at below
+    # norms take an eighth of the time, which the saving thread takes from the steps; overflow is checked below
     if floating and torch.stack([n.double() for n in torch._foreach_norm(floating)]).isfinite().all():
         return ""
     for name, t in tensors.items():
-        # an infinite second moment only stops its weight
+        # an infinite second moment only stops the updates of its weight
         square = name.endswith(".exp_avg_sq")
         if t.is_floating_point() and not (~t.isnan() if square else t.isfinite()).all():
             return name.removeprefix("method.")
@@ -315,24 +315,24 @@ def _digest(path: Path) -> str:
 
 
 def part_names(size: int) -> list[str]:
-    """Files of the rows of each of `size` processes."""
+    """The names of the files with the rows of each of `size` processes."""
     return [f"state-{n:05d}-of-{size:05d}.safetensors" for n in range(1, size + 1)]
 
 
 def write(
     folder: Path, tensors: Mapping[str, Tensor], rows: Collection[str] = (), rank: int = 0, size: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """Writes what one process has of a checkpoint into its folder, onto the disk.
+    """Writes the tensors of one process into the folder of a checkpoint and syncs them.
 
     Args:
-        tensors: on the CPU.
-        rows: names of those of which this is the process's rows; the others are written by process 0.
+        tensors: On the CPU.
+        rows: Names of sharded tensors, of which these are the process's rows; process 0 writes the others.
 
     Returns:
         Size and sha256 of each file, by name.
 
     Raises:
-        OSError, SafetensorError: it could not be written.
+        OSError, SafetensorError: They could not be written.
     """
     files = {TENSORS: {n: t for n, t in tensors.items() if n not in rows}} if rank == 0 else {}
     if rows:
@@ -349,16 +349,16 @@ def _mark(path: Path) -> dict[str, Any]:
 
 
 def complete(folder: Path, step: int, state: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-    """Describes a checkpoint whose tensors are written, and marks it as complete.
+    """Writes the description of a checkpoint whose tensors are written, and marks it as complete.
 
     Args:
-        files: what `write` has returned, of all processes in order.
+        files: The results of `write` of all processes, in order.
 
     Raises:
-        OSError: it could not be written.
+        OSError: It could not be written.
     """
     parts = {name: mark for name, mark in files.items() if name != TENSORS}
-    # an older version reads this far, and says that it cannot read the format
+    # older versions read the format and report that they do not support it
     more = {"format": FORMAT_PARTS, "parts": parts} if parts else {"format": FORMAT}
     (folder / STATE).write_text(json.dumps(state | more | {"step": step}, indent=1), encoding="utf-8")
     fault("state")
@@ -379,7 +379,7 @@ def step_folders(parent: Path) -> dict[int, Path]:
 
 
 def remove_temporaries(run: Path) -> None:
-    """Removes what an interrupted save left (at start, under the run's lock)."""
+    """Removes temporary folders of an interrupted save (at start, under the run's lock)."""
     for parent in (run, run / "checkpoints", run / "weights"):
         for path in (*parent.glob(".tmp-*"), *parent.glob(".replaced-*")):
             log.info("removing the unfinished %s", path)
@@ -392,11 +392,11 @@ Export = Callable[[Path, Mapping[str, Tensor]], Any]
 class Saver:
     """Saves a run, removes old checkpoints, and decides when a failing save ends the run.
 
-    A context: leaving it waits for the save that is under way.
+    A context manager: leaving it waits for the save in progress.
 
     Args:
-        resumed: step of the checkpoint that was read.
-        world: the processes of a sharded run, each of which has a saver and writes its part; None: one writes all.
+        resumed: Step of the checkpoint that was read.
+        world: The processes of a sharded run, each of which has a saver and writes its rows; None: one writes all.
     """
 
     def __init__(
@@ -412,7 +412,7 @@ class Saver:
         self.milestone = cfg.milestone_epochs * steps_per_epoch
         self.failures = 0
         self.last_step = -1
-        # step -> whether its checkpoint can be continued from
+        # step -> whether its checkpoint can be resumed
         self._usable = {resumed: True}
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
@@ -428,22 +428,22 @@ class Saver:
         *,
         final: bool = False,
     ) -> None:
-        """Writes the weights, then the checkpoint, so that a run that counts as finished has its weights.
+        """Writes the weights, then the checkpoint, so that a finished run always has its weights.
 
-        All processes that write a part call this. Nothing happens where this step has been saved.
+        All processes that write rows call this. Does nothing if this step was saved already.
 
         Args:
-            tensors: on any device; unless this is the final save they are copied, and written while the run goes on.
-            export: writes the weights files into a folder, from these tensors on the CPU.
-            final: whether to wait until all is written, and a failure is an error already now.
+            tensors: On any device; unless this is the final save they are copied, and written while training continues.
+            export: Writes the weights files into a folder, from these tensors on the CPU.
+            final: Wait until all is written, and raise the first failure.
 
         Raises:
-            StorageError: the third save in a row failed, or a final one; on all processes, as the next.
-            NonFiniteError: the weights of a final one are not finite.
+            StorageError: The third save in a row failed, or a final one; on all processes.
+            NonFiniteError: The weights of a final save are not finite; on all processes.
         """
         world = self.world
         new = world.broadcast(world.rank_zero_only(partial(self._begin, step, final)))
-        # of another process than 0: it has nothing left to wait for
+        # processes other than 0 have not waited in `_begin`
         self.wait()
         if not new:
             return
@@ -460,21 +460,21 @@ class Saver:
             world.rank_zero_only(partial(act, own))
             return
         self._snapshot.take(own)
-        # a process that is about to end waits for it: no daemon
+        # not a daemon: the process waits for it before it exits
         self._thread = threading.Thread(target=self._in_thread, args=(act,), name="save")
         self._thread.start()
 
     def wait(self) -> None:
-        """Waits for the save that is under way.
+        """Waits for the save in progress.
 
         Raises:
-            StorageError: it was the third in a row that failed.
+            StorageError: It was the third failure in a row.
         """
         if self._thread is not None:
             self._thread.join(TELL_S)
             if self._thread.is_alive():
                 seconds = time.monotonic() - self._began
-                log.warning("%s: the last save has taken %.0f s so far and is waited for", self.run, seconds)
+                log.warning("%s: waiting for the last save, which has taken %.0f s so far", self.run, seconds)
                 self._thread.join()
             self._thread = None
         error, self._error = self._error, None
@@ -483,7 +483,7 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether `wait` has something to raise."""
+        """Whether `wait` will raise an error."""
         return self._error is not None
 
     def __enter__(self) -> Saver:
@@ -491,7 +491,7 @@ class Saver:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> None:
         if error is not None and not isinstance(error, ExtremaError):
-            # others may be gone, and their parts with them
+            # other processes may be gone, and with them their rows
             self._until = time.monotonic() + LEAVE_S
         try:
             self.wait()
@@ -504,7 +504,7 @@ class Saver:
         return self.run / "checkpoints" / f"step_{step:08d}"
 
     def _begin(self, step: int, final: bool) -> str:
-        """Name of the folder that all write into, on process 0; empty: nothing is to be saved, or can be."""
+        """Name of the folder for all processes (on process 0); empty: nothing to save, or it cannot be created."""
         self.wait()
         if self.last_step == step:
             return ""
@@ -558,12 +558,12 @@ class Saver:
             try:
                 self._prune(step)
             except OSError as error:
-                log.warning("%s: old checkpoints cannot be removed (%s)", self.run, one_line(error))
+                log.warning("%s: cannot remove old checkpoints (%s)", self.run, one_line(error))
 
     def _hand_in(
         self, new: Path, own: Mapping[str, Tensor], rows: Collection[str], final: bool
     ) -> list[dict[str, Any]]:
-        """Writes what this process has, and what came of it goes to process 0, which gets that of all."""
+        """Writes the tensors of this process and sends the outcome to process 0, which gets those of all."""
         world, mine = self.world, dict[str, Any]()
         who = f" (process {world.rank} on {socket.gethostname()})" if world.size > 1 else ""
         try:
@@ -573,12 +573,12 @@ class Saver:
                 mine["files"] = write(new, own, rows, world.rank, world.size)
         except (OSError, SafetensorError) as error:
             mine["failed"] = one_line(error, 300) + who
-        # only the final save is the main thread's
+        # only the final save runs in the main thread
         with world.waiting() if final else nullcontext():
             return world.hand_in(f"{new.name}/{self._saves}", mine, lambda: self._until)
 
     def _files(self, new: Path, step: int, told: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The files of all processes; an error where one of them has failed."""
+        """The files of all processes; raises the error of one that failed."""
         for mine in told:
             if "failed" in mine:
                 raise StorageError(mine["failed"])
@@ -586,7 +586,7 @@ class Saver:
             if "not_finite" in mine:
                 raise NonFiniteError(
                     f"step {step}: {mine['not_finite']} is not finite: nothing was saved, earlier checkpoints are "
-                    "untouched; continue from the last one with a lower optim.base_lr and --allow-config-change"
+                    "unchanged; continue from the last one with a lower optim.base_lr and --allow-config-change"
                 )
         files = {name: mark for mine in told for name, mark in mine["files"].items()}
         if len(told) > 1 and (reason := _changed(new, files, digests=False)):
@@ -598,14 +598,14 @@ class Saver:
         text = f"checkpoint of step {step} in {self.run} failed ({one_line(error, 300)})"
         if final or self.failures >= 3:
             raise StorageError(f"{text}; free some space, then run the same command again") from None
-        log.warning("%s; training goes on, earlier checkpoints are untouched", text)
+        log.warning("%s; training continues, earlier checkpoints are unchanged", text)
 
     def _prune(self, step: int) -> None:
         folders, weights = (step_folders(self.run / name) for name in ("checkpoints", "weights"))
-        # a checkpoint of a later step is not usable, or the run would have resumed from it
+        # a checkpoint of a later step is unusable, otherwise the run would have resumed from it
         folders = {s: path for s, path in folders.items() if s <= step}
         for s, path in folders.items():
-            # from an earlier start: only what has been read may be removed
+            # from an earlier start: only a checkpoint that has been read may be removed
             if s not in self._usable and len(folders) > self.cfg.retain:
                 self._usable[s] = not (damage(path) or other_format(path))
         for s in [s for s in folders if self._usable.get(s)][: -self.cfg.retain]:
@@ -616,7 +616,7 @@ class Saver:
 
 
 def _remove(folder: Path) -> None:
-    # renamed first, so that an interruption leaves it whole or removed
+    # renamed first, so that after an interruption it is complete or gone
     temporary = folder.with_name(f".tmp-old-{folder.name}")
     os.rename(folder, temporary)
     remove(temporary)
@@ -626,14 +626,14 @@ def _remove(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str:
-    """Why a checkpoint cannot be continued from; empty when it can."""
+    """Why a checkpoint cannot be resumed; empty if it can."""
     try:
         return _damage(folder)
     except (OSError, SafetensorError, StorageError) as error:
         return one_line(error)
 
 
-# of the images, in env.json too
+# about the images; also in env.json
 IMAGES = {"images?": int, "shards?": int, "fingerprint?": str, "sample?": dict}
 _STATE: dict[str, Any] = IMAGES | {
     "step": int,
@@ -657,19 +657,19 @@ def _damage(folder: Path) -> str:
     state = read_json(folder / STATE, {})
     step, parts = int(folder.name.removeprefix("step_")), state.get("parts", {})
     if not fits(state, _STATE) or state["step"] != step or not 0 < step <= state["total_steps"]:
-        return f"{STATE} makes no sense"
+        return f"{STATE} is invalid"
     if list(parts) != part_names(len(parts)):
-        return f"{STATE} makes no sense"
+        return f"{STATE} is invalid"
     if reason := _changed(folder, parts):
         return reason
     tensors = Stored(folder, parts)
-    # one at a time: what is in parts is put together in memory
+    # one at a time: tensors in parts are joined in memory
     name = next(filter(None, (not_finite({n: tensors[n]}) for n in tensors)), "")
     return f"{name} is not finite" if name else ""
 
 
 def _changed(folder: Path, files: dict[str, Any], digests: bool = True) -> str:
-    """How files differ from their marks; empty: they do not."""
+    """How files differ from their recorded sizes and hashes; empty if they do not."""
     for name, expected in files.items():
         path = folder / name
         if not fits(expected, {"size": int, "sha256": str}):
@@ -683,20 +683,20 @@ def _changed(folder: Path, files: dict[str, Any], digests: bool = True) -> str:
 
 
 def other_format(folder: Path) -> str:
-    """How the format of an undamaged checkpoint differs from this version's; empty when it does not."""
+    """How the format of an undamaged checkpoint differs from this version's; empty if it does not."""
     found = read_json(folder / STATE, {}).get("format")
     known = f"this version reads {FORMAT} and {FORMAT_PARTS}"
     return "" if found in (FORMAT, FORMAT_PARTS) else f"checkpoint format {found}, {known}"
 
 
 def newest(run: Path, check: Callable[[Checkpoint], str] = lambda found: "") -> Checkpoint | None:
-    """The newest checkpoint that is undamaged and finite; newer ones are named in the log. None: there are none.
+    """The newest checkpoint that is undamaged and finite; logs why newer ones are not used. None: there are none.
 
     Args:
-        check: why an undamaged one cannot be continued from all the same; empty when it can.
+        check: Returns why an undamaged one cannot be resumed nevertheless; empty if it can.
 
     Raises:
-        StorageError: none can be read, or the newest undamaged one is of another format.
+        StorageError: None can be read, or the newest undamaged one has another format.
     """
     reasons: list[str] = []
     for _, path in reversed(step_folders(run / "checkpoints").items()):
@@ -715,7 +715,7 @@ def newest(run: Path, check: Callable[[Checkpoint], str] = lambda found: "") -> 
         log.warning("checkpoint %s cannot be used (%s)", path, reason)
     if not reasons:
         return None
-    what = "its checkpoint is of another version" if stop else "no checkpoint can be read"
+    what = "its checkpoint is from another version" if stop else "no checkpoint can be read"
     why = f"{what} ({reasons[-1 if stop else 0]})"
     raise StorageError(
         f"--out {run}: {why}; restore a copy, or use --overwrite, which moves this run aside and starts again "
@@ -723,37 +723,32 @@ def newest(run: Path, check: Callable[[Checkpoint], str] = lambda found: "") -> 
     )
 
 
-# options that set the shapes of tensors: a run cannot continue with others
+# options that set the shapes of tensors and cannot change when a run continues
 _SHAPES = (
-    "model.",
-    "head.norm",
-    "head.queue",
-    "head.hidden",
-    "head.out",
-    "head.predictor_hidden",
-    "tune.pool",
+    *("model.", "head.norm", "head.queue", "head.hidden", "head.out"),
+    *("head.predictor_hidden", "tune.pool"),
 )
 _NOT_SHAPES = ("model.drop_path", "model.layer_scale", "model.patch_init")
 
 
 def other_shapes(changes: list[str]) -> list[str]:
-    """Of changed settings (`changed_maths`) those with which tensors have other shapes."""
+    """The changed settings (of `changed_maths`) that change the shapes of tensors."""
     return [c for c in changes if c.startswith(_SHAPES) and not c.startswith(_NOT_SHAPES)]
 
 
 def check_same(
     cfg: Config, old: dict[str, Any], allow: bool, known: dict[str, Any], images: dict[str, Any]
 ) -> list[str]:
-    """The differences, all of them accepted, between a recorded run and the one that is to continue it.
+    """The accepted differences between a recorded run and the one that continues it.
 
     Args:
-        old: recorded configuration.
-        allow: accept differences; other shapes are never accepted.
-        known: number, shards and fingerprint of the recorded images, as far as known.
-        images: the same of the images now, and names of those `replaced` in place; empty: not compared.
+        old: Recorded configuration.
+        allow: Accept differences; other shapes are never accepted.
+        known: Number, shards and fingerprint of the recorded images, as far as known.
+        images: The same of the current images, and names of those `replaced` in place; empty: not compared.
 
     Raises:
-        UsageError: names every difference and the remedies.
+        UsageError: Names every difference and the remedies.
     """
     kinds = ["a fine-tuning" if "tune" in c else "a pretraining" for c in (old, to_dict(cfg))]
     if kinds[0] != kinds[1]:

@@ -254,7 +254,7 @@ def test_a_failing_save_leaves_the_old_one(tmp_path, monkeypatch, caplog, what):
             m.setattr(checkpoint, "write_file", full)
         bad_export = full if what == "export" else export
         saver.save(2, SMALL, STATE, bad_export)
-        assert "training goes on" in caplog.text and "No space left" in caplog.text
+        assert "training continues" in caplog.text and "No space left" in caplog.text
         assert newest(tmp_path).step == (2 if what == "latest" else 1)
         saver.save(3, SMALL, STATE, bad_export)
         with pytest.raises(StorageError, match="No space left") as error:

@@ -163,12 +163,12 @@ DAMAGES = {
     "exchanged": (lambda f: exchange(f, f / A, f / B), A),
     "of another step": (lambda f: (f / A).write_bytes((f.with_name("step_00000001") / A).read_bytes()), f"{A} has ch"),
     "not finite": (lambda f: change(f, A, **{"method.c": torch.full((2, 3), float("nan"))}), "(c is not finite)"),
-    "another width": (lambda f: change(f, A, **{"method.c": torch.zeros(2, 4)}), "parts of method.c do not fit"),
-    "another dtype": (lambda f: change(f, B, **{"method.a": torch.zeros(3).half()}), "parts of method.a do not fit"),
-    "one tensor more": (lambda f: change(f, B, x=torch.zeros(3)), "parts of x do not fit"),
+    "another width": (lambda f: change(f, A, **{"method.c": torch.zeros(2, 4)}), "parts of method.c do not match"),
+    "another dtype": (lambda f: change(f, B, **{"method.a": torch.zeros(3).half()}), "parts of method.a do not match"),
+    "one tensor more": (lambda f: change(f, B, x=torch.zeros(3)), "parts of x do not match"),
     "in two places": (lambda f: change(f, "state.safetensors", **{"method.a": torch.zeros(9)}), "parts of method.a"),
-    "one part less": (lambda f: reseal(f, dict.fromkeys(part_names(SIZE)[:-1])), "state.json makes no sense"),
-    "another folder": (lambda f: reseal(f, {"../../x": 1}), "state.json makes no sense"),
+    "one part less": (lambda f: reseal(f, dict.fromkeys(part_names(SIZE)[:-1])), "state.json is invalid"),
+    "another folder": (lambda f: reseal(f, {"../../x": 1}), "state.json is invalid"),
 }  # fmt: skip
 
 
