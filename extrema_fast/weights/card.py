@@ -282,15 +282,11 @@ features.pooler_output  # [1, width]: {pooled}
     "vit": """features = model(images)  # [1, width]: mean of the patch tokens
 """,
 }
-_LOGITS = {
-    "hf": "model(**images).logits",
-    "extrema": "encoder(images)",
-    "vit": "model(images)",
-}
-_NAMES = {
-    "hf": "model.config.id2label",
-    "extrema": "encoder.classes",
-    "vit": 'model.pretrained_cfg["label_names"]',
+# logits, and names of classes
+_CLASSIFY = {
+    "hf": ("model(**images).logits", "model.config.id2label"),
+    "extrema": ("encoder(images)", "encoder.classes"),
+    "vit": ("model(images)", 'model.pretrained_cfg["label_names"]'),
 }
 
 _LIBRARY = {
@@ -417,9 +413,10 @@ def _code(config: Mapping[str, Any]) -> str:
     # transformers leaves a gray image gray, whatever the model's channels
     mode, whole = {1: "L", 3: "RGB"}.get(size[0]), _is_whole(config)
     code = _LOAD[form if mode or form != "hf" else "hf, other channels"]
-    if classes and form in _LOGITS:
-        code += f"logits = {_LOGITS[form]}  # [1, classes]\n"
-        code += f"name = {_NAMES[form]}[int(logits.argmax())]\n" if own.get("classes") else ""
+    if classes and form in _CLASSIFY:
+        logits, names = _CLASSIFY[form]
+        code += f"logits = {logits}  # [1, classes]\n"
+        code += f"name = {names}[int(logits.argmax())]\n" if own.get("classes") else ""
     if not classes or form == "extrema":
         code += _FEATURES.get(form, "")
     return code.format(
