@@ -541,9 +541,9 @@ def _recipe_table(own: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     }
     rows |= {"initialized from": record["begun_from"]} if "begun_from" in record else {}
     for words, key in (("optimizer steps", "step"), ("images seen", "images")):
-        rows[words] = f"{own[key]:,}" if key in own else UNKNOWN
-    rows |= {"seed": own.get("seed", UNKNOWN), "configuration": own.get("config_hash", UNKNOWN)}
-    return _table(rows)
+        rows |= {words: f"{own[key]:,}"} if key in own else {}
+    rows |= {words: own[k] for words, k in (("seed", "seed"), ("configuration", "config_hash")) if k in own}
+    return _table(rows) if rows else "Not recorded."
 
 
 def _results(record: Mapping[str, Any]) -> str:
@@ -615,6 +615,7 @@ def _model(config: Mapping[str, Any]) -> str:
         "classes": options["num_classes"] or "none (features)",
         "network": own.get("which"),
         "source": own["source"].get("file", UNKNOWN) if "source" in own else "a run of extrema-fast",
+        "left out of the source": ", ".join(own.get("source", {}).get("left_out", [])) or None,
         "written by": own["software"],
     }
     differences = own["export"].get("differences", {})

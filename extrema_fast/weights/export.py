@@ -49,7 +49,7 @@ from .folder import (
     write_tensors,
 )
 from .foreign import plain_name
-from .load import Weights, load_encoder, open_weights
+from .load import Weights, load_encoder, open_weights, warn_left_out
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +150,7 @@ def export(
     out = Path(out)
     check_replaceable(out, force)
     source = open_weights(weights, which=which) if isinstance(weights, (str, Path)) else _in_memory(weights)
+    warn_left_out(source)
     chosen = source.choose(which)
     pooled = name == "vit" or (name == "hf" and not class_token)
     changes: dict[str, Any] = {"global_pool": "avg", "fc_norm": fc_norm} if pooled else {}
@@ -313,7 +314,8 @@ def _write_extrema(job: Job) -> dict[str, Any]:
 
 
 def _compare_extrema(job: Job) -> dict[str, float]:
-    found = {"load_encoder": _outputs_differ(job, load_encoder(job.folder))}
+    # opened first, since warnings are of the source
+    found = {"load_encoder": _outputs_differ(job, load_encoder(open_weights(job.folder)))}
     try:
         from .. import timm as _registered  # noqa: F401
     except (ImportError, RuntimeError) as error:

@@ -211,9 +211,8 @@ def load_encoder(
             or an option does not fit it.
     """
     weights = path if isinstance(path, Weights) else open_weights(path, grid, num_heads, which=which)
-    if weights is not path and (left_out := weights.meta.get("source", {}).get("left_out")):
-        # the features differ from those of the original model
-        log.warning("%s: loads the trunk of another project's ViT without: %s", path, ", ".join(left_out))
+    if weights is not path:
+        warn_left_out(weights)
     tensors, source = weights.read(weights.choose(which)), str(weights.path)
     config, saved = model_config(weights.meta), encoder_options(weights.meta)
     if drop_path_rate is not None:
@@ -235,6 +234,14 @@ def load_encoder(
     if img_size is not None or patch_size is not None:
         encoder.set_input_size(img_size, patch_size)
     return encoder.eval()
+
+
+def warn_left_out(weights: Weights) -> None:
+    """Warns if the features are not those of the original model, since parts of it are left out."""
+    if left_out := weights.meta.get("source", {}).get("left_out"):
+        log.warning(
+            "%s: loads the trunk of another project's ViT without: %s", weights.path, ", ".join(left_out)
+        )
 
 
 def _options(saved: Mapping[str, Any], requested: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -377,6 +384,7 @@ def import_released(
     file, out = Path(file), Path(out)
     check_replaceable(out, force)
     weights = open_weights(file, grid, num_heads, which=which)
+    warn_left_out(weights)
     if not file.is_file() and is_own(weights.meta):
         raise UsageError(f"{file}: a run or weights folder needs no import; use `export`")
     names = list(weights.networks) if which is None else [weights.choose(which)]

@@ -19,7 +19,7 @@ from extrema_fast.weights.card import card_hash, short_path
 from extrema_fast.weights.export import export
 from extrema_fast.weights.folder import save_weights, weights_meta
 from extrema_fast.weights.load import import_released, load_encoder
-from tests.weights._weights import CFG, ENCODERS, perturbed
+from tests.weights._weights import CFG, ENCODERS, foreign_vit, perturbed
 
 ROWS = [
     {"encoder": "pretrained", "feature": "class token", "knn": 0.625, "probe": 0.75},
@@ -153,7 +153,7 @@ def test_what_training_has_measured_stands_where_nothing_else_was(run, tmp_path)
         assert "These weights were not evaluated." in card(tmp_path / out)
 
 
-def test_what_is_unknown_is_said(run, folder, file, tmp_path):
+def test_what_is_unknown_is_said(run, folder, file, tmp_path, caplog):
     export(folder, tmp_path / "out")
     assert "Not recorded." in card(tmp_path / "out") and "were not evaluated" in card(tmp_path / "out")
     # the run around them was another one
@@ -165,6 +165,15 @@ def test_what_is_unknown_is_said(run, folder, file, tmp_path):
     text = card(tmp_path / "released")
     assert "How these weights were trained is not recorded." in text and "pretrained with ExtreMA" not in text
     assert f"| source | {file.name} |" in text
+    # of another project, whose file is named, not the folder that is read back
+    torch.save(foreign_vit(CFG.model), tmp_path / "foreign.pth")
+    caplog.clear()
+    export(tmp_path / "foreign.pth", tmp_path / "foreign")
+    text = card(tmp_path / "foreign")
+    assert "| left out of the source | class token, classifier or projector |" in text
+    assert "## Recipe\n\nNot recorded." in text and "self-supervised" not in text
+    warnings = [r.getMessage() for r in caplog.records if "without: class token" in r.getMessage()]
+    assert [w.split(": ")[0] for w in warnings] == [str(tmp_path / "foreign.pth")]
 
 
 def test_the_head_as_hugging_face_reads_it(run, tmp_path):
