@@ -33,7 +33,6 @@ _RESULT = {
     "train?": str,
     "test?": str,
     "holdout?": float,
-    "img_size?": [int],
     "k?": int,
     "temperature?": float,
     "crop_pct?": float,
@@ -51,6 +50,7 @@ _KEPT = [k.removesuffix("?") for k in _RESULT]
 _ONLINE = {"rows": [{"encoder": str, "feature": str, "knn": float}], "test": int, "k": int}
 # what an export keeps of a run
 _RECORD = {
+    "img_size?": [int],
     "data?": {"train?": _COUNT, "test?": (_COUNT, None)},
     "recipe?": {},
     "results?": [_RESULT],
@@ -113,6 +113,7 @@ def run_record(weights: Path, meta: Mapping[str, Any], which: str | None) -> dic
     cfg = read_json(folder / "config.json", {})
     counts = {k: v for k, v in env.get("data", {}).items() if k in ("train", "test") and fits(v, _COUNT)}
     found = {
+        "img_size": list(model_config(meta).img_size),
         "data": {
             split: {k: short_path(v) if k == "name" else v for k, v in c.items() if f"{k}?" in _COUNT}
             for split, c in counts.items()
@@ -225,7 +226,6 @@ _NEW_NORM = """
 A new norm after pooling replaces the final norm: fine-tune this model, its features are not those of pretraining."""
 _ENCODER = """This is the whole encoder with {head}, which timm does not know:
 install the package extrema_fast from its repository{extra} before loading."""
-_HEADS = {"token": "its class-attention head", "avg": "mean-pooled patch tokens"}
 _GRAPH = (
     "This is the whole encoder as a graph for one image size and any batch size; it needs no extrema_fast."
 )
@@ -369,18 +369,20 @@ def model_card(config: Mapping[str, Any]) -> str:
 def _record(own: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of the run, with the results of the features that the export has."""
     record = dict(own["record"]) if fits(own.get("record"), _RECORD) else {}
-    size = own["input"]["input_size"][1:]
-    found = record.pop("results", []) + ([record.pop("online")] if "online" in record else [])
-    if _has_new_norm(own):
-        return record
-    for result in found:
-        result = {k: v for k, v in result.items() if k != "img_size" or v != size}
-        if own["encoder"]["global_pool"] == "avg":
-            result["rows"] = [row for row in result["rows"] if row["feature"] in _HEADLESS]
-        if "counts" in result:
-            record.setdefault("results", []).append(result)
-        else:
-            record["online"] = result
+    size = record.pop("img_size", None)
+    of_size = {"img_size": size} if size and size != own["input"]["input_size"][1:] else {}
+    headless = own["encoder"]["global_pool"] == "avg"
+
+    def given(result: Mapping[str, Any]) -> dict[str, Any]:
+        rows = [row for row in result["rows"] if not headless or row["feature"] in _HEADLESS]
+        return {**result, "rows": rows, **of_size}
+
+    results, online = record.pop("results", []), record.pop("online", None)
+    if not _has_new_norm(own):
+        record["results"] = [given(result) for result in results]
+        record |= {"online": given(online)} if online else {}
+    if "classified" in record:
+        record["classified"] = record["classified"] | of_size
     return record
 
 
@@ -402,7 +404,10 @@ def _about(config: Mapping[str, Any], ours: bool) -> str:
         return _GRAPH
     if _is_whole(config):
         extra = ", with the extra `hf`, and `import extrema_fast.timm`" if form == "hf" else ""
-        return _ENCODER.format(head=_HEADS[own["encoder"]["global_pool"]], extra=extra)
+        pool = own["encoder"]["global_pool"]
+        return _ENCODER.format(
+            head="mean pooling" if pool == "avg" else "its class-attention head", extra=extra
+        )
     return _TRUNK + _HEAD_LEFT_OUT * ours + _NEW_NORM * _has_new_norm(own)
 
 
@@ -456,7 +461,8 @@ def _index(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     if test := record.get("classified"):
         value = round(100 * test["accuracy"], 2)
-        add("classification", _test_name(record), [{"type": "accuracy", "name": "accuracy", "value": value}])
+        name = ", ".join(["accuracy", *_pixels(test)])
+        add("classification", _test_name(record), [{"type": "accuracy", "name": name, "value": value}])
     results = record.get("results", [])
     for result in results:
         counts, metrics, data = result["counts"], [], result.get("test", UNKNOWN)
@@ -494,10 +500,14 @@ def _words(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]], metr
     first = next(r for r in results if r.get("test") == result.get("test"))
     if (train := result.get("train")) != first.get("train"):
         words.append(f"trained on {train}")
-    words += [f"{' x '.join(map(str, result['img_size']))} pixels"] if "img_size" in result else []
+    words += _pixels(result)
     # of k-NN alone
     skipped = "temperature" if metric == "probe" else ""
     return words + unusual_settings({k: v for k, v in result.items() if k != skipped})
+
+
+def _pixels(result: Mapping[str, Any]) -> list[str]:
+    return [f"{' x '.join(map(str, result['img_size']))} pixels"] if "img_size" in result else []
 
 
 def _table(rows: Mapping[str, Any]) -> str:
@@ -551,7 +561,7 @@ def _results(record: Mapping[str, Any]) -> str:
     if test := record.get("classified"):
         parts = [
             f"Accuracy as a classifier: {100 * test['accuracy']:.1f} % of {test['images']:,} test images "
-            f"({_plain(_test_name(record))})."
+            f"({'; '.join([_plain(_test_name(record)), *_pixels(test)])})."
         ]
     results, online = record.get("results", []), record.get("online")
     for result in results:
@@ -571,7 +581,8 @@ def _results(record: Mapping[str, Any]) -> str:
         ]
     if online and not results:
         parts += [
-            f"k-NN with {online['k']} neighbors on {online['test']:,} test images, measured during training.",
+            f"k-NN with {online['k']} neighbors on {online['test']:,} test images, "
+            f"{', '.join(['measured during training', *_pixels(online)])}.",
             _scores(online),
         ]
     return "\n\n".join(parts) or "These weights were not evaluated."

@@ -145,6 +145,8 @@ def test_what_training_has_measured_stands_where_nothing_else_was(run, tmp_path)
             "| at the beginning | class token | 25.0 |",
             "| at the beginning | mean of patches | 12.5 |",
         ]
+    export(run, tmp_path / "larger", img_size=24)
+    assert said.replace("training.", "training, 16 x 16 pixels.") in card(tmp_path / "larger")
     # of the student, and of this step, nothing was measured
     export(run, tmp_path / "student", which="student")
     log.write_text("\n".join(json.dumps(line) for line in lines if line["step"] != 7))
@@ -248,7 +250,7 @@ def test_evaluations_by_different_rules_are_told_apart(run, tmp_path):
 def test_results_are_of_what_the_export_computes(run, tmp_path):
     pytest.importorskip("timm")
     mean = [{"encoder": e, "feature": "mean of patches", "knn": 0.5} for e in ("pretrained", "random init")]
-    kept(run, "", 0.0, rows=ROWS + mean, img_size=[16, 16], holdout=0.3)
+    kept(run, "", 0.0, rows=ROWS + mean, holdout=0.3)
     said = "Frozen features on birds/test (30 % held out"
     for out, options, has in (
         ("whole", {}, ("62.5", "50.0", f"{said}):")),
@@ -342,6 +344,8 @@ def test_a_classifier(run, tmp_path):
     entry = json.loads(text.split("model-index: ")[1].splitlines()[0])[0]["results"][0]
     assert entry["dataset"] == {"type": "birds/test", "name": "birds/test"}
     assert entry["metrics"] == [{"type": "accuracy", "name": "accuracy", "value": 87.5}]
+    export(tmp_path / "out", tmp_path / "larger", img_size=24)
+    assert "40 test images (birds/test; 16 x 16 pixels)." in card(tmp_path / "larger")
     export(run, tmp_path / "student", which="student")
     assert "87.5" not in card(tmp_path / "student")
 

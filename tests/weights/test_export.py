@@ -76,8 +76,9 @@ def test_an_encoder_in_memory(tmp_path):
 
 @pytest.mark.parametrize("options", [{"prune_head": False}, {"prune_norm": True}])
 @torch.no_grad()
-def test_a_pruned_encoder(tmp_path, options):
-    encoder = perturbed(Encoder(CFG.model))
+def test_an_encoder_without_pooling_and_pruned(tmp_path, options):
+    encoder = perturbed(Encoder(CFG.model, global_pool=""))
+    assert same(load_encoder(export(encoder, tmp_path / "whole").folder), encoder)
     encoder.prune_intermediate_layers([0], **options)
     loaded = load_encoder(export(encoder, tmp_path / "out").folder)
     assert same(loaded, encoder) and loaded.config.shape == encoder.config.shape == (64, 1, 1)
