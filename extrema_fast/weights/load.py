@@ -135,7 +135,7 @@ def open_weights(
     if len(files) == 1 and is_of_another_program(folder):
         name, file = next(iter(files.items()))
         tensors = {k.removeprefix("timm_model."): v for k, v in _read_file(file).items()}
-        return Weights(path, {**meta, "encoder": as_trained_on(meta, tensors)}, {name: own_names(tensors)})
+        return Weights(path, {**meta, "encoder": _as_trained_on(meta, tensors)}, {name: own_names(tensors)})
     return Weights(path, meta, files)
 
 
@@ -143,7 +143,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     return read_shards(file) if file.name.endswith(INDEX) else read_safetensors(file)
 
 
-def as_trained_on(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _as_trained_on(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The encoder options of an export that timm or Hugging Face may have trained further.
 
     They may have replaced the classifier; in a stock ViT the position table is a parameter.
