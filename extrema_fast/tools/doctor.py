@@ -6,6 +6,7 @@ child process (`main`), which may hang or crash without affecting the other chec
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import json
@@ -173,7 +174,7 @@ def _version(package: str) -> str:
 
 
 # extras for the work on this project, and those with a check of their own
-_OTHERS = {"dev", "tools", "bench", "dali-cuda12", "dali-cuda13", "xformers"}
+_OTHERS = {"dev", "tools", "bench", "docs", "race", "dali-cuda12", "dali-cuda13", "xformers"}
 
 
 def _packages(out: Path) -> Finding:
@@ -219,6 +220,9 @@ def _space(path: Path) -> tuple[str, bool]:
     """What is free where `path` is or will be, and whether that is enough; OSError where nothing can be written."""
     path = path.absolute()
     while not path.is_dir():
+        # a file, or a link to nothing
+        if os.path.lexists(path):
+            raise NotADirectoryError(errno.ENOTDIR, f"{path} is not a folder")
         path = path.parent
     with tempfile.TemporaryFile(dir=path):
         pass

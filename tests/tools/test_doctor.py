@@ -111,6 +111,12 @@ def test_what_others_do_to_names(broken, monkeypatch):
 
 
 def test_places_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name in ("file", "file/below", "link", "link/below"):
+        found = HERE["runs"](tmp_path / name)
+        assert (found.state, found.exit_code) == ("error", 5) and "is not a folder" in found.text
+
     def full(**args):
         raise OSError(28, "No space left on device")
 
