@@ -81,7 +81,7 @@ def replay(
         run = task.build(cfg, world, source, continued=True)
         total = run.schedule.total_steps
         if not 1 <= step <= total:
-            raise UsageError(f"--step: {step} is none of the {total} steps of {folder}")
+            raise UsageError(f"--step: expected 1 to {total}, the steps of {folder}, got {step}")
         begins = _repeat(run, task, folder, step)
         weights = {name: t.clone() for name, t in run.method.state_dict().items()}
         del run
@@ -99,7 +99,7 @@ def replay(
             what = cfg.head.at_once or f"loss {cfg.head.loss} with these targets"
             raise UsageError(f"--rank: head.{what} needs the whole batch; leave --rank out")
         if not 0 <= rank < parts:
-            raise UsageError(f"--rank: {rank} is none of the {parts} processes of the run")
+            raise UsageError(f"--rank: expected 0 to {parts - 1} (processes of the run: {parts}), got {rank}")
         count = len(micro_batches) // parts
         micro_batches, first_row = micro_batches[rank * count :][:count], rank * count * size
     images = [int(i) for i in batch.index[first_row:][: size * len(micro_batches)]]

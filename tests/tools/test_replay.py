@@ -154,8 +154,8 @@ def test_any_step_of_a_run(tmp_path):
         assert found["reference"]["loss"] == pytest.approx(logged[step]["loss"], rel=1e-5)
         assert found["as_run"]["grad_norm"] == pytest.approx(logged[step]["grad_norm"], rel=1e-5)
     for options, words in (
-        ({"step": 7}, "--step: 7"),
-        ({"step": 6, "rank": 1}, "--rank: 1"),
+        ({"step": 7}, "--step: expected 1 to 6, the steps of"),
+        ({"step": 6, "rank": 1}, r"--rank: expected 0 to 0 \(processes of the run: 1\), got 1"),
         ({}, "--step N"),
     ):
         with pytest.raises(UsageError, match=words):
