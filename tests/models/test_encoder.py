@@ -520,7 +520,7 @@ def test_a_learned_table_at_any_size():
     encoder.dynamic_img_size = True
     found = encoder(x)
     encoder.set_input_size((32, 24))
-    close(found, encoder(x))
+    assert close(found, encoder(x))
     encoder = create_encoder(
         "extrema_vit_tiny_patch16_224", depth=1, pos_embed="learned", dynamic_img_size=True
     )
