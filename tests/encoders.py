@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from extrema_fast.models.encoder import Encoder
 
@@ -24,6 +24,28 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float | None = None) -> b
         tolerance = 1e-11 if b.dtype == torch.float64 else 2e-6
     largest = float(b.abs().max()) if b.numel() else 0.0
     return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=tolerance * max(1.0, largest))
+
+
+class Lora(nn.Module):
+    """A layer with a low-rank addition, in the layer's place; no attribute of the layer."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a = nn.Parameter(torch.randn(2, base.in_features, dtype=base.weight.dtype))
+        self.b = nn.Parameter(torch.randn(base.out_features, 2, dtype=base.weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.linear(F.linear(x, self.a), self.b)
+
+
+class Doubled(Tensor):
+    """A weight whose product is not the plain one, as quantized weights are."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        out = super().__torch_function__(function, types, args, kwargs or {})
+        return (2 * out).as_subclass(Tensor) if function in (F.linear, F.layer_norm, F.conv2d) else out
 
 
 def by_modules(encoder: Encoder, x: Tensor, keep: Tensor | None) -> Tensor:

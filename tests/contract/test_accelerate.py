@@ -21,6 +21,7 @@ from torch.nn.utils import prune
 import extrema_fast
 from extrema_fast.errors import UsageError
 from extrema_fast.weights.vit import accelerate
+from tests.encoders import Doubled, Lora
 
 timm = pytest.importorskip("timm")
 from timm.layers import GluMlp, PatchEmbed, RmsNorm, SwiGLU, SwiGLUPacked  # noqa: E402
@@ -372,28 +373,6 @@ def test_hooks_for_all_modules_of_the_process():
     finally:
         handle.remove()
     assert seen.count("Linear") == 8 and seen.count("Block") == 2 and "PatchEmbed" in seen
-
-
-class Lora(nn.Module):
-    """A layer with a low-rank addition, as adapter libraries put it in the layer's place."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.a = nn.Parameter(torch.randn(2, base.in_features, dtype=base.weight.dtype))
-        self.b = nn.Parameter(torch.randn(base.out_features, 2, dtype=base.weight.dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + F.linear(F.linear(x, self.a), self.b)
-
-
-class Doubled(Tensor):
-    """A weight whose product is not the plain one, as quantized weights are."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        out = super().__torch_function__(function, types, args, kwargs or {})
-        return (2 * out).as_subclass(Tensor) if function is F.linear else out
 
 
 def lora(vit: VisionTransformer, branch: str, name: str) -> None:

@@ -89,6 +89,21 @@ def pack_files(folder: Path, paths: list[Path], counts: tuple[int, ...]) -> None
         write_tar(folder / f"{number}.tar", some)
 
 
+def write_table(path: Path, data, options=None, rows: int = 3) -> Path:
+    """An Arrow stream, an Arrow file (.file.arrow) or a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(data, path, row_group_size=rows)
+        return path
+    make = pa.ipc.new_file if path.name.endswith(".file.arrow") else pa.ipc.new_stream
+    with make(str(path), data.schema, options=options) as writer:
+        writer.write_table(data, rows)
+    return path
+
+
 @pytest.fixture
 def config():
     """DataConfig with one decoding thread; keyword arguments override."""

@@ -1,5 +1,5 @@
 """The loaders: order, epochs, worlds, resume, DALI against PIL, policies, separate crops, EXIF, evaluation (also
-beside `preprocess`), shutdown."""
+beside `preprocess`), shutdown; tar, zip, Arrow and Parquet files read like the folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import logging
 import sys
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from extrema_fast.data.loader import EvalLoader, TrainLoader
 from extrema_fast.data.preprocess import KEEP_EXACT, Resizing, resize_crop
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import UsageError
+from extrema_fast.tools.index import index
 
-from .conftest import assert_same
+from .conftest import assert_same, write_table
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 
@@ -74,6 +76,37 @@ def test_restart_at_any_step_is_exact(setup):
     # 3 steps per epoch: the restarts lie before, on and after an epoch's end
     for start in (1, 3, 7):
         assert_same(straight[start:], batches(*setup, 8 - start, start_step=start))
+
+
+@pytest.mark.parametrize("packed", ["tar", "zip", "arrow", "parquet"])
+def test_packed_images_are_read_like_a_folder(tree, shards, config, kind, packed, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    spec, files = tmp_path / f"t.{packed}", sorted(p for p in tree.rglob("*") if p.is_file())
+    if packed == "tar":
+        spec = shards
+    elif packed == "zip":
+        with zipfile.ZipFile(spec, "w") as archive:
+            for i, p in enumerate(files):
+                method = zipfile.ZIP_DEFLATED if i % 2 else zipfile.ZIP_STORED
+                archive.write(p, f"tree/{p.relative_to(tree)}", method)
+    else:
+        pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra: parquet)")
+        labels = [p.relative_to(tree).parts[0] for p in files]
+        data = pa.table({"image": [{"bytes": p.read_bytes()} for p in files], "label": labels})
+        write_table(spec, data, rows=7)
+    cfg = config(loader=kind)
+    straight, source = batches(open_source(str(tree)), cfg, 7), open_source(str(spec))
+    assert_same(straight, batches(source, cfg, 7))
+    assert_same(straight[4:], batches(source, cfg, 3, start_step=4))
+    evaluated = (EvalLoader(s, cfg, SIZE) for s in (open_source(str(tree)), source))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(*evaluated, strict=True))
+    if kind == "pil":
+        # with either loader the same
+        result = index(str(spec), tmp_path / "m.tsv", progress=False, threads=1)
+        manifest = open_source(str(tmp_path / "m.tsv"))
+        assert (result.rows, result.good) == (23, 23) and manifest.names == source.names
+        assert manifest.classes == source.classes == ([] if packed == "tar" else ["ape", "bee", "cat"])
+        assert_same(straight, batches(manifest, cfg, 7))
 
 
 def test_threads_and_seed(tree, config, kind):

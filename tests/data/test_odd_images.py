@@ -60,18 +60,6 @@ def test_good_batches_before_a_bad_one_are_delivered(tmp_path, config, kind, dam
     assert seen == list(range(7)) and "\n" not in str(error.value)
 
 
-def test_a_file_that_vanishes_is_named(tmp_path, config, kind):
-    for i in range(4):
-        Image.new("RGB", (40, 40)).save(tmp_path / f"{i}.png")
-    source = open_source(str(tmp_path))
-    loader = EvalLoader(source, config(loader=kind), (32, 32))
-    assert len(list(loader)) == 1
-    # its header is known by now, so decoding is the first to notice
-    (tmp_path / "2.png").unlink()
-    with pytest.raises(DataError, match=r"2\.png: cannot be decoded \(.*gone\)"):
-        list(loader)
-
-
 def test_a_kind_that_only_pil_reads_is_named(tmp_path, config):
     pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")

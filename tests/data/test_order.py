@@ -8,7 +8,6 @@ reads from files, shards and both.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import numpy as np
 import pytest
@@ -142,18 +141,6 @@ def test_errors():
 
 
 # ---- with images ------------------------------------------------------------------------------------
-
-
-def test_images_in_shards_are_those_of_the_files(tree, shards, config, kind):
-    files, packed = open_source(str(tree)), open_source(str(shards))
-    assert len(packed) == 23 and packed.shards is not None
-    cfg = config(loader=kind)
-    for a, b in zip(EvalLoader(files, cfg, (24, 32)), EvalLoader(packed, cfg, (24, 32)), strict=True):
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    kw = {"batch_size": 6, "seed": 3}
-    with TrainLoader(files, cfg, (24, 32), **kw) as one, TrainLoader(packed, cfg, (24, 32), **kw) as two:
-        for a, b in itertools.islice(zip(one, two, strict=True), 4):
-            assert torch.equal(a.index, b.index) and torch.equal(a.images, b.images)
 
 
 def test_files_and_shards_in_one_source(tree, shards, config, kind):

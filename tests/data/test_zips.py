@@ -13,13 +13,11 @@ from pathlib import Path
 import pytest
 
 from extrema_fast.data.image_files import ImageFiles
-from extrema_fast.data.loader import TrainLoader
 from extrema_fast.data.sources import EXTENSIONS, open_source, split_folders
 from extrema_fast.data.zips import members
 from extrema_fast.errors import DataError, UsageError
-from extrema_fast.tools.index import index
 
-from .conftest import assert_same, fails
+from .conftest import fails
 from .tars import write_tar
 
 NAMES = ["b/1.jpg", "a/2.png", "a/sub/3.JPG", "a b/4.jpg"]
@@ -163,30 +161,6 @@ def test_damage_is_an_error_whatever_is_said_about_sizes(tmp_path, config):
         assert str(ImageFiles(source, config()).why_unusable(0)).startswith(
             f"{path}:a/1.jpg: cannot be decoded ("
         )
-
-
-def test_loaders_and_index_read_archives_like_folders(tmp_path, tree, config, kind):
-    files = {str(p.relative_to(tree)): p.read_bytes() for p in sorted(tree.rglob("*")) if p.is_file()}
-    path = write_zip(tmp_path / "tree.zip", files, "tree/")
-    cfg = config(loader=kind)
-
-    def batches(spec, start=0):
-        source = open_source(str(spec))
-        with TrainLoader(source, cfg, (32, 32), batch_size=4, seed=1, start_step=start) as loader:
-            return [batch for _, batch in zip(range(7), loader, strict=False)]
-
-    straight = batches(path)
-    assert_same(straight, batches(tree))
-    # resumed
-    assert_same(straight[4:], batches(path, start=4)[:3])
-    if kind != "pil":
-        return
-    # with either loader the same
-    result = index(str(path), tmp_path / "m.tsv", progress=False, threads=1)
-    assert (result.rows, result.good) == (23, 23)
-    assert_same(straight, batches(tmp_path / "m.tsv"))
-    manifest = open_source(str(tmp_path / "m.tsv"))
-    assert manifest.names == open_source(str(path)).names and manifest.classes == ["ape", "bee", "cat"]
 
 
 @pytest.mark.parametrize(("around", "train", "test"), [("", "train", "val"), ("set/", "Train", "TEST")])

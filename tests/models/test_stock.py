@@ -12,7 +12,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -23,7 +22,7 @@ from extrema_fast.models.encoder import Encoder
 from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.ops import linear as linears
 from extrema_fast.ops import stock
-from tests.encoders import assert_same, close, encoded, randomized
+from tests.encoders import Doubled, Lora, assert_same, close, encoded, randomized
 
 CONFIG = ModelConfig(img_size=(8, 12), patch_size=4, width=16, depth=1, heads=2, mlp_ratio=2.0, pool_depth=1)
 N = 6
@@ -106,28 +105,6 @@ def test_hooks_for_all_modules_of_the_process():
 # ---- changes of one part --------------------------------------------------------------------------
 
 
-class Lora(nn.Module):
-    """A layer with a low-rank addition, in the layer's place; no attribute of the layer."""
-
-    def __init__(self, base: nn.Module, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.a = nn.Parameter(torch.randn(2, inputs, dtype=torch.float64))
-        self.b = nn.Parameter(torch.randn(outputs, 2, dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + F.linear(F.linear(x, self.a), self.b)
-
-
-class Doubled(Tensor):
-    """A weight whose product is not the plain one, as quantized weights are."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        out = super().__torch_function__(function, types, args, kwargs or {})
-        return (2 * out).as_subclass(Tensor) if function in (F.linear, F.layer_norm, F.conv2d) else out
-
-
 def put(encoder: Encoder, place: str, module: nn.Module) -> None:
     parent, _, name = place.rpartition(".")
     setattr(encoder.get_submodule(parent), name, module)
@@ -136,7 +113,7 @@ def put(encoder: Encoder, place: str, module: nn.Module) -> None:
 def change(encoder: Encoder, place: str, how: str) -> None:
     part = encoder.get_submodule(place)
     if how == "LoRA":
-        put(encoder, place, Lora(part, part.in_features, part.out_features))
+        put(encoder, place, Lora(part))
     elif how == "pruned":
         prune.l1_unstructured(part, "weight", 0.7)
     elif how == "weight_norm":
