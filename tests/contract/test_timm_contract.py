@@ -379,12 +379,13 @@ def test_mean_pooling_over_a_class_head_gives_it_zero_gradients():
         assert g is not None and bool(g.any()) is not unused, name
 
 
+@pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("options", [{"pos_embed": "learned"}, {"global_pool": "avg", "fc_norm": True}])
-def test_layer_groups(options):
+def test_layer_groups(options, coarse):
     from timm.models import group_parameters
 
     encoder = make(num_classes=3, **options)
-    groups = group_parameters(encoder, encoder.group_matcher(coarse=True), reverse=True)
+    groups = group_parameters(encoder, encoder.group_matcher(coarse=coarse), reverse=True)
     assert set(groups) == {n for n, _ in encoder.named_parameters()}
     for name, layer in groups.items():
         first, second = (name.split(".") + [""])[:2]

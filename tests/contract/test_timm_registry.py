@@ -2,8 +2,7 @@
 
 Covers: registration, and its absence without the import or without timm; `create_model` with every option;
 `features_only`; `local-dir:` loading with head, channels, size, patch, pool and positions changed; weights of a run
-and of a released checkpoint; what does not fit; `save_for_hf` after changes; layer-wise learning rates; what timm's
-train and validate scripts do.
+and of a released checkpoint; what does not fit; `save_for_hf` after changes; what timm's train and validate scripts do.
 """
 
 from __future__ import annotations
@@ -367,9 +366,6 @@ def test_what_timm_saves_it_builds_again_after_changes(tmp_path):
     assert again.patch_size == 4 and again.sincos.trained == (2, 5) and close(again(x), model(x))
 
 
-# ---- optimizers -----------------------------------------------------------------------------------
-
-
 def test_arguments_of_timms_vision_transformer():
     model = timm.create_model(
         TINY, img_size=32, dynamic_img_size=True, embed_dim=64, num_heads=2, depth=1, qkv_bias=True
@@ -384,41 +380,6 @@ def test_arguments_of_timms_vision_transformer():
     ):
         with pytest.raises(UsageError, match=f"^{named}: "):
             timm.create_model(TINY, **options)
-
-
-@pytest.mark.parametrize("pos_embed", ["sincos", "learned"])
-def test_layer_decay(pos_embed):
-    from timm.optim import create_optimizer_v2
-
-    model = timm.create_model(TINY, img_size=SIZE, num_classes=5, pos_embed=pos_embed, **SMALL)
-    optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
-    names = {id(p): n for n, p in model.named_parameters()}
-    found = {
-        names[id(p)]: (group["lr_scale"], group["weight_decay"])
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
-    # stem, three blocks, head; class head and norm with the last block
-    table = {
-        "patch_embed.proj.weight": (1 / 16, 0.05),
-        "patch_embed.proj.bias": (1 / 16, 0),
-        "blocks.0.attn.qkv.weight": (1 / 8, 0.05),
-        "blocks.0.norm1.weight": (1 / 8, 0),
-        "blocks.1.mlp.fc1.weight": (1 / 4, 0.05),
-        "blocks.1.mlp.fc1.bias": (1 / 4, 0),
-        "blocks.2.mlp.fc2.weight": (1 / 2, 0.05),
-        "cls_token": (1 / 2, 0),
-        "blocks_token.0.attn.q.weight": (1 / 2, 0.05),
-        "blocks_token.0.gamma_1": (1 / 2, 0),
-        "blocks_token.1.mlp.fc1.weight": (1 / 2, 0.05),
-        "norm.weight": (1 / 2, 0),
-        "head.weight": (1, 0.05),
-        "head.bias": (1, 0),
-    }
-    if pos_embed == "learned":
-        table["pos_embed"] = (1 / 16, 0)
-    assert {n: found[n] for n in table} == table
-    assert found.keys() == set(names.values())
 
 
 def test_what_the_train_script_does(tmp_path, caplog):

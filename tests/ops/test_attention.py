@@ -33,17 +33,6 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    monkeypatch.setattr(ops, "_chosen", {})
-    monkeypatch.setattr(ops, "_setting", "auto")
-    monkeypatch.delenv("EXTREMA_FAST_BACKEND", raising=False)
-    forget = attention.unsupported.cache_clear
-    forget()
-    yield
-    forget()
-
-
 # ---- backends -------------------------------------------------------------------------------------
 
 

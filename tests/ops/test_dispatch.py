@@ -20,14 +20,6 @@ from extrema_fast.errors import UsageError
 from extrema_fast.ops import dispatch as ops
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    monkeypatch.setattr(ops, "_chosen", {})
-    monkeypatch.setattr(ops, "_logged", {})
-    monkeypatch.setattr(ops, "_setting", "auto")
-    monkeypatch.delenv("EXTREMA_FAST_BACKEND", raising=False)
-
-
 def names() -> dict[str, str]:
     return {op: c["implementation"] for op, c in ops.choices().items()}
 

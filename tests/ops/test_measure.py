@@ -40,18 +40,13 @@ MACHINE = {"gpu": "Some GPU", "torch": "2", "triton": "3", "package": "1"}
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch, tmp_path):
+def machine(monkeypatch, tmp_path):
     """A cache and a machine of this test; measurements count on a CPU."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(_cache, "environment", lambda device: dict(MACHINE))
     monkeypatch.setattr(ops, "MEASURED_ON", ("cpu",))
     monkeypatch.setattr(attention, "left_out", {})
-    for name, value in (("_chosen", {}), ("_measured", {}), ("_setting", "auto")):
-        monkeypatch.setattr(ops, name, value)
-    monkeypatch.delenv("EXTREMA_FAST_BACKEND", raising=False)
-    attention.unsupported.cache_clear()
-    yield
-    attention.unsupported.cache_clear()
+    monkeypatch.setattr(ops, "_measured", {})
 
 
 def warnings(caplog) -> list[str]:

@@ -8,9 +8,6 @@ families; an apex that is absent, wrong, broken or works; whole runs, stopped an
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import sys
 import types
 
@@ -29,13 +26,7 @@ from extrema_fast.ops.optimizers import Lamb, Lars, ema_
 from extrema_fast.training.checkpoint import collect, restore
 from extrema_fast.training.counters import Counters
 from extrema_fast.training.optim import FAMILIES, build_optimizer, gates_on_device, set_lr
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    monkeypatch.setattr(ops, "_chosen", {})
-    monkeypatch.setattr(ops, "_setting", "auto")
-
+from tests.training.conftest import final_hash, stop_at
 
 # ---- LAMB and LARS ---------------------------------------------------------------------------------
 
@@ -491,23 +482,12 @@ def test_a_run_learns_and_continues_bit_for_bit(name, tmp_path, monkeypatch):
         small = {"model": {"width": 16, "depth": 1}, "head": {"hidden": 16, "out": 8, "predictor_hidden": 16}}
         return c.from_dict(small | change, c.smoke())
 
-    def final_hash(run):
-        folder = run / "checkpoints" / f"step_{STEPS:08d}"
-        return json.loads((folder / "COMPLETE").read_text())["state.safetensors"]["sha256"]
-
     train.pretrain(config(tmp_path / "straight"), progress=False)
     loss = [r["loss"] for r in history(tmp_path / "straight" / "log.jsonl", "train", STEPS)]
     assert len(loss) == STEPS and loss[-1] < loss[0]
-    step = train.train_step
-
-    def stopping(run, batch):
-        if run.step + 1 == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(run, batch)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", stopping)
+        stop_at(3, patch)
         with pytest.raises(Preempted):
             train.pretrain(config(tmp_path / "stopped"), progress=False)
     train.pretrain(config(tmp_path / "stopped"), progress=False)
-    assert final_hash(tmp_path / "stopped") == final_hash(tmp_path / "straight")
+    assert final_hash(tmp_path / "stopped", STEPS) == final_hash(tmp_path / "straight", STEPS)

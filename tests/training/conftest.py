@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from extrema_fast import train
 from extrema_fast.config import Config, from_dict, smoke, to_dict
 from extrema_fast.training.checkpoint import Checkpoint, Stored
 
@@ -48,6 +51,18 @@ def saved(run: Path, step: int) -> Stored:
     """The tensors of a checkpoint."""
     folder = run / "checkpoints" / f"step_{step:08d}"
     return Checkpoint(folder, json.loads((folder / "state.json").read_text())).tensors()
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM arrives during that step."""
+    original = train.train_step
+
+    def stopping(run, batch):
+        if run.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, batch)
+
+    monkeypatch.setattr(train, "train_step", stopping)
 
 
 @pytest.fixture

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from extrema_fast import train
 from extrema_fast.config import from_dict
 from extrema_fast.errors import Preempted, UsageError
 from extrema_fast.evaluation.evaluate import evaluate
@@ -31,7 +28,7 @@ from extrema_fast.train import pretrain
 from extrema_fast.training import resolve
 from extrema_fast.weights.export import export
 from extrema_fast.weights.load import load_encoder
-from tests.training.conftest import final_hash, tiny
+from tests.training.conftest import final_hash, stop_at, tiny
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: train)")
 RANGE = [0.0, 1.0, 0.0, 3000.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
@@ -95,15 +92,8 @@ def test_resume_is_exact(made, tmp_path, monkeypatch, resident):
     """Of images read and held: stopped after a step, continued, it ends in the same bytes."""
     cfg, out = made
     half = from_dict({"out": str(tmp_path / "run"), "data": {"resident": resident}}, cfg)
-    step = train.train_step
-
-    def stopping(run, batch):
-        if run.step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(run, batch)
-
     with monkeypatch.context() as m:
-        m.setattr(train, "train_step", stopping)
+        stop_at(2, m)
         with pytest.raises(Preempted):
             pretrain(half, progress=False)
     # what was recorded counts, not what would be measured now

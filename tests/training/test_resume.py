@@ -30,7 +30,7 @@ from extrema_fast.models.extrema import ExtreMA
 from extrema_fast.ops.optimizers import ema_
 from extrema_fast.training import checkpoint, step
 from extrema_fast.weights.load import load_encoder
-from tests.training.conftest import final_hash, status, tiny
+from tests.training.conftest import final_hash, status, stop_at, tiny
 
 # 34 images: 4 steps an epoch, two images left out each time
 RUN = {
@@ -73,18 +73,6 @@ def assert_same(run: Path, straight: Path) -> None:
         name = f"weights/step_{STEPS:08d}/{which}.safetensors"
         assert (run / name).read_bytes() == (straight / name).read_bytes()
     assert not [p for p in run.rglob("*") if ".tmp" in p.name], "unfinished files"
-
-
-def stop_at(step: int, monkeypatch) -> None:
-    """SIGTERM arrives during that step."""
-    original = train.train_step
-
-    def stopping(run, batch):
-        if run.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(run, batch)
-
-    monkeypatch.setattr(train, "train_step", stopping)
 
 
 def test_the_reference_learned_something(straight):
