@@ -345,6 +345,8 @@ def test_mean_pooling_has_no_class_head():
     out = encoder.encode(x)
     assert close(out.cls, out.patches.mean(1)) and torch.equal(encoder(x), out.cls)
     assert torch.equal(encoder.forward_features(x), out.patches)
+    raw = encoder.encode(x, norm=False).patches
+    assert close(encoder.norm(raw), out.patches) and not close(raw, out.patches)
     keep = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
     views = encoder.encode(x, keep)
     assert views.cls.shape == (2, 2, 32) and close(views.cls[:, 1], encoder.encode(x, keep[:, 1]).cls)
