@@ -1,8 +1,8 @@
 """The encoder against timm, in float64 at odd sizes.
 
-Covers: timm's `Cait` with plain trunk blocks as the whole encoder, class attention included, and its gradients; a
-stock `VisionTransformer(class_token=False, global_pool='avg')` as the mean-pooled encoder with a head. The weights
-are strictly loaded, so names and shapes agree, too.
+Covers: timm's `Cait` with plain trunk blocks as the whole encoder, class attention included; a stock
+`VisionTransformer(class_token=False, global_pool='avg')` as the trunk and as the mean-pooled encoder with a
+head; gradients of both. The weights are strictly loaded, so names and shapes agree, too.
 """
 
 from __future__ import annotations
@@ -92,6 +92,18 @@ def vit(cfg: ModelConfig, **options) -> torch.nn.Module:
 
     model = VisionTransformer(**shape(cfg), class_token=False, global_pool="avg", **options)
     return model.double().eval()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_trunk_is_a_stock_vit(grid):
+    encoder = randomized(Encoder(config(grid)).double())
+    oracle = vit(encoder.config, fc_norm=False, num_classes=0)
+    state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(("cls_token", "blocks_token"))}
+    oracle.load_state_dict(state, strict=True)
+    x = images(encoder)
+    assert close(encoder.encode(x).patches, oracle.forward_features(x))
+    layer = oracle.get_intermediate_layers(x, n=1, norm=False)[0]
+    assert close(encoder.encode(x, norm=False).patches, layer)
 
 
 @pytest.mark.parametrize("fc_norm", [False, True])

@@ -18,6 +18,7 @@ import pytest
 from extrema_fast.data.loader import loader_for
 from extrema_fast.data.sources import open_source
 from extrema_fast.errors import DataError, StorageError, UsageError
+from extrema_fast.tools.index import index
 
 from .conftest import fails
 from .conftest import write_table as write
