@@ -55,7 +55,9 @@ def assert_close(a: Path, b: Path) -> None:
     moved = 0
     for name in one:
         if not name.startswith("counters"):
-            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6, msg=name)
+            # a gradient adds up terms that cancel: its rounding is that of the largest
+            atol = 5e-5 * float(one[name].abs().max()) if name.startswith("optimizer.") else 1e-6
+            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=max(atol, 1e-6), msg=name)
             moved += name.endswith("exp_avg") and bool(one[name].abs().max() > 0)
     assert moved > 10
 
