@@ -239,6 +239,13 @@ def test_published_collapse_is_caught_and_published_health_is_not():
         assert text.count("lower optim.base_lr") == 1 and ("head.loss infonce" in text) == (loss == "byol")
     healthy = history((0.10, 3.7, 0.987, 0.78), (0.56, 15, 0.6, 0.82), (0.76, 30, 0.34, 0.90))
     assert collapse_warnings(healthy) == []
+    # record 2026-11-28_cpu1_cifar10_larger: the projections narrow while the features improve
+    ranks = [(92.9, 33.4, 0.31), (57.3, 152.0, 0.43), (45.5, 129.1, 0.46), (41.5, 105.7, 0.51)]
+    names = ("teacher_proj_rank", "teacher_rank", "knn_cls")
+    narrow = [dict(zip(names, r, strict=True)) | {"dim": 256, "proj_dim": 128, "images": 2000} for r in ranks]
+    assert collapse_warnings(narrow) == []
+    narrow[-1]["teacher_proj_rank"] = 30.0
+    assert "teacher projection 30" in " ".join(collapse_warnings(narrow))
 
 
 @pytest.mark.parametrize(
