@@ -588,6 +588,13 @@ def describe(run: Run, folder: RunFolder, test: ImageSource | None) -> None:
     """Writes config.json and env.json: what runs, where, with which versions, and how it was chosen."""
     device, now = run.world.device, utc_now()
     before = read_json(folder.path / "env.json", {}) if run.step else {}
+    was, precision = before.get("precision"), run.resolved.precision
+    if run.cfg.train.precision == "auto" and was in ("fp32", "bf16") and was != precision:
+        log.warning(
+            "train.precision: auto is %s on this machine, the run began in %s; --train.precision %s "
+            "--allow-config-change keeps it",
+            *(precision, was, was),
+        )
     env = {
         "attempt": folder.attempt,
         "started": before.get("started") if run.step else now,
@@ -609,7 +616,7 @@ def describe(run: Run, folder: RunFolder, test: ImageSource | None) -> None:
         "world_size": run.world.size,
         "ops": ops.choices(device),
         "loader": run.resolved.loader,
-        "precision": run.resolved.precision,
+        "precision": precision,
         "resolved": asdict(run.resolved),
         "config_hash": config_hash(run.cfg),
         "init_from": run.began_from,

@@ -111,6 +111,24 @@ def test_stopped_and_continued_is_bit_equal(tmp_path, monkeypatch, straight, ste
     assert calls == [*first, *["collect"] * before, "unfreeze", *second, *["collect"] * after, "unfreeze"]
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_machine_with_another_precision_is_named(tmp_path, monkeypatch, caplog, named):
+    run, auto = tmp_path / "run", {"train": {"epochs": 1, "precision": "auto"}}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    with monkeypatch.context() as m:
+        stop_at(1, m)
+        with pytest.raises(Preempted):
+            pretrain(run, auto)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    if named:
+        pretrain(run, {"train": {"epochs": 1, "precision": "bf16"}}, allow_config_change=True)
+    else:
+        pretrain(run, auto)
+    text = "auto is fp32 on this machine, the run began in bf16; --train.precision bf16 --allow"
+    assert (text in caplog.text) == (not named)
+    assert json.loads((run / "env.json").read_text())["precision"] == ("bf16" if named else "fp32")
+
+
 # the pass at which each point strikes lies between the first save and the end
 POINTS = [
     "begin:2",
