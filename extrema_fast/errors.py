@@ -87,7 +87,8 @@ def counted(n: int, noun: str) -> str:
 
 def one_line(error: BaseException, length: int = 200) -> str:
     """An exception's text on one line of at most `length` characters."""
-    return " ".join(str(error).split())[:length]
+    text = " ".join(str(error).split())
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def printable(text: str) -> str:

@@ -144,14 +144,9 @@ def test_errors_are_one_line(capsys, monkeypatch, tmp_path, args, words):
 @pytest.mark.parametrize(
     "args",
     [
-        *(
-            "evaluate runs/photo",
-            "knn photo",
-            "segment photo --data x",
-            "report runs/photo",
-            "compare runs/photo x",
-        ),
-        *("embed a b --weights runs/photo", "visualize photo x.jpg"),
+        *("evaluate runs/photo", "knn photo", "segment photo --data x", "report runs/photo", "replay photo"),
+        *("compare runs/photo x", "embed a b --weights runs/photo", "visualize photo x.jpg"),
+        *("export runs/photo out --format hf", "finetune photo --data synthetic"),
     ],
 )
 def test_a_misspelled_run(capsys, monkeypatch, tmp_path, args):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import logging
@@ -50,7 +49,6 @@ class Subject(NamedTuple):
 
 def open_subject(path: str | Path, which: str = "teacher", img_size: Sequence[int] | None = None) -> Subject:
     """Loads weights and what is known about them; errors are those of `load_encoder`."""
-    check_name(path)
     path = Path(path)
     cfg = run_config(path)
     encoder = convert.load_encoder(path, which=which, img_size=img_size)
@@ -62,14 +60,6 @@ def open_subject(path: str | Path, which: str = "teacher", img_size: Sequence[in
     if encoder.value_range:
         data = dataclasses.replace(data, range=encoder.value_range)
     return Subject(path, cfg, encoder, meta, data)
-
-
-def check_name(path: str | Path) -> None:
-    """UsageError with the similar name of a run or weights, where nothing is at `path` but next to it or in runs/."""
-    path = Path(path)
-    there = {p.name: p for folder in (Path("runs"), path.parent) for p in folder.glob("*")}
-    if not path.exists() and (near := difflib.get_close_matches(path.name, there, n=1)):
-        raise UsageError(f"{path}: no such file or folder; did you mean {there[near[0]]}?")
 
 
 def run_config(path: str | Path) -> Config | None:

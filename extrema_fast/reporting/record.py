@@ -18,12 +18,13 @@ from ..data.sources import BUILT_IN
 from ..errors import UsageError, counted
 from ..evaluation.classification import is_classification
 from ..evaluation.result import is_result, is_segmentation, result_id
-from ..evaluation.subject import check_name, run_config
+from ..evaluation.subject import run_config
 from ..files import fits, read_json, read_log
 from ..models.classifier import Classifier
 from ..models.encoder import build_encoder
 from ..progress import duration
 from ..training.run_folder import STATUS
+from ..weights.folder import check_name
 
 log = logging.getLogger(__name__)
 

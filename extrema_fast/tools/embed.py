@@ -44,13 +44,14 @@ from ..errors import (
     counted,
     is_out_of_memory,
 )
-from ..evaluation.subject import check_name, weights_hash
+from ..evaluation.subject import weights_hash
 from ..files import is_torn, no_links
 from ..models.encoder import Encoder
 from ..models.masking import sample_views
 from ..progress import ImageProgress
 from ..training.resolve import precision
 from ..weights import load as convert
+from ..weights.folder import check_name
 from .embeddings import (
     BROKEN,
     DTYPES,

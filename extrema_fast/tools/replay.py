@@ -34,6 +34,7 @@ from ..training.capture import STATE, Capture, bad_gradients, captured, read
 from ..training.checkpoint import Checkpoint, damage, other_format, step_folders
 from ..training.run import Run, go_on, open_loader, prepare_torch
 from ..training.step import gradients, wrap
+from ..weights.folder import check_name
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +140,7 @@ def replay(
 
 def _find(path: Path, step: int | None) -> tuple[Path, Capture | None]:
     """The run folder, and what it has kept of the step."""
+    check_name(path)
     if (path / STATE).is_file():
         return path.resolve().parents[1], read(path)
     kept = captured(path)

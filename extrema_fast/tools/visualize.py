@@ -29,7 +29,6 @@ from ..data.sources import ImageSource, open_source, subset
 from ..distributed import pick_device
 from ..errors import DataError, UsageError, cannot_import
 from ..evaluation.features import Embedded, cap, extract
-from ..evaluation.subject import check_name
 from ..files import new_folder, read_text, write_file
 from ..models.encoder import Encoder
 from ..progress import ImageProgress
@@ -123,7 +122,6 @@ def visualize(
     # what is missing is said before anything is computed
     render("parts.html.j2")
     with ExitStack() as held:
-        check_name(weights)
         encoder = load_encoder(weights, which)
         if "attention" in make and not encoder.num_prefix_tokens:
             raise UsageError(

@@ -13,6 +13,7 @@ timm or Hugging Face holds the description under `extrema_fast`.
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import json
 import math
@@ -197,8 +198,17 @@ def input_meta(
 # ---- finding --------------------------------------------------------------------------------------
 
 
+def check_name(path: str | Path) -> None:
+    """UsageError with the similar name of a run or weights, where nothing is at `path` but next to it or in runs/."""
+    path = Path(path)
+    there = {p.name: p for folder in (Path("runs"), path.parent) for p in folder.glob("*")}
+    if not path.exists() and (near := difflib.get_close_matches(path.name, there, n=1)):
+        raise UsageError(f"{path}: no such file or folder; did you mean {there[near[0]]}?")
+
+
 def weights_folder(path: Path) -> Path:
     """The weights folder at `path`: itself, or the newest one of a run folder."""
+    check_name(path)
     if not path.exists():
         is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists()
         fix = (
