@@ -443,7 +443,7 @@ def test_a_report_with_pictures_is_not_replaced_by_a_poorer_one(images, cache, t
 def test_report_of_a_run_that_has_only_begun_and_of_gone_images(images, cache, tmp_path):
     folder = fabricate(tmp_path / "run", config(images), status=False, weights=False)
     page = check_self_contained(report(folder).read_text(encoding="utf-8"))
-    for note in ("Not evaluated", "Nothing logged", "No evaluation logged", "No env.json", "no weights"):
+    for note in ("Not evaluated", "Nothing logged", "No evaluation logged", "No env.json", "has not saved"):
         assert note in page.text
     (folder / "log.jsonl").unlink()
     report(folder)
