@@ -233,6 +233,8 @@ def test_a_missing_package_names_the_extra(folder, tmp_path, monkeypatch, format
     refused(lambda: export(folder, tmp_path / "out", format), package, install(FORMATS[format].extra))
     custom = cannot_import(package, RuntimeError("Couldn't load custom C++ ops"), "hf")
     assert custom.endswith("install both from the same index")
+    long = cannot_import(package, RuntimeError(300 * "x"), "hf")
+    assert f"({197 * 'x'}...)" in long
     broken = cannot_import(package, RuntimeError("operator torchvision::nms does not exist"), "hf")
     assert broken.endswith("torchvision was built for another torch; install both from the same index")
     assert names(tmp_path) == ["w"]
