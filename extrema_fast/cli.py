@@ -462,6 +462,8 @@ def _configure(p: _Parser, args: list[str]) -> _Configured:
     if by_position and ours.preset and by_position != ours.preset:
         raise UsageError(f"two presets, {by_position!r} and {ours.preset!r}; give one")
     of_preset, in_file = read_config(ours.config) if ours.config else (None, {})
+    if "tune" in in_file:
+        raise UsageError(f"{ours.config}: has the settings of a fine-tuning; use {PROG} finetune --config")
     own = images or (not ours.config and _of_user(getattr(ours, "data.train", "")))
     name = str(by_position or ours.preset or ("own" if own else of_preset or "photos"))
     base = preset(name)

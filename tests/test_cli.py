@@ -170,6 +170,11 @@ def test_a_bad_file_names_the_key(capsys, tmp_path):
         ("a.json", "[1]", "a.json: expected a table"),
         ("a.toml", 'preset = "phots"', "'phots'; did you mean 'photos'"),
         ("a.json", '{"optim": {"base_lr": 1e999}}', "optim.base_lr: "),
+        (
+            "a.toml",
+            "[tune]\nema = 0.9",
+            "a.toml: has the settings of a fine-tuning; use extrema-fast finetune",
+        ),
         ("a.toml", b"\xff\xfe\x00", "a.toml: cannot be read"),
         (".", None, "cannot be read"),
     ):

@@ -65,6 +65,10 @@ def replay(
     cfg = run_config(folder)
     if cfg is None:
         raise UsageError(f"{folder}: not a run folder (no config.json of a run in it)")
+    if step is None and kept is None:
+        raise UsageError(
+            f"{folder}: no step of it was skipped and kept (debug/step_*); name one with --step N"
+        )
     step = kept.state["step"] if kept else step
     assert step is not None
     env = read_json(folder / "env.json", {})
@@ -144,9 +148,7 @@ def _find(path: Path, step: int | None) -> tuple[Path, Capture | None]:
     if (path / STATE).is_file():
         return path.resolve().parents[1], read(path)
     kept = captured(path)
-    if step is None and not kept:
-        raise UsageError(f"{path}: no step of it was skipped and kept (debug/step_*); name one with --step N")
-    number = max(kept) if step is None else step
+    number = max(kept, default=None) if step is None else step
     return path, read(kept[number]) if number in kept else None
 
 

@@ -160,8 +160,9 @@ def test_any_step_of_a_run(tmp_path):
     ):
         with pytest.raises(UsageError, match=words):
             replay(out, **options)
-    with pytest.raises(UsageError, match="not a run folder"):
-        replay(tmp_path, 1)
+    for step in (None, 1):
+        with pytest.raises(UsageError, match="not a run folder"):
+            replay(tmp_path, step)
 
 
 def test_a_batch_that_several_processes_shared(tmp_path):
