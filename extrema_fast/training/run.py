@@ -591,7 +591,7 @@ def describe(run: Run, folder: RunFolder, test: ImageSource | None) -> None:
     was, precision = before.get("precision"), run.resolved.precision
     if run.cfg.train.precision == "auto" and was in ("fp32", "bf16") and was != precision:
         log.warning(
-            "train.precision: auto is %s on this machine, the run began in %s; --train.precision %s "
+            "train.precision: auto is %s on this machine and was %s before; --train.precision %s "
             "--allow-config-change keeps it",
             *(precision, was, was),
         )

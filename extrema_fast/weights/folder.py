@@ -201,8 +201,10 @@ def input_meta(
 def check_name(path: str | Path) -> None:
     """UsageError with the similar name of a run or weights, where nothing is at `path` but next to it or in runs/."""
     path = Path(path)
+    if path.exists():
+        return
     there = {p.name: p for folder in (Path("runs"), path.parent) for p in folder.glob("*")}
-    if not path.exists() and (near := difflib.get_close_matches(path.name, there, n=1)):
+    if near := difflib.get_close_matches(path.name, there, n=1):
         raise UsageError(f"{path}: no such file or folder; did you mean {there[near[0]]}?")
 
 

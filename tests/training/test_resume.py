@@ -124,7 +124,7 @@ def test_a_machine_with_another_precision_is_named(tmp_path, monkeypatch, caplog
         pretrain(run, {"train": {"epochs": 1, "precision": "bf16"}}, allow_config_change=True)
     else:
         pretrain(run, auto)
-    text = "auto is fp32 on this machine, the run began in bf16; --train.precision bf16 --allow"
+    text = "auto is fp32 on this machine and was bf16 before; --train.precision bf16 --allow"
     assert (text in caplog.text) == (not named)
     assert json.loads((run / "env.json").read_text())["precision"] == ("bf16" if named else "fp32")
 
